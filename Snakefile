@@ -9,8 +9,9 @@ configfile: f"{workflow.current_basedir}/config.yaml"
 
 
 include: "rules/common.smk"
-include: "rules/model.smk"
 include: "rules/corpus.smk"
+include: "rules/training.smk"
+include: "rules/model.smk"
 include: "rules/activations.smk"
 include: "rules/sae.smk"
 include: "rules/evaluation.smk"

@@ -56,7 +56,8 @@ def task(prompt: Prompt, loaded: Any, device: torch.device) -> Task:
                 f"attribution.prompts: '{text}' is {len(encode(text))} tokens of this model, not "
                 f"one; choose a shorter word, with its leading space"
             )
-    ids = [loaded.bos_id, *encode(prompt.prompt)]
+    front = [] if loaded.bos_id is None else [loaded.bos_id]
+    ids = [*front, *encode(prompt.prompt)]
     return Task(
         torch.tensor([ids], device=device), encode(prompt.answer)[0], encode(prompt.foil)[0]
     )

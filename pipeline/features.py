@@ -152,7 +152,7 @@ def logit_weights(hf: torch.nn.Module, W_dec: Tensor, n: int) -> tuple[Tensor, T
         values [d_sae 2n] (largest first, then smallest first) and token ids [d_sae 2n]. Each
         latent's mean logit is subtracted: softmax does not see it.
     """
-    gain = splice.final_norm(hf).weight
+    gain = getattr(splice.final_norm(hf), "weight", 1.0)
     W_U = hf.get_output_embeddings().weight  # [d_vocab d_model]
     values, ids = [], []
     for rows in W_dec.split(256):

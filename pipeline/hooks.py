@@ -53,6 +53,9 @@ FAMILIES = {
     "qwen2": LLAMA,
     "qwen3": LLAMA,
     "gpt2": Family("transformer.wte", "transformer.h", "ln_1", "attn", "ln_2", "mlp", "c_proj"),
+    "retrace_native": Family(
+        "model.tok_embed", "model.layers", "ln1", "attn", "ln2", "mlp", "fc_out"
+    ),
     "gpt_neox": Family(
         "gpt_neox.embed_in", "gpt_neox.layers", "input_layernorm", "attention",
         "post_attention_layernorm", "mlp", "dense_4h_to_h",
@@ -74,7 +77,10 @@ def family(hf: nn.Module) -> Family:
 def hook_names(hf: nn.Module) -> list[str]:
     """Every hook of this model that can be read, in the order of computation."""
     has_mid = not getattr(hf.config, "use_parallel_residual", False)  # GPT-NeoX: attn beside mlp
-    layer = [h for h in LAYER_HOOKS if has_mid or h != "hook_resid_mid"]
+    has_mlp = getattr(hf.config, "d_mlp", 1) != 0  # models trained here may have none
+    without = {"hook_resid_mid"} if not (has_mid and has_mlp) else set()
+    without |= set() if has_mlp else {"mlp.hook_post", "hook_mlp_out"}
+    layer = [h for h in LAYER_HOOKS if h not in without]
     n_layers = len(hf.get_submodule(family(hf).layers))
     return ["hook_embed", *(f"blocks.{i}.{h}" for i in range(n_layers) for h in layer)]
 

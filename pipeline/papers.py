@@ -15,6 +15,7 @@ import yaml
 from pipeline import spec
 from pipeline.errors import RetraceError, nearest
 from pipeline.provenance import canonical, digest, sha256_file
+from pipeline.source import file_code
 from pipeline.spec import SCALES, Config, PaperSpec
 
 DIGEST_LENGTH = 12
@@ -32,6 +33,7 @@ class Paper:
     def tables(self) -> dict[str, str]:
         """Name -> path of every table that this paper's stages write, e.g. 'evaluation/trained'."""
         names = [f"{stage}/{t}" for stage, s in self.spec.own.items() for t in s["tables"]]
+        names += [f"training/{run}" for run in self.spec.training]
         if self.spec.sae:
             names += [f"evaluation/{arm}" for arm in self.spec.arm_names()]
             names += [f"evaluation/{arm}_history" for arm in self.spec.arm_names()]
@@ -253,15 +255,19 @@ class Run:
             ) from None
 
     def store(self, name: str, scale: str, arm: str) -> dict[str, Item]:
-        """The store's artefacts of one arm: stage -> item; SAEs under 'sae:<hook>'."""
+        """The store's artefacts of one arm: stage -> item.
+
+        Those that are several have names: 'sae:<hook>' and 'training:<run>'.
+        """
         paper = self.paper(name, scale)
         out: dict[str, Item] = {}
+        for run in paper.spec.training:
+            out[f"training:{run}"] = self._training(paper, run)
         if paper.spec.model is None:
             return out
-        model, source = self._model(paper, arm)
-        out["model"] = model
+        model = out["model"] = self._model(paper, arm)[0]
         if paper.spec.corpus is not None:
-            out["corpus"] = self._corpus(paper, model, source)
+            out["corpus"] = self._corpus(paper)
         if paper.spec.activations is not None:
             section = paper.spec.activations.model_dump()
             made_from = {"model": model.id, "corpus": out["corpus"].id}
@@ -295,13 +301,20 @@ class Run:
             "package": ["source", "sha256"],
             "hub": ["source", "repo", "revision"],
             "folder": ["source"],
+            "training": ["source", "member", "step"],
         }[section.source]
         source = section.model_dump(include=set(fields))
+        inputs = {}
         job = section.model_dump(exclude={"name"})
         if section.source == "folder":
             path = resolve(section.path, paper.folder, self.roots)
             source["content"] = path_digest(path)
             job["path"] = str(near(path))
+        if section.source == "training":
+            run = self._training(paper, section.run)
+            source["run"], inputs["training"] = run.id, run.id
+            if "tokenizer" in run.inputs:
+                inputs["tokenizer"] = run.inputs["tokenizer"]
         fates = {"weights", "processing"} | ({"seed"} if section.weights != "trained" else set())
         name = (
             section.name
@@ -309,14 +322,41 @@ class Run:
                 "package": Path(section.file).stem,
                 "hub": section.repo.split("/")[-1],
                 "folder": Path(section.path).name,
+                "training": f"{section.run}{section.member and '-' + section.member}-"
+                f"{ {-1: 'last', -2: 'best'}.get(section.step, section.step) }",
             }[section.source]
         )
         if section.weights != "trained":
             name += f"-{section.weights}"
         identity = [source, section.model_dump(include=fates)]
-        return self._item("model", name, {"model": job}, {}, identity), source
+        return self._item("model", name, {"model": job}, inputs, identity), source
 
-    def _corpus(self, paper: Paper, model: Item, source: Any) -> Item:
+    def _training(self, paper: Paper, name: str) -> Item:
+        """A run of the section training: made from the paper's data.py, or from its corpus."""
+        run = paper.spec.training[name]
+        section = {"training": run.model_dump()}
+        if run.data.source == "corpus":
+            corpus = self._corpus(paper)
+            inputs = {"corpus": corpus.id, "tokenizer": corpus.inputs["tokenizer"]}
+            return self._item("training", name, section, inputs)
+        data = paper.folder / "data.py"
+        if not data.is_file():
+            raise RetraceError(
+                f"{paper.folder / 'paper.yaml'}: training.{name}: source: own needs {data}, with "
+                f"a function '{run.data.function}'"
+            )
+        identity = [section, file_code(data)]
+        return self._item("training", name, section, {"data": str(data)}, identity)
+
+    def _tokenizer(self, paper: Paper, job: dict, identity: dict) -> Item:
+        """A tokenizer made from the text of the paper's corpus."""
+        section = paper.spec.tokenizer.model_dump()
+        shape = {"n_ctx", "n_tokens", "n_eval_tokens", "prepend_bos"}  # not of the text
+        text = {k: v for k, v in identity.items() if k not in shape}
+        made = {"tokenizer": section, "corpus": job}
+        return self._item("tokenizer", section["kind"], made, {}, [section, text])
+
+    def _corpus(self, paper: Paper) -> Item:
         section = paper.spec.corpus
         job = section.model_dump(exclude={"name"})
         identity = dict(job)
@@ -332,9 +372,13 @@ class Run:
                 "local": Path(section.path).stem,
             }[section.source]
         )
+        if paper.spec.tokenizer is not None:
+            tokenizer = self._tokenizer(paper, job, identity)
+            inputs = {"tokenizer": f"tokenizer/{tokenizer.id}"}
+            return self._item("corpus", name, {"corpus": job}, inputs, [identity, tokenizer.id])
         trained = {"weights": "trained", "processing": "raw"}
-        tokenizer = self._model(paper, paper.spec.arm_names()[0], trained)[0]
-        inputs = {"tokenizer": tokenizer.id}
+        tokenizer, source = self._model(paper, paper.spec.arm_names()[0], trained)
+        inputs = {"tokenizer": f"model/{tokenizer.id}"}
         return self._item("corpus", name, {"corpus": job}, inputs, [identity, source])
 
     def _item(

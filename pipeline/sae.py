@@ -8,7 +8,7 @@
 4. The scale of the rows is folded into the weights, so that a saved dictionary takes activations as
    they are.
 5. Until all is done, everything lies in `<saes>.partial/`, checkpoints among it
-   (sae_checkpoint.py).
+   (resume.py).
 
 `history.parquet` has about a hundred rows a dictionary, each the batch of one step: mse in the unit
 of the activations, loss as it was minimised, on scaled rows, with all its terms.
@@ -22,7 +22,7 @@ from typing import Any
 
 from pipeline import cli, provenance, tables
 from pipeline.errors import RetraceError
-from pipeline.sae_checkpoint import Checkpoints, write_tensors
+from pipeline.resume import Checkpoints, write_tensors
 from pipeline.sae_stream import Stream, geometric_median
 from pipeline.sae_train import HISTORY, Dictionary, build, train
 from pipeline.shards import Rows

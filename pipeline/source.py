@@ -25,7 +25,8 @@ PIPELINE = Path(__file__).parent
 # Modules that hand a stage its arguments and compute nothing. All that spec.py decides stands in
 # the stage's --spec, defaults included, and that is a parameter of its own: a new section for one
 # stage must not retrain what another has made.
-FRAME = {"pipeline.cli", "pipeline.errors", "pipeline.source", "pipeline.spec"}
+FRAME = {"pipeline.cli", "pipeline.errors", "pipeline.source", "pipeline.spec",
+         "pipeline.spec_base", "pipeline.spec_training"}  # fmt: skip
 TEMPLATES_OF = "pipeline.pages"  # the module that fills the files of pipeline/templates
 
 

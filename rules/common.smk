@@ -41,7 +41,10 @@ wildcard_constraints:
     arm=r"[A-Za-z]\w*",
     latents=r"\w+",
     figure=r"\w+",
+    run=r"[A-Za-z]\w*",
     model=r"[^/]+-[0-9a-f]{12}",
+    tokenizer=r"[^/]+-[0-9a-f]{12}",
+    training=r"[^/]+-[0-9a-f]{12}",
     corpus=r"[^/]+-[0-9a-f]{12}",
     activations=r"[^/]+-[0-9a-f]{12}",
     sae=r"[^/]+-[0-9a-f]{12}",
@@ -89,12 +92,37 @@ def item_spec_of(stage):
     return lambda wildcards: papers.to_json(told(RUN.item, stage, wildcards[stage]).spec)
 
 
-def item_input_of(stage, made_from, file, folder=""):
-    """Input: a file of the artefact that a store artefact is made from."""
+def item_input_of(stage, made_from, file):
+    """Input: a file of the artefact that a store artefact is made from; [] where it needs none."""
 
     def path(wildcards):
-        item = told(RUN.item, stage, wildcards[stage])
-        return f"results/store/{folder or made_from}/{item.inputs[made_from]}/{file}"
+        found = told(RUN.item, stage, wildcards[stage]).inputs.get(made_from)
+        if found is None:
+            return []
+        return f"results/store/{found if '/' in found else f'{made_from}/{found}'}/{file}"
+
+    return path
+
+
+def training_data(wildcards):
+    """Input: the paper's data.py that a training run learns from, if it does."""
+    data = told(RUN.item, "training", wildcards.training).inputs.get("data")
+    return [ancient(data)] if data else []
+
+
+def training_code(wildcards):
+    """Params: the code hash of a training run, the paper's data.py included."""
+    return told(source.job_code, "training", training_data(wildcards))
+
+
+def training_of(run, file):
+    """Input: a file of a training run of the paper in the wildcards."""
+
+    def path(wildcards):
+        paper = paper_of(wildcards)
+        known("training run", run or wildcards.run, paper.spec.training, paper)
+        store = told(RUN.store, paper.name, paper.scale, paper.spec.arm_names()[0])
+        return f"results/store/training/{store[f'training:{run or wildcards.run}'].id}/{file}"
 
     return path
 

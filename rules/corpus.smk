@@ -1,8 +1,8 @@
 # Text -> blocks of tokens, and the documents they came from.
 rule corpus:
     input:
-        tokenizer=item_input_of("corpus", "tokenizer", "model.json", folder="model"),
-        checkpoint=item_input_of("corpus", "tokenizer", "checkpoint", folder="model"),
+        tokenizer=item_input_of("corpus", "tokenizer", "model.json"),
+        checkpoint=item_input_of("corpus", "tokenizer", "checkpoint"),
     output:
         tokens="results/store/corpus/{corpus}/tokens.parquet",
         documents="results/store/corpus/{corpus}/documents.parquet",

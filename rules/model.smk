@@ -1,5 +1,10 @@
-# Weights from a package, a hub or a folder -> safetensors, config and tokenizer.
+# Weights from a package, a hub, a folder or a training run -> safetensors, config and tokenizer.
 rule model:
+    input:
+        training=item_input_of("model", "training", "manifest.json"),
+        weights=item_input_of("model", "training", "checkpoints"),
+        tokenizer=item_input_of("model", "tokenizer", "model.json"),
+        vocabulary=item_input_of("model", "tokenizer", "checkpoint"),
     output:
         model="results/store/model/{model}/model.json",
         checkpoint=directory("results/store/model/{model}/checkpoint"),
@@ -16,4 +21,5 @@ rule model:
         code=code_of("model"),
     shell:
         "{PYTHON:q} -m pipeline.model --spec {params.spec:q} --out {output.model:q}"
+        " --training {input.training:q} --tokenizer {input.tokenizer:q}"
         " --checkpoint {output.checkpoint:q} --threads {threads} 2> {log:q}"

@@ -612,7 +612,7 @@ def test_a_killed_run_resumes_and_ends_with_the_bytes_of_another(made, activatio
 
 
 def test_a_checkpoint_of_another_spec_or_one_that_is_broken_is_not_used(tmp_path):
-    from pipeline.sae_checkpoint import Checkpoints
+    from pipeline.resume import Checkpoints
 
     training = SaeTraining(n_rows=1000, batch_size=50)
     stream, _ = stream_of(planted(1000)[0], 50)

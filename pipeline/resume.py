@@ -1,6 +1,7 @@
 """A killed training resumes at its last checkpoint, and ends with the bytes of an undisturbed run.
 
-`<saes>.partial/step-<n>/` holds one safetensors a dictionary and its key. It is written under
+`<outputs>.partial/step-<n>/` holds one safetensors a trained thing (a dictionary, the members of
+a run) and the job's key. It is written under
 another name and renamed when all of it is on disk; the one before goes after that. The key is a
 digest of all that decides the result: spec, code, input, device and versions. A checkpoint with
 another key is never used.
@@ -8,13 +9,26 @@ another key is never used.
 
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 from torch import Tensor
 
 from pipeline import cli, tables
 from pipeline.errors import RetraceError
-from pipeline.sae_train import Dictionary
+
+
+class Trained(Protocol):
+    """What has a state that a checkpoint keeps."""
+
+    name: str
+
+    def tensors(self) -> dict[str, Tensor]:
+        """The whole state."""
+
+    def restore(self, state: dict[str, Tensor]) -> None:
+        """Take up a state that `tensors` gave."""
 
 
 def write_tensors(path: Path, tensors: dict[str, Tensor]) -> None:
@@ -34,27 +48,27 @@ class Checkpoints:
     """The checkpoints of one job.
 
     Args:
-        folder: `<saes>.partial`.
+        folder: `<outputs>.partial`.
         key: digest of all that decides the result.
     """
 
     def __init__(self, folder: Path, key: str) -> None:
         self.folder, self.key = folder, key
 
-    def save(self, step: int, dictionaries: list[Dictionary]) -> None:
+    def save(self, step: int, things: Sequence[Trained]) -> None:
         """Keep the state after `step` steps, and drop the one before."""
         old = self._kept()
         writing = self.folder / "writing"
         shutil.rmtree(writing, ignore_errors=True)
-        for dictionary in dictionaries:
-            write_tensors(writing / f"{dictionary.name}.safetensors", dictionary.tensors())
+        for thing in things:
+            write_tensors(writing / f"{thing.name}.safetensors", thing.tensors())
         note = json.dumps({"key": self.key, "step": step})
         tables.atomically(writing / "checkpoint.json", lambda to: to.write_text(note) and None)
         writing.rename(self.folder / f"step-{step:09d}")
         for path in old:
             shutil.rmtree(path)
 
-    def load(self, dictionaries: list[Dictionary]) -> int:
+    def load(self, things: Sequence[Trained]) -> int:
         """Take up the newest checkpoint of this job; the number of steps that it has done, or 0."""
         from safetensors import SafetensorError
         from safetensors.torch import load_file
@@ -65,12 +79,12 @@ class Checkpoints:
                 if note["key"] != self.key:
                     cli.log.info("%s: of another spec, code, input or device; not used", path)
                     continue
-                states = [load_file(path / f"{d.name}.safetensors") for d in dictionaries]
+                states = [load_file(path / f"{d.name}.safetensors") for d in things]
             except (OSError, ValueError, SafetensorError) as e:
                 cli.log.info("%s: not readable (%s); not used", path, e)
                 continue
-            for dictionary, state in zip(dictionaries, states, strict=True):
-                dictionary.restore(state)
+            for thing, state in zip(things, states, strict=True):
+                thing.restore(state)
             cli.log.info("resumed at step %d from %s", note["step"], path)
             return note["step"]
         return 0

@@ -1,0 +1,240 @@
+"""A small transformer with the parameters of TransformerLens's NativeModel. [torch]
+
+    x_0 = W_E[token] + W_pos[position]
+    x  <- x + attn(ln1(x));   x <- x + mlp(ln2(x))      (the MLP only where d_mlp > 0)
+    logits = ln_out(x) W_U
+
+The state dict is NativeModel's under the prefix `model.`, and `to_bridge` hands it to
+TransformerLens; a test holds the logits equal. It is written out here because importing
+transformer_lens costs 10 to 20 s a job (design, decision 3), and for what NativeModel lacks:
+smeared keys (Olsson et al. 2022, Argument 2). Around it stands as much of a Hugging Face causal LM
+as the stages use, so that a model trained here is a model like any other.
+"""
+
+import json
+import math
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+MODEL_TYPE = "retrace_native"
+ACT = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu,
+       "gelu_new": lambda x: F.gelu(x, approximate="tanh")}  # fmt: skip
+
+
+class SmearedKeys(nn.Linear):
+    """Keys that mix with those of the position before: k_t <- s k_t + (1 - s) k_{t-1}.
+
+    s = sigmoid(a) with one learned a a head; the first position keeps its own key.
+    """
+
+    def __init__(self, d_model: int, n_heads: int, d_head: int) -> None:
+        super().__init__(d_model, n_heads * d_head)
+        self.smear = nn.Parameter(torch.zeros(n_heads))
+
+    def forward(self, x: Tensor) -> Tensor:
+        k = super().forward(x)
+        before = torch.cat([k[..., :1, :], k[..., :-1, :]], -2)
+        s = torch.sigmoid(self.smear).repeat_interleave(k.shape[-1] // len(self.smear))
+        return s * k + (1 - s) * before
+
+
+class Attention(nn.Module):
+    """Causal self-attention: softmax(q k^T / sqrt(d_head)) v W_O."""
+
+    def __init__(self, cfg: Any) -> None:
+        super().__init__()
+        self.n_heads, self.d_head = cfg.n_heads, cfg.d_head
+        width = cfg.n_heads * cfg.d_head
+        self.q, self.v = nn.Linear(cfg.d_model, width), nn.Linear(cfg.d_model, width)
+        self.k = (
+            SmearedKeys(cfg.d_model, cfg.n_heads, cfg.d_head)
+            if cfg.smeared_keys
+            else nn.Linear(cfg.d_model, width)
+        )
+        self.o = nn.Linear(width, cfg.d_model)
+        self.rotary = cfg.positional == "rotary"
+        future = torch.ones(cfg.n_ctx, cfg.n_ctx, dtype=torch.bool).triu(1)
+        self.register_buffer("future", future, persistent=False)
+        if self.rotary:
+            cos, sin = rotation(cfg.n_ctx, cfg.d_head)
+            self.register_buffer("cos", cos, persistent=False)
+            self.register_buffer("sin", sin, persistent=False)
+
+    def heads(self, x: Tensor) -> Tensor:
+        """[batch pos width] -> [batch n_heads pos d_head]."""
+        return x.unflatten(-1, (self.n_heads, self.d_head)).transpose(-2, -3)
+
+    def pattern(self, x: Tensor) -> Tensor:
+        """Attention of every head, [batch n_heads query key], of x [batch pos d_model]."""
+        q, k = self.heads(self.q(x)), self.heads(self.k(x))
+        if self.rotary:
+            q, k = self.rotated(q), self.rotated(k)
+        scores = q @ k.mT / math.sqrt(self.d_head)
+        n = x.shape[-2]
+        return scores.masked_fill(self.future[:n, :n], float("-inf")).softmax(-1)
+
+    def rotated(self, x: Tensor) -> Tensor:
+        n = x.shape[-2]
+        pair = torch.stack((-x[..., 1::2], x[..., 0::2]), -1).flatten(-2)
+        return x * self.cos[:n].to(x.dtype) + pair * self.sin[:n].to(x.dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        z = self.pattern(x) @ self.heads(self.v(x))
+        return self.o(z.transpose(-2, -3).flatten(-2))
+
+
+def rotation(n_ctx: int, d_head: int, base: float = 10_000.0) -> tuple[Tensor, Tensor]:
+    """cos and sin of each angle, [n_ctx d_head]; a pair of dimensions stands side by side."""
+    angles = torch.outer(torch.arange(n_ctx), base ** (-torch.arange(0, d_head, 2) / d_head))
+    return angles.cos().repeat_interleave(2, -1), angles.sin().repeat_interleave(2, -1)
+
+
+class MLP(nn.Module):
+    def __init__(self, cfg: Any) -> None:
+        super().__init__()
+        self.fc_in = nn.Linear(cfg.d_model, cfg.d_mlp)
+        self.fc_out = nn.Linear(cfg.d_mlp, cfg.d_model)
+        self.act = ACT[cfg.act_fn]
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc_out(self.act(self.fc_in(x)))
+
+
+def norm(cfg: Any) -> nn.Module:
+    return nn.LayerNorm(cfg.d_model, eps=1e-5) if cfg.normalization == "LN" else nn.Identity()
+
+
+class Layer(nn.Module):
+    def __init__(self, cfg: Any) -> None:
+        super().__init__()
+        self.ln1, self.attn = norm(cfg), Attention(cfg)
+        if cfg.d_mlp:
+            self.ln2, self.mlp = norm(cfg), MLP(cfg)
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.ln1(x))
+        return x + self.mlp(self.ln2(x)) if hasattr(self, "mlp") else x
+
+
+class Body(nn.Module):
+    """tokens [batch pos] -> logits [batch pos d_vocab]."""
+
+    def __init__(self, cfg: Any) -> None:
+        super().__init__()
+        self.tok_embed = nn.Embedding(cfg.vocab_size, cfg.d_model)
+        if cfg.positional == "standard":
+            self.pos = nn.Embedding(cfg.n_ctx, cfg.d_model)
+        self.layers = nn.ModuleList(Layer(cfg) for _ in range(cfg.n_layers))
+        self.ln_out = norm(cfg)
+        self.head = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
+
+    def forward(self, input_ids: Tensor, keep: int = 0, **_: Any) -> Tensor:
+        x = self.tok_embed(input_ids)
+        if hasattr(self, "pos"):
+            x = x + self.pos.weight[: input_ids.shape[-1]]
+        for layer in self.layers:
+            x = layer(x)
+        return self.head(self.ln_out(x[..., -keep:, :]))
+
+
+class NativeForCausalLM(nn.Module):
+    """The model, with what the stages use of a Hugging Face causal LM.
+
+    Args:
+        config: d_vocab and the fields of `spec_training.Architecture`, as plain data.
+    """
+
+    base_model_prefix = "model"
+
+    def __init__(self, config: dict[str, Any]) -> None:
+        super().__init__()
+        own = dict(config)
+        own["d_head"] = own["d_head"] or own["d_model"] // own["n_heads"]
+        self.config = SimpleNamespace(
+            **own,
+            model_type=MODEL_TYPE,
+            vocab_size=own["d_vocab"],
+            hidden_size=own["d_model"],
+            num_hidden_layers=own["n_layers"],
+            max_position_embeddings=own["n_ctx"],
+        )
+        self.model = Body(self.config)
+
+    @property
+    def base_model(self) -> Body:
+        return self.model
+
+    def get_output_embeddings(self) -> nn.Linear:
+        return self.model.head
+
+    def forward(self, input_ids: Tensor, logits_to_keep: int = 0, **_: Any) -> Any:
+        """logits [batch pos d_vocab], under the name `logits`; of the last positions if said."""
+        return SimpleNamespace(logits=self.model(input_ids, keep=logits_to_keep))
+
+    def save_pretrained(self, folder: str | Path) -> None:
+        from safetensors.torch import save_file
+
+        from pipeline.spec_training import Architecture
+
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        fields = ["d_vocab", "model_type", *Architecture.model_fields]
+        kept = {k: v for k, v in vars(self.config).items() if k in fields}
+        (folder / "config.json").write_text(json.dumps(kept, indent=1) + "\n")
+        save_file(self.state_dict(), folder / "model.safetensors")
+
+
+def from_folder(folder: Path, dtype: torch.dtype | str = torch.float32) -> NativeForCausalLM:
+    """The model that `save_pretrained` wrote."""
+    from safetensors.torch import load_file
+
+    config = json.loads((folder / "config.json").read_text())
+    out = NativeForCausalLM({k: v for k, v in config.items() if k != "model_type"})
+    out.load_state_dict(load_file(folder / "model.safetensors"))
+    return out if dtype == "auto" else out.to(dtype)
+
+
+def is_native(folder: Path) -> bool:
+    """Whether a model folder holds one of these."""
+    file = folder / "config.json"
+    return file.is_file() and json.loads(file.read_text()).get("model_type") == MODEL_TYPE
+
+
+def to_bridge(hf: NativeForCausalLM, tokenizer: Any = None) -> Any:
+    """The model as TransformerLens's bridge around its own NativeModel.
+
+    Raises:
+        RetraceError: smeared keys, which NativeModel has not.
+    """
+    from transformer_lens.model_bridge import TransformerBridge
+
+    from pipeline.errors import RetraceError
+
+    cfg = hf.config
+    if cfg.smeared_keys:
+        raise RetraceError("smeared_keys: TransformerLens's NativeModel has none, so no bridge")
+    given = {
+        "d_model": cfg.d_model, "d_head": cfg.d_head, "n_heads": cfg.n_heads,
+        "n_layers": cfg.n_layers, "n_ctx": cfg.n_ctx, "d_vocab": cfg.vocab_size,
+        "d_mlp": cfg.d_mlp or 1, "act_fn": cfg.act_fn, "attn_only": not cfg.d_mlp,
+        "normalization_type": {"LN": "LN", "none": None}[cfg.normalization],
+        "positional_embedding_type": cfg.positional, "rotary_dim": cfg.d_head,
+        "seed": 0,
+    }  # fmt: skip
+    device = next(hf.parameters()).device
+    out = TransformerBridge.boot_native(given, tokenizer, device, next(hf.parameters()).dtype)
+    inside = out.original_model
+    own = {n.removeprefix("model."): p for n, p in hf.state_dict().items()}
+    names = {_plain(n): n for n in inside.state_dict()}
+    inside.load_state_dict({names[n]: p for n, p in own.items()})
+    return out
+
+
+def _plain(name: str) -> str:
+    """A parameter's name without the bridge's wrappers around its module."""
+    return name.replace("_original_component.", "").replace("original_component.", "")

@@ -1,0 +1,460 @@
+"""Small transformers trained from scratch, all members of a run together. [torch]
+
+1. Every member (an arm and a seed) has its weights in one row of a tensor [members, parameters];
+   `vmap` runs the model over the rows, so ten small models cost little more than one.
+2. A step: batch of (seed, step), mean loss, gradient, clipping, AdamW (Loshchilov & Hutter 2019)
+   written out on the rows, so that learning rate and weight decay may differ between members.
+3. On a GPU the whole step is captured once as a CUDA graph and replayed.
+4. At named steps the weights are kept, at others loss and accuracy of every evaluation set.
+5. A killed run goes on at its last state (resume.py), and ends with the same bytes.
+"""
+
+import math
+import os
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from pipeline import cli, provenance, tables, training_data
+from pipeline.errors import RetraceError
+from pipeline.resume import Checkpoints, write_tensors
+from pipeline.spec_training import Architecture, Optimiser, TrainingSpec
+from pipeline.training_data import Batches
+
+LOGITS = 1 << 24  # of an evaluation at a time, over all members
+RESIDUAL = ("attn.o.weight", "fc_out.weight", "c_proj.weight")  # what writes into the stream
+HISTORY = ("member", "step", "set", "loss", "accuracy")
+
+
+# --- the model -----------------------------------------------------------------------------
+
+
+def build(architecture: Architecture, d_vocab: int) -> nn.Module:
+    """An untrained model; its weights are PyTorch's until `initial` draws them."""
+    a = architecture
+    if a.family == "native":
+        from pipeline.native import NativeForCausalLM
+
+        return NativeForCausalLM({"d_vocab": d_vocab, **a.model_dump()})
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    config = GPT2Config(
+        vocab_size=d_vocab, n_positions=a.n_ctx, n_embd=a.d_model, n_layer=a.n_layers,
+        n_head=a.n_heads, n_inner=a.d_mlp, activation_function=a.act_fn, resid_pdrop=a.dropout,
+        embd_pdrop=a.dropout, attn_pdrop=a.dropout, tie_word_embeddings=a.tied,
+        bos_token_id=None, eos_token_id=None, use_cache=False,
+    )  # fmt: skip
+    return GPT2LMHeadModel(config)
+
+
+def is_trained(name: str, architecture: Architecture) -> bool:
+    """Whether a parameter is trained; a bias that is not stays 0."""
+    if not name.endswith("bias"):
+        return True
+    return architecture.bias == "all" or (architecture.bias == "mlp" and ".mlp." in name)
+
+
+@torch.no_grad()
+def initial(model: nn.Module, architecture: Architecture, seed: int) -> None:
+    """Draw the weights of a model in place, in the order of named_parameters; on the CPU.
+
+    gpt2: Normal(0, 0.02²), projections into the stream over sqrt(2 n_layers) (Radford et al. 2019;
+    nanoGPT). inverse_sqrt: Normal(0, 1 / d_model), the unembedding Normal(0, 1 / d_vocab) (Nanda et
+    al. 2023, released code). Biases and smear are 0, gains of layer norm 1.
+    """
+    generator = torch.Generator().manual_seed(seed)
+    for name, p in model.named_parameters():
+        if p.dim() < 2:
+            p.fill_(float(not name.endswith(("bias", "smear"))))
+            continue
+        if architecture.init == "gpt2":
+            sd = 0.02 / (math.sqrt(2 * architecture.n_layers) if name.endswith(RESIDUAL) else 1)
+        else:
+            rows = model.config.vocab_size if "head" in name else architecture.d_model
+            sd = 1 / math.sqrt(rows)
+        p.copy_(torch.randn(p.shape, generator=generator) * sd)
+
+
+def learning_rate(how: Optimiser, lr: float, step: int, steps: int) -> float:
+    """Of the step-th update, counted from 1.
+
+    Linear warm-up lr · step / warmup; then constant, or a cosine from lr to min_lr that ends at
+    decay_steps.
+    """
+    if step <= how.warmup_steps:
+        return lr * step / how.warmup_steps
+    if how.schedule == "constant":
+        return lr
+    end = how.decay_steps or steps
+    share = min((step - how.warmup_steps) / max(end - how.warmup_steps, 1), 1)
+    return how.min_lr + (lr - how.min_lr) * (1 + math.cos(math.pi * share)) / 2
+
+
+# --- members -------------------------------------------------------------------------------
+
+
+class Team:
+    """The members of a run: their weights, AdamW's moments, and one step of all.
+
+    Attributes:
+        flat: [members n] trained weights, in the order of `names`.
+        mean, square: [members n] AdamW's moments.
+        best, best_loss: the weights of least loss on the set `val` or `test`, and that loss.
+        rows: what history.parquet will hold: [evaluations 5], see HISTORY.
+    """
+
+    name = "team"
+
+    def __init__(self, spec: TrainingSpec, data: list[Batches], device: torch.device) -> None:
+        self.spec, self.data, self.device = spec, data, device
+        self.members = spec.members()
+        self.model = build(spec.architecture, data[0].d_vocab).float().to(device)
+        named = dict(self.model.named_parameters())
+        self.names = [n for n in named if is_trained(n, spec.architecture)]
+        self.shapes = [named[n].shape for n in self.names]
+        self.sizes = [named[n].numel() for n in self.names]
+        self.flat = torch.stack([self._drawn(seed) for _, _, seed in self.members]).to(device)
+        for name in named.keys() - set(self.names):
+            named[name].data.zero_()
+        self.flat.requires_grad_()
+        self.mean, self.square = torch.zeros_like(self.flat), torch.zeros_like(self.flat)
+        self.best = self.flat.detach().clone()
+        self.best_loss = torch.full((len(self.members),), math.inf, dtype=torch.float64)
+        self.rows: list[tuple[float, ...]] = []
+        self.count = torch.zeros(1, dtype=torch.long, device=device)  # updates done
+        self.plan = self._plan().to(device)
+        matrix = torch.tensor([float(len(s) > 1) for s in self.shapes])
+        decays = matrix if spec.optimiser.decay == "matrices" else torch.ones_like(matrix)
+        self.decays = decays.repeat_interleave(torch.tensor(self.sizes)).to(device)
+        self.forward = self._forward
+        if spec.compile and device.type == "cuda":
+            self.forward = torch.compile(self._forward)
+        self.graph: Any = None
+
+    def _drawn(self, seed: int) -> Tensor:
+        drawn = build(self.spec.architecture, self.data[0].d_vocab).float()
+        initial(drawn, self.spec.architecture, seed)
+        named = dict(drawn.named_parameters())
+        return torch.cat([named[n].detach().flatten() for n in self.names])
+
+    def _plan(self) -> Tensor:
+        """[steps members 3]: step size, root of the second moment's correction, decay.
+
+        AdamW's update n is  w <- w · decay − size · m / (sqrt(v) / root + eps)  with
+        size = lr / (1 − β1^n),  root = sqrt(1 − β2^n),  decay = lr · weight_decay.
+        """
+        (b1, b2), steps = self.spec.optimiser.betas, self.spec.steps
+        n = np.arange(1, steps + 1, dtype=np.float64)
+        out = np.empty((steps, len(self.members), 3))
+        for i, (_, arm, _) in enumerate(self.members):
+            lr = np.array([self.learning_rate(arm, int(step)) for step in n])
+            decay = self.overlaid(arm, "weight_decay")
+            out[:, i] = np.stack([lr / (1 - b1**n), np.sqrt(1 - b2**n), lr * decay], 1)
+        return torch.from_numpy(out).float()
+
+    def overlaid(self, arm: str, field: str) -> float:
+        """A setting of the optimiser, as the arm has it."""
+        own = getattr(self.spec.arms.get(arm), field, None)
+        return getattr(self.spec.optimiser, field) if own is None else own
+
+    def learning_rate(self, arm: str, step: int) -> float:
+        """Of the arm's update number `step`; 0 before the first."""
+        lr = self.overlaid(arm, "lr")
+        return learning_rate(self.spec.optimiser, lr, step, self.spec.steps) if step else 0.0
+
+    # resume.Trained
+    def tensors(self) -> dict[str, Tensor]:
+        return {
+            "flat": self.flat.detach().cpu(),
+            "mean": self.mean.cpu(),
+            "square": self.square.cpu(),
+            "best": self.best.cpu(),
+            "best_loss": self.best_loss,
+            "rows": torch.tensor(self.rows, dtype=torch.float64).view(-1, len(HISTORY)),
+        }
+
+    @torch.no_grad()
+    def restore(self, state: dict[str, Tensor]) -> None:
+        for name in ("flat", "mean", "square", "best"):
+            getattr(self, name).copy_(state[name])
+        self.best_loss = state["best_loss"]
+        self.rows = [tuple(row) for row in state["rows"].tolist()]
+
+    # one model
+    def parameters(self, flat: Tensor) -> dict[str, Tensor]:
+        """Name -> parameter, views of the weights [n] of one member."""
+        pieces = flat.split(self.sizes)
+        return {n: p.view(s) for n, p, s in zip(self.names, pieces, self.shapes, strict=True)}
+
+    def logits(self, flat: Tensor, tokens: Tensor) -> Tensor:
+        """[batch pos d_vocab] of one member, in the dtype of the loss."""
+        out = torch.func.functional_call(self.model, self.parameters(flat), (tokens,))
+        return out.logits.to(getattr(torch, self.spec.loss_dtype))
+
+    def loss(self, flat: Tensor, tokens: Tensor, targets: Tensor) -> Tensor:
+        """Mean cross entropy over the targets that count, nats."""
+        return F.cross_entropy(self.logits(flat, tokens).flatten(0, 1), targets.flatten())
+
+    def each(self, function: Callable, *args: Tensor) -> Tensor:
+        """A function of one member's weights and `args`, over all members: stacked.
+
+        GPT-2's code is not made for vmap, so its members take turns.
+        """
+        if len(self.members) == 1:
+            return function(self.flat[0], *[a[0] for a in args])[None]
+        if self.spec.architecture.family == "gpt2":
+            parts = [function(*one) for one in zip(self.flat, *args, strict=True)]
+            return torch.stack(parts)
+        return torch.vmap(function, randomness="different")(self.flat, *args)
+
+    # all members
+    def _forward(self, tokens: Tensor, targets: Tensor) -> Tensor:
+        with torch.autocast(
+            self.device.type,
+            torch.bfloat16,
+            enabled=self.spec.precision == "bfloat16" and self.device.type == "cuda",
+        ):
+            return self.each(self.loss, tokens, targets).sum()
+
+    def update(self, tokens: Tensor, targets: Tensor) -> None:
+        """One step of every member, on tokens and targets [members batch pos]."""
+        (gradient,) = torch.autograd.grad(self.forward(tokens, targets), self.flat)
+        self.adamw(gradient)
+
+    @torch.no_grad()
+    def adamw(self, gradient: Tensor) -> None:
+        """AdamW with the step sizes of `plan`; no value leaves the device."""
+        how = self.spec.optimiser
+        if how.clip:
+            norm = gradient.norm(dim=1, keepdim=True)
+            gradient = gradient * (how.clip / (norm + 1e-6)).clamp(max=1)
+        size, root, decay = self.plan.index_select(0, self.count)[0].split(1, 1)
+        self.count += 1
+        self.mean.lerp_(gradient, 1 - how.betas[0])
+        self.square.mul_(how.betas[1]).addcmul_(gradient, gradient, value=1 - how.betas[1])
+        scale = (self.square.sqrt() / root).add_(how.eps)
+        self.flat.sub_(self.flat * (decay * self.decays))
+        self.flat.sub_(size * self.mean / scale)
+
+    def batch(self, step: int) -> tuple[Tensor, Tensor]:
+        pairs = [d.batch(step) for d in self.data]
+        return torch.stack([t for t, _ in pairs]), torch.stack([t for _, t in pairs])
+
+    def step(self, step: int) -> None:
+        """The update from step to step + 1."""
+        if self.spec.architecture.dropout:
+            torch.manual_seed((self.spec.seeds[0] << 32) + step)  # of what is dropped
+        if self.device.type != "cuda":
+            self.update(*self.batch(step))
+            return
+        if self.graph is None:
+            self._capture(step)
+        elif not self.data[0].constant:
+            for held, new in zip(self.held, self.batch(step), strict=True):
+                held.copy_(new)
+        self.graph.replay()
+
+    def _capture(self, step: int) -> None:
+        """Record a step as a CUDA graph; the state is what it was before."""
+        self.held = [t.clone() for t in self.batch(step)]
+        state = [self.flat, self.mean, self.square, self.count]
+        before = [t.detach().clone() for t in state]
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self.update(*self.held)
+        torch.cuda.current_stream().wait_stream(side)
+        self.graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(self.graph):
+            self.update(*self.held)
+        with torch.no_grad():
+            for now, then in zip(state, before, strict=True):
+                now.copy_(then)
+
+    @torch.no_grad()
+    def evaluate(self, step: int) -> None:
+        """Loss and accuracy of every member on every evaluation set, added to `rows`."""
+        self.model.eval()
+        for number, name in enumerate(self.data[0].evaluation):
+            pairs = [d.evaluation[name] for d in self.data]
+            loss, right, n = 0.0, 0.0, 0
+            per = math.prod(pairs[0][0].shape[1:]) * self.data[0].d_vocab * len(self.members)
+            for at in range(0, len(pairs[0][0]), width := max(1, LOGITS // per)):
+                tokens, targets = (
+                    torch.stack([pair[i][at : at + width] for pair in pairs]) for i in (0, 1)
+                )
+                logits = self.each(self.logits, tokens).flatten(1, 2).double()
+                wanted = targets.flatten(1)
+                counts = wanted != training_data.IGNORED
+                each = F.cross_entropy(logits.mT, wanted, reduction="none").sum(1)
+                loss, n = loss + each, n + counts.sum(1)
+                right = right + ((logits.argmax(-1) == wanted) & counts).sum(1)
+            loss, accuracy = (loss / n).cpu(), (right / n).cpu()
+            if not torch.isfinite(loss).all():
+                bad = self.members[int((~torch.isfinite(loss)).nonzero()[0])][0]
+                raise RetraceError(
+                    f"training: member {bad} has a loss that is not finite at step {step}; lower "
+                    f"optimiser.lr, or set clip"
+                )
+            self.rows += [(i, step, number, float(loss[i]), float(accuracy[i]))
+                          for i in range(len(self.members))]  # fmt: skip
+            if name in ("val", "test"):
+                better = loss < self.best_loss
+                self.best_loss = torch.where(better, loss, self.best_loss)
+                where = better.to(self.device)[:, None]
+                self.best = torch.where(where, self.flat.detach(), self.best)
+        self.model.train()
+
+    def state_dict(self, flat: Tensor) -> dict[str, Tensor]:
+        """Name -> [members …] of weights [members n]; what is not trained is there, too."""
+        pieces = flat.detach().cpu().split(self.sizes, 1)
+        out = {n: p.reshape(len(flat), *s).contiguous()
+               for n, p, s in zip(self.names, pieces, self.shapes, strict=True)}  # fmt: skip
+        rest = dict(self.model.named_parameters())
+        for name in rest.keys() - out.keys():
+            out[name] = rest[name].detach().cpu().expand(len(flat), *rest[name].shape).contiguous()
+        return out
+
+    def history(self) -> Any:
+        """The frame of history.parquet."""
+        import pandas as pd
+
+        sets = list(self.data[0].evaluation)
+        frame = pd.DataFrame(self.rows, columns=HISTORY)
+        frame = frame.astype({"member": int, "step": int, "set": int})
+        who = [self.members[i] for i in frame["member"]]
+        arms = [self.members[i][1] for i in frame["member"]]
+        lr = [self.learning_rate(a, s) for a, s in zip(arms, frame["step"], strict=True)]
+        tokens = math.prod(self.data[0].batch(0)[0].shape)
+        return pd.DataFrame(
+            {
+                "member": [w[0] for w in who],
+                "arm": [w[1] for w in who],
+                "seed": [w[2] for w in who],
+                "step": frame["step"],
+                "tokens": frame["step"] * tokens,
+                "lr": lr,
+                "set": [sets[i] for i in frame["set"]],
+                "loss": frame["loss"],
+                "accuracy": frame["accuracy"],
+            }
+        )
+
+
+# --- the stage -----------------------------------------------------------------------------
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step-{step:08d}.safetensors"
+
+
+def run(team: Team, folder: Path, checkpoints: Checkpoints) -> float:
+    """Train to the end, writing weights into `folder`; tokens a second of this call."""
+    spec, kept, evaluated = team.spec, set(team.spec.kept()), set(team.spec.evaluated())
+    first = checkpoints.load([team])
+    team.count.fill_(first)
+    per_step = math.prod(team.data[0].batch(0)[0].shape) * len(team.members)
+    progress = cli.Progress("training", spec.steps * per_step, "tokens", first * per_step)
+    started = saved = monotonic()
+    for step in range(first, spec.steps + 1):
+        if step in kept:
+            write_tensors(folder / checkpoint_name(step), team.state_dict(team.flat))
+        if step in evaluated and not any(row[1] == step for row in team.rows[-64:]):
+            team.evaluate(step)
+        if step == spec.steps:
+            break
+        if monotonic() - saved > spec.resume_seconds:
+            checkpoints.save(step, [team])
+            saved = monotonic()
+        team.step(step)
+        if step % 16 == 0:
+            progress.at((step + 1) * per_step)
+    if team.device.type == "cuda":
+        torch.cuda.synchronize(team.device)
+    progress.at(spec.steps * per_step)
+    return (spec.steps - first) * per_step / (monotonic() - started)
+
+
+def data_of(args: Any, spec: TrainingSpec, device: torch.device) -> list[Batches]:
+    """The data of every member."""
+    seeds = [seed for _, _, seed in spec.members()]
+    if spec.data.source == "own":
+        made = {s: training_data.own(Path(args.data[0]), spec, s, device) for s in set(seeds)}
+    else:
+        tokens = training_data.read_corpus(args.corpus[0])
+        d_vocab = tables.read_json(args.tokenizer[0])["d_vocab"]
+        made = {s: training_data.of_corpus(tokens, d_vocab, spec, s, device) for s in set(seeds)}
+    return [made[s] for s in seeds]
+
+
+def work(job: cli.Job) -> None:
+    """Train a run, or take up one that was killed, and write the store's item."""
+    args, spec = job.args, job.section("training", TrainingSpec)
+    device = job.device()
+    team = Team(spec, data_of(args, spec, device), device)
+    folder = Path(args.checkpoints)
+    partial = Path(f"{folder}.partial")
+    inputs = [*args.data, *args.corpus, *args.tokenizer]
+    given = [spec.model_dump(mode="json"), [provenance.sha256_file(p) for p in inputs]]
+    made_by = [job.code, job.hardware, provenance.versions()]
+    states = Checkpoints(partial, provenance.digest([given, made_by]))
+    cli.log.info(
+        "%d members of %s parameters, %d steps",
+        len(team.members), f"{team.flat.shape[1]:,}", spec.steps,
+    )  # fmt: skip
+    rate = run(team, partial / "weights", states)
+    write_tensors(partial / "weights" / "best.safetensors", team.state_dict(team.best))
+    write(job, team, partial, rate, inputs)
+
+
+def write(job: cli.Job, team: Team, partial: Path, rate: float, inputs: list[str]) -> None:
+    """Move the weights into place, and write history and manifest."""
+    args, out = job.args, Path(job.args.out)
+    made = job.certificate(inputs, seed=team.spec.seeds, tokens_per_second=round(rate))
+    folder = Path(args.checkpoints)
+    for file in sorted((partial / "weights").glob("*.safetensors")):
+        tables.stamp_safetensors(file, job.certificate(inputs, seed=team.spec.seeds))
+    shutil.rmtree(folder, ignore_errors=True)
+    (partial / "weights").rename(folder)
+    history = team.history()
+    tables.write_table(args.history, history, made)
+    files = [*sorted(folder.iterdir()), Path(args.history)]
+    manifest = {
+        "training": team.spec.model_dump(mode="json"),
+        "d_vocab": team.data[0].d_vocab,
+        "members": [{"name": n, "arm": a, "seed": s} for n, a, s in team.members],
+        "steps": team.spec.kept(),
+        "n_parameters": team.flat.shape[1],
+        "best_loss": [x if math.isfinite(x) else None for x in team.best_loss.tolist()],
+        "files": {os.path.relpath(p, out.parent): provenance.sha256_file(p) for p in files},
+    }
+    tables.write_json(out, manifest, made)
+    shutil.rmtree(partial, ignore_errors=True)
+    last = history[history["step"] == team.spec.steps]
+    for row in last.itertuples():
+        cli.log.info(
+            "%s, %s: loss %.4g, accuracy %.3f", row.member, row.set, row.loss, row.accuracy
+        )
+    cli.log.info("%s tokens/s", f"{rate:,.0f}")
+
+
+def main() -> None:
+    parser = cli.parser(
+        "training", __doc__, data="the paper's data.py, for data: {source: own}*",
+        corpus="tokens.parquet, for data: {source: corpus}*",
+        tokenizer="model.json of the tokenizer, likewise*", out="manifest.json",
+        checkpoints="folder of weights", history="history.parquet",
+    )  # fmt: skip
+    cli.run("training", parser.parse_args(), work)
+
+
+if __name__ == "__main__":
+    main()
