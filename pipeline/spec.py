@@ -171,6 +171,10 @@ class CorpusSpec(Section):
     prepend_bos: bool = Field(default=True, description="BOS as position 0 of every block")
     seed: int = Field(default=0, ge=0, description="of the order of documents")
 
+    TEXT: ClassVar = (  # the fields that say which text it is; the others cut it into blocks
+        "source package file sha256 licence repo revision url path fallback text_field "
+        "title_field label_field whole_file"
+    ).split()
     DEFAULT_TEXT: ClassVar = {
         "text_field": "extract",
         "title_field": "title",
