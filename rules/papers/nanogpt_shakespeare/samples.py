@@ -91,7 +91,9 @@ def table(written: list[str], held_out: list[str], vocabulary: set[str]) -> pd.D
 
 
 def main() -> None:
-    parser = cli.parser("samples", __doc__, model="model.json", corpus="tokens.parquet", out="table")
+    parser = cli.parser(
+        "samples", __doc__, model="model.json", corpus="tokens.parquet", out="table"
+    )
 
     def work(job: cli.Job) -> None:
         args, options = job.args, job.section("own.samples", Options)
