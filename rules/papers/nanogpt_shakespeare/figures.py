@@ -10,7 +10,7 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from pipeline.theme import DASHES, GRID, INK, PALETTE, axis, colour, literal, rgba, selector
+from pipeline.theme import DASHES, GRID, PALETTE, axis, colour, literal, selector
 
 Drawn = tuple[go.Figure, pd.DataFrame]
 MONO = "ui-monospace, SFMono-Regular, Menlo, Consolas, 'DejaVu Sans Mono', monospace"
@@ -47,7 +47,7 @@ def loss(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
                     hovertemplate=f"{literal(member)}, step %{{x}}: %{{y:.4f}} nats<extra></extra>",
                 )
     lines = {f"README, {r}": v for r, v in options.get("published", {}).items() if r in runs}
-    uniform = float(tables["facts/text"]["ln_vocab"].iloc[0])
+    uniform = float(tables["language/text"]["ln_vocab"].iloc[0])
     for i, (name, value) in enumerate(lines.items()):
         level(figure, value, f"{name}: {value:g}", colour(i))
     level(figure, uniform, f"uniform guess: {uniform:.3f}", PALETTE[-1])
@@ -71,10 +71,14 @@ def samples(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
 
     Options: characters of each text (default 400).
     """
-    arms = {n.split("/")[1]: t for n, t in tables.items()}
-    parts = [t[t["writer"] == "model"].assign(writer=arm) for arm, t in arms.items()]
-    first = next(iter(arms.values()))
-    frame = pd.concat([*parts, first[first["writer"] == "held out"]], ignore_index=True)
+    frame = tables["language/samples"].copy()
+    by_model = frame["writer"] == "model"
+    order = sorted(frame["arm"].unique(), reverse=True)  # untrained, trained
+    frame["writer"] = frame["arm"].where(by_model, frame["writer"])
+    frame = frame[by_model | (frame["arm"] == order[0])]
+    frame = frame.sort_values(
+        "writer", key=lambda c: c.map([*order, "held out"].index), kind="stable"
+    )
     n = options.get("characters", 400)
     shown = {
         int(i): [[as_lines(t[:n])] for t in rows["text"]] for i, rows in frame.groupby("sample")
@@ -106,12 +110,13 @@ def as_lines(text: str) -> str:
 
 def lens(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     """The logit lens by layer, one line an arm; the reader chooses the measure."""
-    arms = {n.split("/")[1]: t.sort_values("layer") for n, t in tables.items()}
+    table = tables["language/lens"].sort_values("layer")
+    arms = dict(iter(table.groupby("arm")))
     figure, first = go.Figure(), next(iter(MEASURES))
-    for i, (arm, table) in enumerate(arms.items()):
+    for i, (arm, rows) in enumerate(arms.items()):
         figure.add_scatter(
-            x=table["layer"],
-            y=table[first],
+            x=rows["layer"],
+            y=rows[first],
             mode="lines+markers",
             name=literal(arm),
             line={"color": colour(i), "dash": DASHES[i % len(DASHES)]},
@@ -127,7 +132,7 @@ def lens(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
         xaxis=axis("layers before the lens (0: embeddings; last: the prediction)", dtick=1),
         yaxis=axis(*MEASURES[first], rangemode="tozero"),
     )
-    return figure, pd.concat([t.assign(arm=a) for a, t in arms.items()], ignore_index=True)
+    return figure, table
 
 
 def title(measure: str) -> str:
@@ -136,7 +141,8 @@ def title(measure: str) -> str:
 
 def excerpt(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     """The likeliest next character after every layer, along an excerpt; right ones are framed."""
-    arms = {n.split("/")[1].removesuffix("_excerpt"): t for n, t in tables.items()}
+    table = tables["language/excerpt"]
+    arms = dict(iter(table.groupby("arm")))
     data = {arm: (field(t), right(t)) for arm, t in arms.items()}
     fields, marks = next(iter(data.values()))
     figure = go.Figure(
@@ -179,7 +185,7 @@ def excerpt(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
         yaxis=axis("layers before the lens", dtick=1),
         height=120 + 38 * one["layer"].nunique(),
     )
-    return figure, pd.concat([t.assign(arm=a) for a, t in arms.items()], ignore_index=True)
+    return figure, table
 
 
 def field(table: pd.DataFrame) -> dict[str, Any]:
