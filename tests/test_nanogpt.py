@@ -346,6 +346,20 @@ def test_samples_stand_side_by_side_with_their_line_breaks():
     assert [b["label"] for b in menu["buttons"]] == ["sample 1", "sample 2"]
 
 
+@pytest.mark.parametrize(
+    "text, lines",
+    [
+        ("\n\nA\n\nB\n", ["A", "", "B"]),
+        ("one two", ["one ", "two"]),
+        ("abcdefgh", ["abcde", "fgh"]),
+        ("a<b", ["a&lt;b"]),
+        ("", [""]),
+    ],
+)
+def test_long_lines_are_broken(text, lines):
+    assert figures.as_lines(text, 5) == "<br>".join(lines)
+
+
 def test_the_lens_by_layer():
     plot, frame = drawn("lens")
     assert [d["y"] for d in plot["data"]] == [[3, 1, 0], [0.1, 0.1, 0]]

@@ -5,6 +5,7 @@ that it plots.
 """
 
 import html
+import textwrap
 from typing import Any
 
 import pandas as pd
@@ -51,7 +52,9 @@ def loss(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     for i, (name, value) in enumerate(lines.items()):
         level(figure, value, f"{name}: {value:g}", colour(i))
     level(figure, uniform, f"uniform guess: {uniform:.3f}", PALETTE[-1])
-    figure.update_layout(xaxis=axis("step"), yaxis=axis("loss", "nats a character"))
+    every = [*frame["loss"], *lines.values(), uniform]
+    ends = [min(every) - 0.08, max(every) + 0.2]  # room for the names of the dotted lines
+    figure.update_layout(xaxis=axis("step"), yaxis=axis("loss", "nats a character", range=ends))
     columns = ["recipe", "member", "seed", "step", "tokens", "set", "loss", "accuracy"]
     return figure, frame[columns]
 
@@ -69,7 +72,7 @@ def level(figure: go.Figure, value: float, text: str, line: str) -> None:
 def samples(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     """What each arm writes, and held-out text, side by side; the reader chooses the sample.
 
-    Options: characters of each text (default 400).
+    Options: characters of each text (default 500), width of a column in characters (default 46).
     """
     frame = tables["language/samples"].copy()
     by_model = frame["writer"] == "model"
@@ -79,10 +82,12 @@ def samples(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     frame = frame.sort_values(
         "writer", key=lambda c: c.map([*order, "held out"].index), kind="stable"
     )
-    n = options.get("characters", 400)
+    n, width = options.get("characters", 500), options.get("width", 46)
     shown = {
-        int(i): [[as_lines(t[:n])] for t in rows["text"]] for i, rows in frame.groupby("sample")
+        int(i): [[as_lines(t[:n], width)] for t in rows["text"]]
+        for i, rows in frame.groupby("sample")
     }
+    longest = max(t.count("<br>") + 1 for texts in shown.values() for (t,) in texts)
     writers = list(dict.fromkeys(frame["writer"]))
     cell = {"align": "left", "fill": {"color": "rgba(0,0,0,0)"}, "line": {"color": GRID}}
     figure = go.Figure(
@@ -99,13 +104,18 @@ def samples(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     choices = {f"sample {i + 1}": [{"cells.values": [v]}, {}] for i, v in shown.items()}
     if len(choices) > 1:
         figure.update_layout(updatemenus=[selector(choices)])
-    figure.update_layout(margin={"l": 4, "r": 4, "t": 8, "b": 4}, height=options.get("height", 460))
+    figure.update_layout(margin={"l": 4, "r": 4, "t": 8, "b": 4}, height=70 + 15 * longest)
     return figure, frame
 
 
-def as_lines(text: str) -> str:
-    """Text with its own line breaks, and nothing of it read as markup."""
-    return "<br>".join(html.escape(line, quote=False) for line in text.strip("\n").split("\n"))
+def as_lines(text: str, width: int) -> str:
+    """Text with its own line breaks, long lines broken, and nothing of it read as markup."""
+    lines = [
+        part
+        for line in text.strip("\n").split("\n")
+        for part in textwrap.wrap(line, width, drop_whitespace=False) or [""]
+    ]
+    return "<br>".join(html.escape(line, quote=False) for line in lines)
 
 
 def lens(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
@@ -180,9 +190,11 @@ def excerpt(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     one = next(iter(arms.values()))
     top = one[one["layer"] == one["layer"].max()].sort_values("position")
     ticks = {"tickvals": top["position"].tolist(), "ticktext": shown(top["token"])}
+    ticks |= {"range": [top["position"].min() - 0.5, top["position"].max() + 0.5]}
+    depth = [-0.5, one["layer"].max() + 0.5]
     figure.update_layout(
         xaxis=axis("character read", tickangle=0, tickfont={"family": MONO}, **ticks),
-        yaxis=axis("layers before the lens", dtick=1),
+        yaxis=axis("layers before the lens", dtick=1, range=depth),
         height=120 + 38 * one["layer"].nunique(),
     )
     return figure, table
