@@ -156,6 +156,19 @@ def arm_input_of(stage, file, arm_section=None):
     return path
 
 
+def models_of(file):
+    """Input: a file of every arm's model; arms sorted by name, as in the JSON of `spec`."""
+
+    def paths(wildcards):
+        paper = paper_of(wildcards)
+        stores = [
+            told(RUN.store, paper.name, paper.scale, arm) for arm in sorted(paper.spec.arm_names())
+        ]
+        return [f"results/store/model/{store['model'].id}/{file}" for store in stores]
+
+    return paths
+
+
 def sae_input_of(section, file):
     """Input: the file of the SAE job that trained the dictionary a section or wildcard names."""
 
