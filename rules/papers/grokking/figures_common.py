@@ -41,6 +41,13 @@ def legend_square(name: str, colour: str) -> go.Bar:
     return go.Bar(x=[None], y=[None], name=name, marker_color=colour)
 
 
+def decades(values: Any) -> dict[str, Any]:
+    """Ticks of a log axis: one a decade where the values span three or more, else 1, 2 and 5."""
+    values = np.asarray(values, dtype=float)
+    span = np.log10(values.max() / values.min())
+    return {"dtick": 1 if span >= 3 else "D2", "exponentformat": "power"}
+
+
 def numbers(values: Any, digits: int = 3) -> list[float]:
     """Plain floats with so many significant digits: slider frames fill most of a page."""
     return [float(f"{v:.{digits}g}") for v in np.asarray(values, dtype=float)]

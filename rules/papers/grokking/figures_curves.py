@@ -59,8 +59,9 @@ def grokking(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure
                 )
             frames.append(rows)
     figure.update_yaxes(**axis("accuracy", range=[-0.03, 1.05]), row=1, col=1)
-    figure.update_yaxes(**axis("loss", "nats", log=True), row=2, col=1)
-    figure.update_yaxes(dtick=1, exponentformat="power", row=2)
+    losses = pd.concat(frames)["loss"].clip(lower=FLOOR)
+    figure.update_yaxes(type="log", **common.decades(losses), row=2)
+    figure.update_yaxes(**axis("loss", "nats"), row=2, col=1)
     figure.update_xaxes(**axis("step (updates on all training pairs)", tickformat="~s"), row=2)
     figure.update_xaxes(range=[0, None], rangemode="tozero")
     figure.update_layout(height=520, margin={"t": 70}, legend={"y": 1.09})
@@ -102,8 +103,9 @@ def progress(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure
         margin={"t": 96},
         legend={"y": 1.06},
     )
-    figure.update_yaxes(**axis("loss", "nats", log=True), row=1, col=1)
-    figure.update_yaxes(dtick=1, exponentformat="power", row=1, col=1)
+    plotted = [v for m in models for c, *_ in LOSSES for v in values(data[m], c)]
+    log = axis("loss", "nats", log=True) | common.decades(plotted)
+    figure.update_yaxes(**log, row=1, col=1)
     figure.update_yaxes(**axis("Gini coefficient", rangemode="tozero"), row=2, col=1)
     figure.update_yaxes(**axis("Σ w²", rangemode="tozero"), row=3, col=1)
     figure.update_xaxes(**axis("step (updates on all training pairs)", tickformat="~s"), row=3)

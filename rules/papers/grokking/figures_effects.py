@@ -101,7 +101,7 @@ def ablation(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure
         rows=2,
         cols=1,
         vertical_spacing=0.17,
-        row_heights=[0.5, 0.5],
+        row_heights=[0.4, 0.6],
         subplot_titles=["waves of one frequency removed from the logits", "other edits, each seed"],
     )
     choices = {}
@@ -130,12 +130,12 @@ def ablation(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure
     figure.add_trace(
         go.Scatter(
             x=common.numbers(frame["loss"]),
-            y=frame["what"].tolist(),
+            y=frame["what"].map(list(EDITS.values()).index).tolist(),
             mode="markers",
             marker={"size": 8, "color": rgba(PALETTE[2], 0.75)},
-            customdata=frame["seed"].tolist(),
+            customdata=frame[["what", "seed"]].to_numpy().tolist(),
             showlegend=False,
-            hovertemplate="%{y}<br>seed %{customdata}: %{x:.3g} nats<extra></extra>",
+            hovertemplate="%{customdata[0]}<br>seed %{customdata[1]}: %{x:.3g} nats<extra></extra>",
         ),
         row=2,
         col=1,
@@ -144,18 +144,22 @@ def ablation(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure
     figure.add_vline(x=np.log(p), line=line, row=2, col=1)
     note = {"text": "ln p", "showarrow": False, "yanchor": "bottom", "font": {"size": 11}}
     figure.add_annotation(x=np.log10(np.log(p)), y=1, yref="y2 domain", xref="x2", **note)
-    log = {"log": True, "exponentformat": "power"}
+    for i, what in enumerate(EDITS.values()):  # above their points: beside them they would take
+        label = {"text": what, "x": 0, "xref": "x2 domain", "y": i, "yref": "y2"}  # half a phone
+        look = {"showarrow": False, "xanchor": "left", "yanchor": "bottom", "yshift": 1}
+        figure.add_annotation(**label, **look)
+    per_frequency = table[table["arm"] == "decay"].assign(what="without k")
     figure.update_xaxes(**axis("frequency k removed"), row=1, col=1)
-    figure.update_yaxes(**axis("test loss", "nats", **log), row=1, col=1)
-    figure.update_xaxes(**axis("loss", "nats", **log), row=2, col=1)
-    figure.update_yaxes(dtick=1, row=1, col=1)
-    figure.update_xaxes(dtick=1, row=2, col=1)
-    figure.update_yaxes(autorange="reversed", row=2, col=1)
+    log = axis("test loss", "nats", log=True) | common.decades(per_frequency["without_test"])
+    figure.update_yaxes(**log, row=1, col=1)
+    log = axis("loss", "nats", log=True) | common.decades(frame["loss"])
+    figure.update_xaxes(**log, row=2, col=1)
+    bare = {"showticklabels": False, "ticks": "", "range": [len(EDITS) - 0.5, -0.9]}
+    figure.update_yaxes(**bare, tickvals=list(range(len(EDITS))), row=2, col=1)
     figure.update_layout(
-        updatemenus=[selector(choices)], height=720, margin={"t": 72}, legend={"y": 1.06}
+        updatemenus=[selector(choices)], height=820, margin={"t": 72}, legend={"y": 1.06}
     )
     figure.update_annotations(font_size=12)
-    per_frequency = table[table["arm"] == "decay"].assign(what="without k")
     return figure, pd.concat([per_frequency, frame], ignore_index=True)
 
 

@@ -10,10 +10,8 @@ rule grokking_fourier:
         data=own_file_of("data.py"),
         decay=training_of("decay", "manifest.json"),
         no_decay=training_of("no_decay", "manifest.json"),
-        checkpoints=[
-            training_of("decay", "checkpoints"),
-            training_of("no_decay", "checkpoints"),
-        ],
+        decay_checkpoints=training_of("decay", "checkpoints"),
+        no_decay_checkpoints=training_of("no_decay", "checkpoints"),
     output:
         progress="results/{scale}/{paper}/fourier/progress.parquet",
         phases="results/{scale}/{paper}/fourier/phases.parquet",
