@@ -42,10 +42,15 @@ def legend_square(name: str, colour: str) -> go.Bar:
 
 
 def decades(values: Any) -> dict[str, Any]:
-    """Ticks of a log axis: one a decade where the values span three or more, else 1, 2 and 5."""
-    values = np.asarray(values, dtype=float)
-    span = np.log10(values.max() / values.min())
-    return {"dtick": 1 if span >= 3 else "D2", "exponentformat": "power"}
+    """A log axis about all values: ticks at 1, 2 and 5 where they span less than three decades,
+    else at every decade, or every second."""
+    values = np.log10(np.asarray(values, dtype=float))
+    low, high = float(values.min()), float(values.max())
+    span = high - low
+    dtick = "D2" if span < 3 else 1 if span < 6 else 2
+    margin = 0.06 * span + 0.02
+    about = {"type": "log", "range": [low - margin, high + margin]}
+    return about | {"dtick": dtick, "exponentformat": "power"}
 
 
 def numbers(values: Any, digits: int = 3) -> list[float]:

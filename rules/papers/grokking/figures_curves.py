@@ -60,7 +60,7 @@ def grokking(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure
             frames.append(rows)
     figure.update_yaxes(**axis("accuracy", range=[-0.03, 1.05]), row=1, col=1)
     losses = pd.concat(frames)["loss"].clip(lower=FLOOR)
-    figure.update_yaxes(type="log", **common.decades(losses), row=2)
+    figure.update_yaxes(**common.decades(losses), row=2)
     figure.update_yaxes(**axis("loss", "nats"), row=2, col=1)
     figure.update_xaxes(**axis("step (updates on all training pairs)", tickformat="~s"), row=2)
     figure.update_xaxes(range=[0, None], rangemode="tozero")
@@ -86,26 +86,23 @@ def progress(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure
     figure.add_trace(curve(shown, "sum_squares", "Σ w² of all weights", INK, "solid"), row=3, col=1)
     choices = {}
     for arm, seed in models:
-        rows, ends = data[arm, seed], common.model(phases, arm, seed).iloc[0]
-        y = [values(rows, c) for c in columns]
-        x = [rows["step"].tolist()] * len(columns)
-        shapes, texts = shades(ends)
-        choices[f"seed {seed}, {common.ARMS[arm]}"] = [
-            {"x": x, "y": y},
-            {"shapes": shapes, "annotations": texts},
-        ]
-    shapes, texts = shades(common.model(phases, *models[0]).iloc[0])
+        rows = data[arm, seed]
+        changes = {"x": [rows["step"].tolist()] * len(columns)}
+        changes["y"] = [values(rows, c) for c in columns]
+        shapes = shades(common.model(phases, arm, seed).iloc[0])
+        which = list(range(len(columns)))
+        choices[f"seed {seed}, {common.ARMS[arm]}"] = [changes, {"shapes": shapes}, which]
+    for name, colour in common.PHASES:
+        figure.add_trace(common.legend_square(name, rgba(colour, 0.4)), row=1, col=1)
     figure.update_layout(
-        shapes=shapes,
-        annotations=texts,
+        shapes=next(iter(choices.values()))[1]["shapes"],
         updatemenus=[selector(choices)],
-        height=700,
+        height=720,
         margin={"t": 96},
-        legend={"y": 1.06},
+        legend={"y": 1.02},
     )
     plotted = [v for m in models for c, *_ in LOSSES for v in values(data[m], c)]
-    log = axis("loss", "nats", log=True) | common.decades(plotted)
-    figure.update_yaxes(**log, row=1, col=1)
+    figure.update_yaxes(**axis("loss", "nats") | common.decades(plotted), row=1, col=1)
     figure.update_yaxes(**axis("Gini coefficient", rangemode="tozero"), row=2, col=1)
     figure.update_yaxes(**axis("Σ w²", rangemode="tozero"), row=3, col=1)
     figure.update_xaxes(**axis("step (updates on all training pairs)", tickformat="~s"), row=3)
@@ -131,17 +128,13 @@ def curve(rows: pd.DataFrame, column: str, name: str, colour: str, dash: str) ->
     )
 
 
-def shades(ends: pd.Series) -> tuple[list[dict], list[dict]]:
-    """Shapes and labels of the phases of one model; none where it has no phases."""
+def shades(ends: pd.Series) -> list[dict]:
+    """The shaded phases of one model; none where it has no phases."""
     borders = [0, ends["memorised"], ends["cleanup"], ends["cleaned"]]
     if np.isnan(borders).any():
-        return [], []
-    shapes, texts = [], []
-    for i, (name, colour) in enumerate(common.PHASES):
-        box = {"x0": borders[i], "x1": borders[i + 1], "y0": 0, "y1": 1}
-        common_look = {"xref": "x", "yref": "paper", "line": {"width": 0}, "layer": "below"}
-        shapes.append({"type": "rect", "fillcolor": rgba(colour, 0.16), **common_look, **box})
-        text = {"text": name, "x": borders[i], "y": 1, "xref": "x", "yref": "paper"}
-        look = {"showarrow": False, "textangle": -18, "xanchor": "left", "yanchor": "bottom"}
-        texts.append({**text, **look, "font": {"size": 11}})
-    return shapes, texts
+        return []
+    look = {"type": "rect", "line": {"width": 0}, "layer": "below", "xref": "x", "yref": "paper"}
+    return [
+        {**look, "fillcolor": rgba(colour, 0.16), "x0": x0, "x1": x1, "y0": 0, "y1": 1}
+        for (_, colour), x0, x1 in zip(common.PHASES, borders, borders[1:], strict=False)
+    ]

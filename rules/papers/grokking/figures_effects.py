@@ -16,14 +16,14 @@ SINGLE = 0.85
 EDITS = {  # edit of fourier/edits, set -> what was done
     ("full", "test"): "nothing",
     ("restricted", "test"): "keep key waves of a + b (restricted)",
-    ("blocks", "test"): "keep 8 components of each key frequency",
+    ("blocks", "test"): "keep key frequencies (8 terms each)",
     ("formula", "test"): "logits := Σ α cos w(a + b − c)",
-    ("polynomials", "test"): "neurons := polynomial of one frequency",
+    ("polynomials", "test"): "neurons := one-frequency polynomials",
     ("neuron_waves", "test"): "neurons := key waves of a + b",
     ("directions", "test"): "neurons := part along u, v",
     ("nullspace", "test"): "neurons := part off u, v",
-    ("excluded", "train"): "drop key waves (excluded, training pairs)",
-    ("without_blocks", "test"): "drop 8 components of each key frequency",
+    ("excluded", "train"): "drop key waves (excluded; training)",
+    ("without_blocks", "test"): "drop key frequencies (8 terms each)",
 }
 
 
@@ -102,7 +102,7 @@ def ablation(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure
         cols=1,
         vertical_spacing=0.17,
         row_heights=[0.4, 0.6],
-        subplot_titles=["waves of one frequency removed from the logits", "other edits, each seed"],
+        subplot_titles=["waves of one frequency removed", "other edits, each seed"],
     )
     choices = {}
     for seed in common.seeds(table):
@@ -150,10 +150,10 @@ def ablation(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure
         figure.add_annotation(**label, **look)
     per_frequency = table[table["arm"] == "decay"].assign(what="without k")
     figure.update_xaxes(**axis("frequency k removed"), row=1, col=1)
-    log = axis("test loss", "nats", log=True) | common.decades(per_frequency["without_test"])
-    figure.update_yaxes(**log, row=1, col=1)
-    log = axis("loss", "nats", log=True) | common.decades(frame["loss"])
-    figure.update_xaxes(**log, row=2, col=1)
+    log = common.decades(per_frequency[["full_test", "without_test"]])
+    figure.update_yaxes(**axis("test loss", "nats") | log, row=1, col=1)
+    log = common.decades([*frame["loss"], np.log(p)])
+    figure.update_xaxes(**axis("loss", "nats", tickangle=0) | log, row=2, col=1)
     bare = {"showticklabels": False, "ticks": "", "range": [len(EDITS) - 0.5, -0.9]}
     figure.update_yaxes(**bare, tickvals=list(range(len(EDITS))), row=2, col=1)
     figure.update_layout(

@@ -14,7 +14,7 @@ from pipeline.theme import GRID, axis, rgba, scale, slider
 
 common = import_file(Path(__file__).with_name("figures_common.py"))
 PARTS = {"W_E": "embedding W_E", "neurons": "neurons", "W_L": "neurons to logits W_L"}
-ROWS = {"number": "embedding of n", "sum": "MLP(a, b), seen by W_L"}
+ROWS = {"number": "embedding of n", "sum": "MLP(a, b)"}
 MOST = 4  # circles side by side
 
 
@@ -82,7 +82,7 @@ def circle(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure, 
         rows=2,
         cols=len(key),
         horizontal_spacing=0.03,
-        vertical_spacing=0.08,
+        vertical_spacing=0.05,
         subplot_titles=[f"k = {k}" for k in key] + [""] * len(key),
     )
     table = table[table["frequency"].isin(key)]
@@ -101,7 +101,7 @@ def circle(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure, 
         shown[f"{step:,}"] = [xy, {}]
     figure.update_layout(
         sliders=[slider(shown, "step ", active=len(steps) - 1)],
-        height=480,
+        height=520,
         margin={"t": 40, "b": 64, "r": 8},
         coloraxis={
             "colorscale": scale(cyclical.Phase),

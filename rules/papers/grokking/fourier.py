@@ -36,9 +36,11 @@ class Options(Section):
 
     tables: list[str]
     key_ratio: float = Field(
-        default=2.0, gt=1, description="a frequency is key where its removal from the logits makes "
-        "the test loss so many times as large"
-    )  # fmt: skip
+        default=10.0,
+        gt=1,
+        description="a frequency is key where its removal from the logits makes the test loss at "
+        "least so many times as large",
+    )
     frames: int = Field(default=20, ge=2, description="checkpoints in spectrum and circle")
 
 

@@ -37,6 +37,7 @@ def progress(c: "circuit.Circuit", pairs: "ablations.Pairs", key: Tensor) -> dic
 
     sum_only: all frequencies' waves of a + b are kept, key or not. It averages over the pairs of a
     sum, trained ones among them: what a model that memorised them gets by this alone.
+    explained: by the formula with key frequencies; explained_any: with all frequencies.
     gini_W_E and gini_W_L are of the norms of the p Fourier components.
     """
     logits = c.logits
@@ -45,7 +46,7 @@ def progress(c: "circuit.Circuit", pairs: "ablations.Pairs", key: Tensor) -> dic
     restricted = ablations.restricted(logits, pairs, key)
     excluded = ablations.excluded(logits, pairs, key)
     sum_only = ablations.restricted(logits, pairs, torch.ones_like(key))
-    alpha = ablations.coefficients(logits, c.p) * key
+    alpha = ablations.coefficients(logits, c.p)
     share, _ = explained(c)
     return {
         **{f"{name}_loss": value for name, value in full.items()},
@@ -53,7 +54,8 @@ def progress(c: "circuit.Circuit", pairs: "ablations.Pairs", key: Tensor) -> dic
         **{f"restricted_{name}": value for name, value in restricted.items()},
         **{f"excluded_{name}": value for name, value in excluded.items()},
         **{f"sum_only_{name}": value for name, value in sum_only.items()},
-        **ablations.fit_quality(logits, alpha),
+        **ablations.fit_quality(logits, alpha * key),
+        "explained_any": ablations.fit_quality(logits, alpha)["explained"],
         "single": float((share > ablations.SINGLE).double().mean()),
         "gini_W_E": waves.gini(waves.component_norms(c.W_E)),
         "gini_W_L": waves.gini(waves.component_norms(c.W_L)),

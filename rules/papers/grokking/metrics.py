@@ -22,8 +22,8 @@ METRICS = {
     "phase.cleanup": "first checkpoint after the largest test loss at which log test loss has gone "
     "5 % of its way to its final value: circuit formation ends, cleanup begins",
     "phase.cleaned": "first checkpoint at which it has gone 90 % of that way: cleanup ends",
-    "key.count": "key frequencies: those whose removal from the logits of the last checkpoint at "
-    "least doubles the test loss",
+    "key.count": "key frequencies: those whose removal from the logits of the last checkpoint "
+    "raises the test loss at least key_ratio times (paper.yaml: 10)",
     "key.weakest": "smallest ratio of the test loss without a key frequency to the full test loss",
     "key.other": "largest such ratio of a frequency that is not key",
     "embedding.frequencies": "frequencies whose norm in W_E is above a quarter of the largest",
@@ -67,6 +67,9 @@ METRICS = {
     "during.*.cleanup": "the same during cleanup",
     "null.accuracy.train": "arm without weight decay: as accuracy.train",
     "null.accuracy.test": "arm without weight decay: largest test accuracy at any evaluation",
+    "null.logits.explained_any": "arm without weight decay: share of the variance of the logits "
+    "that the formula explains with all frequencies, key or not",
+    "untrained.logits.explained_any": "step 0: the same",
     "null.loss.sum_only": "arm without weight decay: test loss with the waves of a + b of all "
     "frequencies kept; it averages over the pairs of a sum, the trained ones among them",
     "null.*": "arm without weight decay: the same",
@@ -170,8 +173,7 @@ def of_seed(tables: dict[str, Any], history: Any) -> dict[str, float]:
     )
 
 
-NULL = ("accuracy.train", "loss.test", "loss.train", "key.count", "neurons.single",
-        "logits.explained")  # fmt: skip
+NULL = ("accuracy.train", "loss.test", "loss.train", "key.count", "neurons.single")
 
 
 def metrics(tables: dict[str, Any]) -> dict[str, Any]:
@@ -195,12 +197,13 @@ def metrics(tables: dict[str, Any]) -> dict[str, Any]:
                 last = own["progress"].sort_values("step").iloc[-1]
                 found = {f"null.{name}": found[name] for name in NULL} | {
                     "null.accuracy.test": test.max(),
+                    "null.logits.explained_any": last["explained_any"],
                     "null.loss.sum_only": last["sum_only_test"],
                 }
             else:
                 found |= {
                     "untrained.neurons.single": start["single"],
-                    "untrained.logits.explained": start["explained"],
+                    "untrained.logits.explained_any": start["explained_any"],
                     "untrained.gini_W_E": start["gini_W_E"],
                 }
             for name, value in found.items():

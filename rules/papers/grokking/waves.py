@@ -68,6 +68,15 @@ def waves_of_sum(values: Tensor, p: int) -> tuple[Tensor, Tensor]:
     return part[0], part[1:].unflatten(0, (-1, 2)).sum(1)
 
 
+def both(matrix: Tensor, grid: Tensor) -> Tensor:
+    """A matrix [m, p] applied to the first and to the second index of grid [p, p, n]: [m, m, n].
+
+    One after the other: a single einsum would build the matrix of m² × p² first.
+    """
+    first = torch.einsum("fa,abn->fbn", matrix, grid)
+    return torch.einsum("gb,fbn->fgn", matrix, first)
+
+
 def plane_powers(values: Tensor, p: int) -> tuple[Tensor, Tensor, Tensor]:
     """How much of each column of values [p², n] each frequency explains.
 
@@ -80,7 +89,7 @@ def plane_powers(values: Tensor, p: int) -> tuple[Tensor, Tensor, Tensor]:
     """
     B = basis(p, values.device)
     grid = (values - values.mean(0)).reshape(p, p, -1)
-    transform = torch.einsum("fa,gb,abn->fgn", B, B, grid)
+    transform = both(B, grid)
     power = transform**2
     linear = (power[1:, 0] + power[0, 1:]).unflatten(0, (-1, 2)).sum(1)
     products = power[1:, 1:].unflatten(1, (-1, 2)).unflatten(0, (-1, 2)).sum((1, 3))
@@ -102,5 +111,5 @@ def plane_parts(values: Tensor, p: int, frequencies: Tensor) -> Tensor:
         for j in range(2):
             block = keep[rows, 1 + j :: 2]
             block.diagonal(dim1=0, dim2=1).copy_(frequencies.T)
-    grid = torch.einsum("fa,gb,fgn->abn", B, B, transform * keep)
+    grid = both(B.T, transform * keep)
     return grid.reshape(p * p, -1) + values.mean(0)
