@@ -9,6 +9,7 @@ configfile: f"{workflow.current_basedir}/config.yaml"
 
 
 include: "rules/common.smk"
+include: "rules/tokenizer.smk"
 include: "rules/corpus.smk"
 include: "rules/training.smk"
 include: "rules/model.smk"
@@ -42,7 +43,7 @@ rule all:
         targets(),
 
 
-for name in RUN.config.papers:
+for name in RUN.available:  # `snakemake -c2 grokking`
 
     rule:
         name:

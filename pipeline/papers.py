@@ -6,6 +6,7 @@ the store a paper needs at a scale, under which digest, made from which spec.
 """
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +17,7 @@ from pipeline import spec
 from pipeline.errors import RetraceError, nearest
 from pipeline.provenance import canonical, digest, sha256_file
 from pipeline.source import file_code
-from pipeline.spec import SCALES, Config, PaperSpec
+from pipeline.spec import SCALES, Config, CorpusSpec, PaperSpec
 
 DIGEST_LENGTH = 12
 
@@ -51,7 +52,7 @@ class Paper:
 # --- paper folders -------------------------------------------------------------------------
 
 
-class _OnceLoader(yaml.SafeLoader):
+class _OnceLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # C, where it is built in
     """YAML's safe loader, which here refuses a key that stands twice in a mapping."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
@@ -104,10 +105,20 @@ def find(name: str, dirs: list[Path]) -> Path:
     )
 
 
-def load(folder: Path, scale: str) -> Paper:
-    """The paper in `folder` at `scale`, validated."""
+def available(dirs: list[Path]) -> list[str]:
+    """Names of all paper folders in `dirs`, sorted; what is no name for a paper is left out."""
+    found = {p.parent.name for d in dirs for p in d.glob("*/paper.yaml")}
+    return sorted(n for n in found if re.fullmatch(r"[A-Za-z]\w*", n))
+
+
+def load(folder: Path, scale: str, raw: dict | None = None) -> Paper:
+    """The paper in `folder` at `scale`, validated.
+
+    Args:
+        raw: what `load_yaml` gives of its paper.yaml, where that was read before.
+    """
     file = folder / "paper.yaml"
-    raw = load_yaml(file)
+    raw = dict(load_yaml(file) if raw is None else raw)
     scales = raw.pop("scales", None) or {}
     if not isinstance(scales, dict):
         raise RetraceError(f"{file}: scales: must be a mapping from smoke, laptop, paper")
@@ -136,8 +147,11 @@ class Item:
     inputs: dict[str, str]
 
 
-def resolve(path: str, folder: Path, roots: list[Path]) -> Path:
+def resolve(path: str, folder: Path, roots: list[Path], may_miss: bool = False) -> Path:
     """A path of a paper.yaml, made absolute: relative to the paper's folder or a root.
+
+    Args:
+        may_miss: a path that does not exist is given back where a root would have it.
 
     Raises:
         RetraceError: it lies outside the paper's folder and the roots of config.yaml, or is
@@ -154,6 +168,8 @@ def resolve(path: str, folder: Path, roots: list[Path]) -> Path:
     if found:
         _no_way_out(found, folder, roots)
         return found
+    if may_miss:
+        return inside[-1]
     raise RetraceError(
         f"{folder / 'paper.yaml'}: path '{path}' does not exist; looked at {inside[0]}"
     )
@@ -217,7 +233,9 @@ class Run:
         self.config = config
         self.dirs = [_folder("papers_dirs", d, bases) for d in config.papers_dirs]
         self.roots = [_folder("roots", r, bases) for r in config.roots]
+        self.available = list(dict.fromkeys([*config.papers, *available(self.dirs)]))
         self._papers: dict[tuple[str, str], Paper] = {}
+        self._raw: dict[Path, dict] = {}
         self._items: dict[str, dict[str, Item]] = {}
         for name in config.papers:  # every fault that can be known now is told now
             for scale in SCALES:
@@ -233,13 +251,16 @@ class Run:
     def paper(self, name: str, scale: str) -> Paper:
         """A paper at a scale, loaded and validated once; its store items become known."""
         if (name, scale) not in self._papers:
-            self._papers[name, scale] = load(find(name, self.dirs), scale)
+            folder = find(name, self.dirs)
+            if folder not in self._raw:
+                self._raw[folder] = load_yaml(folder / "paper.yaml")
+            self._papers[name, scale] = load(folder, scale, self._raw[folder])
         return self._papers[name, scale]
 
     def item(self, stage: str, id: str) -> Item:
         """The store's artefact with this id."""
         if id not in self._items.get(stage, {}):
-            for name in self.config.papers:  # a job on another node starts from the id alone
+            for name in self.available:  # a job on another node starts from the id alone
                 for scale in SCALES:
                     try:
                         for arm in self.paper(name, scale).spec.arm_names():
@@ -348,13 +369,14 @@ class Run:
         identity = [section, file_code(data)]
         return self._item("training", name, section, {"data": str(data)}, identity)
 
-    def _tokenizer(self, paper: Paper, job: dict, identity: dict) -> Item:
+    def _tokenizer(self, paper: Paper, job: dict, identity: dict, inputs: dict) -> Item:
         """A tokenizer made from the text of the paper's corpus."""
         section = paper.spec.tokenizer.model_dump()
-        shape = {"n_ctx", "n_tokens", "n_eval_tokens", "prepend_bos"}  # not of the text
-        text = {k: v for k, v in identity.items() if k not in shape}
-        made = {"tokenizer": section, "corpus": job}
-        return self._item("tokenizer", section["kind"], made, {}, [section, text])
+        text, made_from = (
+            {k: v for k, v in d.items() if k in CorpusSpec.TEXT} for d in (identity, job)
+        )
+        made = {"tokenizer": section, "corpus": made_from}
+        return self._item("tokenizer", section["kind"], made, inputs, [section, text])
 
     def _corpus(self, paper: Paper) -> Item:
         section = paper.spec.corpus
@@ -364,21 +386,29 @@ class Run:
             path = resolve(section.path, paper.folder, self.roots)
             job["path"] = str(near(path))
             identity["path"] = path_digest(path)
+        inputs = {}
+        if section.source == "url":  # pinned by its sha256, wherever it is read
+            identity["path"] = identity["url"] = ""
+            if section.path:
+                path = resolve(section.path, paper.folder, self.roots, may_miss=True)
+                job["path"] = str(near(path))
+                inputs |= {"text": job["path"]} if path.exists() else {}
         name = (
             section.name
             or {
                 "package": section.package.split("==")[0],
                 "hub": section.repo.split("/")[-1],
                 "local": Path(section.path).stem,
+                "url": Path(section.url).stem,
             }[section.source]
         )
         if paper.spec.tokenizer is not None:
-            tokenizer = self._tokenizer(paper, job, identity)
-            inputs = {"tokenizer": f"tokenizer/{tokenizer.id}"}
+            tokenizer = self._tokenizer(paper, job, identity, dict(inputs))
+            inputs["tokenizer"] = f"tokenizer/{tokenizer.id}"
             return self._item("corpus", name, {"corpus": job}, inputs, [identity, tokenizer.id])
         trained = {"weights": "trained", "processing": "raw"}
         tokenizer, source = self._model(paper, paper.spec.arm_names()[0], trained)
-        inputs = {"tokenizer": f"model/{tokenizer.id}"}
+        inputs["tokenizer"] = f"model/{tokenizer.id}"
         return self._item("corpus", name, {"corpus": job}, inputs, [identity, source])
 
     def _item(

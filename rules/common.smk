@@ -52,7 +52,7 @@ wildcard_constraints:
 
 def paper_rules():
     """(name, rules.smk) of every paper that has one."""
-    files = {name: papers.find(name, RUN.dirs) / "rules.smk" for name in RUN.config.papers}
+    files = {name: papers.find(name, RUN.dirs) / "rules.smk" for name in RUN.available}
     return [(name, str(f.resolve())) for name, f in files.items() if f.exists()]
 
 
@@ -100,6 +100,16 @@ def item_input_of(stage, made_from, file):
         if found is None:
             return []
         return f"results/store/{found if '/' in found else f'{made_from}/{found}'}/{file}"
+
+    return path
+
+
+def text_of(stage):
+    """Input: the local copy of a text of a URL, where there is one; its coming reruns the job."""
+
+    def path(wildcards):
+        text = told(RUN.item, stage, wildcards[stage]).inputs.get("text")
+        return [ancient(text)] if text else []
 
     return path
 
@@ -269,9 +279,10 @@ def index_spec(wildcards):
 
 
 def print_claims():
-    """The claims tables of the run, and where the pages are."""
+    """The claims tables of the papers asked for, and where the pages are."""
     base = f"results/{RUN.config.scale}"
-    summary.print_claims(base, RUN.config.papers)
+    asked = [name for name in RUN.available if name in sys.argv]
+    summary.print_claims(base, asked or RUN.config.papers)
 
 
 def print_failure(log):
