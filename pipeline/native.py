@@ -41,7 +41,9 @@ def product(rows: Tensor, weight: Tensor, split: bool) -> Tensor:
     pieces = next((c for c in range(n // PIECE, 1, -1) if n % c == 0), 1) if split else 1
     if pieces == 1:
         return rows @ weight
-    return (rows.view(pieces, n // pieces, -1) @ weight).flatten(0, 1)
+    # bmm, since matmul would fold the pieces into one product again
+    out = torch.bmm(rows.view(pieces, n // pieces, -1), weight.expand(pieces, *weight.shape))
+    return out.flatten(0, 1)
 
 
 class Linear(nn.Linear):
