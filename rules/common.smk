@@ -99,7 +99,8 @@ def item_input_of(stage, made_from, file):
         found = told(RUN.item, stage, wildcards[stage]).inputs.get(made_from)
         if found is None:
             return []
-        return f"results/store/{found if '/' in found else f'{made_from}/{found}'}/{file}"
+        folder = found if os.sep in found else f"{made_from}/{found}"
+        return f"results/store/{folder}/{file}"
 
     return path
 
