@@ -1,0 +1,326 @@
+"""Stage `heads`: what Elhage et al. 2021 and Olsson et al. 2022 measure of attention heads. [torch]
+
+For every run of the section training, from its checkpoints:
+
+1. training     loss by token index, on the first and second copy, and the in-context learning score,
+                which is positive: loss at early tokens minus loss at late ones, as in Argument 1 of
+                Olsson et al. (their definition under Key Concepts has the other sign).
+2. scores       prefix matching and previous-token attention of every head, at every checkpoint.
+3. heads        the same at the first and last checkpoint, with copying and matching (signs of
+                the OV and QK eigenvalues) and how much of the key is the present token's;
+   eigenvalues  the eigenvalues themselves, at the last checkpoint.
+4. composition  Q-, K- and V-composition of every pair of heads, beside random matrices.
+5. ablation     losses without each head, without all induction heads, and without all others.
+6. patterns     attention of the heads that matter on one repeated sequence.
+
+attention.py runs the models, circuits.py reads the weights.
+"""
+
+import itertools
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from pydantic import Field
+
+from pipeline import cli, tables
+from pipeline.errors import RetraceError
+from pipeline.source import import_file
+from pipeline.spec import Section
+
+HERE = Path(__file__).parent
+circuits = import_file(HERE / "circuits.py")
+TABLES = ("training", "scores", "heads", "eigenvalues", "composition", "ablation", "patterns")
+INDUCTION = 0.5  # prefix matching of an induction head
+Interval = tuple[int, int]
+
+
+class Icl(Section):
+    """Which tokens the in-context learning score compares; BOS is token 0. Both ends count."""
+
+    early: Interval = Field(description="Olsson et al. take token 50 of 512")
+    late: Interval = Field(description="… and token 500")
+
+    def score(self, by_index: np.ndarray) -> float:
+        """Loss at early minus loss at late tokens, nats; by_index[i] is of token i + 1."""
+        early, late = (by_index[a - 1 : b].mean() for a, b in (self.early, self.late))
+        return float(early - late)
+
+
+class Repeat(Section):
+    """Sequences for prefix matching: a segment of distinct random tokens, several times over."""
+
+    length: int = Field(ge=2, description="Olsson et al.: 25")
+    times: int = Field(ge=2, description="Olsson et al.: 4")
+    n: int = Field(default=32, ge=1, description="sequences; Olsson et al.: 10")
+
+
+class Options(Section):
+    """Section own.heads of paper.yaml."""
+
+    tables: list[str]
+    icl: Icl = Field(description="of runs that learn from repeated sequences")
+    text_icl: Icl | None = Field(default=None, description="of runs that learn from text")
+    repeat: Repeat
+
+
+class Held:
+    """A run, its members' models at a step, and what they are measured on.
+
+    Attributes:
+        name: of the run in paper.yaml.
+        tokens, targets: held-out sequences, [batch pos].
+        copies: name -> [batch pos], where the targets of the first and second copy stand.
+        repeated: sequences of `attention.repeated`.
+    """
+
+    def __init__(self, manifest: str, corpus: list[str], options: Options, device: Any) -> None:
+        import torch
+
+        from pipeline import trained, training_data
+
+        self.attention = import_file(HERE / "attention.py")
+        self.device, self.options = device, options
+        self.run = trained.open_run(manifest)
+        self.name = Path(manifest).parent.name.rsplit("-", 1)[0]  # <run>-<digest>
+        spec, n_ctx = self.run.spec, self.run.spec.architecture.n_ctx
+        need_attention_only(self.name, spec.architecture)
+        if spec.data.source == "own":
+            found = import_file(HERE / "data.py").held_out(spec.data.options, n_ctx)
+            self.tokens, self.targets, self.icl = found.tokens, found.targets, options.icl
+            self.copies = {"first_copy": found.first, "second_copy": found.second}
+            self.n_tokens = self.run.info["d_vocab"] - 1
+        else:
+            if options.text_icl is None or not corpus:
+                raise RetraceError(f"own.heads: run '{self.name}' learns from text; add text_icl")
+            ids = torch.from_numpy(training_data.read_corpus(corpus[0])["eval"].astype(np.int64))
+            self.tokens, self.targets = training_data.windows(ids, n_ctx)
+            self.icl, self.copies = options.text_icl, {}
+            self.n_tokens = self.run.info["d_vocab"]
+        if max(self.icl.late) > n_ctx:
+            raise RetraceError(f"own.heads: token {max(self.icl.late)} of icl is behind n_ctx {n_ctx}")
+        how = options.repeat
+        bos = self.run.info["d_vocab"] - 1 if self.copies else int(self.tokens[0, 0])
+        self.repeated = self.attention.repeated(how.n, self.n_tokens, how.length, how.times, bos)
+        if self.repeated.shape[1] > n_ctx:
+            raise RetraceError(f"own.heads: repeat: {how.times} × {how.length} tokens exceed {n_ctx}")
+
+    def models(self, step: int) -> Iterator[tuple[dict[str, Any], Any, dict[str, np.ndarray]]]:
+        """(columns that name it, the model, its weights) of every member after `step` updates."""
+        states, model = self.run.stacked(step), self.run.module().to(self.device)
+        spec = self.run.spec
+        per_step = spec.batch_size * spec.architecture.n_ctx
+        for i, member in enumerate(self.run.members):
+            state = {n: p[i] for n, p in states.items()}
+            model.load_state_dict(state)
+            columns = {"run": self.name, "member": member, "seed": self.run.seed(member)}
+            columns |= {"step": step, "tokens": step * per_step}
+            yield columns, model, {n: p.numpy() for n, p in state.items()}
+
+    def summary(self, losses: np.ndarray) -> dict[str, float]:
+        """Mean loss, loss on either copy and the in-context learning score of losses [batch pos]."""
+        out = {"loss": float(losses.mean()), "icl": self.icl.score(losses.mean(0))}
+        for name in ("first_copy", "second_copy"):
+            there = self.copies.get(name)
+            out[name] = float(losses[there.numpy()].mean()) if there is not None else np.nan
+        return out
+
+    def patterns(self, model: Any) -> list[Any]:
+        """Attention of every layer on the repeated sequences, [batch n_heads pos pos]."""
+        return self.attention.forward(model, self.repeated.to(self.device))[1]
+
+
+def need_attention_only(name: str, architecture: Any) -> None:
+    """RetraceError for a run whose models `attention.forward` does not compute."""
+    if architecture.family != "native" or architecture.d_mlp:
+        raise RetraceError(
+            f"training.{name}: stage heads reads attention-only models; use family native, d_mlp 0"
+        )
+
+
+# --- through training ----------------------------------------------------------------------
+
+
+def through_training(held: Held, told: Callable[[], None]) -> tuple[list[dict], list[dict]]:
+    """Rows of the tables training and scores of one run; `told` is called after each model."""
+    import torch
+
+    losses, scores = [], []
+    how, run = held.options.repeat, held.attention
+    for step in held.run.steps:
+        for columns, model, _ in held.models(step):
+            parts, previous = [], []
+            for x, y in run.pieces(model, held.tokens, held.targets):
+                logits, patterns = run.forward(model, x.to(held.device))
+                parts.append(run.token_losses(logits, y.to(held.device)).cpu())
+                previous.append(len(x) * torch.stack([run.previous_token(p) for p in patterns]))
+            found = torch.cat(parts).double().numpy()
+            by_index = found.mean(0).astype(np.float32)
+            losses.append(columns | held.summary(found) | {"by_index": by_index})
+            previous_token = (sum(previous) / len(held.tokens)).tolist()
+            for layer, pattern in enumerate(held.patterns(model)):
+                matching = run.prefix_matching(pattern, how.length, how.times).tolist()
+                for head, value in enumerate(matching):
+                    place = {"layer": layer, "head": head, "prefix_matching": value}
+                    place["previous_token"] = previous_token[layer][head]
+                    scores.append(columns | place)
+            told()
+    return losses, scores
+
+
+# --- at the end ----------------------------------------------------------------------------
+
+
+def previous_head(rows: pd.DataFrame) -> int | None:
+    """The head of the first layer that attends most to the token before, where there are others."""
+    if rows["layer"].max() == 0:
+        return None
+    first = rows[rows["layer"] == 0]
+    return int(first.loc[first["previous_token"].idxmax(), "head"])
+
+
+def read_weights(
+    held: Held, columns: dict, rows: pd.DataFrame, state: dict[str, np.ndarray]
+) -> tuple[list[dict], list[dict]]:
+    """Rows of the tables heads and eigenvalues of one model.
+
+    Args:
+        rows: its rows of the table scores.
+    """
+    shape = held.run.spec.architecture
+    W_E, W_U = circuits.embeddings(state, held.n_tokens)
+    made = circuits.heads(state, shape.n_layers, shape.n_heads)
+    previous = previous_head(rows)
+    out, values = [], []
+    for row in rows.itertuples():
+        head = made[row.layer][row.head]
+        earlier = made[0][previous] if row.layer and previous is not None else None
+        found = {
+            "OV": circuits.ov_eigenvalues(head, W_E, W_U),
+            "QK": circuits.qk_eigenvalues(head, W_E, earlier),
+        }
+        place = columns | {"layer": row.layer, "head": row.head}
+        smear = state.get(f"model.layers.{row.layer}.attn.k.smear")
+        own_key = 1.0 if smear is None else float(1 / (1 + np.exp(-smear[row.head])))
+        scores = {"prefix_matching": row.prefix_matching, "previous_token": row.previous_token}
+        signs = {"copying": "OV", "matching": "QK"}
+        scores |= {name: circuits.positivity(found[c]) for name, c in signs.items()}
+        role = "previous token" if row.layer == 0 and row.head == previous else "other"
+        role = "induction" if row.prefix_matching > INDUCTION else role
+        out.append(place | scores | {"own_key": own_key, "role": role})
+        for circuit, eigenvalues in found.items():
+            for i, value in enumerate(eigenvalues):
+                number = {"circuit": circuit, "index": i, "real": value.real, "imag": value.imag}
+                values.append(place | number)
+    return out, values
+
+
+def composed(held: Held, columns: dict, state: dict[str, np.ndarray]) -> list[dict]:
+    """Rows of the table composition of one model of two layers."""
+    shape = held.run.spec.architecture
+    made = circuits.heads(state, shape.n_layers, shape.n_heads)
+    random = circuits.baseline(shape.d_model, shape.head_size, np.random.default_rng(0))
+    out = []
+    for i, earlier in enumerate(made[0]):
+        for j, later in enumerate(made[1]):
+            for kind, score in circuits.composition(earlier, later).items():
+                mean, sd = random[kind]
+                place = {"kind": kind, "earlier": i, "later": j, "score": score}
+                out.append(columns | place | {"baseline": mean, "baseline_sd": sd})
+    return out
+
+
+def ablations(held: Held, columns: dict, rows: list[dict], model: Any) -> list[dict]:
+    """Rows of the table ablation of one model: removed is a head, a group of heads, or nothing."""
+    every = {(r["layer"], r["head"]): r["role"] for r in rows}
+    groups: dict[str, list] = {"nothing": []}
+    groups |= {f"head {layer}.{head}": [(layer, head)] for layer, head in every}
+    induction = [h for h, role in every.items() if role == "induction"]
+    if induction:
+        groups |= {"induction heads": induction}
+        groups |= {"all other heads": [h for h in every if h not in induction]}
+    out = []
+    for keep in (True, False):
+        x, y = held.tokens.to(held.device), held.targets.to(held.device)
+        losses = held.attention.ablated(model, x, y, groups, keep)
+        for name, found in losses.items():
+            one = groups[name][0] if name.startswith("head ") else (-1, -1)
+            place = {"patterns": "kept" if keep else "free", "removed": name}
+            place |= {"layer": one[0], "head": one[1], "role": every.get(one, "")}
+            out.append(columns | place | held.summary(found.double().cpu().numpy()))
+    return out
+
+
+def drawn_patterns(held: Held, columns: dict, rows: list[dict], model: Any) -> list[dict]:
+    """Rows of the table patterns: the heads of best scores on the first repeated sequence."""
+    best = {"prefix matching": max(rows, key=lambda r: r["prefix_matching"])}
+    if previous := [r for r in rows if r["role"] == "previous token"]:
+        best["previous token"] = previous[0]
+    found, out = held.patterns(model), []
+    for shown, row in best.items():
+        pattern = found[row["layer"]][0, row["head"]].cpu().numpy()
+        place = {"shown": shown, "layer": row["layer"], "head": row["head"]}
+        place |= {k: row[k] for k in ("prefix_matching", "previous_token")}
+        tokens = held.repeated[0].tolist()
+        out.append(columns | place | {"sequence": tokens, "attention": pattern.ravel()})
+    return out
+
+
+def at_the_end(held: Held, scores: pd.DataFrame) -> dict[str, list[dict]]:
+    """Rows of the other tables of one run; heads also before training."""
+    made: dict[str, list[dict]] = {t: [] for t in TABLES[2:]}
+    scores = scores[scores["run"] == held.name]
+    for step in (held.run.steps[0], held.run.steps[-1]):
+        for columns, model, state in held.models(step):
+            own = (scores["member"] == columns["member"]) & (scores["step"] == step)
+            rows, eigenvalues = read_weights(held, columns, scores[own], state)
+            made["heads"] += rows
+            if step == held.run.steps[0]:
+                continue
+            made["eigenvalues"] += eigenvalues
+            if held.run.spec.architecture.n_layers == 2:
+                made["composition"] += composed(held, columns, state)
+            made["ablation"] += ablations(held, columns, rows, model)
+            made["patterns"] += drawn_patterns(held, columns, rows, model)
+    return made
+
+
+def measure(runs: list[Held]) -> dict[str, pd.DataFrame]:
+    """All tables of all runs."""
+    made: dict[str, list[dict]] = {t: [] for t in TABLES}
+    total = sum(len(h.run.steps) * len(h.run.members) for h in runs)
+    progress, done = cli.Progress("heads", total, "models"), itertools.count(1)
+    for held in runs:
+        losses, scores = through_training(held, lambda: progress.at(next(done)))
+        made["training"] += losses
+        made["scores"] += scores
+        for name, rows in at_the_end(held, pd.DataFrame(scores)).items():
+            made[name] += rows
+    return {name: pd.DataFrame(rows) for name, rows in made.items()}
+
+
+def main() -> None:
+    paths = {t: f"{t}.parquet" for t in TABLES}
+    parser = cli.parser(
+        "heads", __doc__, runs="manifest.json of every run*",
+        corpus="tokens.parquet, where a run learns from text*", **paths,
+    )  # fmt: skip
+
+    def work(job: cli.Job) -> None:
+        import torch
+
+        args, options = job.args, job.section("own.heads", Options)
+        device = job.device()
+        with torch.inference_mode():
+            frames = measure([Held(m, args.corpus, options, device) for m in args.runs])
+        certificate = job.certificate([*args.runs, *args.corpus])
+        for name, frame in frames.items():
+            tables.write_table(getattr(args, name), frame, certificate)
+
+    cli.run("heads", parser.parse_args(), work)
+
+
+if __name__ == "__main__":
+    main()
