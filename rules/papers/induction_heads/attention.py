@@ -67,13 +67,13 @@ def prefix_matching(pattern: Tensor, length: int, times: int) -> Tensor:
     """
     found = []
     for query in range(1 + length, 1 + times * length):
-        keys = [k for k in range(query - length + 1, 1, -length)]
+        keys = list(range(query - length + 1, 1, -length))
         found.append(pattern[..., query, keys].sum(-1))
     return torch.stack(found).mean(0).mean(0)
 
 
 def previous_token(pattern: Tensor) -> Tensor:
-    """Mean attention of a token to the one before it, [n_heads]; pattern [batch n_heads pos pos]."""
+    """Mean attention of a token to the one before, [n_heads]; pattern [batch n_heads pos pos]."""
     return pattern.diagonal(-1, -2, -1).mean(-1).mean(0)
 
 

@@ -2,18 +2,19 @@
 
 For every run of the section training, from its checkpoints:
 
-1. training     loss by token index, on the first and second copy, and the in-context learning score,
-                which is positive: loss at early tokens minus loss at late ones, as in Argument 1 of
+1. training     loss by token index, on the first and second copy, and the in-context learning
+                score: loss at early tokens minus loss at late ones, positive as in Argument 1 of
                 Olsson et al. (their definition under Key Concepts has the other sign).
 2. scores       prefix matching and previous-token attention of every head, at every checkpoint.
 3. heads        the same at the first and last checkpoint, with copying and matching (signs of
                 the OV and QK eigenvalues) and how much of the key is the present token's;
    eigenvalues  the eigenvalues themselves, at the last checkpoint.
-4. composition  Q-, K- and V-composition of every pair of heads, beside random matrices.
-5. ablation     losses without each head, without all induction heads, and without all others.
-6. patterns     attention of the heads that matter on one repeated sequence.
+4. phase        when the score forms, and what forms first (phase.py).
+5. composition  Q-, K- and V-composition of every pair of heads, beside random matrices.
+6. ablation     losses without each head, without all induction heads, and without all others.
+7. patterns     attention of the heads that matter on one repeated sequence.
 
-attention.py runs the models, circuits.py reads the weights.
+attention.py runs the models, circuits.py reads the weights, phase.py the curves.
 """
 
 import itertools
@@ -32,7 +33,9 @@ from pipeline.spec import Section
 
 HERE = Path(__file__).parent
 circuits = import_file(HERE / "circuits.py")
-TABLES = ("training", "scores", "heads", "eigenvalues", "composition", "ablation", "patterns")
+phase = import_file(HERE / "phase.py")
+TABLES = ("training", "scores", "phase", "heads", "eigenvalues", "composition", "ablation")
+TABLES += ("patterns",)
 INDUCTION = 0.5  # prefix matching of an induction head
 Interval = tuple[int, int]
 
@@ -100,12 +103,16 @@ class Held:
             self.icl, self.copies = options.text_icl, {}
             self.n_tokens = self.run.info["d_vocab"]
         if max(self.icl.late) > n_ctx:
-            raise RetraceError(f"own.heads: token {max(self.icl.late)} of icl is behind n_ctx {n_ctx}")
+            raise RetraceError(
+                f"own.heads: token {max(self.icl.late)} of icl is behind n_ctx {n_ctx}"
+            )
         how = options.repeat
         bos = self.run.info["d_vocab"] - 1 if self.copies else int(self.tokens[0, 0])
         self.repeated = self.attention.repeated(how.n, self.n_tokens, how.length, how.times, bos)
         if self.repeated.shape[1] > n_ctx:
-            raise RetraceError(f"own.heads: repeat: {how.times} × {how.length} tokens exceed {n_ctx}")
+            raise RetraceError(
+                f"own.heads: repeat: {how.times} × {how.length} tokens exceed {n_ctx}"
+            )
 
     def models(self, step: int) -> Iterator[tuple[dict[str, Any], Any, dict[str, np.ndarray]]]:
         """(columns that name it, the model, its weights) of every member after `step` updates."""
@@ -120,7 +127,7 @@ class Held:
             yield columns, model, {n: p.numpy() for n, p in state.items()}
 
     def summary(self, losses: np.ndarray) -> dict[str, float]:
-        """Mean loss, loss on either copy and the in-context learning score of losses [batch pos]."""
+        """Mean loss, loss on either copy and in-context learning score of losses [batch pos]."""
         out = {"loss": float(losses.mean()), "icl": self.icl.score(losses.mean(0))}
         for name in ("first_copy", "second_copy"):
             there = self.copies.get(name)
@@ -168,6 +175,26 @@ def through_training(held: Held, told: Callable[[], None]) -> tuple[list[dict], 
                     scores.append(columns | place)
             told()
     return losses, scores
+
+
+def phases(losses: pd.DataFrame, scores: pd.DataFrame) -> list[dict]:
+    """Rows of the table phase: one a model of the run, numbers of training tokens and nats."""
+    out = []
+    for member, rows in losses.groupby("member", sort=False):
+        tokens, icl = (rows[c].to_numpy(float) for c in ("tokens", "icl"))
+        start, end, share = phase.doubling(tokens, icl)
+        before, after = np.interp([start, end], tokens, icl)
+        of = scores[scores["member"] == member]
+        best = {
+            "prefix_matching": of.groupby("step")["prefix_matching"].max(),
+            "previous_token": of[of["layer"] == 0].groupby("step")["previous_token"].max(),
+        }
+        row = {"start": start, "end": end, "share": share}
+        row |= {"icl_before": before, "icl_after": after}
+        row |= {"bump": phase.bump(tokens, rows["loss"].to_numpy(float), start, end)}
+        row |= {f"{k}_formed": phase.halfway(tokens, v.to_numpy()) for k, v in best.items()}
+        out.append({c: rows[c].iloc[0] for c in ("run", "member", "seed")} | row)
+    return out
 
 
 # --- at the end ----------------------------------------------------------------------------
@@ -270,8 +297,7 @@ def drawn_patterns(held: Held, columns: dict, rows: list[dict], model: Any) -> l
 
 def at_the_end(held: Held, scores: pd.DataFrame) -> dict[str, list[dict]]:
     """Rows of the other tables of one run; heads also before training."""
-    made: dict[str, list[dict]] = {t: [] for t in TABLES[2:]}
-    scores = scores[scores["run"] == held.name]
+    made: dict[str, list[dict]] = {t: [] for t in TABLES[3:]}
     for step in (held.run.steps[0], held.run.steps[-1]):
         for columns, model, state in held.models(step):
             own = (scores["member"] == columns["member"]) & (scores["step"] == step)
@@ -296,6 +322,7 @@ def measure(runs: list[Held]) -> dict[str, pd.DataFrame]:
         losses, scores = through_training(held, lambda: progress.at(next(done)))
         made["training"] += losses
         made["scores"] += scores
+        made["phase"] += phases(pd.DataFrame(losses), pd.DataFrame(scores))
         for name, rows in at_the_end(held, pd.DataFrame(scores)).items():
             made[name] += rows
     return {name: pd.DataFrame(rows) for name, rows in made.items()}

@@ -4,6 +4,7 @@ rule induction_heads_heads:
         stage=own_file_of("heads.py"),
         attention=own_file_of("attention.py"),
         circuits=own_file_of("circuits.py"),
+        phases=own_file_of("phase.py"),
         data=own_file_of("data.py"),
         runs=trainings_of("manifest.json"),
         checkpoints=trainings_of("checkpoints"),
@@ -11,6 +12,7 @@ rule induction_heads_heads:
     output:
         training="results/{scale}/{paper}/heads/training.parquet",
         scores="results/{scale}/{paper}/heads/scores.parquet",
+        phase="results/{scale}/{paper}/heads/phase.parquet",
         heads="results/{scale}/{paper}/heads/heads.parquet",
         eigenvalues="results/{scale}/{paper}/heads/eigenvalues.parquet",
         composition="results/{scale}/{paper}/heads/composition.parquet",
@@ -29,11 +31,11 @@ rule induction_heads_heads:
         gpu=1,
     params:
         spec=spec_of("own.heads"),
-        code=code_of("heads", "heads.py", "attention.py", "circuits.py", "data.py"),
+        code=code_of("heads", "heads.py", "attention.py", "circuits.py", "phase.py", "data.py"),
     shell:
         "{PYTHON:q} {input.stage:q} --spec {params.spec:q} --runs {input.runs:q}"
-        " --code {input.stage:q} {input.attention:q} {input.circuits:q} {input.data:q}"
-        " --corpus {input.corpus:q} --training {output.training:q} --scores {output.scores:q}"
-        " --heads {output.heads:q} --eigenvalues {output.eigenvalues:q}"
+        " --code {input.stage:q} {input.attention:q} {input.circuits:q} {input.phases:q}"
+        " {input.data:q} --corpus {input.corpus:q} --training {output.training:q}"
+        " --scores {output.scores:q} --phase {output.phase:q} --heads {output.heads:q} --eigenvalues {output.eigenvalues:q}"
         " --composition {output.composition:q} --ablation {output.ablation:q}"
         " --patterns {output.patterns:q} --device {DEVICE} --threads {threads} 2> {log:q}"
