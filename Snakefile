@@ -9,6 +9,7 @@ configfile: f"{workflow.current_basedir}/config.yaml"
 
 
 include: "rules/common.smk"
+include: "rules/tokenizer.smk"
 include: "rules/corpus.smk"
 include: "rules/training.smk"
 include: "rules/model.smk"

@@ -3,7 +3,7 @@
     reproduced      a value within its tolerance, or an ordering that holds for every seed
     not reproduced  judged, and it does not
     not comparable  the claim holds only at the paper's scale or on the paper's model, or is quoted
-                    from memory
+                    from memory, or its comparable_if is false in this run
     not run         the metric was not measured in this run
 
 A claim of kind order is an expression over metrics, such as `a.ev < b.ev < c.ev` or
@@ -100,16 +100,20 @@ def is_judgement(node: ast.AST) -> bool:
 
 
 def _wanted(claim: Claim) -> set[str]:
-    """The metrics that a claim needs; ValueError where its expression is none."""
-    if claim.kind == "value":
-        return {claim.metric} - {""}
-    tree = parse(claim.holds)
+    """The metrics that a claim needs; ValueError where an expression of it is none."""
+    found = {claim.metric} - {""} if claim.kind == "value" else _decisive(claim.holds)
+    return found | (_decisive(claim.comparable_if) if claim.comparable_if else set())
+
+
+def _decisive(expression: str) -> set[str]:
+    """The metrics of an expression that is true or false; ValueError where it is not."""
+    tree = parse(expression)
     with contextlib.suppress(ZeroDivisionError):  # of the ones that stand in for the metrics
         evaluate(tree, lambda _: 1.0)
     if not is_judgement(tree):
-        raise ValueError(f"'{claim.holds}' compares nothing; write e.g. a.ev < b.ev")
+        raise ValueError(f"'{expression}' compares nothing; write e.g. a.ev < b.ev")
     if not (found := names(tree)):
-        raise ValueError(f"'{claim.holds}' names no metric, so no run can decide it")
+        raise ValueError(f"'{expression}' names no metric, so no run can decide it")
     return found
 
 
@@ -141,20 +145,29 @@ def judge(claim: Claim, metrics: dict[str, dict], scale: str) -> dict[str, Any]:
     row = dict.fromkeys(COLUMNS)
     row |= claim.model_dump(include={"id", "text", "source", "kind", "reason", "provenance_kind"})
     row |= {"scale": scale, "paper_value": claim.paper, "tolerance": claim.tolerance}
-    row |= _order(claim, metrics) if claim.kind == "order" else _value(claim, metrics)
-    if why := _not_comparable(claim, scale):
+    row |= _order(claim.holds, metrics) if claim.kind == "order" else _value(claim, metrics)
+    premise = _order(claim.comparable_if, metrics) if claim.comparable_if else None
+    if premise and premise["verdict"] == "not run":
+        row["verdict"] = "not run"
+    if why := _not_comparable(claim, scale, premise):
         row |= {"verdict": "not comparable", "reason": f"{why}; {claim.reason}".strip(" ;")}
     return row
 
 
-def _not_comparable(claim: Claim, scale: str) -> str | None:
-    """Why a claim is not judged; None where it is; blank where its own reason says it."""
+def _not_comparable(claim: Claim, scale: str, premise: dict | None) -> str | None:
+    """Why a claim is not judged; None where it is; blank where its own reason says it.
+
+    Args:
+        premise: its comparable_if, judged as an order; None where it has none.
+    """
     if not claim.comparable:
         return " "
     if claim.provenance_kind == "M":
         return "quoted from memory; read it in the paper before it is judged"
     if not claim.judged_at(scale):
         return "no published value at this scale" if claim.kind == "value" else "run is too small"
+    if premise and premise["verdict"] == "not reproduced":
+        return f"comparable only if {claim.comparable_if}, and here {premise['ours']}"
     return None
 
 
@@ -167,11 +180,11 @@ def _value(claim: Claim, metrics: dict[str, dict]) -> dict[str, Any]:
     return {"ours": found["mean"], "sd": found["sd"], "n": found["n"], "verdict": verdict}
 
 
-def _order(claim: Claim, metrics: dict[str, dict]) -> dict[str, Any]:
-    tree = parse(claim.holds)
+def _order(holds: str, metrics: dict[str, dict]) -> dict[str, Any]:
+    tree = parse(holds)
     wanted = sorted(names(tree))
     if any(n not in metrics or not math.isfinite(metrics[n]["mean"]) for n in wanted):
-        return {"paper_value": claim.holds, "verdict": "not run"}
+        return {"paper_value": holds, "verdict": "not run"}
     counts = {metrics[n]["n"] for n in wanted} - {1}
     if len(counts) > 1:  # different numbers of seeds cannot be paired
         counts, values = {1}, {n: [metrics[n]["mean"]] for n in wanted}
@@ -184,9 +197,9 @@ def _order(claim: Claim, metrics: dict[str, dict]) -> dict[str, Any]:
             for i in range(n)
         ]
     except ZeroDivisionError:
-        return {"paper_value": claim.holds, "verdict": "not run"}
+        return {"paper_value": holds, "verdict": "not run"}
     return {
-        "paper_value": claim.holds,
+        "paper_value": holds,
         "ours": _filled(tree, {m: metrics[m]["mean"] for m in wanted}) + _of_seeds(held),
         "n": n,
         "verdict": "reproduced" if all(held) else "not reproduced",

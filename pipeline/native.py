@@ -211,7 +211,9 @@ def to_bridge(hf: NativeForCausalLM, tokenizer: Any = None) -> Any:
     Raises:
         RetraceError: smeared keys, which NativeModel has not.
     """
-    from transformer_lens.model_bridge import TransformerBridge
+    from transformer_lens.config import TransformerBridgeConfig
+    from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
+    from transformer_lens.model_bridge.sources.native import NativeModel
 
     from pipeline.errors import RetraceError
 
@@ -226,15 +228,11 @@ def to_bridge(hf: NativeForCausalLM, tokenizer: Any = None) -> Any:
         "positional_embedding_type": cfg.positional, "rotary_dim": cfg.d_head,
         "seed": 0,
     }  # fmt: skip
-    device = next(hf.parameters()).device
-    out = TransformerBridge.boot_native(given, tokenizer, device, next(hf.parameters()).dtype)
-    inside = out.original_model
-    own = {n.removeprefix("model."): p for n, p in hf.state_dict().items()}
-    names = {_plain(n): n for n in inside.state_dict()}
-    inside.load_state_dict({names[n]: p for n, p in own.items()})
-    return out
-
-
-def _plain(name: str) -> str:
-    """A parameter's name without the bridge's wrappers around its module."""
-    return name.replace("_original_component.", "").replace("original_component.", "")
+    config = TransformerBridgeConfig.from_dict(given)
+    weight = next(hf.parameters())
+    inside = NativeModel(config).to(weight)  # as boot_native does, and then our weights
+    inside.load_state_dict({n.removeprefix("model."): p for n, p in hf.state_dict().items()})
+    return build_bridge_from_module(
+        inside, architecture="TransformerLensNative", tl_config=config, tokenizer=tokenizer,
+        dtype=weight.dtype, device=weight.device, model_name="native",
+    )  # fmt: skip

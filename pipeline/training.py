@@ -250,7 +250,7 @@ class Team:
     def step(self, step: int) -> None:
         """The update from step to step + 1."""
         if self.spec.architecture.dropout:
-            torch.manual_seed((self.spec.seeds[0] << 32) + step)  # of what is dropped
+            torch.manual_seed(training_data.seeded(self.spec.seeds[0], step))  # of what is dropped
         if self.device.type != "cuda":
             self.update(*self.batch(step))
             return
@@ -371,7 +371,7 @@ def run(team: Team, folder: Path, checkpoints: Checkpoints) -> float:
             team.evaluate(step)
         if step == spec.steps:
             break
-        if monotonic() - saved > spec.resume_seconds:
+        if step > first and monotonic() - saved > spec.resume_seconds:
             checkpoints.save(step, [team])
             saved = monotonic()
         team.step(step)

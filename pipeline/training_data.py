@@ -3,6 +3,7 @@
 A batch is a function of (seed, step) alone, so that a killed run goes on as if undisturbed.
 """
 
+import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -90,7 +91,7 @@ def of_corpus(
     def batch(step: int) -> Pair:
         chunk = step // DRAWN_STEPS
         if chunk not in drawn:
-            generator = torch.Generator().manual_seed((seed << 32) + chunk)
+            generator = torch.Generator().manual_seed(seeded(seed, chunk))
             size = (DRAWN_STEPS, spec.batch_size)
             starts = torch.randint(len(train) - n_ctx, size, generator=generator)
             drawn.clear()
@@ -102,6 +103,11 @@ def of_corpus(
         tokens["eval"].astype(np.int64)).to(device)}  # fmt: skip
     evaluation = {name: windows(ids, n_ctx) for name, ids in held_out.items()}
     return Batches(d_vocab, batch, evaluation)
+
+
+def seeded(*identity: int) -> int:
+    """A seed for a generator out of several numbers; torch's on the CPU reads 32 bits of it."""
+    return int.from_bytes(hashlib.sha256(repr(identity).encode()).digest()[:4], "big")
 
 
 def windows(ids: Tensor, n_ctx: int) -> Pair:

@@ -104,6 +104,16 @@ def item_input_of(stage, made_from, file):
     return path
 
 
+def text_of(stage):
+    """Input: the local copy of a text of a URL, where there is one; its coming reruns the job."""
+
+    def path(wildcards):
+        text = told(RUN.item, stage, wildcards[stage]).inputs.get("text")
+        return [ancient(text)] if text else []
+
+    return path
+
+
 def training_data(wildcards):
     """Input: the paper's data.py that a training run learns from, if it does."""
     data = told(RUN.item, "training", wildcards.training).inputs.get("data")

@@ -68,6 +68,29 @@ def test_verdict_of_a_value(ours, scale, over, verdict):
         assert row["ours"] == ours  # a number that is not judged is shown all the same
 
 
+@pytest.mark.parametrize(
+    "same, verdict",
+    [
+        ([1], "reproduced"),
+        ([0], "not comparable"),
+        ([1, 0], "not comparable"),  # one seed is enough
+        ([math.nan], "not run"),  # nobody knows
+        (None, "not run"),
+    ],
+)
+@pytest.mark.parametrize("kind", ["value", "order"])
+def test_a_premise_decides_whether_a_claim_is_judged(kind, same, verdict):
+    premise = {"comparable_if": "text.same > 0", "reason": "another text has another loss"}
+    claim = value_claim(**premise) if kind == "value" else order_claim("m > 0", **premise)
+    metrics = {"m": metric(0.5)} | ({} if same is None else {"text.same": metric(*same)})
+    row = judge(claim, metrics, "smoke")
+    assert row["verdict"] == verdict
+    if verdict == "not comparable":
+        assert row["reason"].startswith("comparable only if text.same > 0, and here 0")
+        assert row["reason"].endswith("; another text has another loss")
+        assert row["ours"] in (0.5, "0.5 > 0")  # shown all the same
+
+
 def test_a_scale_without_a_published_value_says_so():
     row = judge(value_claim(), {"m": metric(0.5)}, "laptop")
     assert row["reason"] == "no published value at this scale; two standard errors"
@@ -228,6 +251,30 @@ def test_claims_are_checked_before_anything_runs(tmp_path, holds, said):
     with pytest.raises(RetraceError) as e:
         claims.check(paper(tmp_path, claim))
     assert said in str(e.value) and str(tmp_path / "paper.yaml") in str(e.value)
+
+
+@pytest.mark.parametrize(
+    "premise, said",
+    [
+        ("ev.topk > 0.5", None),
+        ("ev.topl > 0.5", "no metric 'ev.topl' (did you mean 'ev.topk'?)"),
+        ("ev.topk", "'ev.topk' compares nothing"),
+        ("1 < 2", "names no metric"),
+        ("open('f') > 0", "may not stand in a claim"),
+    ],
+)
+def test_a_premise_is_checked_before_anything_runs(tmp_path, premise, said):
+    claim = value_claim(metric="ev.l1", comparable_if=premise).model_dump(exclude_defaults=True)
+    if said is None:
+        return claims.check(paper(tmp_path, claim))
+    with pytest.raises(RetraceError) as e:
+        claims.check(paper(tmp_path, claim))
+    assert said in str(e.value)
+
+
+def test_a_premise_needs_a_reason():
+    with pytest.raises(ValueError, match="comparable_if needs a reason"):
+        order_claim("a < b", comparable_if="a > 0")
 
 
 def test_a_value_claim_names_a_metric_that_exists(tmp_path):

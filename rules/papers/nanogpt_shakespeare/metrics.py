@@ -1,0 +1,86 @@
+"""Numbers of nanoGPT's recipes, of what the models write, and of the logit lens."""
+
+from typing import Any
+
+import numpy as np
+
+METRICS = {
+    "*.val_best": "least loss on the held-out text over all evaluations, nats a character; one "
+    "value a seed",
+    "*.val_best_step": "the step of that evaluation",
+    "*.val_first": "loss on the held-out text before training, nats a character",
+    "*.val_last": "loss on the held-out text after the last step, nats a character",
+    "*.val_rise": "val_last - val_best, nats: by how much the loss rises again",
+    "*.train_last": "loss on the beginning of the training text after the last step, nats a "
+    "character",
+    "text.published": "1 where the text is the published one, of the pinned sha256, else 0",
+    "text.d_vocab": "different characters in the text",
+    "text.ln_vocab": "ln d_vocab: the loss of a uniform guess, nats",
+    "samples.*.known_words": "share of the words of three letters or more in all samples of an arm "
+    "(samples.held_out: in as much held-out text) that stand in the training text",
+    "lens.*.kl_first": "KL(p_n || p_0) in nats: how far the lens on the embeddings is from the "
+    "prediction, mean over held-out tokens",
+    "lens.*.smallest_fall": "smallest fall of KL(p_n || p_l) from one layer to the next, nats; "
+    "above 0: it falls at every layer",
+    "lens.*.accuracy_first": "share of held-out tokens that the lens on the embeddings has right",
+    "lens.*.accuracy_last": "share of held-out tokens that the prediction has right",
+}
+
+
+def recipe(history: Any) -> dict[str, np.ndarray]:
+    """Numbers of a run, one value a member.
+
+    Args:
+        history: member, step, set (train or val), loss.
+    """
+    grid = {s: g.pivot(index="member", columns="step", values="loss")
+            for s, g in history.groupby("set")}  # fmt: skip
+    val = grid["val"]
+    out = {
+        "val_best": val.min(axis=1),
+        "val_best_step": val.idxmin(axis=1),
+        "val_first": val.iloc[:, 0],
+        "val_last": val.iloc[:, -1],
+        "val_rise": val.iloc[:, -1] - val.min(axis=1),
+        "train_last": grid["train"].iloc[:, -1],
+    }
+    return {name: values.to_numpy(float) for name, values in out.items()}
+
+
+def known_words(samples: Any) -> float:
+    """Share of known words over several texts, each weighted by its words; nan without words."""
+    counted = samples[samples["n_words"] > 0]
+    n = counted["n_words"].sum()
+    return float((counted["known_words"] * counted["n_words"]).sum() / n) if n else float("nan")
+
+
+def lens(table: Any) -> dict[str, float]:
+    """Numbers of the logit lens; the last row of the table is the prediction itself."""
+    rows = table.sort_values("layer")
+    return {
+        "kl_first": rows["kl"].iloc[0],
+        "smallest_fall": -np.diff(rows["kl"]).max(),
+        "accuracy_first": rows["accuracy"].iloc[0],
+        "accuracy_last": rows["accuracy"].iloc[-1],
+    }
+
+
+def metrics(tables: dict[str, Any]) -> dict[str, Any]:
+    """See METRICS."""
+    text = tables["facts/text"].iloc[0]
+    out: dict[str, Any] = {
+        "text.published": float(text["published"]),
+        "text.d_vocab": text["d_vocab"],
+        "text.ln_vocab": text["ln_vocab"],
+    }
+    for name, table in tables.items():
+        stage, _, part = name.partition("/")
+        if stage == "training":
+            out |= {f"{part}.{k}": v for k, v in recipe(table).items()}
+        if stage == "samples":
+            by = dict(iter(table.groupby("writer")))
+            out[f"samples.{part}.known_words"] = known_words(by["model"])
+            out["samples.held_out.known_words"] = known_words(by["held out"])
+        if stage == "lens" and not part.endswith("_excerpt"):
+            out |= {f"lens.{part}.{k}": v for k, v in lens(table).items()}
+    return out
