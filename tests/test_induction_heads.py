@@ -1,4 +1,4 @@
-"""Induction heads: the data, a planted head, closed forms of every measure, the stage end to end."""
+"""Induction heads: data, a planted head, closed forms of every measure, the stage end to end."""
 
 import json
 import os

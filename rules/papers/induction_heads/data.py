@@ -19,9 +19,9 @@ from torch import Tensor
 
 from pipeline.errors import RetraceError
 from pipeline.spec import Section, parse
-from pipeline.training_data import IGNORED, Batches
+from pipeline.training_data import IGNORED, Batches, seeded
 
-HELD_OUT = 1 << 62  # a seed that no (member, step) has: all models see the same held-out sequences
+HELD_OUT = -1  # no member has this seed; all models see the same held-out sequences
 
 
 class Options(Section):
@@ -84,7 +84,7 @@ def checked(options: dict, n_ctx: int) -> Options:
 def held_out(options: dict, n_ctx: int) -> Sequences:
     """The sequences of every evaluation, the same for all models of these options."""
     found = checked(options, n_ctx)
-    return draw(found.n_held_out, found, n_ctx, torch.Generator().manual_seed(HELD_OUT))
+    return draw(found.n_held_out, found, n_ctx, torch.Generator().manual_seed(seeded(HELD_OUT, 0)))
 
 
 def repeated_sequences(
@@ -94,7 +94,7 @@ def repeated_sequences(
     found, held = checked(options, n_ctx), held_out(options, n_ctx)
 
     def batch(step: int) -> tuple[Tensor, Tensor]:
-        generator = torch.Generator().manual_seed((seed << 32) + step)
+        generator = torch.Generator().manual_seed(seeded(seed, step))
         made = draw(batch_size, found, n_ctx, generator)
         return made.tokens.to(device), made.targets.to(device)
 
