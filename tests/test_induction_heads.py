@@ -113,7 +113,7 @@ def test_a_head_left_out_writes_nothing():
 
 def test_scores_of_known_patterns():
     length, times = 5, 3
-    x = attention.repeated(2, 30, length, times, bos=30)
+    x = attention.repeated(2, torch.arange(30), length, times, bos=30)
     n = x.shape[1]
     assert n == 16 and (x[:, 0] == 30).all() and len(set(x[0, 1:6].tolist())) == 5
     assert torch.equal(x[:, 1:6], x[:, 6:11])
@@ -136,6 +136,15 @@ def test_scores_of_known_patterns():
     assert attention.previous_token(torch.eye(n)[None, None]).item() == 0
 
 
+def test_the_most_and_least_common_tokens_are_left_out():
+    text = torch.tensor([i for i in range(20) for _ in range(2 + 3 * i % 41)])
+    counts = torch.bincount(text)
+    found = attention.common(text)
+    assert len(found) == 16 and found.tolist() == sorted(found.tolist())
+    out = [i for i in range(20) if i not in found.tolist()]
+    assert sorted(counts[out].tolist()) == sorted([*counts.sort().values[[0, 1, -2, -1]].tolist()])
+
+
 def planted() -> NativeForCausalLM:
     """One head that keys on the token before and copies: induction by smeared keys."""
     shape = {"n_layers": 1, "d_model": 31, "n_heads": 1, "d_mlp": 0, "n_ctx": N_CTX}
@@ -155,7 +164,7 @@ def planted() -> NativeForCausalLM:
 def test_a_planted_induction_head_is_found():
     made = planted()
     held = data.held_out({**OPTIONS, "length": [6, 8]}, N_CTX)
-    x = attention.repeated(4, 30, 6, 3, 30)
+    x = attention.repeated(4, torch.arange(30), 6, 3, 30)
     pattern = attention.forward(made, x)[1][0]
     assert attention.prefix_matching(pattern, 6, 3).item() == pytest.approx(1, abs=1e-3)
     losses = attention.token_losses(made(held.tokens).logits, held.targets)
@@ -323,7 +332,7 @@ def test_every_run_is_attention_only_and_long_enough(scale):
     spec = papers.load(FOLDER, scale).spec
     options = parse(stage.Options, spec.own["heads"], "own.heads")
     for name, run in spec.training.items():
-        stage.need_attention_only(name, run.architecture)
+        stage.runs_and_data.need_attention_only(name, run.architecture)
         n_ctx = run.architecture.n_ctx
         assert 1 + options.repeat.length * options.repeat.times <= n_ctx
         if run.data.source == "own":

@@ -45,15 +45,25 @@ def forward(
     return body.head(body.ln_out(x)), used
 
 
-def repeated(n: int, n_tokens: int, length: int, times: int, bos: int, seed: int = 0) -> Tensor:
+def repeated(n: int, pool: Tensor, length: int, times: int, bos: int, seed: int = 0) -> Tensor:
     """BOS and a random segment several times over, [n, 1 + times * length].
 
     The tokens of a segment are distinct, so that a token has one place to match a repeat.
+
+    Args:
+        pool: the tokens that they are drawn from, [tokens].
     """
     generator = torch.Generator().manual_seed(seed)
-    segments = [torch.randperm(n_tokens, generator=generator)[:length] for _ in range(n)]
-    body = torch.stack(segments).repeat(1, times)
+    drawn = [torch.randperm(len(pool), generator=generator)[:length] for _ in range(n)]
+    body = pool[torch.stack(drawn)].repeat(1, times)
     return torch.cat([torch.full((n, 1), bos), body], 1)
+
+
+def common(tokens: Tensor) -> Tensor:
+    """The tokens of a text but for a tenth each of the most and the least common, ascending."""
+    ids, counts = tokens.unique(return_counts=True)
+    order, cut = counts.argsort(stable=True), len(ids) // 10
+    return ids[order[cut : len(ids) - cut]].sort().values
 
 
 def prefix_matching(pattern: Tensor, length: int, times: int) -> Tensor:

@@ -9,7 +9,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from pipeline.source import import_file
-from pipeline.theme import DIVERGING, PALETTE, axis, rgba, scale
+from pipeline.theme import DIVERGING, PALETTE, axis, rgba, scale, selector
 
 common = import_file(Path(__file__).with_name("figures_common.py"))
 ROLES = {
@@ -18,8 +18,14 @@ ROLES = {
     "other": PALETTE[6],
 }
 CIRCUITS = {"OV": ("OV: copying", PALETTE[2]), "QK": ("QK: matching", PALETTE[3])}
-PLACES = ["all induction heads", "one induction head", "previous-token head",
-          "another head, second layer", "another head, first layer"]  # fmt: skip
+PLACES = ["all induction<br>heads", "one induction<br>head", "previous-token<br>head",
+          "another head,<br>second layer", "another head,<br>first layer"]  # fmt: skip
+
+PATTERNS = {"kept": ("attention patterns kept", PALETTE[5]), "free": ("patterns free", PALETTE[4])}
+SHOWN = {  # column -> what the list calls it, title and format of the axis
+    "left": ("in-context learning score", "in-context learning score left", ".0%"),
+    "second_copy": ("loss on the second copy", "loss on the second copy (nats)", ""),
+}
 
 
 def circuits(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure, pd.DataFrame]:
@@ -31,9 +37,9 @@ def circuits(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure
         rows=2,
         cols=6,
         specs=[[{"colspan": 3}, None, None] * 2, [{"colspan": 2}, None] * 3],
-        horizontal_spacing=0.06,
+        horizontal_spacing=0.1,
         vertical_spacing=0.2,
-        subplot_titles=["eigenvalues of the induction head, by the largest", "all heads, all seeds"]
+        subplot_titles=["eigenvalues of the induction head / largest", "all heads, all seeds"]
         + [f"{kind}-composition" for kind in "KQV"],
     )
     shown = eigenvalues(figure, values, heads)
@@ -107,51 +113,57 @@ def signs(figure: go.Figure, heads: pd.DataFrame) -> None:
 
 
 def ablation(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure, pd.DataFrame]:
-    """Bars: mean share of the score that is left; points: heads and seeds."""
+    """Bars: means; points: heads and seeds. A list chooses the score or the second copy's loss."""
     table = tables["heads/ablation"]
     table = table[table["run"] == "two_layer"]
     by = ["member", "patterns"]
-    whole = table[table["removed"] == "nothing"].set_index(by)["icl"].rename("whole")
-    table = table.join(whole, on=by)
-    table = table.assign(
-        left=table["icl"] / table["whole"], place=[place(r) for r in rows_of(table)]
-    )
+    whole = table[table["removed"] == "nothing"].set_index(by)[["icl", "second_copy"]]
+    table = table.join(whole.add_prefix("intact_"), on=by)
+    table = table.assign(left=table["icl"] / table["intact_icl"])
+    table = table.assign(place=[place(r) for r in table.to_dict("records")])
     table = table[table["place"] != ""]
-    looks = {"kept": ("attention patterns kept", PALETTE[5]), "free": ("patterns free", PALETTE[4])}
-    figure = go.Figure()
-    for patterns, (name, colour) in looks.items():
+    places = [p for p in PLACES if p in set(table["place"])]
+    figure, values = go.Figure(), {column: [] for column in SHOWN}
+    for patterns, (name, colour) in PATTERNS.items():
         rows = table[table["patterns"] == patterns]
-        mean = rows.groupby("place")["left"].mean().reindex(PLACES)
-        bar = {"x": PLACES, "y": mean, "marker": {"color": rgba(colour, 0.55)}, "name": name}
-        told = "%{x}<br>%{y:.1%} left<extra></extra>"
-        figure.add_trace(go.Bar(**bar, offsetgroup=patterns, hovertemplate=told))
-        told = "head %{customdata[0]}.%{customdata[1]}, seed %{customdata[2]}<br>%{y:.1%} left"
-        figure.add_trace(
-            go.Box(
-                x=rows["place"],
-                y=rows["left"],
-                customdata=rows[["layer", "head", "seed"]],
-                offsetgroup=patterns,
-                boxpoints="all",
-                pointpos=0,
-                jitter=0.4,
-                fillcolor="rgba(0,0,0,0)",
-                line={"color": "rgba(0,0,0,0)"},
-                marker={"color": colour, "size": 6},
-                hoveron="points",
-                hovertemplate=told + "<extra></extra>",
-                showlegend=False,
-            )
-        )
-    figure.update_layout(barmode="group", boxmode="group")
-    figure.update_xaxes(**axis("what writes zero", categoryorder="array", categoryarray=PLACES))
-    figure.update_yaxes(**axis("in-context learning score left", tickformat=".0%"))
-    shown = ["member", "seed", "patterns", "removed", "role", "place", "icl", "left", "second_copy"]
-    return common.headed(figure, 480), table[shown]
+        mean = rows.groupby("place")[list(SHOWN)].mean().reindex(places)
+        for column in SHOWN:
+            values[column] += [mean[column].to_numpy(), rows[column].to_numpy()]
+        bar = {"x": places, "y": mean["left"], "marker": {"color": rgba(colour, 0.55)}}
+        told = "%{x}<br>mean %{y:.3g}<extra></extra>"
+        figure.add_trace(go.Bar(**bar, name=name, offsetgroup=patterns, hovertemplate=told))
+        figure.add_trace(points(rows, colour, patterns))
+    choices = {
+        what: [{"y": values[column]}, {"yaxis.title.text": title, "yaxis.tickformat": form}]
+        for column, (what, title, form) in SHOWN.items()
+    }
+    figure.update_layout(barmode="group", boxmode="group", updatemenus=[selector(choices)])
+    figure.update_xaxes(categoryorder="array", categoryarray=places, tickangle=0)
+    _, title, form = SHOWN["left"]
+    figure.update_yaxes(title={"text": title}, tickformat=form)
+    kept = ["member", "seed", "patterns", "removed", "layer", "head", "role", "place", "icl"]
+    kept += ["left", "second_copy", "intact_second_copy"]
+    return common.headed(figure, 480), table[kept]
 
 
-def rows_of(table: pd.DataFrame) -> list[dict]:
-    return table[["removed", "role", "layer"]].to_dict("records")
+def points(rows: pd.DataFrame, colour: str, group: str) -> go.Box:
+    """A point a row beside its bar: a box of which only the points are drawn."""
+    told = "head %{customdata[0]}.%{customdata[1]}, seed %{customdata[2]}<br>%{y:.3g}"
+    return go.Box(
+        x=rows["place"],
+        y=rows["left"],
+        customdata=rows[["layer", "head", "seed"]],
+        offsetgroup=group,
+        boxpoints="all",
+        pointpos=0,
+        jitter=0.4,
+        fillcolor="rgba(0,0,0,0)",
+        line={"color": "rgba(0,0,0,0)"},
+        marker={"color": colour, "size": 6},
+        hoveron="points",
+        hovertemplate=told + "<extra></extra>",
+        showlegend=False,
+    )
 
 
 def place(row: dict) -> str:

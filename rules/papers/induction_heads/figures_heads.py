@@ -13,7 +13,7 @@ from pipeline.theme import PALETTE, axis, rgba, selector
 
 common = import_file(Path(__file__).with_name("figures_common.py"))
 LAYERS = [PALETTE[1], PALETTE[0]]  # first vermillion, second blue
-SCORES = {"prefix_matching": "prefix matching", "previous_token": "attention to the token before"}
+SCORES = {"prefix_matching": "prefix matching", "previous_token": "previous-token attention"}
 SHOWN = 64  # positions of a pattern
 
 

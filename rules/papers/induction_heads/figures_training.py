@@ -20,8 +20,8 @@ def icl(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure, pd.
     """In-context learning score and loss of the three models through training."""
     table, phase = tables["heads/training"], tables["heads/phase"]
     figure = curves(table, "", ["icl", "loss"], phase)
-    figure.update_yaxes(**axis("in-context learning score", "nats"), row=1, col=1)
-    figure.update_yaxes(**axis("held-out loss", "nats a token"), row=2, col=1)
+    figure.update_yaxes(**axis("in-context learning", "nats"), row=1, col=1)
+    figure.update_yaxes(**axis("held-out loss", "nats"), row=2, col=1)
     shown = table[table["run"].isin(common.RUNS)]
     return figure, shown[COLUMNS]
 
@@ -33,8 +33,8 @@ def text(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure, pd
     best = tables["heads/scores"].groupby(by, as_index=False)["prefix_matching"].max()
     table = table.merge(best, on=by)
     figure = curves(table, "text_", ["icl", "loss", "prefix_matching"], phase)
-    figure.update_yaxes(**axis("in-context learning score", "nats"), row=1, col=1)
-    figure.update_yaxes(**axis("held-out loss", "nats a token"), row=2, col=1)
+    figure.update_yaxes(**axis("in-context learning", "nats"), row=1, col=1)
+    figure.update_yaxes(**axis("held-out loss", "nats"), row=2, col=1)
     figure.update_yaxes(**axis("best prefix matching", range=[0, 1]), row=3, col=1)
     shown = table[table["run"].str.startswith("text_")]
     return figure, shown[[*COLUMNS[:7], "prefix_matching"]]
@@ -50,7 +50,7 @@ def curves(table: pd.DataFrame, prefix: str, columns: list[str], phase: pd.DataF
             common.over_seeds(figure, rows, column, (name, colour), row=row, col=1)
         common.shade(figure, phase, f"{prefix}two_layer", row=row, col=1)
     figure.update_xaxes(**axis("training tokens", "millions"), row=n, col=1)
-    return common.headed(figure, 140 + 220 * n)
+    return common.headed(figure, 140 + 240 * n)
 
 
 def loss_by_index(
@@ -63,7 +63,7 @@ def loss_by_index(
         rows=2,
         cols=2,
         horizontal_spacing=0.12,
-        vertical_spacing=0.16,
+        vertical_spacing=0.2,
         subplot_titles=[name for _, name, _ in runs] + ["at the end of training"],
     )
     frames = []
@@ -79,15 +79,14 @@ def loss_by_index(
         long = loss.rename_axis(index="tokens", columns="index").stack().rename("loss")
         frames.append(long.reset_index().assign(run=run))
     for row, col in ((1, 1), (1, 2), (2, 1)):
-        title = axis("training tokens", "millions") if row == 2 or col == 2 else {}
+        title = axis("training tokens", "millions")
         figure.update_xaxes(showgrid=False, **title, row=row, col=col)
-        title = axis("token index") if col == 1 else {}
-        figure.update_yaxes(showgrid=False, **title, row=row, col=col)
+        figure.update_yaxes(showgrid=False, **axis("token index"), row=row, col=col)
     figure.update_xaxes(**axis("token index"), row=2, col=2)
     figure.update_yaxes(**axis("loss", "nats", rangemode="tozero"), row=2, col=2)
     bar = {"title": {"text": "loss<br>(nats)"}, "len": 0.46, "y": 1, "yanchor": "top"}
     figure.update_layout(coloraxis={"colorbar": {**bar, "thickness": 12, "outlinewidth": 0}})
-    return common.headed(figure, 640), pd.concat(frames, ignore_index=True)
+    return common.headed(figure, 680), pd.concat(frames, ignore_index=True)
 
 
 def mean_by_index(rows: pd.DataFrame) -> pd.DataFrame:

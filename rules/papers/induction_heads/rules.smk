@@ -2,6 +2,7 @@
 rule induction_heads_heads:
     input:
         stage=own_file_of("heads.py"),
+        held=own_file_of("held.py"),
         attention=own_file_of("attention.py"),
         circuits=own_file_of("circuits.py"),
         phases=own_file_of("phase.py"),
@@ -31,11 +32,13 @@ rule induction_heads_heads:
         gpu=1,
     params:
         spec=spec_of("own.heads"),
-        code=code_of("heads", "heads.py", "attention.py", "circuits.py", "phase.py", "data.py"),
+        code=code_of(
+            "heads", "heads.py", "held.py", "attention.py", "circuits.py", "phase.py", "data.py"
+        ),
     shell:
         "{PYTHON:q} {input.stage:q} --spec {params.spec:q} --runs {input.runs:q}"
-        " --code {input.stage:q} {input.attention:q} {input.circuits:q} {input.phases:q}"
-        " {input.data:q} --corpus {input.corpus:q} --training {output.training:q}"
+        " --code {input.stage:q} {input.held:q} {input.attention:q} {input.circuits:q}"
+        " {input.phases:q} {input.data:q} --corpus {input.corpus:q} --training {output.training:q}"
         " --scores {output.scores:q} --phase {output.phase:q} --heads {output.heads:q} --eigenvalues {output.eigenvalues:q}"
         " --composition {output.composition:q} --ablation {output.ablation:q}"
         " --patterns {output.patterns:q} --device {DEVICE} --threads {threads} 2> {log:q}"
