@@ -39,8 +39,7 @@ def circuits(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure
         specs=[[{"colspan": 3}, None, None] * 2, [{"colspan": 2}, None] * 3],
         horizontal_spacing=0.1,
         vertical_spacing=0.2,
-        subplot_titles=["eigenvalues of the induction head / largest", "all heads, all seeds"]
-        + [f"{kind}-composition" for kind in "KQV"],
+        subplot_titles=["induction head", "all heads", *(f"{k}-comp." for k in "KQV")],
     )
     shown = eigenvalues(figure, values, heads)
     signs(figure, heads)
@@ -53,8 +52,9 @@ def circuits(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure
         square = {"z": grid.to_numpy().round(4), "coloraxis": "coloraxis", "hovertemplate": told}
         figure.add_trace(go.Heatmap(**square, xgap=1, ygap=1), row=2, col=2 * i + 1)
         bare = {"showgrid": False, "zeroline": False, "dtick": 1}
-        figure.update_xaxes(**bare, title={"text": "first-layer head"}, row=2, col=2 * i + 1)
+        figure.update_xaxes(**bare, row=2, col=2 * i + 1)
         figure.update_yaxes(**bare, row=2, col=2 * i + 1)
+    figure.update_xaxes(title={"text": "first-layer head"}, row=2, col=3)
     figure.update_yaxes(title={"text": "second-layer head"}, row=2, col=1)
     bar = {"title": {"text": "above<br>random"}, "thickness": 12, "outlinewidth": 0}
     bar |= {"len": 0.42, "y": 0, "yanchor": "bottom"}
@@ -82,8 +82,8 @@ def eigenvalues(figure: go.Figure, values: pd.DataFrame, heads: pd.DataFrame) ->
             col=1,
         )
     square = {"range": [-1.1, 1.1], "zeroline": True}
-    figure.update_xaxes(**square, **axis("real part"), row=1, col=1)
-    figure.update_yaxes(**square, **axis("imaginary part"), row=1, col=1)
+    figure.update_xaxes(**square, **axis("real λ / max |λ|"), row=1, col=1)
+    figure.update_yaxes(**square, **axis("imaginary"), row=1, col=1)
     return shown
 
 
@@ -108,8 +108,8 @@ def signs(figure: go.Figure, heads: pd.DataFrame) -> None:
             col=4,
         )
     square = {"range": [-1.1, 1.1], "zeroline": True}
-    figure.update_xaxes(**square, **axis("QK: Σλ / Σ|λ|"), row=1, col=4)
-    figure.update_yaxes(**square, **axis("OV: Σλ / Σ|λ|"), row=1, col=4)
+    figure.update_xaxes(**square, **axis("QK Σλ / Σ|λ|"), row=1, col=4)
+    figure.update_yaxes(**square, **axis("OV"), row=1, col=4)
 
 
 def ablation(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure, pd.DataFrame]:

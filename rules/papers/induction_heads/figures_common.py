@@ -33,7 +33,7 @@ def over_seeds(
     x = members.index.to_numpy() / MILLION
     told = name + "<br>%{x:.2f} M tokens, %{y:.3f}<extra></extra>"
     for values in members.to_numpy().T if members.shape[1] > 1 else []:
-        line = {"color": rgba(colour, 0.35), "width": 1}
+        line = {"color": rgba(colour, 0.55), "width": 1}
         seed = {"x": x, "y": values, "mode": "lines", "line": line, "hoverinfo": "skip"}
         figure.add_trace(go.Scatter(**seed, showlegend=False, legendgroup=name), **place)
     figure.add_trace(

@@ -83,7 +83,7 @@ def patterns(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure
         rows=2,
         cols=2,
         horizontal_spacing=0.1,
-        vertical_spacing=0.13,
+        vertical_spacing=0.14,
         subplot_titles=[titled(r) for r in rows],
     )
     frames = []
@@ -104,8 +104,8 @@ def patterns(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure
         head = {"run": row["run"], "layer": row["layer"], "head": row["head"]}
         frames.append(pd.DataFrame({**head, **one}))
     for i in (1, 2):
-        figure.update_xaxes(title={"text": "position attended to"}, row=2, col=i)
-        figure.update_yaxes(title={"text": "position that attends"}, row=i, col=1)
+        figure.update_xaxes(title={"text": "attended to"}, row=2, col=i)
+        figure.update_yaxes(title={"text": "position"}, row=i, col=1)
     bar = {"title": {"text": "attention"}, "thickness": 12, "outlinewidth": 0, "len": 0.5}
     shades = [[0, rgba(PALETTE[0], 0)], [0.15, rgba(PALETTE[0], 0.35)], [1, PALETTE[0]]]
     figure.update_layout(coloraxis={"colorscale": shades, "cmin": 0, "cmax": 1, "colorbar": bar})
@@ -114,9 +114,9 @@ def patterns(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure
 
 def titled(row: pd.Series) -> str:
     """What a panel shows: the run, the head, and its score."""
-    name = common.RUNS[row["run"]][0]
     column = "previous_token" if row["shown"] == "previous token" else "prefix_matching"
-    return f"{name}, head {row['layer']}.{row['head']}: {row['shown']} {row[column]:.2f}"
+    name = common.RUNS[row["run"]][0].replace("one layer, ", "")
+    return f"{name}<br>head {row['layer']}.{row['head']}: {row[column]:.2f}"
 
 
 def pattern(attention: np.ndarray, tokens: list[str]) -> go.Heatmap:
