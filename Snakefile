@@ -43,7 +43,7 @@ rule all:
         targets(),
 
 
-for name in RUN.config.papers:
+for name in RUN.available:  # `snakemake -c2 grokking`
 
     rule:
         name:

@@ -22,11 +22,24 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 MODEL_TYPE = "retrace_native"
+SMALL_VOCABULARY = 512
 ACT = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu,
        "gelu_new": lambda x: F.gelu(x, approximate="tanh")}  # fmt: skip
 
 
-class SmearedKeys(nn.Linear):
+class Linear(nn.Linear):
+    """x W^T + b of rows [… d_in] laid out as one matrix.
+
+    Under vmap, where every member has its own W, the product is then one bmm; with several
+    dimensions in front PyTorch would copy W for each sequence.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        rows = F.linear(x.reshape(-1, x.shape[-1]), self.weight, self.bias)
+        return rows.view(*x.shape[:-1], -1)
+
+
+class SmearedKeys(Linear):
     """Keys that mix with those of the position before: k_t <- s k_t + (1 - s) k_{t-1}.
 
     s = sigmoid(a) with one learned a a head; the first position keeps its own key.
@@ -50,13 +63,13 @@ class Attention(nn.Module):
         super().__init__()
         self.n_heads, self.d_head = cfg.n_heads, cfg.d_head
         width = cfg.n_heads * cfg.d_head
-        self.q, self.v = nn.Linear(cfg.d_model, width), nn.Linear(cfg.d_model, width)
+        self.q, self.v = Linear(cfg.d_model, width), Linear(cfg.d_model, width)
         self.k = (
             SmearedKeys(cfg.d_model, cfg.n_heads, cfg.d_head)
             if cfg.smeared_keys
-            else nn.Linear(cfg.d_model, width)
+            else Linear(cfg.d_model, width)
         )
-        self.o = nn.Linear(width, cfg.d_model)
+        self.o = Linear(width, cfg.d_model)
         self.rotary = cfg.positional == "rotary"
         future = torch.ones(cfg.n_ctx, cfg.n_ctx, dtype=torch.bool).triu(1)
         self.register_buffer("future", future, persistent=False)
@@ -69,22 +82,26 @@ class Attention(nn.Module):
         """[batch pos width] -> [batch n_heads pos d_head]."""
         return x.unflatten(-1, (self.n_heads, self.d_head)).transpose(-2, -3)
 
-    def pattern(self, x: Tensor) -> Tensor:
-        """Attention of every head, [batch n_heads query key], of x [batch pos d_model]."""
-        q, k = self.heads(self.q(x)), self.heads(self.k(x))
+    def pattern(self, x: Tensor, first: int = 0) -> Tensor:
+        """Attention of every head, [batch n_heads query key], of x [batch pos d_model].
+
+        Args:
+            first: the first position that is a query.
+        """
+        q, k = self.heads(self.q(x[..., first:, :])), self.heads(self.k(x))
         if self.rotary:
-            q, k = self.rotated(q), self.rotated(k)
+            q, k = self.rotated(q, first), self.rotated(k)
         scores = q @ k.mT / math.sqrt(self.d_head)
         n = x.shape[-2]
-        return scores.masked_fill(self.future[:n, :n], float("-inf")).softmax(-1)
+        return scores.masked_fill(self.future[first:n, :n], float("-inf")).softmax(-1)
 
-    def rotated(self, x: Tensor) -> Tensor:
-        n = x.shape[-2]
+    def rotated(self, x: Tensor, first: int = 0) -> Tensor:
+        at = slice(first, first + x.shape[-2])
         pair = torch.stack((-x[..., 1::2], x[..., 0::2]), -1).flatten(-2)
-        return x * self.cos[:n].to(x.dtype) + pair * self.sin[:n].to(x.dtype)
+        return x * self.cos[at].to(x.dtype) + pair * self.sin[at].to(x.dtype)
 
-    def forward(self, x: Tensor) -> Tensor:
-        z = self.pattern(x) @ self.heads(self.v(x))
+    def forward(self, x: Tensor, first: int = 0) -> Tensor:
+        z = self.pattern(x, first) @ self.heads(self.v(x))
         return self.o(z.transpose(-2, -3).flatten(-2))
 
 
@@ -97,8 +114,8 @@ def rotation(n_ctx: int, d_head: int, base: float = 10_000.0) -> tuple[Tensor, T
 class MLP(nn.Module):
     def __init__(self, cfg: Any) -> None:
         super().__init__()
-        self.fc_in = nn.Linear(cfg.d_model, cfg.d_mlp)
-        self.fc_out = nn.Linear(cfg.d_mlp, cfg.d_model)
+        self.fc_in = Linear(cfg.d_model, cfg.d_mlp)
+        self.fc_out = Linear(cfg.d_mlp, cfg.d_model)
         self.act = ACT[cfg.act_fn]
 
     def forward(self, x: Tensor) -> Tensor:
@@ -116,9 +133,21 @@ class Layer(nn.Module):
         if cfg.d_mlp:
             self.ln2, self.mlp = norm(cfg), MLP(cfg)
 
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.ln1(x))
+    def forward(self, x: Tensor, first: int = 0) -> Tensor:
+        """The stream behind the layer, from position `first` on."""
+        x = x[..., first:, :] + self.attn(self.ln1(x), first)
         return x + self.mlp(self.ln2(x)) if hasattr(self, "mlp") else x
+
+
+class Embedding(nn.Embedding):
+    """Rows of W_E; small ones as a product, whose gradient needs no sorting of the tokens."""
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        if self.training and self.num_embeddings <= SMALL_VOCABULARY:
+            every = torch.arange(self.num_embeddings, device=tokens.device)
+            rows = (tokens.reshape(-1, 1) == every).to(self.weight.dtype) @ self.weight
+            return rows.view(*tokens.shape, -1)
+        return super().forward(tokens)
 
 
 class Body(nn.Module):
@@ -126,19 +155,25 @@ class Body(nn.Module):
 
     def __init__(self, cfg: Any) -> None:
         super().__init__()
-        self.tok_embed = nn.Embedding(cfg.vocab_size, cfg.d_model)
+        self.tok_embed = Embedding(cfg.vocab_size, cfg.d_model)
         if cfg.positional == "standard":
             self.pos = nn.Embedding(cfg.n_ctx, cfg.d_model)
         self.layers = nn.ModuleList(Layer(cfg) for _ in range(cfg.n_layers))
         self.ln_out = norm(cfg)
-        self.head = nn.Linear(cfg.d_model, cfg.vocab_size, bias=False)
+        self.head = Linear(cfg.d_model, cfg.vocab_size, bias=False)
 
-    def forward(self, input_ids: Tensor, keep: int = 0, **_: Any) -> Tensor:
+    def forward(self, input_ids: Tensor, keep: int = 0, trim: bool = False, **_: Any) -> Tensor:
+        """
+        Args:
+            keep: logits of this many last positions; 0 for all.
+            trim: the last layer computes nothing else; its hooks see only these positions.
+        """
         x = self.tok_embed(input_ids)
         if hasattr(self, "pos"):
             x = x + self.pos.weight[: input_ids.shape[-1]]
-        for layer in self.layers:
-            x = layer(x)
+        for i, layer in enumerate(self.layers):
+            trimmed = trim and keep and i == len(self.layers) - 1
+            x = layer(x, x.shape[-2] - keep) if trimmed else layer(x)
         return self.head(self.ln_out(x[..., -keep:, :]))
 
 
@@ -172,9 +207,11 @@ class NativeForCausalLM(nn.Module):
     def get_output_embeddings(self) -> nn.Linear:
         return self.model.head
 
-    def forward(self, input_ids: Tensor, logits_to_keep: int = 0, **_: Any) -> Any:
-        """logits [batch pos d_vocab], under the name `logits`; of the last positions if said."""
-        return SimpleNamespace(logits=self.model(input_ids, keep=logits_to_keep))
+    def forward(
+        self, input_ids: Tensor, logits_to_keep: int = 0, trim: bool = False, **_: Any
+    ) -> Any:
+        """logits [batch pos d_vocab], under the name `logits`; see `Body.forward`."""
+        return SimpleNamespace(logits=self.model(input_ids, logits_to_keep, trim))
 
     def save_pretrained(self, folder: str | Path) -> None:
         from safetensors.torch import save_file

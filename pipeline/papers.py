@@ -6,6 +6,7 @@ the store a paper needs at a scale, under which digest, made from which spec.
 """
 
 import json
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,7 +52,7 @@ class Paper:
 # --- paper folders -------------------------------------------------------------------------
 
 
-class _OnceLoader(yaml.SafeLoader):
+class _OnceLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # C, where it is built in
     """YAML's safe loader, which here refuses a key that stands twice in a mapping."""
 
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
@@ -104,10 +105,20 @@ def find(name: str, dirs: list[Path]) -> Path:
     )
 
 
-def load(folder: Path, scale: str) -> Paper:
-    """The paper in `folder` at `scale`, validated."""
+def available(dirs: list[Path]) -> list[str]:
+    """Names of all paper folders in `dirs`, sorted; what is no name for a paper is left out."""
+    found = {p.parent.name for d in dirs for p in d.glob("*/paper.yaml")}
+    return sorted(n for n in found if re.fullmatch(r"[A-Za-z]\w*", n))
+
+
+def load(folder: Path, scale: str, raw: dict | None = None) -> Paper:
+    """The paper in `folder` at `scale`, validated.
+
+    Args:
+        raw: what `load_yaml` gives of its paper.yaml, where that was read before.
+    """
     file = folder / "paper.yaml"
-    raw = load_yaml(file)
+    raw = dict(load_yaml(file) if raw is None else raw)
     scales = raw.pop("scales", None) or {}
     if not isinstance(scales, dict):
         raise RetraceError(f"{file}: scales: must be a mapping from smoke, laptop, paper")
@@ -222,7 +233,9 @@ class Run:
         self.config = config
         self.dirs = [_folder("papers_dirs", d, bases) for d in config.papers_dirs]
         self.roots = [_folder("roots", r, bases) for r in config.roots]
+        self.available = list(dict.fromkeys([*config.papers, *available(self.dirs)]))
         self._papers: dict[tuple[str, str], Paper] = {}
+        self._raw: dict[Path, dict] = {}
         self._items: dict[str, dict[str, Item]] = {}
         for name in config.papers:  # every fault that can be known now is told now
             for scale in SCALES:
@@ -238,13 +251,16 @@ class Run:
     def paper(self, name: str, scale: str) -> Paper:
         """A paper at a scale, loaded and validated once; its store items become known."""
         if (name, scale) not in self._papers:
-            self._papers[name, scale] = load(find(name, self.dirs), scale)
+            folder = find(name, self.dirs)
+            if folder not in self._raw:
+                self._raw[folder] = load_yaml(folder / "paper.yaml")
+            self._papers[name, scale] = load(folder, scale, self._raw[folder])
         return self._papers[name, scale]
 
     def item(self, stage: str, id: str) -> Item:
         """The store's artefact with this id."""
         if id not in self._items.get(stage, {}):
-            for name in self.config.papers:  # a job on another node starts from the id alone
+            for name in self.available:  # a job on another node starts from the id alone
                 for scale in SCALES:
                     try:
                         for arm in self.paper(name, scale).spec.arm_names():

@@ -133,6 +133,7 @@ class Team:
         matrix = torch.tensor([float(len(s) > 1) for s in self.shapes])
         decays = matrix if spec.optimiser.decay == "matrices" else torch.ones_like(matrix)
         self.decays = decays.repeat_interleave(torch.tensor(self.sizes)).to(device)
+        self.last = _last(data)
         self.forward = self._forward
         if spec.compile and device.type == "cuda":
             self.forward = torch.compile(self._forward)
@@ -194,13 +195,17 @@ class Team:
         return {n: p.view(s) for n, p, s in zip(self.names, pieces, self.shapes, strict=True)}
 
     def logits(self, flat: Tensor, tokens: Tensor) -> Tensor:
-        """[batch pos d_vocab] of one member, in the dtype of the loss."""
-        out = torch.func.functional_call(self.model, self.parameters(flat), (tokens,))
+        """[batch `last` d_vocab] of one member, in the dtype of the loss; `last` 0 is all."""
+        how: dict[str, Any] = {"logits_to_keep": self.last} if self.last else {}
+        if self.last and self.spec.architecture.family == "native":
+            how["trim"] = True
+        out = torch.func.functional_call(self.model, self.parameters(flat), (tokens,), how)
         return out.logits.to(getattr(torch, self.spec.loss_dtype))
 
     def loss(self, flat: Tensor, tokens: Tensor, targets: Tensor) -> Tensor:
         """Mean cross entropy over the targets that count, nats."""
-        return F.cross_entropy(self.logits(flat, tokens).flatten(0, 1), targets.flatten())
+        wanted = targets[:, -self.last :].flatten()
+        return F.cross_entropy(self.logits(flat, tokens).flatten(0, 1), wanted)
 
     def each(self, function: Callable, *args: Tensor) -> Tensor:
         """A function of one member's weights and `args`, over all members: stacked.
@@ -292,7 +297,7 @@ class Team:
                     torch.stack([pair[i][at : at + width] for pair in pairs]) for i in (0, 1)
                 )
                 logits = self.each(self.logits, tokens).flatten(1, 2).double()
-                wanted = targets.flatten(1)
+                wanted = targets[..., -self.last :].flatten(1)
                 counts = wanted != training_data.IGNORED
                 each = F.cross_entropy(logits.mT, wanted, reduction="none").sum(1)
                 loss, n = loss + each, n + counts.sum(1)
@@ -347,6 +352,12 @@ class Team:
                 "accuracy": frame["accuracy"],
             }
         )
+
+
+def _last(data: list[Batches]) -> int:
+    """1 where targets stand at the last position alone; 0 where they may stand at any."""
+    found = [data[0].batch(0), *data[0].evaluation.values()]
+    return int(all((y[:, :-1] == training_data.IGNORED).all() for _, y in found))
 
 
 # --- the stage -----------------------------------------------------------------------------

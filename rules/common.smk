@@ -52,7 +52,7 @@ wildcard_constraints:
 
 def paper_rules():
     """(name, rules.smk) of every paper that has one."""
-    files = {name: papers.find(name, RUN.dirs) / "rules.smk" for name in RUN.config.papers}
+    files = {name: papers.find(name, RUN.dirs) / "rules.smk" for name in RUN.available}
     return [(name, str(f.resolve())) for name, f in files.items() if f.exists()]
 
 
@@ -292,9 +292,10 @@ def index_spec(wildcards):
 
 
 def print_claims():
-    """The claims tables of the run, and where the pages are."""
+    """The claims tables of the papers asked for, and where the pages are."""
     base = f"results/{RUN.config.scale}"
-    summary.print_claims(base, RUN.config.papers)
+    asked = [name for name in RUN.available if name in sys.argv]
+    summary.print_claims(base, asked or RUN.config.papers)
 
 
 def print_failure(log):
