@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 import torch
 
@@ -278,28 +280,58 @@ def call(monkeypatch, main, *options: object) -> None:
     torch.set_num_threads(threads)
 
 
+def trained(monkeypatch, folder: Path, name: str, section: dict, *given: object) -> Path:
+    """A run of two seeds and four steps, in the store's layout; its manifest."""
+    section = papers.overlay(section, {"steps": 4, "seeds": [0, 1], "checkpoints": {"every": 2}})
+    out = folder / f"{name}-0123456789ab"
+    call(
+        monkeypatch, training.main, "--spec", json.dumps({"training": section}), *given, "--out",
+        out / "manifest.json", "--checkpoints", out / "checkpoints", "--history",
+        out / "history.parquet", "--threads", 1,
+    )  # fmt: skip
+    return out / "manifest.json"
+
+
+def text(folder: Path) -> tuple[Path, Path]:
+    """Blocks of made-up text of 40 tokens, and what says how many there are."""
+    ids = np.random.default_rng(0).zipf(1.5, (30, 48)) % 40
+    blocks = pa.table(
+        {"split": ["train"] * 20 + ["eval"] * 10, "tokens": list(ids.astype("int32"))}
+    )
+    pq.write_table(blocks, folder / "tokens.parquet")
+    (folder / "model.json").write_text('{"d_vocab": 40}')
+    return folder / "tokens.parquet", folder / "model.json"
+
+
 def test_the_stage_its_metrics_and_figures(tmp_path, monkeypatch):
     spec = papers.load(FOLDER, "smoke").spec
-    for name, run in spec.training.items():
-        section = papers.overlay(run.model_dump(mode="json"), {"steps": 4, "seeds": [0, 1]})
-        section["checkpoints"]["every"], out = 2, tmp_path / f"{name}-0123456789ab"
-        call(
-            monkeypatch, training.main, "--spec", json.dumps({"training": section}),
-            "--data", FOLDER / "data.py", "--out", out / "manifest.json", "--checkpoints",
-            out / "checkpoints", "--history", out / "history.parquet", "--threads", 1,
-        )  # fmt: skip
+    sections = {name: run.model_dump(mode="json") for name, run in spec.training.items()}
+    runs = [
+        trained(monkeypatch, tmp_path, name, section, "--data", FOLDER / "data.py")
+        for name, section in sections.items()
+    ]
+    corpus, tokenizer = text(tmp_path)
+    section = papers.overlay(sections["two_layer"], {"data": {"source": "corpus", "function": ""}})
+    given = ("--corpus", corpus, "--tokenizer", tokenizer)
+    runs.append(trained(monkeypatch, tmp_path, "text_two_layer", section, *given))
+    section = spec.own["heads"] | {"text_icl": {"early": [2, 5], "late": [30, 40]}}
+    section["repeat"] = {"length": 10, "times": 2}
     given = [f for t in stage.TABLES for f in (f"--{t}", tmp_path / f"{t}.parquet")]
-    section = json.dumps({"own.heads": spec.own["heads"]})
-    runs = [tmp_path / f"{name}-0123456789ab/manifest.json" for name in spec.training]
-    call(monkeypatch, stage.main, "--spec", section, "--runs", *runs, *given, "--threads", 1)
+    call(
+        monkeypatch, stage.main, "--spec", json.dumps({"own.heads": section}), "--runs", *runs,
+        "--corpus", corpus, *given, "--threads", 1,
+    )  # fmt: skip
     frames = {f"heads/{t}": tables.read_table(tmp_path / f"{t}.parquet") for t in stage.TABLES}
     assert {f"heads/{t}" for t in spec.own["heads"]["tables"]} == frames.keys()
     table = frames["heads/training"]
-    assert len(table) == 3 * 2 * 3 and table["by_index"].map(len).eq(48).all()
-    history = tables.read_table(runs[0].parent / "history.parquet")
-    for name, column in (("all", "loss"), ("second_copy", "second_copy")):
+    assert len(table) == 4 * 2 * 3 and table["by_index"].map(len).eq(48).all()
+    for manifest, name, column in (
+        (runs[0], "all", "loss"), (runs[0], "second_copy", "second_copy"), (runs[3], "val", "loss"),
+    ):  # fmt: skip
+        history = tables.read_table(manifest.parent / "history.parquet")
         want = history[(history["set"] == name) & (history["step"] == 4)].set_index("member")
-        rows = table[(table["run"] == "two_layer") & (table["step"] == 4)].set_index("member")
+        run = manifest.parent.name.rsplit("-", 1)[0]
+        rows = table[(table["run"] == run) & (table["step"] == 4)].set_index("member")
         np.testing.assert_allclose(rows[column], want.loc[rows.index, "loss"], rtol=1e-5)
 
     from pipeline.metrics import definition
@@ -307,8 +339,9 @@ def test_the_stage_its_metrics_and_figures(tmp_path, monkeypatch):
     found = metrics.metrics(frames)
     assert all(definition(name, metrics.METRICS) for name in found)
     assert all(len(values) == 2 for values in found.values())
+    assert "text_two_layer.icl" in found and "text_two_layer.second_copy" not in found
     figures = import_file(FOLDER / "figures.py")
-    for name, figure in spec.figures.items():
+    for name, figure in papers.load(FOLDER, "paper").spec.figures.items():
         drawn, numbers = getattr(figures, name)({t: frames[t] for t in figure.tables}, {})
         assert len(drawn.data) and len(numbers), name
 
