@@ -116,6 +116,9 @@ class Team:
         self.spec, self.data, self.device = spec, data, device
         self.members = spec.members()
         self.model = build(spec.architecture, data[0].d_vocab).float().to(device)
+        for module in self.model.modules():
+            if hasattr(module, "split"):  # native.product
+                module.split = device.type == "cuda" and len(self.members) > 1
         named = dict(self.model.named_parameters())
         self.names = [n for n in named if is_trained(n, spec.architecture)]
         self.shapes = [named[n].shape for n in self.names]

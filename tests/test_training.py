@@ -383,3 +383,29 @@ def test_a_trained_model_is_a_model_like_any_other(data, tmp_path, more):
     stream = hooks.run_to(loaded.hf, tokens, ["blocks.0.hook_resid_post"])
     assert stream["blocks.0.hook_resid_post"].shape == (2, 6, 16)
     assert loaded.tokenizer is None and loaded.bos_id is None
+
+
+def test_a_product_in_pieces_is_the_product():
+    """3,830 rows are ten pieces; values and weight gradients of batched members, against matmul."""
+    generator = torch.Generator().manual_seed(0)
+    rows = torch.randn(3, 3830, 6, generator=generator, dtype=torch.float64)
+    weight = torch.randn(3, 6, 4, generator=generator, dtype=torch.float64, requires_grad=True)
+    made = torch.vmap(lambda x, w: native.product(x, w, True))(rows, weight)
+    torch.testing.assert_close(made, rows @ weight)
+    (got,) = torch.autograd.grad(made.square().sum(), weight)
+    torch.testing.assert_close(got, (2 * rows.mT @ rows @ weight).detach())
+
+
+def test_logits_of_the_last_position_alone_are_those_of_all():
+    model = drawn(n_layers=2, positional="rotary")
+    tokens = torch.randint(0, 11, (3, 6), generator=torch.Generator().manual_seed(2))
+    whole = model(tokens).logits[:, -2:]
+    torch.testing.assert_close(model(tokens, logits_to_keep=2).logits, whole)
+    torch.testing.assert_close(model(tokens, logits_to_keep=2, trim=True).logits, whole)
+
+
+@pytest.mark.parametrize("d_vocab", [11, native.SMALL_VOCABULARY + 1])
+def test_embedding_in_training_is_the_lookup(d_vocab):
+    made = native.Embedding(d_vocab, 5)
+    tokens = torch.randint(0, d_vocab, (2, 7), generator=torch.Generator().manual_seed(0))
+    torch.testing.assert_close(made.train()(tokens), made.eval()(tokens))
