@@ -138,6 +138,19 @@ def training_of(run, file):
     return path
 
 
+def trainings_of(file, made_from="training"):
+    """Input: a file of every training run of the paper, or of the artefacts they are made from."""
+
+    def paths(wildcards):
+        paper = paper_of(wildcards)
+        store = told(RUN.store, paper.name, paper.scale, paper.spec.arm_names()[0])
+        items = [store[f"training:{run}"] for run in paper.spec.training]
+        ids = [i.id if made_from == "training" else i.inputs.get(made_from) for i in items]
+        return [f"results/store/{made_from}/{id}/{file}" for id in dict.fromkeys(ids) if id]
+
+    return paths
+
+
 # --- papers --------------------------------------------------------------------------------
 
 
