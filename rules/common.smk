@@ -99,7 +99,8 @@ def item_input_of(stage, made_from, file):
         found = told(RUN.item, stage, wildcards[stage]).inputs.get(made_from)
         if found is None:
             return []
-        return f"results/store/{found if '/' in found else f'{made_from}/{found}'}/{file}"
+        folder = found if os.sep in found else f"{made_from}/{found}"
+        return f"results/store/{folder}/{file}"
 
     return path
 
@@ -167,6 +168,19 @@ def arm_input_of(stage, file, arm_section=None):
         return [f"results/store/{stage}/{i.id}/{file}" for i in items]
 
     return path
+
+
+def models_of(file):
+    """Input: a file of every arm's model; arms sorted by name, as in the JSON of `spec`."""
+
+    def paths(wildcards):
+        paper = paper_of(wildcards)
+        stores = [
+            told(RUN.store, paper.name, paper.scale, arm) for arm in sorted(paper.spec.arm_names())
+        ]
+        return [f"results/store/model/{store['model'].id}/{file}" for store in stores]
+
+    return paths
 
 
 def sae_input_of(section, file):

@@ -180,7 +180,6 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    torch.set_float32_matmul_precision("high")
     device = torch.device(args.device)
     recipes = ["gpu_recipe", "cpu_recipe"] if device.type == "cuda" else ["cpu_recipe"]
     rows = [measure(recipe, args, device) for recipe in recipes]

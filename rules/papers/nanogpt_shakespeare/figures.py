@@ -72,7 +72,7 @@ def level(figure: go.Figure, value: float, text: str, line: str) -> None:
 def samples(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     """What each arm writes, and held-out text, side by side; the reader chooses the sample.
 
-    Options: characters of each text (default 500), width of a column in characters (default 46).
+    Options: characters of each text (default 500), width of a column in characters (default 44).
     """
     frame = tables["language/samples"].copy()
     by_model = frame["writer"] == "model"
@@ -82,7 +82,7 @@ def samples(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     frame = frame.sort_values(
         "writer", key=lambda c: c.map([*order, "held out"].index), kind="stable"
     )
-    n, width = options.get("characters", 500), options.get("width", 46)
+    n, width = options.get("characters", 500), options.get("width", 44)
     shown = {
         int(i): [[as_lines(t[:n], width)] for t in rows["text"]]
         for i, rows in frame.groupby("sample")

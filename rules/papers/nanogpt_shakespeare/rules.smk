@@ -1,23 +1,11 @@
-def nanogpt_models(file):
-    """Input: a file of every arm's model, arms sorted by name, as in the JSON of `spec`."""
-
-    def paths(wildcards):
-        paper = paper_of(wildcards)
-        arms = sorted(paper.spec.arm_names())
-        items = [told(RUN.store, paper.name, paper.scale, arm)["model"] for arm in arms]
-        return [f"results/store/model/{item.id}/{file}" for item in items]
-
-    return paths
-
-
 # What the arms know of the language, in one job: the models are small, and torch takes seconds.
 rule nanogpt_language:
     input:
         stage=own_file_of("language.py"),
         samples=own_file_of("samples.py"),
         lens=own_file_of("lens.py"),
-        models=nanogpt_models("model.json"),
-        checkpoints=nanogpt_models("checkpoint"),
+        models=models_of("model.json"),
+        checkpoints=models_of("checkpoint"),
         corpus=arm_input_of("corpus", "tokens.parquet", "features"),
     output:
         text="results/{scale}/{paper}/language/text.parquet",
