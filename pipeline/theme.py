@@ -103,3 +103,15 @@ def selector(choices: dict[str, list]) -> dict[str, Any]:
     """
     buttons = [{"label": k, "method": "update", "args": v} for k, v in choices.items()]
     return {"type": "dropdown", "buttons": buttons, "x": 1, "xanchor": "right", "y": 1.15}
+
+
+def slider(choices: dict[str, list], what: str, active: int = 0) -> dict[str, Any]:
+    """A plotly slider that draw.js shows as a range above the figure.
+
+    Args:
+        choices: as for `selector`, in the order of the slider's places.
+        what: stands before the label of the place, such as 'step '.
+        active: the place that the figure shows at the start.
+    """
+    steps = [{"label": k, "method": "update", "args": v} for k, v in choices.items()]
+    return {"steps": steps, "active": active, "currentvalue": {"prefix": what}}

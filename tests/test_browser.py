@@ -163,6 +163,24 @@ def test_the_reader_chooses_what_is_shown(browser):
     assert browser.errors() == []
 
 
+def test_a_slider_moves_the_figure_and_outlives_a_change_of_scheme(browser):
+    browser.open(REPORT)
+    count = "return document.querySelector('#figure-own_slider .retrace-canvas').data[0].x.length"
+    told = "return document.querySelector('#figure-own_slider output').textContent"
+    at_start = browser.js(count)
+    assert browser.js(told) == str(at_start)
+    browser.choose("#figure-own_slider input", "0")
+    browser.until(f"{count} === 2")
+    assert browser.js(told) == "2"
+    browser.driver.execute_cdp_cmd(
+        "Emulation.setEmulatedMedia",
+        {"features": [{"name": "prefers-color-scheme", "value": "dark"}]},
+    )
+    browser.until("return document.querySelector('#figure-own_slider').dataset.drawn === 'dark'")
+    assert browser.js(count) == 2 and browser.js(told) == "2"
+    assert browser.errors() == []
+
+
 def test_no_button_sends_data_away(browser):
     browser.open(REPORT)
     titles = browser.js(

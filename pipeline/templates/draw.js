@@ -5,7 +5,7 @@
   const DARK = { "#1b1f24": "#e6e8eb", "#d9dde3": "#363c44", "#fefefe": "#1d2126" };
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const narrow = 520;
-  const chosen = new Map();  // figure -> index of the choice that the reader made
+  const chosen = new Map();  // figure -> the place that the reader gave each control
 
   const figures = () => [...document.querySelectorAll(".retrace-figure")];
 
@@ -25,27 +25,51 @@
     return box;
   }
 
-  // plotly's own menus overlap legends on a phone: they become lists above the figure
-  function choices(figure, menus) {
+  // plotly's own menus and sliders overlap legends on a phone: they become controls above the figure
+  function controls(figure, all) {
     figure.querySelectorAll(".retrace-choice").forEach((old) => old.remove());
-    menus.forEach((menu, m) => {
+    all.forEach((control, c) => {
       const label = document.createElement("label");
       label.className = "retrace-choice";
-      label.append("show ");
-      const list = document.createElement("select");
-      menu.buttons.forEach((b) => list.add(new Option(b.label)));
-      list.selectedIndex = chosen.get(figure)?.[m] ?? menu.active ?? 0;
-      list.addEventListener("change", () => {
-        chosen.set(figure, { ...chosen.get(figure), [m]: list.selectedIndex });
-        apply(figure, menu, list.selectedIndex);
-      });
-      label.append(list);
+      const at = chosen.get(figure)?.[c] ?? control.active ?? 0;
+      const choose = (i) => {
+        chosen.set(figure, { ...chosen.get(figure), [c]: i });
+        return apply(figure, control, i);
+      };
+      label.append(...(control.steps ? slider(control, at, choose) : list(control, at, choose)));
       figure.prepend(label);
     });
   }
 
-  function apply(figure, menu, i) {
-    const { method, args } = menu.buttons[i];
+  function list(menu, at, choose) {
+    const select = document.createElement("select");
+    menu.buttons.forEach((b) => select.add(new Option(b.label)));
+    select.selectedIndex = at;
+    select.addEventListener("change", () => choose(select.selectedIndex));
+    return ["show ", select];
+  }
+
+  function slider(control, at, choose) {
+    const range = document.createElement("input");
+    Object.assign(range, { type: "range", min: 0, max: control.steps.length - 1, value: at });
+    const told = document.createElement("output");
+    const tell = () => {
+      range.ariaValueText = told.textContent = control.steps[range.value].label;
+    };
+    tell();
+    let shown = at, busy = false;
+    range.addEventListener("input", async () => {
+      tell();
+      if (busy) return;  // a drag asks faster than plotly draws: only its latest place counts
+      busy = true;
+      while (shown !== Number(range.value)) await choose(shown = Number(range.value));
+      busy = false;
+    });
+    return [control.currentvalue?.prefix ?? "", range, told];
+  }
+
+  function apply(figure, control, i) {
+    const { method, args } = (control.steps ?? control.buttons)[i];
     return Plotly[method](canvas(figure), ...JSON.parse(JSON.stringify(args)));
   }
 
@@ -73,9 +97,9 @@
 
   async function draw(figure, onDark) {
     const plot = read(figure, onDark);
-    const menus = plot.layout.updatemenus ?? [];
-    delete plot.layout.updatemenus;
-    choices(figure, menus);
+    const { updatemenus = [], sliders = [], ...rest } = plot.layout;
+    plot.layout = rest;
+    controls(figure, [...updatemenus, ...sliders]);
     const box = canvas(figure);
     const width = figure.clientWidth;
     const layout = { ...plot.layout, autosize: true, height: height(plot.layout, plot.data, width) };
@@ -94,9 +118,9 @@
       toImageButtonOptions: { format: "svg", filename: name },
     };
     await Plotly.react(box, plot.data, layout, config);
-    for (const [m, menu] of menus.entries()) {
-      const i = chosen.get(figure)?.[m];
-      if (i) await apply(figure, menu, i);
+    for (const [c, control] of [...updatemenus, ...sliders].entries()) {
+      const i = chosen.get(figure)?.[c] ?? control.active ?? 0;
+      if (i !== (control.active ?? 0)) await apply(figure, control, i);
     }
     figure.querySelector(".retrace-wait")?.remove();
     figure.dataset.drawn = onDark ? "dark" : "light";

@@ -1,0 +1,211 @@
+"""Metrics of Progress Measures for Grokking: what they mean, and how they follow from the tables.
+
+One value a seed. Without a prefix: the arm `decay`, as in the paper; `null.`: the arm `no_decay`;
+`untrained.`: the arm `decay` at step 0. Losses are nats, float64, over p classes; "test" are the
+pairs that are not trained on. Steps are updates on the full batch (the paper's epochs).
+"""
+
+from typing import Any
+
+import numpy as np
+
+METRICS = {
+    "accuracy.train": "share of the training pairs that the last checkpoint answers right",
+    "accuracy.test": "share of the other pairs that the last checkpoint answers right",
+    "steps.fitted": "first evaluated step at which every training pair is answered right; NaN if "
+    "none",
+    "steps.generalised": "first evaluated step with a test accuracy above 0.99; NaN if none",
+    "steps.delay": "generalised - fitted, updates",
+    "steps.delay_share": "the same over all steps of the run; 0.025 is 1,000 of the paper's 40,000",
+    "phase.memorised": "step at which the excluded loss (training pairs) is least, before cleanup: "
+    "the end of memorisation",
+    "phase.cleanup": "first checkpoint after the largest test loss at which log test loss has gone "
+    "5 % of its way to its final value: circuit formation ends, cleanup begins",
+    "phase.cleaned": "first checkpoint at which it has gone 90 % of that way: cleanup ends",
+    "key.count": "key frequencies: those whose removal from the logits of the last checkpoint "
+    "raises the test loss at least key_ratio times (paper.yaml: 10)",
+    "key.weakest": "smallest ratio of the test loss without a key frequency to the full test loss",
+    "key.other": "largest such ratio of a frequency that is not key",
+    "embedding.frequencies": "frequencies whose norm in W_E is above a quarter of the largest",
+    "embedding.key_share": "share of the squared norm of W_E's non-constant components that lies "
+    "in key frequencies",
+    "neurons.single": "share of the neurons of which one frequency (its eight components over a "
+    "and b) explains more than 85 % of the variance, last checkpoint",
+    "neurons.single_key": "share of these neurons whose frequency is key",
+    "logits.explained": "share of the variance of all p^3 logits that sum_k alpha_k cos(w_k (a + b "
+    "- c)) over key k explains; alpha by least squares",
+    "logits.explained_centred": "the same about each input's mean over c, which softmax ignores",
+    "readout.explained": "smallest share, over key k, of the variance of u_k MLP(a, b) that "
+    "cos(w_k (a + b)) explains, and of v_k MLP(a, b) that sin does; u_k, v_k are W_L's rows at k",
+    "readout.residual": "norm of W_L outside its key frequencies over the norm of W_L",
+    "loss.test": "test loss of the last checkpoint",
+    "loss.train": "training loss of the last checkpoint",
+    "loss.all": "loss of the last checkpoint over all pairs",
+    "loss.uniform": "ln p, the loss of equal logits",
+    "loss.restricted": "test loss with only the constant and the key frequencies' cos and sin of "
+    "w_k (a + b) kept in the logits",
+    "loss.excluded": "training loss with these waves removed from the logits, all at once",
+    "loss.blocks": "loss over all pairs with only the mean and the eight components of each key "
+    "frequency kept in the logits (40 components for five)",
+    "loss.formula": "loss over all pairs with the logits replaced by the fitted sum_k alpha_k "
+    "cos(w_k (a + b - c)); right for any positive alpha, so only its size says something",
+    "loss.polynomials": "loss over all pairs with every single-frequency neuron replaced by its "
+    "mean and the eight components of its frequency",
+    "loss.polynomials_ratio": "the same over loss.all",
+    "loss.neuron_waves": "loss over all pairs with every neuron reduced to its mean and the key "
+    "frequencies' cos and sin of w_k (a + b)",
+    "loss.directions": "loss over all pairs with the neurons projected on the span of u_k, v_k",
+    "loss.nullspace": "loss over all pairs with the neurons projected on the rest",
+    "during.restricted_fall": "restricted test loss when cleanup begins over that at the end of "
+    "memorisation",
+    "during.test_fall": "the same of the full test loss",
+    "during.excluded_rise": "excluded training loss when cleanup begins over that at the end of "
+    "memorisation",
+    "during.excluded_rise_after": "excluded training loss at the last checkpoint over that when "
+    "cleanup begins",
+    "during.*.formation": "change of the quantity a thousand steps during circuit formation",
+    "during.*.cleanup": "the same during cleanup",
+    "null.accuracy.train": "arm without weight decay: as accuracy.train",
+    "null.accuracy.test": "arm without weight decay: largest test accuracy at any evaluation",
+    "null.logits.explained_any": "arm without weight decay: share of the variance of the logits "
+    "that the formula explains with all frequencies, key or not",
+    "untrained.logits.explained_any": "step 0: the same",
+    "null.loss.sum_only": "arm without weight decay: test loss with the waves of a + b of all "
+    "frequencies kept; it averages over the pairs of a sum, the trained ones among them",
+    "null.*": "arm without weight decay: the same",
+    "untrained.*": "step 0: the same",
+}
+CHANGES = ("gini_W_E", "gini_W_L", "sum_squares")
+
+
+def first(rows: Any, holds: Any) -> float:
+    """The first step at which something holds, NaN where it never does."""
+    return float(rows["step"][holds].min()) if holds.any() else np.nan
+
+
+def curves(history: Any, steps: int) -> dict[str, float]:
+    """When one model fits the training pairs, and when it generalises."""
+    part = {name: rows.sort_values("step") for name, rows in history.groupby("set")}
+    fitted = first(part["train"], part["train"]["accuracy"] >= 1)
+    generalised = first(part["test"], part["test"]["accuracy"] > 0.99)
+    return {
+        "steps.fitted": fitted,
+        "steps.generalised": generalised,
+        "steps.delay": generalised - fitted,
+        "steps.delay_share": (generalised - fitted) / steps,
+    }
+
+
+def structure(frequencies: Any, neurons: Any) -> dict[str, float]:
+    """Key frequencies, and how far embedding, neurons and readout keep to them."""
+    key = frequencies[frequencies["key"]]
+    rest = frequencies[~frequencies["key"]]
+    norm, full = frequencies["norm_W_E"], frequencies["full_test"].iloc[0]
+    single = neurons[neurons["share"] > 0.85]
+    readout = key[["readout_cos", "readout_sin"]].to_numpy()
+    return {
+        "key.count": len(key),
+        "key.weakest": key["without_test"].min() / full,
+        "key.other": rest["without_test"].max() / full,
+        "embedding.frequencies": (norm > norm.max() / 4).sum(),
+        "embedding.key_share": (key["norm_W_E"] ** 2).sum() / (norm**2).sum(),
+        "neurons.single": len(single) / len(neurons),
+        "neurons.single_key": single["frequency"].isin(key["frequency"]).mean(),
+        "readout.explained": readout.min() if readout.size else np.nan,
+    }
+
+
+def endings(progress: Any, edits: Any, p: int) -> dict[str, float]:
+    """Losses and fits of the last checkpoint."""
+    last = progress.sort_values("step").iloc[-1]
+    loss = edits.set_index(["edit", "set"])["loss"]
+    out = {
+        "accuracy.train": last["train_accuracy"],
+        "accuracy.test": last["test_accuracy"],
+        "logits.explained": last["explained"],
+        "logits.explained_centred": last["explained_centred"],
+        "readout.residual": edits["residual_W_L"].iloc[0],
+        "loss.test": loss["full", "test"],
+        "loss.train": loss["full", "train"],
+        "loss.all": loss["full", "all"],
+        "loss.uniform": np.log(p),
+        "loss.restricted": loss["restricted", "test"],
+        "loss.excluded": loss["excluded", "train"],
+        "loss.polynomials_ratio": loss["polynomials", "all"] / loss["full", "all"],
+    }
+    wide = ("blocks", "formula", "polynomials", "neuron_waves", "directions", "nullspace")
+    return out | {f"loss.{name}": loss[name, "all"] for name in wide}
+
+
+def during(progress: Any, phase: Any) -> dict[str, float]:
+    """What happens in the phases of one model; NaN where it has none."""
+    rows = progress.set_index("step").sort_index()
+    ends = [phase["memorised"], phase["cleanup"], phase["cleaned"]]
+    if np.isnan(ends).any():
+        at = [dict.fromkeys(rows.columns, np.nan)] * 3
+    else:
+        at = [rows.loc[int(step)] for step in ends]
+    out = {
+        "during.restricted_fall": at[1]["restricted_test"] / at[0]["restricted_test"],
+        "during.test_fall": at[1]["test_loss"] / at[0]["test_loss"],
+        "during.excluded_rise": at[1]["excluded_train"] / at[0]["excluded_train"],
+        "during.excluded_rise_after": rows["excluded_train"].iloc[-1] / at[1]["excluded_train"],
+    }
+    for name in CHANGES:
+        for i, phase_name in enumerate(("formation", "cleanup")):
+            thousands = (ends[i + 1] - ends[i]) / 1000
+            change = at[i + 1][name] - at[i][name]
+            out[f"during.{name}.{phase_name}"] = change / thousands if thousands else np.nan
+    return out | {f"phase.{n}": phase[n] for n in ("memorised", "cleanup", "cleaned")}
+
+
+def of_seed(tables: dict[str, Any], history: Any) -> dict[str, float]:
+    """Every metric of one model."""
+    progress, neurons = tables["progress"], tables["neurons"]
+    steps = int(history["step"].max())
+    last = neurons[neurons["step"] == neurons["step"].max()]
+    p = 2 * len(tables["frequencies"]) + 1
+    return (
+        endings(progress, tables["edits"], p)
+        | curves(history, steps)
+        | structure(tables["frequencies"], last)
+        | during(progress, tables["phases"].iloc[0])
+    )
+
+
+NULL = ("accuracy.train", "loss.test", "loss.train", "key.count", "neurons.single")
+
+
+def metrics(tables: dict[str, Any]) -> dict[str, Any]:
+    """Metric -> one value a seed.
+
+    Args:
+        tables: name -> DataFrame, named as in paper.yaml.
+    """
+    out: dict[str, list[float]] = {}
+    for arm in ("decay", "no_decay"):
+        history = tables[f"training/{arm}"]
+        for seed, curve in history.groupby("seed"):
+            own = {}
+            for name in ("progress", "phases", "frequencies", "neurons", "edits"):
+                frame = tables[f"fourier/{name}"]
+                own[name] = frame[(frame["arm"] == arm) & (frame["seed"] == seed)]
+            found = of_seed(own, curve)
+            start = own["progress"].sort_values("step").iloc[0]
+            if arm == "no_decay":
+                test = curve[curve["set"] == "test"]["accuracy"]
+                last = own["progress"].sort_values("step").iloc[-1]
+                found = {f"null.{name}": found[name] for name in NULL} | {
+                    "null.accuracy.test": test.max(),
+                    "null.logits.explained_any": last["explained_any"],
+                    "null.loss.sum_only": last["sum_only_test"],
+                }
+            else:
+                found |= {
+                    "untrained.neurons.single": start["single"],
+                    "untrained.logits.explained_any": start["explained_any"],
+                    "untrained.gini_W_E": start["gini_W_E"],
+                }
+            for name, value in found.items():
+                out.setdefault(name, []).append(float(value))
+    return out
