@@ -1,6 +1,8 @@
 """Progress Measures for Grokking: closed forms, fast against naive, the rule of the phases."""
 
+import json
 import random
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -301,6 +303,48 @@ def test_frames_are_few_and_end_with_the_last_checkpoint(until, reach):
     frames = phases.frames(step, until, 5)
     assert frames[0] == 0 and frames[-1] == 100 and len(frames) <= 6
     assert set(frames) <= set(step) and frames[frames < 100].max() >= reach - 25
+
+
+# --- the stage on real runs ----------------------------------------------------------------
+
+
+def call(main, spec: dict, monkeypatch, **options) -> None:
+    """The main() of a stage, in this process."""
+    argv = ["stage", "--spec", json.dumps(spec)]
+    for name, value in options.items():
+        values = value if isinstance(value, list) else [value]
+        argv += [f"--{name.replace('_', '-')}", *map(str, values)]
+    monkeypatch.setattr(sys, "argv", argv)
+    main()
+
+
+def test_the_stage_reads_runs(tmp_path, monkeypatch):
+    """Training and measuring at the sizes of the smoke run, for a few steps."""
+    spec = papers.load(FOLDER, "smoke").spec
+    stage = import_file(FOLDER / "fourier.py")
+    common = {"device": "cpu", "threads": 1, "data": FOLDER / "data.py"}
+    for run, section in spec.training.items():
+        few = section.model_dump(mode="json") | {"steps": 6, "eval_every": 3}
+        few["checkpoints"] = {"every": 3, "at": []}
+        files = {"out": "manifest.json", "checkpoints": "checkpoints", "history": "history.parquet"}
+        paths = {option: tmp_path / run / name for option, name in files.items()}
+        (tmp_path / run).mkdir()
+        call(training.main, {"training": few}, monkeypatch, **paths, **common)
+    runs = [tmp_path / run / "manifest.json" for run in spec.training]
+    outputs = {t: tmp_path / f"{t}.parquet" for t in stage.TABLES}
+    own = {"own.fourier": spec.own["fourier"]}
+    call(stage.main, own, monkeypatch, runs=runs, names=[*spec.training], **outputs, **common)
+    found = {f"fourier/{t}": pd.read_parquet(path) for t, path in outputs.items()}
+    assert {f"fourier/{t}" for t in spec.own["fourier"]["tables"]} == found.keys()
+    for run in spec.training:
+        found[f"training/{run}"] = pd.read_parquet(tmp_path / run / "history.parquet")
+    progress = found["fourier/progress"].set_index(["arm", "seed", "step"])
+    for run in spec.training:  # the trainer's own evaluation, of p + 1 classes
+        history = found[f"training/{run}"]
+        for row in history[history["set"] == "test"].itertuples():
+            ours = progress.loc[(run, row.seed, row.step)]
+            assert ours["test_loss"] <= row.loss < ours["test_loss"] + 0.2
+    assert set(metrics.metrics(found)) >= {"loss.restricted", "null.accuracy.test"}
 
 
 # --- metrics, figures, claims --------------------------------------------------------------
