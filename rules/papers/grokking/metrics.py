@@ -16,7 +16,8 @@ METRICS = {
     "none",
     "steps.generalised": "first evaluated step with a test accuracy above 0.99; NaN if none",
     "steps.delay": "generalised - fitted, updates",
-    "steps.delay_share": "the same over all steps of the run; 0.025 is 1,000 of the paper's 40,000",
+    "steps.delay_share": "the same over the steps of the run, 0 where it never generalises; "
+    "0.025 is 1,000 of the paper's 40,000 steps",
     "phase.memorised": "step at which the excluded loss (training pairs) is least, before cleanup: "
     "the end of memorisation",
     "phase.cleanup": "first checkpoint after the largest test loss at which log test loss has gone "
@@ -92,7 +93,7 @@ def curves(history: Any, steps: int) -> dict[str, float]:
         "steps.fitted": fitted,
         "steps.generalised": generalised,
         "steps.delay": generalised - fitted,
-        "steps.delay_share": (generalised - fitted) / steps,
+        "steps.delay_share": float(np.nan_to_num(generalised - fitted)) / steps,
     }
 
 
