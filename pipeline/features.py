@@ -45,6 +45,12 @@ class Scan:
         out[self.at["block"], self.at["position"]] = np.arange(len(self.at["block"]))
         return out
 
+    @cached_property
+    def apart(self) -> np.ndarray:
+        """What examples of a latent must differ in: documents, or blocks of a single one; [rows]"""
+        single = self.at["document"].min() == self.at["document"].max()
+        return self.at["block" if single else "document"]
+
     def column(self, latent: int) -> tuple[np.ndarray, np.ndarray]:
         """Rows on which a latent is active, ascending, and its activations there."""
         start, stop = self.acts.indptr[latent : latent + 2]
@@ -192,7 +198,7 @@ def describe(
         }
     best, share = label_excess(of_document[scanned.at["document"][rows]], values, base)
     _, counts = np.unique(scanned.at["token"][rows], return_counts=True)
-    top = top_rows(rows, values, scanned.at["document"], section.n_examples)
+    top = top_rows(rows, values, scanned.apart, section.n_examples)
     return out | {
         "max_act": float(values.max()),
         "mean_act": float(values.mean()),
@@ -217,7 +223,8 @@ def label_table(documents: Any, at: dict[str, np.ndarray]) -> tuple:
 def decoded(rows: list[dict], logits: tuple, documents: Any, tokenizer: Any, n: int) -> list[dict]:
     """Token ids -> strings, titles and logits added."""
     text = np.array([tokenizer.decode([i]) for i in range(len(tokenizer))], dtype=object)
-    titles = documents.set_index("document")["title"].fillna("").astype(str)
+    once = documents.drop_duplicates("document")  # split: tail may cut one in two
+    titles = once.set_index("document")["title"].fillna("").astype(str)
     values, ids = logits[0].cpu().numpy(), logits[1].cpu().numpy()
     for row, v, i in zip(rows, values, ids, strict=True):
         pairs = [{"token": text[t], "value": float(x)} for t, x in zip(i, v, strict=True)]

@@ -99,7 +99,8 @@ def item_input_of(stage, made_from, file):
         found = told(RUN.item, stage, wildcards[stage]).inputs.get(made_from)
         if found is None:
             return []
-        return f"results/store/{found if '/' in found else f'{made_from}/{found}'}/{file}"
+        folder = found if os.sep in found else f"{made_from}/{found}"
+        return f"results/store/{folder}/{file}"
 
     return path
 
@@ -137,6 +138,19 @@ def training_of(run, file):
     return path
 
 
+def trainings_of(file, made_from="training"):
+    """Input: a file of every training run of the paper, or of the artefacts they are made from."""
+
+    def paths(wildcards):
+        paper = paper_of(wildcards)
+        store = told(RUN.store, paper.name, paper.scale, paper.spec.arm_names()[0])
+        items = [store[f"training:{run}"] for run in paper.spec.training]
+        ids = [i.id if made_from == "training" else i.inputs.get(made_from) for i in items]
+        return [f"results/store/{made_from}/{id}/{file}" for id in dict.fromkeys(ids) if id]
+
+    return paths
+
+
 # --- papers --------------------------------------------------------------------------------
 
 
@@ -154,6 +168,19 @@ def arm_input_of(stage, file, arm_section=None):
         return [f"results/store/{stage}/{i.id}/{file}" for i in items]
 
     return path
+
+
+def models_of(file):
+    """Input: a file of every arm's model; arms sorted by name, as in the JSON of `spec`."""
+
+    def paths(wildcards):
+        paper = paper_of(wildcards)
+        stores = [
+            told(RUN.store, paper.name, paper.scale, arm) for arm in sorted(paper.spec.arm_names())
+        ]
+        return [f"results/store/model/{store['model'].id}/{file}" for store in stores]
+
+    return paths
 
 
 def sae_input_of(section, file):

@@ -42,6 +42,29 @@ def test_top_rows_take_one_a_document():
     assert features.top_rows(rows, values, AT["document"], 1).tolist() == [3]
 
 
+def test_examples_of_a_single_document_are_of_different_blocks():
+    single = features.Scan(SCAN.acts, AT | {"document": np.zeros(6, np.int32)})
+    assert single.apart is single.at["block"] and SCAN.apart is SCAN.at["document"]
+    rows, values = single.column(0)
+    assert features.top_rows(rows, values, single.apart, 5).tolist() == [3, 1]
+
+
+def test_a_document_cut_in_two_has_one_title():
+    documents = pd.DataFrame({"document": [0, 0], "title": ["play", "play"]})
+    rows = [{"examples": [{"tokens": np.array([1]), "document": 0}]}]
+    logits = (torch.zeros(1, 2), torch.zeros(1, 2, dtype=torch.long))
+
+    class Letters:
+        def decode(self, ids):
+            return "ab"[ids[0]]
+
+        def __len__(self):
+            return 2
+
+    (row,) = features.decoded(rows, logits, documents, Letters(), 1)
+    assert row["examples"][0]["title"] == "play" and row["examples"][0]["tokens"] == ["b"]
+
+
 def test_an_example_aligns_tokens_and_activations():
     got = features.example(SCAN, 0, 4, TOKENS, (2, 1))
     assert got["tokens"].tolist() == [9, 8, 7]  # position 0 was never encoded, so it is not shown

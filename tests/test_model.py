@@ -1,12 +1,14 @@
 """Weights and tokenizers: GGUF, packages, hubs, folders, and the redrawn null arm."""
 
 import hashlib
+import http.server
 import io
 import json
 import os
 import subprocess
 import sys
 import tarfile
+import threading
 import zipfile
 from pathlib import Path
 
@@ -16,7 +18,7 @@ import torch
 from conftest import byte_tokenizer, stage
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from pipeline import fetch, gguf_llama, model, provenance
+from pipeline import fetch, gguf_llama, model, provenance, tables
 from pipeline.errors import RetraceError
 
 # --- GGUF ----------------------------------------------------------------------------------
@@ -269,6 +271,69 @@ def test_a_hub_repository_out_of_the_cache(tmp_path):
     env = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.stdout.strip() == str(snapshot), done.stderr
+
+
+class Hub(http.server.BaseHTTPRequestHandler):
+    """As much of the hub's protocol as a download takes, on loopback: one model at one commit."""
+
+    files: dict[str, bytes] = {}  # noqa: RUF012
+    commit = "c" * 40
+
+    def do_GET(self) -> None:
+        path = self.path.split("?")[0]
+        if path == f"/api/models/owner/tiny/revision/{self.commit}":
+            siblings = [{"rfilename": n, "size": len(b)} for n, b in self.files.items()]
+            about = {"id": "owner/tiny", "modelId": "owner/tiny", "sha": self.commit,
+                     "siblings": siblings, "cardData": {"license": "mit"}, "private": False,
+                     "gated": False, "tags": [], "downloads": 0, "likes": 0}  # fmt: skip
+            self.answer(json.dumps(about).encode(), "application/json")
+        elif path == f"/api/models/owner/tiny/tree/{self.commit}":
+            tree = [{"type": "file", "path": n, "size": len(b), "oid": "0" * 40}
+                    for n, b in self.files.items()]  # fmt: skip
+            self.answer(json.dumps(tree).encode(), "application/json")
+        elif path.startswith(found := f"/owner/tiny/resolve/{self.commit}/"):
+            name = path.removeprefix(found)
+            self.answer(self.files[name], "application/octet-stream", name)
+        else:
+            self.send_error(404)
+
+    do_HEAD = do_GET
+
+    def answer(self, body: bytes, kind: str, name: str = "") -> None:
+        self.send_response(200)
+        self.send_header("Content-Type", kind)
+        self.send_header("Content-Length", str(len(body)))
+        if name:
+            self.send_header("X-Repo-Commit", self.commit)
+            self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
+        self.end_headers()
+        if self.command == "GET":
+            self.wfile.write(body)
+
+    def log_message(self, *_) -> None:
+        pass
+
+
+def test_a_model_of_a_hub_is_downloaded_at_its_commit(tiny_model, tmp_path, monkeypatch):
+    """The stage against a hub on loopback: what transformers needs, and nothing else."""
+    Hub.files = {p.name: p.read_bytes() for p in tiny_model.iterdir()}
+    Hub.files["pytorch_model.bin"] = b"pickle"
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        for name, value in {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
+                            "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf"),
+                            "HF_HUB_DISABLE_XET": "1"}.items():  # fmt: skip
+            monkeypatch.setenv(name, value)
+        spec = {"source": "hub", "repo": "owner/tiny", "revision": Hub.commit}
+        out = tmp_path / "item"
+        stage("model", {"model": spec}, out=out / "model.json", checkpoint=out / "checkpoint")
+        server.shutdown()
+    info = tables.read_json(out / "model.json")
+    assert info["source"]["revision"] == Hub.commit and info["licence"] == "mit"
+    assert not list(out.rglob("*.bin"))
+    tokens = torch.arange(6)[None]
+    want = AutoModelForCausalLM.from_pretrained(tiny_model)(tokens).logits
+    assert torch.equal(model.load(out / "model.json").hf(tokens).logits, want)
 
 
 def test_a_folder_keeps_its_weights(tiny_model, tiny_model_json):

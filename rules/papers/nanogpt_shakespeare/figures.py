@@ -5,12 +5,13 @@ that it plots.
 """
 
 import html
+import textwrap
 from typing import Any
 
 import pandas as pd
 import plotly.graph_objects as go
 
-from pipeline.theme import DASHES, GRID, INK, PALETTE, axis, colour, literal, rgba, selector
+from pipeline.theme import DASHES, GRID, PALETTE, axis, colour, literal, selector
 
 Drawn = tuple[go.Figure, pd.DataFrame]
 MONO = "ui-monospace, SFMono-Regular, Menlo, Consolas, 'DejaVu Sans Mono', monospace"
@@ -47,11 +48,13 @@ def loss(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
                     hovertemplate=f"{literal(member)}, step %{{x}}: %{{y:.4f}} nats<extra></extra>",
                 )
     lines = {f"README, {r}": v for r, v in options.get("published", {}).items() if r in runs}
-    uniform = float(tables["facts/text"]["ln_vocab"].iloc[0])
+    uniform = float(tables["language/text"]["ln_vocab"].iloc[0])
     for i, (name, value) in enumerate(lines.items()):
         level(figure, value, f"{name}: {value:g}", colour(i))
     level(figure, uniform, f"uniform guess: {uniform:.3f}", PALETTE[-1])
-    figure.update_layout(xaxis=axis("step"), yaxis=axis("loss", "nats a character"))
+    every = [*frame["loss"], *lines.values(), uniform]
+    ends = [min(every) - 0.08, max(every) + 0.2]  # room for the names of the dotted lines
+    figure.update_layout(xaxis=axis("step"), yaxis=axis("loss", "nats a character", range=ends))
     columns = ["recipe", "member", "seed", "step", "tokens", "set", "loss", "accuracy"]
     return figure, frame[columns]
 
@@ -69,16 +72,22 @@ def level(figure: go.Figure, value: float, text: str, line: str) -> None:
 def samples(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     """What each arm writes, and held-out text, side by side; the reader chooses the sample.
 
-    Options: characters of each text (default 400).
+    Options: characters of each text (default 500), width of a column in characters (default 44).
     """
-    arms = {n.split("/")[1]: t for n, t in tables.items()}
-    parts = [t[t["writer"] == "model"].assign(writer=arm) for arm, t in arms.items()]
-    first = next(iter(arms.values()))
-    frame = pd.concat([*parts, first[first["writer"] == "held out"]], ignore_index=True)
-    n = options.get("characters", 400)
+    frame = tables["language/samples"].copy()
+    by_model = frame["writer"] == "model"
+    order = sorted(frame["arm"].unique(), reverse=True)  # untrained, trained
+    frame["writer"] = frame["arm"].where(by_model, frame["writer"])
+    frame = frame[by_model | (frame["arm"] == order[0])]
+    frame = frame.sort_values(
+        "writer", key=lambda c: c.map([*order, "held out"].index), kind="stable"
+    )
+    n, width = options.get("characters", 500), options.get("width", 44)
     shown = {
-        int(i): [[as_lines(t[:n])] for t in rows["text"]] for i, rows in frame.groupby("sample")
+        int(i): [[as_lines(t[:n], width)] for t in rows["text"]]
+        for i, rows in frame.groupby("sample")
     }
+    longest = max(t.count("<br>") + 1 for texts in shown.values() for (t,) in texts)
     writers = list(dict.fromkeys(frame["writer"]))
     cell = {"align": "left", "fill": {"color": "rgba(0,0,0,0)"}, "line": {"color": GRID}}
     figure = go.Figure(
@@ -95,23 +104,29 @@ def samples(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     choices = {f"sample {i + 1}": [{"cells.values": [v]}, {}] for i, v in shown.items()}
     if len(choices) > 1:
         figure.update_layout(updatemenus=[selector(choices)])
-    figure.update_layout(margin={"l": 4, "r": 4, "t": 8, "b": 4}, height=options.get("height", 460))
+    figure.update_layout(margin={"l": 4, "r": 4, "t": 8, "b": 4}, height=70 + 15 * longest)
     return figure, frame
 
 
-def as_lines(text: str) -> str:
-    """Text with its own line breaks, and nothing of it read as markup."""
-    return "<br>".join(html.escape(line, quote=False) for line in text.strip("\n").split("\n"))
+def as_lines(text: str, width: int) -> str:
+    """Text with its own line breaks, long lines broken, and nothing of it read as markup."""
+    lines = [
+        part
+        for line in text.strip("\n").split("\n")
+        for part in textwrap.wrap(line, width, drop_whitespace=False) or [""]
+    ]
+    return "<br>".join(html.escape(line, quote=False) for line in lines)
 
 
 def lens(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     """The logit lens by layer, one line an arm; the reader chooses the measure."""
-    arms = {n.split("/")[1]: t.sort_values("layer") for n, t in tables.items()}
+    table = tables["language/lens"].sort_values("layer")
+    arms = dict(iter(table.groupby("arm")))
     figure, first = go.Figure(), next(iter(MEASURES))
-    for i, (arm, table) in enumerate(arms.items()):
+    for i, (arm, rows) in enumerate(arms.items()):
         figure.add_scatter(
-            x=table["layer"],
-            y=table[first],
+            x=rows["layer"],
+            y=rows[first],
             mode="lines+markers",
             name=literal(arm),
             line={"color": colour(i), "dash": DASHES[i % len(DASHES)]},
@@ -127,7 +142,7 @@ def lens(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
         xaxis=axis("layers before the lens (0: embeddings; last: the prediction)", dtick=1),
         yaxis=axis(*MEASURES[first], rangemode="tozero"),
     )
-    return figure, pd.concat([t.assign(arm=a) for a, t in arms.items()], ignore_index=True)
+    return figure, table
 
 
 def title(measure: str) -> str:
@@ -136,7 +151,8 @@ def title(measure: str) -> str:
 
 def excerpt(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     """The likeliest next character after every layer, along an excerpt; right ones are framed."""
-    arms = {n.split("/")[1].removesuffix("_excerpt"): t for n, t in tables.items()}
+    table = tables["language/excerpt"]
+    arms = dict(iter(table.groupby("arm")))
     data = {arm: (field(t), right(t)) for arm, t in arms.items()}
     fields, marks = next(iter(data.values()))
     figure = go.Figure(
@@ -174,12 +190,14 @@ def excerpt(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     one = next(iter(arms.values()))
     top = one[one["layer"] == one["layer"].max()].sort_values("position")
     ticks = {"tickvals": top["position"].tolist(), "ticktext": shown(top["token"])}
+    ticks |= {"range": [top["position"].min() - 0.5, top["position"].max() + 0.5]}
+    depth = [-0.5, one["layer"].max() + 0.5]
     figure.update_layout(
         xaxis=axis("character read", tickangle=0, tickfont={"family": MONO}, **ticks),
-        yaxis=axis("layers before the lens", dtick=1),
+        yaxis=axis("layers before the lens", dtick=1, range=depth),
         height=120 + 38 * one["layer"].nunique(),
     )
-    return figure, pd.concat([t.assign(arm=a) for a, t in arms.items()], ignore_index=True)
+    return figure, table
 
 
 def field(table: pd.DataFrame) -> dict[str, Any]:

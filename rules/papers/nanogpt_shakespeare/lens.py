@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pipeline import cli, model, tables, training_data
+from pipeline import training_data
 from pipeline.errors import RetraceError
 from pipeline.spec_base import Section
 
@@ -27,9 +27,8 @@ MEASURES = ("kl", "loss", "accuracy", "agreement")
 
 
 class Options(Section):
-    """Section own.lens of paper.yaml."""
+    """How much held-out text is measured, and which of it is shown."""
 
-    tables: list[str]
     n_tokens: int = Field(default=20_000, ge=1, description="held-out tokens measured, at most")
     n_shown: int = Field(default=40, ge=1, description="positions of the excerpt, at most")
     window: int = Field(default=0, ge=0, description="held-out window that the excerpt ends")
@@ -99,34 +98,22 @@ def excerpt(lm: Any, tokens: Tensor, targets: Tensor, decode: Any, shown: int) -
     return pd.DataFrame(rows)
 
 
-def main() -> None:
-    parser = cli.parser(
-        "lens", __doc__, model="model.json", corpus="tokens.parquet", out="table",
-        excerpt="table of the excerpt",
-    )  # fmt: skip
+def of_model(loaded: Any, held_out: Tensor, options: Options) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The tables of one model: over held-out text, and along the excerpt.
 
-    def work(job: cli.Job) -> None:
-        args, options = job.args, job.section("own.lens", Options)
-        loaded = model.load(args.model, job.device())
-        held_out = torch.from_numpy(training_data.read_corpus(args.corpus)["eval"]).long()
-        n_ctx = min(loaded.info["n_ctx"], len(held_out) - 1)
-        pair = training_data.windows(held_out, n_ctx)
-        tokens, targets = (t.to(loaded.hf.device) for t in pair)
-        if options.window >= len(tokens):
-            raise RetraceError(
-                f"own.lens.window: {options.window}, but the held-out text has {len(tokens)} "
-                f"windows of {n_ctx} tokens; lower it"
-            )
-        n = max(1, options.n_tokens // n_ctx)
-        one = slice(options.window, options.window + 1)
-        made = job.certificate([args.model, args.corpus])
-        tables.write_table(args.out, measure(loaded.hf, tokens[:n], targets[:n]), made)
-        decode = lambda i: loaded.tokenizer.decode([i])  # noqa: E731
-        shown = excerpt(loaded.hf, tokens[one], targets[one], decode, options.n_shown)
-        tables.write_table(args.excerpt, shown, made)
-
-    cli.run("lens", parser.parse_args(), work)
-
-
-if __name__ == "__main__":
-    main()
+    Args:
+        loaded: from pipeline.model.load.
+        held_out: token ids [n].
+    """
+    n_ctx = min(loaded.info["n_ctx"], len(held_out) - 1)
+    pair = training_data.windows(held_out.long(), n_ctx)
+    tokens, targets = (t.to(loaded.hf.device) for t in pair)
+    if options.window >= len(tokens):
+        raise RetraceError(
+            f"own.language.lens.window: {options.window}, but the held-out text has {len(tokens)} "
+            f"windows of {n_ctx} tokens; lower it"
+        )
+    n, one = max(1, options.n_tokens // n_ctx), slice(options.window, options.window + 1)
+    decode = lambda i: loaded.tokenizer.decode([i])  # noqa: E731
+    over = measure(loaded.hf, tokens[:n], targets[:n])
+    return over, excerpt(loaded.hf, tokens[one], targets[one], decode, options.n_shown)

@@ -67,20 +67,18 @@ def lens(table: Any) -> dict[str, float]:
 
 def metrics(tables: dict[str, Any]) -> dict[str, Any]:
     """See METRICS."""
-    text = tables["facts/text"].iloc[0]
+    text = tables["language/text"].iloc[0]
     out: dict[str, Any] = {
         "text.published": float(text["published"]),
         "text.d_vocab": text["d_vocab"],
         "text.ln_vocab": text["ln_vocab"],
     }
     for name, table in tables.items():
-        stage, _, part = name.partition("/")
-        if stage == "training":
-            out |= {f"{part}.{k}": v for k, v in recipe(table).items()}
-        if stage == "samples":
-            by = dict(iter(table.groupby("writer")))
-            out[f"samples.{part}.known_words"] = known_words(by["model"])
-            out["samples.held_out.known_words"] = known_words(by["held out"])
-        if stage == "lens" and not part.endswith("_excerpt"):
-            out |= {f"lens.{part}.{k}": v for k, v in lens(table).items()}
+        if name.startswith("training/"):
+            out |= {f"{name.split('/')[1]}.{k}": v for k, v in recipe(table).items()}
+    for (writer, arm), texts in tables["language/samples"].groupby(["writer", "arm"]):
+        place = arm if writer == "model" else "held_out"  # the same text in every arm
+        out[f"samples.{place}.known_words"] = known_words(texts)
+    for arm, table in tables["language/lens"].groupby("arm"):
+        out |= {f"lens.{arm}.{k}": v for k, v in lens(table).items()}
     return out

@@ -16,16 +16,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pipeline import cli, model, tables, training_data
 from pipeline.spec_base import Section
 
 WORD = re.compile(r"[^\W\d_]{3,}")
 
 
 class Options(Section):
-    """Section own.samples of paper.yaml; temperature, top_k and start as in nanoGPT's sample.py."""
+    """Temperature, top_k and start as in nanoGPT's sample.py."""
 
-    tables: list[str]
     start: str = Field(default="\n", min_length=1)
     n_samples: int = Field(default=4, ge=1)
     n_tokens: int = Field(default=400, ge=1, description="characters drawn, a sample")
@@ -90,25 +88,17 @@ def table(written: list[str], held_out: list[str], vocabulary: set[str]) -> pd.D
     return pd.DataFrame(rows)
 
 
-def main() -> None:
-    parser = cli.parser("samples", __doc__, model="model.json", corpus="tokens.parquet", out="table")
+def of_model(loaded: Any, text: dict[str, np.ndarray], options: Options) -> pd.DataFrame:
+    """The table of one model.
 
-    def work(job: cli.Job) -> None:
-        args, options = job.args, job.section("own.samples", Options)
-        loaded = model.load(args.model, job.device())
-        ids = loaded.tokenizer(options.start, add_special_tokens=False)["input_ids"]
-        start = torch.tensor([ids] * options.n_samples, device=loaded.hf.device)
-        drawn = generate(loaded.hf, start, loaded.info["n_ctx"], options).tolist()
-        text = training_data.read_corpus(args.corpus)
-        decode = loaded.tokenizer.decode
-        held_out = excerpts(text["eval"], options.n_samples, options.n_tokens)
-        vocabulary = set(words(decode(text["train"])))
-        frame = table([decode(d) for d in drawn], [decode(h) for h in held_out], vocabulary)
-        made = job.certificate([args.model, args.corpus], seed=options.seed)
-        tables.write_table(args.out, frame, made)
-
-    cli.run("samples", parser.parse_args(), work)
-
-
-if __name__ == "__main__":
-    main()
+    Args:
+        loaded: from pipeline.model.load.
+        text: token ids of train and eval, [n] each.
+    """
+    ids = loaded.tokenizer(options.start, add_special_tokens=False)["input_ids"]
+    start = torch.tensor([ids] * options.n_samples, device=loaded.hf.device)
+    drawn = generate(loaded.hf, start, loaded.info["n_ctx"], options).tolist()
+    held_out = excerpts(text["eval"], options.n_samples, options.n_tokens)
+    decode = loaded.tokenizer.decode
+    vocabulary = set(words(decode(text["train"])))
+    return table([decode(d) for d in drawn], [decode(h) for h in held_out], vocabulary)

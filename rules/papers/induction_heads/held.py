@@ -1,0 +1,123 @@
+"""A training run, and what its models are measured on; the options of stage heads. [torch]"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from pydantic import Field
+
+from pipeline.errors import RetraceError
+from pipeline.source import import_file
+from pipeline.spec import Section
+
+HERE = Path(__file__).parent
+Interval = tuple[int, int]
+
+
+class Icl(Section):
+    """Which tokens the in-context learning score compares; BOS is token 0. Both ends count."""
+
+    early: Interval = Field(description="Olsson et al. take token 50 of 512")
+    late: Interval = Field(description="… and token 500")
+
+    def score(self, by_index: np.ndarray) -> float:
+        """Loss at early minus loss at late tokens, nats; by_index[i] is of token i + 1."""
+        early, late = (by_index[a - 1 : b].mean() for a, b in (self.early, self.late))
+        return float(early - late)
+
+
+class Repeat(Section):
+    """Sequences for prefix matching: a segment of distinct random tokens, several times over."""
+
+    length: int = Field(ge=2, description="Olsson et al.: 25")
+    times: int = Field(ge=2, description="Olsson et al.: 4")
+    n: int = Field(default=32, ge=1, description="sequences; Olsson et al.: 10")
+
+
+class Options(Section):
+    """Section own.heads of paper.yaml."""
+
+    tables: list[str]
+    icl: Icl = Field(description="of runs that learn from repeated sequences")
+    text_icl: Icl | None = Field(default=None, description="of runs that learn from text")
+    repeat: Repeat
+
+
+class Held:
+    """A run, its members' models at a step, and what they are measured on.
+
+    Attributes:
+        name: of the run in paper.yaml.
+        tokens, targets: held-out sequences, [batch pos].
+        copies: name -> [batch pos], where the targets of the first and second copy stand.
+        repeated: sequences of `attention.repeated`.
+    """
+
+    def __init__(self, manifest: str, corpus: list[str], options: Options, device: Any) -> None:
+        import torch
+
+        from pipeline import trained, training_data
+
+        self.attention = import_file(HERE / "attention.py")
+        self.device, self.options = device, options
+        self.run = trained.open_run(manifest)
+        self.name = Path(manifest).parent.name.rsplit("-", 1)[0]  # <run>-<digest>
+        spec, n_ctx = self.run.spec, self.run.spec.architecture.n_ctx
+        need_attention_only(self.name, spec.architecture)
+        if spec.data.source == "own":
+            found = import_file(HERE / "data.py").held_out(spec.data.options, n_ctx)
+            self.tokens, self.targets, self.icl = found.tokens, found.targets, options.icl
+            self.copies = {"first_copy": found.first, "second_copy": found.second}
+            self.n_tokens = self.run.info["d_vocab"] - 1  # without BOS
+            pool = torch.arange(self.n_tokens)
+        else:
+            if options.text_icl is None or not corpus:
+                raise RetraceError(f"own.heads: run '{self.name}' learns from text; add text_icl")
+            ids = torch.from_numpy(training_data.read_corpus(corpus[0])["eval"].astype(np.int64))
+            self.tokens, self.targets = training_data.windows(ids, n_ctx)
+            self.icl, self.copies = options.text_icl, {}
+            self.n_tokens, pool = self.run.info["d_vocab"], self.attention.common(self.tokens)
+        if max(self.icl.late) > n_ctx:
+            raise RetraceError(
+                f"own.heads: token {max(self.icl.late)} of icl is behind n_ctx {n_ctx}"
+            )
+        how = options.repeat
+        bos = int(self.tokens[0, 0])
+        self.repeated = self.attention.repeated(how.n, pool, how.length, how.times, bos)
+        if self.repeated.shape[1] > n_ctx:
+            raise RetraceError(
+                f"own.heads: repeat: {how.times} × {how.length} tokens exceed {n_ctx}"
+            )
+
+    def models(self, step: int) -> Iterator[tuple[dict[str, Any], Any, dict[str, np.ndarray]]]:
+        """(columns that name it, the model, its weights) of every member after `step` updates."""
+        states, model = self.run.stacked(step), self.run.module().to(self.device)
+        spec = self.run.spec
+        per_step = spec.batch_size * spec.architecture.n_ctx
+        for i, member in enumerate(self.run.members):
+            state = {n: p[i] for n, p in states.items()}
+            model.load_state_dict(state)
+            columns = {"run": self.name, "member": member, "seed": self.run.seed(member)}
+            columns |= {"step": step, "tokens": step * per_step}
+            yield columns, model, {n: p.numpy() for n, p in state.items()}
+
+    def summary(self, losses: np.ndarray) -> dict[str, float]:
+        """Mean loss, loss on either copy and in-context learning score of losses [batch pos]."""
+        out = {"loss": float(losses.mean()), "icl": self.icl.score(losses.mean(0))}
+        for name in ("first_copy", "second_copy"):
+            there = self.copies.get(name)
+            out[name] = float(losses[there.numpy()].mean()) if there is not None else np.nan
+        return out
+
+    def patterns(self, model: Any) -> list[Any]:
+        """Attention of every layer on the repeated sequences, [batch n_heads pos pos]."""
+        return self.attention.forward(model, self.repeated.to(self.device))[1]
+
+
+def need_attention_only(name: str, architecture: Any) -> None:
+    """RetraceError for a run whose models `attention.forward` does not compute."""
+    if architecture.family != "native" or architecture.d_mlp:
+        raise RetraceError(
+            f"training.{name}: stage heads reads attention-only models; use family native, d_mlp 0"
+        )

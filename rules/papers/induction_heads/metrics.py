@@ -1,0 +1,152 @@
+"""Metrics of induction heads: what they mean, and how they follow from the tables of stage heads.
+
+Names begin with a run of the section training: one_layer, two_layer, smeared, and text_… for those
+that learn from text. One value a seed. An induction head is one with prefix matching above 0.5; the
+previous-token head is the head of the first of two layers that attends most to the token before.
+"""
+
+from typing import Any
+
+import numpy as np
+
+COPIES = 0.5  # Σλ / Σ|λ| of a head that copies; Elhage et al. show a histogram and no threshold
+
+METRICS = {  # the first pattern that fits a name counts: those of more parts stand first
+    "*.untrained.prefix_matching": "best prefix matching of all heads before training (null arm)",
+    "*.untrained.copying_share": "share of copying heads before training (null arm)",
+    "*.window.start": "start of the phase change, million training tokens: of all doublings "
+    "[s, 2s] the one in which the in-context learning score gains most",
+    "*.window.end": "end of that doubling, million training tokens",
+    "*.window.share": "gain of the in-context learning score in the window over its whole gain "
+    "from the first to the last step; 0.5 for a score that grows evenly",
+    "*.window.bump": "how much further the held-out loss falls in the window than it would have at "
+    "the pace of the time just before, of half its length, nats; below 0 for a convex curve",
+    "*.formed.prefix_matching": "million training tokens at which the best prefix matching of all "
+    "heads is halfway from its first to its last value",
+    "*.formed.previous_token": "the same for the best previous-token attention of a head of the "
+    "first layer",
+    "*.induction.copying": "least Σλ / Σ|λ| of the OV circuit among the induction heads",
+    "*.induction.matching": "least Σλ / Σ|λ| of the QK circuit among the induction heads; in the "
+    "second layer of the term W_Eᵀ W_QK W_OV W_E with W_OV of the previous-token head",
+    "*.induction.own_key": "smeared keys: share of a token's key that is its own and not that of "
+    "the token before, head of best prefix matching",
+    "*.composition.*": "K-, Q- or V-composition of the previous-token head with the head of best "
+    "prefix matching (Frobenius norms), minus the mean of 50 pairs of random heads",
+    "*.composition_sd.*": "the same in standard deviations of those pairs",
+    "*.ablation.*": "share of the in-context learning score that is left without some heads, all "
+    "attention patterns kept as they are with all heads; worst_other: the least with one head "
+    "removed that is no induction head",
+    "*.knockout.*": "the same with patterns free to change, so that a head's part in later heads' "
+    "attention is lost with it",
+    "*.loss": "mean loss over all positions of held-out sequences at the last step, nats",
+    "*.first_copy": "mean held-out loss on the first copy, nats; at least ln(n_tokens)",
+    "*.second_copy": "mean held-out loss on the second copy without its first token, nats",
+    "*.icl": "in-context learning score at the last step, nats: mean held-out loss at the early "
+    "tokens of own.heads.icl minus that at the late ones; positive, as in Argument 1 of Olsson et "
+    "al.",
+    "*.icl_before": "in-context learning score at the start of the window, nats",
+    "*.icl_after": "in-context learning score at the end of the window, nats",
+    "*.prefix_matching": "best prefix matching of all heads at the last step: on a random segment "
+    "several times over, mean attention of a token to all that followed it in earlier repeats",
+    "*.previous_token": "best mean attention of a head to the token before, held-out sequences",
+    "*.induction_heads": "number of heads with prefix matching above 0.5",
+    "*.copying_heads": "number of heads that copy: Σλ / Σ|λ| > 0.5 over the eigenvalues of the OV "
+    "circuit W_U W_OV W_E",
+    "*.copying_share": "the same over all heads",
+}
+
+
+def members(frame: Any) -> list[Any]:
+    """The rows of each member, in the order of the table."""
+    return [rows for _, rows in frame.groupby("member", sort=False)]
+
+
+def end(frame: Any) -> Any:
+    """The rows of the last step."""
+    return frame[frame["step"] == frame["step"].max()]
+
+
+def training(rows: Any, phase: Any) -> dict[str, float]:
+    """Losses, the in-context learning score and the phase change of one model."""
+    last, window = end(rows).iloc[0], phase.iloc[0]
+    out = {k: last[k] for k in ("loss", "first_copy", "second_copy", "icl")}
+    out |= {k: window[k] for k in ("icl_before", "icl_after")}
+    out |= {f"window.{k}": window[k] / 1e6 for k in ("start", "end")}
+    out |= {f"window.{k}": window[k] for k in ("share", "bump")}
+    return out | {
+        f"formed.{k}": window[f"{k}_formed"] / 1e6 for k in ("prefix_matching", "previous_token")
+    }
+
+
+def heads(rows: Any) -> dict[str, float]:
+    """Scores of the heads of one model, before and after training."""
+    untrained, rows = rows[rows["step"] == 0], end(rows)
+    best = rows.loc[rows["prefix_matching"].idxmax()]
+    copying = rows["copying"] > COPIES
+    out = {
+        "prefix_matching": best["prefix_matching"],
+        "untrained.prefix_matching": untrained["prefix_matching"].max(),
+        "previous_token": rows["previous_token"].max(),
+        "induction_heads": (rows["role"] == "induction").sum(),
+        "copying_heads": copying.sum(),
+        "copying_share": copying.mean(),
+        "untrained.copying_share": (untrained["copying"] > COPIES).mean(),
+        "induction.own_key": best["own_key"],
+    }
+    found = rows[rows["role"] == "induction"]
+    return out | {f"induction.{k}": found[k].min() for k in ("copying", "matching")}
+
+
+def composition(rows: Any, heads: Any) -> dict[str, float]:
+    """Of the previous-token head with the second layer's head of best prefix matching."""
+    heads = end(heads)
+    first, second = heads[heads["layer"] == 0], heads[heads["layer"] == 1]
+    earlier = first.loc[first["previous_token"].idxmax(), "head"]
+    later = second.loc[second["prefix_matching"].idxmax(), "head"]
+    pair = rows[(rows["earlier"] == earlier) & (rows["later"] == later)].set_index("kind")
+    above = pair["score"] - pair["baseline"]
+    return {f"composition.{k}": above[k] for k in "QKV"} | {
+        f"composition_sd.{k}": above[k] / pair.loc[k, "baseline_sd"] for k in "QKV"
+    }
+
+
+def ablation(rows: Any) -> dict[str, float]:
+    """Share of the in-context learning score that is left without heads."""
+    out = {}
+    for patterns, prefix in (("kept", "ablation"), ("free", "knockout")):
+        part = rows[rows["patterns"] == patterns].set_index("removed")
+        left = part["icl"] / part.loc["nothing", "icl"]
+        for group in ("induction heads", "all other heads"):
+            if group in left:
+                out[f"{prefix}.{group.replace(' ', '_')}"] = left[group]
+        singles = left[part["layer"] >= 0]
+        roles = part.loc[singles.index, "role"]
+        if (other := singles[roles != "induction"]).size:
+            out[f"{prefix}.worst_other"] = other.min()
+        if (previous := singles[roles == "previous token"]).size:
+            out[f"{prefix}.previous_token"] = previous.iloc[0]
+    return out
+
+
+def metrics(tables: dict[str, Any]) -> dict[str, Any]:
+    """Metric -> one value a seed; what some seed has not is left out.
+
+    Args:
+        tables: name -> DataFrame, named as in paper.yaml.
+    """
+    part = lambda name, run: (t := tables[f"heads/{name}"])[t["run"] == run]  # noqa: E731
+    out: dict[str, Any] = {}
+    for run in tables["heads/training"]["run"].unique():
+        named = {name: members(part(name, run)) for name in ("training", "phase", "heads")}
+        named |= {name: members(part(name, run)) for name in ("composition", "ablation")}
+        found = [training(*pair) for pair in zip(named["training"], named["phase"], strict=True)]
+        found = [a | heads(rows) for a, rows in zip(found, named["heads"], strict=True)]
+        found = [a | ablation(rows) for a, rows in zip(found, named["ablation"], strict=True)]
+        if named["composition"]:
+            pairs = zip(named["composition"], named["heads"], strict=True)
+            found = [a | composition(*p) for a, p in zip(found, pairs, strict=True)]
+        for name in found[0]:
+            values = [float(f.get(name, np.nan)) for f in found]
+            if np.isfinite(values).all():
+                out[f"{run}.{name}"] = values
+    return out
