@@ -89,6 +89,10 @@ class Checkpoints:
             return note["step"]
         return 0
 
+    def newest(self) -> int:
+        """The step that `load` would go on from at most; 0 where there is no checkpoint."""
+        return max((int(path.name.removeprefix("step-")) for path in self._kept()), default=0)
+
     def _kept(self) -> list[Path]:
         """Folders of complete checkpoints, oldest first."""
         return sorted(self.folder.glob("step-*"))

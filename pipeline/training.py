@@ -397,6 +397,18 @@ def run(team: Team, folder: Path, checkpoints: Checkpoints) -> float:
     return (spec.steps - first) * per_step / (monotonic() - started)
 
 
+def forget_if_gone(spec: TrainingSpec, folder: Path, states: Checkpoints) -> None:
+    """Start anew where weights that a killed run had kept before its last state are gone.
+
+    That is so where it was killed between moving them into place and writing the manifest: then
+    snakemake removes them, as it does with the outputs of every failed job.
+    """
+    wanted = [checkpoint_name(step) for step in spec.kept() if step < states.newest()]
+    if not all((folder / name).exists() for name in wanted):
+        cli.log.info("%s: weights of earlier steps are gone; starting anew", folder)
+        shutil.rmtree(states.folder, ignore_errors=True)
+
+
 def data_of(args: Any, spec: TrainingSpec, device: torch.device) -> list[Batches]:
     """The data of every member."""
     seeds = [seed for _, _, seed in spec.members()]
@@ -420,6 +432,7 @@ def work(job: cli.Job) -> None:
     given = [spec.model_dump(mode="json"), [provenance.sha256_file(p) for p in inputs]]
     made_by = [job.code, job.hardware, provenance.versions()]
     states = Checkpoints(partial, provenance.digest([given, made_by]))
+    forget_if_gone(spec, partial / "weights", states)
     cli.log.info(
         "%d members of %s parameters, %d steps",
         len(team.members), f"{team.flat.shape[1]:,}", spec.steps,

@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import signal
 import subprocess
 import sys
@@ -332,6 +333,26 @@ def test_a_killed_run_goes_on_and_ends_with_the_bytes_of_another(made, data, tmp
     assert not (tmp_path / "manifest.json").exists() and not (tmp_path / "checkpoints").exists()
     told = stage("training", {"training": LONG}, **arguments(tmp_path, data)).stderr
     assert "resumed at step" in told
+    assert contents(tmp_path) == contents(made)
+
+
+def test_a_run_killed_while_it_moves_its_weights_starts_anew(made, data, tmp_path, monkeypatch):
+    """The state is left, the weights are not: what goes on from it would lack its first ones."""
+    argv = ["training", "--spec", json.dumps({"training": LONG})]
+    for option, value in arguments(tmp_path, data).items():
+        argv += [f"--{option}", value]
+    monkeypatch.setattr(sys, "argv", argv)
+
+    def killed(*_) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(training, "write", killed)
+        with pytest.raises(KeyboardInterrupt):
+            training.main()
+    assert list(tmp_path.glob("checkpoints.partial/step-*"))
+    shutil.rmtree(tmp_path / "checkpoints.partial/weights")
+    training.main()
     assert contents(tmp_path) == contents(made)
 
 
