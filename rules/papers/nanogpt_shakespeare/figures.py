@@ -49,8 +49,9 @@ def loss(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
                 )
     lines = {f"README, {r}": v for r, v in options.get("published", {}).items() if r in runs}
     uniform = float(tables["language/text"]["ln_vocab"].iloc[0])
-    for i, (name, value) in enumerate(lines.items()):
-        level(figure, value, f"{name}: {value:g}", colour(i))
+    for name, value in lines.items():
+        recipe = list(runs).index(name.removeprefix("README, "))
+        level(figure, value, f"{name}: {value:g}", colour(recipe))
     level(figure, uniform, f"uniform guess: {uniform:.3f}", PALETTE[-1])
     every = [*frame["loss"], *lines.values(), uniform]
     ends = [min(every) - 0.08, max(every) + 0.2]  # room for the names of the dotted lines
@@ -104,7 +105,7 @@ def samples(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     choices = {f"sample {i + 1}": [{"cells.values": [v]}, {}] for i, v in shown.items()}
     if len(choices) > 1:
         figure.update_layout(updatemenus=[selector(choices)])
-    figure.update_layout(margin={"l": 4, "r": 4, "t": 8, "b": 4}, height=70 + 15 * longest)
+    figure.update_layout(margin={"l": 4, "r": 4, "t": 8, "b": 4}, height=60 + 13 * longest)
     return figure, frame
 
 
