@@ -85,6 +85,24 @@
     return Math.max(base, 300 + 20 * rows);
   }
 
+  // panels side by side on a phone: smaller titles, each within its own panel
+  function fitted(layout, pixels) {
+    let least = 1;
+    for (const key of Object.keys(layout)) {
+      if (!/^xaxis/.test(key)) continue;
+      const [from, to] = layout[key].domain ?? [0, 1];
+      least = Math.min(least, to - from);
+      if (to - from < 0.6 && layout[key].title) layout[key].title.font = { size: 10 };
+      broken(layout[key].title, pixels * (to - from));
+    }
+    if (least >= 0.6) return;
+    for (const note of layout.annotations ?? []) {
+      if (note.showarrow !== false || note.yref !== "paper") continue;
+      note.font = { ...note.font, size: 10 };
+      broken(note, pixels * least);
+    }
+  }
+
   // a title longer than its axis breaks at a space near its middle
   function broken(title, pixels) {
     const text = title?.text ?? "";
@@ -106,7 +124,7 @@
     delete layout.width;
     if (width < narrow) {
       layout.font = { size: 11, ...layout.font };
-      for (const key of Object.keys(layout)) if (/^xaxis/.test(key)) broken(layout[key].title, width - 80);
+      fitted(layout, width - 80);
     }
     const name = figure.id.replace(/^figure-/, "") || "figure";
     const config = {
