@@ -81,7 +81,8 @@ def loss_by_index(
     for row, col in ((1, 1), (1, 2), (2, 1)):
         title = axis("training tokens", "millions")
         figure.update_xaxes(showgrid=False, **title, row=row, col=col)
-        figure.update_yaxes(showgrid=False, **axis("token index"), row=row, col=col)
+        named = axis("token index") if col == 1 else {}  # once a row: a phone has room for no more
+        figure.update_yaxes(showgrid=False, **named, row=row, col=col)
     figure.update_xaxes(**axis("token index"), row=2, col=2)
     figure.update_yaxes(**axis("loss", "nats", rangemode="tozero"), row=2, col=2)
     bar = {"title": {"text": "loss<br>(nats)"}, "len": 0.46, "y": 1, "yanchor": "top"}
