@@ -10,10 +10,14 @@ and only then. The hash covers
 """
 
 import ast
+import contextlib
 import functools
 import hashlib
 import importlib.util
-from collections.abc import Iterable, Iterator
+import json
+import os
+import sys
+from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -22,6 +26,7 @@ from pipeline.errors import RetraceError
 from pipeline.provenance import digest
 
 PIPELINE = Path(__file__).parent
+NOTE = Path("results/store/.digests/code.json")  # below the working directory
 # Modules that hand a stage its arguments and compute nothing. All that spec.py decides stands in
 # the stage's --spec, defaults included, and that is a parameter of its own: a new section for one
 # stage must not retrain what another has made.
@@ -32,7 +37,12 @@ TEMPLATES_OF = "pipeline.pages"  # the module that fills the files of pipeline/t
 
 @functools.cache
 def tree(file: Path) -> ast.Module:
-    """The syntax tree of a Python file.
+    """The syntax tree of a Python file; `_parsed`, once."""
+    return _parsed(file)
+
+
+def _parsed(file: Path) -> ast.Module:
+    """A syntax tree of a Python file.
 
     Raises:
         RetraceError: the file cannot be read, or is not Python.
@@ -81,15 +91,65 @@ def import_file(path: str | Path) -> ModuleType:
 
 
 @functools.cache
-def file_code(file: str | Path) -> str:
-    """sha256 over a file's syntax tree without docstrings."""
-    tree(Path(file))  # tells a fault in one sentence
-    bare = ast.parse(Path(file).read_text())  # a tree of its own: the cached one stays whole
+def _facts(file: Path) -> tuple[str, tuple[str, ...]]:
+    """sha256 over a file's syntax tree without docstrings, and the pipeline modules it imports.
+
+    Remembered under the file's bytes: snakemake asks for every module on every call.
+    """
+    try:
+        key = hashlib.sha256(file.read_bytes() + sys.version.encode()).hexdigest()
+    except OSError as e:
+        raise RetraceError(f"{file}: cannot be read ({e.strerror})") from e
+    if key not in _remembered():
+        _remembered()[key] = _read_facts(file)
+        _remembered()["new"] = True
+    code, found = _remembered()[key]
+    return code, tuple(found)
+
+
+@functools.cache
+def _remembered() -> dict[str, Any]:
+    """What `_facts` found in earlier calls; a note that is not readable is as good as none."""
+    try:
+        return json.loads(NOTE.read_text())
+    except (OSError, ValueError):
+        return {}
+
+
+def _remember() -> None:
+    """Keep what is new; where that cannot be written, the next call computes it again."""
+    if not _remembered().pop("new", False) or not NOTE.parent.parent.is_dir():
+        return
+    temporary = NOTE.with_suffix(f".{os.getpid()}.tmp")
+    with contextlib.suppress(OSError):
+        NOTE.parent.mkdir(parents=True, exist_ok=True)
+        temporary.write_text(json.dumps(_remembered()))
+        temporary.replace(NOTE)
+
+
+def _read_facts(file: Path) -> list[Any]:
+    """The facts of a file, out of one parse."""
+    bare = _parsed(file)  # a tree of its own: the one of `tree` stays whole
+    found: list[str] = []
     for node in ast.walk(bare):
         body = getattr(node, "body", None)
         if isinstance(body, list) and body and _is_text(body[0]):
             node.body = body[1:] or [ast.Pass()]
-    return digest(ast.dump(bare))
+        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "pipeline":
+            found += [node.module, *(f"{node.module}.{a.name}" for a in node.names)]
+        elif isinstance(node, ast.Import):
+            found += [a.name for a in node.names if a.name.split(".")[0] == "pipeline"]
+    return [digest(ast.dump(bare)), found]
+
+
+def file_code(file: str | Path) -> str:
+    """sha256 over a file's syntax tree without docstrings."""
+    return _facts(Path(file))[0]
+
+
+def imported(file: Path) -> tuple[str, ...]:
+    """The pipeline modules that a file imports, imports inside functions included."""
+    return _facts(Path(file))[1]
 
 
 def _is_text(node: ast.stmt) -> bool:
@@ -98,16 +158,7 @@ def _is_text(node: ast.stmt) -> bool:
     return isinstance(node, ast.Expr) and isinstance(getattr(value, "value", None), str)
 
 
-def imported(file: Path) -> Iterator[str]:
-    """The pipeline modules that a file imports, imports inside functions included."""
-    for node in ast.walk(tree(file)):
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "pipeline":
-            yield node.module
-            yield from (f"{node.module}.{a.name}" for a in node.names)
-        elif isinstance(node, ast.Import):
-            yield from (a.name for a in node.names if a.name.split(".")[0] == "pipeline")
-
-
+@functools.cache
 def _module_file(module: str) -> Path:
     return PIPELINE.joinpath(*module.split(".")[1:]).with_suffix(".py")
 
@@ -138,7 +189,9 @@ def job_code(stage: str, files: Iterable[str | Path] = ()) -> str:
     start = {f"pipeline.{stage}"} | {m for f in own for m in imported(f)}
     modules = reached(tuple(sorted(start)))
     templates = _templates() if TEMPLATES_OF in modules else {}
-    return digest([modules, [[f.name, file_code(f)] for f in own], templates])
+    files_code = [[f.name, file_code(f)] for f in own]
+    _remember()
+    return digest([modules, files_code, templates])
 
 
 @functools.cache

@@ -98,7 +98,8 @@ def pipeline(tmp_path, monkeypatch) -> Path:
 
 def clear() -> None:
     """Forget what was read: a process hashes a file once."""
-    for function in (source.tree, source.file_code, source.reached, source._templates):
+    caches = (source.tree, source._facts, source._remembered, source._module_file, source.reached)
+    for function in (*caches, source._templates):
         function.cache_clear()
 
 
@@ -222,3 +223,25 @@ def test_two_papers_have_files_of_one_name(tmp_path):
         (tmp_path / name / "metrics.py").write_text(f"NAME = '{name}'")
     one, two = (import_file(tmp_path / n / "metrics.py") for n in ("one", "two"))
     assert (one.NAME, two.NAME) == ("one", "two")
+
+
+def test_a_hash_is_remembered_under_the_files_bytes(tmp_path, monkeypatch):
+    """An edit is seen though the note is there; a note that is broken is as good as none."""
+    monkeypatch.setattr(source, "NOTE", tmp_path / "code.json")
+    file = tmp_path / "data.py"
+    file.write_text("x = 1\n")
+    clear()
+    first = source.job_code("none", [file])
+    clear()
+    monkeypatch.setattr(source, "_read_facts", lambda _: pytest.fail("parsed again"))
+    assert source.job_code("none", [file]) == first
+    monkeypatch.undo()
+    monkeypatch.setattr(source, "NOTE", tmp_path / "code.json")
+    file.write_text("x = 2\n")
+    clear()
+    second = source.job_code("none", [file])
+    assert second != first
+    (tmp_path / "code.json").write_text("{")
+    clear()
+    assert source.job_code("none", [file]) == second
+    clear()
