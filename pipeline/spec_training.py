@@ -133,7 +133,6 @@ class TrainingSpec(Section):
     )
     checkpoints: CheckpointSteps = CheckpointSteps()
     eval_every: int = Field(default=100, ge=1, description="steps between evaluations")
-    eval_batch: int = Field(default=64, ge=1, description="sequences of an evaluation at a time")
     loss_dtype: Literal["float32", "float64"] = Field(
         default="float32", description="of the logits in the loss and in the evaluation"
     )

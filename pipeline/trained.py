@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline import provenance, tables, training, training_data
+from pipeline import tables, training, training_data
 from pipeline.errors import RetraceError, nearest
 from pipeline.spec_training import TrainingSpec
 
@@ -95,9 +95,3 @@ class Run:
 def open_run(manifest: str | Path) -> Run:
     """The run whose manifest.json this is."""
     return Run(manifest)
-
-
-def content(manifest: str | Path, member: str, step: int) -> dict[str, Any]:
-    """What a model taken out of a run came from, for its certificate."""
-    return {"source": "training", "manifest": provenance.sha256_file(manifest), "member": member,
-            "step": step}  # fmt: skip

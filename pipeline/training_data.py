@@ -7,7 +7,6 @@ import hashlib
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -131,8 +130,3 @@ def read_corpus(path: str | Path) -> dict[str, np.ndarray]:
     if not len(out["eval"]):
         raise RetraceError(f"{path}: holds no held-out tokens; raise corpus.n_eval_tokens")
     return out
-
-
-def shared(parts: list[Any]) -> Any:
-    """One for all where every member has the same, else a stack with the members in front."""
-    return parts[0] if all(p is parts[0] for p in parts) else torch.stack(parts)
