@@ -15,7 +15,7 @@ import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +27,12 @@ FEW = 4  # positions
 PIECE = 256  # rows of a product's piece, at least
 ACT = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu,
        "gelu_new": lambda x: F.gelu(x, approximate="tanh")}  # fmt: skip
+
+
+class Output(NamedTuple):
+    """What a causal LM answers; a type that torch.compile knows."""
+
+    logits: Tensor  # [batch pos d_vocab]
 
 
 def product(rows: Tensor, weight: Tensor, split: bool) -> Tensor:
@@ -241,9 +247,9 @@ class NativeForCausalLM(nn.Module):
 
     def forward(
         self, input_ids: Tensor, logits_to_keep: int = 0, trim: bool = False, **_: Any
-    ) -> Any:
+    ) -> Output:
         """logits [batch pos d_vocab], under the name `logits`; see `Body.forward`."""
-        return SimpleNamespace(logits=self.model(input_ids, logits_to_keep, trim))
+        return Output(self.model(input_ids, logits_to_keep, trim))
 
     def save_pretrained(self, folder: str | Path) -> None:
         from safetensors.torch import save_file
