@@ -150,7 +150,6 @@ class Team:
         self.forward = self._forward
         if spec.compile and device.type == "cuda":
             self.forward = torch.compile(self._forward)
-            self.adamw = torch.compile(self.adamw)  # type: ignore[method-assign]
         self.graph: Any = None
 
     def _drawn(self, seed: int) -> Tensor:
