@@ -232,6 +232,25 @@ def test_evaluation_counts_only_what_has_a_target(data):
     assert made.rows[0][4] == (logits.argmax(-1) == targets[:, 0]).double().mean().item()
 
 
+def test_a_compiled_model_with_another_gradient_is_not_trained(data, caplog):
+    """Equal losses are not enough: here one weight matrix has the gradient of its negative."""
+    made = team(spec(seeds=[0, 1]), data)
+    at = made.names.index("model.layers.0.attn.q.weight")
+    cut = (sum(made.sizes[:at]), sum(made.sizes[: at + 1]))
+
+    def forward(tokens, targets):
+        flat, q = made.flat, made.flat[:, slice(*cut)]
+        wrong = 2 * q.detach() - q  # of the same value
+        made.flat = torch.cat([flat[:, : cut[0]], wrong, flat[:, cut[1] :]], 1)
+        loss = made._forward(tokens, targets)
+        made.flat = flat
+        return loss
+
+    assert made.checked(made._forward) == made._forward
+    assert made.checked(forward) == made._forward
+    assert "gradient of model.layers.0.attn.q.weight wrong by 2 of its size" in caplog.text
+
+
 # --- data ----------------------------------------------------------------------------------
 
 
