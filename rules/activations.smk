@@ -11,7 +11,7 @@ rule activations:
         "results/logs/activations/{activations}.log",
     benchmark:
         "results/benchmarks/activations/{activations}.tsv"
-    threads: 2
+    threads: THREADS
     resources:
         mem_mb=6000,
         runtime=240,

@@ -12,7 +12,7 @@ rule attribution:
         "results/logs/{scale}/{paper}/attribution.log",
     benchmark:
         "results/benchmarks/{scale}/{paper}/attribution.tsv"
-    threads: 2
+    threads: THREADS
     resources:
         mem_mb=6000,
         runtime=120,

@@ -15,7 +15,6 @@ from pipeline import papers, source, summary
 from pipeline.errors import RetraceError, nearest
 
 PYTHON = sys.executable
-workflow.global_resources.setdefault("gpu", 1)
 
 
 def told(function, *args):
@@ -31,6 +30,10 @@ def told(function, *args):
 BASES = [Path(workflow.basedir), ROOT, Path(workflow.workdir_init)]
 RUN = told(papers.Run.load, config, BASES)
 DEVICE = RUN.config.device
+# At smoke scale a job is mostly start-up, which has one thread; two such jobs share a GPU, too.
+SMOKE = RUN.config.scale == "smoke"
+THREADS = 1 if SMOKE else 2
+workflow.global_resources.setdefault("gpu", (os.cpu_count() or 1) if SMOKE else 1)
 # Snakemake formats every shell command with the globals of the main Snakefile, a module's, too.
 workflow.modifier_stack[0].globals.update(PYTHON=PYTHON, DEVICE=DEVICE)
 

@@ -11,7 +11,7 @@ rule corpus:
         "results/logs/corpus/{corpus}.log",
     benchmark:
         "results/benchmarks/corpus/{corpus}.tsv"
-    threads: 2
+    threads: THREADS
     resources:
         mem_mb=4000,
         runtime=60,

@@ -16,7 +16,7 @@ rule evaluation:
         "results/logs/{scale}/{paper}/evaluation_{arm}.log",
     benchmark:
         "results/benchmarks/{scale}/{paper}/evaluation_{arm}.tsv"
-    threads: 2
+    threads: THREADS
     resources:
         mem_mb=8000,
         runtime=240,

@@ -15,7 +15,7 @@ rule features:
         "results/logs/{scale}/{paper}/features_{latents}.log",
     benchmark:
         "results/benchmarks/{scale}/{paper}/features_{latents}.tsv"
-    threads: 2
+    threads: THREADS
     resources:
         mem_mb=8000,
         runtime=240,

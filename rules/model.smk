@@ -12,7 +12,7 @@ rule model:
         "results/logs/model/{model}.log",
     benchmark:
         "results/benchmarks/model/{model}.tsv"
-    threads: 2
+    threads: THREADS
     resources:
         mem_mb=6000,
         runtime=60,

@@ -11,7 +11,7 @@ rule sae:
         "results/logs/sae/{sae}.log",
     benchmark:
         "results/benchmarks/sae/{sae}.tsv"
-    threads: 2
+    threads: THREADS
     resources:
         mem_mb=8000,
         runtime=480,

@@ -9,7 +9,7 @@ rule tokenizer:
         "results/logs/tokenizer/{tokenizer}.log",
     benchmark:
         "results/benchmarks/tokenizer/{tokenizer}.tsv"
-    threads: 2
+    threads: THREADS
     resources:
         mem_mb=4000,
         runtime=60,

@@ -12,7 +12,7 @@ rule training:
         "results/logs/training/{training}.log",
     benchmark:
         "results/benchmarks/training/{training}.tsv"
-    threads: 2
+    threads: THREADS
     resources:
         mem_mb=6000,
         runtime=240,

@@ -26,7 +26,7 @@ rule grokking_fourier:
         "results/benchmarks/{scale}/{paper}/fourier.tsv"
     wildcard_constraints:
         paper="grokking",
-    threads: 2
+    threads: THREADS
     resources:
         mem_mb=6000,
         runtime=60,

@@ -25,7 +25,7 @@ rule induction_heads_heads:
         "results/benchmarks/{scale}/{paper}/heads.tsv"
     wildcard_constraints:
         paper="induction_heads",
-    threads: 2
+    threads: THREADS
     resources:
         mem_mb=6000,
         runtime=60,

@@ -18,7 +18,7 @@ rule nanogpt_language:
         "results/benchmarks/{scale}/{paper}/language.tsv"
     wildcard_constraints:
         paper="nanogpt_shakespeare",
-    threads: 2
+    threads: THREADS
     resources:
         mem_mb=4000,
         runtime=60,

@@ -17,7 +17,7 @@ rule toy_superposition_superposition:
         "results/benchmarks/{scale}/{paper}/superposition.tsv"
     wildcard_constraints:
         paper="toy_superposition",
-    threads: 2
+    threads: THREADS
     resources:
         mem_mb=4000,
         runtime=120,
