@@ -19,6 +19,7 @@ import numpy as np
 from pipeline import flat_parquet, provenance
 from pipeline.errors import RetraceError
 
+WRITTEN = 1 << 25  # bytes of a shard that are handed to the disk at a time
 NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
 
 
@@ -160,9 +161,15 @@ def write_shard(
         return sink.hexdigest()
 
     def write(to: Path) -> None:
-        with open(to, "wb") as f:
+        with open(to, "wb") as f, ThreadPoolExecutor(1) as disk:
+            begun = []  # now, so that the last wait for the disk is short
             for piece in pieces:
-                f.write(piece)
+                for at in range(0, len(piece), WRITTEN):
+                    f.write(piece[at : at + WRITTEN])
+                    f.flush()
+                    begun.append(disk.submit(os.fdatasync, f.fileno()))
+            for one in begun:
+                one.result()
 
     with ThreadPoolExecutor(1) as beside:  # hashing and writing each take a core most of the time
         found = beside.submit(digest)
