@@ -26,7 +26,8 @@ from pipeline.spec import EvaluationSpec
 N_OUTLIERS = 4  # SmolLM2: four dimensions hold 58 % of the variance at layer 8 (measured)
 BLOCKS_A_PASS = 8
 SPEC_COLUMNS = (
-    "architecture k d_sae l1_coefficient aux_loss_coefficient frozen_decoder seed hook"
+    "architecture k d_sae l1_coefficient l0_coefficient aux_loss_coefficient frozen_decoder seed "
+    "hook"
 ).split()
 
 
@@ -38,11 +39,15 @@ class Sums:
     fired: np.ndarray  # rows on which a latent is non-zero
     active: float = 0.0
     rows: int = 0
+    square: float = 0.0  # sum of |x_hat|^2
+    product: float = 0.0  # sum of x_hat . x
 
     def add(self, x: Tensor, x_hat: Tensor, acts: Tensor) -> None:
         """x, x_hat [rows d_in]; acts [rows d_sae]."""
-        on = acts != 0
-        self.error += ((x - x_hat).double() ** 2).sum(0).cpu().numpy()
+        on, x, x_hat = acts != 0, x.double(), x_hat.double()
+        self.error += ((x - x_hat) ** 2).sum(0).cpu().numpy()
+        self.square += float((x_hat**2).sum())
+        self.product += float((x_hat * x).sum())
         self.fired += on.sum(0).cpu().numpy()
         self.active += float(on.sum())
         self.rows += len(x)
@@ -81,8 +86,8 @@ def reconstruction(
         d_in: width of a row.
 
     Returns:
-        name -> explained_variance, explained_variance_no_outliers, mse, l0, silent_share; and the
-        moments of x.
+        name -> explained_variance, explained_variance_no_outliers, mse, relative_bias, l0,
+        silent_share; and the moments of x.
     """
     sums = {n: Sums(np.zeros(d_in), np.zeros(s.cfg.d_sae)) for n, s in saes.items()}
     moments = Moments(d_in)
@@ -101,6 +106,7 @@ def reconstruction(
             "explained_variance_no_outliers": 1
             - s.error[ordinary].sum() / moments.m2[ordinary].sum(),
             "mse": s.error.sum() / s.rows,
+            "relative_bias": s.square / s.product if s.product else np.nan,
             "l0": s.active / s.rows,
             "silent_share": float((s.fired == 0).mean()),
         }

@@ -11,11 +11,21 @@ from pipeline import theme
 from pipeline.errors import RetraceError
 from pipeline.kinds_common import named, need, title_of
 
-ARCHITECTURES = {"topk": "TopK", "standard": "L1"}
+ARCHITECTURES = {
+    "topk": "TopK",
+    "standard": "L1",
+    "gated": "Gated",
+    "jumprelu": "JumpReLU",
+    "batchtopk": "BatchTopK",
+    "matryoshka_batchtopk": "Matryoshka",
+    "matching_pursuit": "Matching pursuit",
+}
 SHAPES = ["circle", "diamond", "square", "triangle-up"]  # one an arm
 SYMBOL = {"": "", "no AuxK": "-open", "frozen decoder": "x"}  # variant -> what it does to a shape
 SIZE = {"": 8, "no AuxK": 13, "frozen decoder": 9}
-CONFIG = "architecture k d_sae l1_coefficient aux_loss_coefficient frozen_decoder hook".split()
+CONFIG = (
+    "architecture k d_sae l1_coefficient l0_coefficient aux_loss_coefficient frozen_decoder hook"
+).split()
 
 
 def evaluations(tables: dict[str, Any], columns: list[str]) -> Any:
@@ -28,6 +38,8 @@ def evaluations(tables: dict[str, Any], columns: list[str]) -> Any:
 
     frames = []
     for name, frame in tables.items():
+        if "l0_coefficient" not in frame:  # tables of before JumpReLU
+            frame = frame.assign(l0_coefficient=0.0)
         need(frame, ["sae", *CONFIG, *columns], name)
         frames.append(frame.assign(arm=named(name)))
     frame = pd.concat(frames, ignore_index=True)
@@ -35,7 +47,7 @@ def evaluations(tables: dict[str, Any], columns: list[str]) -> Any:
     frame["family"] = [family(row) for row in frame.to_dict("records")]
     rank = {"variant": list(SYMBOL), "architecture": list(ARCHITECTURES)}
     frame = frame.sort_values(
-        ["variant", "architecture", "d_sae", "k", "l1_coefficient"],
+        ["variant", "architecture", "d_sae", "k", "l1_coefficient", "l0_coefficient"],
         key=lambda c: c.map(rank[c.name].index) if c.name in rank else c,
         kind="stable",
     )

@@ -23,6 +23,9 @@ SAE = {
     "variance",
     "l0": "mean number of non-zero latents a held-out row",
     "mse": "mean over held-out rows of |x - x_hat|^2, summed over dimensions, unscaled activations",
+    "relative_bias": "sum |x_hat|^2 / sum x_hat . x over held-out rows: the factor by which x_hat "
+    "is too long, below 1 for shrinkage (relative reconstruction bias, Rajamanoharan et al. 2024, "
+    "2404.16014)",
     "dead_share": "share of latents that no row of the last sae.training.dead_rows training rows "
     "made non-zero, when training ended",
     "silent_share": "share of latents that no held-out row makes non-zero",

@@ -44,7 +44,14 @@ def build(
     torch.manual_seed(spec.seed)
     sae_class, config_class = get_sae_training_class(spec.architecture)
     known = {f.name for f in fields(config_class)}
-    options = spec.model_dump() | {"l1_warm_up_steps": spec.l1_warmup_steps}
+    options = spec.model_dump() | {
+        "l1_warm_up_steps": spec.l1_warmup_steps,
+        "l0_warm_up_steps": spec.l0_warmup_steps,
+        "matryoshka_widths": spec.widths,
+        "max_iterations": spec.k,  # matching pursuit
+    }
+    if spec.architecture == "matching_pursuit":
+        options["decoder_init_norm"] = 1.0  # its only choice
     config = config_class(
         d_in=d_in,
         normalize_activations=normalize,

@@ -286,23 +286,43 @@ class SaeTraining(Section):
 class SaeSpec(Section):
     """One dictionary, or with grid: one for each combination, named name_k32_d4096."""
 
-    architecture: Literal["topk", "standard"] = Field(description="SAELens's name")
+    architecture: Literal[
+        "standard", "gated", "topk", "batchtopk", "matryoshka_batchtopk", "jumprelu",
+        "matching_pursuit",
+    ] = Field(description="SAELens's name")  # fmt: skip
     hook: str = Field(default="", description="default: the only hook of the activations section")
     arms: list[Name] = Field(default=[], description="default: all arms")
     d_sae: int = Field(default=0, ge=0, description="latents")
-    k: int = Field(default=0, ge=0, description="topk: latents active a row")
+    k: int = Field(
+        default=0, ge=0, description="latents active a row: topk, matching_pursuit (at most); in "
+        "the mean: batchtopk, matryoshka_batchtopk",
+    )  # fmt: skip
     aux_loss_coefficient: float = Field(
         default=1 / 32, ge=0, description="topk: AuxK (Gao et al. 2024, App. A.2); 0 turns it off"
     )
-    l1_coefficient: float = Field(default=0.0, ge=0, description="standard")
+    matryoshka_shares: list[float] = Field(
+        default=[1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0],
+        description="nested widths as shares of d_sae, rising to 1 (default: the five of Bussmann "
+        "et al. 2025, whose parts double)",
+    )
+    l1_coefficient: float = Field(default=0.0, ge=0, description="standard, gated")
     l1_warmup_steps: int = Field(default=0, ge=0)
+    l0_coefficient: float = Field(default=0.0, ge=0, description="jumprelu")
+    l0_warmup_steps: int = Field(default=0, ge=0)
+    jumprelu_bandwidth: float = Field(default=0.05, gt=0, description="of the kernel (SAELens)")
+    jumprelu_init_threshold: float = Field(default=0.01, gt=0, description="SAELens's default")
     frozen_decoder: bool = Field(
         default=False, description="null arm: decoder directions stay as drawn; the encoder trains"
     )
     seed: int = Field(default=0, ge=0, description="of the initial weights")
     grid: dict[str, list[float | int]] = Field(default={}, description="field -> values")
 
-    SHORT: ClassVar = {"d_sae": "d", "l1_coefficient": "c", "aux_loss_coefficient": "aux"}
+    SHORT: ClassVar = {
+        "d_sae": "d", "l1_coefficient": "c", "l0_coefficient": "l0", "aux_loss_coefficient": "aux",
+    }  # fmt: skip
+    NEEDS: ClassVar = {
+        "standard": "l1_coefficient", "gated": "l1_coefficient", "jumprelu": "l0_coefficient",
+    }  # fmt: skip  # all others need k
 
     @model_validator(mode="after")
     def _complete(self) -> "SaeSpec":
@@ -312,11 +332,17 @@ class SaeSpec(Section):
         has = lambda f: getattr(self, f) or f in self.grid  # noqa: E731
         if not has("d_sae"):
             raise ValueError("d_sae (the number of latents) is missing")
-        if self.architecture == "topk" and not has("k"):
-            raise ValueError("architecture: topk needs k")
-        if self.architecture == "standard" and not has("l1_coefficient"):
-            raise ValueError("architecture: standard needs l1_coefficient")
+        if not has(needed := self.NEEDS.get(self.architecture, "k")):
+            raise ValueError(f"architecture: {self.architecture} needs {needed}")
+        shares = self.matryoshka_shares
+        if not shares or sorted(set(shares)) != shares or shares[0] <= 0 or shares[-1] != 1:
+            raise ValueError(f"matryoshka_shares: {shares} do not rise from above 0 to 1")
         return self
+
+    @property
+    def widths(self) -> list[int]:
+        """matryoshka_batchtopk: latents of each level."""
+        return sorted({max(1, round(share * self.d_sae)) for share in self.matryoshka_shares})
 
     def expand(self, name: str) -> "dict[str, SaeSpec]":
         """Name -> dictionary for every combination of the grid."""

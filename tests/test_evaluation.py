@@ -43,6 +43,16 @@ def test_explained_variance_has_no_unit_and_no_origin(scale, shift):
     assert got["explained_variance"] == pytest.approx(0.75, abs=1e-5)
 
 
+@pytest.mark.parametrize("factor", [0.5, 1.0, 1.25])
+def test_relative_bias_is_the_factor_by_which_a_reconstruction_is_too_long(factor):
+    assert measure(lambda x: factor * x)["relative_bias"] == pytest.approx(factor)
+    noise = torch.randn(X.shape, generator=torch.Generator().manual_seed(0))
+    noise -= X * (noise * X).sum() / X.square().sum()  # orthogonal to the rows, taken together
+    got = evaluation.reconstruction({"a": Dictionary(lambda x: factor * x + noise)}, [X], 6)
+    want = factor + noise.square().sum().item() / X.square().sum().item() / factor
+    assert got[0]["a"]["relative_bias"] == pytest.approx(want, rel=1e-4)
+
+
 def test_perfect_and_mean_reconstruction_are_one_and_zero():
     assert measure(lambda x: x)["explained_variance"] == 1
     mean = X.mean(0)
