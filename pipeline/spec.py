@@ -298,7 +298,9 @@ class SaeSpec(Section):
         "the mean: batchtopk, matryoshka_batchtopk",
     )  # fmt: skip
     aux_loss_coefficient: float = Field(
-        default=1 / 32, ge=0, description="topk: AuxK (Gao et al. 2024, App. A.2); 0 turns it off"
+        default=1 / 32,
+        ge=0,
+        description="topk and its kin: AuxK (Gao et al. 2024, App. A.2); 0: none",
     )
     matryoshka_shares: list[float] = Field(
         default=[1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0],

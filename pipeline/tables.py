@@ -167,7 +167,7 @@ def write_shard(
                 for at in range(0, len(piece), WRITTEN):
                     f.write(piece[at : at + WRITTEN])
                     f.flush()
-                    begun.append(disk.submit(os.fdatasync, f.fileno()))
+                    begun.append(disk.submit(os.fsync, f.fileno()))
             for one in begun:
                 one.result()
 

@@ -54,15 +54,6 @@ def build(architecture: Architecture, d_vocab: int) -> nn.Module:
     return GPT2LMHeadModel(config)
 
 
-def trainable(architecture: Architecture, d_vocab: int) -> nn.Module:
-    """The model of `build` as it is trained: the same parameters and logits, in less time."""
-    if architecture.family == "native":
-        return build(architecture, d_vocab)
-    from pipeline.gpt2 import GPT2
-
-    return GPT2(architecture, d_vocab)
-
-
 def is_trained(name: str, architecture: Architecture) -> bool:
     """Whether a parameter is trained; a bias that is not stays 0."""
     if not name.endswith("bias"):
@@ -124,8 +115,7 @@ class Team:
     def __init__(self, spec: TrainingSpec, data: list[Batches], device: torch.device) -> None:
         self.spec, self.data, self.device = spec, data, device
         self.members = spec.members()
-        self.model = trainable(spec.architecture, data[0].d_vocab).float().to(device)
-        self.model.requires_grad_(False)  # `flat` is trained, and parameters are views of it
+        self.model = build(spec.architecture, data[0].d_vocab).float().to(device)
         for module in self.model.modules():
             if hasattr(module, "split"):  # native.product
                 module.split = device.type == "cuda" and len(self.members) > 1
@@ -178,7 +168,7 @@ class Team:
         return self._forward
 
     def _drawn(self, seed: int) -> Tensor:
-        drawn = trainable(self.spec.architecture, self.data[0].d_vocab).float()
+        drawn = build(self.spec.architecture, self.data[0].d_vocab).float()
         initial(drawn, self.spec.architecture, seed)
         named = dict(drawn.named_parameters())
         return torch.cat([named[n].detach().flatten() for n in self.names])
@@ -248,7 +238,7 @@ class Team:
     def each(self, function: Callable, *args: Tensor) -> Tensor:
         """A function of one member's weights and `args`, over all members: stacked.
 
-        Members of GPT-2's family, which fill a GPU alone, take turns.
+        GPT-2's code is not made for vmap, so its members take turns.
         """
         if len(self.members) == 1:
             return function(self.flat[0], *[a[0] for a in args])[None]

@@ -461,7 +461,7 @@ def test_initial_weights_are_a_function_of_the_seed():
 
 
 def test_every_architecture_of_saelens_can_be_driven_by_the_reference_step():
-    """Those that need options of their own come later; the step takes any TrainingSAE."""
+    """The step takes any TrainingSAE; test_sae_architectures.py trains them by their specs."""
     x = planted(2000)[0]
     stream, _ = stream_of(x, 100, normalize=True)
     training = SaeTraining(n_rows=2000, batch_size=100, lr=3e-3)

@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from conftest import ROOT, environment, stage
 from pydantic import ValidationError
-from torch import nn
 
 from pipeline import native, provenance, trained, training, training_data
 from pipeline.errors import RetraceError
@@ -171,7 +170,7 @@ def test_a_step_is_that_of_torchs_adamw(data, how, family):
     given = spec(architecture=SMALL | GPT2 if family == "gpt2" else NO_KEY_BIAS, optimiser=how)
     ours = trained_for(given, data, 12)
     start = team(given, data)
-    model = start.model.requires_grad_(True)
+    model = start.model
     model.load_state_dict({n: p[0] for n, p in start.state_dict(start.flat).items()}, strict=False)
     named = {n: p for n, p in model.named_parameters() if n in start.names}
     rest = [p for n, p in model.named_parameters() if n not in named]
@@ -246,7 +245,8 @@ def test_a_compiled_model_with_another_gradient_is_not_trained(data, caplog):
         made.flat = flat
         return loss
 
-    assert made.checked(made._forward) == made._forward
+    same = lambda *batch: made._forward(*batch)  # noqa: E731
+    assert made.checked(same) is same
     assert made.checked(forward) == made._forward
     assert "gradient of model.layers.0.attn.q.weight wrong by 2 of its size" in caplog.text
 
@@ -405,25 +405,6 @@ def test_a_loss_that_is_not_finite_is_told(data, tmp_path):
     done = stage("training", {"training": wild}, check=False, **arguments(tmp_path, data))
     assert done.returncode == 1 and not (tmp_path / "manifest.json").exists()
     assert "has a loss that is not finite at step" in done.stderr and "lower" in done.stderr
-
-
-@pytest.mark.parametrize("bias", ["all", "mlp", "none"])
-@pytest.mark.parametrize("tied", [True, False])
-def test_our_gpt2_is_hugging_faces(bias, tied):
-    """The same parameters in the same order, and the same logits, with biases that matter."""
-    given = spec(architecture=SMALL | GPT2 | {"bias": bias, "tied": tied}).architecture
-    ours, theirs = training.trainable(given, 9), training.build(given, 9)
-    for p in theirs.parameters():
-        nn.init.normal_(p, std=0.3)
-    for name, p in theirs.named_parameters():
-        if not training.is_trained(name, given):
-            p.data.zero_()
-    ours.load_state_dict(dict(theirs.named_parameters()), strict=not tied)
-    assert [n for n, _ in ours.named_parameters()] == [n for n, _ in theirs.named_parameters()]
-    tokens = torch.randint(0, 9, (3, 6), generator=torch.Generator().manual_seed(0))
-    want = theirs.eval()(tokens).logits
-    torch.testing.assert_close(ours.eval()(tokens).logits, want, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(ours(tokens, logits_to_keep=2).logits, want[:, -2:])
 
 
 @pytest.mark.parametrize("more", [{}, GPT2], ids=["native", "gpt2"])

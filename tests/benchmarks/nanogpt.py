@@ -3,8 +3,8 @@
     python tests/benchmarks/nanogpt.py                  the CPU recipe on the CPU
     python tests/benchmarks/nanogpt.py --device cuda    the GPU recipe in bfloat16, and the CPU one
 
-ours     pipeline.training.Team.step: GPT-2, AdamW of our own on flat weights; on a GPU the step is
-         one CUDA graph
+ours     pipeline.training.Team.step: Hugging Face's GPT-2, AdamW of our own on flat weights; on a
+         GPU the step is one CUDA graph
 compiled ours with `compile: true`, on a GPU
 peer     a GPT of 40 lines below: SDPA, fused AdamW, autocast, clipping; torch.compile on a GPU
 
