@@ -26,7 +26,8 @@ from pipeline.resume import Checkpoints, write_tensors
 from pipeline.sae_stream import Stream, geometric_median
 from pipeline.sae_train import HISTORY, Dictionary, build, train
 from pipeline.shards import Rows
-from pipeline.spec import Hook, SaeSpec, SaeTraining, Section
+from pipeline.spec import Hook, Section
+from pipeline.spec_sae import SaeSpec, SaeTraining
 
 MEDIAN_ROWS = 32_768  # of the sample for b_dec, as in Gao et al.'s released training code
 

@@ -25,7 +25,7 @@ from pipeline import sae_steps
 from pipeline.errors import RetraceError
 from pipeline.sae_sparse import Scratch
 from pipeline.sae_stream import Stream
-from pipeline.spec import SaeSpec, SaeTraining
+from pipeline.spec_sae import SaeSpec, SaeTraining
 
 HISTORY = ("step", "rows", "lr", "mse", "explained_variance", "l0", "dead_share", "loss")
 CLIP_NORM = 1.0  # SAELens's SAETrainer, which has no option for it

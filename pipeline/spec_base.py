@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.errors import nearest
 
@@ -26,3 +26,12 @@ class Section(BaseModel):
                         f"allowed here: {', '.join(cls.model_fields)}"
                     )
         return data
+
+
+def sentence(error: ValidationError) -> str:
+    """The first fault of a section: the key, what is wrong, and the value."""
+    first = error.errors()[0]
+    where = "".join(f"{p}: " for p in [".".join(str(p) for p in first["loc"])] if p)
+    message = first["msg"].removeprefix("Value error, ")
+    shown = "" if first["type"] == "value_error" else f", got {str(first['input'])[:80]!r}"
+    return f"{where}{message}{shown}"

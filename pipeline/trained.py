@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline import tables, training, training_data
+from pipeline import tables, training, training_data, untrained
 from pipeline.errors import RetraceError, nearest
 from pipeline.spec_training import TrainingSpec
 
@@ -71,7 +71,7 @@ class Run:
 
     def module(self) -> nn.Module:
         """The model with weights of no meaning, in eval mode."""
-        made = training.build(self.spec.architecture, self.info["d_vocab"])
+        made = untrained.build(self.spec.architecture, self.info["d_vocab"])
         return made.float().eval().requires_grad_(False)
 
     def model(self, member: str, step: int = -1) -> nn.Module:

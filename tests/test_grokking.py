@@ -10,7 +10,7 @@ import pandas as pd
 import pytest
 import torch
 
-from pipeline import papers, training
+from pipeline import papers, training, untrained
 from pipeline.errors import RetraceError
 from pipeline.source import import_file
 from pipeline.spec_training import Architecture
@@ -42,8 +42,8 @@ def seeded():
 
 @pytest.fixture(scope="module")
 def model():
-    out = training.build(ARCHITECTURE, P + 1).float()
-    training.initial(out, ARCHITECTURE, 3)
+    out = untrained.build(ARCHITECTURE, P + 1).float()
+    untrained.initial(out, ARCHITECTURE, 3)
     for name, p in out.named_parameters():
         if "mlp" in name and name.endswith("bias"):
             torch.nn.init.normal_(p, std=0.3, generator=torch.Generator().manual_seed(1))

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 
 from pipeline import figures as core
-from pipeline import papers, training
+from pipeline import papers, untrained
 from pipeline.source import import_file
 from pipeline.spec_training import Architecture
 
@@ -35,9 +35,9 @@ figures = import_file(FOLDER / "figures.py")
 def test_the_recipes_have_nanogpts_number_of_parameters(recipe, millions):
     spec = papers.load(FOLDER, "paper").spec.training[recipe]
     with torch.device("meta"):
-        model = training.build(spec.architecture, 65)
+        model = untrained.build(spec.architecture, 65)
     trained = {n: p.numel() for n, p in model.named_parameters()
-               if training.is_trained(n, spec.architecture)}  # fmt: skip
+               if untrained.is_trained(n, spec.architecture)}  # fmt: skip
     assert not [n for n in trained if n.endswith("bias")]
     assert "lm_head.weight" not in trained  # tied
     n = sum(trained.values()) - trained["transformer.wpe.weight"]
@@ -143,8 +143,8 @@ def lm():
     shape = {"family": "gpt2", "n_layers": 3, "d_model": 16, "n_heads": 2, "d_mlp": 32,
              "n_ctx": 12, "bias": "none", "tied": True}  # fmt: skip
     architecture = Architecture(**shape)
-    model = training.build(architecture, 9)
-    training.initial(model, architecture, 0)
+    model = untrained.build(architecture, 9)
+    untrained.initial(model, architecture, 0)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.dim() > 1 and "w" in name:

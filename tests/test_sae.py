@@ -22,7 +22,7 @@ from pipeline.sae_sparse import Dense, Scratch, Sparse, largest
 from pipeline.sae_stream import CHUNKS, Stream, geometric_median
 from pipeline.sae_train import Dictionary, build, learning_rate, train
 from pipeline.shards import Rows
-from pipeline.spec import SaeSpec, SaeTraining
+from pipeline.spec_sae import SaeSpec, SaeTraining
 
 HOOK = "blocks.0.hook_resid_post"
 TOPK = SaeSpec(architecture="topk", d_sae=64, k=4)

@@ -11,7 +11,7 @@ from test_sae import mean_max_cosine, one_thread, planted, stream_of  # noqa: F4
 from pipeline import sae as stage_sae
 from pipeline.sae_stream import geometric_median
 from pipeline.sae_train import Dictionary, build, train
-from pipeline.spec import SaeSpec, SaeTraining
+from pipeline.spec_sae import SaeSpec, SaeTraining
 
 SPARSITY = {
     "standard": {"l1_coefficient": 1.0},

@@ -6,7 +6,8 @@ import pytest
 
 from pipeline import spec
 from pipeline.errors import RetraceError
-from pipeline.spec import Config, PaperSpec, SaeSpec
+from pipeline.spec import Config, PaperSpec
+from pipeline.spec_sae import SaeSpec
 
 HOOK = "blocks.8.hook_resid_post"
 FULL = {

@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from conftest import ROOT, environment, stage
 from pydantic import ValidationError
 
-from pipeline import native, provenance, trained, training, training_data
+from pipeline import native, provenance, trained, training, training_data, untrained
 from pipeline.errors import RetraceError
-from pipeline.spec_training import Architecture, TrainingSpec
+from pipeline.spec_training import Architecture, Optimiser, TrainingSpec
+from pipeline.team import Team
 
 CPU = torch.device("cpu")
 SMALL = {"n_layers": 1, "d_model": 16, "n_heads": 2, "d_mlp": 32, "act_fn": "relu", "n_ctx": 6}
@@ -70,12 +71,12 @@ def data(tmp_path_factory) -> Path:
     return file
 
 
-def team(given: TrainingSpec, data: Path) -> training.Team:
+def team(given: TrainingSpec, data: Path) -> Team:
     seeds = [seed for _, _, seed in given.members()]
-    return training.Team(given, [training_data.own(data, given, s, CPU) for s in seeds], CPU)
+    return Team(given, [training_data.own(data, given, s, CPU) for s in seeds], CPU)
 
 
-def trained_for(given: TrainingSpec, data: Path, steps: int) -> training.Team:
+def trained_for(given: TrainingSpec, data: Path, steps: int) -> Team:
     out = team(given, data)
     for step in range(steps):
         out.step(step)
@@ -87,8 +88,8 @@ def trained_for(given: TrainingSpec, data: Path, steps: int) -> training.Team:
 
 def drawn(seed: int = 0, d_vocab: int = 11, **more) -> native.NativeForCausalLM:
     architecture = Architecture.model_validate(SMALL | more)
-    out = training.build(architecture, d_vocab)
-    training.initial(out, architecture, seed)
+    out = untrained.build(architecture, d_vocab)
+    untrained.initial(out, architecture, seed)
     for p in out.parameters():  # biases, too, so that none can be forgotten
         p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
     return out.eval().requires_grad_(False)
@@ -129,8 +130,8 @@ def test_a_bridge_of_smeared_keys_is_refused():
 def test_first_weights_have_the_papers_spread(init, sd):
     wide = SMALL | {"d_model": 64, "d_mlp": 256, "init": init, "n_layers": 2}
     architecture = Architecture.model_validate(wide)
-    model = training.build(architecture, 100)
-    training.initial(model, architecture, 0)
+    model = untrained.build(architecture, 100)
+    untrained.initial(model, architecture, 0)
     named = {n: p.detach() for n, p in model.named_parameters()}
     layer = "model.layers.1."
     assert named[layer + "mlp.fc_in.weight"].std() == pytest.approx(sd, rel=0.05)
@@ -181,7 +182,7 @@ def test_a_step_is_that_of_torchs_adamw(data, how, family):
     plain = torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, weight_decay=o.weight_decay)
     for step in range(12):
         for group in plain.param_groups:
-            group["lr"] = training.learning_rate(o, o.lr, step + 1, given.steps)
+            group["lr"] = untrained.learning_rate(o, o.lr, step + 1, given.steps)
         tokens, targets = start.data[0].batch(step)
         plain.zero_grad()
         logits = model(tokens).logits
@@ -200,8 +201,8 @@ def test_a_step_is_that_of_torchs_adamw(data, how, family):
 )
 def test_warm_up_and_cosine(step, want):
     """From 0.1 to 1 over ten steps, then half a cosine to 0.1 at step 20."""
-    how = training.Optimiser(lr=1, warmup_steps=10, schedule="cosine", min_lr=0.1, decay_steps=20)
-    assert training.learning_rate(how, 1.0, step, 50) == pytest.approx(want)
+    how = Optimiser(lr=1, warmup_steps=10, schedule="cosine", min_lr=0.1, decay_steps=20)
+    assert untrained.learning_rate(how, 1.0, step, 50) == pytest.approx(want)
 
 
 # --- members -------------------------------------------------------------------------------

@@ -3,7 +3,7 @@
     python tests/benchmarks/nanogpt.py                  the CPU recipe on the CPU
     python tests/benchmarks/nanogpt.py --device cuda    the GPU recipe in bfloat16, and the CPU one
 
-ours     pipeline.training.Team.step: Hugging Face's GPT-2, AdamW of our own on flat weights; on a
+ours     pipeline.team.Team.step: Hugging Face's GPT-2, AdamW of our own on flat weights; on a
          GPU the step is one CUDA graph
 compiled ours with `compile: true`, on a GPU
 peer     a GPT of 40 lines below: SDPA, fused AdamW, autocast, clipping; torch.compile on a GPU
@@ -82,7 +82,7 @@ class Peer:
     """Plain PyTorch's training loop around Plain."""
 
     def __init__(self, spec, data, weights: dict[str, Tensor], device: torch.device) -> None:
-        from pipeline.training import learning_rate
+        from pipeline.untrained import learning_rate
 
         self.spec, self.data, self.device, self.learning_rate = spec, data, device, learning_rate
         self.model = Plain(spec.architecture).to(device)
@@ -129,7 +129,7 @@ def measure(recipe: str, args, device: torch.device) -> Row:
     import numpy as np
 
     from pipeline import papers, training_data
-    from pipeline.training import Team
+    from pipeline.team import Team
 
     spec = papers.load(Path(FOLDER), "paper").spec.training[recipe]
     spec = spec.model_copy(update={"seeds": [0]})

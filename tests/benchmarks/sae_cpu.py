@@ -34,7 +34,7 @@ def pair(args, options: dict, x, n_dead: int, l0: float | None):
 
     from pipeline.sae_sparse import Scratch
     from pipeline.sae_train import Dictionary, build
-    from pipeline.spec import SaeSpec, SaeTraining
+    from pipeline.spec_sae import SaeSpec, SaeTraining
 
     n_rows = 10_000 * args.batch_size
     spec = SaeSpec(d_sae=args.d_sae, **options)

@@ -1,0 +1,141 @@
+"""The section sae of paper.yaml: dictionaries, and the training that they share."""
+
+from itertools import product
+from typing import ClassVar, Literal
+
+from pydantic import Field, ValidationError, model_validator
+
+from pipeline.spec_base import Name, Section, sentence
+
+
+class SaeTraining(Section):
+    """The stream and the schedule that every dictionary of a paper shares."""
+
+    n_rows: int = Field(default=500_000, ge=1, description="rows shown, over all epochs")
+    batch_size: int = Field(default=4096, ge=1, description="rows a step")
+    lr: float = Field(default=3e-4, gt=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = Field(default=1e-8, gt=0, description="Adam's; Gao et al. use 6.25e-10")
+    warmup_steps: int = Field(default=20, ge=0, description="linear, from 0 to lr")
+    decay_share: float = Field(
+        default=0.2, ge=0, le=1, description="last share of the steps, linear to 0"
+    )
+    dead_rows: int = Field(
+        default=100_000, ge=1, description="a latent silent for this many rows is dead"
+    )
+    normalize: Literal["none", "expected_average_only_in"] = Field(
+        default="expected_average_only_in",
+        description="scale rows to a mean norm of sqrt(d_in); folded into the saved weights",
+    )
+    buffer_rows: int = Field(default=65_536, ge=1, description="rows mixed in memory at a time")
+    seed: int = Field(default=0, ge=0, description="of the order of rows")
+    checkpoint_seconds: float = Field(default=60.0, gt=0, exclude=True)
+
+    @model_validator(mode="after")
+    def _complete(self) -> "SaeTraining":
+        if self.n_rows < self.batch_size:
+            raise ValueError(
+                f"n_rows {self.n_rows} is less than one batch of {self.batch_size}; raise n_rows "
+                f"or lower batch_size"
+            )
+        return self
+
+
+class SaeSpec(Section):
+    """One dictionary, or with grid: one for each combination, named name_k32_d4096."""
+
+    architecture: Literal[
+        "standard", "gated", "topk", "batchtopk", "matryoshka_batchtopk", "jumprelu",
+        "matching_pursuit",
+    ] = Field(description="SAELens's name")  # fmt: skip
+    hook: str = Field(default="", description="default: the only hook of the activations section")
+    arms: list[Name] = Field(default=[], description="default: all arms")
+    d_sae: int = Field(default=0, ge=0, description="latents")
+    k: int = Field(
+        default=0, ge=0, description="latents active a row: topk, matching_pursuit (at most); in "
+        "the mean: batchtopk, matryoshka_batchtopk",
+    )  # fmt: skip
+    aux_loss_coefficient: float = Field(
+        default=1 / 32,
+        ge=0,
+        description="topk and its kin: AuxK (Gao et al. 2024, App. A.2); 0: none",
+    )
+    matryoshka_shares: list[float] = Field(
+        default=[1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0],
+        description="nested widths as shares of d_sae, rising to 1 (default: the five of Bussmann "
+        "et al. 2025, whose parts double)",
+    )
+    l1_coefficient: float = Field(default=0.0, ge=0, description="standard, gated")
+    l1_warmup_steps: int = Field(default=0, ge=0)
+    l0_coefficient: float = Field(default=0.0, ge=0, description="jumprelu")
+    l0_warmup_steps: int = Field(default=0, ge=0)
+    jumprelu_bandwidth: float = Field(default=0.05, gt=0, description="of the kernel (SAELens)")
+    jumprelu_init_threshold: float = Field(default=0.01, gt=0, description="SAELens's default")
+    frozen_decoder: bool = Field(
+        default=False, description="null arm: decoder directions stay as drawn; the encoder trains"
+    )
+    seed: int = Field(default=0, ge=0, description="of the initial weights")
+    grid: dict[str, list[float | int]] = Field(default={}, description="field -> values")
+
+    SHORT: ClassVar = {
+        "d_sae": "d", "l1_coefficient": "c", "l0_coefficient": "l0", "aux_loss_coefficient": "aux",
+    }  # fmt: skip
+    NEEDS: ClassVar = {
+        "standard": "l1_coefficient", "gated": "l1_coefficient", "jumprelu": "l0_coefficient",
+    }  # fmt: skip  # all others need k
+
+    @model_validator(mode="after")
+    def _complete(self) -> "SaeSpec":
+        for field in self.grid:
+            if field not in type(self).model_fields or field in ("grid", "architecture"):
+                raise ValueError(f"grid: unknown field '{field}'")
+        has = lambda f: getattr(self, f) or f in self.grid  # noqa: E731
+        if not has("d_sae"):
+            raise ValueError("d_sae (the number of latents) is missing")
+        if not has(needed := self.NEEDS.get(self.architecture, "k")):
+            raise ValueError(f"architecture: {self.architecture} needs {needed}")
+        shares = self.matryoshka_shares
+        if not shares or sorted(set(shares)) != shares or shares[0] <= 0 or shares[-1] != 1:
+            raise ValueError(f"matryoshka_shares: {shares} do not rise from above 0 to 1")
+        return self
+
+    @property
+    def widths(self) -> list[int]:
+        """matryoshka_batchtopk: latents of each level."""
+        return sorted({max(1, round(share * self.d_sae)) for share in self.matryoshka_shares})
+
+    def expand(self, name: str) -> "dict[str, SaeSpec]":
+        """Name -> dictionary for every combination of the grid."""
+        if not self.grid:
+            return {name: self}
+        out = {}
+        base = self.model_dump(exclude={"grid"})
+        for values in product(*self.grid.values()):
+            point = dict(zip(self.grid, values, strict=True))
+            label = "_".join(
+                f"{self.SHORT.get(f, f)}{v:g}".replace(".", "p").replace("-", "m")
+                for f, v in point.items()
+            )
+            try:
+                out[f"{name}_{label}"] = SaeSpec.model_validate({**base, **point})
+            except ValidationError as e:
+                raise ValueError(f"dictionaries.{name}: grid: {sentence(e)}") from None
+        return out
+
+
+class SaeSection(Section):
+    training: SaeTraining = SaeTraining()
+    dictionaries: dict[Name, SaeSpec] = Field(min_length=1)
+
+    @model_validator(mode="after")
+    def _names_differ(self) -> "SaeSection":
+        names = [n for name, spec in self.dictionaries.items() for n in spec.expand(name)]
+        if twice := {n for n in names if names.count(n) > 1}:
+            raise ValueError(f"the grids make two dictionaries '{min(twice)}'; rename one")
+        return self
+
+    def expanded(self) -> dict[str, SaeSpec]:
+        """Expanded name -> dictionary."""
+        return {
+            n: s for name, spec in self.dictionaries.items() for n, s in spec.expand(name).items()
+        }
