@@ -95,8 +95,11 @@ class Dictionary:
     ) -> None:
         self.name, self.sae, self.training, self.n_steps = name, sae, training, n_steps
         self.gradients = step or sae_steps.FAST.get(sae.cfg.architecture(), sae_steps.reference)
-        self.trained = {n: p for n, p in sae.named_parameters() if p.requires_grad}
         device = sae.W_dec.device
+        if device.type == "cuda" and self.gradients is not sae_steps.reference:
+            # the gradient's layout; Adam reads and writes each where it lies
+            sae.W_enc.data = sae.W_enc.data.T.contiguous().T
+        self.trained = {n: p for n, p in sae.named_parameters() if p.requires_grad}
         self.adam = torch.optim.Adam(
             self.trained.values(),
             lr=training.lr,
@@ -106,6 +109,7 @@ class Dictionary:
         )
         self.silent = torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device=device)
         self.dead_rows = min(training.dead_rows, n_steps * training.batch_size)
+        self.shown = self.none_dead_before = 0  # rows since this object was made
         self.history: list[list[float]] = []
         self.unchecked: list[tuple[int, Tensor]] = []
 
@@ -113,6 +117,25 @@ class Dictionary:
     def dead(self) -> Tensor:
         """Latents silent for `dead_rows` rows: bool [d_sae]."""
         return self.silent >= self.dead_rows
+
+    def _dead_if_any(self) -> Tensor | None:
+        """`dead`, or None where no latent is.
+
+        The device is asked, and waited for, only when one can have become so since the last time.
+        """
+        if self.shown < self.none_dead_before:
+            return None
+        left = self.dead_rows - int(self.silent.max())
+        self.none_dead_before = self.shown + max(left, 0)
+        return self.dead if left <= 0 else None
+
+    def _clip(self) -> None:
+        """Clip the gradients to CLIP_NORM; on a GPU within Adam, which reads them anyway."""
+        if self.silent.is_cuda:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.trained.values()])
+            self.adam.grad_scale = ((norm + 1e-6) / CLIP_NORM).clamp(min=1)
+        else:
+            torch.nn.utils.clip_grad_norm_(self.trained.values(), CLIP_NORM)
 
     def coefficients(self, step: int) -> dict[str, float]:
         """SAELens's loss coefficients at a step, warmed up linearly from 0."""
@@ -127,16 +150,17 @@ class Dictionary:
         outcome = self.gradients(
             self.sae,
             x,
-            dead=self.dead,
+            dead=self._dead_if_any(),
             coefficients=self.coefficients(step),
             step=step,
             scratch=scratch,
         )
-        torch.nn.utils.clip_grad_norm_(self.trained.values(), CLIP_NORM)
+        self._clip()
         self.adam.param_groups[0]["lr"] = learning_rate(step, self.n_steps, self.training)
         self.adam.step()
         self.adam.zero_grad()
         self.silent = torch.where(outcome.fired, 0, self.silent + len(x))
+        self.shown += len(x)
         self.unchecked.append((step, outcome.loss))
         return outcome
 
@@ -187,10 +211,16 @@ class Dictionary:
             if n.startswith(head)
         }
         self.sae.load_state_dict(part("sae."))
-        for name, parameter in self.trained.items():
-            self.adam.state[parameter] = part(f"adam.{name}.")
+        for name, p in self.trained.items():
+            state = part(f"adam.{name}.")
+            self.adam.state[p] = {k: _laid_out_as(p, t) for k, t in state.items()}
         self.silent = tensors["silent"].to(device, copy=True)
         self.history = tensors["history"].tolist()
+
+
+def _laid_out_as(p: Tensor, t: Tensor) -> Tensor:
+    """`t` with its values where `p` has them in memory, if it has its shape."""
+    return torch.empty_like(p).copy_(t) if t.shape == p.shape else t
 
 
 def train(
@@ -210,7 +240,8 @@ def train(
         seconds: call `save` with the number of steps done, this often.
         progress: called with the number of rows shown.
     """
-    scratch, every, saved = Scratch(), max(1, n_steps // N_RECORDS), time.monotonic()
+    half = stream.device.type == "cuda" and dictionaries[0].training.precision == "bfloat16"
+    scratch, every, saved = Scratch(half), max(1, n_steps // N_RECORDS), time.monotonic()
     for step, x in enumerate(stream.batches(first, n_steps), first):
         done = step + 1
         due = time.monotonic() - saved >= seconds

@@ -9,6 +9,7 @@ last few shards stay mapped; memory does not grow with the number of rows.
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator
+from copy import copy
 from itertools import accumulate
 from pathlib import Path
 from typing import Literal
@@ -121,6 +122,12 @@ class Rows:
 
     def __len__(self) -> int:
         return self.n_rows
+
+    def again(self) -> "Rows":
+        """Another reader of the same rows, for a thread; a shard is verified once for all."""
+        out = copy(self)
+        out._open = OrderedDict()
+        return out
 
     def read(self, start: int, stop: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Rows start to stop, as in a slice.

@@ -27,6 +27,11 @@ class SaeTraining(Section):
         default="expected_average_only_in",
         description="scale rows to a mean norm of sqrt(d_in); folded into the saved weights",
     )
+    precision: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="of the operands of products on a GPU, where an architecture has a fast step; "
+        "weights and sums are float32",
+    )
     buffer_rows: int = Field(default=65_536, ge=1, description="rows mixed in memory at a time")
     seed: int = Field(default=0, ge=0, description="of the order of rows")
     checkpoint_seconds: float = Field(default=60.0, gt=0, exclude=True)
