@@ -11,9 +11,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-WIDEST = 32_768  # columns of `largest`: a row is held in registers
+WIDEST = 4096  # columns of `largest`: a row is held in registers, and wider ones spill
 BLOCK = 256  # columns of a bag's block
-ENTRIES = 16  # of a bag, loaded at a time
+ENTRIES = 8  # of a bag, loaded at a time
 
 
 @triton.jit
@@ -51,8 +51,7 @@ def largest(scores: Tensor, k: int) -> Tensor:
     out = torch.empty(rows, k, dtype=torch.int64, device=scores.device)
     bits = scores.element_size() * 8
     width = triton.next_power_of_2(columns)
-    warps = max(4, min(16, width // 2048))
-    _largest[(rows,)](scores.contiguous(), out, columns, k, width, bits, num_warps=warps)
+    _largest[(rows,)](scores.contiguous(), out, columns, k, width, bits, num_warps=4)
     return out
 
 
@@ -115,7 +114,7 @@ def dots(index: Tensor, starts: Tensor, left: Tensor, weights: Tensor) -> Tensor
     d = weights.shape[1]
     out = torch.empty(len(index), device=weights.device)
     width = triton.next_power_of_2(d)
-    entries = max(1, 8192 // width)
+    entries = max(1, 16_384 // width)
     _dots[(len(starts) - 1,)](
         index, starts, left.contiguous(), weights.contiguous(), out, d, width, entries, num_warps=4
     )

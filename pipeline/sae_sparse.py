@@ -18,6 +18,7 @@ from torch import Tensor
 # a `decode` in its values, and what else pulls on each latent.
 Pull = Callable[[Tensor, Tensor | None], Tensor]
 GROUPS = 8  # of `largest`: 4, 16 and 32 were slower (measured, 2 cores, d_sae 4608, k 32)
+GROUPS_ON_GPU = 16  # 32 and 64 were slower (measured, H100, d_sae 24576, k 32)
 
 
 class Scratch:
@@ -54,7 +55,8 @@ class Scratch:
         """
         out = self.matrix("acts", len(x), W_enc.shape[1], x)
         if scale is not None:
-            W_enc, b_enc = W_enc * scale, b_enc * scale
+            scaled = torch.empty_like(W_enc, dtype=out.dtype)
+            W_enc, b_enc = torch.mul(W_enc, scale, out=scaled), b_enc * scale
         return torch.addmm(self.cast(b_enc), self.cast(x), self.cast(W_enc), out=out)
 
 
@@ -195,22 +197,27 @@ def largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of every row, in no order: values and indices, [rows k].
 
     `torch.topk` over d_sae columns costs a third of the encoder's product. The columns are cut into
-    GROUPS slices and the maximum is taken across them: the k columns of a slice with the largest
+    a few slices and the maximum is taken across them: the k columns of a slice with the largest
     maxima hold the k largest scores, so `topk` runs over two short rows in place of a long one.
     """
     rows, columns = scores.shape
+    groups = GROUPS_ON_GPU if scores.is_cuda else GROUPS
+    width = columns // groups
+    if columns % groups or width < 4 * k:
+        return _largest(scores, k)
+    best = _largest(scores.view(rows, groups, width).amax(1), k)[1]
+    slices = torch.arange(0, columns, width, device=scores.device)
+    among = (best[:, None, :] + slices[:, None]).flatten(1)  # [rows groups*k]
+    values, at = _largest(scores.gather(1, among), k)
+    return values, among.gather(1, at)
+
+
+def _largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`largest` of short rows."""
     if scores.is_cuda:
         from pipeline import sae_kernels
 
-        if columns <= sae_kernels.WIDEST:
+        if scores.shape[1] <= sae_kernels.WIDEST:
             indices = sae_kernels.largest(scores, k)
             return scores.gather(1, indices), indices
-    width = columns // GROUPS
-    if columns % GROUPS or width < 4 * k:
-        values, indices = scores.topk(k, dim=-1, sorted=False)
-        return values, indices
-    best = scores.view(rows, GROUPS, width).amax(1).topk(k, dim=-1, sorted=False).indices
-    slices = torch.arange(0, columns, width, device=scores.device)
-    among = (best[:, None, :] + slices[:, None]).flatten(1)  # [rows GROUPS*k]
-    values, at = scores.gather(1, among).topk(k, dim=-1, sorted=False)
-    return values, among.gather(1, at)
+    return scores.topk(k, dim=-1, sorted=False)

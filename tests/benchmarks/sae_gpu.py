@@ -68,7 +68,7 @@ def ours(spec, args, precision: str = "bfloat16"):
         n_rows=n_steps * args.batch_size, batch_size=args.batch_size, lr=args.lr, warmup_steps=0,
         dead_rows=4_000_000, precision=precision,
     )  # fmt: skip
-    dictionary = Dictionary("ours", build(spec, args.d_in).cuda(), training, n_steps)
+    dictionary = Dictionary("ours", build(spec, args.d_in).to("cuda"), training, n_steps)
     scratch = Scratch(precision == "bfloat16")
     return dictionary, lambda x, step: dictionary.step(x, step, scratch)
 
@@ -80,7 +80,7 @@ def saelens(spec, args, autocast: bool = True):
 
     from pipeline.sae_train import build
 
-    sae = build(spec, args.d_in).cuda()
+    sae = build(spec, args.d_in).to("cuda")
     config = SAETrainerConfig(
         total_training_samples=10**9, train_batch_size_samples=args.batch_size, lr=args.lr,
         lr_end=args.lr, device="cuda", autocast=autocast, dead_feature_window=1000,
