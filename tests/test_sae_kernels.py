@@ -1,6 +1,7 @@
 """The GPU's kernels in Triton's interpreter, against plain PyTorch; skipped without Triton."""
 
 import importlib.util
+import itertools
 import os
 
 import pytest
@@ -10,7 +11,7 @@ if not importlib.util.find_spec("triton"):
     pytest.skip("Triton is not installed", allow_module_level=True)
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
-from pipeline import sae_kernels  # noqa: E402
+from pipeline import sae_kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INDEX = torch.tensor([3, 1, 2, 0, 3, 3, 1], device=DEVICE)
@@ -36,7 +37,7 @@ def test_largest_is_a_stable_sort(dtype, columns, k):
 def test_bags_are_weighted_sums_of_rows(d):
     values, weights = drawn(7), drawn(4, d)
     matrix = torch.zeros(3, 4, device=DEVICE)
-    for bag, (first, last) in enumerate(zip(STARTS[:-1], STARTS[1:], strict=True)):
+    for bag, (first, last) in enumerate(itertools.pairwise(STARTS)):
         for e in range(first, last):
             matrix[bag, INDEX[e]] += values[e]
     got = sae_kernels.bags(INDEX, STARTS, values, weights)
