@@ -319,7 +319,7 @@ def print_claims():
 
 
 def print_failure(log):
-    """After a failure: the log lines that say what to do."""
+    """After a failure: the log lines that say what to do, and how to run the job alone."""
     if RUN.config.strict:
         print_claims()
-    summary.print_failure(log)
+    summary.print_failure(log, summary.without_targets(sys.argv, [*RUN.available, "all"]))
