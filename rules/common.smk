@@ -281,7 +281,7 @@ def report_spec(wildcards):
 
 
 def report_input(kind):
-    """Input: 'figures', 'pages' (of features) or 'yaml' of a paper."""
+    """Input: 'figures', their 'numbers', 'pages' (of features) or 'yaml' of a paper."""
 
     def paths(wildcards):
         paper = paper_of(wildcards)
@@ -289,6 +289,9 @@ def report_input(kind):
         latents = paper.spec.features.saes if paper.spec.features else []
         return {
             "figures": [f"{base}/figures/{f}.html" for f in paper.spec.figures],
+            "numbers": [
+                f"{base}/figures/{f}.{e}" for f in paper.spec.figures for e in ("csv", "csv.json")
+            ],
             "pages": [f"{base}/features/{s}.html" for s in latents],
             "yaml": str(paper.folder / "paper.yaml"),
         }[kind]
@@ -316,7 +319,7 @@ def print_claims():
 
 
 def print_failure(log):
-    """After a failure: the log lines that say what to do."""
+    """After a failure: the log lines that say what to do, and how to run the job alone."""
     if RUN.config.strict:
         print_claims()
-    summary.print_failure(log)
+    summary.print_failure(log, summary.without_targets(sys.argv, [*RUN.available, "all"]))
