@@ -33,7 +33,10 @@ DEVICE = RUN.config.device
 # At smoke scale a job is mostly start-up, which has one thread; two such jobs share a GPU, too.
 SMOKE = RUN.config.scale == "smoke"
 THREADS = 1 if SMOKE else 2
-workflow.global_resources.setdefault("gpu", (os.cpu_count() or 1) if SMOKE else 1)
+if DEVICE == "cpu":  # lowers what a rule asks for to nothing
+    workflow.global_resources.setdefault("gpu", 0)
+elif workflow.nodes is None:  # one machine; a cluster counts its GPUs itself
+    workflow.global_resources.setdefault("gpu", (os.cpu_count() or 1) if SMOKE else 1)
 # Snakemake formats every shell command with the globals of the main Snakefile, a module's, too.
 workflow.modifier_stack[0].globals.update(PYTHON=PYTHON, DEVICE=DEVICE)
 
