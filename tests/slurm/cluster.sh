@@ -35,7 +35,9 @@ start() {
 
 stop() {
     for daemon in slurmd-n1 slurmd-n2 slurmctld munged; do
-        [ ! -e "$1/$daemon.pid" ] || kill "$(cat "$1/$daemon.pid")" || true
+        [ -e "$1/$daemon.pid" ] || continue
+        kill "$(cat "$1/$daemon.pid")" || rm "$1/$daemon.pid"
+        while [ -e "$1/$daemon.pid" ]; do sleep 0.2; done # a daemon's last act
     done
     if grep -qsxF "$mark" /etc/slurm/slurm.conf; then rm /etc/slurm/slurm.conf /etc/slurm/gres.conf; fi
 }

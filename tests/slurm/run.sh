@@ -21,7 +21,7 @@ papers=[$(cd "$root/rules/papers" && ls -d -- */ | tr -d / | paste -sd,)]
 finish() {
     local code=$?
     "$here/cluster.sh" stop "$work/slurm"
-    [ $code = 0 ] && rm -rf "$work" || echo "FAILED; see $work" >&2
+    if [ $code = 0 ]; then rm -rf "$work"; else echo "FAILED; see $work" >&2; fi
 }
 
 fail() {
