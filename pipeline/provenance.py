@@ -30,6 +30,8 @@ PACKAGES = (
     "torch transformers transformer-lens sae-lens tokenizers safetensors gguf numpy "
     "pandas pyarrow plotly pydantic scipy"
 ).split()
+# Where Snakemake keeps its copies of results that lie in an object storage.
+STORED = re.compile(r"(.*/)?\.snakemake/storage/.*?/(?=results/)")
 HTML_MARK = re.compile(
     rb'<script type="application/json" class="retrace-provenance">(.*?)</script>', re.S
 )
@@ -79,6 +81,17 @@ def versions() -> dict[str, str]:
     return found
 
 
+def home(path: str | Path) -> str:
+    """The folder that names in certificates are relative to: '', or that of a storage's copies."""
+    found = STORED.match(str(path))
+    return found[0] if found else ""
+
+
+def name_of(path: str | Path) -> str:
+    """A file's name in certificates: the same whether results lie in a storage or on a disk."""
+    return str(path).removeprefix(home(path))
+
+
 def certificate(
     stage: str, spec: Any, code: str, inputs: Iterable[str | Path], device: str = "", **more: Any
 ) -> dict[str, Any]:
@@ -88,7 +101,7 @@ def certificate(
         stage: the stage's name.
         spec: the section of the spec that determined the content.
         code: the stage's code hash, see `source.job_code`.
-        inputs: files read; each is recorded with its sha256.
+        inputs: files read; each is recorded with its sha256 under its `name_of`.
         device: hardware that computed it; empty where only tables were read.
         more: e.g. seed, licence.
     """
@@ -102,7 +115,7 @@ def certificate(
         "git": git_state(str(Path(__file__).parent.parent)),
         "versions": versions(),
         "device": device,
-        "inputs": {str(p): sha256_file(p) for p in inputs},
+        "inputs": {name_of(p): sha256_file(p) for p in inputs},
         **more,
     }
 
@@ -175,8 +188,13 @@ def content_digest(path: str | Path) -> str:
     return sha256_file(path)
 
 
-def chain(path: str | Path, base: str | Path = ".") -> Iterator[tuple[int, Path, dict | None]]:
-    """(depth, file, certificate) of a file and of all it was made from, each file once."""
+def chain(path: str | Path, base: str | Path = "") -> Iterator[tuple[int, Path, dict | None]]:
+    """(depth, file, certificate) of a file and of all it was made from, each file once.
+
+    Args:
+        base: the folder that input paths are relative to; default: `home` of the file.
+    """
+    base = base or home(path)
     seen, stack = set(), [(0, Path(path))]
     while stack:
         depth, file = stack.pop()
