@@ -29,6 +29,9 @@ SAE = {
     "dead_share": "share of latents that no row of the last sae.training.dead_rows training rows "
     "made non-zero, when training ended",
     "silent_share": "share of latents that no held-out row makes non-zero",
+    "kl_spliced": "mean over positions of KL(model || spliced) of the next-token distributions, "
+    "nats, held-out blocks",
+    "kl_zero": "the same with x replaced by zero at the hook",
     "loss_model": "mean next-token cross-entropy of the model, nats, held-out blocks",
     "loss_spliced": "the same with x replaced by x_hat at the hook",
     "loss_zero": "the same with x replaced by zero at the hook",

@@ -141,3 +141,46 @@ def test_tokens_that_no_dictionary_has_seen_keep_their_stream(splicer):
     )
     assert none_known.loss(torch.zeros_like) == none_known.loss(lambda x: x)
     assert splicer.loss(torch.zeros_like) != splicer.loss(lambda x: x)
+
+
+@pytest.fixture
+def mlp(splicer):
+    """A splicer at the MLP of layer 0, and the MLP itself as a stand-in for its transcoder."""
+    hook, output_hook = "blocks.0.hook_resid_mid", "blocks.0.hook_mlp_out"
+    at_mlp = evaluation.Splicer(splicer.hf, hook, splicer.tokens, 1, 0, output_hook)
+    layer = splicer.hf.model.layers[0]
+    return at_mlp, Dictionary(lambda x: layer.mlp(layer.post_attention_layernorm(x)), 16)
+
+
+def test_the_mlp_itself_is_the_perfect_transcoder(mlp, splicer):
+    at_mlp, same = mlp
+    rows = torch.cat(at_mlp.streams).flatten(0, 1)
+    assert rows.shape[1] == 32  # x and y
+    fit, moments = evaluation.reconstruction({"mlp": same}, rows.split(50), 16, 16)
+    assert fit["mlp"]["explained_variance"] == pytest.approx(1, abs=1e-9)
+    np.testing.assert_allclose(moments.mean, rows[:, 16:].mean(0), atol=1e-5)
+    mean = rows[:, 16:].mean(0)
+    found = evaluation.spliced_losses(at_mlp, {"mlp": same}, mean)["mlp"]
+    assert found["loss_model"] == pytest.approx(splicer.loss(lambda x: x), rel=1e-6)
+    assert found["delta_loss"] == pytest.approx(0, abs=1e-6)
+    assert found["kl_spliced"] == pytest.approx(0, abs=1e-6) and found["kl_zero"] > 1e-3
+    assert found["loss_zero"] != pytest.approx(found["loss_model"], abs=1e-4)
+
+
+def test_a_transcoder_is_judged_by_the_rows_that_it_reconstructs():
+    """y_hat = mean of y explains none of y, whatever x is."""
+    wide = torch.cat([X, X[:, :3] * 7 + 1], 1)
+    mean = wide[:, 6:].mean(0)
+    saes = {"a": Dictionary(lambda x: mean.expand(len(x), 3))}
+    got = evaluation.reconstruction(saes, wide.split(100), 6, 3)[0]["a"]
+    assert got["explained_variance"] == pytest.approx(0, abs=1e-6)
+    assert got["mse"] == pytest.approx(49 * float(X[:, :3].var(0, correction=0).sum()), rel=1e-4)
+
+
+def test_divergence_of_two_coins_and_of_a_model_from_itself():
+    p, q = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.9, 0.1]).log()
+    logits = p.expand(2, 5, 2) + 3.0  # a constant changes no distribution
+    total, n = evaluation.divergence(logits, q.expand(2, 5, 2), skip_first=1)
+    assert n == 8
+    assert total / n == pytest.approx(0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1))
+    assert evaluation.divergence(logits, logits, 0)[0] == 0
