@@ -12,6 +12,7 @@ what the model loses when its stream is replaced by the reconstruction.
 4. The splice is checked: x_hat + (x - x_hat) must leave the loss as it was.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -27,6 +28,8 @@ from pipeline.spec import EvaluationSpec
 
 N_OUTLIERS = 4  # SmolLM2: four dimensions hold 58 % of the variance at layer 8 (measured)
 BLOCKS_A_PASS = 8
+ROWS_A_PASS = 4096  # also the rows of a batch's mean in explained_variance_legacy
+TINY = 1e-12  # a row of zeros has a cosine and a ratio of zero
 SPEC_COLUMNS = (
     "architecture k d_sae l1_coefficient l0_coefficient aux_loss_coefficient frozen_decoder seed "
     "hook output_hook"
@@ -39,20 +42,46 @@ class Sums:
 
     error: np.ndarray  # sum of (x - x_hat)^2 a dimension
     fired: np.ndarray  # rows on which a latent is non-zero
-    active: float = 0.0
     rows: int = 0
-    square: float = 0.0  # sum of |x_hat|^2
-    product: float = 0.0  # sum of x_hat . x
+    sums: Counter = field(default_factory=Counter)  # of what a metric is the mean of
 
     def add(self, x: Tensor, x_hat: Tensor, acts: Tensor) -> None:
         """x, x_hat [rows d_in]; acts [rows d_sae]."""
         on, x, x_hat = acts != 0, x.double(), x_hat.double()
-        self.error += ((x - x_hat) ** 2).sum(0).cpu().numpy()
-        self.square += float((x_hat**2).sum())
-        self.product += float((x_hat * x).sum())
+        error, product = (x - x_hat) ** 2, (x_hat * x).sum(1)
+        norm, norm_hat = x.norm(dim=1), x_hat.norm(dim=1)
+        spread = ((x - x.mean(0)) ** 2).sum(1)
+        self.error += error.sum(0).cpu().numpy()
         self.fired += on.sum(0).cpu().numpy()
-        self.active += float(on.sum())
         self.rows += len(x)
+        for name, value in {
+            "l0": on.sum(),
+            "l1": acts.abs().sum(),
+            "square": (x_hat**2).sum(),
+            "product": product.sum(),
+            "cosine_similarity": (product / (norm * norm_hat).clamp_min(TINY)).sum(),
+            "norm_in": norm.sum(),
+            "norm_out": norm_hat.sum(),
+            "norm_ratio": (norm_hat / norm.clamp_min(TINY)).sum(),
+            "explained_variance_legacy": (1 - error.sum(1) / spread.clamp_min(TINY)).sum(),
+        }.items():
+            self.sums[name] += float(value)
+
+    def metrics(self, variance: np.ndarray) -> dict[str, float]:
+        """The metrics, given the sum of (x - mean)^2 a dimension."""
+        d, density = len(variance), self.fired / self.rows
+        ordinary = np.argsort(variance)[:-N_OUTLIERS] if d > N_OUTLIERS else slice(None)
+        means = {n: s / self.rows for n, s in self.sums.items() if n not in ("square", "product")}
+        square, product = self.sums["square"], self.sums["product"]
+        return means | {
+            "explained_variance": 1 - self.error.sum() / variance.sum(),
+            "explained_variance_no_outliers": 1
+            - self.error[ordinary].sum() / variance[ordinary].sum(),
+            "mse": self.error.sum() / self.rows,
+            "relative_bias": square / product if product else np.nan,
+            "silent_share": float((density == 0).mean()),
+            **metrics.density_shares(density),
+        }
 
 
 @dataclass
@@ -89,8 +118,7 @@ def reconstruction(
         d_out: width of what is reconstructed; default: d_in.
 
     Returns:
-        name -> explained_variance, explained_variance_no_outliers, mse, relative_bias, l0,
-        silent_share; and the moments of the rows that are reconstructed.
+        name -> the metrics of `Sums.metrics`; and the moments of the rows that are reconstructed.
     """
     d_out = d_out or d_in
     sums = {n: Sums(np.zeros(d_out), np.zeros(s.cfg.d_sae)) for n, s in saes.items()}
@@ -104,19 +132,7 @@ def reconstruction(
                 sums[name].add(y, sae.decode(acts), acts)
     if not moments.m2.sum() > 0:
         raise RetraceError("held-out activations have zero variance; check the hook and the corpus")
-    ordinary = np.argsort(moments.m2)[:-N_OUTLIERS] if d_out > N_OUTLIERS else slice(None)
-    return {
-        name: {
-            "explained_variance": 1 - s.error.sum() / moments.m2.sum(),
-            "explained_variance_no_outliers": 1
-            - s.error[ordinary].sum() / moments.m2[ordinary].sum(),
-            "mse": s.error.sum() / s.rows,
-            "relative_bias": s.square / s.product if s.product else np.nan,
-            "l0": s.active / s.rows,
-            "silent_share": float((s.fired == 0).mean()),
-        }
-        for name, s in sums.items()
-    }, moments
+    return {name: s.metrics(moments.m2) for name, s in sums.items()}, moments
 
 
 def next_token_loss(logits: Tensor, tokens: Tensor, skip_first: int) -> tuple[float, int]:
@@ -281,7 +297,7 @@ def evaluate(job: cli.Job, manifest: str) -> list[dict]:
     rows = shards.Rows(job.args.activations, hook, "eval")
     if output_hook:
         rows = shards.Pairs(rows, shards.Rows(job.args.activations, output_hook, "eval"))
-    batches = (hooks.to_tensor(raw, rows.dtype, device) for raw, _ in rows.iterate(4096))
+    batches = (hooks.to_tensor(raw, rows.dtype, device) for raw, _ in rows.iterate(ROWS_A_PASS))
     fit, moments = reconstruction(saes, batches, trained["d_in"], trained.get("d_out"))
     cli.log.info("%d dictionaries reconstructed %d held-out rows", len(saes), moments.n)
     hf = models.load(job.args.model, device).hf

@@ -225,23 +225,29 @@ def test_no_dictionary_trains_on_held_out_rows(activations, tmp_path, reads):
 
 def test_a_killed_job_of_many_architectures_ends_with_the_bytes_of_another(activations, tmp_path):
     """`kill -9` at the first checkpoint, against a run in one go."""
-    spec = job(specs(), n_rows=38_400, checkpoint_seconds=0.2)
-    stage("sae", spec, **paths(tmp_path / "whole", activations))
-    command = [sys.executable, "-m", "pipeline.sae", "--spec", json.dumps(spec)]
-    for option, value in paths(tmp_path / "killed", activations).items():
-        command += [f"--{option}", str(value)]
-    process = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE)
+    spec = job(specs(), n_rows=25_600, checkpoint_seconds=0.2)
+    whole, killed = (started(spec, tmp_path / n, activations) for n in ("whole", "killed"))
     until = time.monotonic() + 120
     while not list((tmp_path / "killed/saes.partial").glob("step-*")) and time.monotonic() < until:
-        assert process.poll() is None, process.stderr.read()
+        assert killed.poll() is None, killed.stderr.read()
         time.sleep(0.01)
-    process.kill()
-    process.communicate()
-    assert process.returncode == -signal.SIGKILL
+    killed.kill()
+    killed.communicate()
+    assert killed.returncode == -signal.SIGKILL
     assert not (tmp_path / "killed/saes").exists()
     told = stage("sae", spec, **paths(tmp_path / "killed", activations)).stderr
     assert "resumed at step" in told
+    whole.communicate()
+    assert whole.returncode == 0
     assert contents(tmp_path / "killed") == contents(tmp_path / "whole")
+
+
+def started(spec: dict, out: Path, activations: Path) -> subprocess.Popen:
+    """The stage, in a process that runs."""
+    command = [sys.executable, "-m", "pipeline.sae", "--spec", json.dumps(spec)]
+    for option, value in paths(out, activations).items():
+        command += [f"--{option}", str(value)]
+    return subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE)
 
 
 # --- transcoders ---------------------------------------------------------------------------
