@@ -7,9 +7,12 @@ what the model loses when its stream is replaced by the reconstruction.
 2. On `evaluation.n_splice_blocks` held-out blocks the model runs from the hook on with x_hat, with
    zero and with the mean in place of x (Gao et al. 2024, Sec. 4.1, "downstream loss"). Tokens that
    no dictionary has seen (positions below `skip_first`, norms above `max_norm`) keep x.
-3. The splice is checked: x_hat + (x - x_hat) must leave the loss as it was.
+3. A transcoder reads x at its hook and is judged by y at its output hook: y_hat against y, and
+   spliced in there.
+4. The splice is checked: x_hat + (x - x_hat) must leave the loss as it was.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -25,9 +28,11 @@ from pipeline.spec import EvaluationSpec
 
 N_OUTLIERS = 4  # SmolLM2: four dimensions hold 58 % of the variance at layer 8 (measured)
 BLOCKS_A_PASS = 8
+ROWS_A_PASS = 4096  # also the rows of a batch's mean in explained_variance_legacy
+TINY = 1e-12  # a row of zeros has a cosine and a ratio of zero
 SPEC_COLUMNS = (
     "architecture k d_sae l1_coefficient l0_coefficient aux_loss_coefficient frozen_decoder seed "
-    "hook"
+    "hook output_hook"
 ).split()
 
 
@@ -37,20 +42,46 @@ class Sums:
 
     error: np.ndarray  # sum of (x - x_hat)^2 a dimension
     fired: np.ndarray  # rows on which a latent is non-zero
-    active: float = 0.0
     rows: int = 0
-    square: float = 0.0  # sum of |x_hat|^2
-    product: float = 0.0  # sum of x_hat . x
+    sums: Counter = field(default_factory=Counter)  # of what a metric is the mean of
 
     def add(self, x: Tensor, x_hat: Tensor, acts: Tensor) -> None:
         """x, x_hat [rows d_in]; acts [rows d_sae]."""
         on, x, x_hat = acts != 0, x.double(), x_hat.double()
-        self.error += ((x - x_hat) ** 2).sum(0).cpu().numpy()
-        self.square += float((x_hat**2).sum())
-        self.product += float((x_hat * x).sum())
+        error, product = (x - x_hat) ** 2, (x_hat * x).sum(1)
+        norm, norm_hat = x.norm(dim=1), x_hat.norm(dim=1)
+        spread = ((x - x.mean(0)) ** 2).sum(1)
+        self.error += error.sum(0).cpu().numpy()
         self.fired += on.sum(0).cpu().numpy()
-        self.active += float(on.sum())
         self.rows += len(x)
+        for name, value in {
+            "l0": on.sum(),
+            "l1": acts.abs().sum(),
+            "square": (x_hat**2).sum(),
+            "product": product.sum(),
+            "cosine_similarity": (product / (norm * norm_hat).clamp_min(TINY)).sum(),
+            "norm_in": norm.sum(),
+            "norm_out": norm_hat.sum(),
+            "norm_ratio": (norm_hat / norm.clamp_min(TINY)).sum(),
+            "explained_variance_legacy": (1 - error.sum(1) / spread.clamp_min(TINY)).sum(),
+        }.items():
+            self.sums[name] += float(value)
+
+    def metrics(self, variance: np.ndarray) -> dict[str, float]:
+        """The metrics, given the sum of (x - mean)^2 a dimension."""
+        d, density = len(variance), self.fired / self.rows
+        ordinary = np.argsort(variance)[:-N_OUTLIERS] if d > N_OUTLIERS else slice(None)
+        means = {n: s / self.rows for n, s in self.sums.items() if n not in ("square", "product")}
+        square, product = self.sums["square"], self.sums["product"]
+        return means | {
+            "explained_variance": 1 - self.error.sum() / variance.sum(),
+            "explained_variance_no_outliers": 1
+            - self.error[ordinary].sum() / variance[ordinary].sum(),
+            "mse": self.error.sum() / self.rows,
+            "relative_bias": square / product if product else np.nan,
+            "silent_share": float((density == 0).mean()),
+            **metrics.density_shares(density),
+        }
 
 
 @dataclass
@@ -76,42 +107,32 @@ class Moments:
 
 
 def reconstruction(
-    saes: dict, rows: Iterator[Tensor], d_in: int
+    saes: dict, rows: Iterator[Tensor], d_in: int, d_out: int | None = None
 ) -> tuple[dict[str, dict], Moments]:
     """Reconstruction metrics of every dictionary over one pass through held-out rows.
 
     Args:
         saes: name -> SAELens SAE.
-        rows: batches [rows d_in], float32.
-        d_in: width of a row.
+        rows: batches [rows d_in], float32; of transcoders [rows d_in + d_out].
+        d_in: width of what goes in.
+        d_out: width of what is reconstructed; default: d_in.
 
     Returns:
-        name -> explained_variance, explained_variance_no_outliers, mse, relative_bias, l0,
-        silent_share; and the moments of x.
+        name -> the metrics of `Sums.metrics`; and the moments of the rows that are reconstructed.
     """
-    sums = {n: Sums(np.zeros(d_in), np.zeros(s.cfg.d_sae)) for n, s in saes.items()}
-    moments = Moments(d_in)
+    d_out = d_out or d_in
+    sums = {n: Sums(np.zeros(d_out), np.zeros(s.cfg.d_sae)) for n, s in saes.items()}
+    moments = Moments(d_out)
     with torch.no_grad():
-        for x in rows:
-            moments.add(x)
+        for batch in rows:
+            x, y = batch[:, :d_in], batch[:, -d_out:]
+            moments.add(y)
             for name, sae in saes.items():
                 acts = sae.encode(x)
-                sums[name].add(x, sae.decode(acts), acts)
+                sums[name].add(y, sae.decode(acts), acts)
     if not moments.m2.sum() > 0:
         raise RetraceError("held-out activations have zero variance; check the hook and the corpus")
-    ordinary = np.argsort(moments.m2)[:-N_OUTLIERS] if d_in > N_OUTLIERS else slice(None)
-    return {
-        name: {
-            "explained_variance": 1 - s.error.sum() / moments.m2.sum(),
-            "explained_variance_no_outliers": 1
-            - s.error[ordinary].sum() / moments.m2[ordinary].sum(),
-            "mse": s.error.sum() / s.rows,
-            "relative_bias": s.square / s.product if s.product else np.nan,
-            "l0": s.active / s.rows,
-            "silent_share": float((s.fired == 0).mean()),
-        }
-        for name, s in sums.items()
-    }, moments
+    return {name: s.metrics(moments.m2) for name, s in sums.items()}, moments
 
 
 def next_token_loss(logits: Tensor, tokens: Tensor, skip_first: int) -> tuple[float, int]:
@@ -126,50 +147,108 @@ def next_token_loss(logits: Tensor, tokens: Tensor, skip_first: int) -> tuple[fl
     return float(torch.nn.functional.cross_entropy(flat, target, reduction="sum")), len(target)
 
 
+def divergence(logits: Tensor, others: Tensor, skip_first: int) -> tuple[float, int]:
+    """Summed KL(p || q) in nats of two models' next-token distributions, and how many they are.
+
+    Args:
+        logits, others: of p and of q, [batch pos d_vocab].
+        skip_first: positions below this do not count; the last one does.
+    """
+    total = 0.0
+    for p, q in zip(logits[:, skip_first:], others[:, skip_first:], strict=True):
+        log_p, log_q = p.float().log_softmax(-1), q.float().log_softmax(-1)
+        total += float((log_p.exp() * (log_p - log_q)).sum())
+    return total, logits.shape[0] * (logits.shape[1] - skip_first)
+
+
 class Splicer:
     """Runs a model's upper part with its stream at one hook replaced.
 
-    The lower part runs once: `streams` holds x at the hook, [blocks pos d_model].
+    The lower part runs once: `streams` holds x at the hook, [blocks pos d_model]. With an
+    `output_hook` (transcoders), x at the hook and y there side by side; y is what is replaced.
     """
 
     def __init__(
-        self, hf: torch.nn.Module, hook: str, tokens: Tensor, skip_first: int, max_norm: float = 0
+        self,
+        hf: torch.nn.Module,
+        hook: str,
+        tokens: Tensor,
+        skip_first: int,
+        max_norm: float = 0,
+        output_hook: str | None = None,
     ) -> None:
         self.hf, self.hook, self.tokens, self.skip_first = hf, hook, tokens, skip_first
+        self.at = output_hook or hook
         self.batches = list(tokens.split(BLOCKS_A_PASS))
+        self.streams, both = [], list(dict.fromkeys([hook, self.at]))
         with torch.no_grad():
-            self.streams = [splice.stream(hf, hook, batch) for batch in self.batches]
+            for batch in self.batches:
+                seen = hooks.run_to(hf, batch, both)
+                self.streams.append(torch.cat([seen[h] for h in both], -1))
+        self.d_in, self.d_out = seen[hook].shape[-1], seen[self.at].shape[-1]
         self.known = [splice.known(x, skip_first, max_norm) for x in self.streams]
 
-    def loss(self, replace: Callable[[Tensor], Tensor], n_batches: int | None = None) -> float:
-        """Mean next-token loss with known tokens' x [tokens d_model] replaced by `replace(x)`."""
-        total, count = 0.0, 0
+    def given(self, x: Tensor) -> Tensor:
+        """Of x [tokens d], what a dictionary is given."""
+        return x[:, : self.d_in]
+
+    def target(self, x: Tensor) -> Tensor:
+        """Of x [tokens d], what it reconstructs."""
+        return x[:, -self.d_out :]
+
+    def measure(
+        self, replacements: list[Callable[[Tensor], Tensor]], n_batches: int | None = None
+    ) -> list[tuple[float, float]]:
+        """Loss and KL divergence with known tokens' stream replaced by each function of x.
+
+        Args:
+            replacements: x [tokens d] -> what stands in the place of `target(x)`.
+            n_batches: of the first blocks alone.
+
+        Returns:
+            for each, the mean next-token loss, and the mean divergence from the first of them;
+            nats.
+        """
+        sums, counts = np.zeros((len(replacements), 2)), np.zeros(2)
+        batches = list(zip(self.batches, self.streams, self.known, strict=True))[:n_batches]
         with torch.no_grad():
-            batches = list(zip(self.batches, self.streams, self.known, strict=True))[:n_batches]
             for tokens, x, known in batches:
-                spliced = x.clone()
-                spliced[known] = replace(x[known])
-                logits = splice.resume(self.hf, self.hook, tokens, spliced)
-                loss, n = next_token_loss(logits, tokens, self.skip_first)
-                total, count = total + loss, count + n
-        return total / count
+                first = None
+                for i, replace in enumerate(replacements):
+                    spliced = x[..., -self.d_out :].clone()
+                    spliced[known] = replace(x[known])
+                    logits = splice.resume(self.hf, self.at, tokens, spliced)
+                    first = logits if first is None else first
+                    loss, n = next_token_loss(logits, tokens, self.skip_first)
+                    kl, m = divergence(first, logits, self.skip_first)
+                    sums[i] += loss, kl
+                counts += n, m
+        return [tuple(row) for row in (sums / counts).tolist()]
+
+    def loss(self, replace: Callable[[Tensor], Tensor], n_batches: int | None = None) -> float:
+        """Mean next-token loss with one replacement."""
+        return self.measure([replace], n_batches)[0][0]
 
 
 def spliced_losses(splicer: Splicer, saes: dict, mean: Tensor) -> dict[str, dict[str, float]]:
-    """loss_model, loss_zero, loss_mean, loss_spliced, what follows from them, and splice_check."""
-    base = {
-        "loss_model": splicer.loss(lambda x: x),
-        "loss_zero": splicer.loss(torch.zeros_like),
-        "loss_mean": splicer.loss(lambda x: mean.expand_as(x)),
-    }
-    first = splicer.loss(lambda x: x, n_batches=1)
+    """loss_model, loss_zero, loss_mean, loss_spliced, what follows from them, KL and splice_check.
+
+    Args:
+        mean: of the rows that are reconstructed, [d_out].
+    """
+    same, target = splicer.target, splicer.target
+    hats = {n: lambda x, s=s: s.decode(s.encode(splicer.given(x))) for n, s in saes.items()}
+    ablations = [lambda x: torch.zeros_like(target(x)), lambda x: mean.expand_as(target(x))]
+    model, zero, average, *measured = splicer.measure([same, *ablations, *hats.values()])
+    base = {"loss_model": model[0], "loss_zero": zero[0], "loss_mean": average[0]}
+    base["kl_zero"] = zero[1]
+    first = splicer.loss(same, n_batches=1)
     out = {}
-    for name, sae in saes.items():
-        hat = lambda x, sae=sae: sae.decode(sae.encode(x))  # noqa: E731
-        spliced = splicer.loss(hat)
-        whole = splicer.loss(lambda x, hat=hat: (h := hat(x)) + (x - h), n_batches=1)
+    for (name, hat), (spliced, kl) in zip(hats.items(), measured, strict=True):
+        whole = splicer.loss(lambda x, hat=hat: (h := hat(x)) + (target(x) - h), n_batches=1)
         out[name] = base | {
             "loss_spliced": spliced,
+            "kl_spliced": kl,
             "delta_loss": spliced - base["loss_model"],
             "loss_recovered_zero": metrics.loss_recovered(
                 base["loss_model"], spliced, base["loss_zero"]
@@ -212,15 +291,19 @@ def evaluate(job: cli.Job, manifest: str) -> list[dict]:
     """One row a dictionary of one SAE job."""
     device, section = job.device(), job.section("evaluation", EvaluationSpec)
     trained = tables.read_json(manifest)
-    hook, stored = trained["hook"], tables.read_json(job.args.activations)
+    hook, output_hook = trained["hook"], trained.get("output_hook")
+    stored = tables.read_json(job.args.activations)
     saes = load_saes(manifest, device)
     rows = shards.Rows(job.args.activations, hook, "eval")
-    batches = (hooks.to_tensor(raw, rows.dtype, device) for raw, _ in rows.iterate(4096))
-    fit, moments = reconstruction(saes, batches, rows.d_model)
+    if output_hook:
+        rows = shards.Pairs(rows, shards.Rows(job.args.activations, output_hook, "eval"))
+    batches = (hooks.to_tensor(raw, rows.dtype, device) for raw, _ in rows.iterate(ROWS_A_PASS))
+    fit, moments = reconstruction(saes, batches, trained["d_in"], trained.get("d_out"))
     cli.log.info("%d dictionaries reconstructed %d held-out rows", len(saes), moments.n)
     hf = models.load(job.args.model, device).hf
     tokens = eval_tokens(job.args.corpus, section.n_splice_blocks).to(device)
-    splicer = Splicer(hf, hook, tokens, stored["skip_first"], stored["hooks"][hook]["max_norm"])
+    max_norm = stored["hooks"][hook]["max_norm"]
+    splicer = Splicer(hf, hook, tokens, stored["skip_first"], max_norm, output_hook)
     mean = torch.tensor(moments.mean, dtype=torch.float32, device=device)
     losses = spliced_losses(splicer, saes, mean)
     return [

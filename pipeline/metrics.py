@@ -25,13 +25,29 @@ SAE = {
     "mse": "mean over held-out rows of |x - x_hat|^2, summed over dimensions, unscaled activations",
     "relative_bias": "sum |x_hat|^2 / sum x_hat . x over held-out rows: the factor by which x_hat "
     "is too long, below 1 for shrinkage (relative reconstruction bias, Rajamanoharan et al. 2024, "
-    "2404.16014)",
+    "2404.16014; SAELens averages this ratio over batches)",
+    "cosine_similarity": "mean over held-out rows of cos(x, x_hat)",
+    "norm_in": "mean over held-out rows of |x|",
+    "norm_out": "mean over held-out rows of |x_hat|",
+    "norm_ratio": "mean over held-out rows of |x_hat| / |x|: shrinkage, errors included",
+    "l1": "mean over held-out rows of the sum of |activations|",
+    "explained_variance_legacy": "mean over held-out rows of 1 - |x - x_hat|^2 / |x - mean|^2, the "
+    "mean that of 4096 rows: SAELens's before 6.45.1, which many published numbers are; a row near "
+    "the mean may weigh without bound",
+    "freq_over_1_percent": "share of latents that more than 1 % of held-out rows make non-zero",
+    "freq_over_10_percent": "the same for 10 %",
+    "normalized_freq_over_1_percent": "share of all activations, counted, that these latents have",
+    "normalized_freq_over_10_percent": "the same for 10 %",
     "dead_share": "share of latents that no row of the last sae.training.dead_rows training rows "
     "made non-zero, when training ended",
     "silent_share": "share of latents that no held-out row makes non-zero",
+    "kl_spliced": "mean over positions of KL(model || spliced) of the next-token distributions, "
+    "nats, held-out blocks",
+    "kl_zero": "the same with x replaced by zero at the hook",
     "loss_model": "mean next-token cross-entropy of the model, nats, held-out blocks",
     "loss_spliced": "the same with x replaced by x_hat at the hook",
-    "loss_zero": "the same with x replaced by zero at the hook",
+    "loss_zero": "the same with x replaced by zero at the hook, on the tokens that dictionaries "
+    "are trained on (SAELens and SAEBench: on all tokens, the first of a block too)",
     "loss_mean": "the same with x replaced by the held-out mean at the hook",
     "delta_loss": "loss_spliced - loss_model, nats",
     "loss_recovered_zero": "(loss_zero - loss_spliced) / (loss_zero - loss_model)",
@@ -65,6 +81,22 @@ def explained_variance(x: np.ndarray, x_hat: np.ndarray, mean: np.ndarray | None
     x, x_hat = np.asarray(x, np.float64), np.asarray(x_hat, np.float64)
     mean = x.mean(0) if mean is None else mean
     return float(1 - ((x - x_hat) ** 2).sum() / ((x - mean) ** 2).sum())
+
+
+def density_shares(density: np.ndarray) -> dict[str, float]:
+    """How many latents fire often, and how much of all firing is theirs (SAEBench, core).
+
+    Args:
+        density: [d_sae], share of rows on which each latent is non-zero.
+    """
+    out, total = {}, density.sum()
+    for percent in (1, 10):
+        often = density > percent / 100
+        out[f"freq_over_{percent}_percent"] = float(often.mean())
+        out[f"normalized_freq_over_{percent}_percent"] = (
+            float(density[often].sum() / total) if total else 0.0
+        )
+    return out
 
 
 def loss_recovered(loss_model: float, loss_spliced: float, loss_ablated: float) -> float:

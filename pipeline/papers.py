@@ -278,7 +278,8 @@ class Run:
     def store(self, name: str, scale: str, arm: str) -> dict[str, Item]:
         """The store's artefacts of one arm: stage -> item.
 
-        Those that are several have names: 'sae:<hook>' and 'training:<run>'.
+        Those that are several have names: 'training:<run>', and 'sae:<hook>' or, of transcoders,
+        'sae:<hook> to <output hook>'.
         """
         paper = self.paper(name, scale)
         out: dict[str, Item] = {}
@@ -296,20 +297,22 @@ class Run:
                 "activations", _slug(model.id), {"activations": section}, made_from
             )
         if paper.spec.sae is not None:
-            by_hook: dict[str, dict] = {}
+            by_stream: dict[str, dict] = {}
             for sae, dictionary in paper.spec.saes_of(arm).items():
-                by_hook.setdefault(dictionary.hook, {})[sae] = dictionary.model_dump(
+                by_stream.setdefault(dictionary.stream, {})[sae] = dictionary.model_dump(
                     exclude={"grid", "arms"}
                 )
-            for hook, saes in by_hook.items():
+            for stream, saes in by_stream.items():
+                hook, _, output_hook = stream.partition(" to ")
                 section = {
                     "hook": hook,
+                    **({"output_hook": output_hook} if output_hook else {}),
                     "training": paper.spec.sae.training.model_dump(),
                     "dictionaries": saes,
                 }
-                out[f"sae:{hook}"] = self._item(
+                out[f"sae:{stream}"] = self._item(
                     "sae",
-                    f"{_slug(model.id)}-{hook.replace('.', '_')}",
+                    f"{_slug(model.id)}-{re.sub('[. ]', '_', stream)}",
                     {"sae": section},
                     {"activations": out["activations"].id},
                 )

@@ -7,7 +7,8 @@
    2023) dictionaries' without the dense products (sae_steps.py); sae_train.py is the loop.
 4. The scale of the rows is folded into the weights, so that a saved dictionary takes activations as
    they are.
-5. Until all is done, everything lies in `<saes>.partial/`, checkpoints among it
+5. Dictionaries with an output_hook are transcoders (sae_transcoder.py); a job's share both hooks.
+6. Until all is done, everything lies in `<saes>.partial/`, checkpoints among it
    (resume.py).
 
 `history.parquet` has about a hundred rows a dictionary, each the batch of one step: mse in the unit
@@ -20,11 +21,12 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from pipeline import cli, provenance, tables
+from pipeline import cli, provenance, sae_steps, tables
 from pipeline.errors import RetraceError
 from pipeline.resume import Checkpoints, write_tensors
 from pipeline.sae_stream import Stream, geometric_median
 from pipeline.sae_train import HISTORY, Dictionary, build, train
+from pipeline.sae_transcoder import inference_config
 from pipeline.shards import Rows
 from pipeline.spec import Hook, Section
 from pipeline.spec_sae import SaeSpec, SaeTraining
@@ -36,6 +38,7 @@ class SaeJob(Section):
     """What --spec carries under `sae`."""
 
     hook: Hook
+    output_hook: Hook | None = None
     training: SaeTraining
     dictionaries: dict[str, SaeSpec]
 
@@ -54,27 +57,44 @@ def check(job: SaeJob, rows: Rows) -> None:
             )
 
 
-def metadata(activations: dict, hook: str) -> dict[str, Any]:
+def metadata(activations: dict, hook: str, output_hook: str | None = None) -> dict[str, Any]:
     """What SAELens records about the stream a dictionary was trained on."""
     return {
         "model_name": Path(activations["model"]).parent.name,
         "hook_name": hook,
+        **({"hook_name_out": output_hook} if output_hook else {}),
         "context_size": activations["n_ctx"],
         "seqpos_slice": [activations["skip_first"]],
         "dataset_path": Path(activations["corpus"]).parent.name,
     }
 
 
-def save(dictionary: Dictionary, folder: Path, scale: float, certificate: dict) -> None:
-    """Write a trained dictionary as a SAELens folder. Its weights are changed in place."""
+def save(
+    dictionary: Dictionary,
+    folder: Path,
+    scale: float,
+    certificate: dict,
+    *,
+    target_scale: float | None = None,
+) -> None:
+    """Write a trained dictionary as a SAELens folder. Its weights are changed in place.
+
+    Args:
+        target_scale: of the rows that a transcoder reconstructs.
+    """
     sae = dictionary.sae.to("cpu")
-    sae.fold_activation_norm_scaling_factor(scale)
+    if target_scale is None:
+        sae.fold_activation_norm_scaling_factor(scale)
+    else:
+        sae.fold_scales(scale, target_scale)
     state = sae.state_dict()
     sae.process_state_dict_for_saving_inference(state)
     weights = folder / "sae_weights.safetensors"
     write_tensors(weights, {name: t.contiguous() for name, t in state.items()})
     tables.stamp_safetensors(weights, certificate)
     config = sae.cfg.get_inference_sae_cfg_dict()  # its order comes from a set: sort it
+    if target_scale is not None:
+        config = inference_config(config, sae.W_dec.shape[1])
     tables.write_json(folder / "cfg.json", json.loads(provenance.canonical(config)), certificate)
 
 
@@ -102,17 +122,19 @@ def summary(dictionary: Dictionary, spec: SaeSpec) -> dict[str, Any]:
 
 def prepare(job: SaeJob, stream: Stream, about: dict) -> list[Dictionary]:
     """Every dictionary of a job, with its initial weights, on the stream's device."""
-    b_dec = geometric_median(stream.sample(MEDIAN_ROWS))
+    b_dec = geometric_median(stream.sample(MEDIAN_ROWS)[:, -stream.d_out :])
     out = []
     for name, spec in job.dictionaries.items():
         sae = build(
             spec,
-            stream.rows.d_model,
+            stream.d_in,
+            d_out=stream.d_out,
             normalize=job.training.normalize,
-            metadata=metadata(about, job.hook),
+            metadata=metadata(about, job.hook, job.output_hook),
         ).to(stream.device)
         sae.b_dec.data.copy_(b_dec)
-        out.append(Dictionary(name, sae, job.training, job.n_steps))
+        step = sae_steps.reference if job.output_hook else None
+        out.append(Dictionary(name, sae, job.training, job.n_steps, step))
     return out
 
 
@@ -129,6 +151,7 @@ def work(job: cli.Job) -> None:
         seed=training.seed,
         normalize=training.normalize != "none",
         device=device,
+        target=Rows(args.activations, section.output_hook) if section.output_hook else None,
     )
     dictionaries = prepare(section, stream, tables.read_json(args.activations))
     partial = Path(f"{args.saes}.partial")
@@ -156,11 +179,11 @@ def work(job: cli.Job) -> None:
         save=lambda step: checkpoints.save(step, dictionaries),
         progress=progress.at,
     )
-    write(job, section, dictionaries, stream.scale, partial)
+    write(job, section, dictionaries, stream, partial)
 
 
 def write(
-    job: cli.Job, section: SaeJob, dictionaries: list[Dictionary], scale: float, partial: Path
+    job: cli.Job, section: SaeJob, dictionaries: list[Dictionary], stream: Stream, partial: Path
 ) -> None:
     """Write the outputs in `<saes>.partial/`, move them into place, the manifest last."""
     args, out = job.args, Path(job.args.out)
@@ -169,16 +192,25 @@ def write(
     shutil.rmtree(folders, ignore_errors=True)
     entries = {d.name: summary(d, section.dictionaries[d.name]) for d in dictionaries}
     for dictionary in dictionaries:
-        save(dictionary, folders / dictionary.name, scale, made)
+        save(
+            dictionary,
+            folders / dictionary.name,
+            stream.scale,
+            made,
+            target_scale=stream.target_scale if section.output_hook else None,
+        )
     shutil.rmtree(saes, ignore_errors=True)
     folders.rename(saes)
     tables.write_table(args.history, history(dictionaries), made)
     files = [*sorted(p for p in saes.rglob("*") if p.is_file()), Path(args.history)]
     manifest = {
         "hook": section.hook,
-        "d_in": dictionaries[0].sae.cfg.d_in,
+        "output_hook": section.output_hook,
+        "d_in": stream.d_in,
+        "d_out": stream.d_out,
         "saes": entries,
-        "scale": scale,
+        "scale": stream.scale,
+        "target_scale": stream.target_scale,
         "activations": str(args.activations),
         "files": {os.path.relpath(p, out.parent): provenance.sha256_file(p) for p in files},
     }

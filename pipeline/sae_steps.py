@@ -106,7 +106,7 @@ def reference(
 
     Args:
         sae: a SAELens TrainingSAE.
-        x: [batch d_in].
+        x: [batch d_in]; for a transcoder (sae_transcoder.py) [batch d_in + d_out].
         dead: bool [d_sae], latents that AuxK may use; None where there are none.
         coefficients: SAELens's names -> values at this step.
         step: number of steps done before.
@@ -126,7 +126,7 @@ def reference(
     out.loss.backward()
     with torch.no_grad():
         active = out.feature_acts.bool()
-        mse = (out.sae_out - x).pow(2).sum(-1).mean()
+        mse = (out.sae_out - x[:, -out.sae_out.shape[1] :]).pow(2).sum(-1).mean()
         return Outcome(out.loss.detach(), mse, active.sum(-1).float().mean(), active.any(0))
 
 

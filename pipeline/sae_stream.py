@@ -4,7 +4,8 @@
    memory. Both permutations are drawn from (seed, epoch) and (seed, epoch, buffer), so that the
    batch of step s is the same whether the job got there in one go or was killed and resumed.
 2. Epochs follow each other without a gap: batch s is rows s B to (s + 1) B of that endless stream.
-3. Rows are scaled to a mean norm of sqrt(d_in) (Conerly et al. 2024, "April update"), so that one
+3. Transcoders see the rows of two hooks side by side, both in that order, each with its own scale.
+4. Rows are scaled to a mean norm of sqrt(d_in) (Conerly et al. 2024, "April update"), so that one
    learning rate and one L1 coefficient fit all layers and models.
 
 The store is read in chunks, never row by row, and `buffer_rows` rows at most are in memory. The
@@ -24,7 +25,7 @@ from torch import Tensor
 
 from pipeline import tables
 from pipeline.errors import RetraceError
-from pipeline.shards import Rows
+from pipeline.shards import Pairs, Rows
 
 CHUNKS = 64  # chunks mixed at a time; by default a chunk is a thousand rows, about a megabyte
 READERS = 4  # threads, with a GPU
@@ -41,6 +42,7 @@ class Stream:
         seed: of the order.
         normalize: scale rows to a mean norm of sqrt(d_in).
         device: where batches lie.
+        target: for transcoders, the rows to reconstruct; they stand to the right of `rows`.
     """
 
     def __init__(
@@ -52,16 +54,30 @@ class Stream:
         seed: int,
         normalize: bool,
         device: torch.device | str = "cpu",
+        target: Rows | None = None,
     ) -> None:
-        self.rows, self.batch_size, self.seed = rows, batch_size, seed
-        self.device = torch.device(device)
+        self.rows = Pairs(rows, target) if target else rows
+        self.batch_size, self.seed, self.device = batch_size, seed, torch.device(device)
         if rows.n_rows == 0:
             raise RetraceError(f"{rows.manifest}: holds no training row; raise corpus.n_tokens")
         self.chunk_rows = max(1, min(buffer_rows, rows.n_rows) // CHUNKS)
-        self.scale = math.sqrt(rows.d_model) / mean_norm(rows) if normalize else 1.0
+        self.d_in, self.d_out = rows.d_model, (target or rows).d_model
+        self.scale = math.sqrt(self.d_in) / mean_norm(rows) if normalize else 1.0
+        self.target_scale = self.scale
+        if target and normalize:
+            self.target_scale = math.sqrt(self.d_out) / mean_norm(target)
+
+    def _scaled(self, raw: Tensor) -> Tensor:
+        """Stored rows in float32, each part times its scale; `raw` may be overwritten."""
+        x = raw.float()
+        if self.target_scale == self.scale:
+            return x.mul_(self.scale)
+        x[:, : self.d_in] *= self.scale
+        x[:, self.d_in :] *= self.target_scale
+        return x
 
     def batches(self, first: int, last: int) -> Iterator[Tensor]:
-        """Batches first to last - 1: [batch d_in], float32, scaled."""
+        """Batches first to last - 1: [batch d_in], or [batch d_in + d_out]; float32, scaled."""
         parts, need, left = [], self.batch_size, last - first
         for buffer, order in self._buffers(first * self.batch_size):
             at = 0
@@ -71,25 +87,26 @@ class Stream:
                 at, need = at + len(taken), need - len(taken)
                 if need == 0:
                     x = parts[0] if len(parts) == 1 else torch.cat(parts)
-                    yield x.float().mul_(self.scale)
+                    yield self._scaled(x)
                     parts, need, left = [], self.batch_size, left - 1
             if not left:
                 return
             del buffer  # before the next is read: one in memory at a time
 
     def sample(self, n: int) -> Tensor:
-        """The first rows of the stream, at most n and a buffer: [rows d_in], float32, scaled.
+        """The first rows of the stream, at most n and a buffer: as a batch.
 
         Raises:
             RetraceError: they do not vary, or hold NaN or infinity.
         """
         buffer, order = next(self._buffers(0))
-        x = buffer[order[:n]].float().mul_(self.scale)
+        x = self._scaled(buffer[order[:n]])
         where = f"{self.rows.manifest}: activations at {self.rows.hook}"
         if not torch.isfinite(x).all():
             raise RetraceError(f"{where} hold NaN or infinity; store them in bfloat16 or float32")
-        if not x.var(0, correction=0).sum() > CONSTANT * x.pow(2).sum(1).mean():
-            raise RetraceError(f"{where} do not vary; check that the hook and the model are right")
+        for part in (x[:, : self.d_in], x[:, -self.d_out :]):
+            if not part.var(0, correction=0).sum() > CONSTANT * part.pow(2).sum(1).mean():
+                raise RetraceError(f"{where} do not vary; check the hook and the model")
         return x
 
     def _buffers(self, position: int) -> Iterator[tuple[Tensor, Tensor]]:

@@ -25,6 +25,7 @@ from pipeline import sae_steps
 from pipeline.errors import RetraceError
 from pipeline.sae_sparse import Scratch
 from pipeline.sae_stream import Stream
+from pipeline.sae_transcoder import training_class
 from pipeline.spec_sae import SaeSpec, SaeTraining
 
 HISTORY = ("step", "rows", "lr", "mse", "explained_variance", "l0", "dead_share", "loss")
@@ -33,9 +34,18 @@ N_RECORDS = 100  # entries of a history, about
 
 
 def build(
-    spec: SaeSpec, d_in: int, *, normalize: str = "none", metadata: dict | None = None
+    spec: SaeSpec,
+    d_in: int,
+    *,
+    d_out: int | None = None,
+    normalize: str = "none",
+    metadata: dict | None = None,
 ) -> Any:
-    """A SAELens TrainingSAE on the CPU, its initial weights a function of the spec alone."""
+    """A SAELens TrainingSAE on the CPU, its initial weights a function of the spec alone.
+
+    Args:
+        d_out: of a transcoder; default: d_in.
+    """
     from sae_lens.registry import get_sae_training_class
     from sae_lens.saes.sae import SAEMetadata
 
@@ -52,6 +62,9 @@ def build(
     }
     if spec.architecture == "matching_pursuit":
         options["decoder_init_norm"] = 1.0  # its only choice
+    if spec.output_hook:
+        sae_class = training_class(sae_class, d_out or d_in)
+        options["apply_b_dec_to_input"] = False
     config = config_class(
         d_in=d_in,
         normalize_activations=normalize,
@@ -178,8 +191,12 @@ class Dictionary:
         self.unchecked.clear()
 
     def record(self, outcome: sae_steps.Outcome, x: Tensor, step: int, scale: float) -> None:
-        """Add the batch of a step to the history; mse in the unit of the activations."""
-        variance = x.var(0, correction=0).sum()
+        """Add the batch of a step to the history; mse in the unit of the activations.
+
+        Args:
+            scale: of the rows that are reconstructed.
+        """
+        variance = x[:, -self.sae.W_dec.shape[1] :].var(0, correction=0).sum()
         self.history.append(
             [
                 step + 1,
@@ -251,7 +268,7 @@ def train(
             if told or due:
                 dictionary.check()
             if told:
-                dictionary.record(outcome, x, step, stream.scale)
+                dictionary.record(outcome, x, step, stream.target_scale)
         if due and done < n_steps:
             save(done)
             saved = time.monotonic()

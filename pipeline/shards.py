@@ -1,6 +1,7 @@
 """Reading stored tokens and activations, without torch.
 
-`Blocks` gives the blocks of a corpus; `Rows` the activations of one hook and split, across shards.
+`Blocks` gives the blocks of a corpus; `Rows` the activations of one hook and split, across shards;
+`Pairs` those of two hooks side by side.
 A shard is opened when a row of it is first asked for. Then its digest is compared with the
 manifest's, once a process, so that a truncated or altered shard never reaches a result. The
 last few shards stay mapped; memory does not grow with the number of rows.
@@ -193,6 +194,47 @@ class Rows:
                     f"{path}: truncated or altered, its sha256 is not {self.manifest}'s; {_REMEDY}"
                 )
             self._verified.add(i)
+
+
+class Pairs:
+    """The rows of two hooks at the same tokens, side by side: [rows d_in + d_out].
+
+    Args:
+        rows, target: of the same store and split.
+
+    Raises:
+        RetraceError: the two do not hold the same tokens in the same order.
+    """
+
+    def __init__(self, rows: Rows, target: Rows) -> None:
+        self.rows, self.target = rows, target
+        self.manifest, self.hook = rows.manifest, f"{rows.hook} and {target.hook}"
+        self.n_rows, self.dtype = rows.n_rows, rows.dtype
+        self.d_model = rows.d_model + target.d_model
+        if rows.n_rows != target.n_rows:
+            raise self._differ()
+
+    def _differ(self) -> RetraceError:
+        return RetraceError(
+            f"{self.manifest}: {self.hook} do not hold the same tokens; set "
+            f"activations.max_norm_ratio: 0, which drops tokens hook by hook"
+        )
+
+    def again(self) -> "Pairs":
+        """As `Rows.again`."""
+        return Pairs(self.rows.again(), self.target.again())
+
+    def read(self, start: int, stop: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
+        """As `Rows.read`."""
+        (x, at), (y, at_y) = self.rows.read(start, stop), self.target.read(start, stop)
+        if any(not np.array_equal(at[c], at_y[c]) for c in ("block", "position")):
+            raise self._differ()
+        return np.concatenate([x, y], axis=1), at
+
+    def iterate(self, batch_rows: int) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
+        """As `Rows.iterate`."""
+        for start in range(0, self.n_rows, batch_rows):
+            yield self.read(start, start + batch_rows)
 
 
 _REMEDY = "delete the folder of this manifest, then run snakemake again"

@@ -441,6 +441,8 @@ class PaperSpec(Section):
                     f"sae.{name}: hook '{sae.hook}' is not stored{nearest(sae.hook, hooks)}; "
                     f"add it to activations.hooks"
                 )
+            if sae.output_hook:
+                sae.check_output(name, hooks, self.activations.max_norm_ratio)
             for arm in sae.arms:
                 if arm not in self.arm_names():
                     raise ValueError(
@@ -470,6 +472,8 @@ class PaperSpec(Section):
                 raise ValueError(f"{key}: no SAE '{name}'{nearest(name, saes)}")
             if arm not in (saes[name].arms or self.arm_names()):
                 raise ValueError(f"{key}: SAE '{name}' is not trained on arm '{arm}'")
+            if key == "attribution.sae" and saes[name].output_hook:
+                raise ValueError(f"{key}: '{name}' is a transcoder; name one without output_hook")
 
     def arm_names(self) -> list[str]:
         """The arms, 'trained' where the paper declares none."""

@@ -5,6 +5,7 @@ from typing import ClassVar, Literal
 
 from pydantic import Field, ValidationError, model_validator
 
+from pipeline.errors import nearest
 from pipeline.spec_base import Name, Section, sentence
 
 
@@ -54,6 +55,9 @@ class SaeSpec(Section):
         "matching_pursuit",
     ] = Field(description="SAELens's name")  # fmt: skip
     hook: str = Field(default="", description="default: the only hook of the activations section")
+    output_hook: str = Field(
+        default="", description="a transcoder: the hook that is reconstructed; default: hook itself"
+    )
     arms: list[Name] = Field(default=[], description="default: all arms")
     d_sae: int = Field(default=0, ge=0, description="latents")
     k: int = Field(
@@ -88,6 +92,7 @@ class SaeSpec(Section):
     NEEDS: ClassVar = {
         "standard": "l1_coefficient", "gated": "l1_coefficient", "jumprelu": "l0_coefficient",
     }  # fmt: skip  # all others need k
+    TRANSCODERS: ClassVar = ("standard", "jumprelu", "batchtopk", "matryoshka_batchtopk")
 
     @model_validator(mode="after")
     def _complete(self) -> "SaeSpec":
@@ -99,15 +104,38 @@ class SaeSpec(Section):
             raise ValueError("d_sae (the number of latents) is missing")
         if not has(needed := self.NEEDS.get(self.architecture, "k")):
             raise ValueError(f"architecture: {self.architecture} needs {needed}")
+        if self.output_hook and self.architecture not in self.TRANSCODERS:
+            raise ValueError(
+                f"output_hook: SAELens has no {self.architecture} transcoder to save; use "
+                f"{', '.join(self.TRANSCODERS)}"
+            )
         shares = self.matryoshka_shares
         if not shares or sorted(set(shares)) != shares or shares[0] <= 0 or shares[-1] != 1:
             raise ValueError(f"matryoshka_shares: {shares} do not rise from above 0 to 1")
         return self
 
     @property
+    def stream(self) -> str:
+        """The rows it is trained on; dictionaries with the same ones share a job."""
+        return f"{self.hook} to {self.output_hook}" if self.output_hook else self.hook
+
+    @property
     def widths(self) -> list[int]:
         """matryoshka_batchtopk: latents of each level."""
         return sorted({max(1, round(share * self.d_sae)) for share in self.matryoshka_shares})
+
+    def check_output(self, name: str, hooks: list[str], max_norm_ratio: float) -> None:
+        """Raise where the activations section cannot serve a transcoder."""
+        if self.output_hook not in hooks:
+            raise ValueError(
+                f"sae.{name}: output_hook '{self.output_hook}' is not stored"
+                f"{nearest(self.output_hook, hooks)}; add it to activations.hooks"
+            )
+        if max_norm_ratio:
+            raise ValueError(
+                f"sae.{name}: output_hook needs the same tokens at two hooks, and "
+                f"activations.max_norm_ratio drops tokens hook by hook; set it to 0"
+            )
 
     def expand(self, name: str) -> "dict[str, SaeSpec]":
         """Name -> dictionary for every combination of the grid."""

@@ -206,9 +206,9 @@ def sae_input_of(section, file):
         arm = _arm(wildcards, section)
         name = wildcards.get("latents") or getattr(paper_of(wildcards).spec, section).sae
         saes = paper_of(wildcards).spec.saes_of(arm)
-        hook = saes[known("SAE", name, saes, paper_of(wildcards))].hook
+        stream = saes[known("SAE", name, saes, paper_of(wildcards))].stream
         store = told(RUN.store, wildcards.paper, wildcards.scale, arm)
-        return f"results/store/sae/{store[f'sae:{hook}'].id}/{file}"
+        return f"results/store/sae/{store[f'sae:{stream}'].id}/{file}"
 
     return path
 

@@ -43,6 +43,93 @@ def test_explained_variance_has_no_unit_and_no_origin(scale, shift):
     assert got["explained_variance"] == pytest.approx(0.75, abs=1e-5)
 
 
+def saebench_060(x, x_hat):
+    """Explained variance as sae-bench 0.6.0's core evaluation adds it up, one batch."""
+    squares = x.pow(2).mean(0)  # named mean_act_per_dimension there
+    total = x.pow(2).sum(1).mean() - squares.mean() ** 2
+    return float(1 - (x - x_hat).pow(2).sum(1).mean() / total)
+
+
+def test_explained_variance_has_not_the_fault_of_saebench_060():
+    """The square of a mean square has the unit of x^4: the total may even be negative."""
+    half = lambda x: x.mean(0) + 0.5 * (x - x.mean(0))  # noqa: E731
+    theirs, ours = [], []
+    for scale in (0.1, 0.3, 1.0, 10.0):
+        x = (X - 3) * scale
+        theirs.append(saebench_060(x, half(x)))
+        ours.append(known(x, half(x))["explained_variance"])
+    assert ours == pytest.approx([0.75] * 4, abs=1e-5)
+    assert np.ptp(theirs) > 0.2 and max(theirs) > 1
+
+
+SCALED = {  # metric -> power of the unit of x that it has
+    "explained_variance": 0, "explained_variance_no_outliers": 0, "explained_variance_legacy": 0,
+    "cosine_similarity": 0, "norm_ratio": 0, "relative_bias": 0, "mse": 2, "norm_in": 1,
+    "norm_out": 1,
+}  # fmt: skip
+SHIFTED = ["explained_variance", "explained_variance_no_outliers", "mse"]
+NOISE = torch.randn(X.shape, generator=torch.Generator().manual_seed(1))
+
+
+class Known:
+    """Stands in for a SAELens SAE: given x, it answers rows that are laid down."""
+
+    def __init__(self, x_hat):
+        self.x_hat, self.cfg = x_hat, SimpleNamespace(d_sae=2)
+
+    def encode(self, x):
+        return torch.ones(len(x), 2)
+
+    def decode(self, acts):
+        return self.x_hat
+
+
+def known(x, x_hat):
+    return evaluation.reconstruction({"a": Known(x_hat)}, [x], x.shape[1])[0]["a"]
+
+
+@pytest.mark.parametrize("scale", [0.01, 3.0, 1e3])
+def test_each_metric_has_its_unit(scale):
+    before, after = known(X, X + NOISE), known(scale * X, scale * (X + NOISE))
+    for metric, power in SCALED.items():
+        assert after[metric] == pytest.approx(scale**power * before[metric], rel=1e-5), metric
+
+
+@pytest.mark.parametrize("shift", [-20.0, 100.0])
+def test_what_is_measured_around_the_mean_does_not_depend_on_the_origin(shift):
+    before, after = known(X, X + NOISE), known(X + shift, X + NOISE + shift)
+    for metric in [*SHIFTED, "explained_variance_legacy"]:
+        assert after[metric] == pytest.approx(before[metric], rel=1e-3), metric
+    assert after["cosine_similarity"] > before["cosine_similarity"]  # of the vectors as they are
+
+
+@pytest.mark.parametrize("factor", [0.5, 1.0, 2.0])
+def test_a_reconstruction_that_is_too_long_by_a_factor(factor):
+    got = known(X, factor * X)
+    assert got["cosine_similarity"] == pytest.approx(1)
+    assert got["norm_ratio"] == pytest.approx(factor)
+    assert got["norm_out"] == pytest.approx(factor * got["norm_in"])
+    assert got["norm_in"] == pytest.approx(X.norm(dim=1).mean().item(), rel=1e-5)
+
+
+def test_a_reconstruction_of_zeros_has_no_direction():
+    got = known(X, torch.zeros_like(X))
+    assert got["cosine_similarity"] == got["norm_ratio"] == got["norm_out"] == 0
+    assert np.isnan(got["relative_bias"])
+
+
+def test_legacy_explained_variance_is_a_mean_over_rows():
+    """Rows 0 and 4 lie 2 from their mean, errors 1 and 0: (3/4 + 1) / 2, where ours is 7/8 too;
+    a row nearer the mean counts as much there, and less in ours."""
+    x = torch.tensor([[0.0], [4.0]])
+    got = known(x, torch.tensor([[1.0], [4.0]]))
+    assert got["explained_variance_legacy"] == got["explained_variance"] == 7 / 8
+    x = torch.tensor([[-3.0], [1.0], [2.0]])
+    got = known(x, torch.tensor([[-3.0], [2.0], [2.0]]))
+    assert got["explained_variance_legacy"] == pytest.approx((1 + 0 + 1) / 3)
+    assert got["explained_variance"] == pytest.approx(1 - 1 / 14)
+
+
 @pytest.mark.parametrize("factor", [0.5, 1.0, 1.25])
 def test_relative_bias_is_the_factor_by_which_a_reconstruction_is_too_long(factor):
     assert measure(lambda x: factor * x)["relative_bias"] == pytest.approx(factor)
@@ -82,7 +169,7 @@ def test_sparsity_counts():
     x = torch.tensor([[1.0, -1, 0, 2], [3, -1, 0, -2]])
     saes = {"a": Dictionary(lambda x: x, d_sae=4)}
     got = evaluation.reconstruction(saes, [x], 4)[0]["a"]
-    assert got["l0"] == 1.5
+    assert got["l0"] == 1.5 and got["l1"] == 3
     assert got["silent_share"] == 0.5
 
 
@@ -141,3 +228,46 @@ def test_tokens_that_no_dictionary_has_seen_keep_their_stream(splicer):
     )
     assert none_known.loss(torch.zeros_like) == none_known.loss(lambda x: x)
     assert splicer.loss(torch.zeros_like) != splicer.loss(lambda x: x)
+
+
+@pytest.fixture
+def mlp(splicer):
+    """A splicer at the MLP of layer 0, and the MLP itself as a stand-in for its transcoder."""
+    hook, output_hook = "blocks.0.hook_resid_mid", "blocks.0.hook_mlp_out"
+    at_mlp = evaluation.Splicer(splicer.hf, hook, splicer.tokens, 1, 0, output_hook)
+    layer = splicer.hf.model.layers[0]
+    return at_mlp, Dictionary(lambda x: layer.mlp(layer.post_attention_layernorm(x)), 16)
+
+
+def test_the_mlp_itself_is_the_perfect_transcoder(mlp, splicer):
+    at_mlp, same = mlp
+    rows = torch.cat(at_mlp.streams).flatten(0, 1)
+    assert rows.shape[1] == 32  # x and y
+    fit, moments = evaluation.reconstruction({"mlp": same}, rows.split(50), 16, 16)
+    assert fit["mlp"]["explained_variance"] == pytest.approx(1, abs=1e-9)
+    np.testing.assert_allclose(moments.mean, rows[:, 16:].mean(0), atol=1e-5)
+    mean = rows[:, 16:].mean(0)
+    found = evaluation.spliced_losses(at_mlp, {"mlp": same}, mean)["mlp"]
+    assert found["loss_model"] == pytest.approx(splicer.loss(lambda x: x), rel=1e-6)
+    assert found["delta_loss"] == pytest.approx(0, abs=1e-6)
+    assert found["kl_spliced"] == pytest.approx(0, abs=1e-6) and found["kl_zero"] > 1e-3
+    assert found["loss_zero"] != pytest.approx(found["loss_model"], abs=1e-4)
+
+
+def test_a_transcoder_is_judged_by_the_rows_that_it_reconstructs():
+    """y_hat = mean of y explains none of y, whatever x is."""
+    wide = torch.cat([X, X[:, :3] * 7 + 1], 1)
+    mean = wide[:, 6:].mean(0)
+    saes = {"a": Dictionary(lambda x: mean.expand(len(x), 3))}
+    got = evaluation.reconstruction(saes, wide.split(100), 6, 3)[0]["a"]
+    assert got["explained_variance"] == pytest.approx(0, abs=1e-6)
+    assert got["mse"] == pytest.approx(49 * float(X[:, :3].var(0, correction=0).sum()), rel=1e-4)
+
+
+def test_divergence_of_two_coins_and_of_a_model_from_itself():
+    p, q = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.9, 0.1]).log()
+    logits = p.expand(2, 5, 2) + 3.0  # a constant changes no distribution
+    total, n = evaluation.divergence(logits, q.expand(2, 5, 2), skip_first=1)
+    assert n == 8
+    assert total / n == pytest.approx(0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1))
+    assert evaluation.divergence(logits, logits, 0)[0] == 0

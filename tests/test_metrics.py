@@ -54,6 +54,21 @@ def test_explained_variance_of_half_precision_is_summed_in_double():
 
 
 @pytest.mark.parametrize(
+    "density, often, share",
+    [
+        ([0.0, 0.0], (0, 0), (0, 0)),
+        ([0.01, 0.1, 0.0, 0.0], (0.25, 0), (0.1 / 0.11, 0)),  # 1 % is not more than 1 %
+        ([0.05, 0.15, 0.8, 0.0], (0.75, 0.5), (1, 0.95)),
+    ],
+)
+def test_density_shares(density, often, share):
+    got = metrics.density_shares(np.array(density))
+    assert (got["freq_over_1_percent"], got["freq_over_10_percent"]) == often
+    normalized = got["normalized_freq_over_1_percent"], got["normalized_freq_over_10_percent"]
+    assert normalized == pytest.approx(share)
+
+
+@pytest.mark.parametrize(
     "model, spliced, ablated, ours",
     [(3, 3, 10, 1), (3, 10, 10, 0), (3, 4, 13, 0.9), (3, 11, 10, -1 / 7)],
 )

@@ -1,6 +1,7 @@
 """Paper folders: found, overlaid, kept inside their roots; and the digests of the store."""
 
 import copy
+import re
 from pathlib import Path
 
 import pytest
@@ -277,6 +278,22 @@ def test_arms_share_tokens_and_differ_in_weights(home):
     assert trained["corpus"] == random["corpus"]
     for stage in ("model", "activations", "sae:blocks.8.hook_resid_post"):
         assert trained[stage].id != random[stage].id
+
+
+def test_transcoders_have_a_job_of_their_own(home):
+    hook, output_hook = "blocks.8.hook_resid_mid", "blocks.8.hook_mlp_out"
+    more = {"architecture": "standard", "d_sae": 64, "l1_coefficient": 1.0, "hook": hook}
+    dictionaries = {"sae": more, "transcoder": more | {"output_hook": output_hook}}
+    card = copy.deepcopy(CHAIN)
+    card |= {"activations": {"hooks": [hook, output_hook]}, "sae": {"dictionaries": dictionaries}}
+    write(home, "p", card)
+    store = run_of(home, "p").store("p", "laptop", "trained")
+    plain, pair = store[f"sae:{hook}"], store[f"sae:{hook} to {output_hook}"]
+    assert list(plain.spec["sae"]["dictionaries"]) == ["sae"]
+    assert "output_hook" not in plain.spec["sae"]
+    assert list(pair.spec["sae"]["dictionaries"]) == ["transcoder"]
+    assert pair.spec["sae"]["output_hook"] == output_hook
+    assert re.fullmatch(r"[\w.-]+", pair.id)
 
 
 def local(path: str) -> dict:

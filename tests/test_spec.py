@@ -106,6 +106,12 @@ def test_a_whole_paper_is_valid():
         ("sae.dictionaries.l1.d_sae", 30_000, "sae.l1: 30000 latents are wider than 20000 tokens"),
         ("sae.dictionaries.topk.d_sae", 20, "sae.topk_k32: k 32 is more than its 20 latents"),
         ("sae.dictionaries.l1.hook", "blocks.9.hook_resid_post", "is not stored (did you mean"),
+        (
+            "sae.dictionaries.l1.output_hook",
+            "blocks.9.hook_mlp_out",
+            "hook_mlp_out' is not",
+        ),
+        ("sae.dictionaries.topk.output_hook", "blocks.8.hook_mlp_out", "SAELens has no topk trans"),
         ("sae.dictionaries.l1.arms", ["trianed"], "unknown arm 'trianed' (did you mean"),
         ("features.saes", ["topk_k33"], "features.saes: no SAE 'topk_k33' (did you mean"),
         ("attribution.arm", "rnd", "attribution.sae: SAE 'topk_k32' is not trained on arm 'rnd'"),
@@ -127,6 +133,14 @@ def test_a_whole_paper_is_valid():
 )
 def test_a_fault_of_paper_yaml_is_one_sentence(path, value, said):
     assert said in fault(laid(path, value))
+
+
+def test_a_transcoder_needs_the_same_tokens_at_both_hooks():
+    card = laid("sae.dictionaries.l1.output_hook", HOOK)
+    assert spec.parse(PaperSpec, card, "paper.yaml").sae.dictionaries["l1"].output_hook == HOOK
+    assert "'l1' is a transcoder" in fault(laid("attribution.sae", "l1", card))
+    card["activations"]["max_norm_ratio"] = 2.75
+    assert "max_norm_ratio drops tokens hook by hook; set it to 0" in fault(card)
 
 
 @pytest.mark.parametrize(
