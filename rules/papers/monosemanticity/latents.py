@@ -38,7 +38,7 @@ class Options(Section):
     other: Name = Field(description="the model of another seed")
     untrained: Name | None = Field(default=None, description="the model before training")
     dictionary: str = Field(description="the paper's A/1: trained on all of them")
-    widths: list[str] = Field(min_length=2, description="dictionaries of `arm`, narrow first")
+    widths: list[str] = Field(min_length=3, description="dictionaries of `arm`, narrow first")
     n_rows: int = Field(default=1_000_000, ge=1, description="rows scanned, at most")
     n_top: int = Field(default=20, ge=2, description="largest activations whose tokens count")
     n_fired: int = Field(default=10, ge=1, description="rows a matched unit must fire on")

@@ -38,7 +38,8 @@ class Correlation:
         """Correlations [n_x n_y]; 0 where a unit does not vary."""
         x, y, xx, yy, xy = (s / self.n_rows for s in self.sums)
         scale = torch.outer((xx - x**2).clamp_min(0), (yy - y**2).clamp_min(0)).sqrt()
-        return torch.where(scale > 0, (xy - torch.outer(x, y)) / scale, 0)
+        found = torch.where(scale > 0, (xy - torch.outer(x, y)) / scale, 0)
+        return found.clamp(-1, 1)  # of rounding
 
     def best(self, n_fired: int) -> pd.DataFrame:
         """Best match of every unit of x: unit, match, correlation.
