@@ -9,8 +9,10 @@
 4. A latent is dead once `dead_rows` rows have passed since it was last active. In a run shorter
    than that, a latent that was never active counts as dead at the end.
 5. A frozen decoder (null arm) keeps its random directions, at norm 1; the rest trains.
+6. At `resample_steps` dead latents get new directions (sae_resample.py).
 """
 
+import math
 import random
 import time
 from collections.abc import Callable
@@ -21,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline import sae_steps
+from pipeline import cli, sae_resample, sae_steps
 from pipeline.errors import RetraceError
 from pipeline.sae_sparse import Scratch
 from pipeline.sae_stream import Stream
@@ -96,6 +98,7 @@ class Dictionary:
         n_steps: steps of the whole run.
         step: how a batch becomes gradients; default: the fast step of its architecture, or
             SAELens's own where there is none.
+        spec: says when dead latents are resampled; default: never.
     """
 
     def __init__(
@@ -105,8 +108,10 @@ class Dictionary:
         training: SaeTraining,
         n_steps: int,
         step: Callable[..., sae_steps.Outcome] | None = None,
+        spec: SaeSpec | None = None,
     ) -> None:
         self.name, self.sae, self.training, self.n_steps = name, sae, training, n_steps
+        self.spec = spec
         self.gradients = step or sae_steps.FAST.get(sae.cfg.architecture(), sae_steps.reference)
         device = sae.W_dec.device
         if device.type == "cuda" and self.gradients is not sae_steps.reference:
@@ -176,6 +181,19 @@ class Dictionary:
         self.shown += len(x)
         self.unchecked.append((step, outcome.loss))
         return outcome
+
+    def due(self, done: int) -> bool:
+        """Whether dead latents are resampled after `done` steps."""
+        return self.spec is not None and done in self.spec.resample_steps
+
+    def resample(self, x: Tensor, done: int) -> None:
+        """Resample dead latents out of rows [rows d_in], after `done` steps."""
+        dead = self.silent >= self.spec.resample_window * self.training.batch_size
+        cli.log.info("%s: step %d, %d latents resampled", self.name, done, int(dead.sum()))
+        l1 = self.coefficients(done)["l1"]
+        rng = np.random.default_rng([self.spec.seed, done])
+        sae_resample.resample(self.sae, self.adam, dead, x, l1, rng)
+        self.silent[dead] = 0
 
     def check(self) -> None:
         """Raise where a loss since the last check is NaN or infinite.
@@ -269,7 +287,20 @@ def train(
                 dictionary.check()
             if told:
                 dictionary.record(outcome, x, step, stream.target_scale)
+        resample(dictionaries, stream, done)
         if due and done < n_steps:
             save(done)
             saved = time.monotonic()
         progress(done * stream.batch_size)
+
+
+def resample(dictionaries: list[Dictionary], stream: Stream, done: int) -> None:
+    """Resample the dead latents of the dictionaries that are due, out of the stream's next rows."""
+    wanted = [d for d in dictionaries if d.due(done)]
+    if not wanted:
+        return
+    n_rows = max(d.spec.resample_rows for d in wanted)
+    n = math.ceil(n_rows / stream.batch_size)
+    x = torch.cat(list(stream.batches(done, done + n)))
+    for dictionary in wanted:
+        dictionary.resample(x[: dictionary.spec.resample_rows], done)

@@ -118,6 +118,18 @@ class PackagedText(Section):
     licence: str = Field(min_length=1, description="of the text")
 
 
+class Books(PackagedText):
+    """Books beside the documents of a corpus."""
+
+    file: str = Field(
+        description="a .txt, or with * in its name all such files; of a .py the longest string"
+    )
+    label: str = Field(default="", description="the class of its documents")
+    piece: int = Field(
+        default=2000, ge=1, description="characters of a document: books are cut at white space"
+    )
+
+
 class CorpusSpec(Section):
     """Text -> blocks of tokens. The default is Wikipedia summaries out of a package."""
 
@@ -146,6 +158,7 @@ class CorpusSpec(Section):
     fallback: PackagedText | None = Field(
         default=None, description="url: the text that serves where neither path nor url gives one"
     )
+    books: list[Books] = Field(default=[], description="more text, out of packages")
     text_field: str = Field(default="text", description="field of a record that holds the text")
     title_field: str = Field(default="", description="field that names a document, if any")
     label_field: str = Field(default="", description="field with a document's class, if any")
@@ -172,8 +185,8 @@ class CorpusSpec(Section):
     seed: int = Field(default=0, ge=0, description="of the order of documents")
 
     TEXT: ClassVar = (  # the fields that say which text it is; the others cut it into blocks
-        "source package file sha256 licence repo revision url path fallback text_field "
-        "title_field label_field whole_file"
+        "source package file sha256 licence repo revision url path fallback books "
+        "text_field title_field label_field whole_file"
     ).split()
     DEFAULT_TEXT: ClassVar = {
         "text_field": "extract",

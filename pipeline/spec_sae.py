@@ -80,6 +80,17 @@ class SaeSpec(Section):
     l0_warmup_steps: int = Field(default=0, ge=0)
     jumprelu_bandwidth: float = Field(default=0.05, gt=0, description="of the kernel (SAELens)")
     jumprelu_init_threshold: float = Field(default=0.01, gt=0, description="SAELens's default")
+    resample_steps: list[int] = Field(
+        default=[],
+        description="standard: steps after which dead latents are resampled (Bricken et al. 2023: "
+        "25,000 to 100,000)",
+    )
+    resample_window: int = Field(
+        default=12_500, ge=1, description="steps of silence that count as dead then"
+    )
+    resample_rows: int = Field(
+        default=819_200, ge=1, description="rows among which new directions are drawn"
+    )
     frozen_decoder: bool = Field(
         default=False, description="null arm: decoder directions stay as drawn; the encoder trains"
     )
@@ -109,6 +120,11 @@ class SaeSpec(Section):
                 f"output_hook: SAELens has no {self.architecture} transcoder to save; use "
                 f"{', '.join(self.TRANSCODERS)}"
             )
+        steps = self.resample_steps
+        if steps and (self.architecture != "standard" or self.frozen_decoder):
+            raise ValueError("resample_steps: only for architecture standard, decoder not frozen")
+        if sorted(set(steps)) != steps or (steps and steps[0] < 1):
+            raise ValueError(f"resample_steps: {steps} do not rise from 1 or more")
         shares = self.matryoshka_shares
         if not shares or sorted(set(shares)) != shares or shares[0] <= 0 or shares[-1] != 1:
             raise ValueError(f"matryoshka_shares: {shares} do not rise from above 0 to 1")

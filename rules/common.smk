@@ -186,17 +186,24 @@ def arm_input_of(stage, file, arm_section=None):
     return path
 
 
-def models_of(file):
-    """Input: a file of every arm's model; arms sorted by name, as in the JSON of `spec`."""
+def arms_of(stage, file):
+    """Input: a file of every arm's artefact of a stage; arms sorted by name, as in the JSON of
+    `spec`."""
 
     def paths(wildcards):
         paper = paper_of(wildcards)
         stores = [
             told(RUN.store, paper.name, paper.scale, arm) for arm in sorted(paper.spec.arm_names())
         ]
-        return [f"results/store/model/{store['model'].id}/{file}" for store in stores]
+        items = [item for store in stores for item in store.values() if item.stage == stage]
+        return [f"results/store/{stage}/{item.id}/{file}" for item in items]
 
     return paths
+
+
+def models_of(file):
+    """Input: a file of every arm's model; arms sorted by name, as in the JSON of `spec`."""
+    return arms_of("model", file)
 
 
 def sae_input_of(section, file):
