@@ -78,6 +78,10 @@ class Sparse:
         order, rows, starts = self.by_latent
         return _bags(rows, starts, values[order], x)
 
+    def spread(self, of_latent: Tensor) -> Tensor:
+        """What each entry's latent has of [d_sae]."""
+        return of_latent[self.latents]
+
     def total(self, values: Tensor) -> Tensor:
         """Sum over rows: [d_sae]."""
         order, _, starts = self.by_latent
@@ -92,7 +96,7 @@ class Sparse:
 
     def l0_(self, values: Tensor) -> Tensor:
         """Mean number of values above zero a row: []. It may use up `values`."""
-        return (values > 0).sum() / self.batch
+        return (values > 0).sum().to(values.dtype) / self.batch
 
 
 class Dense:
@@ -112,6 +116,9 @@ class Dense:
 
     def gather(self, values: Tensor, x: Tensor) -> Tensor:
         return values.T @ x
+
+    def spread(self, of_latent: Tensor) -> Tensor:
+        return of_latent
 
     def total(self, values: Tensor) -> Tensor:
         return values.sum(0)

@@ -147,13 +147,13 @@ def topk(
     grads = Gradients(sae, support, acts, x)
     loss = grads.mse
     if sae.cfg.aux_loss_coefficient:
-        loss = loss + _auxk(grads, scores, norm, dead)
+        loss = loss + auxk(grads, scores, norm, dead)
     grads.store()
     fired = support.fired(acts)
     return Outcome(loss, grads.mse, support.l0_(acts), fired)
 
 
-def _auxk(grads: Gradients, scores: Tensor, norm: Tensor, dead: Tensor) -> Tensor | float:
+def auxk(grads: Gradients, scores: Tensor, norm: Tensor, dead: Tensor) -> Tensor | float:
     """AuxK's loss; its gradients are added to `grads`. Dense, over the dead latents alone.
 
     Args:

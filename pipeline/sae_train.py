@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline import sae_steps
+from pipeline import sae_steps, sae_steps_batch, sae_steps_gates
 from pipeline.errors import RetraceError
 from pipeline.sae_sparse import Scratch
 from pipeline.sae_stream import Stream
@@ -30,6 +30,7 @@ from pipeline.spec_sae import SaeSpec, SaeTraining
 HISTORY = ("step", "rows", "lr", "mse", "explained_variance", "l0", "dead_share", "loss")
 CLIP_NORM = 1.0  # SAELens's SAETrainer, which has no option for it
 N_RECORDS = 100  # entries of a history, about
+FAST = {**sae_steps.FAST, **sae_steps_batch.FAST, **sae_steps_gates.FAST}
 
 
 def build(
@@ -94,7 +95,7 @@ class Dictionary:
         step: Callable[..., sae_steps.Outcome] | None = None,
     ) -> None:
         self.name, self.sae, self.training, self.n_steps = name, sae, training, n_steps
-        self.gradients = step or sae_steps.FAST.get(sae.cfg.architecture(), sae_steps.reference)
+        self.gradients = step or FAST.get(sae.cfg.architecture(), sae_steps.reference)
         self.trained = {n: p for n, p in sae.named_parameters() if p.requires_grad}
         device = sae.W_dec.device
         self.adam = torch.optim.Adam(
