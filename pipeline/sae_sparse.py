@@ -47,7 +47,7 @@ class Scratch:
         return block[:size].view(rows, columns)
 
     def encode(
-        self, x: Tensor, W_enc: Tensor, b_enc: Tensor, scale: Tensor | None = None
+        self, x: Tensor, W_enc: Tensor, b_enc: Tensor | None = None, scale: Tensor | None = None
     ) -> Tensor:
         """x W_enc + b_enc, its columns times `scale`: [batch d_sae], in the block `acts`.
 
@@ -57,6 +57,8 @@ class Scratch:
         if scale is not None:
             scaled = torch.empty_like(W_enc, dtype=out.dtype)
             W_enc, b_enc = torch.mul(W_enc, scale, out=scaled), b_enc * scale
+        if b_enc is None:
+            return torch.mm(self.cast(x), self.cast(W_enc), out=out)
         return torch.addmm(self.cast(b_enc), self.cast(x), self.cast(W_enc), out=out)
 
 
@@ -121,6 +123,10 @@ class Sparse:
         order, rows, starts = self.by_latent
         return _bags(rows, starts, values[order], x)
 
+    def spread(self, of_latent: Tensor) -> Tensor:
+        """What each entry's latent has of [d_sae]."""
+        return of_latent[self.latents]
+
     def total(self, values: Tensor) -> Tensor:
         """Sum over rows: [d_sae]."""
         order, _, starts = self.by_latent
@@ -132,7 +138,7 @@ class Sparse:
 
     def l0_(self, values: Tensor) -> Tensor:
         """Mean number of values above zero a row: []. It may use up `values`."""
-        return (values > 0).sum() / self.batch
+        return (values > 0).sum().to(values.dtype) / self.batch
 
 
 class Dense:
@@ -151,10 +157,13 @@ class Dense:
                 return torch.mm(cast(d), weights.T, out=out)
             return torch.addmm(cast(offset), cast(d), weights.T, out=out)
 
-        return _product(values, weights), pull
+        return _product(cast(values), weights), pull
 
     def gather(self, values: Tensor, x: Tensor) -> Tensor:
-        return _product(values.T, self.scratch.cast(x))
+        return _product(self.scratch.cast(values).T, self.scratch.cast(x))
+
+    def spread(self, of_latent: Tensor) -> Tensor:
+        return of_latent
 
     def total(self, values: Tensor) -> Tensor:
         return values.sum(0, dtype=_wide(values))

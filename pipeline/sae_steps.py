@@ -93,10 +93,15 @@ class Gradients:
         """Set `.grad` of the parameters."""
         sae = self.sae
         sae.b_dec.grad = self.b_dec - sae.W_enc @ self.b_enc
-        W_enc = self.W_enc.T
-        sae.W_enc.grad = W_enc if W_enc.stride() == sae.W_enc.stride() else W_enc.contiguous()
+        sae.W_enc.grad = laid_out(self.W_enc, sae.W_enc)
         sae.b_enc.grad = self.b_enc
         sae.W_dec.grad = self.W_dec
+
+
+def laid_out(gradient: Tensor, W_enc: Tensor) -> Tensor:
+    """The gradient [d_sae d_in] as that of W_enc [d_in d_sae], each value where W_enc has its."""
+    turned = gradient.T
+    return turned if turned.stride() == W_enc.stride() else turned.contiguous()
 
 
 def reference(
@@ -146,13 +151,13 @@ def topk(
     grads = Gradients(sae, support, acts, x)
     loss = grads.mse
     if sae.cfg.aux_loss_coefficient:
-        loss = loss + _auxk(grads, scores, norm, dead)
+        loss = loss + auxk(grads, scores, norm, dead)
     grads.store()
     fired = support.fired(acts)
     return Outcome(loss, grads.mse, support.l0_(acts), fired)
 
 
-def _auxk(grads: Gradients, scores: Tensor, norm: Tensor, dead: Tensor | None) -> Tensor | float:
+def auxk(grads: Gradients, scores: Tensor, norm: Tensor, dead: Tensor | None) -> Tensor | float:
     """AuxK's loss; its gradients are added to `grads`. Dense, over the dead latents alone.
 
     Args:

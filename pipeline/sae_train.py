@@ -23,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline import cli, sae_resample, sae_steps
+from pipeline import cli, sae_resample, sae_steps, sae_steps_batch, sae_steps_gates
 from pipeline.errors import RetraceError
 from pipeline.sae_sparse import Scratch
 from pipeline.sae_stream import Stream
@@ -33,6 +33,7 @@ from pipeline.spec_sae import SaeSpec, SaeTraining
 HISTORY = ("step", "rows", "lr", "mse", "explained_variance", "l0", "dead_share", "loss")
 CLIP_NORM = 1.0  # SAELens's SAETrainer, which has no option for it
 N_RECORDS = 100  # entries of a history, about
+FAST = {**sae_steps.FAST, **sae_steps_batch.FAST, **sae_steps_gates.FAST}
 
 
 def build(
@@ -112,7 +113,7 @@ class Dictionary:
     ) -> None:
         self.name, self.sae, self.training, self.n_steps = name, sae, training, n_steps
         self.spec = spec
-        self.gradients = step or sae_steps.FAST.get(sae.cfg.architecture(), sae_steps.reference)
+        self.gradients = step or FAST.get(sae.cfg.architecture(), sae_steps.reference)
         device = sae.W_dec.device
         if device.type == "cuda" and self.gradients is not sae_steps.reference:
             # the gradient's layout; Adam reads and writes each where it lies

@@ -182,7 +182,12 @@ class CorpusSpec(Section):
     eval_share: float = Field(default=0.1, gt=0, lt=1, description="tail: share held out")
     close_documents: bool = Field(default=True, description="EOS after every document")
     prepend_bos: bool = Field(default=True, description="BOS as position 0 of every block")
-    seed: int = Field(default=0, ge=0, description="of the order of documents")
+    shuffle: Literal["", "tokens"] = Field(
+        default="",
+        exclude_if=lambda value: not value,
+        description="tokens: those of a split in a random order, a null arm without context",
+    )
+    seed: int = Field(default=0, ge=0, description="of the order of documents, and of tokens")
 
     TEXT: ClassVar = (  # the fields that say which text it is; the others cut it into blocks
         "source package file sha256 licence repo revision url path fallback books "
@@ -360,7 +365,9 @@ class PaperSpec(Section):
     contributions: str = ""
     use_of_ai: str = ""
     model: ModelSpec | None = None
-    arms: dict[Name, dict[str, Any]] = Field(default={}, description="overlays on model")
+    arms: dict[Name, dict[str, Any]] = Field(
+        default={}, description="overlays on model; under the key corpus, on corpus"
+    )
     training: dict[Name, TrainingSpec] = Field(default={}, description="models trained here")
     corpus: CorpusSpec | None = None
     tokenizer: TokenizerSpec | None = Field(
@@ -400,6 +407,10 @@ class PaperSpec(Section):
                 self.model_of(arm)
             except ValidationError as e:
                 raise ValueError(f"arms.{arm}: {sentence(e)}") from None
+            try:
+                self.corpus_of(arm)
+            except ValidationError as e:
+                raise ValueError(f"arms.{arm}: corpus: {sentence(e)}") from None
         if self.tokenizer is not None and self.tokenizer.kind == "char":
             for key in ("prepend_bos", "close_documents"):
                 if getattr(self.corpus, key):
@@ -494,8 +505,17 @@ class PaperSpec(Section):
 
     def model_of(self, arm: str) -> ModelSpec:
         """The model section with the arm's overlay."""
-        base = self.model.model_dump(exclude_unset=True)
-        return ModelSpec.model_validate({**base, **self.arms.get(arm, {})})
+        over = {k: v for k, v in self.arms.get(arm, {}).items() if k != "corpus"}
+        return ModelSpec.model_validate({**self.model.model_dump(exclude_unset=True), **over})
+
+    def corpus_of(self, arm: str) -> CorpusSpec | None:
+        """The corpus section, with what the arm's overlay has under `corpus`."""
+        over = self.arms.get(arm, {}).get("corpus", {})
+        if not over:
+            return self.corpus
+        if self.corpus is None or not isinstance(over, dict):
+            raise ValueError(f"arms.{arm}: corpus: must be an overlay on a section corpus")
+        return CorpusSpec.model_validate({**self.corpus.model_dump(exclude_unset=True), **over})
 
     def saes_of(self, arm: str) -> dict[str, SaeSpec]:
         """Expanded name -> dictionary, for those that the arm trains; hooks filled in."""

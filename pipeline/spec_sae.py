@@ -69,6 +69,15 @@ class SaeSpec(Section):
         ge=0,
         description="topk and its kin: AuxK (Gao et al. 2024, App. A.2); 0: none",
     )
+    topk_threshold_lr: float = Field(
+        default=0.01,
+        gt=0,
+        le=1,
+        exclude_if=lambda value: value == 0.01,
+        description="batchtopk, matryoshka_batchtopk: share of the way to a batch's smallest score "
+        "that the threshold of inference moves (default: SAELens's); it starts at 0, so that a run "
+        "of a few hundred steps wants a larger one",
+    )
     matryoshka_shares: list[float] = Field(
         default=[1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0],
         description="nested widths as shares of d_sae, rising to 1 (default: the five of Bussmann "

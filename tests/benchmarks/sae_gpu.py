@@ -114,9 +114,10 @@ def same_gradients(spec, args, x: torch.Tensor) -> None:
     """In float32 our step has the gradients of SAELens's, parameter by parameter."""
     from pipeline import sae_steps
     from pipeline.sae_sparse import Scratch
+    from pipeline.sae_train import FAST
 
     found = []
-    for step in (sae_steps.FAST[spec.architecture], sae_steps.reference):
+    for step in (FAST[spec.architecture], sae_steps.reference):
         dictionary, _ = ours(spec, args, "float32")
         sae = dictionary.sae
         how = {"dead": None, "coefficients": dictionary.coefficients(0), "step": 0}
@@ -125,7 +126,7 @@ def same_gradients(spec, args, x: torch.Tensor) -> None:
     for name, want in found[1].items():
         off = float((found[0][name] - want).norm() / want.norm())
         if off > 1e-3:
-            raise SystemExit(f"{spec.architecture}: {name} differs from SAELens's by {off:.1e}")
+            raise SystemExit(f"{spec.architecture}: {name} is off SAELens's by {off:.1e}")
 
 
 def floor(args, x: torch.Tensor):
@@ -228,7 +229,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=40, help="steps a run")
     parser.add_argument("--long", type=int, default=1500, help="steps of the comparison of quality")
     args = parser.parse_args()
-    from pipeline.sae_steps import FAST
+    from pipeline.sae_train import FAST
 
     pool = batches(args)
     rows, name = [], torch.cuda.get_device_name()
