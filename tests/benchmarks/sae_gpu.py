@@ -227,13 +227,15 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=4096)
     parser.add_argument("--lr", type=float, default=3e-4)
     parser.add_argument("--steps", type=int, default=40, help="steps a run")
+    parser.add_argument("--only", nargs="*", default=list(CASES), help="architectures")
     parser.add_argument("--long", type=int, default=1500, help="steps of the comparison of quality")
     args = parser.parse_args()
     from pipeline.sae_train import FAST
 
     pool = batches(args)
     rows, name = [], torch.cuda.get_device_name()
-    for architecture, (options, target) in CASES.items():
+    for architecture in args.only:
+        options, target = CASES[architecture]
         spec = spec_of(architecture, args, **({"k": args.k} | options))
         if architecture in FAST:
             same_gradients(spec, args, pool[0])
