@@ -31,7 +31,7 @@ def splitting(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
         null = [(rows["n_null"] >= n).mean() for n in counts]
         out.append(pd.DataFrame({"wide": wide, "n_near": counts, "share": share, "null": null}))
     figure.update_layout(
-        xaxis=axis("near latents in the wider dictionary", type="log", dtick="D1"),
+        xaxis=axis("near latents in the wider dictionary", log=True),
         yaxis=axis("share of the narrowest's latents", tickformat=".0%", rangemode="tozero"),
         showlegend=True,
     )
