@@ -100,27 +100,48 @@ def test_permuted_units_are_found_again_and_shifted_rows_are_not():
 
 
 def planted() -> tuple[torch.Tensor, torch.Tensor]:
-    """Three narrow rows in 64 dimensions; the first has three children, the last one, the other
-    none; eight wide rows belong to none."""
+    """A hundred narrow rows in 64 dimensions; the first has three children, the last has one; eight
+    wide rows belong to none."""
     g = torch.Generator().manual_seed(0)
-    narrow = torch.randn(3, 64, generator=g)
+    narrow = torch.randn(100, 64, generator=g)
     noise = 0.3 * torch.randn(4, 64, generator=g)
-    return narrow, torch.cat([narrow[[0, 0, 0, 2]] + noise, torch.randn(8, 64, generator=g)])
+    return narrow, torch.cat([narrow[[0, 0, 0, 99]] + noise, torch.randn(8, 64, generator=g)])
 
 
 def test_children_are_counted_and_strangers_are_not():
     narrow, wide = planted()
     found = splitting.near(narrow, wide, seed=0)
-    assert found["n_near"].tolist() == [3, 0, 1]
+    counts = found["n_near"].tolist()
+    assert (counts[0], counts[99]) == (3, 1) and np.mean(counts[1:99]) < 0.3
+    assert found["n_null"].iloc[0] == 0 and found["n_null"].mean() < 0.3
     cosine = torch.nn.functional.cosine_similarity(narrow[:, None], wide[None], dim=2)
     np.testing.assert_allclose(found["best"], cosine.amax(1).numpy(), rtol=1e-5)
-    assert 0.1 < found["threshold"].iloc[0] < 0.7
+    for i in (0, 50):
+        others = [float(torch.cosine_similarity(narrow[i], n, dim=0)) for n in narrow]
+        assert found["border"][i] == pytest.approx(max(others[:i] + others[i + 1 :]), rel=1e-5)
+
+
+def test_what_all_rows_share_makes_nothing_near():
+    """Rows of random parts on top of a large common one: no wide row is nearer than a sibling is,
+    but by the chance of the best of as many."""
+    g = torch.Generator().manual_seed(0)
+    narrow, wide = (10 + torch.randn(n, 256, generator=g) for n in (200, 200))
+    assert splitting.cosines(narrow, wide).min() > 0.98
+    assert splitting.near(narrow, wide, 0)["n_near"].mean() < 2
+    assert splitting.borders(torch.eye(1)).tolist() == [-1]
+
+
+def test_permuted_rows_keep_their_numbers():
+    rows = torch.randn(5, 40, generator=torch.Generator().manual_seed(0))
+    found = splitting.permuted(rows, 1)
+    assert torch.equal(found.sort(1).values, rows.sort(1).values)
+    assert len({tuple(row) for row in (found - rows).abs().gt(0).int().tolist()}) > 1
 
 
 def test_the_tree_holds_the_nearest_and_their_parents():
     narrow, wide = planted()
     wider = torch.cat([wide[[1]] + 0.01, wide[[3]] + 0.01, wide[[0]] + 0.01])
-    found = splitting.tree([narrow, wide, wider], 0, [0.7, 0.7], n_most=2)
+    found = splitting.tree([narrow, wide, wider], 0, n_most=2)
     assert found["level"].tolist() == [0, 1, 1, 2, 2]
     assert found["latent"][0] == 0 and found["parent"][0] == -1
     assert set(found.loc[found["level"] == 1, "latent"]) < {0, 1, 2}
@@ -129,7 +150,7 @@ def test_the_tree_holds_the_nearest_and_their_parents():
         cosine = splitting.cosines(wider[[row.latent]], wide[parents])[0]
         assert row.parent == parents[int(cosine.argmax())]
         assert row.cosine_parent == pytest.approx(float(cosine.max()))
-    assert splitting.tree([narrow, wide], 1, [0.7], 2)["level"].tolist() == [0]  # no child
+    assert splitting.tree([narrow, wide[4:]], 0, 2)["level"].tolist() == [0]  # no child
 
 
 # --- the stage -----------------------------------------------------------------------------
@@ -170,7 +191,7 @@ def stage() -> dict[str, pd.DataFrame]:
     tokens = torch.randint(0, 10, (512,), generator=torch.Generator().manual_seed(0))
     wide = torch.eye(16)
     narrow = torch.eye(16)[:4] + torch.eye(16)[4:8]
-    wider = torch.cat([wide, wide + 0.01])
+    wider = torch.cat([wide, 2 * wide])
     a = Arm(x, tokens, {"x1": Sae(narrow), "x2": Sae(wide), "x4": Sae(wider)})
     b = Arm(x, tokens, {"x2": Sae(wide.flip(0))})
     text = [f" t{i}" for i in range(10)]
@@ -198,27 +219,31 @@ def test_the_tables_of_the_stage(stage):
     assert found.loc["latents", "match"].tolist() == list(range(15, -1, -1))
     assert (found.loc["latents", "correlation"] > 0.999).all()
     assert (found.loc["null_latents", "correlation"] < 0.5).all()
-    assert (
-        stage["latents/splitting"]["n_near"].tolist() == [2, 2, 2, 2]
-        or (stage["latents/splitting"]["threshold"] > 0.7).all()
-    )
+    assert stage["latents/splitting"].groupby("wide").size().to_dict() == {"x2": 4, "x4": 4}
+    assert stage["latents/splitting"]["n_near"].tolist() == [2] * 4 + [4] * 4
     assert stage["latents/tree"]["dictionary"][0] == "x1"
 
 
 def test_latents_of_the_tree_have_the_numbers_of_their_dictionary():
     """The first latent of each dictionary is dead, so that ranks among the living are not names."""
-    x, wide = (
+    x, rows = (
         sparse_acts(256, 64, 9),
-        torch.randn(8, 64, generator=torch.Generator().manual_seed(1)),
+        torch.randn(31, 64, generator=torch.Generator().manual_seed(1)),
     )
-    wide[0] = -1
-    saes = {"x1": Sae(wide[[0, 3]]), "x2": Sae(wide), "x4": Sae(wide.flip(0))}
+    rows[0] = -1
+    wider = torch.cat([rows, rows[[7]] + 0.8 * rows[[8]], rows[[7]] - 0.8 * rows[[8]]])
+    saes = {"x1": Sae(rows), "x2": Sae(rows.flip(0)), "x4": Sae(wider)}
     arm = Arm(x, torch.zeros(256, dtype=torch.long), saes)
-    near, example = latents.split(arm, latents.tallies(arm, OPTIONS, 3, plain=False), OPTIONS)
-    assert near["wide"].tolist() == ["x2", "x4"] and near["n_near"].tolist() == [1, 1]
-    assert near["latent"].tolist() == [1, 1]
-    assert example["dictionary"].tolist() == ["x1", "x2", "x4"]
-    assert example["latent"].tolist() == [1, 3, 4] and example["parent"].tolist() == [-1, 1, 3]
+    made = latents.tallies(arm, OPTIONS, 3, plain=False)
+    near, example = latents.split(arm, made, OPTIONS)
+    assert (made["x1"].density > 0).tolist() == [False] + [True] * 30
+    assert near["wide"].tolist() == ["x2"] * 30 + ["x4"] * 30
+    assert near["latent"].tolist() == [*range(1, 31)] * 2
+    of_x4 = near[near["wide"] == "x4"].set_index("latent")["n_near"]
+    assert of_x4[7] == 3 and of_x4.drop(7).max() < 3
+    assert example["dictionary"].tolist() == ["x1", "x2", "x4", "x4", "x4"]
+    assert example["latent"].tolist()[:3] == [7, 23, 7] and set(example["latent"][3:]) == {31, 32}
+    assert example["parent"].tolist() == [-1, 7, 23, 23, 23]
 
 
 def test_other_tokens_in_the_other_arm_are_told():

@@ -25,13 +25,13 @@ def splitting(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
             mode="lines+markers",
             line={"color": ink, "width": 2},
             marker={"size": 5},
-            name=f"{wide}: {rows['n_near'].mean():.2f} in the mean",
+            name=f"{wide}: mean {rows['n_near'].mean():.2f} (null {rows['n_null'].mean():.2f})",
             hovertemplate=f"{wide}: %{{y:.1%}} have %{{x}} or more",
         )
-        columns = {"wide": wide, "n_near": counts, "share": share}
-        out.append(pd.DataFrame({**columns, "threshold": rows["threshold"].iloc[0]}))
+        null = [(rows["n_null"] >= n).mean() for n in counts]
+        out.append(pd.DataFrame({"wide": wide, "n_near": counts, "share": share, "null": null}))
     figure.update_layout(
-        xaxis=axis("near latents in the wider dictionary", type="log", dtick="D1"),
+        xaxis=axis("near latents in the wider dictionary", log=True),
         yaxis=axis("share of the narrowest's latents", tickformat=".0%", rangemode="tozero"),
         showlegend=True,
     )

@@ -158,8 +158,7 @@ def split(arm: Arm, made: dict[str, Any], options: Options) -> tuple[pd.DataFram
         raise RetraceError("own.latents: a dictionary has no latent that fires; train it longer")
     frames = [splitting.near(rows[0], wide, options.seed) for wide in rows[1:]]
     root = int(frames[-1].sort_values(["n_near", "best"]).index[-1])
-    borders = [float(f["threshold"].iloc[0]) for f in frames]
-    example = splitting.tree(rows, root, borders, options.n_tree)
+    example = splitting.tree(rows, root, options.n_tree)
     for frame, name in zip(frames, options.widths[1:], strict=True):
         frame["latent"] = ids[0].cpu().numpy()
         frame.insert(0, "wide", name)

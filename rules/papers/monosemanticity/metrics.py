@@ -39,7 +39,9 @@ METRICS = {
     "universality.n_latents": "latents of model a that were matched",
     "universality.n_neurons": "neurons of model a that were matched",
     "splitting.near_first": "mean number of latents of the second narrowest dictionary near a "
-    "latent of the narrowest: cosine of decoder rows above all of the permuted null",
+    "latent of the narrowest: a cosine of decoder rows above the narrow latent's largest with "
+    "another of its own dictionary",
+    "splitting.near_null": "splitting.near_last with the entries of each wide row permuted",
     "splitting.near_last": "the same of the widest",
     "splitting.smallest_rise": "smallest increase of that number from one width to the next",
     "splitting.split_share": "share of the narrowest dictionary's latents with two or more near "
@@ -117,8 +119,8 @@ def metrics(tables: dict[str, Any]) -> dict[str, float]:
         out[f"universality.{kind}"] = found["correlation"].median()
         if not kind.startswith("null"):
             out[f"universality.n_{kind}"] = len(found)
-    near = tables["latents/splitting"].groupby("wide", sort=False)["n_near"]
-    counts, last = near.mean().to_numpy(), list(near)[-1][1]
+    near = tables["latents/splitting"].groupby("wide", sort=False)
+    counts, last = near["n_near"].mean().to_numpy(), list(near)[-1][1]
     checks = [t["splice_check"].max() for n, t in tables.items() if is_evaluation(n)]
     return (
         out
@@ -127,7 +129,8 @@ def metrics(tables: dict[str, Any]) -> dict[str, float]:
             "splitting.near_first": counts[0],
             "splitting.near_last": counts[-1],
             "splitting.smallest_rise": np.diff(counts).min(),
-            "splitting.split_share": (last >= 2).mean(),
+            "splitting.near_null": last["n_null"].mean(),
+            "splitting.split_share": (last["n_near"] >= 2).mean(),
             "splice_check.max": max(checks),
         }
     )
