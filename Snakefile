@@ -22,6 +22,7 @@ include: "rules/metrics.smk"
 include: "rules/claims.smk"
 include: "rules/figures.smk"
 include: "rules/report.smk"
+include: "rules/exports.smk"
 
 
 for PAPER, smk in paper_rules():  # a rules.smk takes the name of its folder from PAPER
