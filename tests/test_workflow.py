@@ -332,7 +332,7 @@ def test_a_link_out_of_the_roots_is_refused(project, tmp_path_factory):
         ("evaluation/random.parquet", "no arm 'random'"),
         ("features/topk.html", "no section features"),
         ("attribution/prompts.parquet", "no section attribution"),
-        ("exports/trained.topk/neuronpedia", "features are described nowhere, so arm 'trained'"),
+        ("exports/random.topk/saelens", "no arm 'random'"),
         ("exports/trained.topk/saelens", "no SAE 'topk'"),
     ],
 )
