@@ -23,6 +23,7 @@ include: "rules/claims.smk"
 include: "rules/figures.smk"
 include: "rules/report.smk"
 include: "rules/release.smk"
+include: "rules/exports.smk"
 
 
 for PAPER, smk in paper_rules():  # a rules.smk takes the name of its folder from PAPER

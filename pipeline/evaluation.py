@@ -311,6 +311,7 @@ def evaluate(job: cli.Job, manifest: str) -> list[dict]:
         | {c: trained["saes"][name]["spec"].get(c) for c in SPEC_COLUMNS}
         | fit[name]
         | {"dead_share": trained["saes"][name]["dead_share"]}
+        | {"eval_rows": moments.n, "splice_blocks": len(tokens)}
         | losses[name]
         for name in saes
     ]

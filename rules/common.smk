@@ -212,7 +212,8 @@ def sae_input_of(section, file):
     def path(wildcards):
         arm = _arm(wildcards, section)
         name = wildcards.get("latents") or getattr(paper_of(wildcards).spec, section).sae
-        saes = paper_of(wildcards).spec.saes_of(arm)
+        spec = paper_of(wildcards).spec
+        saes = spec.saes_of(arm) if spec.sae else {}
         stream = saes[known("SAE", name, saes, paper_of(wildcards))].stream
         store = told(RUN.store, wildcards.paper, wildcards.scale, arm)
         return f"results/store/sae/{store[f'sae:{stream}'].id}/{file}"
@@ -271,6 +272,24 @@ def figure_tables(paper, figure):
 def own_file_of(file):
     """Input: a paper's own .py files that fit a name; the param `code` says when they changed."""
     return lambda wildcards: [ancient(unstored(f)) for f in paper_of(wildcards).code_files(file)]
+
+
+def export_spec(format):
+    """Params: which dictionary is exported."""
+
+    def params(wildcards):
+        paper = paper_of(wildcards)
+        features = paper.spec.features
+        if format == "neuronpedia" and (features is None or features.arm != wildcards.arm):
+            where = f"on arm '{features.arm}'" if features else "nowhere"
+            sys.exit(
+                f"error: {paper.folder / 'paper.yaml'}: features are described {where}, so arm "
+                f"'{wildcards.arm}' has none to export; set features.arm"
+            )
+        named = {"arm": wildcards.arm, "sae": wildcards.latents, "paper": paper.name}
+        return papers.to_json({"export": {"format": format, **named}})
+
+    return params
 
 
 def metrics_spec(wildcards):

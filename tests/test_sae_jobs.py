@@ -427,3 +427,28 @@ def test_buffers_of_pairs_stay_small(activations):
         target=Rows(activations, OUT),
     )  # fmt: skip
     assert max(len(b) for b, _ in zip_first(stream._buffers(0), 10)) <= 640
+
+
+def test_memory_of_the_stream_does_not_grow_with_the_store(tmp_path):
+    """Peak of what Python and numpy hold over an epoch of a store, and of one four times as long.
+
+    What grows is the order of the chunks, two numbers a chunk of 20 rows (by default a thousand).
+    """
+    import tracemalloc
+
+    peaks = []
+    for n_rows in (4000, 16_000):
+        x = np.random.default_rng(0).normal(size=(n_rows, 64)).astype(np.float32)
+        manifest = store(tmp_path / str(n_rows), {HOOK: (x, x[:10])})
+        stream = Stream(
+            Rows(manifest, HOOK), batch_size=100, buffer_rows=1280, seed=0, normalize=True
+        )
+        next(stream.batches(0, 1))
+        tracemalloc.start()
+        for _ in stream.batches(0, n_rows // 100):
+            pass
+        peaks.append(tracemalloc.get_traced_memory()[1])
+        tracemalloc.stop()
+    buffer = 1280 * 64 * 4
+    assert buffer < peaks[0] < 3 * buffer  # far less than the 1 MB of the smaller store
+    assert peaks[1] - peaks[0] < 0.02 * 12_000 * 64 * 4

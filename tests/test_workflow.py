@@ -332,6 +332,8 @@ def test_a_link_out_of_the_roots_is_refused(project, tmp_path_factory):
         ("evaluation/random.parquet", "no arm 'random'"),
         ("features/topk.html", "no section features"),
         ("attribution/prompts.parquet", "no section attribution"),
+        ("exports/random.topk/saelens", "no arm 'random'"),
+        ("exports/trained.topk/saelens", "no SAE 'topk'"),
     ],
 )
 def test_a_target_that_cannot_be_made_is_told(project, target, said):
