@@ -1,5 +1,7 @@
 """A release: the same bytes from the same files, and figures drawn anew on another machine."""
 
+import json
+import re
 import subprocess
 import sys
 import zipfile
@@ -128,3 +130,17 @@ def test_the_readme_names_commands_that_can_be_run(released, elsewhere):
         assert tool == "snakemake"
         command = [sys.executable, "-m", "snakemake", "-n", *args]
         assert subprocess.run(command, cwd=elsewhere, capture_output=True).returncode == 0, line
+
+
+def test_snakemakes_own_report_holds_our_pages_by_paper_and_loads_nothing(released, tmp_path):
+    out = tmp_path / "report.zip"
+    snakemake(BASE.replace("toy", "index.html"), cwd=released)
+    snakemake("--report", str(out), cwd=released)
+    held = members(out)
+    names = {Path(n).name for n in held}
+    assert {"report.html", "index.html", "claims.csv", "cosines.html"} <= names
+    page = held["report/report.html"].decode()
+    found, _ = json.JSONDecoder().raw_decode(page.split("var categories = ", 1)[1])
+    assert set(found) == {"index", "toy"}
+    assert set(found["toy"]) == {"claims", "figures", "report"}
+    assert not re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=.https?://", page)
