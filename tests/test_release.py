@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -10,7 +11,7 @@ from pathlib import Path
 import pytest
 from snake import copy_repository, snakemake, toy_project
 
-from pipeline import release
+from pipeline import papers, release
 
 pytestmark = pytest.mark.workflow
 ROOT = Path(__file__).parent.parent
@@ -144,3 +145,23 @@ def test_snakemakes_own_report_holds_our_pages_by_paper_and_loads_nothing(releas
     assert set(found) == {"index", "toy"}
     assert set(found["toy"]) == {"claims", "figures", "report"}
     assert not re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=.https?://", page)
+
+
+@pytest.mark.parametrize("scale", ["laptop", "paper"])
+def test_published_tables_alone_are_enough_for_their_figures(tmp_path, scale):
+    """results/reference/<paper>/<scale>, copied into place, as a reviewer would."""
+    clone = copy_repository(tmp_path / "clone")
+    shutil.copytree(ROOT / "rules/papers", clone / "rules/papers", dirs_exist_ok=True)
+    figures = []
+    for folder in (ROOT / "results/reference").glob(f"*/{scale}"):
+        name = folder.parent.name
+        base = clone / f"results/{scale}/{name}"
+        shutil.copytree(folder, base)
+        paper = papers.load(ROOT / "rules/papers" / name, scale)
+        paths = paper.tables() | {"metrics": f"results/{scale}/{name}/metrics.json"}
+        for figure, spec in paper.spec.figures.items():
+            if all((clone / paths[t]).exists() for t in spec.tables):
+                figures.append(f"results/{scale}/{name}/figures/{figure}.html")
+    jobs = snakemake("-n", *figures, cwd=clone, scale=scale).jobs
+    assert len(figures) > 15 and jobs.count("figures") == len(figures)
+    assert set(jobs) <= {"figures", "figures_js", "metrics"}
