@@ -115,7 +115,7 @@ def opened(path: Path) -> Iterator[list[Results]]:
         root = path
         if path.suffix == ".zip" and path.is_file():
             root = Path(stack.enter_context(tempfile.TemporaryDirectory()))
-            _unpack(path, root)
+            unpack(path, root)
         elif not path.is_dir():
             raise RetraceError(f"{path}: is neither a folder of results nor a release (.zip)")
         depths = ("*/" * n + "metrics.json" for n in range(DEEPEST + 1))
@@ -125,7 +125,7 @@ def opened(path: Path) -> Iterator[list[Results]]:
         yield [read(folder) for folder in found]
 
 
-def _unpack(archive: Path, to: Path) -> None:
+def unpack(archive: Path, to: Path) -> None:
     """Unpack a .zip; its members cannot leave the folder (Python's zipfile sees to it)."""
     try:
         with zipfile.ZipFile(archive) as z:

@@ -1,5 +1,8 @@
 """A release: the same bytes from the same files, and figures drawn anew on another machine."""
 
+import json
+import re
+import shutil
 import subprocess
 import sys
 import zipfile
@@ -8,7 +11,7 @@ from pathlib import Path
 import pytest
 from snake import copy_repository, snakemake, toy_project
 
-from pipeline import release
+from pipeline import papers, release
 
 pytestmark = pytest.mark.workflow
 ROOT = Path(__file__).parent.parent
@@ -128,3 +131,37 @@ def test_the_readme_names_commands_that_can_be_run(released, elsewhere):
         assert tool == "snakemake"
         command = [sys.executable, "-m", "snakemake", "-n", *args]
         assert subprocess.run(command, cwd=elsewhere, capture_output=True).returncode == 0, line
+
+
+def test_snakemakes_own_report_holds_our_pages_by_paper_and_loads_nothing(released, tmp_path):
+    out = tmp_path / "report.zip"
+    snakemake(BASE.replace("toy", "index.html"), cwd=released)
+    snakemake("--report", str(out), cwd=released)
+    held = members(out)
+    names = {Path(n).name for n in held}
+    assert {"report.html", "index.html", "claims.csv", "cosines.html"} <= names
+    page = held["report/report.html"].decode()
+    found, _ = json.JSONDecoder().raw_decode(page.split("var categories = ", 1)[1])
+    assert set(found) == {"index", "toy"}
+    assert set(found["toy"]) == {"claims", "figures", "report"}
+    assert not re.findall(r"<(?:script|link|img)[^>]+(?:src|href)=.https?://", page)
+
+
+@pytest.mark.parametrize("scale", ["laptop", "paper"])
+def test_published_tables_alone_are_enough_for_their_figures(tmp_path, scale):
+    """results/reference/<paper>/<scale>, copied into place, as a reviewer would."""
+    clone = copy_repository(tmp_path / "clone")
+    shutil.copytree(ROOT / "rules/papers", clone / "rules/papers", dirs_exist_ok=True)
+    figures = []
+    for folder in (ROOT / "results/reference").glob(f"*/{scale}"):
+        name = folder.parent.name
+        base = clone / f"results/{scale}/{name}"
+        shutil.copytree(folder, base)
+        paper = papers.load(ROOT / "rules/papers" / name, scale)
+        paths = paper.tables() | {"metrics": f"results/{scale}/{name}/metrics.json"}
+        for figure, spec in paper.spec.figures.items():
+            if all((clone / paths[t]).exists() for t in spec.tables):
+                figures.append(f"results/{scale}/{name}/figures/{figure}.html")
+    jobs = snakemake("-n", *figures, cwd=clone, scale=scale).jobs
+    assert len(figures) > 15 and jobs.count("figures") == len(figures)
+    assert set(jobs) <= {"figures", "figures_js", "metrics"}
