@@ -1,10 +1,10 @@
-"""The residual stream read as predictions: logit lens, tuned lens, direct logit attribution. [torch]
+"""The stream read as predictions: logit lens, tuned lens, direct logit attribution. [torch]
 
 For the stream x_l after l blocks (x_0: embeddings, x_n: what the model's own prediction is read
 from), the model's final norm N and unembedding W_U:
 
     logit lens   softmax(W_U N(x_l))                  nostalgebraist (2020)
-    tuned lens   softmax(W_U N(x_l + A_l x_l + b_l))  Belrose et al. (2023, arXiv 2303.08112), Sec. 3
+    tuned lens   softmax(W_U N(x_l + A_l x_l + b_l))  Belrose et al. (2023, 2303.08112), Section 3
 
 1. `streams` gives x_0 … x_(n-1) and the logits out of one forward pass of any model of
    `hooks.FAMILIES`.
@@ -16,7 +16,6 @@ from), the model's final norm N and unembedding W_U:
 
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from typing import Any
 
 import pandas as pd
 import torch
@@ -88,7 +87,7 @@ def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
 
 
 def kl_of(p: Tensor, q: Tensor) -> float:
-    """KL(p || q) in nats of two distributions [d_vocab]; tokens that p never gives count nothing."""
+    """KL(p || q) in nats of two distributions [d_vocab]; tokens that p never gives do not count."""
     p, q = p[p > 0], q[p > 0]
     return max(float((p * (p / q).log()).sum()), 0.0)
 
@@ -242,8 +241,8 @@ def held_norm(hf: nn.Module, x: Tensor, part: Tensor) -> Tensor:
         eps = norm.variance_epsilon
     else:
         raise RetraceError(
-            f"model type '{hf.config.model_type}': its final norm {type(norm).__name__} is no layer "
-            f"norm and no RMS norm; add it to held_norm in pipeline/lens.py"
+            f"model type '{hf.config.model_type}': its final norm {type(norm).__name__} is neither "
+            f"a layer norm nor an RMS norm; add it to held_norm in pipeline/lens.py"
         )
     return part * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * norm.weight
 

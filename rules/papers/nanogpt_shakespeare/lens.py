@@ -1,4 +1,4 @@
-"""The logit lens of the arms: over held-out text, and along one excerpt (pipeline/lens.py). [torch]"""
+"""The logit lens of the arms, over held-out text and along one excerpt. [torch]"""
 
 from typing import Any
 
