@@ -206,6 +206,27 @@ def models_of(file):
     return arms_of("model", file)
 
 
+def lent_of(section, stage, file):
+    """Input: a file of `stage` for each model that own.<section>.models names, sorted by name.
+
+    A model is an arm of this paper, or of another whose name stands under `paper`: the store has it
+    once for both.
+    """
+
+    def paths(wildcards):
+        paper = paper_of(wildcards)
+        models = paper.spec.own[section]["models"]
+        found = []
+        for _, model in sorted(models.items()):
+            lender = told(RUN.paper, model.get("paper") or paper.name, paper.scale)
+            arm = known("arm", model.get("arm", "trained"), lender.spec.arm_names(), lender)
+            store = told(RUN.store, lender.name, lender.scale, arm)
+            found.append(f"results/store/{stage}/{store[stage].id}/{file}")
+        return found
+
+    return paths
+
+
 def sae_input_of(section, file):
     """Input: the file of the SAE job that trained the dictionary a section or wildcard names."""
 
