@@ -14,6 +14,7 @@ from torch import Tensor
 WIDEST = 4096  # columns of `largest`: a row is held in registers, and wider ones spill
 BLOCK = 256  # columns of a bag's block
 ENTRIES = 8  # of a bag, loaded at a time
+LONG = 128  # entries of a bag that gets eight warps
 
 
 @triton.jit
@@ -56,20 +57,23 @@ def largest(scores: Tensor, k: int) -> Tensor:
 
 
 @triton.jit
-def _bags(index, starts, values, weights, out, d, BLOCK: tl.constexpr, ENTRIES: tl.constexpr):
-    """One bag and one block of columns."""
+def _bags(
+    index, starts, values, weights, out, d, least, most, BLOCK: tl.constexpr, ENTRIES: tl.constexpr
+):
+    """One block of columns of one bag, if it has `least` to `most` - 1 entries."""
     bag, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     first, last = tl.load(starts + bag), tl.load(starts + bag + 1)
-    total = tl.zeros([BLOCK], tl.float32)
-    for e in range(first, last, ENTRIES):
-        entry = e + tl.arange(0, ENTRIES)
-        there = entry < last
-        rows = tl.load(index + entry, mask=there, other=0).to(tl.int64)
-        value = tl.load(values + entry, mask=there, other=0.0).to(tl.float32)
-        mask = there[:, None] & (at < d)[None, :]
-        w = tl.load(weights + rows[:, None] * d + at[None, :], mask=mask, other=0.0)
-        total += tl.sum(w.to(tl.float32) * value[:, None], 0)
-    tl.store(out + bag * d + at, total, mask=at < d)
+    if (last - first >= least) & (last - first < most):
+        total = tl.zeros([BLOCK], tl.float32)
+        for e in range(first, last, ENTRIES):
+            entry = e + tl.arange(0, ENTRIES)
+            there = entry < last
+            rows = tl.load(index + entry, mask=there, other=0).to(tl.int64)
+            value = tl.load(values + entry, mask=there, other=0.0).to(tl.float32)
+            mask = there[:, None] & (at < d)[None, :]
+            w = tl.load(weights + rows[:, None] * d + at[None, :], mask=mask, other=0.0)
+            total += tl.sum(w.to(tl.float32) * value[:, None], 0)
+        tl.store(out + bag * d + at, total, mask=at < d)
 
 
 def bags(index: Tensor, starts: Tensor, values: Tensor, weights: Tensor) -> Tensor:
@@ -83,7 +87,10 @@ def bags(index: Tensor, starts: Tensor, values: Tensor, weights: Tensor) -> Tens
     n_bags, d = len(starts) - 1, weights.shape[1]
     out = torch.empty(n_bags, d, device=weights.device)
     grid = (n_bags, triton.cdiv(d, BLOCK))
-    _bags[grid](index, starts, values, weights.contiguous(), out, d, BLOCK, ENTRIES, num_warps=2)
+    given = (index, starts, values, weights.contiguous(), out, d)
+    _bags[grid](*given, 0, LONG, BLOCK, ENTRIES, num_warps=1)
+    # what one warp would take a millisecond for: a latent that is active on every row
+    _bags[grid](*given, LONG, 2**31 - 1, BLOCK, 8 * ENTRIES, num_warps=8)
     return out
 
 
