@@ -22,6 +22,7 @@ include: "rules/metrics.smk"
 include: "rules/claims.smk"
 include: "rules/figures.smk"
 include: "rules/report.smk"
+include: "rules/release.smk"
 include: "rules/exports.smk"
 
 

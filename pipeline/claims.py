@@ -15,7 +15,7 @@ import contextlib
 import copy
 import math
 import operator
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from pipeline.errors import RetraceError, nearest
@@ -117,11 +117,10 @@ def _decisive(expression: str) -> set[str]:
     return found
 
 
-def check(paper: Any) -> None:
-    """Every metric that a claim names can exist, and every expression is one.
+def faults(paper: Any) -> Iterator[str]:
+    """A sentence for every claim that no run could judge: the claim, the metric, the nearest one.
 
-    Raises:
-        RetraceError: naming the claim, the metric and the nearest known one.
+    Every metric that a claim names must exist, and every expression must be one.
     """
     from pipeline import metrics
 
@@ -131,13 +130,20 @@ def check(paper: Any) -> None:
         try:
             wanted = _wanted(claim)
         except (ValueError, TypeError, RecursionError) as e:
-            raise RetraceError(f"{where}: {e}") from None
+            yield f"{where}: {e}"
+            continue
         for name in sorted(wanted):
             if metrics.definition(name, definitions) is None:
-                raise RetraceError(
+                yield (
                     f"{where}: no metric '{name}'{nearest(name, definitions)}; metrics come from "
                     f"the sections of paper.yaml and from METRICS in the paper's metrics.py"
                 )
+
+
+def check(paper: Any) -> None:
+    """Raise a RetraceError for the first of `faults`."""
+    for fault in faults(paper):
+        raise RetraceError(fault)
 
 
 def judge(claim: Claim, metrics: dict[str, dict], scale: str) -> dict[str, Any]:

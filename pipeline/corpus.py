@@ -6,7 +6,9 @@
    another number of training tokens leaves the held-out blocks as they are.
    `split: tail`: all tokens, in the order of the text; the last share of them is held out, as in
    nanoGPT (90/10).
-3. The token ids of a split, each document closed by EOS, form one stream. It is cut into pieces
+3. `shuffle: tokens`: the tokens of each split change places at random. What is left of the language
+   is how often each token occurs.
+4. The token ids of a split, each document closed by EOS, form one stream. It is cut into pieces
    of n_ctx - 1, each after a BOS: blocks without padding, as in GPT-2's training. Without BOS and
    EOS the blocks of a split, one after another, are the text itself.
 """
@@ -169,6 +171,15 @@ def _part(stream: Stream, start: int, end: int) -> Stream:
     return Stream(stream.tokens[start:end], document, used)
 
 
+def shuffled(streams: dict[str, Stream], seed: int) -> dict[str, Stream]:
+    """The tokens of each split in a random order, each still with its document."""
+    out = {}
+    for i, (name, stream) in enumerate(streams.items()):
+        order = np.random.default_rng([seed, i]).permutation(len(stream.tokens))
+        out[name] = Stream(stream.tokens[order], stream.document[order], stream.used)
+    return out
+
+
 def block_table(streams: dict[str, Stream], n_ctx: int, bos_id: int | None) -> Any:
     """tokens.parquet as an Arrow table: block, split, tokens, documents; eval comes last."""
     import pyarrow as pa
@@ -260,6 +271,8 @@ def main() -> None:
         found = text.read(spec, Path(f"{args.out}.partial"))
         _same_text(info, found, args.tokenizer)
         streams = split(found.texts, spec, encoder(tokenizer), eos_id, found.name)
+        if spec.shuffle:
+            streams = shuffled(streams, spec.seed)
         made = job.certificate(
             [args.tokenizer],
             n_ctx=spec.n_ctx,

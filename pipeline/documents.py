@@ -6,8 +6,10 @@
     .jsonl, .parquet    one record a line or row
 
 A record is a mapping with a text field, or a bare string. Texts without a word are skipped.
+`books` cuts long texts into documents.
 """
 
+import ast
 import json
 import re
 from collections.abc import Iterable, Iterator
@@ -54,6 +56,33 @@ def read(path: Path, fields: Fields, whole: bool = False) -> list[Document]:
     if not documents:
         raise RetraceError(f"{path}: holds no text; give a file with at least one document")
     return documents
+
+
+def books(path: Path, label: str, piece: int) -> list[Document]:
+    """Documents of about `piece` characters out of books: a .txt, a folder of .txt, or a .py.
+
+    A .py is parsed, not run: its longest string is the text. The title is the name of the file.
+    """
+    files = sorted(path.rglob("*.txt")) if path.is_dir() else [path]
+    found = []
+    for file in files:
+        text = _longest_string(file) if file.suffix == ".py" else _text(file)
+        text = text.replace("\r\n", "\n")
+        cuts = re.compile(rf".{{{piece}}}\S*\s?|.+", re.S)
+        parts = (m[0] for m in cuts.finditer(text))
+        found += [Document(p, file.stem, label) for p in parts if p.strip()]
+    if not found:
+        raise RetraceError(f"{path}: holds no text; give a .txt or .py file with a book")
+    return found
+
+
+def _longest_string(path: Path) -> str:
+    try:
+        tree = ast.parse(_text(path))
+    except SyntaxError as e:
+        raise RetraceError(f"{path}: not valid Python ({e}); give a .txt file") from None
+    strings = (n.value for n in ast.walk(tree) if isinstance(n, ast.Constant))
+    return max((s for s in strings if isinstance(s, str)), key=len, default="")
 
 
 def _read_file(path: Path, fields: Fields, whole: bool) -> Iterator[Document]:

@@ -4,8 +4,9 @@
    matrix [rows d_sae].
 2. A latent's top contexts are its largest activations, at most one a document, with the tokens
    around them and the latent's activation on each (Bricken et al. 2023, "feature dashboard").
-3. The logits that it raises and lowers are its decoder row, scaled by the final norm's gain, times
-   the unembedding: the direct path, which leaves the layers between out (Elhage et al. 2021).
+3. The logits that it raises and lowers are what its decoder row writes into the residual stream,
+   scaled by the final norm's gain, times the unembedding: the direct path, which leaves the layers
+   between out (Elhage et al. 2021).
 4. How topical and how token-bound it is: the document label whose share of the latent's activation
    exceeds its base rate most, and the entropy of the tokens it fires on (Heap et al. 2025).
 """
@@ -151,7 +152,7 @@ def logit_weights(hf: torch.nn.Module, W_dec: Tensor, n: int) -> tuple[Tensor, T
     """Logits that each latent raises and lowers by the direct path.
 
     Args:
-        W_dec: [d_sae d_model].
+        W_dec: what each latent writes into the residual stream, [d_sae d_model].
         n: how many of each.
 
     Returns:
@@ -252,7 +253,8 @@ def work(job: cli.Job) -> None:
     tokens, labels = np.stack(blocks.tolist()), label_table(documents, scanned.at)
     rows = [describe(scanned, i, tokens, labels, section) for i in range(sae.cfg.d_sae)]
     with torch.no_grad():
-        logits = logit_weights(loaded.hf, sae.W_dec, section.n_logits)
+        written = splice.written(loaded.hf, hook, sae.W_dec)
+        logits = logit_weights(loaded.hf, written, section.n_logits)
     rows = decoded(rows, logits, documents, loaded.tokenizer, section.n_logits)
     inputs = [args.model, args.corpus, args.documents, args.activations, args.sae]
     tables.write_table(args.out, pd.DataFrame(rows), job.certificate(inputs))

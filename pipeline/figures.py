@@ -12,6 +12,7 @@ that file it says where the report is. report.py takes the same figure into its 
 
 import html
 import os
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -40,12 +41,8 @@ max-width: 56rem; margin: 2rem auto; padding: 0 1rem }}</style></head>
 """
 
 
-def check(paper: Any) -> None:
-    """Every figure has a function and names tables that exist; cheap, before anything runs.
-
-    Raises:
-        RetraceError: naming the figure, the value and the nearest known one.
-    """
+def faults(paper: Any) -> Iterator[str]:
+    """A sentence for every figure without a function or table: the value and the nearest one."""
     own = functions(paper.folder / "figures.py")
     tables = [*paper.tables(), "metrics"]
     for name, figure in paper.spec.figures.items():
@@ -54,16 +51,22 @@ def check(paper: Any) -> None:
         if wanted not in own and not (figure.kind and figure.kind in KINDS):
             known = [*KINDS, *own] if figure.kind else own
             what = f"kind '{figure.kind}'" if figure.kind else f"function '{name}' in figures.py"
-            raise RetraceError(
+            yield (
                 f"{where}: no {what}{nearest(wanted, known)}; name a kind ({', '.join(KINDS)}) or "
                 f"write the function"
             )
         for table in figure.tables:
             if table not in tables:
-                raise RetraceError(
+                yield (
                     f"{where}: no table '{table}'{nearest(table, tables)}; this paper has "
                     f"{', '.join(tables)}"
                 )
+
+
+def check(paper: Any) -> None:
+    """Raise a RetraceError for the first of `faults`; cheap, before anything runs."""
+    for fault in faults(paper):
+        raise RetraceError(fault)
 
 
 def short(value: Any) -> Any:

@@ -24,7 +24,6 @@ from torch import Tensor, nn
 MODEL_TYPE = "retrace_native"
 SMALL_VOCABULARY = 512
 FEW = 4  # positions
-PIECE = 256  # rows of a product's piece, at least
 ACT = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu,
        "gelu_new": lambda x: F.gelu(x, approximate="tanh")}  # fmt: skip
 
@@ -35,38 +34,14 @@ class Output(NamedTuple):
     logits: Tensor  # [batch pos d_vocab]
 
 
-def product(rows: Tensor, weight: Tensor, split: bool) -> Tensor:
-    """rows [n d_in] times weight [d_in d_out]; `split`: in pieces of a few hundred rows.
-
-    Under vmap, where every member has its own weight, the product is one bmm. Its weight's
-    gradient sums over all rows, and a batched product does not share a sum between processors of a
-    GPU: split, every piece has one, and their sum is cheap (5 members of the grokking model on an
-    H100: 4.1 ms a step whole).
-    """
-    n = len(rows)
-    pieces = next((c for c in range(n // PIECE, 1, -1) if n % c == 0), 1) if split else 1
-    if pieces == 1:
-        return rows @ weight
-    # bmm, since matmul would fold the pieces into one product again
-    out = torch.bmm(rows.view(pieces, n // pieces, -1), weight.expand(pieces, *weight.shape))
-    return out.flatten(0, 1)
-
-
 class Linear(nn.Linear):
     """x W^T + b, the rows of x [… d_in] laid out as one matrix.
 
     With several dimensions in front PyTorch would, under vmap, copy W for each sequence.
     """
 
-    split = False
-
     def forward(self, x: Tensor) -> Tensor:
-        flat = x.reshape(-1, x.shape[-1])
-        if self.split:
-            rows = product(flat, self.weight.T, True)
-            rows = rows if self.bias is None else rows + self.bias
-        else:
-            rows = F.linear(flat, self.weight, self.bias)
+        rows = F.linear(x.reshape(-1, x.shape[-1]), self.weight, self.bias)
         return rows.view(*x.shape[:-1], -1)
 
 
@@ -177,14 +152,11 @@ class Layer(nn.Module):
 class Embedding(nn.Embedding):
     """Rows of W_E; small ones as a product, whose gradient needs no sorting of the tokens."""
 
-    split = False
-
     def forward(self, tokens: Tensor) -> Tensor:
         if self.training and self.num_embeddings <= SMALL_VOCABULARY:
             every = torch.arange(self.num_embeddings, device=tokens.device)
             chosen = (tokens.reshape(-1, 1) == every).to(self.weight.dtype)
-            rows = product(chosen, self.weight, self.split)
-            return rows.view(*tokens.shape, -1)
+            return (chosen @ self.weight).view(*tokens.shape, -1)
         return super().forward(tokens)
 
 

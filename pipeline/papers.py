@@ -289,7 +289,7 @@ class Run:
             return out
         model = out["model"] = self._model(paper, arm)[0]
         if paper.spec.corpus is not None:
-            out["corpus"] = self._corpus(paper)
+            out["corpus"] = self._corpus(paper, paper.spec.corpus_of(arm))
         if paper.spec.activations is not None:
             section = paper.spec.activations.model_dump()
             made_from = {"model": model.id, "corpus": out["corpus"].id}
@@ -360,7 +360,7 @@ class Run:
         run = paper.spec.training[name]
         section = {"training": run.model_dump()}
         if run.data.source == "corpus":
-            corpus = self._corpus(paper)
+            corpus = self._corpus(paper, paper.spec.corpus)
             inputs = {"corpus": corpus.id, "tokenizer": corpus.inputs["tokenizer"]}
             return self._item("training", name, section, inputs)
         data = paper.folder / "data.py"
@@ -381,8 +381,7 @@ class Run:
         made = {"tokenizer": section, "corpus": made_from}
         return self._item("tokenizer", section["kind"], made, inputs, [section, text])
 
-    def _corpus(self, paper: Paper) -> Item:
-        section = paper.spec.corpus
+    def _corpus(self, paper: Paper, section: CorpusSpec) -> Item:
         job = section.model_dump(exclude={"name"})
         identity = dict(job)
         if section.source == "local":

@@ -30,6 +30,8 @@ PACKAGES = (
     "torch transformers transformer-lens sae-lens tokenizers safetensors gguf numpy "
     "pandas pyarrow plotly pydantic scipy"
 ).split()
+# Where Snakemake keeps its copies of results that lie in an object storage.
+STORED = re.compile(r"(.*/)?\.snakemake/storage/.*?/(?=results/)")
 HTML_MARK = re.compile(
     rb'<script type="application/json" class="retrace-provenance">(.*?)</script>', re.S
 )
@@ -79,6 +81,17 @@ def versions() -> dict[str, str]:
     return found
 
 
+def home(path: str | Path) -> str:
+    """The folder that names in certificates are relative to: '', or that of a storage's copies."""
+    found = STORED.match(str(path))
+    return found[0] if found else ""
+
+
+def name_of(path: str | Path) -> str:
+    """A file's name in certificates: the same whether results lie in a storage or on a disk."""
+    return str(path).removeprefix(home(path))
+
+
 def certificate(
     stage: str, spec: Any, code: str, inputs: Iterable[str | Path], device: str = "", **more: Any
 ) -> dict[str, Any]:
@@ -88,7 +101,7 @@ def certificate(
         stage: the stage's name.
         spec: the section of the spec that determined the content.
         code: the stage's code hash, see `source.job_code`.
-        inputs: files read; each is recorded with its sha256.
+        inputs: files read; each is recorded with its sha256 under its `name_of`.
         device: hardware that computed it; empty where only tables were read.
         more: e.g. seed, licence.
     """
@@ -102,7 +115,7 @@ def certificate(
         "git": git_state(str(Path(__file__).parent.parent)),
         "versions": versions(),
         "device": device,
-        "inputs": {str(p): sha256_file(p) for p in inputs},
+        "inputs": {name_of(p): sha256_file(p) for p in inputs},
         **more,
     }
 
@@ -175,8 +188,13 @@ def content_digest(path: str | Path) -> str:
     return sha256_file(path)
 
 
-def chain(path: str | Path, base: str | Path = ".") -> Iterator[tuple[int, Path, dict | None]]:
-    """(depth, file, certificate) of a file and of all it was made from, each file once."""
+def chain(path: str | Path, base: str | Path = "") -> Iterator[tuple[int, Path, dict | None]]:
+    """(depth, file, certificate) of a file and of all it was made from, each file once.
+
+    Args:
+        base: the folder that input paths are relative to; default: `home` of the file.
+    """
+    base = base or home(path)
     seen, stack = set(), [(0, Path(path))]
     while stack:
         depth, file = stack.pop()
@@ -192,6 +210,11 @@ def chain(path: str | Path, base: str | Path = ".") -> Iterator[tuple[int, Path,
 
 
 def verify(path: str | Path, base: str | Path = ".") -> list[str]:
+    """The faults of `examined`: one sentence each, none if all is as it was made."""
+    return examined(path, base)[0]
+
+
+def examined(path: str | Path, base: str | Path = ".") -> tuple[list[str], list[Path]]:
     """Recompute the digests of a file and of all that it was made from.
 
     Args:
@@ -199,12 +222,13 @@ def verify(path: str | Path, base: str | Path = ".") -> list[str]:
         base: the folder that input paths are relative to, where snakemake ran.
 
     Returns:
-        One sentence a fault; empty if all is as it was made. Shards that were removed
-        because keep_activations is false are not a fault.
+        One sentence a fault, and the inputs whose artefacts of the store are not on this machine:
+        published tables come without weights. Shards that were removed because keep_activations
+        is false are not a fault.
     """
-    path, faults = Path(path), []
+    path, faults, absent = Path(path), [], []
     if not path.exists():
-        return [f"{path}: does not exist"]
+        return [f"{path}: does not exist"], []
     starts = [p for p in sorted(path.rglob("*")) if p.is_file()] if path.is_dir() else [path]
     expected: dict[Path, str] = {}
     done: set[Path] = set()
@@ -223,11 +247,18 @@ def verify(path: str | Path, base: str | Path = ".") -> list[str]:
         except RetraceError as e:
             faults.append(str(e))
     for file, sha in expected.items():
-        if not file.exists():
+        if _of_the_store(file) and not file.parent.exists():
+            absent.append(file)
+        elif not file.exists():
             faults.append(f"{file}: missing, and a result was made from it")
         elif sha256_file(file) != sha:
             faults.append(f"{file}: changed since a result was made from it")
-    return list(dict.fromkeys(faults))
+    return list(dict.fromkeys(faults)), absent
+
+
+def _of_the_store(file: Path) -> bool:
+    """Whether a file is results/store/<stage>/<artefact>/<file>."""
+    return file.parts[-4:-3] == ("store",)
 
 
 def _certified(file: Path) -> Path:
@@ -285,8 +316,10 @@ def main() -> None:
         except RetraceError as e:
             sys.exit(f"error: {e}")
         return
-    faults = verify(args.path, args.base)
+    faults, absent = examined(args.path, args.base)
     print("\n".join(faults) or f"{args.path}: verified")
+    if absent:
+        print(f"not on this machine, so not checked: {', '.join(map(str, absent))}")
     sys.exit(1 if faults else 0)
 
 

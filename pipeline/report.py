@@ -75,7 +75,8 @@ def chain(starts: Iterable[str | Path]) -> Iterator[dict[str, Any]]:
             if file in seen:
                 continue
             seen.add(file)
-            row = {"depth": depth, "file": str(file), "stage": None, "certificate": certificate}
+            row = {"depth": depth, "file": provenance.name_of(file), "stage": None}
+            row |= {"certificate": certificate}
             if certificate is None:
                 note = "made by hand, no certificate" if file.exists() else "not on this machine"
                 yield row | {"note": note}

@@ -55,6 +55,11 @@ def check(job: SaeJob, rows: Rows) -> None:
                 f"sae.{name}: {spec.d_sae} latents are wider than the {rows.n_rows} training rows "
                 f"of {rows.manifest} can train; raise corpus.n_tokens or lower d_sae"
             )
+        if spec.resample_steps and spec.resample_steps[-1] >= job.n_steps:
+            raise RetraceError(
+                f"sae.{name}: resample_steps: {spec.resample_steps[-1]}, but the training ends at "
+                f"step {job.n_steps}; lower it, or raise sae.training.n_rows"
+            )
 
 
 def metadata(activations: dict, hook: str, output_hook: str | None = None) -> dict[str, Any]:
@@ -134,7 +139,7 @@ def prepare(job: SaeJob, stream: Stream, about: dict) -> list[Dictionary]:
         ).to(stream.device)
         sae.b_dec.data.copy_(b_dec)
         step = sae_steps.reference if job.output_hook else None
-        out.append(Dictionary(name, sae, job.training, job.n_steps, step))
+        out.append(Dictionary(name, sae, job.training, job.n_steps, step, spec))
     return out
 
 

@@ -3,7 +3,8 @@
 `Sparse` holds where the entries are, their values are kept apart, so that one place serves
 activations and their gradients. A product is an `embedding_bag`: over the entries row by row for
 values @ W, over the same entries latent by latent for values' @ x. Each bag is summed by one thread
-in one order, so a result does not depend on scheduling. `Dense` has the same methods.
+in one order, so a result does not depend on scheduling. `Dense` has the same methods. On a GPU the
+kernels of sae_kernels.py stand in, and operands may be bfloat16; sums are float32 always.
 """
 
 from collections.abc import Callable
@@ -17,24 +18,48 @@ from torch import Tensor
 # a `decode` in its values, and what else pulls on each latent.
 Pull = Callable[[Tensor, Tensor | None], Tensor]
 GROUPS = 8  # of `largest`: 4, 16 and 32 were slower (measured, 2 cores, d_sae 4608, k 32)
+GROUPS_ON_GPU = 16  # 32 and 64 were slower (measured, H100, d_sae 24576, k 32)
 
 
 class Scratch:
     """Blocks of memory for [batch d_sae] matrices, reused by every dictionary.
 
     The page faults of a fresh block cost a tenth of the encoder's product (measured).
+
+    Args:
+        half: operands of products in bfloat16, their sums in float32; on a GPU alone.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, half: bool = False) -> None:
+        self.half = half
         self.blocks: dict[str, Tensor] = {}
 
+    def cast(self, x: Tensor) -> Tensor:
+        """An operand of a product."""
+        return x.bfloat16() if self.half else x
+
     def matrix(self, name: str, rows: int, columns: int, like: Tensor) -> Tensor:
-        """[rows columns] of `like`'s dtype and device; its content is whatever was there."""
+        """[rows columns], of `like`'s dtype or bfloat16; its content is whatever was there."""
+        dtype = torch.bfloat16 if self.half else like.dtype
         size, block = rows * columns, self.blocks.get(name)
-        if block is None or block.numel() < size or block.dtype != like.dtype:
-            block = torch.empty(size, dtype=like.dtype, device=like.device)
-            self.blocks[name] = block
+        if block is None or block.numel() < size or block.dtype != dtype:
+            block = self.blocks[name] = torch.empty(size, dtype=dtype, device=like.device)
         return block[:size].view(rows, columns)
+
+    def encode(
+        self, x: Tensor, W_enc: Tensor, b_enc: Tensor | None = None, scale: Tensor | None = None
+    ) -> Tensor:
+        """x W_enc + b_enc, its columns times `scale`: [batch d_sae], in the block `acts`.
+
+        The scale is folded into W_enc, which is smaller than the product.
+        """
+        out = self.matrix("acts", len(x), W_enc.shape[1], x)
+        if scale is not None:
+            scaled = torch.empty_like(W_enc, dtype=out.dtype)
+            W_enc, b_enc = torch.mul(W_enc, scale, out=scaled), b_enc * scale
+        if b_enc is None:
+            return torch.mm(self.cast(x), self.cast(W_enc), out=out)
+        return torch.addmm(self.cast(b_enc), self.cast(x), self.cast(W_enc), out=out)
 
 
 class Sparse:
@@ -44,25 +69,36 @@ class Sparse:
         latents: int64 [n], the column of each entry.
         rows: int64 [n], the row of each entry, ascending.
         shape: (batch, d_sae).
+        half: weights of `decode` in bfloat16, its sums in float32; on a GPU alone.
     """
 
-    def __init__(self, latents: Tensor, rows: Tensor, shape: tuple[int, int]) -> None:
-        self.latents, self.rows = latents, rows
+    def __init__(
+        self,
+        latents: Tensor,
+        rows: Tensor,
+        shape: tuple[int, int],
+        half: bool = False,
+    ) -> None:
+        self.latents, self.rows, self.half = latents, rows, half
         self.batch, self.d_sae = shape
 
     @cached_property
     def row_starts(self) -> Tensor:
-        """The first entry of each row, int64 [batch]."""
+        """The first entry of each row, and n: int64 [batch + 1]."""
         return _starts(self.rows, self.batch)
 
     @cached_property
     def by_latent(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Entries in the order of latents [n], their rows [n], each latent's first [d_sae]."""
-        latents, order = self.latents.sort(stable=True)
+        """Entries in the order of latents [n], their rows [n]; each latent's first, and n."""
+        # short integers sort in fewer passes
+        short = torch.int16 if self.d_sae < 2**15 else torch.int32
+        latents, order = self.latents.to(short).sort(stable=True)
         return order, self.rows[order], _starts(latents, self.d_sae)
 
     def decode(self, values: Tensor, weights: Tensor) -> tuple[Tensor, Pull]:
         """values @ weights: [batch d_in] from n values and [d_sae d_in]; and its Pull."""
+        if values.is_cuda:
+            return self._decode_on_gpu(values, weights.bfloat16() if self.half else weights)
         with torch.enable_grad():
             leaf = values.detach().requires_grad_()
             out = _bags(self.latents, self.row_starts, leaf, weights)
@@ -73,26 +109,37 @@ class Sparse:
 
         return out.detach(), pull
 
+    def _decode_on_gpu(self, values: Tensor, weights: Tensor) -> tuple[Tensor, Pull]:
+        from pipeline.sae_kernels import dots
+
+        def pull(d: Tensor, offset: Tensor | None) -> Tensor:
+            g = dots(self.latents, self.row_starts, d, weights)
+            return g if offset is None else g + offset[self.latents]
+
+        return _bags(self.latents, self.row_starts, values, weights), pull
+
     def gather(self, values: Tensor, x: Tensor) -> Tensor:
         """values' @ x: [d_sae d_in] from n values and [batch d_in]."""
         order, rows, starts = self.by_latent
         return _bags(rows, starts, values[order], x)
 
+    def spread(self, of_latent: Tensor) -> Tensor:
+        """What each entry's latent has of [d_sae]."""
+        return of_latent[self.latents]
+
     def total(self, values: Tensor) -> Tensor:
         """Sum over rows: [d_sae]."""
         order, _, starts = self.by_latent
-        ends = F.pad(starts, (0, 1), value=len(order))
-        return torch.segment_reduce(values[order], "sum", offsets=ends)
+        # unsafe: without a check of the offsets, for which a GPU would be waited for
+        return torch.segment_reduce(values[order], "sum", offsets=starts, unsafe=True)
 
     def fired(self, values: Tensor) -> Tensor:
         """Whether a latent is above zero on any row: bool [d_sae]."""
-        out = torch.zeros(self.d_sae, dtype=torch.bool, device=values.device)
-        out[self.latents[values > 0]] = True
-        return out
+        return self.total((values > 0).float()) > 0
 
     def l0_(self, values: Tensor) -> Tensor:
         """Mean number of values above zero a row: []. It may use up `values`."""
-        return (values > 0).sum() / self.batch
+        return (values > 0).sum().to(values.dtype) / self.batch
 
 
 class Dense:
@@ -102,51 +149,85 @@ class Dense:
         self.scratch = scratch
 
     def decode(self, values: Tensor, weights: Tensor) -> tuple[Tensor, Pull]:
+        cast = self.scratch.cast
+        weights = cast(weights)
+
         def pull(d: Tensor, offset: Tensor | None) -> Tensor:
             out = self.scratch.matrix("pull", *values.shape, like=d)
             if offset is None:
-                return torch.mm(d, weights.T, out=out)
-            return torch.addmm(offset, d, weights.T, out=out)
+                return torch.mm(cast(d), weights.T, out=out)
+            return torch.addmm(cast(offset), cast(d), weights.T, out=out)
 
-        return values @ weights, pull
+        return _product(cast(values), weights), pull
 
     def gather(self, values: Tensor, x: Tensor) -> Tensor:
-        return values.T @ x
+        return _product(self.scratch.cast(values).T, self.scratch.cast(x))
+
+    def spread(self, of_latent: Tensor) -> Tensor:
+        return self.scratch.cast(of_latent)
 
     def total(self, values: Tensor) -> Tensor:
-        return values.sum(0)
+        return values.sum(0, dtype=_wide(values))
 
     def fired(self, values: Tensor) -> Tensor:
         return values.amax(0) > 0
 
     def l0_(self, values: Tensor) -> Tensor:
-        return values.sign_().sum(1).mean()
+        return values.sign_().sum(1, dtype=_wide(values)).mean()
+
+
+def _wide(values: Tensor) -> torch.dtype:
+    """The dtype of sums."""
+    return torch.float32 if values.dtype == torch.bfloat16 else values.dtype
+
+
+def _product(a: Tensor, b: Tensor) -> Tensor:
+    """a @ b, in the dtype of sums."""
+    return a @ b if a.dtype == _wide(a) else torch.mm(a, b, out_dtype=_wide(a))
 
 
 def _starts(ascending: Tensor, n: int) -> Tensor:
-    """Where each of 0..n-1 begins in a sorted tensor: int64 [n]."""
-    return torch.searchsorted(ascending, torch.arange(n, device=ascending.device))
+    """Where each of 0..n-1 begins in a sorted tensor, and its length: int64 [n + 1]."""
+    every = torch.arange(n + 1, dtype=ascending.dtype, device=ascending.device)
+    return torch.searchsorted(ascending, every)
 
 
 def _bags(index: Tensor, starts: Tensor, values: Tensor, weights: Tensor) -> Tensor:
-    """Sum of values[i] * weights[index[i]] over each bag, which begins at starts[bag]."""
-    return F.embedding_bag(index, weights, starts, mode="sum", per_sample_weights=values)
+    """Sum of values[i] * weights[index[i]] over each bag, from starts[bag] to starts[bag + 1]."""
+    if values.is_cuda:
+        from pipeline.sae_kernels import bags
+
+        return bags(index, starts, values, weights)
+    return F.embedding_bag(
+        index, weights, starts, mode="sum", per_sample_weights=values, include_last_offset=True
+    )
 
 
 def largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """The k largest of every row, in no order: values and indices, [rows k].
 
     `torch.topk` over d_sae columns costs a third of the encoder's product. The columns are cut into
-    GROUPS slices and the maximum is taken across them: the k columns of a slice with the largest
+    a few slices and the maximum is taken across them: the k columns of a slice with the largest
     maxima hold the k largest scores, so `topk` runs over two short rows in place of a long one.
     """
     rows, columns = scores.shape
-    width = columns // GROUPS
-    if columns % GROUPS or width < 4 * k:
-        values, indices = scores.topk(k, dim=-1, sorted=False)
-        return values, indices
-    best = scores.view(rows, GROUPS, width).amax(1).topk(k, dim=-1, sorted=False).indices
+    groups = GROUPS_ON_GPU if scores.is_cuda else GROUPS
+    width = columns // groups
+    if columns % groups or width < 4 * k:
+        return _largest(scores, k)
+    best = _largest(scores.view(rows, groups, width).amax(1), k)[1]
     slices = torch.arange(0, columns, width, device=scores.device)
-    among = (best[:, None, :] + slices[:, None]).flatten(1)  # [rows GROUPS*k]
-    values, at = scores.gather(1, among).topk(k, dim=-1, sorted=False)
+    among = (best[:, None, :] + slices[:, None]).flatten(1)  # [rows groups*k]
+    values, at = _largest(scores.gather(1, among), k)
     return values, among.gather(1, at)
+
+
+def _largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
+    """`largest` of short rows."""
+    if scores.is_cuda:
+        from pipeline import sae_kernels
+
+        if scores.shape[1] <= sae_kernels.WIDEST:
+            indices = sae_kernels.largest(scores, k)
+            return scores.gather(1, indices), indices
+    return scores.topk(k, dim=-1, sorted=False)

@@ -93,20 +93,26 @@ class Gradients:
         """Set `.grad` of the parameters."""
         sae = self.sae
         sae.b_dec.grad = self.b_dec - sae.W_enc @ self.b_enc
-        sae.W_enc.grad = self.W_enc.T.contiguous()
+        sae.W_enc.grad = laid_out(self.W_enc, sae.W_enc)
         sae.b_enc.grad = self.b_enc
         sae.W_dec.grad = self.W_dec
 
 
+def laid_out(gradient: Tensor, W_enc: Tensor) -> Tensor:
+    """The gradient [d_sae d_in] as that of W_enc [d_in d_sae], each value where W_enc has its."""
+    turned = gradient.T
+    return turned if turned.stride() == W_enc.stride() else turned.contiguous()
+
+
 def reference(
-    sae: Any, x: Tensor, *, dead: Tensor, coefficients: dict, step: int, scratch: Scratch
+    sae: Any, x: Tensor, *, dead: Tensor | None, coefficients: dict, step: int, scratch: Scratch
 ) -> Outcome:
     """One batch by SAELens's `training_forward_pass`.
 
     Args:
         sae: a SAELens TrainingSAE.
         x: [batch d_in]; for a transcoder (sae_transcoder.py) [batch d_in + d_out].
-        dead: bool [d_sae], latents that AuxK may use.
+        dead: bool [d_sae], latents that AuxK may use; None where there are none.
         coefficients: SAELens's names -> values at this step.
         step: number of steps done before.
         scratch: memory that the fast steps share.
@@ -117,7 +123,7 @@ def reference(
         TrainStepInput(
             sae_in=x,
             coefficients=coefficients,
-            dead_neuron_mask=dead,
+            dead_neuron_mask=x.new_zeros(sae.cfg.d_sae, dtype=torch.bool) if dead is None else dead,
             n_training_steps=step,
             is_logging_step=False,
         )
@@ -131,42 +137,41 @@ def reference(
 
 @torch.no_grad()
 def topk(
-    sae: Any, x: Tensor, *, dead: Tensor, coefficients: dict, step: int, scratch: Scratch
+    sae: Any, x: Tensor, *, dead: Tensor | None, coefficients: dict, step: int, scratch: Scratch
 ) -> Outcome:
     """One batch of a TopKTrainingSAE; arguments as `reference`."""
     shape, k = (len(x), sae.cfg.d_sae), sae.cfg.k
     rescale = sae.cfg.rescale_acts_by_decoder_norm
     norm = sae.W_dec.norm(dim=1) if rescale else torch.ones_like(sae.b_enc)
-    scores = scratch.matrix("acts", *shape, like=x)
-    # The norms are folded into W_enc, which is smaller than the scores.
-    torch.addmm(sae.b_enc * norm, x - sae.b_dec, sae.W_enc * norm, out=scores)
+    scores = scratch.encode(x - sae.b_dec, sae.W_enc, sae.b_enc, norm)
     values, latents = largest(scores, k)
     at = latents.flatten()
     acts = values.flatten().relu() / norm[at]
-    support = Sparse(at, torch.arange(len(at), device=x.device) // k, shape)
+    support = Sparse(at, torch.arange(len(at), device=x.device) // k, shape, scratch.half)
     grads = Gradients(sae, support, acts, x)
     loss = grads.mse
     if sae.cfg.aux_loss_coefficient:
-        loss = loss + _auxk(grads, scores, norm, dead)
+        loss = loss + auxk(grads, scores, norm, dead)
     grads.store()
     fired = support.fired(acts)
     return Outcome(loss, grads.mse, support.l0_(acts), fired)
 
 
-def _auxk(grads: Gradients, scores: Tensor, norm: Tensor, dead: Tensor) -> Tensor | float:
+def auxk(grads: Gradients, scores: Tensor, norm: Tensor, dead: Tensor | None) -> Tensor | float:
     """AuxK's loss; its gradients are added to `grads`. Dense, over the dead latents alone.
 
     Args:
         scores: [batch d_sae], pre-activations times norms.
         norm: [d_sae].
-        dead: bool [d_sae].
+        dead: bool [d_sae], or None.
     """
-    sae, at = grads.sae, dead.nonzero()[:, 0]
+    at = torch.empty(0) if dead is None else dead.nonzero()[:, 0]
     if len(at) == 0:
         return 0.0
+    sae = grads.sae
     k_aux = grads.r.shape[1] // 2
     coefficient = sae.cfg.aux_loss_coefficient * min(len(at) / k_aux, 1.0) / len(scores)
-    acts, kept = scores[:, at], None
+    acts, kept = scores[:, at].to(norm.dtype), None
     if len(at) > k_aux:
         best = acts.topk(k_aux, dim=-1, sorted=False).indices
         kept = torch.zeros_like(acts).scatter_(1, best, 1.0)
@@ -182,20 +187,19 @@ def _auxk(grads: Gradients, scores: Tensor, norm: Tensor, dead: Tensor) -> Tenso
 
 @torch.no_grad()
 def standard(
-    sae: Any, x: Tensor, *, dead: Tensor, coefficients: dict, step: int, scratch: Scratch
+    sae: Any, x: Tensor, *, dead: Tensor | None, coefficients: dict, step: int, scratch: Scratch
 ) -> Outcome:
     """One batch of a StandardTrainingSAE (L1); arguments as `reference`."""
     shape, l1 = (len(x), sae.cfg.d_sae), coefficients["l1"] / len(x)
     norm = sae.W_dec.norm(dim=1)
-    pre = scratch.matrix("acts", *shape, like=x)
-    torch.addmm(sae.b_enc, x - sae.b_dec, sae.W_enc, out=pre)
-    pre.relu_()
+    pre = scratch.encode(x - sae.b_dec, sae.W_enc, sae.b_enc).relu_()
     some = pre[:SAMPLE_ROWS]  # counting them all takes half as long as the encoder's product
     if some.count_nonzero() > DENSE_SHARE * some.numel():
         support, acts = Dense(scratch), pre
     else:
         flat = pre.view(-1).nonzero()[:, 0]
-        support, acts = Sparse(flat % shape[1], flat // shape[1], shape), pre.view(-1)[flat]
+        support = Sparse(flat % shape[1], flat // shape[1], shape, scratch.half)
+        acts = pre.view(-1)[flat].to(x.dtype)
     grads = Gradients(sae, support, acts, x, offset=norm * l1)
     sums = support.total(acts)
     if grads.W_dec is not None:
@@ -206,3 +210,4 @@ def standard(
 
 
 FAST: dict[str, Callable[..., Outcome]] = {"topk": topk, "standard": standard}
+STATIC = {topk}  # without dead latents, the same kernels whatever the batch

@@ -9,21 +9,26 @@
    learning rate and one L1 coefficient fit all layers and models.
 
 The store is read in chunks, never row by row, and `buffer_rows` rows at most are in memory. The
-chunks of a buffer are read in the order of the store, so that a shard is opened once a buffer.
+chunks of a buffer are read in the order of the store, so that a shard is opened once a buffer. With
+a GPU a few threads read the next buffers into pinned memory and copy them while one is used.
 """
 
 import math
+import os
+from collections import deque
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline import hooks, tables
+from pipeline import tables
 from pipeline.errors import RetraceError
 from pipeline.shards import Pairs, Rows
 
 CHUNKS = 64  # chunks mixed at a time; by default a chunk is a thousand rows, about a megabyte
+READERS = 4  # threads, with a GPU
 CONSTANT = 1e-10  # rounding leaves constant float32 rows a variance of 1e-14 of their mean square
 
 
@@ -52,7 +57,7 @@ class Stream:
         target: Rows | None = None,
     ) -> None:
         self.rows = Pairs(rows, target) if target else rows
-        self.batch_size, self.seed, self.device = batch_size, seed, device
+        self.batch_size, self.seed, self.device = batch_size, seed, torch.device(device)
         if rows.n_rows == 0:
             raise RetraceError(f"{rows.manifest}: holds no training row; raise corpus.n_tokens")
         self.chunk_rows = max(1, min(buffer_rows, rows.n_rows) // CHUNKS)
@@ -111,6 +116,27 @@ class Stream:
             rows in the order of the store [rows d_in], stored dtype; and the order in which to
             show them, int64, less those before `position`.
         """
+        plans = self._plans(position)
+        if self.device.type != "cuda":
+            yield from (self._load(*plan) for plan in plans)
+            return
+        side, readers = torch.cuda.Stream(self.device), min(READERS, os.cpu_count() or 1)
+        with ThreadPoolExecutor(readers) as pool:
+            ahead = deque()
+            for plan in plans:
+                ahead.append(pool.submit(self._load_ahead, side, *plan))
+                if len(ahead) <= readers:
+                    continue
+                loaded, ready = ahead.popleft().result()
+                here = torch.cuda.current_stream(self.device)
+                here.wait_event(ready)
+                for tensor in loaded:
+                    tensor.record_stream(here)
+                yield loaded
+                del loaded
+
+    def _plans(self, position: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Of each buffer the chunks' first rows and ends, and the order in which to show rows."""
         epoch, skip = divmod(position, self.rows.n_rows)
         while True:
             starts = np.arange(0, self.rows.n_rows, self.chunk_rows)
@@ -119,22 +145,34 @@ class Stream:
                 chunks = np.sort(shuffled[at : at + CHUNKS])
                 stops = np.minimum(chunks + self.chunk_rows, self.rows.n_rows)
                 n = int((stops - chunks).sum())
-                if skip >= n:
-                    skip -= n
-                    continue
-                order = np.random.default_rng([self.seed, epoch, i]).permutation(n)[skip:]
-                yield self._load(chunks, stops, n), torch.from_numpy(order).to(self.device)
-                skip = 0
+                if skip < n:
+                    order = np.random.default_rng([self.seed, epoch, i]).permutation(n)
+                    yield chunks, stops, order[skip:]
+                skip = max(skip - n, 0)
             epoch += 1
 
-    def _load(self, starts: np.ndarray, stops: np.ndarray, n: int) -> Tensor:
-        """The rows of some chunks, [n d_in], stored dtype."""
-        out = np.empty((n, self.rows.d_model), tables.NUMPY[self.rows.dtype])
+    def _load(
+        self, starts: np.ndarray, stops: np.ndarray, order: np.ndarray
+    ) -> tuple[Tensor, Tensor]:
+        """The rows of some chunks, [rows d_in], stored dtype; and the order, int64."""
+        n, pinned = int((stops - starts).sum()), self.device.type == "cuda"
+        dtype = getattr(torch, self.rows.dtype)
+        rows = torch.empty(n, self.rows.d_model, dtype=dtype, pin_memory=pinned)
+        raw = rows.view(torch.int16).numpy() if dtype == torch.bfloat16 else rows.numpy()
+        raw = raw.view(tables.NUMPY[self.rows.dtype])
+        reader = self.rows.again() if pinned else self.rows
         at = 0
         for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
-            out[at : at + stop - start] = self.rows.read(start, stop)[0]
+            raw[at : at + stop - start] = reader.read(start, stop)[0]
             at += stop - start
-        return hooks.to_tensor(out, self.rows.dtype, self.device)
+        move = lambda t: t.to(self.device, non_blocking=True)  # noqa: E731
+        return move(rows), move(torch.from_numpy(order))
+
+    def _load_ahead(self, side: "torch.cuda.Stream", *plan: np.ndarray) -> tuple:
+        """What `_load` gives, copied on the stream `side`; and the event after the copy."""
+        with torch.cuda.stream(side):
+            loaded = self._load(*plan)
+            return loaded, side.record_event()
 
 
 def mean_norm(rows: Rows) -> float:

@@ -9,8 +9,10 @@
 4. A latent is dead once `dead_rows` rows have passed since it was last active. In a run shorter
    than that, a latent that was never active counts as dead at the end.
 5. A frozen decoder (null arm) keeps its random directions, at norm 1; the rest trains.
+6. At `resample_steps` dead latents get new directions (sae_resample.py).
 """
 
+import math
 import random
 import time
 from collections.abc import Callable
@@ -21,7 +23,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline import sae_steps
+from pipeline import cli, sae_resample, sae_steps, sae_steps_batch, sae_steps_gates
 from pipeline.errors import RetraceError
 from pipeline.sae_sparse import Scratch
 from pipeline.sae_stream import Stream
@@ -30,7 +32,9 @@ from pipeline.spec_sae import SaeSpec, SaeTraining
 
 HISTORY = ("step", "rows", "lr", "mse", "explained_variance", "l0", "dead_share", "loss")
 CLIP_NORM = 1.0  # SAELens's SAETrainer, which has no option for it
+EAGER_STEPS = 3  # before a step is recorded; kernels are compiled in them
 N_RECORDS = 100  # entries of a history, about
+FAST = {**sae_steps.FAST, **sae_steps_batch.FAST, **sae_steps_gates.FAST}
 
 
 def build(
@@ -86,6 +90,27 @@ def learning_rate(step: int, n_steps: int, training: SaeTraining) -> float:
     return training.lr * min(1.0, rise, fall)
 
 
+class Replay:
+    """One step, recorded as a CUDA graph: launching its kernels one by one takes longer than they.
+
+    Args:
+        step: batch -> what it did, the same kernels on every call.
+        x: a batch; recording changes nothing.
+    """
+
+    def __init__(self, step: Callable[[Tensor], sae_steps.Outcome], x: Tensor) -> None:
+        self.x, self.graph = x.clone(), torch.cuda.CUDAGraph()
+        torch.cuda.synchronize()
+        with torch.cuda.graph(self.graph):
+            self.outcome = step(self.x)
+
+    def __call__(self, x: Tensor) -> sae_steps.Outcome:
+        """The outcome lies in memory that the next call overwrites."""
+        self.x.copy_(x)
+        self.graph.replay()
+        return self.outcome
+
+
 class Dictionary:
     """One dictionary in training: SAELens's object, Adam's state, counters and history.
 
@@ -96,6 +121,7 @@ class Dictionary:
         n_steps: steps of the whole run.
         step: how a batch becomes gradients; default: the fast step of its architecture, or
             SAELens's own where there is none.
+        spec: says when dead latents are resampled; default: never.
     """
 
     def __init__(
@@ -105,20 +131,30 @@ class Dictionary:
         training: SaeTraining,
         n_steps: int,
         step: Callable[..., sae_steps.Outcome] | None = None,
+        spec: SaeSpec | None = None,
     ) -> None:
         self.name, self.sae, self.training, self.n_steps = name, sae, training, n_steps
-        self.gradients = step or sae_steps.FAST.get(sae.cfg.architecture(), sae_steps.reference)
-        self.trained = {n: p for n, p in sae.named_parameters() if p.requires_grad}
+        self.spec = spec
+        self.gradients = step or FAST.get(sae.cfg.architecture(), sae_steps.reference)
         device = sae.W_dec.device
+        if device.type == "cuda" and self.gradients is not sae_steps.reference:
+            # the gradient's layout; Adam reads and writes each where it lies
+            sae.W_enc.data = sae.W_enc.data.T.contiguous().T
+        self.trained = {n: p for n, p in sae.named_parameters() if p.requires_grad}
         self.adam = torch.optim.Adam(
             self.trained.values(),
             lr=training.lr,
             betas=training.betas,
             eps=training.eps,
             fused=device.type in ("cpu", "cuda"),
+            capturable=device.type == "cuda",
         )
+        if device.type == "cuda":  # where the replayed step finds it
+            self.adam.param_groups[0]["lr"] = torch.tensor(training.lr, device=device)
+        self.replay: Replay | None = None
         self.silent = torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device=device)
         self.dead_rows = min(training.dead_rows, n_steps * training.batch_size)
+        self.shown = self.none_dead_before = 0  # rows since this object was made
         self.history: list[list[float]] = []
         self.unchecked: list[tuple[int, Tensor]] = []
 
@@ -126,6 +162,25 @@ class Dictionary:
     def dead(self) -> Tensor:
         """Latents silent for `dead_rows` rows: bool [d_sae]."""
         return self.silent >= self.dead_rows
+
+    def _dead_if_any(self) -> Tensor | None:
+        """`dead`, or None where no latent is.
+
+        The device is asked, and waited for, only when one can have become so since the last time.
+        """
+        if self.shown < self.none_dead_before:
+            return None
+        left = self.dead_rows - int(self.silent.max())
+        self.none_dead_before = self.shown + max(left, 0)
+        return self.dead if left <= 0 else None
+
+    def _clip(self) -> None:
+        """Clip the gradients to CLIP_NORM; on a GPU within Adam, which reads them anyway."""
+        if self.silent.is_cuda:
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.trained.values()])
+            self.adam.grad_scale = ((norm + 1e-6) / CLIP_NORM).clamp(min=1)
+        else:
+            torch.nn.utils.clip_grad_norm_(self.trained.values(), CLIP_NORM)
 
     def coefficients(self, step: int) -> dict[str, float]:
         """SAELens's loss coefficients at a step, warmed up linearly from 0."""
@@ -137,21 +192,52 @@ class Dictionary:
 
     def step(self, x: Tensor, step: int, scratch: Scratch) -> sae_steps.Outcome:
         """Train on one batch [batch d_in]; `step` counts from 0."""
+        dead, lr = self._dead_if_any(), learning_rate(step, self.n_steps, self.training)
+        if self.silent.is_cuda:
+            self.adam.param_groups[0]["lr"].fill_(lr)
+        else:
+            self.adam.param_groups[0]["lr"] = lr
+        static = self.silent.is_cuda and dead is None and self.gradients in sae_steps.STATIC
+        if static and self.shown >= EAGER_STEPS * len(x):
+            if self.replay is None:
+                self.replay = Replay(lambda held: self._update(held, step, None, scratch), x)
+            outcome = self.replay(x)
+        else:
+            outcome = self._update(x, step, dead, scratch)
+        self.shown += len(x)
+        self.unchecked.append((step, outcome.loss.clone()))
+        return outcome
+
+    def _update(
+        self, x: Tensor, step: int, dead: Tensor | None, scratch: Scratch
+    ) -> sae_steps.Outcome:
+        """Gradients, clipping, Adam and the counters."""
         outcome = self.gradients(
             self.sae,
             x,
-            dead=self.dead,
+            dead=dead,
             coefficients=self.coefficients(step),
             step=step,
             scratch=scratch,
         )
-        torch.nn.utils.clip_grad_norm_(self.trained.values(), CLIP_NORM)
-        self.adam.param_groups[0]["lr"] = learning_rate(step, self.n_steps, self.training)
+        self._clip()
         self.adam.step()
         self.adam.zero_grad()
-        self.silent = torch.where(outcome.fired, 0, self.silent + len(x))
-        self.unchecked.append((step, outcome.loss))
+        self.silent.add_(len(x)).masked_fill_(outcome.fired, 0)
         return outcome
+
+    def due(self, done: int) -> bool:
+        """Whether dead latents are resampled after `done` steps."""
+        return self.spec is not None and done in self.spec.resample_steps
+
+    def resample(self, x: Tensor, done: int) -> None:
+        """Resample dead latents out of rows [rows d_in], after `done` steps."""
+        dead = self.silent >= self.spec.resample_window * self.training.batch_size
+        cli.log.info("%s: step %d, %d latents resampled", self.name, done, int(dead.sum()))
+        l1 = self.coefficients(done)["l1"]
+        rng = np.random.default_rng([self.spec.seed, done])
+        sae_resample.resample(self.sae, self.adam, dead, x, l1, rng)
+        self.silent[dead] = 0
 
     def check(self) -> None:
         """Raise where a loss since the last check is NaN or infinite.
@@ -204,10 +290,16 @@ class Dictionary:
             if n.startswith(head)
         }
         self.sae.load_state_dict(part("sae."))
-        for name, parameter in self.trained.items():
-            self.adam.state[parameter] = part(f"adam.{name}.")
+        for name, p in self.trained.items():
+            state = part(f"adam.{name}.")
+            self.adam.state[p] = {k: _laid_out_as(p, t) for k, t in state.items()}
         self.silent = tensors["silent"].to(device, copy=True)
         self.history = tensors["history"].tolist()
+
+
+def _laid_out_as(p: Tensor, t: Tensor) -> Tensor:
+    """`t` with its values where `p` has them in memory, if it has its shape."""
+    return torch.empty_like(p).copy_(t) if t.shape == p.shape else t
 
 
 def train(
@@ -227,7 +319,8 @@ def train(
         seconds: call `save` with the number of steps done, this often.
         progress: called with the number of rows shown.
     """
-    scratch, every, saved = Scratch(), max(1, n_steps // N_RECORDS), time.monotonic()
+    half = stream.device.type == "cuda" and dictionaries[0].training.precision == "bfloat16"
+    scratch, every, saved = Scratch(half), max(1, n_steps // N_RECORDS), time.monotonic()
     for step, x in enumerate(stream.batches(first, n_steps), first):
         done = step + 1
         due = time.monotonic() - saved >= seconds
@@ -238,7 +331,20 @@ def train(
                 dictionary.check()
             if told:
                 dictionary.record(outcome, x, step, stream.target_scale)
+        resample(dictionaries, stream, done)
         if due and done < n_steps:
             save(done)
             saved = time.monotonic()
         progress(done * stream.batch_size)
+
+
+def resample(dictionaries: list[Dictionary], stream: Stream, done: int) -> None:
+    """Resample the dead latents of the dictionaries that are due, out of the stream's next rows."""
+    wanted = [d for d in dictionaries if d.due(done)]
+    if not wanted:
+        return
+    n_rows = max(d.spec.resample_rows for d in wanted)
+    n = math.ceil(n_rows / stream.batch_size)
+    x = torch.cat(list(stream.batches(done, done + n)))
+    for dictionary in wanted:
+        dictionary.resample(x[: dictionary.spec.resample_rows], done)

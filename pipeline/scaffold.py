@@ -9,6 +9,7 @@ and tests. The files lie in pipeline/templates_paper/ and run as they stand, und
 """
 
 import argparse
+import os
 import re
 import sys
 from pathlib import Path
@@ -16,14 +17,18 @@ from pathlib import Path
 from pipeline.errors import RetraceError
 
 TEMPLATE = Path(__file__).parent / "templates_paper"
+SCHEMA = Path(__file__).parent / "schema" / "paper.json"
 NAME = "my_paper"
 HOME = Path(__file__).parent.parent / "rules" / "papers"
 
 
-def files(name: str) -> dict[str, str]:
-    """File name -> content of a new paper called `name`."""
+def files(name: str, parent: Path) -> dict[str, str]:
+    """File name -> content of a new paper called `name`, to be written into `parent/name`."""
+    schema = os.path.relpath(SCHEMA, parent / name)
     return {
-        p.name.replace(NAME, name): p.read_text().replace(NAME, name)
+        p.name.replace(NAME, name): p.read_text()
+        .replace(NAME, name)
+        .replace(f"$schema={os.path.relpath(SCHEMA, TEMPLATE)}", f"$schema={schema}")
         for p in sorted(TEMPLATE.iterdir())
         if p.is_file()
     }
@@ -43,7 +48,7 @@ def scaffold(name: str, parent: Path) -> Path:
     if folder.exists():
         raise RetraceError(f"{folder}: exists already; take another name, or remove it")
     folder.mkdir(parents=True)
-    for file, content in files(name).items():
+    for file, content in files(name, parent).items():
         (folder / file).write_text(content)
     return folder
 
@@ -70,6 +75,7 @@ def main() -> None:
     except RetraceError as e:
         sys.exit(f"error: {e}")
     print(f"wrote {folder}; run it with\n\n  {command(folder)}\n")
+    print(f"and see what is missing with\n\n  python -m pipeline.lint_paper {folder}\n")
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ last few shards stay mapped; memory does not grow with the number of rows.
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator
+from copy import copy
 from itertools import accumulate
 from pathlib import Path
 from typing import Literal
@@ -123,6 +124,12 @@ class Rows:
     def __len__(self) -> int:
         return self.n_rows
 
+    def again(self) -> "Rows":
+        """Another reader of the same rows, for a thread; a shard is verified once for all."""
+        out = copy(self)
+        out._open = OrderedDict()
+        return out
+
     def read(self, start: int, stop: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """Rows start to stop, as in a slice.
 
@@ -212,6 +219,10 @@ class Pairs:
             f"{self.manifest}: {self.hook} do not hold the same tokens; set "
             f"activations.max_norm_ratio: 0, which drops tokens hook by hook"
         )
+
+    def again(self) -> "Pairs":
+        """As `Rows.again`."""
+        return Pairs(self.rows.again(), self.target.again())
 
     def read(self, start: int, stop: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """As `Rows.read`."""

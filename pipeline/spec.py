@@ -118,6 +118,18 @@ class PackagedText(Section):
     licence: str = Field(min_length=1, description="of the text")
 
 
+class Books(PackagedText):
+    """Books beside the documents of a corpus."""
+
+    file: str = Field(
+        description="a .txt, or with * in its name all such files; of a .py the longest string"
+    )
+    label: str = Field(default="", description="the class of its documents")
+    piece: int = Field(
+        default=2000, ge=1, description="characters of a document: books are cut at white space"
+    )
+
+
 class CorpusSpec(Section):
     """Text -> blocks of tokens. The default is Wikipedia summaries out of a package."""
 
@@ -146,6 +158,7 @@ class CorpusSpec(Section):
     fallback: PackagedText | None = Field(
         default=None, description="url: the text that serves where neither path nor url gives one"
     )
+    books: list[Books] = Field(default=[], description="more text, out of packages")
     text_field: str = Field(default="text", description="field of a record that holds the text")
     title_field: str = Field(default="", description="field that names a document, if any")
     label_field: str = Field(default="", description="field with a document's class, if any")
@@ -169,11 +182,16 @@ class CorpusSpec(Section):
     eval_share: float = Field(default=0.1, gt=0, lt=1, description="tail: share held out")
     close_documents: bool = Field(default=True, description="EOS after every document")
     prepend_bos: bool = Field(default=True, description="BOS as position 0 of every block")
-    seed: int = Field(default=0, ge=0, description="of the order of documents")
+    shuffle: Literal["", "tokens"] = Field(
+        default="",
+        exclude_if=lambda value: not value,
+        description="tokens: those of a split in a random order, a null arm without context",
+    )
+    seed: int = Field(default=0, ge=0, description="of the order of documents, and of tokens")
 
     TEXT: ClassVar = (  # the fields that say which text it is; the others cut it into blocks
-        "source package file sha256 licence repo revision url path fallback text_field "
-        "title_field label_field whole_file"
+        "source package file sha256 licence repo revision url path fallback books "
+        "text_field title_field label_field whole_file"
     ).split()
     DEFAULT_TEXT: ClassVar = {
         "text_field": "extract",
@@ -347,7 +365,9 @@ class PaperSpec(Section):
     contributions: str = ""
     use_of_ai: str = ""
     model: ModelSpec | None = None
-    arms: dict[Name, dict[str, Any]] = Field(default={}, description="overlays on model")
+    arms: dict[Name, dict[str, Any]] = Field(
+        default={}, description="overlays on model; under the key corpus, on corpus"
+    )
     training: dict[Name, TrainingSpec] = Field(default={}, description="models trained here")
     corpus: CorpusSpec | None = None
     tokenizer: TokenizerSpec | None = Field(
@@ -387,6 +407,10 @@ class PaperSpec(Section):
                 self.model_of(arm)
             except ValidationError as e:
                 raise ValueError(f"arms.{arm}: {sentence(e)}") from None
+            try:
+                self.corpus_of(arm)
+            except ValidationError as e:
+                raise ValueError(f"arms.{arm}: corpus: {sentence(e)}") from None
         if self.tokenizer is not None and self.tokenizer.kind == "char":
             for key in ("prepend_bos", "close_documents"):
                 if getattr(self.corpus, key):
@@ -481,8 +505,17 @@ class PaperSpec(Section):
 
     def model_of(self, arm: str) -> ModelSpec:
         """The model section with the arm's overlay."""
-        base = self.model.model_dump(exclude_unset=True)
-        return ModelSpec.model_validate({**base, **self.arms.get(arm, {})})
+        over = {k: v for k, v in self.arms.get(arm, {}).items() if k != "corpus"}
+        return ModelSpec.model_validate({**self.model.model_dump(exclude_unset=True), **over})
+
+    def corpus_of(self, arm: str) -> CorpusSpec | None:
+        """The corpus section, with what the arm's overlay has under `corpus`."""
+        over = self.arms.get(arm, {}).get("corpus", {})
+        if not over:
+            return self.corpus
+        if self.corpus is None or not isinstance(over, dict):
+            raise ValueError(f"arms.{arm}: corpus: must be an overlay on a section corpus")
+        return CorpusSpec.model_validate({**self.corpus.model_dump(exclude_unset=True), **over})
 
     def saes_of(self, arm: str) -> dict[str, SaeSpec]:
         """Expanded name -> dictionary, for those that the arm trains; hooks filled in."""

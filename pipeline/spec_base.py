@@ -31,7 +31,11 @@ class Section(BaseModel):
 def sentence(error: ValidationError) -> str:
     """The first fault of a section: the key, what is wrong, and the value."""
     first = error.errors()[0]
-    where = "".join(f"{p}: " for p in [".".join(str(p) for p in first["loc"])] if p)
-    message = first["msg"].removeprefix("Value error, ")
-    shown = "" if first["type"] == "value_error" else f", got {str(first['input'])[:80]!r}"
-    return f"{where}{message}{shown}"
+    return told(first, ".".join(str(p) for p in first["loc"]))
+
+
+def told(fault: Any, where: str) -> str:
+    """One of pydantic's faults as 'where: what is wrong, got value'."""
+    message = fault["msg"].removeprefix("Value error, ")
+    shown = "" if fault["type"] == "value_error" else f", got {str(fault['input'])[:80]!r}"
+    return f"{where}: {message}{shown}" if where else f"{message}{shown}"

@@ -28,6 +28,11 @@ class SaeTraining(Section):
         default="expected_average_only_in",
         description="scale rows to a mean norm of sqrt(d_in); folded into the saved weights",
     )
+    precision: Literal["float32", "bfloat16"] = Field(
+        default="float32",
+        description="of the operands of products on a GPU, where an architecture has a fast step; "
+        "weights and sums are float32",
+    )
     buffer_rows: int = Field(default=65_536, ge=1, description="rows mixed in memory at a time")
     seed: int = Field(default=0, ge=0, description="of the order of rows")
     checkpoint_seconds: float = Field(default=60.0, gt=0, exclude=True)
@@ -64,6 +69,15 @@ class SaeSpec(Section):
         ge=0,
         description="topk and its kin: AuxK (Gao et al. 2024, App. A.2); 0: none",
     )
+    topk_threshold_lr: float = Field(
+        default=0.01,
+        gt=0,
+        le=1,
+        exclude_if=lambda value: value == 0.01,
+        description="batchtopk, matryoshka_batchtopk: share of the way to a batch's smallest score "
+        "that the threshold of inference moves (default: SAELens's); it starts at 0, so that a run "
+        "of a few hundred steps wants a larger one",
+    )
     matryoshka_shares: list[float] = Field(
         default=[1 / 32, 3 / 32, 7 / 32, 15 / 32, 1.0],
         description="nested widths as shares of d_sae, rising to 1 (default: the five of Bussmann "
@@ -75,6 +89,17 @@ class SaeSpec(Section):
     l0_warmup_steps: int = Field(default=0, ge=0)
     jumprelu_bandwidth: float = Field(default=0.05, gt=0, description="of the kernel (SAELens)")
     jumprelu_init_threshold: float = Field(default=0.01, gt=0, description="SAELens's default")
+    resample_steps: list[int] = Field(
+        default=[],
+        description="standard: steps after which dead latents are resampled (Bricken et al. 2023: "
+        "25,000 to 100,000)",
+    )
+    resample_window: int = Field(
+        default=12_500, ge=1, description="steps of silence that count as dead then"
+    )
+    resample_rows: int = Field(
+        default=819_200, ge=1, description="rows among which new directions are drawn"
+    )
     frozen_decoder: bool = Field(
         default=False, description="null arm: decoder directions stay as drawn; the encoder trains"
     )
@@ -104,6 +129,11 @@ class SaeSpec(Section):
                 f"output_hook: SAELens has no {self.architecture} transcoder to save; use "
                 f"{', '.join(self.TRANSCODERS)}"
             )
+        steps = self.resample_steps
+        if steps and (self.architecture != "standard" or self.frozen_decoder):
+            raise ValueError("resample_steps: only for architecture standard, decoder not frozen")
+        if sorted(set(steps)) != steps or (steps and steps[0] < 1):
+            raise ValueError(f"resample_steps: {steps} do not rise from 1 or more")
         shares = self.matryoshka_shares
         if not shares or sorted(set(shares)) != shares or shares[0] <= 0 or shares[-1] != 1:
             raise ValueError(f"matryoshka_shares: {shares} do not rise from above 0 to 1")

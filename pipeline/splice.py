@@ -63,6 +63,18 @@ def _skipped_below(hf: nn.Module, hook: str) -> Iterator[None]:
             layer.__dict__.pop("forward", None)
 
 
+def written(hf: nn.Module, hook: str, directions: Tensor) -> Tensor:
+    """What directions [n d] at a hook write into the residual stream, [n d_model].
+
+    Behind an MLP's nonlinearity that is the MLP's last matrix times them; elsewhere they lie in
+    the stream.
+    """
+    if not hook.endswith("mlp.hook_post"):
+        return directions
+    last, _ = hooks.site(hf, hook)
+    return last(directions) - last(torch.zeros_like(directions[:1]))
+
+
 def final_norm(hf: nn.Module) -> nn.Module:
     """The norm before the unembedding; its weight, if it has one, is a gain [d_model]."""
     for name in ("norm", "ln_f", "final_layer_norm", "ln_out"):

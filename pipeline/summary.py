@@ -1,12 +1,14 @@
-"""What snakemake prints at the end: the claims and where the pages are, or what failed.
+"""What snakemake prints at the end: the claims, costs and where the pages are, or what failed.
 
 Standard library only, since snakemake imports it on every call.
 """
 
 import csv
 import re
+import shlex
 import shutil
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 
 VERDICTS = ("reproduced", "not reproduced", "not comparable", "not run")
@@ -37,6 +39,9 @@ def print_claims(base: str, papers: list[str], benchmarks: str = "results/benchm
         print("\n".join(aligned(rows, width())))
         if took := spent(table, benchmarks):
             print(f"  {took}")
+        report = table.with_name("report.html")
+        if report.exists():
+            print(f"  {report.resolve()}")
     index = Path(base) / "index.html"
     if index.exists():
         print(f"\n{index.resolve()}")
@@ -108,38 +113,79 @@ def spent(claims: Path, benchmarks: str) -> str:
     return f"made in {total} of jobs; the longest: {most}"
 
 
-def print_failure(log: str | list[str]) -> None:
-    """Print what the failed jobs of this run said, and where the rest stands.
+@dataclass(frozen=True)
+class Failure:
+    """A failed job: its rule, its log, the first file that it should have made."""
+
+    rule: str
+    log: Path
+    output: str
+
+
+def print_failure(log: str | list[str], command: str = "") -> None:
+    """Print what the failed jobs of this run said, the end of their logs, and what to do next.
 
     Args:
         log: snakemake's log; snakemake 9 hands a list of paths.
+        command: the command line that ran, without targets; see `without_targets`.
     """
     for path in [log] if isinstance(log, str) else log:
         try:
             text = Path(path).read_text(errors="replace")
         except OSError:
             continue
-        for rule, file in failures(text):
-            print(f"\n{said(rule, file)}\n  log: {file}", file=sys.stderr)
+        for failed in failures(text):
+            print(f"\n{said(failed.rule, failed.log)}\n  log: {failed.log}", file=sys.stderr)
+            print("".join(f"  | {line}\n" for line in tail(failed.log)), end="", file=sys.stderr)
+            if command and failed.output:
+                alone = f"{command} -- {shlex.quote(failed.output)}"
+                print(f"  this job alone: {alone}", file=sys.stderr)
+                print(f"  by hand, in a debugger: see shell: in {path}", file=sys.stderr)
     sys.stderr.flush()
 
 
-def failures(text: str) -> list[tuple[str, Path]]:
-    """(rule, its log) of every failed job in snakemake's log, each once."""
+def failures(text: str) -> list[Failure]:
+    """Every failed job in snakemake's log, each once."""
     block = re.compile(r"^Error in (?:rule|group) (\S+):\n((?:    .*\n)*)", re.M)
     logged = re.compile(r"^    log: (.+?)(?: \(check log file.*)?$", re.M)
-    found = [(m[1], logged.search(m[2])) for m in block.finditer(text)]
-    return list(dict.fromkeys((rule, Path(hit[1])) for rule, hit in found if hit))
+    made = re.compile(r"^    output: (.+?)(?:, .*)?$", re.M)
+    found = [(m[1], logged.search(m[2]), made.search(m[2])) for m in block.finditer(text)]
+    jobs = [Failure(rule, Path(log[1]), out[1] if out else "") for rule, log, out in found if log]
+    return list(dict.fromkeys(jobs))
+
+
+def read_lines(log: Path) -> list[str]:
+    """The lines of a log that are not blank; none where it is not there."""
+    try:
+        lines = log.read_text(errors="replace").splitlines()
+    except OSError:
+        return []
+    return [line for line in lines if line.strip()]
+
+
+def tail(log: Path, most: int = 6) -> list[str]:
+    """The last lines of a log, without the sentence that `said` gives."""
+    return [line for line in read_lines(log) if not line.startswith("error in stage")][-most:]
 
 
 def said(rule: str, log: Path) -> str:
     """The sentence with which a stage failed, else the last line of its log."""
-    try:
-        lines = [line for line in log.read_text(errors="replace").splitlines() if line.strip()]
-    except OSError:
-        lines = []
+    lines = read_lines(log)
     told = [line for line in lines if line.startswith("error in stage")]
     if told:
         return told[-1]
     last = f"; its log ends: {lines[-1].strip()}" if lines else " and left no log"
     return f"rule {rule} failed{last}"
+
+
+def without_targets(argv: list[str], names: list[str]) -> str:
+    """The command line of this snakemake, its targets left out, so that another can follow.
+
+    Args:
+        argv: sys.argv.
+        names: targets that are names; files below results/ are targets, too.
+    """
+    program, *args = argv[: argv.index("--")] if "--" in argv else argv
+    start = [sys.executable, "-m", "snakemake"] if program.endswith("__main__.py") else [program]
+    kept = [a for a in args if a not in names and not a.startswith("results/")]
+    return shlex.join([*start, *kept])

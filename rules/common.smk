@@ -3,6 +3,8 @@ import os
 import sys
 from pathlib import Path
 
+from snakemake.io import sourcecache_entry
+
 ROOT = Path(str(workflow.current_basedir)).parent
 sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
@@ -33,7 +35,12 @@ DEVICE = RUN.config.device
 # At smoke scale a job is mostly start-up, which has one thread; two such jobs share a GPU, too.
 SMOKE = RUN.config.scale == "smoke"
 THREADS = 1 if SMOKE else 2
-workflow.global_resources.setdefault("gpu", (os.cpu_count() or 1) if SMOKE else 1)
+if DEVICE == "cpu":  # lowers what a rule asks for to nothing
+    workflow.global_resources.setdefault("gpu", 0)
+elif workflow.nodes is None:  # one machine; a cluster counts its GPUs itself
+    workflow.global_resources.setdefault("gpu", (os.cpu_count() or 1) if SMOKE else 1)
+# Where results lie in an object storage, a job has its inputs beside it and nothing else.
+STORAGE = workflow.storage_settings.default_storage_provider
 # Snakemake formats every shell command with the globals of the main Snakefile, a module's, too.
 workflow.modifier_stack[0].globals.update(PYTHON=PYTHON, DEVICE=DEVICE)
 
@@ -90,6 +97,12 @@ def stored(path):
     return path if RUN.config.keep_activations else temp(path)
 
 
+def unstored(path):
+    """Input: a file of the checkout. It comes with the workflow's sources, never through an object
+    storage; and unlike `local` it ties no job to this machine."""
+    return sourcecache_entry(path, path) if STORAGE else path
+
+
 def item_spec_of(stage):
     """Params: the spec of a store artefact, by the digest in its path."""
     return lambda wildcards: papers.to_json(told(RUN.item, stage, wildcards[stage]).spec)
@@ -113,7 +126,7 @@ def text_of(stage):
 
     def path(wildcards):
         text = told(RUN.item, stage, wildcards[stage]).inputs.get("text")
-        return [ancient(text)] if text else []
+        return [ancient(unstored(text))] if text else []
 
     return path
 
@@ -121,7 +134,7 @@ def text_of(stage):
 def training_data(wildcards):
     """Input: the paper's data.py that a training run learns from, if it does."""
     data = told(RUN.item, "training", wildcards.training).inputs.get("data")
-    return [ancient(data)] if data else []
+    return [ancient(unstored(data))] if data else []
 
 
 def training_code(wildcards):
@@ -173,15 +186,43 @@ def arm_input_of(stage, file, arm_section=None):
     return path
 
 
-def models_of(file):
-    """Input: a file of every arm's model; arms sorted by name, as in the JSON of `spec`."""
+def arms_of(stage, file):
+    """Input: a file of every arm's artefact of a stage; arms sorted by name, as in the JSON of
+    `spec`."""
 
     def paths(wildcards):
         paper = paper_of(wildcards)
         stores = [
             told(RUN.store, paper.name, paper.scale, arm) for arm in sorted(paper.spec.arm_names())
         ]
-        return [f"results/store/model/{store['model'].id}/{file}" for store in stores]
+        items = [item for store in stores for item in store.values() if item.stage == stage]
+        return [f"results/store/{stage}/{item.id}/{file}" for item in items]
+
+    return paths
+
+
+def models_of(file):
+    """Input: a file of every arm's model; arms sorted by name, as in the JSON of `spec`."""
+    return arms_of("model", file)
+
+
+def lent_of(section, stage, file):
+    """Input: a file of `stage` for each model that own.<section>.models names, sorted by name.
+
+    A model is an arm of this paper, or of another whose name stands under `paper`: the store has it
+    once for both.
+    """
+
+    def paths(wildcards):
+        paper = paper_of(wildcards)
+        models = paper.spec.own[section]["models"]
+        found = []
+        for _, model in sorted(models.items()):
+            lender = told(RUN.paper, model.get("paper") or paper.name, paper.scale)
+            arm = known("arm", model.get("arm", "trained"), lender.spec.arm_names(), lender)
+            store = told(RUN.store, lender.name, lender.scale, arm)
+            found.append(f"results/store/{stage}/{store[stage].id}/{file}")
+        return found
 
     return paths
 
@@ -251,7 +292,7 @@ def figure_tables(paper, figure):
 
 def own_file_of(file):
     """Input: a paper's own .py files that fit a name; the param `code` says when they changed."""
-    return lambda wildcards: [ancient(f) for f in paper_of(wildcards).code_files(file)]
+    return lambda wildcards: [ancient(unstored(f)) for f in paper_of(wildcards).code_files(file)]
 
 
 def export_spec(format):
@@ -300,7 +341,7 @@ def report_spec(wildcards):
 
 
 def report_input(kind):
-    """Input: 'figures', 'pages' (of features) or 'yaml' of a paper."""
+    """Input: 'figures', their 'numbers', 'pages' (of features) or 'yaml' of a paper."""
 
     def paths(wildcards):
         paper = paper_of(wildcards)
@@ -308,11 +349,29 @@ def report_input(kind):
         latents = paper.spec.features.saes if paper.spec.features else []
         return {
             "figures": [f"{base}/figures/{f}.html" for f in paper.spec.figures],
+            "numbers": [
+                f"{base}/figures/{f}.{e}" for f in paper.spec.figures for e in ("csv", "csv.json")
+            ],
             "pages": [f"{base}/features/{s}.html" for s in latents],
-            "yaml": str(paper.folder / "paper.yaml"),
+            "yaml": unstored(str(paper.folder / "paper.yaml")),
         }[kind]
 
     return paths
+
+
+def upstream_of(wildcards):
+    """Input: the files whose certificates a page follows, where a storage has to bring them."""
+    paper = paper_of(wildcards)
+    arms = paper.spec.arm_names() if STORAGE else []
+    stores = [told(RUN.store, paper.name, paper.scale, arm) for arm in arms]
+    certified = {"model": "model.json", "corpus": "tokens.parquet"}
+    return sorted(
+        {
+            f"results/store/{i.stage}/{i.id}/{certified.get(i.stage, 'manifest.json')}"
+            for store in stores
+            for i in store.values()
+        }
+    )
 
 
 def index_spec(wildcards):
@@ -330,12 +389,14 @@ def index_spec(wildcards):
 def print_claims():
     """The claims tables of the papers asked for, and where the pages are."""
     base = f"results/{RUN.config.scale}"
+    if STORAGE:
+        print(f"\nresults: {workflow.storage_settings.default_storage_prefix}/{base}")
     asked = [name for name in RUN.available if name in sys.argv]
     summary.print_claims(base, asked or RUN.config.papers)
 
 
 def print_failure(log):
-    """After a failure: the log lines that say what to do."""
+    """After a failure: the log lines that say what to do, and how to run the job alone."""
     if RUN.config.strict:
         print_claims()
-    summary.print_failure(log)
+    summary.print_failure(log, summary.without_targets(sys.argv, [*RUN.available, "all"]))

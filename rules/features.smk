@@ -32,7 +32,8 @@ rule features:
 
 rule feature_page:
     input:
-        "results/{scale}/{paper}/features/{latents}.parquet",
+        features="results/{scale}/{paper}/features/{latents}.parquet",
+        upstream=upstream_of,
     output:
         report(
             "results/{scale}/{paper}/features/{latents}.html",
@@ -46,5 +47,5 @@ rule feature_page:
         spec=spec_of("title"),
         code=code_of("feature_page"),
     shell:
-        "{PYTHON:q} -m pipeline.feature_page --spec {params.spec:q} --features {input:q}"
+        "{PYTHON:q} -m pipeline.feature_page --spec {params.spec:q} --features {input.features:q}"
         " --out {output:q} 2> {log:q}"

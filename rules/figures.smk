@@ -4,7 +4,7 @@ from importlib.metadata import version
 # plotly.js and our drawing code, once a scale, for figures that are opened by themselves.
 rule figures_js:
     input:
-        papers.near(ROOT / "pipeline/templates/draw.js"),
+        unstored(str(papers.near(ROOT / "pipeline/templates/draw.js"))),
     output:
         "results/{scale}/figures.js",
     log:

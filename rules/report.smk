@@ -4,9 +4,11 @@ rule report_html:
         figures=report_input("figures"),
         pages=report_input("pages"),
         claims="results/{scale}/{paper}/claims.csv",
+        certificate="results/{scale}/{paper}/claims.csv.json",
         metrics="results/{scale}/{paper}/metrics.json",
         tables=tables_of(),
         yaml=report_input("yaml"),
+        upstream=upstream_of,
     output:
         report(
             "results/{scale}/{paper}/report.html",

@@ -52,7 +52,7 @@ def snakemake(*args: str, cwd: Path, check: bool = True, timeout: int = 600, **c
     return Done(done.returncode, done.stdout)
 
 
-VALUED = {"-s", "--snakefile", "--directory", "--configfile"}
+VALUED = {"-s", "--snakefile", "--directory", "--configfile", "--report"}
 
 
 def copy_repository(to: Path) -> Path:

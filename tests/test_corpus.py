@@ -62,6 +62,17 @@ def test_without_bos_a_block_is_all_text():
     assert owners.tolist() == [[0, 0], [0, 0]]
 
 
+def test_shuffled_tokens_are_the_same_tokens_in_another_order_each_with_its_document():
+    before = {"train": corpus.take(["abcdefghij" * 9, "XYZ"], [0, 1], 93, letters, EOS)}
+    after = corpus.shuffled(before, 0)
+    pairs = lambda s: list(zip(s.tokens.tolist(), s.document.tolist(), strict=True))  # noqa: E731
+    assert pairs(after["train"]) != pairs(before["train"])
+    assert sorted(pairs(after["train"])) == sorted(pairs(before["train"]))
+    assert after["train"].used == before["train"].used
+    assert pairs(corpus.shuffled(before, 0)["train"]) == pairs(after["train"])
+    assert pairs(corpus.shuffled(before, 1)["train"]) != pairs(after["train"])
+
+
 TEXTS = ["".join(chr(97 + (i + j) % 26) for j in range(5 + i % 9)) for i in range(200)]
 
 

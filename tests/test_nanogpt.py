@@ -158,48 +158,9 @@ def text():
     return ids[:, :-1], ids[:, 1:]
 
 
-def test_the_last_layer_of_the_lens_is_the_prediction(lm, text):
-    tokens, targets = text
-    got = lens.measure(lm, tokens, targets).set_index("layer")
-    logits = lm(tokens).logits.double()
-    assert got.index.tolist() == [0, 1, 2, 3] and got["n_tokens"].unique().tolist() == [240]
-    last = got.loc[3]
-    assert last["kl"] == pytest.approx(0, abs=1e-12) and last["agreement"] == 1
-    loss = F.cross_entropy(logits.flatten(0, 1), targets.flatten()).item()
-    assert last["loss"] == pytest.approx(loss, rel=1e-9)
-    right = (logits.argmax(-1) == targets).double().mean().item()
-    assert last["accuracy"] == pytest.approx(right)
-
-
-def test_the_first_layer_of_the_lens_is_the_embeddings(lm, text):
-    tokens, targets = text
-    got = lens.measure(lm, tokens, targets).iloc[0]
-    body = lm.transformer
-    x = body.wte(tokens) + body.wpe(torch.arange(12))
-    x = (x - x.mean(-1, keepdim=True)) / (x.var(-1, keepdim=True, correction=0) + 1e-5).sqrt()
-    p0 = (x @ body.wte.weight.T).double().log_softmax(-1)
-    p = lm(tokens).logits.double().log_softmax(-1)
-    assert got["kl"] == pytest.approx((p.exp() * (p - p0)).sum(-1).mean().item(), rel=1e-5)
-    assert got["kl"] > 0.05
-    assert got["loss"] == pytest.approx(-p0.gather(-1, targets[..., None]).mean().item(), rel=1e-5)
-
-
-def test_layers_that_write_nothing_change_nothing(lm, text):
-    state = {n: p.clone() for n, p in lm.state_dict().items()}
-    try:
-        with torch.no_grad():
-            for name, p in lm.named_parameters():
-                if "c_proj" in name:
-                    p.zero_()
-        got = lens.measure(lm, *text)
-    finally:
-        lm.load_state_dict(state)
-    assert got["kl"].abs().max() < 1e-10 and got["agreement"].min() == 1
-
-
 def test_an_excerpt_shows_the_last_positions(lm, text):
     tokens, targets = (t[:1] for t in text)
-    got = lens.excerpt(lm, tokens, targets, lambda i: "abcdefghi"[i], 5)
+    got = lens.excerpt(lm, tokens[0], int(targets[0, -1]), lambda i: "abcdefghi"[i], 5)
     assert len(got) == 4 * 5 and got["position"].unique().tolist() == [7, 8, 9, 10, 11]
     last = got[got["layer"] == 3]
     p = lm(tokens).logits[0, 7:].double().softmax(-1)

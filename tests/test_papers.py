@@ -296,6 +296,19 @@ def test_transcoders_have_a_job_of_their_own(home):
     assert re.fullmatch(r"[\w.-]+", pair.id)
 
 
+def test_an_arm_may_have_another_corpus_and_the_same_weights(home):
+    write(
+        home, "p", CHAIN | {"arms": {"trained": {}, "shuffled": {"corpus": {"shuffle": "tokens"}}}}
+    )
+    run = run_of(home, "p")
+    trained, shuffled = (run.store("p", "laptop", arm) for arm in ("trained", "shuffled"))
+    assert trained["model"] == shuffled["model"]
+    for stage in ("corpus", "activations", "sae:blocks.8.hook_resid_post"):
+        assert trained[stage].id != shuffled[stage].id
+    assert trained["corpus"].inputs == shuffled["corpus"].inputs
+    assert "shuffle" not in trained["corpus"].spec["corpus"]  # which keeps its digest
+
+
 def local(path: str) -> dict:
     return CHAIN | {"corpus": {"source": "local", "path": path, "n_tokens": 20_000}}
 

@@ -134,6 +134,20 @@ def test_a_manifest_answers_for_its_files(tmp_path, monkeypatch):
     assert verify("manifest.json") == []
 
 
+def test_weights_that_were_not_published_are_no_fault_and_are_named(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    weights = Path("results/store/model/tiny-0123456789ab/model.json")
+    tables.write_json(weights, {"x": 1}, stamped("model"))
+    tables.write_json("results/m.json", {"y": 1}, stamped("metrics", weights))
+    assert provenance.examined("results/m.json") == ([], [])
+    weights.unlink()
+    assert verify("results/m.json") == [f"{weights}: missing, and a result was made from it"]
+    weights.parent.rmdir()
+    assert provenance.examined("results/m.json") == ([], [weights])
+    done = command("verify", "results/m.json")
+    assert done.returncode == 0 and f"so not checked: {weights}" in done.stdout
+
+
 def test_the_chain_goes_back_to_the_weights(chained):
     found = {(depth, str(file)) for depth, file, _ in chain(chained["r.html"])}
     assert (0, "results/r.html") in found

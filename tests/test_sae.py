@@ -27,6 +27,9 @@ from pipeline.spec_sae import SaeSpec, SaeTraining
 HOOK = "blocks.0.hook_resid_post"
 TOPK = SaeSpec(architecture="topk", d_sae=64, k=4)
 L1 = SaeSpec(architecture="standard", d_sae=64, l1_coefficient=2.0)
+RESAMPLED = L1.model_copy(
+    update={"resample_steps": [250, 500], "resample_window": 100, "resample_rows": 1500}
+)
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -468,7 +471,7 @@ def test_every_architecture_of_saelens_can_be_driven_by_the_reference_step():
     for architecture, options in {"batchtopk": {"k": 4}, "gated": {}, "jumprelu": {}}.items():
         sae = dictionary_at(architecture, 24, 64, "float32", 0.0, **options)
         dictionary = Dictionary(architecture, sae, training, 20)
-        assert dictionary.gradients is sae_steps.reference
+        dictionary.gradients = sae_steps.reference
         train([dictionary], stream, 20)
         assert dictionary.history[-1][4] > dictionary.history[0][4]
 
@@ -498,6 +501,7 @@ SPEC = {
     "dictionaries": {
         "topk": TOPK.model_dump(exclude={"grid", "arms"}) | {"hook": HOOK},
         "l1": L1.model_dump(exclude={"grid", "arms"}) | {"hook": HOOK},
+        "resampled": RESAMPLED.model_dump(exclude={"grid", "arms"}) | {"hook": HOOK},
         "null": TOPK.model_dump(exclude={"grid", "arms"}) | {"hook": HOOK, "frozen_decoder": True},
     },
 }
@@ -572,7 +576,7 @@ def test_saelens_loads_what_we_wrote_and_reconstructs_what_ours_does(made, activ
     stream = Stream(rows, batch_size=128, buffer_rows=65_536, seed=0, normalize=True)
     sae = build(spec, 24)
     sae.b_dec.data.copy_(geometric_median(stream.sample(32_768)))
-    train([Dictionary(name, sae, training, 1000)], stream, 1000)
+    train([Dictionary(name, sae, training, 1000, spec=spec)], stream, 1000)
     x = torch.from_numpy(rows.read(0, 500)[0].copy())
     with torch.no_grad():
         want = sae(x * stream.scale) / stream.scale
@@ -678,6 +682,14 @@ def fault(out: Path, activations: Path, spec: dict, capsys) -> str:
         ("training", "batch_size", 10**6, "n_rows 128000 is less than one batch of 1000000"),
         ("topk", "d_sae", 4096, "sae.topk: 4096 latents are wider than the 3000 training rows"),
         ("topk", "architecture", "top_k", "architecture"),
+        ("topk", "resample_steps", [5], "resample_steps: only for architecture standard"),
+        ("l1", "resample_steps", [9, 5], "resample_steps: [9, 5] do not rise"),
+        (
+            "l1",
+            "resample_steps",
+            [1000],
+            "resample_steps: 1000, but the training ends at step 1000",
+        ),
         ("", "hook", "blocks.1.hook_resid_post", "holds no hook 'blocks.1.hook_resid_post'"),
     ],
 )
@@ -685,9 +697,7 @@ def test_a_bad_spec_is_told_in_one_sentence(
     activations, tmp_path, capsys, section, key, value, sentence
 ):
     spec = json.loads(json.dumps(SPEC))
-    {"training": spec["training"], "topk": spec["dictionaries"]["topk"], "": spec}[section][key] = (
-        value
-    )
+    {"training": spec["training"], "": spec, **spec["dictionaries"]}[section][key] = value
     assert sentence in fault(tmp_path, activations, spec, capsys)
 
 

@@ -77,6 +77,8 @@ def test_a_whole_paper_is_valid():
             "sae.dictionaries.topk: unknown key 'd_sea' (did you mean 'd_sae'?)",
         ),
         ("arms.random", {"wieghts": "reinit"}, "arms.random: unknown key 'wieghts' (did you mean"),
+        ("arms.random", {"corpus": {"n_token": 5}}, "arms.random: corpus: unknown key 'n_token'"),
+        ("arms.random", {"corpus": 5}, "arms.random: corpus: must be an overlay on a section corp"),
         ("arms.random", {"weights": "random"}, "arms.random: weights: Input should be 'trained'"),
         ("corpus.n_ctx", "many", "corpus.n_ctx: Input should be a valid integer"),
         ("corpus.n_ctx", 128.5, "corpus.n_ctx: "),

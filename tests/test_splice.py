@@ -11,7 +11,8 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from pipeline import hooks, splice
+from pipeline import hooks, splice, untrained
+from pipeline.spec_training import Architecture
 
 TOKENS = torch.randint(0, 50, (3, 7), generator=torch.Generator().manual_seed(0))
 
@@ -23,17 +24,21 @@ def tiny(kind):
         "llama": lambda: LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=32)),
         "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=3, n_head=2)),
         "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, intermediate_size=32)),
+        "native": lambda: untrained.build(
+            Architecture(n_layers=3, d_model=16, n_heads=2, d_mlp=32, n_ctx=16, act_fn="relu"), 50
+        ),
     }[kind]()
     return model.eval().requires_grad_(False)
 
 
-@pytest.fixture(params=["llama", "gpt2", "gpt_neox"])
+@pytest.fixture(params=["llama", "gpt2", "gpt_neox", "native"])
 def hf(request):
     return tiny(request.param)
 
 
 @pytest.mark.parametrize("hook", ["blocks.0.hook_resid_pre", "blocks.1.hook_resid_post",
-                                  "blocks.1.hook_mlp_out", "blocks.2.hook_attn_out"])  # fmt: skip
+                                  "blocks.1.hook_mlp_out", "blocks.2.hook_attn_out",
+                                  "blocks.1.mlp.hook_post"])  # fmt: skip
 def test_resuming_on_the_own_stream_gives_the_own_logits(hf, hook):
     whole = hf(TOKENS).logits
     x = splice.stream(hf, hook, TOKENS)
@@ -77,6 +82,18 @@ def test_final_norm_is_what_the_unembedding_sees(hf):
     logits = hf(TOKENS).logits
     handle.remove()
     torch.testing.assert_close(hf.get_output_embeddings()(seen[0]), logits)
+
+
+@pytest.mark.parametrize("hook", ["blocks.1.mlp.hook_post", "blocks.1.hook_resid_post"])
+def test_a_direction_writes_into_the_stream_what_it_changes_there(hf, hook):
+    x = splice.stream(hf, hook, TOKENS)
+    direction = torch.randn(1, x.shape[-1])
+    after = "blocks.1.hook_resid_post"
+    plain = splice.stream(hf, after, TOKENS)
+    with hooks.edited(hf, hook, lambda x: x + direction), hooks.capture(hf, [after]) as seen:
+        hf(TOKENS)
+    got = splice.written(hf, hook, direction)
+    torch.testing.assert_close(seen[after] - plain, got.expand_as(plain), rtol=1e-4, atol=1e-5)
 
 
 def test_known_tokens_are_those_that_were_stored():

@@ -1,6 +1,8 @@
 """What snakemake prints: claims that line up, costs, and the sentence of a failed stage."""
 
 import os
+import re
+import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -21,6 +23,7 @@ def test_claims_are_printed_with_costs_and_the_index(made_up, capsys):
     assert failed == ["made_up.wrong_way"]
     assert "made_up: 2 of 3 claims judged at this scale are reproduced; 1 not comparable" in out
     assert "made in 3 min 14 s of jobs; the longest: evaluation_trained 2 min 05 s" in out
+    assert str(root / "results/smoke/made_up/report.html") in out
     assert out.strip().endswith(str(root / "results/smoke/index.html"))
 
 
@@ -49,7 +52,7 @@ sys.path.insert(0, {root!r})
 from pipeline import summary
 
 onerror:
-    summary.print_failure(log)
+    summary.print_failure(log, summary.without_targets(sys.argv, ["all"]))
 
 rule all:
     input: "a.txt", "b.txt", "c.txt"
@@ -82,6 +85,29 @@ def test_a_failure_is_told_with_its_log(tmp_path):
     assert "error in stage told: x is 3; make it 4\n  log: logs/a b.log" in done.stderr
     assert "rule crashed failed; its log ends: KeyError: 7\n  log: logs/b.log" in done.stderr
     assert "not shown" not in done.stderr
+    assert "  log: logs/b.log\n  | Traceback\n  | KeyError: 7\n" in done.stderr
+    assert "  log: logs/a b.log\n  | work\n" in done.stderr
+    alone = re.findall(r"^  this job alone: (.+)$", done.stderr, re.M)
+    assert len(alone) == 2 and "see shell: in " in done.stderr
+    for line in alone:  # each fails again, by itself
+        again = subprocess.run(shlex.split(line), cwd=tmp_path, capture_output=True, env=env)
+        assert again.returncode == 1 and again.stderr.count(b"Error in rule") == 1, again.stderr
+
+
+@pytest.mark.parametrize(
+    "argv, command",
+    [
+        (["bin/snakemake", "-c2"], "bin/snakemake -c2"),
+        (["bin/snakemake", "-c2", "toy"], "bin/snakemake -c2"),
+        (["bin/snakemake", "-c2", "results/laptop/toy/claims.csv"], "bin/snakemake -c2"),
+        (["bin/snakemake", "--config", "scale=smoke", "--", "toy"],
+         "bin/snakemake --config scale=smoke"),
+        (["x/snakemake/__main__.py", "--directory", "a b"],
+         f"{sys.executable} -m snakemake --directory 'a b'"),
+    ],
+)  # fmt: skip
+def test_the_command_line_without_its_targets(argv, command):
+    assert summary.without_targets(argv, ["toy"]) == command
 
 
 def test_a_lost_log_is_no_second_failure(tmp_path, capsys):

@@ -427,17 +427,6 @@ def test_a_trained_model_is_a_model_like_any_other(data, tmp_path, more):
     assert loaded.tokenizer is None and loaded.bos_id is None
 
 
-def test_a_product_in_pieces_is_the_product():
-    """3,830 rows are ten pieces; values and weight gradients of batched members, against matmul."""
-    generator = torch.Generator().manual_seed(0)
-    rows = torch.randn(3, 3830, 6, generator=generator, dtype=torch.float64)
-    weight = torch.randn(3, 6, 4, generator=generator, dtype=torch.float64, requires_grad=True)
-    made = torch.vmap(lambda x, w: native.product(x, w, True))(rows, weight)
-    torch.testing.assert_close(made, rows @ weight)
-    (got,) = torch.autograd.grad(made.square().sum(), weight)
-    torch.testing.assert_close(got, (2 * rows.mT @ rows @ weight).detach())
-
-
 def test_logits_of_the_last_position_alone_are_those_of_all():
     model = drawn(n_layers=2, positional="rotary")
     tokens = torch.randint(0, 11, (3, 6), generator=torch.Generator().manual_seed(2))

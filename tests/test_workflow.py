@@ -379,7 +379,8 @@ def test_strict_fails_a_run_whose_claim_is_not_reproduced(project):
 HEAVY = ["torch", "transformers", "transformer_lens", "sae_lens"]
 LIGHT = (
     "spec papers provenance tables cli metrics claims figures report index feature_page summary "
-    "source scaffold errors"
+    "source scaffold errors compare published matching release lint_paper schema slide progress "
+    "crate"
 ).split()
 
 

@@ -119,7 +119,12 @@
     plot.layout = rest;
     controls(figure, [...updatemenus, ...sliders]);
     const box = canvas(figure);
-    const width = figure.clientWidth;
+    const least = plot.layout.meta?.min_width ?? 0;  // a wider figure scrolls sideways on a phone
+    if (least) {
+      figure.style.overflowX = "auto";
+      box.style.minWidth = `${least}px`;
+    }
+    const width = Math.max(figure.clientWidth, least);
     const layout = { ...plot.layout, autosize: true, height: height(plot.layout, plot.data, width) };
     delete layout.width;
     if (width < narrow) {

@@ -80,6 +80,17 @@ def floor(one) -> float:
     return STEPS * 3 * macs / rate  # forward, and the gradients of inputs and weights
 
 
+def same_gradient(five) -> None:
+    """The members side by side have the gradients that they have under vmap, to rounding."""
+    import torch
+
+    batch = five.batch(0)
+    want = torch.autograd.grad(five.forward(*batch), five.flat)[0]
+    off = (five.side_by_side(*batch) - want).norm(dim=1) / want.norm(dim=1)
+    if off.max() > 1e-5:
+        raise SystemExit(f"the members' gradients differ by {off.tolist()} of their size")
+
+
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--device", default="cpu", help="cpu or cuda")
@@ -88,6 +99,8 @@ def main() -> None:
     import torch
 
     teams = {"one": team(1, args.device), "five": team(5, args.device)}
+    if teams["five"].streams:
+        same_gradient(teams["five"])
     steps = {name: made.step for name, made in teams.items()}
     steps["plain"] = plain(teams["one"])
 

@@ -5,7 +5,6 @@
 
 ours     pipeline.team.Team.step: Hugging Face's GPT-2, AdamW of our own on flat weights; on a
          GPU the step is one CUDA graph
-compiled ours with `compile: true`, on a GPU
 peer     a GPT of 40 lines below: SDPA, fused AdamW, autocast, clipping; torch.compile on a GPU
 
 Both draw their windows of the text and set the learning rate in every step. Before the clock
@@ -136,14 +135,10 @@ def measure(recipe: str, args, device: torch.device) -> Row:
     ids = np.random.default_rng(0).integers(0, D_VOCAB, N_TOKENS).astype(np.int32)
     text = {"train": ids, "eval": ids[:10_000]}
     data = training_data.of_corpus(text, D_VOCAB, spec, 0, device)
-    specs = {"ours": spec}
-    if device.type == "cuda":
-        specs["compiled"] = spec.model_copy(update={"compile": True})
-    teams = {name: Team(s, [data], device) for name, s in specs.items()}
-    for team in teams.values():
-        team.model.train()
-    peer = Peer(spec, data, teams["ours"].parameters(teams["ours"].flat[0].detach()), device)
-    same_loss(teams["ours"], peer)
+    team = Team(spec, [data], device)
+    team.model.train()
+    peer = Peer(spec, data, team.parameters(team.flat[0].detach()), device)
+    same_loss(team, peer)
 
     def several(step):
         def work() -> None:
@@ -151,20 +146,16 @@ def measure(recipe: str, args, device: torch.device) -> Row:
                 step(i)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            for team in teams.values():
-                team.count.zero_()  # the plan of step sizes ends with the recipe's last step
+            team.count.zero_()  # the plan of step sizes ends with the recipe's last step
 
         return work
 
-    work = {name: several(team.step) for name, team in teams.items()}
-    work["peer"] = several(peer.step)
+    work = {"ours": several(team.step), "peer": several(peer.step)}
     per_run = args.steps * spec.batch_size * spec.architecture.n_ctx
     found = rates(interleaved(work, args.repeats), per_run)
-    best = max(teams, key=lambda name: median(found[name]))
     return Row(
-        case=f"{recipe}, {spec.precision if device.type == 'cuda' else 'float32'}"
-        + (", compiled" if best == "compiled" else ""),
-        ours=median(found[best]),
+        case=f"{recipe}, {spec.precision if device.type == 'cuda' else 'float32'}",
+        ours=median(found["ours"]),
         units="tokens/s",
         peer=median(found["peer"]),
         peer_name="plain PyTorch" + (", compiled" if device.type == "cuda" else ""),

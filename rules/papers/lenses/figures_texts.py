@@ -1,0 +1,198 @@
+"""Figures along example texts: prediction trajectories, and direct logit attribution; no torch."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import plotly.graph_objects as go
+from plotly.subplots import make_subplots
+
+from pipeline.errors import RetraceError
+from pipeline.theme import INK, PALETTE, axis, literal, selector
+
+LENSES = {"tuned": "tuned lens", "logit": "logit lens"}
+LONGEST = 9  # characters of a token in a cell
+CELL, ROW = 54, 30  # pixels
+
+
+def seen(token: str) -> str:
+    """A token that can be seen, and is never markup: a leading space as it is, a lone one as ␣."""
+    text = token.strip(" ") or ("␣" if token else "")
+    return literal(text if len(text) <= LONGEST else f"{text[: LONGEST - 1]}…")
+
+
+def whole(token: str) -> str:
+    return literal(token.replace(" ", "␣"))
+
+
+def thinned(layers: list[int], rows: int) -> list[int]:
+    """At most so many layers, evenly spaced, the first and the last among them."""
+    at = np.unique(np.linspace(0, len(layers) - 1, min(rows, len(layers))).round().astype(int))
+    return [layers[i] for i in at]
+
+
+def trajectories(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure, pd.DataFrame]:
+    """The likeliest token at every layer and position, the tuned lens above the logit lens.
+
+    The reader chooses the text. Options: model; rows, layers shown at most (default 11).
+    """
+    table = tables["lenses/trajectories"]
+    table = table[table["model"] == options["model"]]
+    if table.empty:
+        raise RetraceError(f"lenses/trajectories: no model '{options['model']}'")
+    layers = thinned(sorted(table["layer"].unique()), options.get("rows", 11))
+    table = table[table["layer"].isin(layers)]
+    names = [*map(str, layers[:-1]), "output"]
+    by_text = dict(iter(table.groupby("text", sort=False)))
+    fields = {text: [field(t[t["lens"] == name], layers) for name in LENSES]
+              for text, t in by_text.items()}  # fmt: skip
+    first = next(iter(by_text))
+    figure = make_subplots(2, 1, shared_xaxes=True, vertical_spacing=0.07,
+                           subplot_titles=list(LENSES.values()))  # fmt: skip
+    for row, cells in enumerate(fields[first], 1):
+        figure.add_heatmap(
+            **cells, y=names, zmin=0, zmax=1, xgap=1, ygap=1, coloraxis="coloraxis",
+            texttemplate="%{text}", textfont={"size": 11}, row=row, col=1,
+            hovertemplate="%{customdata}<extra></extra>",
+        )  # fmt: skip
+    ticks = {text: ticks_of(t) for text, t in by_text.items()}
+    choices = {}
+    for text, t in by_text.items():
+        change = {k: [f[k] for f in fields[text]] for k in ("x", "z", "text", "customdata")}
+        layout = {f"{a}.{k}": v for a in ("xaxis", "xaxis2") for k, v in ticks[text].items()}
+        choices[label(t["words"].iloc[0])] = [change, layout]
+    if len(choices) > 1:
+        figure.update_layout(updatemenus=[selector(choices)])
+    widest = max(t["position"].nunique() for t in by_text.values())
+    figure.update_xaxes(**ticks[first], showgrid=False, tickangle=-35, showline=False, ticks="")
+    figure.update_yaxes(type="category", showgrid=False, showline=False, ticks="",
+                        title={"text": "layers before the lens"})  # fmt: skip
+    figure.update_xaxes(title={"text": "token read"}, row=2)
+    figure.update_annotations(font={"size": 14}, x=0, xanchor="left")
+    figure.update_layout(
+        coloraxis={
+            "cmin": 0, "cmax": 1,
+            "colorbar": {"title": {"text": "probability", "side": "right"}, "thickness": 10},
+        },
+        height=150 + 2 * ROW * len(layers),
+        meta={"min_width": 130 + CELL * widest},
+    )  # fmt: skip
+    columns = ["text", "lens", "layer", "position", "token", "target", "p_target", "kl"]
+    flat = table[columns].assign(top=table["top"].str[0], p_top=table["p_top"].str[0])
+    return figure, flat.reset_index(drop=True)
+
+
+def label(words: str) -> str:
+    """A text for the list: its beginning, on one line."""
+    line = " ".join(words.split())
+    return line if len(line) <= 60 else f"{line[:59]}…"
+
+
+def ticks_of(table: pd.DataFrame) -> dict[str, Any]:
+    """The tokens read, under their columns."""
+    read = table.drop_duplicates("position").sort_values("position")
+    places = read["position"].tolist()
+    return {
+        "tickvals": places,
+        "ticktext": [seen(t) for t in read["token"]],
+        "range": [places[0] - 0.5, places[-1] + 0.5],
+    }
+
+
+def field(table: pd.DataFrame, layers: list[int]) -> dict[str, Any]:
+    """x, z, text and customdata of one heat map, layers upwards."""
+    cells = table.set_index(["layer", "position"])
+    places = sorted(table["position"].unique().tolist())
+    final = {at: cells.loc[(layers[-1], at), "top"][0] for at in places}
+    out: dict[str, Any] = {"x": places, "z": [], "text": [], "customdata": []}
+    for layer in layers:
+        rows = [cells.loc[(layer, at)] for at in places]
+        out["z"].append([float(r["p_top"][0]) for r in rows])
+        out["text"].append([shown(r, r["top"][0] == final[at])
+                            for r, at in zip(rows, places, strict=True)])  # fmt: skip
+        out["customdata"].append([hover(r, layer == layers[-1], layer) for r in rows])
+    return out
+
+
+def shown(cell: Any, settled: bool) -> str:
+    """The likeliest token and its probability in hundredths; bold where the model ends there."""
+    token = seen(cell["top"][0])
+    token = f"<b>{token}</b>" if settled else token
+    return f'{token}<br><span style="font-size:8px">{100 * cell["p_top"][0]:.0f} %</span>'
+
+
+def hover(cell: Any, is_output: bool, layer: int) -> str:
+    """The five likeliest tokens, what was read, and what came next."""
+    top = zip(cell["top"], cell["p_top"], strict=True)
+    lines = ["the model's prediction" if is_output else f"after {layer} layers"]
+    lines += [f"{p:.3f}  {whole(t)}" for t, p in top]
+    if cell["target"]:
+        lines.append(f"next: {whole(cell['target'])}, given {cell['p_target']:.3f}")
+    if not is_output:
+        lines.append(f"KL to the prediction: {cell['kl']:.2f} nats")
+    return "<br>".join(lines)
+
+
+def attribution(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure, pd.DataFrame]:
+    """What every attention and MLP adds to the likeliest token's logit, and the sum so far.
+
+    The reader chooses the place. Options: names, model -> what the list calls it; places, of each
+    text: that many with the largest logits, and its last (default 2).
+    """
+    table = tables["lenses/attribution"]
+    chosen = []
+    for model, name in options["names"].items():
+        of_model = table[table["model"] == model]
+        for _, rows in of_model.groupby("text", sort=False):
+            logits = rows.groupby("position")["logit"].first()
+            largest = logits.drop(logits.index.max()).nlargest(options.get("places", 2)).index
+            for at in [logits.index.max(), *largest]:
+                chosen.append((name, rows[rows["position"] == at]))
+    figure, choices, frames = go.Figure(), {}, []
+    for name, rows in chosen:
+        parts = ordered(rows)
+        words = label("…" + rows["words"].iloc[0][-34:])
+        what = f"{name}: “{words}” → “{rows['top'].iloc[0]}”"
+        ys = [parts["contribution"].where(parts["part"] == p).tolist() for p in PARTS]
+        ys.append(parts["contribution"].cumsum().tolist())
+        if not choices:
+            bars(figure, parts["place"].tolist(), ys)
+        choices[what] = [{"x": [parts["place"].tolist()] * len(ys), "y": ys}, {}]
+        frames.append(parts)
+    figure.update_layout(
+        barmode="relative",
+        bargap=0.15,
+        updatemenus=[selector(choices)],
+        xaxis=axis("part of the model, in the order of computation", type="category"),
+        yaxis=axis("logit over the vocabulary's mean"),
+        height=460,
+    )
+    out = pd.concat(frames, ignore_index=True)
+    return figure, out.drop(columns=["number", "within", "place"])
+
+
+PARTS = {"embedding": PALETTE[2], "attention": PALETTE[0], "MLP": PALETTE[1], "bias": PALETTE[3]}
+
+
+def ordered(rows: pd.DataFrame) -> pd.DataFrame:
+    """Parts in the order of computation, with the place of each on the axis."""
+    first = {"embedding": -1, "bias": rows["layer"].max() + 1}
+    number = rows["part"].map(first).fillna(rows["layer"])
+    within = rows["part"].map({p: i for i, p in enumerate(PARTS)})
+    rows = rows.assign(number=number, within=within).sort_values(["number", "within"])
+    short = {"attention": "attn ", "MLP": "MLP "}
+    names = [
+        f"{short[p]}{int(n)}" if p in short else p
+        for p, n in zip(rows["part"], rows["layer"], strict=True)
+    ]
+    return rows.assign(place=names)
+
+
+def bars(figure: go.Figure, x: list[str], ys: list[list]) -> None:
+    """Bars of each part, and the line of their sum so far."""
+    for (part, colour), y in zip(PARTS.items(), ys, strict=False):
+        figure.add_bar(x=x, y=y, name=part, marker={"color": colour},
+                       hovertemplate="%{x}: %{y:+.3~g}<extra></extra>")  # fmt: skip
+    figure.add_scatter(x=x, y=ys[-1], name="sum so far", mode="lines",
+                       line={"color": INK, "width": 1.2, "shape": "hv"},
+                       hovertemplate="up to %{x}: %{y:.3~g}<extra></extra>")  # fmt: skip

@@ -1,0 +1,208 @@
+"""What lenses see in the models: layer by layer, from layer to layer, and along texts. [torch]
+
+1. layers        logit and tuned lens against the prediction, over held-out text (pipeline/lens.py)
+2. transfer      each translator on the stream of each layer (Belrose et al. 2023, Section 3)
+3. trajectories  the likeliest tokens at every layer and position of example texts
+4. attribution   what each attention and MLP adds to the logit of the likeliest token of the texts
+5. basis         causal bases of the lenses, and what they do to the model (basis.py)
+"""
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+import torch.nn.functional as F
+from pydantic import Field
+from torch import Tensor, nn
+
+from pipeline import cli, lens, model, tables
+from pipeline.errors import RetraceError, nearest
+from pipeline.source import import_file
+from pipeline.spec_base import Name, Section
+
+tuning = import_file(Path(__file__).with_name("tuning.py"))
+basis = import_file(Path(__file__).with_name("basis.py"))
+TABLES = ("layers", "transfer", "trajectories", "attribution", "basis")
+
+
+class Options(Section):
+    """Section own.lenses of paper.yaml."""
+
+    tables: list[str]
+    n_tokens: dict[Name, int] = Field(
+        default={}, description="model -> held-out tokens measured, at most; default 20,000"
+    )
+    n_transfer_tokens: dict[Name, int] = Field(
+        default={}, description="model -> tokens of the transfer matrix; default as many"
+    )
+    texts: dict[Name, list[str]] = Field(
+        default={}, description="model -> example texts; default the first held-out blocks"
+    )
+    n_texts: int = Field(default=2, ge=1, description="held-out blocks, where there are no texts")
+    n_shown: int = Field(default=16, ge=2, description="positions of an example, at most")
+    basis: basis.Options
+
+    def check(self, models: Iterable[str]) -> None:
+        """RetraceError where an option names a model that has no lens."""
+        named = {"n_tokens": self.n_tokens, "n_transfer_tokens": self.n_transfer_tokens,
+                 "texts": self.texts, "basis.models": self.basis.models}  # fmt: skip
+        for key, name in ((k, n) for k, names in named.items() for n in names):
+            if name not in models:
+                raise RetraceError(
+                    f"own.lenses.{key}: no model '{name}'{nearest(name, models)}; "
+                    f"own.tuning.models has {', '.join(models)}"
+                )
+
+
+class Moments:
+    """First and second moments of a stream, summed in float64."""
+
+    def __init__(self) -> None:
+        self.n, self.first, self.second = 0, 0.0, 0.0
+
+    def add(self, x: Tensor) -> None:
+        """x: [tokens d_model]."""
+        x = x.double()
+        self.n += len(x)
+        self.first, self.second = self.first + x.sum(0), self.second + x.T @ x
+
+    def covariance(self) -> Tensor:
+        mean = self.first / self.n
+        return self.second / self.n - torch.outer(mean, mean)
+
+
+@torch.no_grad()
+def transfer(
+    hf: nn.Module, translators: lens.Translators, tokens: Tensor, targets: Tensor, first: int
+) -> pd.DataFrame:
+    """One row a translator and layer read: loss and kl in nats, the transfer penalty, similarity.
+
+    penalty: the loss of translator l on the stream of layer l' less that of l' on its own.
+    similarity: the Frobenius cosine of the two streams' covariances.
+
+    Args:
+        tokens, targets: [windows pos]; positions below `first` do not count.
+    """
+    read, layers, n = lens.tuned_lens(hf, translators), translators.layers, 0
+    sums = {(a, b): torch.zeros(2, dtype=torch.float64) for a in layers for b in layers}
+    moments = {layer: Moments() for layer in layers}
+    for some, wanted in lens.passes(hf, tokens, targets):
+        x, logits = lens.streams(hf, some)
+        flat = lambda t: t[:, first:].flatten(0, 1)  # noqa: E731
+        log_p, wanted = flat(logits).log_softmax(-1), flat(wanted)
+        n += len(wanted)
+        for layer in layers:
+            moments[layer].add(flat(x[layer]))
+        for a, b in sums:
+            log_q = read(a, flat(x[b])).log_softmax(-1)
+            loss = F.nll_loss(log_q, wanted, reduction="sum")
+            sums[a, b] += torch.stack([loss, lens.kl(log_p, log_q).sum()]).double().cpu()
+    cov = {layer: m.covariance() for layer, m in moments.items()}
+    cov = {layer: c / c.norm() for layer, c in cov.items()}
+    rows = [
+        {"translator": a, "layer": b, "loss": float(s[0]) / n, "kl": float(s[1]) / n,
+         "similarity": float((cov[a] * cov[b]).sum())}
+        for (a, b), s in sums.items()
+    ]  # fmt: skip
+    frame = pd.DataFrame(rows)
+    own = frame[frame["translator"] == frame["layer"]].set_index("layer")["loss"]
+    return frame.assign(penalty=frame["loss"] - frame["layer"].map(own), n_tokens=n)
+
+
+def examples(loaded: Any, texts: list[str], blocks: Tensor, n: int, shown: int) -> list[Tensor]:
+    """Token ids [pos] of each example text, BOS before it where the model has one.
+
+    Args:
+        texts: none for the beginnings of the first n held-out blocks [blocks pos].
+        shown: tokens of a text, at most, BOS not counted.
+    """
+    if not texts:
+        return list(blocks[:n, : shown + int(loaded.bos_id is not None)])
+    front = [] if loaded.bos_id is None else [loaded.bos_id]
+    encode = lambda t: loaded.tokenizer(t, add_special_tokens=False)["input_ids"]  # noqa: E731
+    return [torch.tensor([*front, *encode(t)[:shown]], device=blocks.device) for t in texts]
+
+
+def along(
+    loaded: Any, ids: list[Tensor], lenses: dict[str, lens.Lens], layers: list[int]
+) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """Trajectories and attribution of the example texts; BOS is read and not shown."""
+    decode: Callable[[int], str] = lambda i: loaded.tokenizer.decode([i])  # noqa: E731
+    first = int(loaded.bos_id is not None)
+    shown, added = [], []
+    for number, tokens in enumerate(ids):
+        found = lens.trajectory(loaded.hf, tokens, lenses, decode, layers, first)
+        whole = "".join(found[found["layer"] == layers[0]].drop_duplicates("position")["token"])
+        shown.append(found.assign(text=number, words=whole))
+        found = lens.parts(loaded.hf, tokens, first)
+        read = [decode(i) for i in tokens.tolist()]
+        found = found.assign(
+            text=number,
+            words=["".join(read[first : at + 1]) for at in found["position"]],
+            top=found.pop("id").map(decode),
+        )
+        added.append(found)
+    return tuple(pd.concat(frames, ignore_index=True) for frames in (shown, added))
+
+
+def of_model(
+    name: str, loaded: Any, translators: lens.Translators, blocks: Tensor, skip: int, how: Options
+) -> dict[str, pd.DataFrame]:
+    """The tables of one model.
+
+    Args:
+        blocks: held-out tokens, [blocks pos].
+        skip: positions of a block that do not count.
+    """
+    hf, layers = loaded.hf, translators.layers
+    lenses = {"logit": lens.logit_lens(hf), "tuned": lens.tuned_lens(hf, translators)}
+    tokens, targets = blocks[:, :-1], blocks[:, 1:]
+    some = lambda n: slice(0, max(1, n // tokens.shape[1]))  # noqa: E731
+    n = some(how.n_tokens.get(name, 20_000))
+    few = some(how.n_transfer_tokens.get(name, 20_000))
+    ids = examples(loaded, how.texts.get(name, []), blocks, how.n_texts, how.n_shown)
+    shown, added = along(loaded, ids, lenses, layers)
+    out = {
+        "layers": lens.measure(hf, tokens[n], targets[n], lenses, layers, skip),
+        "transfer": transfer(hf, translators, tokens[few], targets[few], skip),
+        "trajectories": shown,
+        "attribution": added,
+    }
+    if name in how.basis.models:
+        chosen = layers[:: how.basis.every]
+        blocks = blocks[: how.basis.n_blocks]
+        out["basis"] = basis.of_model(hf, lenses, chosen, blocks, skip, how.basis)
+    return {table: frame.assign(model=name) for table, frame in out.items()}
+
+
+def main() -> None:
+    parser = cli.parser(
+        "lenses", __doc__, models="model.json of every model, sorted by name*",
+        corpora="tokens.parquet of every model*", translators="what stage tuning wrote",
+        **{t: f"{t}.parquet" for t in TABLES},
+    )  # fmt: skip
+
+    def work(job: cli.Job) -> None:
+        args, how = job.args, job.section("own.lenses", Options)
+        tuned, device = job.section("own.tuning", tuning.Options), job.device()
+        how.check(tuned.models)
+        found: dict[str, list[pd.DataFrame]] = {t: [] for t in TABLES}
+        for name, file, corpus in zip(sorted(tuned.models), args.models, args.corpora, strict=True):
+            loaded = model.load(file, device)
+            translators = tuning.read_translators(args.translators, name, device)
+            blocks = tuning.read_blocks(corpus, "eval").to(device)
+            skip = tuned.models[name].skip_first
+            for table, frame in of_model(name, loaded, translators, blocks, skip, how).items():
+                found[table].append(frame)
+            cli.log.info("%s: read", name)
+        made = job.certificate([*args.models, *args.corpora, args.translators])
+        for table, frames in found.items():
+            tables.write_table(getattr(args, table), pd.concat(frames, ignore_index=True), made)
+
+    cli.run("lenses", parser.parse_args(), work)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,219 @@
+"""Latents beside neurons, beside another model's latents, and beside those of wider dictionaries.
+
+1. Over stored rows: how often every latent of every width fires, and on which tokens; the same for
+   the neurons, for random directions, and for the dictionary of the untrained model (tally.py).
+2. Over held-out rows: the best match of each latent, and of each neuron, in the model of another
+   seed (matching.py).
+3. Between widths: which latents of the wide dictionaries lie near one of the narrowest
+   (splitting.py). [torch]
+"""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from pipeline import cli, hooks, model, shards, tables
+from pipeline.errors import RetraceError
+from pipeline.evaluation import load_saes
+from pipeline.source import import_file
+from pipeline.spec_base import Name, Section
+
+matching = import_file(Path(__file__).with_name("matching.py"))
+splitting = import_file(Path(__file__).with_name("splitting.py"))
+tally = import_file(Path(__file__).with_name("tally.py"))
+TABLES = ("units", "matches", "splitting", "tree")
+BATCH = 4096  # rows
+
+
+class Options(Section):
+    """Section own.latents of paper.yaml."""
+
+    tables: list[str]
+    arm: Name = Field(description="the model whose dictionaries are looked at")
+    other: Name = Field(description="the model of another seed")
+    untrained: Name | None = Field(default=None, description="the model before training")
+    dictionary: str = Field(description="the paper's A/1: trained on all of them")
+    widths: list[str] = Field(min_length=3, description="dictionaries of `arm`, narrow first")
+    n_rows: int = Field(default=1_000_000, ge=1, description="rows scanned, at most")
+    n_top: int = Field(default=20, ge=2, description="largest activations whose tokens count")
+    n_fired: int = Field(default=10, ge=1, description="rows a matched unit must fire on")
+    n_random: int = Field(default=256, ge=1, description="random directions")
+    n_tree: int = Field(default=8, ge=1, description="latents a width in the example")
+    seed: int = Field(default=0, ge=0, description="of random directions and permutations")
+
+
+class Arm:
+    """The stored rows and the dictionaries of one arm."""
+
+    def __init__(self, activations: str, saes: str, names: list[str], device: Any) -> None:
+        self.activations, self.device = activations, device
+        self.hook = tables.read_json(saes)["hook"]
+        trained = tables.read_json(saes)["saes"]
+        if missing := [n for n in names if n not in trained]:
+            raise RetraceError(
+                f"own.latents: {saes} has no dictionary '{missing[0]}'; it has "
+                f"{', '.join(trained)}; name it, or train it on this arm"
+            )
+        self.saes = load_saes(saes, device, names)
+
+    def rows(self, splits: tuple[str, ...], n: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """The first n rows of splits, in batches: x [rows d_in] float32, tokens [rows]."""
+        for split in splits:
+            stored = shards.Rows(self.activations, self.hook, split)
+            for raw, columns in stored.iterate(BATCH):
+                raw, n = raw[:n], n - len(raw[:n])
+                if len(raw) == 0:
+                    return
+                x = hooks.to_tensor(raw, stored.dtype, self.device).float()
+                tokens = torch.from_numpy(columns["token"][: len(raw)]).long()
+                yield x, tokens.to(self.device)
+
+
+def directions(d_in: int, n: int, seed: int) -> Tensor:
+    """Random directions, unit columns [d_in n]."""
+    drawn = torch.randn(d_in, n, generator=torch.Generator().manual_seed(seed))
+    return drawn / drawn.norm(dim=0)
+
+
+@torch.no_grad()
+def tallies(arm: Arm, options: Options, d_vocab: int, plain: bool) -> dict[str, Any]:
+    """Name -> Tally of each dictionary of an arm; and where `plain`, of its neurons and of random
+    directions, under the names 'neurons' and 'random'."""
+    made: dict[str, Any] = {}
+    random = None
+    for x, tokens in arm.rows(("train", "eval"), options.n_rows):
+        acts = {name: sae.encode(x) for name, sae in arm.saes.items()}
+        if plain:
+            if random is None:
+                random = directions(x.shape[1], options.n_random, options.seed).to(x.device)
+            acts |= {"neurons": x, "random": x @ random}
+        for name, values in acts.items():
+            if name not in made:
+                n_units = values.shape[1]
+                made[name] = tally.Tally(n_units, d_vocab, options.n_top, x.device)
+            made[name].add(values, tokens)
+    return made
+
+
+@torch.no_grad()
+def matches(a: Arm, b: Arm, options: Options) -> pd.DataFrame:
+    """Best matches over the held-out rows: kind, unit, match, correlation."""
+    kinds = ("latents", "neurons", "null_latents", "null_neurons")
+    found = {kind: matching.Correlation() for kind in kinds}
+    pairs = zip(*(arm.rows(("eval",), options.n_rows) for arm in (a, b)), strict=True)
+    for (x, tokens), (y, same) in pairs:
+        if not torch.equal(tokens, same):
+            raise RetraceError(
+                f"{a.activations} and {b.activations} hold other tokens; set max_norm_ratio: 0"
+            )
+        name = options.dictionary
+        acts, others = a.saes[name].encode(x), b.saes[name].encode(y)
+        found["latents"].add(acts, others)
+        found["neurons"].add(x, y)
+        found["null_latents"].add(acts, matching.shuffled(others))
+        found["null_neurons"].add(x, matching.shuffled(y))
+    if not found["latents"].n_rows:
+        raise RetraceError(f"{a.activations}: no held-out rows; raise corpus.n_eval_tokens")
+    return pd.concat(
+        [c.best(options.n_fired).assign(kind=k) for k, c in found.items()], ignore_index=True
+    )
+
+
+def units(made: dict[str, Any], arm: str, text: list[str]) -> pd.DataFrame:
+    """One row a unit of each Tally; see Tally for the columns.
+
+    A random direction has signed values: it neither fires nor has a share of them on a token.
+    """
+    frames = []
+    for name, t in made.items():
+        columns = {"arm": arm, "group": name, "unit": range(len(t.density))}
+        columns |= {"density": t.density, "token_share": t.token_share}
+        columns |= {"top_entropy": t.top_entropy(), "n_rows": t.n_rows}
+        columns["tokens"] = [" · ".join(text[i] for i in row) for row in t.foremost(3)]
+        frames.append(pd.DataFrame(columns))
+        if name == "random":
+            frames[-1][["density", "token_share"]] = float("nan")
+    return pd.concat(frames, ignore_index=True)
+
+
+def alive(sae: Any, counted: Any) -> tuple[Tensor, Tensor]:
+    """Latents that fired, int64 [alive], and their decoder rows [alive d_in]."""
+    at = (counted.fired > 0).nonzero()[:, 0]
+    return at, sae.W_dec[at]
+
+
+def split(arm: Arm, made: dict[str, Any], options: Options) -> tuple[pd.DataFrame, pd.DataFrame]:
+    """The tables `splitting` and `tree`; latents by their numbers in the dictionaries.
+
+    The example is the latent of the narrowest dictionary with most latents near it in the widest.
+    """
+    living = {n: alive(arm.saes[n], made[n]) for n in options.widths}
+    rows, ids = [living[n][1] for n in options.widths], [living[n][0] for n in options.widths]
+    if not all(len(r) for r in rows):
+        raise RetraceError("own.latents: a dictionary has no latent that fires; train it longer")
+    frames = [splitting.near(rows[0], wide, options.seed) for wide in rows[1:]]
+    root = int(frames[-1].sort_values(["n_near", "best"]).index[-1])
+    example = splitting.tree(rows, root, options.n_tree)
+    for frame, name in zip(frames, options.widths[1:], strict=True):
+        frame["latent"] = ids[0].cpu().numpy()
+        frame.insert(0, "wide", name)
+    numbers = [i.tolist() for i in ids]
+    for column, up in (("latent", 0), ("parent", 1)):
+        example[column] = [
+            numbers[level - up][i] if i >= 0 else -1
+            for level, i in zip(example["level"], example[column], strict=True)
+        ]
+    example.insert(0, "dictionary", [options.widths[level] for level in example["level"]])
+    return pd.concat(frames, ignore_index=True), example
+
+
+def main() -> None:
+    parser = cli.parser(
+        "latents", __doc__, model="model.json of any arm: the tokenizer",
+        activations="manifest.json of every arm's activations, arms sorted by name*",
+        saes="manifest.json of every arm's dictionaries, likewise*",
+        **{t: f"{t}.parquet" for t in TABLES},
+    )  # fmt: skip
+
+    def work(job: cli.Job) -> None:
+        args, options = job.args, job.section("own.latents", Options)
+        device, names = job.device(), sorted(job.spec["arms"])
+        paths = dict(zip(names, zip(args.activations, args.saes, strict=True), strict=True))
+        main, widths = [options.dictionary], options.widths
+        wanted = {options.arm: [*widths, *(n for n in main if n not in widths)]}
+        nulls = [options.untrained] if options.untrained else []
+        wanted |= dict.fromkeys([options.other, *nulls], main)
+        if unknown := wanted.keys() - paths.keys():
+            raise RetraceError(
+                f"own.latents: no arm '{min(unknown)}'; paper.yaml has {', '.join(names)}"
+            )
+        arms = {arm: Arm(*paths[arm], saes, device) for arm, saes in wanted.items()}
+        tokenizer = model.load_tokenizer(args.model)
+        text = [tokenizer.decode([i]) for i in range(len(tokenizer))]
+        made = {
+            arm: tallies(arms[arm], options, len(text), plain=arm == options.arm)
+            for arm in (options.arm, *nulls)
+        }
+        cli.log.info("%d rows scanned", made[options.arm]["neurons"].n_rows)
+        near, example = split(arms[options.arm], made[options.arm], options)
+        frames = {
+            "units": pd.concat([units(t, arm, text) for arm, t in made.items()]),
+            "matches": matches(arms[options.arm], arms[options.other], options),
+            "splitting": near,
+            "tree": example,
+        }
+        inputs = [args.model, *args.activations, *args.saes]
+        made_by = job.certificate(inputs, seed=options.seed)
+        for name, frame in frames.items():
+            tables.write_table(getattr(args, name), frame, made_by)
+
+    cli.run("latents", parser.parse_args(), work)
+
+
+if __name__ == "__main__":
+    main()

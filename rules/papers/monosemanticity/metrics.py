@@ -1,0 +1,140 @@
+"""Numbers of the paper out of its tables: one main dictionary, the paper's A/1, and its company."""
+
+from typing import Any
+
+import numpy as np
+
+ULTRALOW = 1e-5  # share of rows; the border is ours, the paper draws it between two clusters
+METRICS = {
+    "model.loss": "mean next-token cross-entropy of model a, nats, held-out blocks",
+    "model.mlp_nats": "by how much it rises when the MLP's activations are zero",
+    "main.width": "latents of the main dictionary, the one that all arms train",
+    "main.loss_recovered": "(loss_zero - loss_spliced) / (loss_zero - loss_model) of the main "
+    "dictionary of model a: the MLP's activations after its nonlinearity replaced by the "
+    "reconstruction, against replaced by zero",
+    "main.l0": "mean number of its latents that are active on a held-out token",
+    "main.dead": "latents of it that fire on no scanned row",
+    "main.ultralow": "latents of it that fire on some, but fewer than 1e-5 of the scanned rows",
+    "main.dead_share": "dead over all its latents",
+    "main.ultralow_share": "ultralow over all its latents",
+    "other.loss_recovered": "main.loss_recovered of model b, of another seed",
+    "widest.width": "latents of the widest dictionary with the main dictionary's L1 coefficient",
+    "widest.loss_recovered": "its loss recovered, as main.loss_recovered",
+    "widest.l0": "its L0",
+    "widths.smallest_rise": "smallest increase of loss recovered from one width to the next, equal "
+    "L1 coefficient",
+    "resampling.dead_share": "dead share of the main dictionary when its training ended",
+    "resampling.dead_share_without": "the same of its twin that was never resampled",
+    "resampling.loss_recovered": "loss recovered of the main dictionary",
+    "resampling.loss_recovered_without": "the same of its twin",
+    "null.loss_recovered": "loss recovered of a dictionary whose decoder keeps its random "
+    "directions",
+    "null.matched": "the same of the learned dictionary of its width and L1 coefficient",
+    "universality.latents": "median over latents of model a's main dictionary of the largest "
+    "Pearson correlation with a latent of model b's, same held-out tokens; units that fire on too "
+    "few rows (own.latents.n_fired) are left out",
+    "universality.neurons": "the same over the two models' neurons",
+    "universality.null_latents": "universality.latents with the rows of model b shifted",
+    "universality.null_neurons": "universality.neurons with the rows of model b shifted",
+    "universality.n_latents": "latents of model a that were matched",
+    "universality.n_neurons": "neurons of model a that were matched",
+    "splitting.near_first": "mean number of latents of the second narrowest dictionary near a "
+    "latent of the narrowest: a cosine of decoder rows above the narrow latent's largest with "
+    "another of its own dictionary",
+    "splitting.near_null": "splitting.near_last with the entries of each wide row permuted",
+    "splitting.near_last": "the same of the widest",
+    "splitting.smallest_rise": "smallest increase of that number from one width to the next",
+    "splitting.split_share": "share of the narrowest dictionary's latents with two or more near "
+    "ones in the widest",
+    "purity.*": "median entropy (bits) of the tokens of a unit's 20 largest activations "
+    "(own.latents.n_top), lower: fewer different tokens; our stand-in for rated interpretability. "
+    "latents, neurons and random directions of model a, untrained: latents of the untrained model",
+    "token_share.*": "median share of a unit's summed activation on its foremost token",
+    "splice_check.max": "largest splice check of any dictionary, nats",
+}
+
+
+def main_of(tables: dict[str, Any]) -> str:
+    """The main dictionary's name: the only one that model b has."""
+    return tables["evaluation/b"]["sae"].iloc[0]
+
+
+def ladder(evaluation: Any, main: str) -> Any:
+    """Rows of an evaluation table that differ from the main dictionary in width alone, by width.
+
+    Where one width was trained twice (with and without resampling), its first.
+    """
+    named = evaluation.set_index("sae", drop=False)
+    same = named["l1_coefficient"] == named.loc[main, "l1_coefficient"]
+    rows = named[same & ~named["frozen_decoder"].astype(bool)]
+    rows = rows.drop(index=[n for n in rows.index if n != main and n.startswith("unresampled")])
+    return rows.sort_values("d_sae")
+
+
+def of_units(units: Any, main: str) -> dict[str, float]:
+    """Densities of the main dictionary, and how single-minded units are."""
+    trained = units[units["arm"] == "a"]
+    groups = dict(iter(trained.groupby("group")))
+    density = groups[main]["density"]
+    low = (density > 0) & (density < ULTRALOW)
+    out = {"main.dead": (density == 0).sum(), "main.ultralow": low.sum()}
+    out |= {"main.dead_share": (density == 0).mean(), "main.ultralow_share": low.mean()}
+    named = {"latents": groups[main], "neurons": groups["neurons"], "random": groups["random"]}
+    if (units["arm"] == "untrained").any():
+        named["untrained"] = units[units["arm"] == "untrained"]
+    for name, group in named.items():
+        out[f"purity.{name}"] = group["top_entropy"].median()
+        if name != "random":
+            out[f"token_share.{name}"] = group["token_share"].median()
+    return out
+
+
+def metrics(tables: dict[str, Any]) -> dict[str, float]:
+    """See METRICS."""
+    main, table = main_of(tables), tables["evaluation/a"]
+    named, steps = table.set_index("sae"), ladder(table, main)
+    of_main, widest = named.loc[main], steps.iloc[-1]
+    without, null = named.loc["unresampled"], named.loc["random_directions"]
+    matched = steps[steps["d_sae"] == null["d_sae"]].iloc[0]
+    recovered = "loss_recovered_zero"
+    out = {
+        "model.loss": of_main["loss_model"],
+        "model.mlp_nats": of_main["loss_zero"] - of_main["loss_model"],
+        "main.width": of_main["d_sae"],
+        "main.loss_recovered": of_main[recovered],
+        "main.l0": of_main["l0"],
+        "other.loss_recovered": tables["evaluation/b"].set_index("sae").loc[main, recovered],
+        "widest.width": widest["d_sae"],
+        "widest.loss_recovered": widest[recovered],
+        "widest.l0": widest["l0"],
+        "widths.smallest_rise": np.diff(steps[recovered]).min(),
+        "resampling.dead_share": of_main["dead_share"],
+        "resampling.dead_share_without": without["dead_share"],
+        "resampling.loss_recovered": of_main[recovered],
+        "resampling.loss_recovered_without": without[recovered],
+        "null.loss_recovered": null[recovered],
+        "null.matched": matched[recovered],
+    }
+    for kind, found in tables["latents/matches"].groupby("kind"):
+        out[f"universality.{kind}"] = found["correlation"].median()
+        if not kind.startswith("null"):
+            out[f"universality.n_{kind}"] = len(found)
+    near = tables["latents/splitting"].groupby("wide", sort=False)
+    counts, last = near["n_near"].mean().to_numpy(), list(near)[-1][1]
+    checks = [t["splice_check"].max() for n, t in tables.items() if is_evaluation(n)]
+    return (
+        out
+        | of_units(tables["latents/units"], main)
+        | {
+            "splitting.near_first": counts[0],
+            "splitting.near_last": counts[-1],
+            "splitting.smallest_rise": np.diff(counts).min(),
+            "splitting.near_null": last["n_null"].mean(),
+            "splitting.split_share": (last["n_near"] >= 2).mean(),
+            "splice_check.max": max(checks),
+        }
+    )
+
+
+def is_evaluation(table: str) -> bool:
+    return table.startswith("evaluation/") and not table.endswith("_history")
