@@ -236,13 +236,13 @@ def spliced_losses(splicer: Splicer, saes: dict, mean: Tensor) -> dict[str, dict
     Args:
         mean: of the rows that are reconstructed, [d_out].
     """
-    same, target = splicer.target, splicer.target
+    target = splicer.target  # as a replacement, the one that changes nothing
     hats = {n: lambda x, s=s: s.decode(s.encode(splicer.given(x))) for n, s in saes.items()}
     ablations = [lambda x: torch.zeros_like(target(x)), lambda x: mean.expand_as(target(x))]
-    model, zero, average, *measured = splicer.measure([same, *ablations, *hats.values()])
+    model, zero, average, *measured = splicer.measure([target, *ablations, *hats.values()])
     base = {"loss_model": model[0], "loss_zero": zero[0], "loss_mean": average[0]}
     base["kl_zero"] = zero[1]
-    first = splicer.loss(same, n_batches=1)
+    first = splicer.loss(target, n_batches=1)
     out = {}
     for (name, hat), (spliced, kl) in zip(hats.items(), measured, strict=True):
         whole = splicer.loss(lambda x, hat=hat: (h := hat(x)) + (target(x) - h), n_batches=1)

@@ -132,6 +132,8 @@ class SaeSpec(Section):
         steps = self.resample_steps
         if steps and (self.architecture != "standard" or self.frozen_decoder):
             raise ValueError("resample_steps: only for architecture standard, decoder not frozen")
+        if steps and self.output_hook:
+            raise ValueError("resample_steps: not for transcoders; leave output_hook out")
         if sorted(set(steps)) != steps or (steps and steps[0] < 1):
             raise ValueError(f"resample_steps: {steps} do not rise from 1 or more")
         shares = self.matryoshka_shares

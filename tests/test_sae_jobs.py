@@ -421,6 +421,12 @@ def test_a_transcoder_that_saelens_cannot_load_is_refused(name):
         specs(name, output_hook=OUT)
 
 
+def test_a_transcoders_latents_are_not_resampled():
+    given = SPARSITY["standard"] | {"resample_steps": [5]}
+    with pytest.raises(ValidationError, match="resample_steps: not for transcoders"):
+        SaeSpec(architecture="standard", d_sae=64, output_hook=OUT, **given)
+
+
 def test_buffers_of_pairs_stay_small(activations):
     stream = Stream(
         Rows(activations, HOOK), batch_size=10, buffer_rows=640, seed=0, normalize=False,
@@ -429,12 +435,14 @@ def test_buffers_of_pairs_stay_small(activations):
     assert max(len(b) for b, _ in zip_first(stream._buffers(0), 10)) <= 640
 
 
-def test_memory_of_the_stream_does_not_grow_with_the_store(tmp_path):
-    """Peak of what Python and numpy hold over an epoch of a store, and of one four times as long.
+def test_memory_of_the_stream_does_not_grow_with_the_store(tmp_path, monkeypatch):
+    """Over an epoch of a store and of one four times as long: one buffer, and what Python holds.
 
-    What grows is the order of the chunks, two numbers a chunk of 20 rows (by default a thousand).
+    The latter grows by the order of the chunks, two numbers a chunk of 20 rows (by default a
+    thousand).
     """
     import tracemalloc
+    import weakref
 
     peaks = []
     for n_rows in (4000, 16_000):
@@ -443,12 +451,19 @@ def test_memory_of_the_stream_does_not_grow_with_the_store(tmp_path):
         stream = Stream(
             Rows(manifest, HOOK), batch_size=100, buffer_rows=1280, seed=0, normalize=True
         )
-        next(stream.batches(0, 1))
+        buffers, load, most = [], stream._load, 0
+
+        def watched(*plan, load=load, buffers=buffers):
+            assert not any(ref() is not None for ref in buffers)  # the one before is gone
+            rows, order = load(*plan)
+            buffers.append(weakref.ref(rows))
+            return rows, order
+
+        monkeypatch.setattr(stream, "_load", watched)
         tracemalloc.start()
         for _ in stream.batches(0, n_rows // 100):
-            pass
+            most = max(most, sum(ref().shape[0] for ref in buffers if ref() is not None))
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-    buffer = 1280 * 64 * 4
-    assert buffer < peaks[0] < 3 * buffer  # far less than the 1 MB of the smaller store
+        assert most == 1280 and len(buffers) == math.ceil(n_rows / 1280)
     assert peaks[1] - peaks[0] < 0.02 * 12_000 * 64 * 4
