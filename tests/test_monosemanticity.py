@@ -312,6 +312,7 @@ def test_main_dictionary_and_widths_fit_the_declaration(scale):
     assert all(list(spec.saes_of(arm)) == [own.dictionary] for arm in others)
     assert spec.features.saes == [own.dictionary]
     ladder = [saes[w].d_sae for w in own.widths]
+    assert len({saes[w].seed for w in own.widths}) == len(ladder)  # no shared initial rows
     assert all(b == 2 * a for a, b in itertools.pairwise(ladder))
     assert ladder[0] == spec.training["one_layer"].architecture.d_mlp
     main, twin = saes[own.dictionary], saes["unresampled"]

@@ -170,11 +170,13 @@ def universality(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
             figure.add_vline(x=values.median(), line={"color": ink, "dash": "dash", "width": 1.2})
         columns = {"kind": kind, "low": edges[:-1], "high": edges[1:], "share": share}
         out.append(pd.DataFrame({**columns, "median": values.median()}))
+    frame = pd.concat(out, ignore_index=True)
+    highest = frame.loc[~frame["kind"].str.startswith("null"), "share"].max()
     figure.update_layout(
         xaxis=axis("correlation with the best match in the model of another seed"),
-        yaxis=axis("share of units", tickformat=".0%", rangemode="tozero"),
+        yaxis=axis("share of units", tickformat=".0%", range=[0, 1.15 * highest]),
     )
-    return figure, pd.concat(out, ignore_index=True)
+    return figure, frame
 
 
 MEASURES = {

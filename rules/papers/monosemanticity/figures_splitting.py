@@ -58,6 +58,8 @@ def tree(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
             hoverinfo="skip",
             showlegend=False,
         )
+    leaf = frame["level"] == frame["level"].max()
+    where = np.where(leaf, "middle right", "top center").tolist()
     rarest = np.log10(frame["density"].clip(lower=1e-7))
     figure.add_scatter(
         x=frame["level"],
@@ -66,7 +68,7 @@ def tree(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
         marker={"size": 10 + 5 * (rarest - rarest.min()), "color": PALETTE[0],
                 "line": {"color": INK, "width": 0.5}},
         text=[f" {shown(t)}" for t in frame["tokens"]],
-        textposition="middle right",
+        textposition=where,
         textfont={"size": 11},
         cliponaxis=False,
         customdata=frame[["dictionary", "latent", "density", "cosine"]],
