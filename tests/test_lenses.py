@@ -414,7 +414,7 @@ def made(tiny_model_json, tiny_corpus, tmp_path_factory) -> Path:
             "smollm2": {"steps": 20, "tokens_per_step": 320, "skip_first": 1}}},
         "own.lenses": {"tables": list(lenses.TABLES), "n_tokens": {"smollm2": 300},
                        "texts": {"smollm2": ["the cat sat on <b>", "two dogs"]}, "n_shown": 8,
-                       "basis": {"models": ["smollm2"], "k": 3, "n_blocks": 6, "max_iter": 5}},
+                       "basis": {"models": {"smollm2": 1}, "k": 3, "n_blocks": 6, "max_iter": 5}},
     }  # fmt: skip
     shared = {"models": tiny_model_json, "corpora": tiny_corpus, "device": "cpu", "threads": 1}
     run(tuning, spec, out=out / "t.safetensors", history=out / "history.parquet",
@@ -512,11 +512,11 @@ def test_numbers_of_bases():
     "section, sentence",
     [
         ({"texts": {"smolm2": ["a"]}}, "texts: no model 'smolm2' (did you mean 'smollm2'?)"),
-        ({"basis": {"models": ["x"]}}, "own.lenses.basis.models: no model 'x'; own.tuning"),
+        ({"basis": {"models": {"x": 1}}}, "own.lenses.basis.models: no model 'x'; own.tuning"),
     ],
 )  # fmt: skip
 def test_a_model_without_a_lens_is_told(section, sentence):
-    given = {"tables": ["layers"], "basis": {"models": ["smollm2"]}} | section
+    given = {"tables": ["layers"], "basis": {"models": {"smollm2": 1}}} | section
     with pytest.raises(RetraceError) as told:
         lenses.Options(**given).check({"smollm2": None})
     assert sentence in str(told.value)
