@@ -2,6 +2,7 @@
 
 import json
 import math
+import shutil
 import sys
 from pathlib import Path
 
@@ -10,6 +11,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+from snake import copy_repository, snakemake
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
@@ -575,6 +577,52 @@ def test_the_attribution_figure_adds_up(frames):
     line = next(d for d in plot["data"] if d["name"] == "sum so far")
     assert line["x"] == ["embedding", "attn 0", "MLP 0", "attn 1", "MLP 1", "bias"]
     assert line["y"][-1] == pytest.approx(frame["logit"].iloc[0], rel=1e-3)
+
+
+# --- models of another paper ---------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def project(tmp_path_factory) -> Path:
+    """The repository with this paper and the one that it takes models from."""
+    out = copy_repository(tmp_path_factory.mktemp("lenses_project") / "copy")
+    for name in ("lenses", "nanogpt_shakespeare"):
+        shutil.copytree(FOLDER.parent / name, out / "rules/papers" / name,
+                        ignore=shutil.ignore_patterns("__pycache__"))  # fmt: skip
+    return out
+
+
+def test_a_model_of_another_paper_is_trained_once_for_both(project):
+    done = snakemake("-n", "lenses", cwd=project, scale="smoke", papers="[nanogpt_shakespeare]")
+    assert done.jobs.count("training") == 1 and done.jobs.count("model") == 2
+    both = snakemake("-n", "lenses", "nanogpt_shakespeare", cwd=project, scale="smoke",
+                     papers="[nanogpt_shakespeare]")  # fmt: skip
+    for rule in ("training", "model", "corpus"):
+        assert both.jobs.count(rule) == done.jobs.count(rule)
+
+
+@pytest.mark.parametrize(
+    "change, sentence",
+    [
+        (("arm: untrained", "arm: untraind"), "no arm 'untraind' (did you mean 'untrained'?)"),
+        (("paper: nanogpt_shakespeare", "paper: nanogpt"), "no paper 'nanogpt'"),
+        (
+            ("paper: nanogpt_shakespeare", "paper: lenses"),
+            "own.tuning.models.nanogpt: paper lenses has no model at scale smoke; name another",
+        ),
+    ],
+)
+def test_a_model_that_cannot_be_lent_is_told(project, change, sentence):
+    file = project / "rules/papers/lenses/paper.yaml"
+    before = file.read_text()
+    try:
+        file.write_text(before.replace(*change))
+        done = snakemake("-n", "lenses", cwd=project, check=False, scale="smoke", papers="[lenses]")
+    finally:
+        file.write_text(before)
+    assert done.code != 0
+    (line,) = [line for line in done.said.splitlines() if line.startswith("error: ")]
+    assert sentence in line
 
 
 # --- the paper -----------------------------------------------------------------------------

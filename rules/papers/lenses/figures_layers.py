@@ -15,6 +15,7 @@ BITS = 1 / np.log(2)
 LENSES = {"logit": ("logit lens", PALETTE[1], "dot"), "tuned": ("tuned lens", PALETTE[0], "solid")}
 MEASURES = {
     "kl": ("KL to the prediction", "nats"),
+    "unread": ("KL over that of the mean prediction", ""),
     "loss": ("cross entropy of the next token", "nats"),
     "agreement": ("share that agrees with the prediction", ""),
     "accuracy": ("share of next tokens that are right", ""),
@@ -82,7 +83,7 @@ def layers(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
 
     Options: panels, title -> {arm: model}, the null arm last.
     """
-    table = tables["lenses/layers"]
+    table = tables["lenses/layers"].assign(unread=lambda t: t["kl"] / t["kl_marginal"])
     panels = present(options, table)
     figure, seen, lines = in_panels(panels), set(), curves(panels, table)
     first = next(iter(MEASURES))
@@ -102,7 +103,7 @@ def layers(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     choices = {}
     for m, (what, unit) in MEASURES.items():
         ys = [rows[m].tolist() for _, _, rows in lines]
-        ys += [list(y) if m == "kl" else [None, None] for y in levels]
+        ys += [{"kl": list(y), "unread": [1, 1]}.get(m, [None, None]) for y in levels]
         choices[what] = [{"y": ys}, {"yaxis.title.text": axis(what, unit)["title"]["text"]}]
     whole_layers(figure, panels, table)
     figure.update_yaxes(rangemode="tozero")
