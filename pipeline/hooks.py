@@ -121,13 +121,14 @@ def site(hf: nn.Module, hook: str) -> tuple[nn.Module, Side]:
         if hasattr(mlp, "out"):  # inside a bridge: folded weights bypass the last linear module
             return mlp.out.hook_in, "output"
         return _submodule(mlp, names.mlp_end), "input"
-    return {
-        "hook_resid_pre": (layer, "input"),
-        "hook_attn_out": (_submodule(layer, names.attn), "output"),
-        "hook_resid_mid": (_submodule(layer, names.ln2), "input"),
-        "hook_mlp_out": (_submodule(layer, names.mlp), "output"),
-        "hook_resid_post": (layer, "output"),
+    path, side = {
+        "hook_resid_pre": ("", "input"),
+        "hook_attn_out": (names.attn, "output"),
+        "hook_resid_mid": (names.ln2, "input"),
+        "hook_mlp_out": (names.mlp, "output"),
+        "hook_resid_post": ("", "output"),
     }[rest]
+    return (_submodule(layer, path) if path else layer), side
 
 
 def _submodule(module: nn.Module, path: str) -> nn.Module:

@@ -217,10 +217,15 @@ def lent_of(section, stage, file):
         paper = paper_of(wildcards)
         models = paper.spec.own[section]["models"]
         found = []
-        for _, model in sorted(models.items()):
+        for name, model in sorted(models.items()):
             lender = told(RUN.paper, model.get("paper") or paper.name, paper.scale)
             arm = known("arm", model.get("arm", "trained"), lender.spec.arm_names(), lender)
             store = told(RUN.store, lender.name, lender.scale, arm)
+            if stage not in store:
+                sys.exit(
+                    f"error: {paper.folder / 'paper.yaml'}: own.{section}.models.{name}: paper "
+                    f"{lender.name} has no {stage} at scale {lender.scale}; name another paper"
+                )
             found.append(f"results/store/{stage}/{store[stage].id}/{file}")
         return found
 

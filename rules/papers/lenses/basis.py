@@ -14,6 +14,7 @@ r(x, v) = x + v v^T (mean - x), which sets x along v to its mean over the sample
 """
 
 from collections.abc import Callable
+from typing import Annotated
 
 import pandas as pd
 import torch
@@ -28,8 +29,9 @@ from pipeline.training_data import seeded
 class Options(Section):
     """How many directions, of which models and layers, and from how many held-out tokens."""
 
-    models: list[Name] = Field(min_length=1, description="models whose bases are extracted")
-    every: int = Field(default=1, ge=1, description="bases for each so-many-th translator")
+    models: dict[Name, Annotated[int, Field(ge=1)]] = Field(
+        min_length=1, description="model -> a basis for each so-many-th of its translators"
+    )
     k: int = Field(default=16, ge=1, description="directions a layer")
     n_blocks: int = Field(default=8, ge=1, description="held-out blocks")
     max_iter: int = Field(default=30, ge=1, description="L-BFGS iterations a direction")

@@ -15,6 +15,7 @@ BITS = 1 / np.log(2)
 LENSES = {"logit": ("logit lens", PALETTE[1], "dot"), "tuned": ("tuned lens", PALETTE[0], "solid")}
 MEASURES = {
     "kl": ("KL to the prediction", "nats"),
+    "unread": ("KL over that of the mean prediction", ""),
     "loss": ("cross entropy of the next token", "nats"),
     "agreement": ("share that agrees with the prediction", ""),
     "accuracy": ("share of next tokens that are right", ""),
@@ -49,10 +50,21 @@ def curves(panels: dict[str, dict[str, str]], table: pd.DataFrame) -> list[tuple
 
 
 def in_panels(panels: dict[str, Any]) -> go.Figure:
+    """Panels side by side, their titles below the legend."""
     figure = make_subplots(1, len(panels), subplot_titles=[literal(p) for p in panels],
                            horizontal_spacing=0.1)  # fmt: skip
     figure.update_annotations(font={"size": 13})
+    figure.update_layout(legend={"y": 1.12}, margin={"t": 60})
     return figure
+
+
+def whole_layers(figure: go.Figure, panels: dict[str, dict[str, str]], table: Any) -> None:
+    """Ticks at whole layers, about six a panel."""
+    for column, arms in enumerate(panels.values(), 1):
+        deepest = table.loc[table["model"].isin(arms.values()), "layer"].max()
+        figure.update_xaxes(
+            **axis("layers before the lens", dtick=int(max(1, deepest // 6))), row=1, col=column
+        )
 
 
 def add(figure: go.Figure, column: int, look: dict, rows: Any, y: Any, seen: set, unit: str):
@@ -71,7 +83,7 @@ def layers(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
 
     Options: panels, title -> {arm: model}, the null arm last.
     """
-    table = tables["lenses/layers"]
+    table = tables["lenses/layers"].assign(unread=lambda t: t["kl"] / t["kl_marginal"])
     panels = present(options, table)
     figure, seen, lines = in_panels(panels), set(), curves(panels, table)
     first = next(iter(MEASURES))
@@ -91,9 +103,9 @@ def layers(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     choices = {}
     for m, (what, unit) in MEASURES.items():
         ys = [rows[m].tolist() for _, _, rows in lines]
-        ys += [list(y) if m == "kl" else [None, None] for y in levels]
+        ys += [{"kl": list(y), "unread": [1, 1]}.get(m, [None, None]) for y in levels]
         choices[what] = [{"y": ys}, {"yaxis.title.text": axis(what, unit)["title"]["text"]}]
-    figure.update_xaxes(**axis("layers before the lens"))
+    whole_layers(figure, panels, table)
     figure.update_yaxes(rangemode="tozero")
     figure.update_layout(updatemenus=[selector(choices)], yaxis=axis(*MEASURES[first]))
     columns = ["model", "lens", "layer", *MEASURES, "kl_marginal", "n_tokens"]
@@ -108,7 +120,7 @@ def bias(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     figure, seen = in_panels(panels), set()
     for column, look, rows in curves(panels, table):
         add(figure, column, look, rows, (rows["bias"] * BITS).tolist(), seen, " bits")
-    figure.update_xaxes(**axis("layers before the lens"))
+    whole_layers(figure, panels, table)
     figure.update_yaxes(type="log", exponentformat="power", minexponent=2)
     figure.update_layout(yaxis=axis("bias", "bits", log=True) | {"dtick": 1})
     shown = table.assign(bias_bits=table["bias"] * BITS)
@@ -118,7 +130,8 @@ def bias(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
 def transfer(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     """Transfer penalty of every translator on every layer's stream; the reader chooses the model.
 
-    Options: names, model -> what the list calls it; ceiling, the penalty at which colour ends.
+    Options: names, model -> what the list calls it; ceiling, the penalty in nats at which colour
+    ends at most (default 5).
     """
     table = tables["lenses/transfer"]
     names = {m: n for m, n in options["names"].items() if m in set(table["model"])}
@@ -128,9 +141,10 @@ def transfer(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
         )
         for model in names
     }
+    ceiling = options.get("ceiling", 5)
     place = {
         model: {"x": [list(map(str, g.columns))], "y": [list(map(str, g.index))],
-                "z": [g.to_numpy().tolist()]}
+                "z": [g.to_numpy().tolist()], "zmax": [min(float(g.to_numpy().max()), ceiling)]}
         for model, g in grids.items()
     }  # fmt: skip
     first = {k: v[0] for k, v in next(iter(place.values())).items()}
@@ -138,7 +152,6 @@ def transfer(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
         go.Heatmap(
             **first,
             zmin=0,
-            zmax=options.get("ceiling", 5),
             colorbar={"title": {"text": "transfer penalty (nats)", "side": "right"}},
             hovertemplate="translator of layer %{y} on layer %{x}: %{z:.3~g} nats<extra></extra>",
         )
@@ -198,7 +211,13 @@ def basis(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     figure.update_layout(
         xaxis=axis("influence on the tuned lens", "bits", log=True) | logarithmic,
         yaxis=axis("influence on the model", "bits", log=True) | logarithmic,
-        coloraxis={"colorscale": scale(SEQUENTIAL), "colorbar": {"title": {"text": "layer"}}},
+        coloraxis={
+            "colorscale": scale(SEQUENTIAL),
+            "colorbar": {
+                "title": {"text": "layer"},
+                "dtick": int(max(1, table["layer"].max() // 6)),
+            },
+        },
         height=520,
     )
     columns = ["model", "layer", "kind", "rank", "lens_bits", "model_bits", "alignment"]

@@ -12,7 +12,7 @@ from pipeline.theme import INK, PALETTE, axis, literal, selector
 
 LENSES = {"tuned": "tuned lens", "logit": "logit lens"}
 LONGEST = 9  # characters of a token in a cell
-CELL, ROW = 54, 30  # pixels
+CELL, ROW = 46, 30  # pixels
 
 
 def seen(token: str) -> str:
@@ -65,8 +65,8 @@ def trajectories(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Fi
         figure.update_layout(updatemenus=[selector(choices)])
     widest = max(t["position"].nunique() for t in by_text.values())
     figure.update_xaxes(**ticks[first], showgrid=False, tickangle=-35, showline=False, ticks="")
-    figure.update_yaxes(type="category", showgrid=False, showline=False, ticks="",
-                        title={"text": "layers before the lens"})  # fmt: skip
+    figure.update_yaxes(type="category", showgrid=False, showline=False, ticks="")
+    figure.update_yaxes(title={"text": "layers before the lens"}, row=2)
     figure.update_xaxes(title={"text": "token read"}, row=2)
     figure.update_annotations(font={"size": 14}, x=0, xanchor="left")
     figure.update_layout(
@@ -74,7 +74,8 @@ def trajectories(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Fi
             "cmin": 0, "cmax": 1,
             "colorbar": {"title": {"text": "probability", "side": "right"}, "thickness": 10},
         },
-        height=150 + 2 * ROW * len(layers),
+        margin={"t": 34},
+        height=190 + 2 * ROW * len(layers),
         meta={"min_width": 130 + CELL * widest},
     )  # fmt: skip
     columns = ["text", "lens", "layer", "position", "token", "target", "p_target", "kl"]
@@ -194,5 +195,5 @@ def bars(figure: go.Figure, x: list[str], ys: list[list]) -> None:
         figure.add_bar(x=x, y=y, name=part, marker={"color": colour},
                        hovertemplate="%{x}: %{y:+.3~g}<extra></extra>")  # fmt: skip
     figure.add_scatter(x=x, y=ys[-1], name="sum so far", mode="lines",
-                       line={"color": INK, "width": 1.2, "shape": "hv"},
+                       line={"color": INK, "width": 1.2, "shape": "hvh"},
                        hovertemplate="up to %{x}: %{y:.3~g}<extra></extra>")  # fmt: skip

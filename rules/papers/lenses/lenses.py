@@ -171,7 +171,7 @@ def of_model(
         "attribution": added,
     }
     if name in how.basis.models:
-        chosen = layers[:: how.basis.every]
+        chosen = layers[:: how.basis.models[name]]
         blocks = blocks[: how.basis.n_blocks]
         out["basis"] = basis.of_model(hf, lenses, chosen, blocks, skip, how.basis)
     return {table: frame.assign(model=name) for table, frame in out.items()}
