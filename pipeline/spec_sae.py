@@ -80,6 +80,12 @@ class SaeSpec(Section):
     l0_warmup_steps: int = Field(default=0, ge=0)
     jumprelu_bandwidth: float = Field(default=0.05, gt=0, description="of the kernel (SAELens)")
     jumprelu_init_threshold: float = Field(default=0.01, gt=0, description="SAELens's default")
+    jumprelu_ste_to_input: bool = Field(
+        default=False,
+        exclude_if=lambda value: not value,
+        description="pseudo-derivatives train the encoder, too (Anthropic), not only the threshold "
+        "(Rajamanoharan et al. 2024)",
+    )
     frozen_decoder: bool = Field(
         default=False, description="null arm: decoder directions stay as drawn; the encoder trains"
     )

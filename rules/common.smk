@@ -173,17 +173,22 @@ def arm_input_of(stage, file, arm_section=None):
     return path
 
 
-def models_of(file):
-    """Input: a file of every arm's model; arms sorted by name, as in the JSON of `spec`."""
+def arms_of(stage, file):
+    """Input: a file of every arm's artefacts of a stage; arms sorted by name, as in `spec`'s JSON."""
 
     def paths(wildcards):
         paper = paper_of(wildcards)
-        stores = [
-            told(RUN.store, paper.name, paper.scale, arm) for arm in sorted(paper.spec.arm_names())
-        ]
-        return [f"results/store/model/{store['model'].id}/{file}" for store in stores]
+        arms = sorted(paper.spec.arm_names())
+        stores = [told(RUN.store, paper.name, paper.scale, arm) for arm in arms]
+        items = [i for store in stores for i in store.values() if i.stage == stage]
+        return [f"results/store/{stage}/{i.id}/{file}" for i in items]
 
     return paths
+
+
+def models_of(file):
+    """Input: a file of every arm's model."""
+    return arms_of("model", file)
 
 
 def sae_input_of(section, file):

@@ -29,6 +29,8 @@ STEPS = [
     ("jumprelu", {"jumprelu_init_threshold": 0.2}, -0.8),
     ("jumprelu", {"jumprelu_init_threshold": 0.2, "jumprelu_bandwidth": 0.5}, -0.8),
     ("jumprelu", {"jumprelu_init_threshold": 0.2}, -50.0),
+    ("jumprelu", {"jumprelu_init_threshold": 0.2, "jumprelu_ste_to_input": True}, -0.8),
+    ("jumprelu", {"jumprelu_bandwidth": 2.0, "jumprelu_ste_to_input": True}, 0.0),
 ]
 
 
