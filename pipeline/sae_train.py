@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline import sae_steps, sae_steps_batch, sae_steps_gates
+from pipeline import sae_steps, sae_steps_batch, sae_steps_gates, sae_steps_pursuit
 from pipeline.errors import RetraceError
 from pipeline.sae_sparse import Scratch
 from pipeline.sae_stream import Stream
@@ -30,7 +30,7 @@ from pipeline.spec_sae import SaeSpec, SaeTraining
 HISTORY = ("step", "rows", "lr", "mse", "explained_variance", "l0", "dead_share", "loss")
 CLIP_NORM = 1.0  # SAELens's SAETrainer, which has no option for it
 N_RECORDS = 100  # entries of a history, about
-FAST = {**sae_steps.FAST, **sae_steps_batch.FAST, **sae_steps_gates.FAST}
+FAST = sae_steps.FAST | sae_steps_batch.FAST | sae_steps_gates.FAST | sae_steps_pursuit.FAST
 
 
 def build(

@@ -113,7 +113,11 @@ def histogram(bits: np.ndarray, top: float) -> pd.DataFrame:
 
 
 def check(options: Options, trained: dict) -> None:
-    """Raise where the trained arm has no dictionary of a name; `trained`: its manifest's entries."""
+    """Raise where the trained arm has no dictionary of a name.
+
+    Args:
+        trained: the entries of its manifest.
+    """
     for name in options.dictionaries:
         if name not in trained:
             raise RetraceError(
