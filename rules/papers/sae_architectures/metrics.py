@@ -127,7 +127,7 @@ def metrics(tables: dict[str, pd.DataFrame]) -> dict[str, Any]:
     same = lambda t: t[(t["architecture"] == "topk") & (t["k"] == frozen["k"])].iloc[0]  # noqa: E731
     out["null.frozen"] = frozen["explained_variance"]
     out["null.learned"] = same(by["topk"])["explained_variance"]
-    for arm in ("reinit", "shuffled"):
+    for arm in arms.keys() - {"trained"}:
         out[f"null.{arm}"] = same(arms[arm])["explained_variance"]
     out["settings.rows"] = tables["evaluation/trained_history"]["rows"].max()
     out["settings.d_sae"] = by["topk"]["d_sae"].max()

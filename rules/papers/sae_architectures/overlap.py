@@ -111,7 +111,7 @@ def compare(kind: str, a: tuple, b: tuple, rows: tuple[np.ndarray, np.ndarray]) 
         "cosine": float(cosines.mean()),
         "shared": float((cosines >= SHARED).mean()),
     }
-    counts = np.histogram(cosines, EDGES)[0]
+    counts = np.histogram(cosines.clip(-1, 1), EDGES)[0]
     names = ("kind", "a", "architecture_a", "b", "architecture_b")
     bins = pd.DataFrame({"low": EDGES[:-1], "high": EDGES[1:], "pairs": counts})
     return row, bins.assign(**{n: row[n] for n in names})
