@@ -4,7 +4,7 @@
    (SAELens reads no seed of its own), so its initial weights do not depend on its company. Decoder
    rows point in random directions, and W_enc is W_dec transposed (SAELens, `decoder_init_norm`).
 2. b_dec starts at the geometric median of a sample (Gao et al. 2024, App. A.1).
-3. A step is a batch, gradients (sae_steps.py), clipping to a norm of 1 as SAELens's trainer does,
+3. A step is a batch, gradients (FAST), clipping to a norm of 1 as SAELens's trainer does,
    and Adam; the learning rate rises linearly, stays, and falls linearly to zero.
 4. A latent is dead once `dead_rows` rows have passed since it was last active. In a run shorter
    than that, a latent that was never active counts as dead at the end.
