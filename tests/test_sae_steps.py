@@ -115,8 +115,8 @@ def test_steps_of_the_table_cover_sparse_and_dense(architecture):
 
 
 @pytest.mark.parametrize("architecture", FAST)
-def test_frozen_decoder_gets_no_gradient(architecture, shift=-0.3):
-    options = BATCH if "topk" in architecture else {}
+def test_frozen_decoder_gets_no_gradient(architecture):
+    options, shift = BATCH if "topk" in architecture else {}, -0.3
     if architecture == "matching_pursuit":
         options, shift = {"max_iterations": 4}, 0.0
     sae = dictionary_at(architecture, 16, 512, "float64", shift, **options)
