@@ -93,7 +93,7 @@ def test_twins_differ_in_their_seed_alone():
     made = overlap.pairs(arms, [["a", "b", "c"], ["l1", "l1_twin"]])
     assert [(kind, a, b) for kind, _, a, _, b in made] == [
         ("seeds", "a", "b"), ("seeds", "a", "c"), ("seeds", "b", "c"), ("seeds", "l1", "l1_twin"),
-        ("architectures", "a", "l1"), ("arms", "a", "a"),
+        ("architectures", "a", "l1_twin"), ("arms", "b", "a"),
     ]  # fmt: skip
 
 

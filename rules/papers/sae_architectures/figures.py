@@ -63,6 +63,7 @@ def overlap(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     choices = {names[m]: [{"z": [grid[m]]}, {}] for m in names}
     figure.update_layout(
         updatemenus=[selector(choices)],
+        margin={"t": 36},
         xaxis=axis("", showgrid=False, tickangle=-30),
         yaxis=axis("", showgrid=False),
     )

@@ -9,8 +9,9 @@ alone share part of their latents.
 3. A pair of a cosine of SHARED or more is shared.
 4. The null of a dictionary: as many random directions, paired with it in the same way.
 
-Compared are an architecture's dictionaries that differ in their seed; the first of these across
-architectures; and equal dictionaries across arms.
+Compared are an architecture's dictionaries that differ in their seed; architectures with each
+other; and equal dictionaries across arms. Two seeds are compared always: dictionaries of one seed
+start from the same decoder rows, and in a short run they would share these.
 """
 
 import json
@@ -82,10 +83,10 @@ def pairs(arms: dict[str, dict], groups: list[list[str]]) -> list[tuple]:
     """(kind, arm a, name a, arm b, name b) of all that is compared; the first arm has the twins."""
     first, *others = arms
     out = [("seeds", first, a, first, b) for g in groups for a, b in combinations(g, 2)]
-    heads = [g[0] for g in groups]
-    out += [("architectures", first, a, first, b) for a, b in combinations(heads, 2)]
+    both = combinations(groups, 2)
+    out += [("architectures", first, one[0], first, other[1]) for one, other in both]
     for arm in others:
-        out += [("arms", first, n, arm, n) for n in arms[arm] if n in arms[first]]
+        out += [("arms", first, g[1], arm, g[0]) for g in groups if g[0] in arms[arm]]
     return out
 
 
