@@ -26,7 +26,8 @@ METRICS = {
     "between two seeds of an architecture, one value a pair of seeds",
     "overlap.*.cosine": "mean cosine of these matched rows",
     "overlap.*.random": "mean cosine of as many random directions matched with the dictionary's",
-    "across.shared": "the same share between two architectures, mean over all pairs",
+    "across.shared": "the same share between two architectures of different seeds, mean over all "
+    "pairs",
     "across.standard_topk": "the same share between L1 and TopK",
     "entropy.*": "mean token-distribution entropy, bits: entropy.<arm>.<dictionary>",
     "entropy_single.*": "share of latents below 1 bit: entropy_single.<arm>.<dictionary>",

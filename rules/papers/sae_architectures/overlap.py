@@ -15,6 +15,7 @@ start from the same decoder rows, and in a short run they would share these.
 """
 
 import json
+from concurrent.futures import ProcessPoolExecutor
 from itertools import combinations
 from pathlib import Path
 
@@ -129,17 +130,19 @@ def main() -> None:
         found = dict(zip(sorted(job.spec["arms"]), map(living, args.saes), strict=True))
         arms = {arm: found[arm] for arm in sorted(found, key=lambda a: a != "trained")}
         groups = twins(next(iter(arms.values())))
-        made = []
+        wanted = []
         for kind, arm_a, a, arm_b, b in pairs(arms, groups):
             (of_a, rows_a), (of_b, rows_b) = arms[arm_a][a], arms[arm_b][b]
             names = (arm_a, a, of_a["architecture"]), (arm_b, b, of_b["architecture"])
-            made.append(compare(kind, *names, (rows_a, rows_b)))
+            wanted.append((kind, *names, (rows_a, rows_b)))
         rng = np.random.default_rng(options.seed)
         for name in (g[0] for g in groups):
             spec, rows = arms["trained"][name]
             drawn = units(rng.standard_normal(rows.shape, dtype=np.float32))
             names = ("", "random", "random"), ("trained", name, spec["architecture"])
-            made.append(compare("random", *names, (drawn, rows)))
+            wanted.append(("random", *names, (drawn, rows)))
+        with ProcessPoolExecutor(args.threads) as pool:  # the matching holds Python's lock
+            made = list(pool.map(compare, *zip(*wanted, strict=True)))
         certificate = job.certificate(args.saes, seed=options.seed)
         tables.write_table(args.pairs, pd.DataFrame([row for row, _ in made]), certificate)
         tables.write_table(args.cosines, pd.concat([h for _, h in made]), certificate)

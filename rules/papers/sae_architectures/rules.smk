@@ -13,7 +13,7 @@ rule sae_architectures_overlap:
         "results/benchmarks/{scale}/{paper}/overlap.tsv"
     wildcard_constraints:
         paper="sae_architectures",
-    threads: 1
+    threads: 1 if SMOKE else 8
     resources:
         mem_mb=4000,
         runtime=60,
