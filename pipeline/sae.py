@@ -3,8 +3,8 @@
 1. Every dictionary is a TrainingSAE of SAELens's: its configuration, initial weights, loss and file
    format. `SAE.load_from_disk` reads what we write and reconstructs what ours does.
 2. One stream of batches serves all (sae_stream.py); an epoch is one pass through the data.
-3. A step computes SAELens's loss and gradients, the TopK (Gao et al. 2024) and L1 (Bricken et al.
-   2023) dictionaries' without the dense products (sae_steps.py); sae_train.py is the loop.
+3. A step computes SAELens's loss and gradients, without the dense products where few latents are
+   active (sae_steps.py and its siblings); sae_train.py is the loop.
 4. The scale of the rows is folded into the weights, so that a saved dictionary takes activations as
    they are.
 5. Dictionaries with an output_hook are transcoders (sae_transcoder.py); a job's share both hooks.

@@ -1,7 +1,8 @@
 """Loss and gradients of one batch: by SAELens's own object, and the same numbers faster.
 
 `reference` calls SAELens's `training_forward_pass` and autograd: it serves every architecture, and
-it is what the tests hold the fast steps against. `topk` and `standard` write the gradients by hand.
+it is what the tests hold the fast steps against. `topk` and `standard` write the gradients by hand;
+sae_steps_batch.py, sae_steps_gates.py and sae_steps_pursuit.py do so for the others.
 With B rows x, x_c = x - b_dec, p = x_c W_enc + b_enc, activations a = relu(p), all but the active
 ones zero, and r = a W_dec + b_dec - x:
 

@@ -11,7 +11,8 @@ sae_steps.py:
 2. JumpReLU (Rajamanoharan et al. 2024, 2407.14435, Sec. 3 and 4): a = p' 1[p' > theta] with
    p' = p + b_enc, and the loss adds l0 (mean number active). Thresholds get the paper's
    pseudo-derivatives: entries with |p' - theta| < bandwidth / 2 pull by
-   -(theta g + l0 / B) / bandwidth. The support is what is active or in that band.
+   -(theta g + l0 / B) / bandwidth, and with `jumprelu_ste_to_input` (Anthropic's) p' by the
+   negative of that. The support is what is active or in that band.
 
 A step falls back on dense products above sae_steps.DENSE_SHARE, by the same code: `Dense` has the
 methods of `Sparse`.
@@ -96,9 +97,11 @@ def jumprelu(
     r = decoded - xc
     d = r * (2 / len(x))
     g = pull(d, None)
-    pseudo = -support.total((g * support.spread(theta) + l0) * near) / width
-    sae.threshold.grad = pseudo.to(sae.threshold.dtype)
+    pseudo = (g * support.spread(theta) + l0) * near / width
+    sae.threshold.grad = -support.total(pseudo).to(sae.threshold.dtype)
     g = g * (above > 0)
+    if sae.cfg.jumprelu_ste_to_input:
+        g += pseudo
     if sae.W_dec.requires_grad:
         sae.W_dec.grad = support.gather(acts, d)
     sae.W_enc.grad = laid_out(support.gather(g, xc), sae.W_enc)

@@ -4,7 +4,7 @@
    (SAELens reads no seed of its own), so its initial weights do not depend on its company. Decoder
    rows point in random directions, and W_enc is W_dec transposed (SAELens, `decoder_init_norm`).
 2. b_dec starts at the geometric median of a sample (Gao et al. 2024, App. A.1).
-3. A step is a batch, gradients (sae_steps.py), clipping to a norm of 1 as SAELens's trainer does,
+3. A step is a batch, gradients (FAST), clipping to a norm of 1 as SAELens's trainer does,
    and Adam; the learning rate rises linearly, stays, and falls linearly to zero.
 4. A latent is dead once `dead_rows` rows have passed since it was last active. In a run shorter
    than that, a latent that was never active counts as dead at the end.
@@ -23,7 +23,14 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline import cli, sae_resample, sae_steps, sae_steps_batch, sae_steps_gates
+from pipeline import (
+    cli,
+    sae_resample,
+    sae_steps,
+    sae_steps_batch,
+    sae_steps_gates,
+    sae_steps_pursuit,
+)
 from pipeline.errors import RetraceError
 from pipeline.sae_sparse import Scratch
 from pipeline.sae_stream import Stream
@@ -34,7 +41,7 @@ HISTORY = ("step", "rows", "lr", "mse", "explained_variance", "l0", "dead_share"
 CLIP_NORM = 1.0  # SAELens's SAETrainer, which has no option for it
 EAGER_STEPS = 3  # before a step is recorded; kernels are compiled in them
 N_RECORDS = 100  # entries of a history, about
-FAST = {**sae_steps.FAST, **sae_steps_batch.FAST, **sae_steps_gates.FAST}
+FAST = sae_steps.FAST | sae_steps_batch.FAST | sae_steps_gates.FAST | sae_steps_pursuit.FAST
 
 
 def build(

@@ -100,6 +100,12 @@ class SaeSpec(Section):
     resample_rows: int = Field(
         default=819_200, ge=1, description="rows among which new directions are drawn"
     )
+    jumprelu_ste_to_input: bool = Field(
+        default=False,
+        exclude_if=lambda value: not value,
+        description="pseudo-derivatives train the encoder, too (Anthropic), not only the threshold "
+        "(Rajamanoharan et al. 2024)",
+    )
     frozen_decoder: bool = Field(
         default=False, description="null arm: decoder directions stay as drawn; the encoder trains"
     )

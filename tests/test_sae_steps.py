@@ -1,4 +1,4 @@
-"""The fast steps of BatchTopK, Matryoshka, Gated and JumpReLU against SAELens's own."""
+"""The fast steps of all but TopK and L1 (test_sae.py) against SAELens's own."""
 
 import pytest
 import torch
@@ -29,6 +29,11 @@ STEPS = [
     ("jumprelu", {"jumprelu_init_threshold": 0.2}, -0.8),
     ("jumprelu", {"jumprelu_init_threshold": 0.2, "jumprelu_bandwidth": 0.5}, -0.8),
     ("jumprelu", {"jumprelu_init_threshold": 0.2}, -50.0),
+    ("jumprelu", {"jumprelu_init_threshold": 0.2, "jumprelu_ste_to_input": True}, -0.8),
+    ("jumprelu", {"jumprelu_bandwidth": 2.0, "jumprelu_ste_to_input": True}, 0.0),
+    ("matching_pursuit", {"max_iterations": 1}, 0.0),
+    ("matching_pursuit", {"max_iterations": 6}, 0.0),
+    ("matching_pursuit", {"max_iterations": 60}, 0.0),  # rows finish before
 ]
 
 
@@ -39,6 +44,8 @@ def dictionary_at(architecture: str, d_in: int, d_sae: int, dtype: str, shift: f
     sae_class, config = get_sae_training_class(architecture)
     if architecture == "matryoshka_batchtopk":
         options["matryoshka_widths"] = WIDTHS[d_sae]
+    if architecture == "matching_pursuit":
+        options["decoder_init_norm"] = 1.0
     torch.manual_seed(0)
     sae = sae_class(config(d_in=d_in, d_sae=d_sae, dtype=dtype, **options))
     with torch.no_grad():
@@ -47,7 +54,8 @@ def dictionary_at(architecture: str, d_in: int, d_sae: int, dtype: str, shift: f
                 parameter.mul_(torch.rand(d_sae, 1, dtype=sae.dtype) + 0.5)
             else:
                 parameter.add_(0.05 * torch.randn_like(parameter))
-        (sae.b_gate if architecture == "gated" else sae.b_enc).add_(shift)
+        if shift:
+            (sae.b_gate if architecture == "gated" else sae.b_enc).add_(shift)
     return sae
 
 
@@ -108,8 +116,10 @@ def test_steps_of_the_table_cover_sparse_and_dense(architecture):
 
 @pytest.mark.parametrize("architecture", FAST)
 def test_frozen_decoder_gets_no_gradient(architecture):
-    options = BATCH if "topk" in architecture else {}
-    sae = dictionary_at(architecture, 16, 512, "float64", -0.3, **options)
+    options, shift = BATCH if "topk" in architecture else {}, -0.3
+    if architecture == "matching_pursuit":
+        options, shift = {"max_iterations": 4}, 0.0
+    sae = dictionary_at(architecture, 16, 512, "float64", shift, **options)
     sae.W_dec.requires_grad_(False)
     x, dead = torch.randn(20, 16, dtype=torch.float64), torch.arange(512) < 100
     _, want, _ = one_step(sae_steps.reference, sae, x, dead)

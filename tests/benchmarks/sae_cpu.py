@@ -8,7 +8,7 @@ peer     SAELens's SAETrainer.step, float32: the same, by autograd, plain Adam
 floor    the encoder's product x W_enc and nothing else, which both must do
 
 The learning rate is next to zero, so that every run meets the same activations. L1 dictionaries
-start dense and grow sparse as they train; both ends are timed.
+start dense and grow sparse as they train; both ends are timed. Matching pursuit takes 8 latents.
 """
 
 import functools
@@ -42,10 +42,12 @@ def pair(args, options: dict, x, n_dead: int, l0: float | None):
     saes = [build(spec, args.d_in) for _ in range(2)]
     for sae in saes:
         with torch.no_grad():
+            bias = getattr(sae, "b_gate", sae.b_enc)
             if l0 is not None:
                 scores = (x[:512] @ sae.W_enc).flatten()
-                sae.b_enc -= scores.kthvalue(int(len(scores) * (1 - l0 / args.d_sae))).values
-            sae.b_enc[:n_dead] = -100.0
+                bias -= scores.kthvalue(int(len(scores) * (1 - l0 / args.d_sae))).values
+            if n_dead:
+                bias[:n_dead] = -100.0
     ours = Dictionary("ours", saes[0], training, 10_000)
     ours.silent[:n_dead] = 10**12
     config = SAETrainerConfig(
@@ -97,6 +99,7 @@ def main() -> None:
     torch.set_num_threads(args.threads)
     topk = {"architecture": "topk", "k": args.k}
     l1 = {"architecture": "standard", "l1_coefficient": 1.0}
+    jump = {"architecture": "jumprelu", "l0_coefficient": 1.0}
     tenth, third = args.d_sae // 10, args.d_sae // 3
     rows = [
         measure(args, "TopK", topk, target="ratio >= 2.5"),
@@ -106,6 +109,11 @@ def main() -> None:
         measure(args, "L1, sparse", l1, l0=args.k),
         measure(args, "L1, less so", l1, l0=4 * args.k),
         measure(args, "L1, at the start", l1),
+        measure(args, "BatchTopK", {"architecture": "batchtopk", "k": args.k}),
+        measure(args, "Matryoshka", {"architecture": "matryoshka_batchtopk", "k": args.k}),
+        measure(args, "Gated, sparse", l1 | {"architecture": "gated"}, l0=args.k),
+        measure(args, "JumpReLU, sparse", jump, l0=args.k),
+        measure(args, "matching pursuit", {"architecture": "matching_pursuit", "k": 8}),
     ]
     report("sae_cpu", rows, args.out)
 

@@ -1,0 +1,164 @@
+"""Token-distribution entropy: over how many tokens a latent's activation is spread. [torch]
+
+Heap et al. 2025 (2501.17727), Section 3, "Latent explanation complexity": latents of models with
+random weights sit on single tokens, those of trained models need not, though reconstruction and
+auto-interpretability cannot tell the two apart.
+
+1. Stored rows pass a dictionary once. A context is CONTEXT neighbouring positions of a block.
+2. A latent's maximally activating examples are the `n_contexts` contexts in which its largest
+   activation is largest.
+3. Its token distribution is its total activation a token id over these contexts; the measure is
+   that distribution's Shannon entropy, in bits: 0 for a latent of one token.
+
+The paper does not say how many examples of which length it uses, nor the unit.
+"""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+from pydantic import Field
+
+from pipeline import cli, features, tables
+from pipeline.errors import RetraceError, nearest
+from pipeline.evaluation import load_saes
+from pipeline.spec_base import Section
+
+CONTEXT = 32  # tokens of an example
+SINGLE = 1.0  # bits; below: about one or two tokens
+BIN = 0.25  # bits, of the histogram
+
+
+class Options(Section):
+    """Section own.entropy of paper.yaml."""
+
+    tables: list[str]
+    dictionaries: list[str] = Field(min_length=1)
+    n_rows: int = Field(default=100_000, ge=1, description="rows scanned, at most")
+    n_contexts: int = Field(default=20, ge=1, description="maximally activating examples a latent")
+
+
+def token_entropy(
+    values: np.ndarray, tokens: np.ndarray, contexts: np.ndarray, n_contexts: int
+) -> float:
+    """Entropy in bits of a latent's activation over tokens, in its best contexts.
+
+    Args:
+        values: [active], activations above zero.
+        tokens: [active], token ids.
+        contexts: [active], ids of contexts, ascending.
+
+    Returns:
+        nan where the latent is active in fewer than n_contexts contexts.
+    """
+    starts = np.flatnonzero(np.diff(contexts, prepend=-1))
+    if len(starts) < n_contexts:
+        return float("nan")
+    peaks = np.maximum.reduceat(values, starts)
+    best = np.argsort(-peaks, kind="stable")[:n_contexts]
+    sizes = np.diff(np.append(starts, len(values)))
+    kept = np.isin(np.repeat(np.arange(len(starts)), sizes), best)
+    _, token = np.unique(tokens[kept], return_inverse=True)
+    return features.entropy_bits(np.bincount(token, values[kept].astype(np.float64)))
+
+
+def entropies(scanned: features.Scan, n_contexts: int) -> np.ndarray:
+    """Entropy of every latent in bits, nan for those that are seldom active; [d_sae]."""
+    at = scanned.at
+    parts = int(at["position"].max()) // CONTEXT + 1
+    context = at["block"].astype(np.int64) * parts + at["position"] // CONTEXT
+    columns = (scanned.column(i) for i in range(scanned.acts.shape[1]))
+    return np.array(
+        [token_entropy(v, at["token"][rows], context[rows], n_contexts) for rows, v in columns]
+    )
+
+
+def summary(bits: np.ndarray, trained: np.ndarray) -> dict[str, Any]:
+    """What one dictionary's entropies come to.
+
+    Args:
+        bits: [d_sae], with nan.
+        trained: those of the same dictionary on the trained model.
+
+    Returns:
+        auroc: the probability that a latent of `trained` has the larger entropy, ties half.
+    """
+    from scipy.stats import rankdata
+
+    found, others = bits[~np.isnan(bits)], trained[~np.isnan(trained)]
+    if len(found) == 0:
+        return {"n_latents": len(bits), "n_counted": 0} | dict.fromkeys(
+            ("mean", "median", "q25", "q75", "single", "auroc"), np.nan
+        )
+    ranks = rankdata(np.concatenate([others, found]))[: len(others)]
+    n = len(others) * len(found)
+    above = ranks.sum() - len(others) * (len(others) + 1) / 2
+    return {
+        "n_latents": len(bits),
+        "n_counted": len(found),
+        "mean": found.mean(),
+        "median": np.median(found),
+        "q25": np.quantile(found, 0.25),
+        "q75": np.quantile(found, 0.75),
+        "single": (found < SINGLE).mean(),
+        "auroc": above / n if n else np.nan,
+    }
+
+
+def histogram(bits: np.ndarray, top: float) -> pd.DataFrame:
+    """low, high, latents: how many latents have which entropy."""
+    edges = np.arange(0, top + BIN, BIN)
+    counts = np.histogram(bits[~np.isnan(bits)], edges)[0]
+    return pd.DataFrame({"low": edges[:-1], "high": edges[1:], "latents": counts})
+
+
+def check(options: Options, trained: dict) -> None:
+    """Raise where the trained arm has no dictionary of a name.
+
+    Args:
+        trained: the entries of its manifest.
+    """
+    for name in options.dictionaries:
+        if name not in trained:
+            raise RetraceError(
+                f"own.entropy.dictionaries: the arm trained has no dictionary '{name}'"
+                f"{nearest(name, trained)}; it has {', '.join(trained)}"
+            )
+
+
+def main() -> None:
+    parser = cli.parser(
+        "entropy", __doc__, saes="manifest.json of every arm's dictionaries, arms sorted by name*",
+        activations="manifest.json of every arm's activations, in the same order*",
+        summary="summary.parquet", histogram="histogram.parquet",
+    )  # fmt: skip
+
+    def work(job: cli.Job) -> None:
+        args, options, device = job.args, job.section("own.entropy", Options), job.device()
+        arms = dict(zip(sorted(job.spec["arms"]), zip(args.saes, args.activations, strict=True),
+                        strict=True))  # fmt: skip
+        check(options, tables.read_json(arms["trained"][0])["saes"])
+        found: dict[tuple[str, str], tuple[str, np.ndarray]] = {}
+        for arm, (saes, activations) in arms.items():
+            manifest = tables.read_json(saes)
+            names = [n for n in options.dictionaries if n in manifest["saes"]]
+            for name, sae in (load_saes(saes, device, names) if names else {}).items():
+                scanned = features.scan(sae, activations, manifest["hook"], options.n_rows, device)
+                architecture = manifest["saes"][name]["spec"]["architecture"]
+                found[arm, name] = architecture, entropies(scanned, options.n_contexts)
+                cli.log.info("%s, %s", arm, name)
+        top = max(bits[~np.isnan(bits)].max(initial=1) for _, bits in found.values())
+        rows, bins = [], []
+        for (arm, name), (architecture, bits) in found.items():
+            which = {"arm": arm, "sae": name, "architecture": architecture}
+            rows.append(which | summary(bits, found["trained", name][1]))
+            bins.append(histogram(bits, np.ceil(top)).assign(**which))
+        certificate = job.certificate([*args.saes, *args.activations])
+        tables.write_table(args.summary, pd.DataFrame(rows), certificate)
+        tables.write_table(args.histogram, pd.concat(bins, ignore_index=True), certificate)
+
+    cli.run("entropy", parser.parse_args(), work)
+
+
+if __name__ == "__main__":
+    main()

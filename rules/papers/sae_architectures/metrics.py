@@ -1,0 +1,136 @@
+"""Architectures at equal L0, and what the seeds, the null arms and the tokens say of them."""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+
+METRICS = {
+    "gap.*.explained_variance_min": "gap.<a>_<b>: a minus b in explained variance at the L0 of "
+    "each dictionary of b that lies in the range of a's L0, a interpolated linearly in log L0; "
+    "equal width, first seed; the smallest",
+    "gap.*.explained_variance_max": "the largest such difference",
+    "gap.*.delta_loss_min": "the smallest such difference in delta_loss, nats",
+    "gap.*.delta_loss_max": "the largest (negative: a loses less everywhere)",
+    "gap.*.loss_recovered_mean_min": "the smallest such difference in loss_recovered_mean",
+    "gap.*.loss_recovered_mean_max": "the largest",
+    "gap.*.shrinkage_max": "the largest such difference in |relative_bias - 1|",
+    "gap.*.delta_loss_densest": "the difference in delta_loss at b's densest matched dictionary",
+    "gap.*.n": "dictionaries of b whose L0 lies in the range of a's",
+    "saving.gated_standard": "L0 of Gated over L0 of L1 at L1's loss_recovered_mean, Gated "
+    "interpolated linearly, mean over L1's dictionaries in its range",
+    "bias.*": "relative_bias of an architecture's densest and sparsest dictionary, as "
+    "bias.<architecture>_dense and _sparse",
+    "dead.*": "dead_share of an architecture, mean over its grid",
+    "overlap.*.shared": "share of one-to-one matched decoder rows with a cosine of 0.7 or more "
+    "between two seeds of an architecture, one value a pair of seeds",
+    "overlap.*.cosine": "mean cosine of these matched rows",
+    "overlap.*.random": "mean cosine of as many random directions matched with the dictionary's",
+    "across.shared": "the same share between two architectures of different seeds, mean over all "
+    "pairs",
+    "across.standard_topk": "the same share between L1 and TopK",
+    "entropy.*": "mean token-distribution entropy, bits: entropy.<arm>.<dictionary>",
+    "entropy_single.*": "share of latents below 1 bit: entropy_single.<arm>.<dictionary>",
+    "entropy_auroc.*": "probability that a latent of the trained model's dictionary has the larger "
+    "entropy than one of this arm's: entropy_auroc.<arm>.<dictionary>",
+    "null.*": "explained variance: null.learned of TopK (k of the nulls) on the trained model, "
+    "null.frozen with decoder directions as drawn, null.reinit and null.shuffled on those arms",
+    "settings.rows": "training rows a dictionary was shown",
+    "settings.d_sae": "latents of the dictionaries of the grid",
+    "splice_check.max": "largest splice check of any dictionary of any arm, nats",
+}
+PAIRS = (
+    ("batchtopk", "topk"), ("batchtopk", "jumprelu"), ("jumprelu", "topk"), ("jumprelu", "gated"),
+    ("gated", "standard"), ("topk", "standard"), ("matryoshka_batchtopk", "batchtopk"),
+    ("matching_pursuit", "topk"), ("topk", "matching_pursuit"),
+)  # fmt: skip
+GAPS = ("explained_variance", "delta_loss", "loss_recovered_mean", "shrinkage")
+
+
+def curves(trained: pd.DataFrame) -> dict[str, pd.DataFrame]:
+    """Architecture -> its dictionaries of the first seed that learned, by rising L0."""
+    shrinkage = (trained["relative_bias"] - 1).abs()
+    kept = trained.assign(shrinkage=shrinkage)[
+        (trained["seed"] == 0) & ~trained["frozen_decoder"].astype(bool)
+    ]
+    return {name: g.sort_values("l0") for name, g in kept.groupby("architecture")}
+
+
+def gap(a: pd.DataFrame, b: pd.DataFrame, metric: str) -> np.ndarray:
+    """a minus b at the L0 of each row of b in the range of a's L0; [matched], by rising L0."""
+    inside = b[b["l0"].between(a["l0"].min(), a["l0"].max())]
+    there = np.interp(np.log(inside["l0"]), np.log(a["l0"]), a[metric])
+    return there - inside[metric].to_numpy()
+
+
+def saving(a: pd.DataFrame, b: pd.DataFrame, metric: str = "loss_recovered_mean") -> float:
+    """Mean over b's rows in the range of a's metric: L0 of a at that metric, over b's L0."""
+    a = a.sort_values(metric)
+    inside = b[b[metric].between(a[metric].min(), a[metric].max())]
+    if inside.empty:
+        return float("nan")
+    there = np.exp(np.interp(inside[metric], a[metric], np.log(a["l0"])))
+    return float((there / inside["l0"]).mean())
+
+
+def _at_equal_l0(by: dict[str, pd.DataFrame]) -> dict[str, float]:
+    out = {}
+    for one, other in PAIRS:
+        if one not in by or other not in by:
+            continue
+        name = f"gap.{one}_{other}"
+        for metric in GAPS:
+            found = gap(by[one], by[other], metric)
+            found = found if len(found) else np.array([np.nan])
+            out[f"{name}.{metric}_max"] = found.max()
+            if metric != "shrinkage":
+                out[f"{name}.{metric}_min"] = found.min()
+            if metric == "delta_loss":
+                out[f"{name}.{metric}_densest"] = found[-1]
+        out[f"{name}.n"] = len(gap(by[one], by[other], "l0"))
+    return out
+
+
+def _overlaps(pairs: pd.DataFrame) -> dict[str, Any]:
+    out = {}
+    for kind, columns in (("seeds", ("shared", "cosine")), ("random", ("cosine",))):
+        rows = pairs[pairs["kind"] == kind]
+        for architecture, group in rows.groupby("architecture_b"):
+            for column in columns:
+                name = "random" if kind == "random" else column
+                out[f"overlap.{architecture}.{name}"] = group[column].to_numpy()
+    across = pairs[pairs["kind"] == "architectures"]
+    both = [{"standard", "topk"} == {r.architecture_a, r.architecture_b}
+            for r in across.itertuples()]  # fmt: skip
+    return out | {
+        "across.shared": across["shared"].mean(),
+        "across.standard_topk": across.loc[both, "shared"].mean(),
+    }
+
+
+def metrics(tables: dict[str, pd.DataFrame]) -> dict[str, Any]:
+    """See METRICS."""
+    arms = {n.removeprefix("evaluation/"): t for n, t in tables.items()
+            if n.startswith("evaluation/") and not n.endswith("_history")}  # fmt: skip
+    trained = arms["trained"]
+    by = curves(trained)
+    out: dict[str, Any] = _at_equal_l0(by) | _overlaps(tables["overlap/pairs"])
+    out["saving.gated_standard"] = saving(by["gated"], by["standard"])
+    for name, rows in by.items():
+        out[f"bias.{name}_sparse"], out[f"bias.{name}_dense"] = rows["relative_bias"].iloc[[0, -1]]
+        out[f"dead.{name}"] = rows["dead_share"].mean()
+    for row in tables["entropy/summary"].to_dict("records"):
+        where = f"{row['arm']}.{row['sae']}"
+        out[f"entropy.{where}"] = row["mean"]
+        out[f"entropy_single.{where}"] = row["single"]
+        out[f"entropy_auroc.{where}"] = row["auroc"]
+    frozen = trained[trained["frozen_decoder"].astype(bool)].iloc[0]
+    same = lambda t: t[(t["architecture"] == "topk") & (t["k"] == frozen["k"])].iloc[0]  # noqa: E731
+    out["null.frozen"] = frozen["explained_variance"]
+    out["null.learned"] = same(by["topk"])["explained_variance"]
+    for arm in arms.keys() - {"trained"}:
+        out[f"null.{arm}"] = same(arms[arm])["explained_variance"]
+    out["settings.rows"] = tables["evaluation/trained_history"]["rows"].max()
+    out["settings.d_sae"] = by["topk"]["d_sae"].max()
+    out["splice_check.max"] = max(t["splice_check"].max() for t in arms.values())
+    return out

@@ -1,0 +1,155 @@
+"""How far dictionaries have the same directions: one-to-one matching of decoder rows.
+
+Paulo & Belrose 2025 (2501.16615): dictionaries that differ in the seed of their initial weights
+alone share part of their latents.
+
+1. Decoder rows of living latents are scaled to norm 1.
+2. The Hungarian algorithm pairs the latents of two dictionaries so that the sum of cosines is
+   largest; of two sizes, all of the smaller one's are paired.
+3. A pair of a cosine of SHARED or more is shared.
+4. The null of a dictionary: as many random directions, paired with it in the same way.
+
+Compared are an architecture's dictionaries that differ in their seed; architectures with each
+other; and equal dictionaries across arms. Two seeds are compared always: dictionaries of one seed
+start from the same decoder rows, and in a short run they would share these.
+"""
+
+import json
+from concurrent.futures import ProcessPoolExecutor
+from itertools import combinations
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from safetensors.numpy import load_file
+from scipy.optimize import linear_sum_assignment
+
+from pipeline import cli, tables
+from pipeline.errors import RetraceError
+from pipeline.spec_base import Section
+
+SHARED = 0.7
+EDGES = np.linspace(-1, 1, 81)  # of the histogram of matched cosines
+
+
+class Options(Section):
+    """Section own.overlap of paper.yaml."""
+
+    tables: list[str]
+    seed: int = 0  # of the random directions
+
+
+def units(rows: np.ndarray) -> np.ndarray:
+    """Rows of norm 1, [n d]."""
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def matched(a: np.ndarray, b: np.ndarray) -> np.ndarray:
+    """Cosines of the best one-to-one pairs of rows of norm 1: [min(n_a, n_b)].
+
+    Args:
+        a, b: [n_a d], [n_b d].
+    """
+    cosine = a @ b.T
+    return cosine[linear_sum_assignment(cosine, maximize=True)]
+
+
+def living(manifest: str | Path) -> dict[str, tuple[dict, np.ndarray]]:
+    """Name -> spec and decoder rows of norm 1 of latents that were alive at the end of training.
+
+    Raises:
+        RetraceError: a dictionary has no living latent.
+    """
+    out = {}
+    for name, entry in tables.read_json(manifest)["saes"].items():
+        file = Path(manifest).parent / entry["folder"] / "sae_weights.safetensors"
+        alive = np.delete(load_file(file)["W_dec"], entry["dead"], axis=0)
+        if len(alive) == 0:
+            raise RetraceError(f"{file}: every latent is dead; change the settings of '{name}'")
+        out[name] = entry["spec"], units(alive.astype(np.float32))
+    return out
+
+
+def twins(dictionaries: dict[str, tuple[dict, np.ndarray]]) -> list[list[str]]:
+    """Names of dictionaries that differ in their seed alone, by rising seed; one list a kind."""
+    kinds: dict[str, list[str]] = {}
+    for name, (spec, _) in dictionaries.items():
+        same = json.dumps({k: v for k, v in spec.items() if k != "seed"}, sort_keys=True)
+        kinds.setdefault(same, []).append(name)
+    by_seed = lambda n: dictionaries[n][0]["seed"]  # noqa: E731
+    return [sorted(names, key=by_seed) for names in kinds.values() if len(names) > 1]
+
+
+def pairs(arms: dict[str, dict], groups: list[list[str]]) -> list[tuple]:
+    """(kind, arm a, name a, arm b, name b) of all that is compared; the first arm has the twins."""
+    first, *others = arms
+    out = [("seeds", first, a, first, b) for g in groups for a, b in combinations(g, 2)]
+    both = combinations(groups, 2)
+    out += [("architectures", first, one[0], first, other[1]) for one, other in both]
+    for arm in others:
+        out += [("arms", first, g[1], arm, g[0]) for g in groups if g[0] in arms[arm]]
+    return out
+
+
+def compare(kind: str, a: tuple, b: tuple, rows: tuple[np.ndarray, np.ndarray]) -> tuple:
+    """A row of the table `pairs`, and the histogram of its cosines as rows of `cosines`.
+
+    Args:
+        a, b: arm, name and architecture.
+        rows: decoder rows of both.
+    """
+    cosines = matched(*rows)
+    (arm_a, name_a, architecture_a), (arm_b, name_b, architecture_b) = a, b
+    row = {
+        "kind": kind,
+        "arm_a": arm_a,
+        "a": name_a,
+        "architecture_a": architecture_a,
+        "arm_b": arm_b,
+        "b": name_b,
+        "architecture_b": architecture_b,
+        "n_a": len(rows[0]),
+        "n_b": len(rows[1]),
+        "cosine": float(cosines.mean()),
+        "shared": float((cosines >= SHARED).mean()),
+    }
+    counts = np.histogram(cosines.clip(-1, 1), EDGES)[0]
+    names = ("kind", "a", "architecture_a", "b", "architecture_b")
+    bins = pd.DataFrame({"low": EDGES[:-1], "high": EDGES[1:], "pairs": counts})
+    return row, bins.assign(**{n: row[n] for n in names})
+
+
+def main() -> None:
+    parser = cli.parser(
+        "overlap", __doc__, saes="manifest.json of every arm's dictionaries, arms sorted by name*",
+        pairs="pairs.parquet", cosines="cosines.parquet",
+    )  # fmt: skip
+
+    def work(job: cli.Job) -> None:
+        args, options = job.args, job.section("own.overlap", Options)
+        found = dict(zip(sorted(job.spec["arms"]), map(living, args.saes), strict=True))
+        arms = {arm: found[arm] for arm in sorted(found, key=lambda a: a != "trained")}
+        groups = twins(next(iter(arms.values())))
+        wanted = []
+        for kind, arm_a, a, arm_b, b in pairs(arms, groups):
+            (of_a, rows_a), (of_b, rows_b) = arms[arm_a][a], arms[arm_b][b]
+            names = (arm_a, a, of_a["architecture"]), (arm_b, b, of_b["architecture"])
+            wanted.append((kind, *names, (rows_a, rows_b)))
+        rng = np.random.default_rng(options.seed)
+        for name in (g[0] for g in groups):
+            spec, rows = arms["trained"][name]
+            drawn = units(rng.standard_normal(rows.shape, dtype=np.float32))
+            names = ("", "random", "random"), ("trained", name, spec["architecture"])
+            wanted.append(("random", *names, (drawn, rows)))
+        with ProcessPoolExecutor(args.threads) as pool:  # the matching holds Python's lock
+            made = list(pool.map(compare, *zip(*wanted, strict=True)))
+        certificate = job.certificate(args.saes, seed=options.seed)
+        tables.write_table(args.pairs, pd.DataFrame([row for row, _ in made]), certificate)
+        tables.write_table(args.cosines, pd.concat([h for _, h in made]), certificate)
+        cli.log.info("%d pairs of dictionaries matched", len(made))
+
+    cli.run("overlap", parser.parse_args(), work)
+
+
+if __name__ == "__main__":
+    main()
