@@ -42,6 +42,9 @@ class Paper:
             names += [f"features/{s}" for s in self.spec.features.saes]
         if self.spec.attribution:
             names += ["attribution/prompts", "attribution/latents"]
+        if self.spec.circuits:
+            parts = ("nodes", "edges", "methods")
+            names += [f"circuits/{a}_{part}" for a in self.spec.circuit_arms() for part in parts]
         return {n: f"results/{self.scale}/{self.name}/{n}.parquet" for n in names}
 
     def code_files(self, *names: str) -> list[str]:
@@ -111,11 +114,12 @@ def available(dirs: list[Path]) -> list[str]:
     return sorted(n for n in found if re.fullmatch(r"[A-Za-z]\w*", n))
 
 
-def load(folder: Path, scale: str, raw: dict | None = None) -> Paper:
+def load(folder: Path, scale: str, raw: dict | None = None, hub: bool = False) -> Paper:
     """The paper in `folder` at `scale`, validated.
 
     Args:
         raw: what `load_yaml` gives of its paper.yaml, where that was read before.
+        hub: whether arms may come from a hub; else those that do are left out.
     """
     file = folder / "paper.yaml"
     raw = dict(load_yaml(file) if raw is None else raw)
@@ -126,6 +130,9 @@ def load(folder: Path, scale: str, raw: dict | None = None) -> Paper:
         if key not in SCALES:
             raise RetraceError(f"{file}: scales: unknown scale '{key}'{nearest(key, SCALES)}")
     merged = overlay(raw, scales.get(scale) or {})
+    if not hub and isinstance(arms := merged.get("arms"), dict):
+        here = {a: v for a, v in arms.items() if not (v and v.get("source") == "hub")}
+        merged["arms"] = here or arms
     paper = Paper(folder.name, folder, scale, spec.parse(PaperSpec, merged, f"{file} ({scale})"))
     from pipeline import claims, figures  # they read papers, too
 
@@ -254,7 +261,7 @@ class Run:
             folder = find(name, self.dirs)
             if folder not in self._raw:
                 self._raw[folder] = load_yaml(folder / "paper.yaml")
-            self._papers[name, scale] = load(folder, scale, self._raw[folder])
+            self._papers[name, scale] = load(folder, scale, self._raw[folder], self.config.hub)
         return self._papers[name, scale]
 
     def item(self, stage: str, id: str) -> Item:
