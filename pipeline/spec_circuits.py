@@ -9,6 +9,7 @@ from pipeline.spec_base import Name, Section
 Method = Literal["direct_logit", "activation_patching", "attribution_patching", "path_patching",
                  "eap", "eap_ig"]  # fmt: skip
 
+
 class CircuitsSpec(Section):
     """Pairs of prompts, and the methods that say which parts of a model tell them apart."""
 

@@ -145,11 +145,12 @@ def add(made: Prompts, tokenizer: Any, text: Any, ids: tuple, template: int, var
 def draw(
     tokenizer: Any, n: int, seed: int, variants: tuple[str, ...] = ("ABBA", "BABA")
 ) -> Prompts:
-    """n prompts of all templates in turn, names, places and objects drawn with a seed."""
+    """n prompts of all templates in turn; their order, names, places and objects by the seed."""
     names, places, objects = vocabulary(tokenizer)
     rng, made = np.random.default_rng(seed), Prompts()
+    order = rng.permutation(len(TEMPLATES)).tolist()
     for i in range(n):
-        template = i // len(variants) % len(TEMPLATES)
+        template = order[i // len(variants) % len(TEMPLATES)]
         chosen = [str(x) for x in rng.choice(list(names), 5, replace=False)]
         things = {"place": str(rng.choice(places)), "object": str(rng.choice(objects))}
 
