@@ -5,7 +5,8 @@ scale of the norm kept as it is, the norm is linear, and so m = logit(answer) - 
 as well (Elhage et al. 2021; Wang et al. 2022, Sec. 3.2).
 
 TransformerLens's `tools.analysis.direct_logit_attribution` needs a bridge in compatibility mode;
-this works on the plain model, and the tests hold it equal to that.
+this works on the plain model, and the tests hold it equal to that. One difference: what biases of
+values, or of the norm before them, add (GPT-2) counts to the head here, and to the bias there.
 """
 
 from collections.abc import Callable

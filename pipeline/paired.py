@@ -12,13 +12,12 @@ do not run, and earlier positions give the keys and values that they gave in the
 
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from pipeline import hooks, native, splice
+from pipeline import hooks, splice
 from pipeline.errors import RetraceError, nearest
 from pipeline.heads import Heads
 
@@ -117,12 +116,14 @@ class Run:
     Attributes:
         pre, mid, post: the stream before attention, between attention and MLP, and behind.
         z: [n pos n_heads*d_head].
+        past: keys and values, [n n_key_heads pos d_head]; none of models trained here.
     """
 
     pre: list[Tensor]
     mid: list[Tensor]
     post: list[Tensor]
     z: list[Tensor]
+    past: list[tuple[Tensor, Tensor]]
 
     def attn(self, layer: int) -> Tensor:
         return self.mid[layer] - self.pre[layer]
@@ -132,7 +133,7 @@ class Run:
 
 
 def watched(heads: Heads, tokens: Tensor) -> Run:
-    """A forward pass on tokens [n pos]; the unembedding does not run."""
+    """A forward pass on tokens [n pos]; of a Hugging Face model the unembedding does not run."""
     names = hooks.hook_names(heads.hf)
     if not any(n.endswith("hook_resid_mid") for n in names):
         raise RetraceError(
@@ -148,15 +149,23 @@ def watched(heads: Heads, tokens: Tensor) -> Run:
         for i in range(heads.n_layers)
     ]
     try:
-        acts = hooks.run_to(heads.hf, tokens, [n for some in wanted.values() for n in some])
+        with hooks.capture(heads.hf, [n for some in wanted.values() for n in some]) as acts:
+            out = heads.hf.base_model(input_ids=tokens, use_cache=True)
     finally:
         for handle in handles:
             handle.remove()
-    return Run(*([acts[n] for n in wanted[k]] for k in wanted), z=z)
+    cache = getattr(out, "past_key_values", None)
+    past = [(layer.keys, layer.values) for layer in cache.layers] if cache else []
+    return Run(*([acts[n] for n in wanted[k]] for k in wanted), z=z, past=past)
 
 
 class Task:
-    """Pairs of prompts on a model, with the runs on both."""
+    """Pairs of prompts on a model, with the runs on both.
+
+    Attributes:
+        direction: [n d_model], what the output of the final norm is multiplied with to give m.
+        base, source: the runs; before: m of the base run, [n]; total: m(source) - m(base), [n].
+    """
 
     def __init__(self, hf: nn.Module, pairs: Pairs) -> None:
         self.hf, self.pairs, self.heads = hf, pairs, Heads(hf)
@@ -164,14 +173,10 @@ class Task:
         self.direction = W_U[pairs.answer] - W_U[pairs.foil]  # [n d_model]
         self.norm = splice.final_norm(hf)
         self.rows = torch.arange(len(pairs.end), device=pairs.end.device)
-
-    @cached_property
-    def base(self) -> Run:
-        return watched(self.heads, self.pairs.base)
-
-    @cached_property
-    def source(self) -> Run:
-        return watched(self.heads, self.pairs.source)
+        # now, before anybody edits the model
+        self.base, self.source = (watched(self.heads, t) for t in (pairs.base, pairs.source))
+        self.before = self.metric(self.at_end(self.base.post[-1]))
+        self.total = self.metric(self.at_end(self.source.post[-1])) - self.before
 
     def metric(self, x: Tensor) -> Tensor:
         """m [... n] of the stream at the last positions before the final norm, [... n d_model]."""
@@ -180,27 +185,6 @@ class Task:
     def at_end(self, x: Tensor) -> Tensor:
         """[... n pos d] at the last position of each prompt, [... n d]."""
         return x[..., self.rows, self.pairs.end, :]
-
-    @cached_property
-    def before(self) -> Tensor:
-        """m of the base run, [n]."""
-        return self.metric(self.at_end(self.base.post[-1]))
-
-    @cached_property
-    def total(self) -> Tensor:
-        """m(source) - m(base), [n]."""
-        return self.metric(self.at_end(self.source.post[-1])) - self.before
-
-    @cached_property
-    def past(self) -> list[tuple[Tensor, Tensor]] | None:
-        """Keys and values of the base run by layer, [n n_key_heads pos d_head].
-
-        None for models trained here, which keep none.
-        """
-        if self.hf.config.model_type == native.MODEL_TYPE:
-            return None
-        cache = self.hf.base_model(input_ids=self.pairs.base, use_cache=True).past_key_values
-        return [(layer.keys, layer.values) for layer in cache.layers]
 
     def suffix(self, start: Tensor) -> Tensor:
         """Places from start [n] to the last position, [n s]; short ones run over it, as padding."""
@@ -216,7 +200,7 @@ class Task:
         """
         k, n = x.shape[:2]
         rows = x.flatten(0, 1)
-        if self.past is None:
+        if not self.base.past:
             layer, stream = int(hook.split(".")[1]), hook.rsplit("_", 1)[1]
             whole = getattr(self.base, stream)[layer].repeat(k, 1, 1)
             at = places.clamp(max=whole.shape[1] - 1).repeat(k, 1)
@@ -228,7 +212,7 @@ class Task:
         from transformers import DynamicCache
 
         cache, first = DynamicCache(), int(hook.split(".")[1])
-        for i, (keys, values) in enumerate(self.past):
+        for i, (keys, values) in enumerate(self.base.past):
             many = lambda t: t.repeat(k, 1, 1, 1)  # noqa: E731
             cache.update(*((many(keys), many(values)) if i >= first else (keys, values)), i)
         n_ctx = self.hf.config.max_position_embeddings - 1

@@ -151,7 +151,7 @@ def received(task: Task, values: list[dict[Receiver, Tensor]], place: Tensor) ->
     k, n = len(values), len(place)
     start = min(r.layer for v in values for r in v)
     rows, places = torch.arange(k * n, device=place.device), task.suffix(place)
-    offset = torch.zeros_like(rows) if task.past is not None else place.repeat(k)
+    offset = torch.zeros_like(rows) if task.base.past else place.repeat(k)
     given = {}
     for receiver in {r for v in values for r in v}:
         has = [j for j, v in enumerate(values) if receiver in v]
