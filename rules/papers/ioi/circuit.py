@@ -48,8 +48,8 @@ class Options(Section):
     n_names: int = Field(default=8, ge=1, description="names of the copy scores")
     threshold: float = Field(default=0.02, gt=0, description="of the logit difference, to count")
     most: int = Field(default=4, ge=1, description="heads of a class, at most")
-    n_random: int = Field(default=3, ge=1, description="random circuits, and random sets K")
-    greedy: tuple[int, int] = Field(default=(3, 6), description="steps, and candidates of a step")
+    n_random: int = Field(default=2, ge=1, description="random circuits, and random sets K")
+    greedy: tuple[int, int] = Field(default=(2, 6), description="steps, and candidates of a step")
     seed: int = Field(default=0, ge=0, description="of prompts and random circuits")
     behaviour_only: list[Name] = Field(default=[], description="null arms")
     without_bos: list[Name] = Field(default=[], description="arms measured without BOS")
@@ -67,6 +67,7 @@ class Arm:
         self.name, self.options, self.device = name, options, device
         self.loaded = models.load(file, device)
         self.bos_id = None if name in options.without_bos else self.loaded.bos_id
+        self._means: list[torch.Tensor] = []
 
     def pairs(self, drawn: Any, bos_id: int | None) -> Pairs:
         return Pairs.of(drawn.data(), bos_id, self.device)
@@ -80,26 +81,33 @@ class Arm:
         tokenizer, n, seed = self.loaded.tokenizer, self.options.n_behaviour, self.options.seed
         drawn = prompts.draw(tokenizer, n, seed)
         pairs = self.pairs(drawn, self.bos_id)
-        rows = [self._row("all", pairs, pairs.base), self._row("p_ABC", pairs, pairs.source)]
-        variant = np.array(drawn.variant)
-        for name in sorted(set(drawn.variant)):
-            some = torch.tensor(np.flatnonzero(variant == name), device=self.device)
-            rows.append(self._row(name, pairs, pairs.base, some))
+        rows = self._rows("all", pairs, pairs.base, drawn.variant)
+        if self.name in self.options.behaviour_only:
+            return rows
+        rows += self._rows("p_ABC", pairs, pairs.source)
         spaced = prompts.Prompts(**{**vars(drawn), "clean": prompts.trailing(tokenizer, drawn)})
         spaced.corrupt = spaced.clean
         spaced_pairs = self.pairs(spaced, self.bos_id)
-        rows.append(self._row("trailing space", spaced_pairs, spaced_pairs.base))
+        rows += self._rows("trailing space", spaced_pairs, spaced_pairs.base)
         if (demo := prompts.demo(tokenizer)) is not None:
             pairs = self.pairs(demo, self.loaded.bos_id)
-            rows.append(self._row("demo", pairs, pairs.base))
-            rows.append(self._row("demo, flipped", pairs, pairs.source))
+            rows += self._rows("demo", pairs, pairs.base)
+            rows += self._rows("demo, flipped", pairs, pairs.source)
         return rows
 
-    def _row(self, name: str, pairs: Pairs, tokens: Any, some: Any = None) -> dict:
-        some = torch.arange(len(pairs.end), device=self.device) if some is None else some
-        given = (tokens[some], pairs.end[some], pairs.answer[some], pairs.foil[some])
-        found = measures.behaviour(self.loaded.hf, *given)
-        return {"arm": self.name, "prompts": name, "n": len(some), **found}
+    def _rows(
+        self, name: str, pairs: Pairs, tokens: torch.Tensor, variants: list[str] | None = None
+    ) -> list[dict]:
+        """Means over all prompts, and over those of each variant."""
+        given = (tokens, pairs.end, pairs.answer, pairs.foil)
+        found = pd.DataFrame(
+            {k: v.cpu().numpy() for k, v in measures.behaviour(self.loaded.hf, *given).items()}
+        )
+        parts = {name: found}
+        if variants:
+            parts |= dict(iter(found.groupby(np.array(variants))))
+        card = {"arm": self.name}
+        return [{**card, "prompts": k, "n": len(f), **f.mean()} for k, f in parts.items()]
 
     def circuit(self) -> dict[str, list[dict]]:
         """Rows of the other tables."""
@@ -132,14 +140,17 @@ class Arm:
         return out
 
     def means(self, like: Task) -> list[torch.Tensor]:
-        """Mean z over p_ABC by template, [n_templates pos n_heads*d_head], one a layer."""
-        drawn = prompts.draw(self.loaded.tokenizer, self.options.n_reference, self.options.seed + 2)
-        pairs = self.pairs(drawn, self.bos_id)
-        length = like.pairs.base.shape[1]
-        tokens = pairs.source[:, :length]
-        if tokens.shape[1] < length:
-            tokens = torch.nn.functional.pad(tokens, (0, length - tokens.shape[1]))
-        return group_means(like.heads, tokens, torch.tensor(drawn.template, device=self.device))
+        """Mean z over p_ABC by template, [n_templates pos n_heads*d_head], one a layer.
+
+        Positions behind a template's end stand for nothing; there are as many as `like` has.
+        """
+        if not self._means:
+            n, seed = self.options.n_reference, self.options.seed + 2
+            drawn = prompts.draw(self.loaded.tokenizer, n, seed)
+            tokens = self.pairs(drawn, self.bos_id).source
+            groups = torch.tensor(drawn.template, device=self.device)
+            self._means = group_means(like.heads, tokens, groups)
+        return [m[:, : like.pairs.base.shape[1]] for m in self._means]
 
     def heads(self, search: Any, looks: dict, copied: tuple) -> list[dict]:
         """Rows of the table heads."""

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from pipeline import hooks, splice
 from pipeline.direct_logit import frozen_norm
 from pipeline.paired import Task
 
@@ -26,21 +27,25 @@ LOOKS = {
 }
 
 
-def behaviour(hf: Any, tokens: Tensor, end: Tensor, answer: Tensor, foil: Tensor) -> dict:
-    """Means over prompts of the logit difference, of IO > S, and of the probability of IO.
+def behaviour(
+    hf: Any, tokens: Tensor, end: Tensor, answer: Tensor, foil: Tensor
+) -> dict[str, Tensor]:
+    """Logit difference, IO > S, and probability of IO of every prompt, [n].
 
     Args:
         tokens: [n pos], padded on the right.
     """
+    norm, W_U = splice.final_norm(hf), hf.get_output_embeddings().weight
+    last = f"blocks.{hf.config.num_hidden_layers - 1}.hook_resid_post"
     found: dict[str, list[Tensor]] = {"logit_diff": [], "io_gt_s": [], "io_probability": []}
     for x, at, io, s in zip(*(t.split(32) for t in (tokens, end, answer, foil)), strict=True):
         rows = torch.arange(len(x), device=x.device)
-        logits = hf(input_ids=x, use_cache=False).logits[rows, at]
+        logits = norm(hooks.run_to(hf, x, [last])[last][rows, at]) @ W_U.T
         difference = logits[rows, io] - logits[rows, s]
         found["logit_diff"].append(difference)
         found["io_gt_s"].append((difference > 0).float())
         found["io_probability"].append(logits.softmax(-1)[rows, io])
-    return {name: float(torch.cat(v).mean()) for name, v in found.items()}
+    return {name: torch.cat(v) for name, v in found.items()}
 
 
 def attention(task: Task) -> tuple[dict[str, Tensor], list[Tensor]]:

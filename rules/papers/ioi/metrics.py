@@ -51,12 +51,10 @@ def behaviour(table: Any) -> dict[str, float]:
     """Of one arm."""
     rows = table.set_index("prompts")
     out = {k: rows.loc["all", k] for k in ("logit_diff", "io_gt_s", "io_probability")}
-    out["abc.logit_diff"] = rows.loc["p_ABC", "logit_diff"]
-    out["trailing.io_gt_s"] = rows.loc["trailing space", "io_gt_s"]
-    for name, row in (("demo", "demo"), ("flipped", "demo, flipped")):
-        if row in rows.index:
-            out[f"{name}.logit_diff"] = rows.loc[row, "logit_diff"]
-    return out
+    more = {"abc.logit_diff": "p_ABC", "trailing.io_gt_s": "trailing space",
+            "demo.logit_diff": "demo", "flipped.logit_diff": "demo, flipped"}  # fmt: skip
+    there = {m: row for m, row in more.items() if row in rows.index}
+    return out | {m: rows.loc[row, m.split(".")[1]] for m, row in there.items()}
 
 
 def heads(table: Any, scatter: Any, logit_diff: float) -> dict[str, float]:
