@@ -130,15 +130,24 @@ def load(folder: Path, scale: str, raw: dict | None = None, hub: bool = False) -
         if key not in SCALES:
             raise RetraceError(f"{file}: scales: unknown scale '{key}'{nearest(key, SCALES)}")
     merged = overlay(raw, scales.get(scale) or {})
-    if not hub and isinstance(arms := merged.get("arms"), dict):
-        here = {a: v for a, v in arms.items() if not (v and v.get("source") == "hub")}
-        merged["arms"] = here or arms
+    if not hub and isinstance(merged, dict):
+        merged = _without_hub(merged)
     paper = Paper(folder.name, folder, scale, spec.parse(PaperSpec, merged, f"{file} ({scale})"))
     from pipeline import claims, figures  # they read papers, too
 
     claims.check(paper)
     figures.check(paper)
     return paper
+
+
+def _without_hub(raw: dict) -> dict:
+    """A paper.yaml without the arms whose weights come from a hub, where others are left."""
+    arms = raw.get("arms")
+    if not isinstance(arms, dict):
+        return raw
+    from_hub = lambda arm: isinstance(arm, dict) and arm.get("source") == "hub"  # noqa: E731
+    here = {name: arm for name, arm in arms.items() if not from_hub(arm)}
+    return raw | {"arms": here or arms}
 
 
 # --- digests and the store -----------------------------------------------------------------
