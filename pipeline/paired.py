@@ -242,9 +242,12 @@ class Task:
         return stream[self.rows[:, None], at]
 
     def first_change(self, position: str) -> Tensor:
-        """Where a patch at a position first changes a prompt, [n]; what is before is as in base."""
+        """Where a patch at a position first changes a prompt, [n]; what is before is as in base.
+
+        Behind a prompt's end nothing changes it; then it is the end.
+        """
         if position:
-            return self.pairs.place(position)
+            return torch.minimum(self.pairs.place(position), self.pairs.end)
         return (self.pairs.base != self.pairs.source).int().argmax(1)
 
     def pieces(self, items: list, length: int) -> Iterator[list]:

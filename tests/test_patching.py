@@ -91,7 +91,7 @@ def test_the_metric_and_the_parts_that_sum_to_it(task):
     torch.testing.assert_close(sum(found.values()), m, **CLOSE)
 
 
-@pytest.mark.parametrize("position", ["", "name", "@4"])
+@pytest.mark.parametrize("position", ["", "name", "@4", "@6"])  # @6: behind the first's end
 def test_patched_heads_are_whole_forward_passes(task, position):
     nodes = [Node("head", i, h, position) for i in range(3) for h in range(4)]
     found = activation_patching(task, nodes)
