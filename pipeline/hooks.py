@@ -181,7 +181,7 @@ def capture(hf: nn.Module, hooks: list[str]) -> Iterator[dict[str, Tensor]]:
         yield seen
 
 
-class _Stopped(Exception):
+class Stopped(Exception):
     """Ends a forward pass from inside a hook."""
 
 
@@ -197,12 +197,12 @@ def stop_after(hf: nn.Module, hooks: list[str]) -> Iterator[None]:
         check(hf, hook)
 
     def stop(_: Tensor) -> None:
-        raise _Stopped
+        raise Stopped
 
     handle = _on(hf, max(hooks, key=order.index), stop)
     try:
         yield
-    except _Stopped:
+    except Stopped:
         pass
     finally:
         handle.remove()

@@ -69,6 +69,16 @@ ATTRIBUTION = {
     "sign_agreement_ig": "the same for integrated gradients",
 }
 
+CIRCUITS = {  # of a method of the section circuits
+    "total": "mean over prompts of m(source) - m(base), m the logit of the answer minus that of "
+    "the other name; for direct_logit m of the clean prompt",
+    "completeness_gap": "(sum over a cut of the graph - total) / |total|; the cut is the embedding "
+    "of each differing token for patching, all that is written to the logits for the others",
+    "correlation": "Pearson correlation of the score with exact patching: of all heads and MLPs, "
+    "for eap of the edges of largest score; path_patching, itself exact: with the whole head's",
+    "sign_agreement": "share of those whose score has the sign of the exact effect",
+}
+
 
 def explained_variance(x: np.ndarray, x_hat: np.ndarray, mean: np.ndarray | None = None) -> float:
     """1 - sum |x - x_hat|^2 / sum |x - mean|^2, in float64.
@@ -115,6 +125,10 @@ def known(paper: Any) -> dict[str, str]:
         for prompt in paper.spec.attribution.prompts:
             out |= {f"attribution.{prompt}.{m}": text for m, text in ATTRIBUTION.items()}
         out |= {f"attribution.mean.{m}": f"mean over prompts: {t}" for m, t in ATTRIBUTION.items()}
+    if paper.spec.circuits:
+        for arm in paper.spec.circuit_arms():
+            for method in paper.spec.circuits.methods:
+                out |= {f"circuits.{arm}.{method}.{m}": t for m, t in CIRCUITS.items()}
     return out
 
 
@@ -134,7 +148,7 @@ def summary(value: Any) -> dict[str, Any]:
 
 
 def core(tables: dict[str, Any]) -> dict[str, Any]:
-    """The metrics that every paper with SAEs or attribution has."""
+    """The metrics that every paper with SAEs, attribution or circuits has."""
     out: dict[str, Any] = {}
     for name, table in tables.items():
         stage, _, part = name.partition("/")
@@ -145,6 +159,10 @@ def core(tables: dict[str, Any]) -> dict[str, Any]:
             for row in table.to_dict("records"):
                 out |= {f"attribution.{row['prompt']}.{m}": row[m] for m in ATTRIBUTION}
             out |= {f"attribution.mean.{m}": table[m].mean() for m in ATTRIBUTION}
+        if stage == "circuits" and part.endswith("_methods"):
+            for row in table.to_dict("records"):
+                named = f"circuits.{part.removesuffix('_methods')}.{row['method']}"
+                out |= {f"{named}.{m}": row[m] for m in CIRCUITS}
     return out
 
 

@@ -42,6 +42,9 @@ class Paper:
             names += [f"features/{s}" for s in self.spec.features.saes]
         if self.spec.attribution:
             names += ["attribution/prompts", "attribution/latents"]
+        if self.spec.circuits:
+            parts = ("nodes", "edges", "methods")
+            names += [f"circuits/{a}_{part}" for a in self.spec.circuit_arms() for part in parts]
         return {n: f"results/{self.scale}/{self.name}/{n}.parquet" for n in names}
 
     def code_files(self, *names: str) -> list[str]:
@@ -111,11 +114,12 @@ def available(dirs: list[Path]) -> list[str]:
     return sorted(n for n in found if re.fullmatch(r"[A-Za-z]\w*", n))
 
 
-def load(folder: Path, scale: str, raw: dict | None = None) -> Paper:
+def load(folder: Path, scale: str, raw: dict | None = None, hub: bool = False) -> Paper:
     """The paper in `folder` at `scale`, validated.
 
     Args:
         raw: what `load_yaml` gives of its paper.yaml, where that was read before.
+        hub: whether arms may come from a hub; else those that do are left out.
     """
     file = folder / "paper.yaml"
     raw = dict(load_yaml(file) if raw is None else raw)
@@ -126,12 +130,24 @@ def load(folder: Path, scale: str, raw: dict | None = None) -> Paper:
         if key not in SCALES:
             raise RetraceError(f"{file}: scales: unknown scale '{key}'{nearest(key, SCALES)}")
     merged = overlay(raw, scales.get(scale) or {})
+    if not hub and isinstance(merged, dict):
+        merged = _without_hub(merged)
     paper = Paper(folder.name, folder, scale, spec.parse(PaperSpec, merged, f"{file} ({scale})"))
     from pipeline import claims, figures  # they read papers, too
 
     claims.check(paper)
     figures.check(paper)
     return paper
+
+
+def _without_hub(raw: dict) -> dict:
+    """A paper.yaml without the arms whose weights come from a hub, where others are left."""
+    arms = raw.get("arms")
+    if not isinstance(arms, dict):
+        return raw
+    from_hub = lambda arm: isinstance(arm, dict) and arm.get("source") == "hub"  # noqa: E731
+    here = {name: arm for name, arm in arms.items() if not from_hub(arm)}
+    return raw | {"arms": here or arms}
 
 
 # --- digests and the store -----------------------------------------------------------------
@@ -254,7 +270,7 @@ class Run:
             folder = find(name, self.dirs)
             if folder not in self._raw:
                 self._raw[folder] = load_yaml(folder / "paper.yaml")
-            self._papers[name, scale] = load(folder, scale, self._raw[folder])
+            self._papers[name, scale] = load(folder, scale, self._raw[folder], self.config.hub)
         return self._papers[name, scale]
 
     def item(self, stage: str, id: str) -> Item:

@@ -24,11 +24,11 @@ from pipeline.sae_steps import Outcome
 
 @torch.no_grad()
 def matching_pursuit(
-    sae: Any, x: Tensor, *, dead: Tensor, coefficients: dict, step: int, scratch: Scratch
+    sae: Any, x: Tensor, *, dead: Tensor | None, coefficients: dict, step: int, scratch: Scratch
 ) -> Outcome:
     """One batch of a MatchingPursuitTrainingSAE; arguments as `sae_steps.reference`."""
     W_dec, r = sae.W_dec.detach(), x - sae.b_dec
-    scores = torch.mm(r, W_dec.T, out=scratch.matrix("acts", len(x), len(W_dec), like=x))
+    scores = r @ W_dec.T
     gram = W_dec @ W_dec.T
     taken = torch.zeros(scores.shape, dtype=torch.bool, device=x.device)
     going = torch.ones(len(x), dtype=torch.bool, device=x.device)

@@ -144,7 +144,8 @@ class Dictionary:
         self.spec = spec
         self.gradients = step or FAST.get(sae.cfg.architecture(), sae_steps.reference)
         device = sae.W_dec.device
-        if device.type == "cuda" and self.gradients is not sae_steps.reference:
+        turned = hasattr(sae, "W_enc") and self.gradients is not sae_steps.reference
+        if device.type == "cuda" and turned:
             # the gradient's layout; Adam reads and writes each where it lies
             sae.W_enc.data = sae.W_enc.data.T.contiguous().T
         self.trained = {n: p for n, p in sae.named_parameters() if p.requires_grad}

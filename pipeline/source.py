@@ -31,7 +31,8 @@ NOTE = Path("results/store/.digests/code.json")  # below the working directory
 # the stage's --spec, defaults included, and that is a parameter of its own: a new section for one
 # stage must not retrain what another has made.
 FRAME = {"pipeline.cli", "pipeline.errors", "pipeline.source", "pipeline.spec",
-         "pipeline.spec_base", "pipeline.spec_sae", "pipeline.spec_training"}  # fmt: skip
+         "pipeline.spec_base", "pipeline.spec_circuits", "pipeline.spec_sae",
+         "pipeline.spec_training"}  # fmt: skip
 TEMPLATES_OF = "pipeline.pages"  # the module that fills the files of pipeline/templates
 
 

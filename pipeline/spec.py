@@ -12,6 +12,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from pipeline.errors import RetraceError, nearest
 from pipeline.spec_base import Dtype, Name, Section, sentence
+from pipeline.spec_circuits import CircuitsSpec
 from pipeline.spec_sae import SaeSection, SaeSpec
 from pipeline.spec_training import TrainingSpec
 
@@ -38,6 +39,11 @@ class Config(Section):
     )
     keep_activations: bool = Field(
         default=True, description="false removes shards when their last reader is done"
+    )
+    hub: bool = Field(
+        default=False,
+        description="true: run the arms whose weights come from a hub, too; false leaves them out, "
+        "and their claims read `not run`",
     )
     strict: bool = Field(default=False, description="true: a claim not reproduced fails the run")
 
@@ -378,6 +384,7 @@ class PaperSpec(Section):
     evaluation: EvaluationSpec = EvaluationSpec()
     features: FeaturesSpec | None = None
     attribution: AttributionSpec | None = None
+    circuits: CircuitsSpec | None = None
     own: dict[Name, dict[str, Any]] = Field(default={}, description="the paper's own stages")
     figures: dict[Name, Figure] = {}
     claims: list[Claim] = []
@@ -391,6 +398,7 @@ class PaperSpec(Section):
             ("sae", ["activations"]),
             ("features", ["sae"]),
             ("attribution", ["sae"]),
+            ("circuits", ["model"]),
         ):
             for need in needs:
                 if getattr(self, section) is not None and getattr(self, need) is None:
@@ -516,6 +524,10 @@ class PaperSpec(Section):
         if self.corpus is None or not isinstance(over, dict):
             raise ValueError(f"arms.{arm}: corpus: must be an overlay on a section corpus")
         return CorpusSpec.model_validate({**self.corpus.model_dump(exclude_unset=True), **over})
+
+    def circuit_arms(self) -> list[str]:
+        """The arms whose circuits are measured."""
+        return [a for a in self.arm_names() if a not in self.circuits.without]
 
     def saes_of(self, arm: str) -> dict[str, SaeSpec]:
         """Expanded name -> dictionary, for those that the arm trains; hooks filled in."""

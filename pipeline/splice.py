@@ -7,11 +7,12 @@ layers below the hook, which would only compute what is thrown away. Gradients f
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from pipeline import hooks
+from pipeline import hooks, native
 from pipeline.errors import RetraceError
 
 
@@ -41,6 +42,44 @@ def resume(hf: nn.Module, hook: str, tokens: Tensor, x: Tensor, last: int = 0) -
     """
     with hooks.edited(hf, hook, lambda _: x), _skipped_below(hf, hook):
         return hf(input_ids=tokens, use_cache=False, logits_to_keep=last).logits
+
+
+def resume_stream(hf: nn.Module, hook: str, x: Tensor, **given: Any) -> Tensor:
+    """The stream that the final norm reads, [batch pos d], with the stream at `hook` set to x.
+
+    Args:
+        hook: resid_pre, resid_mid or resid_post of a layer. From resid_mid the attention of the
+            layer does not run either: x enters before it, and it writes nothing.
+        given: what else the model takes, such as the keys and values of earlier positions.
+    """
+    silent = None
+    if hook.endswith("hook_resid_mid"):
+        layer = hf.get_submodule(hooks.family(hf).layers)[int(hook.split(".")[1])]
+        silent = getattr(layer, hooks.family(hf).attn)
+        nothing = torch.zeros((), device=x.device)
+        out = nothing if hf.config.model_type == native.MODEL_TYPE else (nothing, None)
+        hook = hook.replace("resid_mid", "resid_pre")
+    end = final_norm(hf)
+    seen: list[Tensor] = []
+
+    def stop(_: nn.Module, args: tuple) -> None:
+        seen.append(args[0])
+        raise hooks.Stopped
+
+    tokens = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
+    handle = end.register_forward_pre_hook(stop)
+    try:
+        if silent is not None:
+            silent.forward = lambda *_, **__: out
+        with hooks.edited(hf, hook, lambda _: x), _skipped_below(hf, hook):
+            hf.base_model(input_ids=tokens, **{"use_cache": False, **given})
+    except hooks.Stopped:
+        pass
+    finally:
+        handle.remove()
+        if silent is not None:
+            silent.__dict__.pop("forward", None)
+    return seen[0]
 
 
 @contextmanager

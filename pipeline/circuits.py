@@ -1,0 +1,212 @@
+"""Stage `circuits`: which heads, MLPs and paths tell two prompts apart, by several methods. [torch]
+
+For pairs of prompts out of the paper's prompts.py, and for each method that paper.yaml names:
+
+    direct_logit            what a part writes towards the answer          (direct_logit.py)
+    activation_patching     effect of replacing a part, exact              (patching.py)
+    attribution_patching    its estimate by one gradient                   (eap.py)
+    path_patching           effect of a head on the logits past all other heads, exact
+    eap, eap_ig             estimated effect of an edge
+
+1. nodes      scores of heads, MLPs, and the stream at named positions.
+2. edges      scores of edges, with the exact effect of those of largest score.
+3. methods    how right each method is, in one row: completeness over a cut of the graph, and
+              agreement with exact patching.
+
+All methods share the columns of one schema; scores are means over prompts, in float32 logits. A cut
+is a set of parts through which all of the difference flows: the embeddings of the tokens that
+differ, or what is written to the logits.
+"""
+
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from torch import Tensor
+
+from pipeline import cli, direct_logit, eap, tables
+from pipeline import model as models
+from pipeline.attribution import correlation
+from pipeline.errors import RetraceError
+from pipeline.paired import Node, Pairs, Task
+from pipeline.patching import Edge, activation_patching, edge_patching, path_patching
+from pipeline.source import import_file
+from pipeline.spec_circuits import CircuitsSpec
+
+NODES = "method kind layer head position score sd".split()
+EDGES = (
+    "method source_kind source_layer source_head target_kind target_layer target_head target_input "
+    "score exact"
+).split()
+METHODS = (
+    "method unit n total cut completeness_gap correlation sign_agreement n_compared".split()
+)  # fmt: skip
+
+
+def parts(task: Task) -> list[Node]:
+    """Heads and MLPs of all layers, at all positions at once."""
+    heads = task.heads
+    return [
+        node
+        for i in range(heads.n_layers)
+        for node in (*(Node("head", i, h) for h in range(heads.n_heads)), Node("mlp", i))
+    ]
+
+
+def streams(task: Task, positions: list[str]) -> list[Node]:
+    """The stream before every layer, at each position."""
+    return [Node("resid", i, -1, p) for p in positions for i in range(task.heads.n_layers)]
+
+
+def node_rows(method: str, nodes: list[Node], scores: Tensor) -> pd.DataFrame:
+    """Rows of the table nodes, of scores [nodes n]."""
+    frame = pd.DataFrame([n._asdict() for n in nodes]).assign(method=method)
+    sd = scores.std(-1) if scores.shape[-1] > 1 else torch.full_like(scores[:, 0], torch.nan)
+    frame = frame.assign(score=scores.mean(-1).cpu().numpy(), sd=sd.cpu().numpy())
+    return frame[NODES]
+
+
+def edge_rows(method: str, edges: list[Edge], scores: Tensor, exact: Tensor) -> pd.DataFrame:
+    """Rows of the table edges, of scores [edges] and exact effects [edges], NaN where not known."""
+    name = {"resid": "embed"}
+    rows = [
+        ("", name.get(s.kind, s.kind), s.layer, s.head, t.kind, t.layer, t.head, slot, 0.0, 0.0)
+        for s, t, slot in edges
+    ]
+    frame = pd.DataFrame(rows, columns=EDGES).assign(method=method)
+    return frame.assign(score=scores.cpu().numpy(), exact=exact.cpu().numpy())
+
+
+def quality(
+    method: str, unit: str, n: int, total: float, cut: float, scores: Tensor, exact: Tensor
+) -> dict[str, Any]:
+    """A row of the table methods.
+
+    Args:
+        n: nodes or edges scored.
+        total, cut: what the cut should sum to, and what it sums to.
+        scores, exact: estimates and exact effects of the same parts, [compared].
+    """
+    a, b = scores.cpu().numpy().astype(float), exact.cpu().numpy().astype(float)
+    same = float(np.mean(np.sign(a) == np.sign(b))) if len(a) else float("nan")
+    gap = (cut - total) / abs(total) if total else float("nan")
+    values = (method, unit, n, total, cut, gap, correlation(a, b), same, len(a))
+    return dict(zip(METHODS, values, strict=True))
+
+
+def node_methods(task: Task, spec: CircuitsSpec) -> tuple[list[pd.DataFrame], list[dict], Tensor]:
+    """Rows of nodes and methods, and the exact effect [nodes] of every head and MLP."""
+    nodes, cut = parts(task), [Node("resid", 0, -1, p) for p in task.pairs.differing()]
+    shown = nodes + streams(task, spec.positions)
+    total = float(task.total.mean())
+    progress = cli.Progress("activation patching", len(shown), "nodes")
+    effects = activation_patching(task, shown, progress.at)
+    exact = effects[: len(nodes)].mean(-1)
+    frames, rows = [], []
+    for method in spec.methods:
+        if method == "activation_patching":
+            scores, sums = effects, activation_patching(task, cut)
+        elif method == "attribution_patching":
+            scores = eap.attribution_patching(task, shown + cut)
+            scores, sums = scores[: len(shown)], scores[len(shown) :]
+        else:
+            continue
+        frames.append(node_rows(method, shown, scores))
+        made = scores[: len(nodes)].mean(-1)
+        rows.append(
+            quality(method, "node", len(shown), total, float(sums.mean(-1).sum()), made, exact)
+        )
+    if "direct_logit" in spec.methods:
+        clean = task.base if spec.direction == "noising" else task.source
+        found = direct_logit.direct_logit(task, clean)
+        m = float(task.metric(task.at_end(clean.post[-1])).mean())
+        whole = float(sum(found.values()).mean())
+        frames.append(node_rows("direct_logit", nodes, torch.stack([found[n] for n in nodes])))
+        a, b = (direct_logit.direct_logit(task, r, task.base) for r in (task.source, task.base))
+        change = torch.stack([(a[n] - b[n]).mean() for n in nodes])
+        rows.append(quality("direct_logit", "node", len(nodes), m, whole, change, exact))
+    return frames, rows, exact
+
+
+def edge_methods(task: Task, spec: CircuitsSpec, exact: Tensor) -> tuple[list, list[dict]]:
+    """Rows of edges and methods.
+
+    Args:
+        exact: of `node_methods`; path patching is compared with the effect of the whole head.
+    """
+    frames, rows, total = [], [], float(task.total.mean())
+    if "path_patching" in spec.methods:
+        nodes = [n for n in parts(task) if n.kind == "head"]
+        effects = path_patching(task, [(n.layer, n.head) for n in nodes]).mean(-1)
+        edges = [Edge(n, eap.LOGITS) for n in nodes]
+        frames.append(edge_rows("path_patching", edges, effects, effects))
+        whole = torch.stack(
+            [e for n, e in zip(parts(task), exact, strict=True) if n.kind == "head"]
+        )
+        cut = float(effects.sum())
+        rows.append(quality("path_patching", "edge", len(edges), total, cut, effects, whole))
+    for method, alphas in (("eap", [0.0]), ("eap_ig", eap.midpoints(spec.ig_steps))):
+        if method not in spec.methods:
+            continue
+        edges, scores = eap.edges(task, alphas)
+        top = scores.abs().argsort(descending=True, stable=True)[: spec.n_exact].tolist()
+        true = torch.full_like(scores, torch.nan)
+        true[top] = torch.stack([edge_patching(task, edges[i]).mean() for i in top])
+        frames.append(edge_rows(method, edges, scores, true))
+        last = [i for i, e in enumerate(edges) if e.target.kind == "logits"]
+        cut = float(scores[last].sum())
+        rows.append(quality(method, "edge", len(edges), total, cut, scores[top], true[top]))
+    return frames, rows
+
+
+def measure(task: Task, spec: CircuitsSpec) -> dict[str, pd.DataFrame]:
+    """All tables of one model."""
+    nodes, rows, exact = node_methods(task, spec)
+    edges, more = edge_methods(task, spec, exact)
+    frames = {"nodes": (nodes, NODES), "edges": (edges, EDGES)}
+    out = {
+        k: pd.concat(v, ignore_index=True) if v else pd.DataFrame(columns=c)
+        for k, (v, c) in frames.items()
+    }
+    order = {m: i for i, m in enumerate(spec.methods)}
+    return out | {"methods": pd.DataFrame(sorted(rows + more, key=lambda r: order[r["method"]]))}
+
+
+def pairs_of(file: str, spec: CircuitsSpec, loaded: models.Loaded, device: Any) -> Pairs:
+    """The pairs that the paper's prompts.py makes for this model's tokenizer."""
+    function = getattr(import_file(file), spec.prompts, None)
+    if function is None:
+        raise RetraceError(
+            f"circuits.prompts: {file} has no function '{spec.prompts}'; write it, or name another"
+        )
+    prompts = function(spec.options, loaded.tokenizer, spec.n_prompts, spec.seed)
+    return Pairs.of(prompts, loaded.bos_id, device, spec.direction == "denoising")
+
+
+def work(job: cli.Job) -> None:
+    args, device = job.args, job.device()
+    spec = job.section("circuits", CircuitsSpec)
+    loaded = models.load(args.model, device)
+    with torch.no_grad():
+        frames = measure(Task(loaded.hf, pairs_of(args.prompts, spec, loaded, device)), spec)
+    certificate = job.certificate([args.model])
+    for name, frame in frames.items():
+        tables.write_table(getattr(args, name), frame, certificate)
+
+
+def main() -> None:
+    parser = cli.parser(
+        "circuits",
+        __doc__,
+        model="model.json",
+        prompts="the paper's prompts.py",
+        nodes="scores of nodes",
+        edges="scores of edges",
+        methods="how right each method is",
+    )
+    cli.run("circuits", parser.parse_args(), work)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,42 @@
+"""The section circuits: what heads, MLPs and the paths between them do to an output."""
+
+from typing import Any, Literal
+
+from pydantic import Field, model_validator
+
+from pipeline.spec_base import Name, Section
+
+Method = Literal["direct_logit", "activation_patching", "attribution_patching", "path_patching",
+                 "eap", "eap_ig"]  # fmt: skip
+
+
+class CircuitsSpec(Section):
+    """Pairs of prompts, and the methods that say which parts of a model tell them apart."""
+
+    prompts: Name = Field(description="a function of the paper's prompts.py")
+    options: dict[str, Any] = Field(default={}, description="handed to that function")
+    n_prompts: int = Field(default=16, ge=1, description="pairs of prompts")
+    seed: int = Field(default=0, ge=0, description="of the prompts")
+    without: list[Name] = Field(default=[], description="arms that are left out")
+    methods: list[Method] = Field(
+        default=["direct_logit", "activation_patching", "attribution_patching"], min_length=1
+    )
+    direction: Literal["noising", "denoising"] = Field(
+        default="noising",
+        description="noising: activations of the corrupt prompt into the clean run (Wang et al. "
+        "2022); denoising: of the clean prompt into the corrupt run (Meng et al. 2022)",
+    )
+    positions: list[Name] = Field(
+        default=[], description="where the stream is patched, as the prompts name them"
+    )
+    ig_steps: int = Field(default=5, ge=1, description="eap_ig: points between the two prompts")
+    n_exact: int = Field(
+        default=24, ge=2, description="edges of largest score that are patched exactly, a method"
+    )
+
+    @model_validator(mode="after")
+    def _once(self) -> "CircuitsSpec":
+        for method in self.methods:
+            if self.methods.count(method) > 1:
+                raise ValueError(f"methods: '{method}' stands twice; name it once")
+        return self

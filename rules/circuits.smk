@@ -1,0 +1,27 @@
+# Which heads, MLPs and paths tell two prompts apart, by several methods.
+rule circuits:
+    input:
+        model=arm_input_of("model", "model.json"),
+        checkpoint=arm_input_of("model", "checkpoint"),
+        prompts=own_file_of("prompts.py"),
+    output:
+        nodes="results/{scale}/{paper}/circuits/{arm}_nodes.parquet",
+        edges="results/{scale}/{paper}/circuits/{arm}_edges.parquet",
+        methods="results/{scale}/{paper}/circuits/{arm}_methods.parquet",
+    log:
+        "results/logs/{scale}/{paper}/circuits_{arm}.log",
+    benchmark:
+        "results/benchmarks/{scale}/{paper}/circuits_{arm}.tsv"
+    threads: THREADS
+    resources:
+        mem_mb=8000,
+        runtime=120,
+        gpu=1,
+    params:
+        spec=spec_of("circuits"),
+        code=code_of("circuits", "prompts.py"),
+    shell:
+        "{PYTHON:q} -m pipeline.circuits --spec {params.spec:q} --model {input.model:q}"
+        " --prompts {input.prompts:q} --code {input.prompts:q} --nodes {output.nodes:q}"
+        " --edges {output.edges:q} --methods {output.methods:q}"
+        " --device {DEVICE} --threads {threads} 2> {log:q}"

@@ -1,0 +1,232 @@
+"""Stage `circuit`: indirect object identification in every arm (Wang et al. 2022). [torch]
+
+1. behaviour   logit difference, IO > S and probability of IO, by kind of prompt (measures.py).
+2. heads       of every head: effects by path patching (discovery.py), attention between the named
+               tokens, copy scores, and the class that it is given.
+3. scatter     attention of the name movers to a name against what they write towards it.
+4. cases       faithfulness and completeness of the circuits, and of the nulls (judged.py).
+5. minimality  what each head of a circuit is worth.
+
+GPT-2 small has two circuits, the published one and the one found here; other arms have theirs
+alone. The arm with redrawn weights is a null: its behaviour is measured and nothing else.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from pydantic import Field
+
+from pipeline import cli, tables
+from pipeline import model as models
+from pipeline.knockout import Knockout, group_means
+from pipeline.paired import Pairs, Task
+from pipeline.source import import_file
+from pipeline.spec_base import Name, Section
+
+HERE = Path(__file__).parent
+prompts = import_file(HERE / "prompts.py")
+measures = import_file(HERE / "measures.py")
+discovery = import_file(HERE / "discovery.py")
+judged = import_file(HERE / "judged.py")
+TABLES = "behaviour heads scatter cases minimality".split()
+
+
+class Options(Section):
+    """own.circuit of paper.yaml."""
+
+    tables: list[str]
+    n_behaviour: int = Field(default=200, ge=2, description="prompts of the table behaviour")
+    n_patched: int = Field(default=16, ge=2, description="prompts of path patching")
+    n_judged: int = Field(default=16, ge=2, description="prompts on which circuits are judged")
+    n_reference: int = Field(
+        default=90, ge=30, description="prompts of p_ABC for the means; 30: each template twice"
+    )
+    n_scatter: int = Field(default=30, ge=2, description="prompts of attention and the scatter")
+    n_names: int = Field(default=8, ge=1, description="names of the copy scores")
+    threshold: float = Field(default=0.02, gt=0, description="of the logit difference, to count")
+    most: int = Field(default=4, ge=1, description="heads of a class, at most")
+    n_random: int = Field(default=2, ge=1, description="random circuits, and random sets K")
+    greedy: tuple[int, int] = Field(default=(2, 6), description="steps, and candidates of a step")
+    seed: int = Field(default=0, ge=0, description="of prompts and random circuits")
+    behaviour_only: list[Name] = Field(default=[], description="null arms")
+    without_bos: list[Name] = Field(default=[], description="arms measured without BOS")
+    published: Name = Field(default="gpt2", description="the arm that the paper's heads are of")
+
+
+class Arm:
+    """A model on prompts.
+
+    Args:
+        name: of the arm.
+    """
+
+    def __init__(self, name: str, file: str, options: Options, device: Any) -> None:
+        self.name, self.options, self.device = name, options, device
+        self.loaded = models.load(file, device)
+        self.bos_id = None if name in options.without_bos else self.loaded.bos_id
+        self._means: list[torch.Tensor] = []
+
+    def pairs(self, drawn: Any, bos_id: int | None) -> Pairs:
+        return Pairs.of(drawn.data(), bos_id, self.device)
+
+    def task(self, n: int, seed: int) -> tuple[Task, Any]:
+        drawn = prompts.draw(self.loaded.tokenizer, n, seed)
+        return Task(self.loaded.hf, self.pairs(drawn, self.bos_id)), drawn
+
+    def behaviour(self) -> list[dict]:
+        """Rows of the table behaviour."""
+        tokenizer, n, seed = self.loaded.tokenizer, self.options.n_behaviour, self.options.seed
+        drawn = prompts.draw(tokenizer, n, seed)
+        pairs = self.pairs(drawn, self.bos_id)
+        rows = self._rows("all", pairs, pairs.base, drawn.variant)
+        if self.name in self.options.behaviour_only:
+            return rows
+        rows += self._rows("p_ABC", pairs, pairs.source)
+        spaced = prompts.Prompts(**{**vars(drawn), "clean": prompts.trailing(tokenizer, drawn)})
+        spaced.corrupt = spaced.clean
+        spaced_pairs = self.pairs(spaced, self.bos_id)
+        rows += self._rows("trailing space", spaced_pairs, spaced_pairs.base)
+        if (demo := prompts.demo(tokenizer)) is not None:
+            pairs = self.pairs(demo, self.loaded.bos_id)
+            rows += self._rows("demo", pairs, pairs.base)
+            rows += self._rows("demo, flipped", pairs, pairs.source)
+        return rows
+
+    def _rows(
+        self, name: str, pairs: Pairs, tokens: torch.Tensor, variants: list[str] | None = None
+    ) -> list[dict]:
+        """Means over all prompts, and over those of each variant."""
+        given = (tokens, pairs.end, pairs.answer, pairs.foil)
+        found = pd.DataFrame(
+            {k: v.cpu().numpy() for k, v in measures.behaviour(self.loaded.hf, *given).items()}
+        )
+        parts = {name: found}
+        if variants:
+            parts |= dict(iter(found.groupby(np.array(variants))))
+        card = {"arm": self.name}
+        return [{**card, "prompts": k, "n": len(f), **f.mean()} for k, f in parts.items()]
+
+    def circuit(self) -> dict[str, list[dict]]:
+        """Rows of the other tables."""
+        options = self.options
+        task, drawn = self.task(options.n_patched, options.seed)
+        looks_task, _ = self.task(options.n_scatter, options.seed + 1)
+        looks, patterns = measures.attention(looks_task)
+        search = discovery.Search(task, looks, options.threshold, options.most)
+        search.run()
+        means = self.means(task)
+        groups = torch.tensor(drawn.template, device=self.device)
+        if movers := search.roles["name_mover"]:
+            ablated = discovery.without(task, [m[groups] for m in means], movers)
+            search.find_backup(ablated)
+        shown = search.roles["name_mover"] + search.roles["negative"]
+        out = {
+            "heads": self.heads(search, looks, measures.copying(looks_task, options.n_names)),
+            "scatter": [
+                {"arm": self.name, **r} for r in measures.scatter(looks_task, patterns, shown)
+            ],
+            "cases": [],
+            "minimality": [],
+        }
+        circuits = {"found": search.roles}
+        if self.name == options.published:
+            circuits["published"] = discovery.PUBLISHED
+        for name, roles in circuits.items():
+            for table, rows in self.judge(name, roles).items():
+                out[table] += rows
+        return out
+
+    def means(self, like: Task) -> list[torch.Tensor]:
+        """Mean z over p_ABC by template, [n_templates pos n_heads*d_head], one a layer.
+
+        Positions behind a template's end stand for nothing; there are as many as `like` has.
+        """
+        if not self._means:
+            n, seed = self.options.n_reference, self.options.seed + 2
+            drawn = prompts.draw(self.loaded.tokenizer, n, seed)
+            tokens = self.pairs(drawn, self.bos_id).source
+            groups = torch.tensor(drawn.template, device=self.device)
+            self._means = group_means(like.heads, tokens, groups)
+        return [m[:, : like.pairs.base.shape[1]] for m in self._means]
+
+    def heads(self, search: Any, looks: dict, copied: tuple) -> list[dict]:
+        """Rows of the table heads."""
+        role = {h: r for r, heads in search.roles.items() for h in heads}
+        n = search.task.heads.n_heads
+        rows = []
+        for i, (layer, head) in enumerate(search.heads):
+            row = {"arm": self.name, "layer": layer, "head": head}
+            row |= {"role": role.get((layer, head), "")}
+            row |= {k: float(e[i].mean()) for k, e in search.effects.items()}
+            row |= {k: float(v[layer, head]) for k, v in looks.items()}
+            row |= {"copies": float(copied[0].flatten()[layer * n + head])}
+            row |= {"suppresses": float(copied[1].flatten()[layer * n + head])}
+            rows.append(row)
+        return rows
+
+    def judge(self, name: str, roles: dict) -> dict[str, list[dict]]:
+        """Rows of cases and minimality of one circuit."""
+        options, rng = self.options, np.random.default_rng(self.options.seed)
+        task, drawn = self.task(options.n_judged, options.seed + 3)
+        groups = torch.tensor(drawn.template, device=self.device)
+        knockout = Knockout(task, self.means(task), groups)
+        parts = discovery.placed(roles)
+        cases = judged.cases(parts, roles, knockout, options.n_random, rng)
+        small = judged.minimality(parts)
+        every = cases + [c for _, _, *pair in small for c in pair]
+        progress = cli.Progress(f"{self.name}: circuits", len(every), "circuits")
+        values = judged.measure(every, knockout, progress.at)
+        card = {"arm": self.name, "source": name}
+        rows = [
+            {**card, "circuit": c.circuit, "removed": c.removed, "n_heads": len(c.kept), "f": f}
+            for c, f in zip(cases, values, strict=False)
+        ]
+        circuit = frozenset().union(*parts.values())
+        for gone, m, c in judged.greedy(circuit, knockout, *options.greedy, rng):
+            for which, f in (("model", m), ("circuit", c)):
+                row = {"circuit": which, "removed": f"greedy {len(gone)}", "n_heads": len(gone)}
+                rows.append({**card, **row, "f": f})
+        less = []
+        for i, (role, node, *_) in enumerate(small):
+            a, b = values[len(cases) + 2 * i : len(cases) + 2 * i + 2]
+            row = {"role": role, "layer": node[0], "head": node[1], "with": a, "without": b}
+            less.append({**card, **row})
+        return {"cases": rows, "minimality": less}
+
+
+COLUMNS = {
+    "scatter": "arm layer head name prompt attention logit".split(),
+    "minimality": "arm source role layer head with without".split(),
+}
+
+
+def main() -> None:
+    parser = cli.parser(
+        "circuit", __doc__, models="model.json of every arm, sorted by name*",
+        **{t: f"{t}.parquet" for t in TABLES},
+    )  # fmt: skip
+
+    def work(job: cli.Job) -> None:
+        args, options = job.args, job.section("own.circuit", Options)
+        device = job.device()
+        rows: dict[str, list[dict]] = {t: [] for t in TABLES}
+        with torch.no_grad():
+            for name, file in zip(sorted(job.spec["arms"]), args.models, strict=True):
+                arm = Arm(name, file, options, device)
+                rows["behaviour"] += arm.behaviour()
+                if name not in options.behaviour_only:
+                    for table, more in arm.circuit().items():
+                        rows[table] += more
+        certificate = job.certificate(args.models, seed=options.seed)
+        for name, made in rows.items():
+            frame = pd.DataFrame(made, columns=COLUMNS.get(name) if not made else None)
+            tables.write_table(getattr(args, name), frame, certificate)
+
+    cli.run("circuit", parser.parse_args(), work)
+
+
+if __name__ == "__main__":
+    main()

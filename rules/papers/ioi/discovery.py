@@ -1,0 +1,168 @@
+"""Which heads do the work: path patching back from the logits (Wang et al. 2022, Sec. 3). [torch]
+
+1. direct            paths to the logits. Heads whose loss lowers the logit difference, and that
+                     attend from END more to IO than to S: name movers. Those whose loss raises it:
+                     negative name movers.
+2. to_movers         paths to the name movers' queries at END: S-inhibition heads.
+3. to_inhibition     paths to the S-inhibition heads' values at S2. Heads that attend from S2 to S1
+                     are duplicate-token heads, to the token behind S1 induction heads.
+4. to_induction      paths to the induction heads' keys at S1+1: previous-token heads.
+5. backup            heads whose direct logit attribution rises when the name movers are ablated.
+
+The paper picks heads by eye. Here a head counts if its effect is at least `threshold` of the logit
+difference and twice its standard error over prompts; of a step at most `most` heads count. Path
+patching takes p_ABC as the source, so an effect below 0 is work that is lost.
+"""
+
+from collections.abc import Iterable
+
+import torch
+from torch import Tensor
+
+from pipeline import cli
+from pipeline.direct_logit import direct_logit
+from pipeline.paired import Node, Run, Task, watched
+from pipeline.patching import Receiver, path_patching
+
+Head = tuple[int, int]
+# Where a head of a class does its work.
+PLACE = {
+    "name_mover": "END",
+    "negative": "END",
+    "backup": "END",
+    "s_inhibition": "END",
+    "induction": "S2",
+    "duplicate": "S2",
+    "previous": "S1_next",
+}
+# The 26 heads of GPT-2 small (Wang et al. 2022, Fig. 2).
+PUBLISHED: dict[str, list[Head]] = {
+    "name_mover": [(9, 9), (9, 6), (10, 0)],
+    "negative": [(10, 7), (11, 10)],
+    "backup": [(9, 0), (9, 7), (10, 1), (10, 2), (10, 6), (10, 10), (11, 2), (11, 9)],
+    "s_inhibition": [(7, 3), (7, 9), (8, 6), (8, 10)],
+    "induction": [(5, 5), (5, 8), (5, 9), (6, 9)],
+    "duplicate": [(0, 1), (0, 10), (3, 0)],
+    "previous": [(2, 2), (4, 11)],
+}
+
+
+def clear(effects: Tensor, least: float, sign: int, most: int) -> list[int]:
+    """Rows of effects [m n] that count, largest first.
+
+    Args:
+        least: smallest mean effect.
+        sign: 1 for rises, -1 for losses.
+    """
+    n = effects.shape[1]
+    mean = sign * effects.mean(1)
+    error = effects.std(1) / n**0.5 if n > 1 else torch.zeros_like(mean)
+    counts = (mean >= least) & (mean > 2 * error)
+    order = mean.argsort(descending=True, stable=True).tolist()
+    return [i for i in order if counts[i]][:most]
+
+
+def every_head(task: Task) -> list[Head]:
+    return [(i, h) for i in range(task.heads.n_layers) for h in range(task.heads.n_heads)]
+
+
+class Search:
+    """The steps, with what they found.
+
+    Attributes:
+        roles: class -> heads, strongest first.
+        effects: step -> [n_layers*n_heads n], in logits.
+    """
+
+    def __init__(self, task: Task, looks: dict[str, Tensor], threshold: float, most: int) -> None:
+        self.task, self.looks, self.most = task, looks, most
+        self.least = threshold * float(task.before.mean().abs())
+        self.heads = every_head(task)
+        self.roles: dict[str, list[Head]] = {name: [] for name in PLACE}
+        self.effects: dict[str, Tensor] = {}
+
+    def taken(self) -> set[Head]:
+        return {h for heads in self.roles.values() for h in heads}
+
+    def look(self, head: Head, name: str) -> float:
+        return float(self.looks[name][head])
+
+    def step(self, name: str, receivers: list[Receiver] | None, at: str = "") -> list[Head]:
+        """Effects of all heads on some receivers; the heads that count and have no class yet."""
+        if receivers == []:
+            effects = torch.zeros(len(self.heads), len(self.task.before))
+            self.effects[name] = effects.to(self.task.before)
+            return []
+        progress = cli.Progress(f"path patching, {name}", len(self.heads), "heads")
+        effects = path_patching(self.task, self.heads, receivers, at, progress.at)
+        self.effects[name] = effects
+        counted = clear(effects, self.least, -1, len(self.heads))
+        return [self.heads[i] for i in counted if self.heads[i] not in self.taken()]
+
+    def receivers(self, heads: Iterable[Head], slot: str) -> list[Receiver]:
+        """Queries, keys or values of heads, each once where heads share a key."""
+        shared = 1 if slot == "q" else self.task.heads.n_heads // self.task.heads.n_key_heads
+        return list(dict.fromkeys(Receiver(i, slot, h // shared) for i, h in heads))
+
+    def run(self) -> None:
+        roles, most = self.roles, self.most
+        for head in self.step("direct", None):
+            on_s = max(self.look(head, "end_to_s1"), self.look(head, "end_to_s2"))
+            if self.look(head, "end_to_io") > on_s:
+                roles["name_mover"].append(head)
+        roles["name_mover"] = roles["name_mover"][:most]
+        rises = clear(self.effects["direct"], self.least, 1, most)
+        roles["negative"] = [self.heads[i] for i in rises]
+        movers = self.receivers(roles["name_mover"], "q")
+        roles["s_inhibition"] = self.step("to_movers", movers, "END")[:most]
+        values = self.receivers(roles["s_inhibition"], "v")
+        for head in self.step("to_inhibition", values, "S2"):
+            twice, behind = self.look(head, "s2_to_s1"), self.look(head, "s2_to_s1_next")
+            role = "duplicate" if twice > behind else "induction"
+            if len(roles[role]) < most:
+                roles[role].append(head)
+        keys = self.receivers(roles["induction"], "k")
+        roles["previous"] = self.step("to_induction", keys, "S1_next")[:most]
+
+    def find_backup(self, ablated: Run) -> None:
+        """Backup name movers: by the rise of their direct logit attribution.
+
+        Args:
+            ablated: the base run with the name movers knocked out.
+        """
+        before = direct_logit(self.task, self.task.base)
+        after = direct_logit(self.task, ablated)
+        nodes = [Node("head", *h) for h in self.heads]
+        rise = torch.stack([after[n] - before[n] for n in nodes])
+        self.effects["backup"] = rise
+        counted = [self.heads[i] for i in clear(rise, self.least, 1, len(self.heads))]
+        movers = [h for h in counted if h not in self.taken()]
+        self.roles["backup"] = movers[: self.most]
+
+
+def without(task: Task, means: list[Tensor], heads: list[Head]) -> Run:
+    """The base run with some heads mean-ablated at all positions.
+
+    Args:
+        means: mean z of each prompt's template, [n pos n_heads*d_head], one a layer.
+    """
+    from contextlib import ExitStack
+
+    d = task.heads.d_head
+    with ExitStack() as stack:
+        for layer in {i for i, _ in heads}:
+            gone = [h for i, h in heads if i == layer]
+
+            def ablate(z: Tensor, gone=gone, mean=means[layer]) -> Tensor:
+                z = z.clone()
+                for h in gone:
+                    z[..., h * d : (h + 1) * d] = mean[..., h * d : (h + 1) * d]
+                return z
+
+            stack.enter_context(task.heads.z_edited(layer, ablate))
+        return watched(task.heads, task.pairs.base)
+
+
+def placed(roles: dict[str, list[Head]]) -> dict[str, frozenset]:
+    """class -> its part of the circuit: (layer, head, position)."""
+    return {r: frozenset((*h, PLACE[r]) for h in heads) for r, heads in roles.items()}

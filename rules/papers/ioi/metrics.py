@@ -1,0 +1,127 @@
+"""Metrics of indirect object identification: what they mean, and how the tables give them.
+
+Names begin with an arm: smollm2, random (weights redrawn), gpt2 (only with --config hub=true).
+`found` is the circuit that path patching finds in the arm, `published` that of the paper.
+"""
+
+from typing import Any
+
+import numpy as np
+
+METRICS = {  # the first pattern that fits a name counts: those of more parts stand first
+    "*.demo.logit_diff": "logit difference on the eight prompts of TransformerLens's demo",
+    "*.flipped.logit_diff": "the same with the subject's second mention replaced by the indirect "
+    "object, measured for the old answer",
+    "*.trailing.io_gt_s": "share of prompts with a space behind them on which IO > S",
+    "*.abc.logit_diff": "logit difference on p_ABC, prompts of three other names",
+    "*.n.*": "number of heads of a class, by discovery.py",
+    "*.look.*": "mean attention of a class of heads, over heads and prompts: name movers from END "
+    "to IO (io), S-inhibition heads from END to S2 (s2), duplicate-token heads from S2 to S1, "
+    "induction heads from S2 to S1+1, previous-token heads from S1+1 to S1",
+    "*.copies.*": "copy score: share of names that a head would copy, mean over the class "
+    "(all: all heads)",
+    "*.suppresses.*": "the same with the sign of the OV circuit turned",
+    "*.rho": "least correlation, over name movers, of attention to a name and the logit of that "
+    "name that the head writes; over prompts and both names",
+    "*.published_movers": "how many of the paper's name movers 9.9, 9.6, 10.0 are among ours",
+    "*.published_negative": "how many of 10.7 and 11.10 are among our negative name movers",
+    "*.movers_direct": "what the name movers lose by path patching to the logits, over the logit "
+    "difference",
+    "*.recovered": "1 - |F(M) - F(C)| / F(M), F the mean logit difference with all heads outside a "
+    "circuit mean-ablated; random: mean over random circuits of the same layers and positions",
+    "*.gap": "|F(M) - F(C)|, logits",
+    "*.incompleteness": "largest |F(M without K) - F(C without K)| over classes and random sets K, "
+    "over F(M)",
+    "*.searched": "the same for the set K of the greedy search, in logits",
+    "*.movers_knocked_out": "share of F(M) that is lost without the name movers",
+    "*.minimality": "least |F(C without K) - F(C without K and v)| / F(M) over heads v of the "
+    "circuit, K the rest of the class of v",
+    "*.circuit_heads": "heads of the circuit",
+    "*.logit_diff": "mean logit of IO minus logit of S at the last position",
+    "*.io_gt_s": "share of prompts with a larger logit of IO than of S",
+    "*.io_probability": "mean probability of IO",
+}
+LOOK = {"name_mover": ("io", "end_to_io"), "s_inhibition": ("s2", "end_to_s2"),
+        "duplicate": ("s1", "s2_to_s1"), "induction": ("s1_next", "s2_to_s1_next"),
+        "previous": ("previous", "s1_next_to_s1")}  # fmt: skip
+MOVERS, NEGATIVE = {(9, 9), (9, 6), (10, 0)}, {(10, 7), (11, 10)}
+
+
+def behaviour(table: Any) -> dict[str, float]:
+    """Of one arm."""
+    rows = table.set_index("prompts")
+    out = {k: rows.loc["all", k] for k in ("logit_diff", "io_gt_s", "io_probability")}
+    more = {"abc.logit_diff": "p_ABC", "trailing.io_gt_s": "trailing space",
+            "demo.logit_diff": "demo", "flipped.logit_diff": "demo, flipped"}  # fmt: skip
+    there = {m: row for m, row in more.items() if row in rows.index}
+    return out | {m: rows.loc[row, m.split(".")[1]] for m, row in there.items()}
+
+
+def heads(table: Any, scatter: Any, logit_diff: float) -> dict[str, float]:
+    """Of one arm."""
+    of = dict(iter(table.groupby("role")))
+    empty = table.iloc[:0]
+    part = lambda role: of.get(role, empty)  # noqa: E731
+    roles = ("name_mover", "negative", "backup", *LOOK)
+    out = {f"n.{role}": float(len(part(role))) for role in dict.fromkeys(roles)}
+    out |= {f"look.{name}": part(role)[column].mean() for role, (name, column) in LOOK.items()}
+    out |= {"copies.name_mover": part("name_mover")["copies"].mean()}
+    out |= {"suppresses.negative": part("negative")["suppresses"].mean()}
+    out |= {f"{c}.all": table[c].mean() for c in ("copies", "suppresses")}
+    placed = lambda role: set(zip(part(role)["layer"], part(role)["head"], strict=True))  # noqa: E731
+    out["published_movers"] = float(len(placed("name_mover") & MOVERS))
+    out["published_negative"] = float(len(placed("negative") & NEGATIVE))
+    out["movers_direct"] = -part("name_mover")["direct"].sum() / logit_diff
+    rho = [
+        rows["attention"].corr(rows["logit"])
+        for head, rows in scatter.groupby(["layer", "head"])
+        if head in placed("name_mover")
+    ]
+    return out | {"rho": min(rho, default=np.nan)}
+
+
+def circuits(cases: Any, minimality: Any) -> dict[str, float]:
+    """Of one circuit of one arm."""
+    plain = cases[cases["removed"] == "nothing"].set_index("circuit")
+    f, whole = plain["f"], plain.loc["model", "f"]
+    recovered = lambda value: 1 - abs(whole - value) / whole  # noqa: E731
+    at_random = f[[name for name in f.index if name.startswith("random")]]
+    out = {"recovered": recovered(f["circuit"]), "gap": abs(whole - f["circuit"])}
+    out |= {"circuit_heads": plain.loc["circuit", "n_heads"]}
+    out |= {"naive.recovered": recovered(f["naive"])}
+    out |= {"random.recovered": recovered(at_random).mean()}
+    sets = cases[cases["removed"] != "nothing"].pivot(
+        index="removed", columns="circuit", values="f"
+    )
+    searched = sets[sets.index.str.startswith("greedy")]
+    fixed = sets.drop(searched.index)
+    widest = lambda t, c: (t["model"] - t[c]).abs().max() if c in t else np.nan  # noqa: E731
+    out |= {"incompleteness": widest(fixed, "circuit") / whole}
+    out |= {"naive.incompleteness": widest(fixed, "naive") / whole}
+    out |= {"searched": widest(searched, "circuit")}
+    if "name_mover" in fixed.index:
+        out["movers_knocked_out"] = 1 - fixed.loc["name_mover", "model"] / whole
+    if len(minimality):
+        change = (minimality["with"] - minimality["without"]).abs()
+        out["minimality"] = change.min() / whole
+    return out
+
+
+def metrics(tables: dict[str, Any]) -> dict[str, float]:
+    """See METRICS; what an arm has not is left out."""
+    part = {name: tables[f"circuit/{name}"] for name in ("behaviour", "heads", "scatter")}
+    judged = {name: tables[f"circuit/{name}"] for name in ("cases", "minimality")}
+    out: dict[str, float] = {}
+    for arm, rows in part["behaviour"].groupby("arm"):
+        found = behaviour(rows)
+        own = part["heads"][part["heads"]["arm"] == arm]
+        if len(own):
+            scatter = part["scatter"][part["scatter"]["arm"] == arm]
+            found |= heads(own, scatter, found["logit_diff"])
+        cases = judged["cases"][judged["cases"]["arm"] == arm]
+        for source, some in cases.groupby("source"):
+            small = judged["minimality"]
+            small = small[(small["arm"] == arm) & (small["source"] == source)]
+            found |= {f"{source}.{k}": v for k, v in circuits(some, small).items()}
+        out |= {f"{arm}.{k}": float(v) for k, v in found.items() if np.isfinite(v)}
+    return out

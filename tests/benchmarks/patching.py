@@ -1,0 +1,143 @@
+"""Exact patching against TransformerLens's loop, and attribution patching in forward passes.
+
+    python tests/benchmarks/patching.py                  SmolLM2-135M on the CPU
+    python tests/benchmarks/patching.py --random --device cuda      GPT-2's shape, no download
+
+ours     pipeline.patching.activation_patching: heads of some layers, all positions
+peer     transformer_lens.patching on a TransformerBridge, the same interventions on the same tokens
+equal    the largest difference of an effect between the two, logits
+
+The second row is pipeline.eap.attribution_patching of every head, MLP and stream at every position
+(both runs, one backward pass) over one bare forward pass of the same batch. Loading is not timed.
+"""
+
+import json
+import tempfile
+from pathlib import Path
+
+from activations import prepare
+from harness import ROOT, Row, arguments, interleaved, median, report
+
+
+def tokens_of(hf, tokenizer, n: int, device):
+    """n pairs of prompts of the paper ioi; for a random model pairs of random tokens."""
+    import torch
+
+    from pipeline.paired import Pairs
+    from pipeline.source import import_file
+
+    if tokenizer is not None:
+        prompts = import_file(ROOT / "rules/papers/ioi/prompts.py")
+        return Pairs.of(prompts.draw(tokenizer, n, 0).data(), 0, device)
+    ids = torch.randint(5, 50_000, (2, n, 16), generator=torch.Generator().manual_seed(0)).tolist()
+    made = {"clean": ids[0], "corrupt": ids[1], "answer": [1] * n, "foil": [2] * n}
+    return Pairs.of({**made, "positions": {}}, 0, device)
+
+
+def random_gpt2(folder: Path) -> Path:
+    """A random GPT-2 small in the store's layout."""
+    import sys
+
+    import torch
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    sys.path.insert(0, str(ROOT / "tests"))
+    from conftest import byte_tokenizer
+
+    torch.manual_seed(0)
+    GPT2LMHeadModel(GPT2Config()).save_pretrained(folder / "checkpoint")
+    byte_tokenizer().save_pretrained(folder / "checkpoint")
+    (folder / "model.json").write_text(json.dumps({"processing": "raw", "bos_id": 0}))
+    return folder / "model.json"
+
+
+def compared(args, model_json: Path) -> list[Row]:
+    """Both rows, and the largest difference of an effect."""
+    import pandas as pd
+    import torch
+    from transformer_lens import patching as theirs
+
+    from pipeline import eap, model
+    from pipeline.paired import Node, Task
+    from pipeline.patching import activation_patching
+
+    torch.set_num_threads(args.threads)
+    device = torch.device(args.device)
+    loaded = model.load(model_json, device)
+    bridge = model.bridge(model_json, device)
+    pairs = tokens_of(loaded.hf, None if args.random else loaded.tokenizer, args.prompts, device)
+    task = Task(loaded.hf, pairs)
+    n_layers = task.heads.n_layers
+    layers = sorted({round(i * (n_layers - 1) / (args.layers - 1)) for i in range(args.layers)})
+    nodes = [Node("head", i, h) for i in layers for h in range(task.heads.n_heads)]
+    index = pd.DataFrame([(n.layer, n.head) for n in nodes], columns=["layer", "head"])
+    rows = torch.arange(len(pairs.end), device=device)
+    found: dict[str, torch.Tensor] = {}
+
+    def metric(logits):
+        last = logits[rows, pairs.end]
+        return (last[rows, pairs.answer] - last[rows, pairs.foil]).mean()
+
+    def ours() -> None:
+        again = Task(loaded.hf, pairs)  # both runs count, as the peer's do
+        found["ours"] = (activation_patching(again, nodes) + again.before).mean(-1).cpu()
+
+    def peer() -> None:
+        _, cache = bridge.run_with_cache(pairs.source)
+        found["peer"] = theirs.generic_activation_patch(
+            bridge, pairs.base, cache, metric, theirs.layer_head_vector_patch_setter, "z",
+            index_df=index,
+        ).cpu()  # fmt: skip
+
+    every = [
+        Node("resid", i, -1, f"@{p}") for i in range(n_layers) for p in range(len(pairs.base[0]))
+    ]
+    every += [Node("mlp", n.layer, -1, n.position) for n in every]
+    every += [
+        Node("head", n.layer, h, n.position)
+        for n in every[: len(every) // 2]
+        for h in range(task.heads.n_heads)
+    ]
+
+    def gradient() -> None:
+        eap.attribution_patching(Task(loaded.hf, pairs), every).cpu()
+
+    def forward() -> None:
+        loaded.hf(input_ids=pairs.base, use_cache=False)
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+
+    with torch.no_grad():
+        exact = interleaved({"ours": ours, "peer": peer}, args.repeats)
+        cheap = interleaved({"gradient": gradient, "forward": forward}, max(5, args.repeats))
+    gap = float((found["ours"] - found["peer"]).abs().max())
+    print(f"largest difference of an effect: {gap:.2g} logits")
+    if gap > 1e-4:
+        raise SystemExit(f"ours and TransformerLens differ by {gap:.2g} logits")
+    about = f"{len(nodes)} heads of {len(layers)} layers, {args.prompts} prompts of up to "
+    about += f"{pairs.base.shape[1]} tokens, equal to {gap:.1g}"
+    return [
+        Row(about, median(exact["ours"]), "s", median(exact["peer"]), "TransformerLens's loop",
+            target="ratio >= 3", higher_is_better=False, runs=exact),
+        Row(f"attribution patching of {len(every)} nodes over a forward pass",
+            median(cheap["gradient"]) / median(cheap["forward"]), "forward passes",
+            target="ours <= 4", higher_is_better=False, runs=cheap),
+    ]  # fmt: skip
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "retrace_bench")
+    parser.add_argument("--random", action="store_true", help="a random GPT-2 small, no download")
+    parser.add_argument("--layers", type=int, default=10, help="layers whose heads are patched")
+    parser.add_argument("--prompts", type=int, default=8)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--threads", type=int, default=2)
+    args = parser.parse_args()
+    args.work.mkdir(parents=True, exist_ok=True)
+    made = random_gpt2(args.work / "gpt2") if args.random else prepare(args.work, 64, 1280)[0]
+    report("patching", compared(args, made), args.out, args.device)
+
+
+if __name__ == "__main__":
+    main()
