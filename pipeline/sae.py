@@ -179,7 +179,7 @@ def write(
         "d_in": dictionaries[0].sae.cfg.d_in,
         "saes": entries,
         "scale": scale,
-        "activations": str(args.activations),
+        "activations": provenance.name_of(args.activations),
         "files": {os.path.relpath(p, out.parent): provenance.sha256_file(p) for p in files},
     }
     tables.write_json(out, manifest, made)
