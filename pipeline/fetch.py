@@ -175,12 +175,14 @@ def _extract(archive: Path, wanted: Callable[[list[str]], dict[str, Path]]) -> i
             LookupError, NotImplementedError, RuntimeError, lzma.LZMAError) as e:  # fmt: skip
         if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
             raise
-        raise RetraceError(f"{archive}: cannot be unpacked ({e}); fetch it again") from e
+        raise RetraceError(
+            f"{archive}: cannot be unpacked ({' '.join(str(e).split())}); fetch it again"
+        ) from e
 
 
 def _copy_members(archive: Path, wanted: Callable[[list[str]], dict[str, Path]]) -> int:
     if archive.suffix == ".gz":
-        with tarfile.open(archive) as tar:
+        with tarfile.open(archive, "r:gz") as tar:
             chosen = wanted([m.name for m in tar.getmembers() if m.isfile()])
             for name, out in chosen.items():
                 with tar.extractfile(name) as source:

@@ -128,9 +128,14 @@ def resolve(path: str, folder: Path, roots: list[Path], may_miss: bool = False) 
         RetraceError: it lies outside the paper's folder and the roots of config.yaml, or is
             missing.
     """
-    tried = [(base / path).resolve() for base in [folder, *roots]]
-    inside = [p for p in tried if any(p.is_relative_to(r.resolve()) for r in [folder, *roots])]
-    found = next((p for p in tried if p.exists()), None)
+    try:
+        tried = [(base / path).resolve() for base in [folder, *roots]]
+        inside = [p for p in tried if any(p.is_relative_to(r.resolve()) for r in [folder, *roots])]
+        found = next((p for p in tried if p.exists()), None)
+    except (OSError, ValueError) as e:  # a name that is too long, or holds a null byte
+        raise RetraceError(
+            f"{folder / 'paper.yaml'}: path {path[:80]!r} is none ({e!r:.80})"
+        ) from e
     if not inside or (found and found not in inside):
         raise RetraceError(
             f"{folder / 'paper.yaml'}: path '{path}' lies outside the paper's folder and the roots "

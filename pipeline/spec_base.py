@@ -14,6 +14,8 @@ def inside(path: str) -> str:
     """The path of a file in a package or a hub's repository; ValueError where it leads out."""
     if path.startswith("/") or ".." in path.split("/") or "\0" in path:
         raise ValueError(f"'{path}' leads out of the package or repository; name a file in it")
+    if any(len(part.encode()) > 255 for part in path.split("/")):
+        raise ValueError(f"'{path[:40]}…' is longer than a file's name can be")
     return path
 
 
