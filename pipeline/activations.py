@@ -426,7 +426,7 @@ def main() -> None:
         os.replace(partial, shards)
         (shards / KEY).unlink()
         facts = {"skip_first": spec.skip_first, "n_ctx": blocks.n_ctx}
-        facts |= {"model": args.model, "corpus": args.corpus}
+        facts |= {k: provenance.name_of(getattr(args, k)) for k in ("model", "corpus")}
         tables.write_json(args.out, listed | facts, made)
 
     cli.run("activations", parser.parse_args(), work)

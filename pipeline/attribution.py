@@ -193,7 +193,7 @@ def work(job: cli.Job) -> None:
     manifest = tables.read_json(args.sae)
     sae = load_saes(args.sae, device, [section.sae])[section.sae]
     loaded = models.load(args.model, device)
-    stored = tables.read_json(manifest["activations"])
+    stored = tables.read_json(args.activations)
     hook = manifest["hook"]
     site = Site(loaded.hf, hook, stored["skip_first"], stored["hooks"][hook]["max_norm"])
     rows, frames = [], []
@@ -223,6 +223,7 @@ def main() -> None:
         "attribution",
         __doc__,
         model="model.json",
+        activations="manifest.json of the activations",
         sae="manifest.json of the SAE job",
         out="one row a prompt",
         latents="one row an active latent and position",

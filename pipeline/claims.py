@@ -108,7 +108,7 @@ def _wanted(claim: Claim) -> set[str]:
 def _decisive(expression: str) -> set[str]:
     """The metrics of an expression that is true or false; ValueError where it is not."""
     tree = parse(expression)
-    with contextlib.suppress(ZeroDivisionError):  # of the ones that stand in for the metrics
+    with contextlib.suppress(ArithmeticError):  # of the ones that stand in for the metrics
         evaluate(tree, lambda _: 1.0)
     if not is_judgement(tree):
         raise ValueError(f"'{expression}' compares nothing; write e.g. a.ev < b.ev")
@@ -202,7 +202,7 @@ def _order(holds: str, metrics: dict[str, dict]) -> dict[str, Any]:
             bool(evaluate(tree, lambda m, i=i: values[m][i if len(values[m]) > 1 else 0]))
             for i in range(n)
         ]
-    except ZeroDivisionError:
+    except ArithmeticError:  # a division by zero, a number too large
         return {"paper_value": holds, "verdict": "not run"}
     return {
         "paper_value": holds,

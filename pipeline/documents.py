@@ -111,7 +111,7 @@ def _text(path: Path) -> str:
 def _loads(text: str, where: str) -> Any:
     try:
         return json.loads(text)
-    except ValueError as e:
+    except (ValueError, RecursionError) as e:
         raise RetraceError(f"{where}: not valid JSON ({e})") from None
 
 
@@ -137,15 +137,18 @@ def _parquet(path: Path, fields: Fields) -> Iterable[tuple[str, Any]]:
 
     try:
         file = pq.ParquetFile(path)
-    except (pa.ArrowInvalid, OSError) as e:
+    except (pa.ArrowException, OSError) as e:
         raise RetraceError(f"{path}: not a complete Parquet file ({e})") from e
     with file:
         names = file.schema_arrow.names
         for field in filter(None, fields):
             if field not in names:
                 raise _missing(path, field, names)
-        for batch in file.iter_batches(columns=[*filter(None, fields)]):
-            yield from (("", record) for record in batch.to_pylist())
+        try:
+            for batch in file.iter_batches(columns=[*filter(None, fields)]):
+                yield from (("", record) for record in batch.to_pylist())
+        except (pa.ArrowException, OSError, ValueError) as e:
+            raise RetraceError(f"{path}: not a readable Parquet file ({e})") from e
 
 
 def _documents(

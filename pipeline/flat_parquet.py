@@ -128,20 +128,26 @@ def mapped(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
     try:
         found = pq.read_metadata(path)
-    except (pa.ArrowInvalid, OSError) as e:
+        metadata = {k.decode(): v.decode() for k, v in (found.metadata or {}).items()}
+        return (_columns(path, found) if found.created_by == CREATED_BY else {}), metadata
+    except (pa.ArrowException, OSError, ValueError, LookupError, OverflowError) as e:
         raise RetraceError(
-            f"{path}: not a complete Parquet file ({str(e).splitlines()[0]}); delete it and run "
-            f"snakemake again"
+            f"{path}: not a complete Parquet file ({(str(e).splitlines() or [''])[0]}); delete it "
+            f"and run snakemake again"
         ) from e
-    metadata = {k.decode(): v.decode() for k, v in (found.metadata or {}).items()}
-    if found.created_by != CREATED_BY:
-        return {}, metadata
+
+
+def _columns(path: str | Path, found: Any) -> dict[str, np.ndarray]:
+    """The columns of a file, by its metadata; ValueError where one lies outside the file."""
     whole = np.memmap(path, np.uint8, "r").view(np.ndarray)
     columns = {}
     for i in range(found.num_columns):
         chunk, about = found.row_group(0).column(i), found.schema.column(i)
         cell = about.length or 4
         end = chunk.data_page_offset + chunk.total_compressed_size
-        values = whole[end - found.num_rows * cell : end]
+        start = end - found.num_rows * cell
+        if not 0 <= start <= end <= len(whole):
+            raise ValueError(f"column {about.name} lies outside the file")
+        values = whole[start:end]
         columns[about.name] = values.reshape(-1, cell) if about.length else values.view(np.int32)
-    return columns, metadata
+    return columns

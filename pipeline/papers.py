@@ -11,13 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from pipeline import spec
 from pipeline.errors import RetraceError, nearest
 from pipeline.provenance import canonical, digest, sha256_file
 from pipeline.source import file_code
 from pipeline.spec import SCALES, Config, CorpusSpec, PaperSpec
+from pipeline.yaml_files import load_yaml
 
 DIGEST_LENGTH = 12
 
@@ -53,34 +52,6 @@ class Paper:
 
 
 # --- paper folders -------------------------------------------------------------------------
-
-
-class _OnceLoader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # C, where it is built in
-    """YAML's safe loader, which here refuses a key that stands twice in a mapping."""
-
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict:
-        seen = []
-        for key_node, _ in node.value:
-            key = None if key_node.value == "<<" else self.construct_object(key_node, deep=True)
-            if key is not None and key in seen:
-                raise yaml.constructor.ConstructorError(
-                    None, None, f"key '{key}' stands twice", key_node.start_mark
-                )
-            seen.append(key)
-        return super().construct_mapping(node, deep)
-
-
-def load_yaml(path: Path) -> dict:
-    """A YAML mapping, read with the safe loader."""
-    try:
-        loaded = yaml.load(path.read_text(), _OnceLoader)  # a SafeLoader: no code, no objects
-    except (OSError, UnicodeDecodeError) as e:
-        raise RetraceError(f"{path}: cannot be read ({e})") from e
-    except yaml.YAMLError as e:
-        raise RetraceError(f"{path}: not valid YAML ({' '.join(str(e).split())})") from e
-    if not isinstance(loaded, dict):
-        raise RetraceError(f"{path}: must be a mapping of sections, see CONTRIBUTING.md")
-    return loaded
 
 
 def overlay(base: Any, over: Any) -> Any:
@@ -173,9 +144,14 @@ def resolve(path: str, folder: Path, roots: list[Path], may_miss: bool = False) 
         RetraceError: it lies outside the paper's folder and the roots of config.yaml, or is
             missing.
     """
-    tried = [(base / path).resolve() for base in [folder, *roots]]
-    inside = [p for p in tried if any(p.is_relative_to(r.resolve()) for r in [folder, *roots])]
-    found = next((p for p in tried if p.exists()), None)
+    try:
+        tried = [(base / path).resolve() for base in [folder, *roots]]
+        inside = [p for p in tried if any(p.is_relative_to(r.resolve()) for r in [folder, *roots])]
+        found = next((p for p in tried if p.exists()), None)
+    except (OSError, ValueError) as e:  # a name that is too long, or holds a null byte
+        raise RetraceError(
+            f"{folder / 'paper.yaml'}: path {path[:80]!r} is none ({e!r:.80})"
+        ) from e
     if not inside or (found and found not in inside):
         raise RetraceError(
             f"{folder / 'paper.yaml'}: path '{path}' lies outside the paper's folder and the roots "

@@ -130,29 +130,42 @@ def _header(path: Path) -> dict:
 
 
 def read(path: str | Path) -> dict[str, Any] | None:
-    """The certificate of a file, or None where it has none."""
+    """The certificate of a file, or None where it has none.
+
+    Raises:
+        RetraceError: the file is damaged, or what stands there is no certificate.
+    """
     path = Path(path)
     try:
-        if path.suffix == ".parquet":
-            import pyarrow.parquet as pq
-
-            found = (pq.read_schema(path).metadata or {}).get(KEY.encode())
-            return json.loads(found) if found else None
-        if path.suffix == ".safetensors":
-            found = _header(path).get("__metadata__", {}).get(KEY)
-            return json.loads(found) if found else None
-        if path.suffix == ".json":
-            loaded = json.loads(path.read_text())
-            return loaded.get("provenance") if isinstance(loaded, dict) else None
-        if path.suffix == ".html":
-            found = HTML_MARK.search(path.read_bytes())
-            return json.loads(found[1]) if found else None
-        twin = path.with_name(path.name + ".json")
-        return read(twin) if twin.exists() else None
-    except (ValueError, OSError) as e:
+        found = _read(path)
+    except (ValueError, TypeError, AttributeError, OSError, RecursionError) as e:
         raise RetraceError(
             f"{path}: cannot be read ({e}); delete it and run snakemake again"
         ) from e
+    named = found.get("inputs", {}) if isinstance(found, dict) else None
+    if found is None or (isinstance(named, dict) and "stage" in found):
+        return found
+    raise RetraceError(f"{path}: its certificate is damaged; delete it and run snakemake again")
+
+
+def _read(path: Path) -> Any:
+    """What stands where a certificate should; None where nothing does."""
+    if path.suffix == ".parquet":
+        import pyarrow.parquet as pq
+
+        found = (pq.read_schema(path).metadata or {}).get(KEY.encode())
+        return json.loads(found) if found else None
+    if path.suffix == ".safetensors":
+        found = _header(path).get("__metadata__", {}).get(KEY)
+        return json.loads(found) if found else None
+    if path.suffix == ".json":
+        loaded = json.loads(path.read_text())
+        return loaded.get("provenance") if isinstance(loaded, dict) else None
+    if path.suffix == ".html":
+        found = HTML_MARK.search(path.read_bytes())
+        return json.loads(found[1]) if found else None
+    twin = path.with_name(path.name + ".json")
+    return _read(twin) if twin.exists() else None
 
 
 def parquet_digest(path: str | Path) -> str:
@@ -201,7 +214,7 @@ def chain(path: str | Path, base: str | Path = "") -> Iterator[tuple[int, Path, 
         if file in seen:
             continue
         seen.add(file)
-        cert = read(file) if file.exists() else None
+        cert = read(file) if file.is_file() else None  # no device, which might never end
         yield depth, file, cert
         if cert:
             stack += [
@@ -246,10 +259,12 @@ def examined(path: str | Path, base: str | Path = ".") -> tuple[list[str], list[
                 faults += _members(file)
         except RetraceError as e:
             faults.append(str(e))
+        except (ValueError, TypeError, AttributeError, OSError, RecursionError) as e:
+            faults.append(f"{start}: cannot be verified ({e}); it or its inputs are damaged")
     for file, sha in expected.items():
         if _of_the_store(file) and not file.parent.exists():
             absent.append(file)
-        elif not file.exists():
+        elif not file.is_file():
             faults.append(f"{file}: missing, and a result was made from it")
         elif sha256_file(file) != sha:
             faults.append(f"{file}: changed since a result was made from it")
@@ -271,7 +286,10 @@ def _members(file: Path) -> list[str]:
     if file.suffix != ".json":
         return []
     files = json.loads(file.read_text()).get("files", {})
-    present = {n: s for n, s in files.items() if (file.parent / n).exists()}
+    for name in files:
+        if Path(name).is_absolute() or ".." in Path(name).parts:
+            return [f"{file}: lists {name}, which lies outside its folder"]
+    present = {n: s for n, s in files.items() if (file.parent / n).is_file()}
     if files and not present:
         return []  # keep_activations: false
     faults = [f"{file.parent / n}: missing" for n in files.keys() - present.keys()]

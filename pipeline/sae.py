@@ -216,7 +216,7 @@ def write(
         "saes": entries,
         "scale": stream.scale,
         "target_scale": stream.target_scale,
-        "activations": str(args.activations),
+        "activations": provenance.name_of(args.activations),
         "files": {os.path.relpath(p, out.parent): provenance.sha256_file(p) for p in files},
     }
     tables.write_json(out, manifest, made)

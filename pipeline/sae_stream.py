@@ -177,7 +177,7 @@ class Stream:
 
 def mean_norm(rows: Rows) -> float:
     """Mean Euclidean norm of the rows, from the manifest."""
-    found = sum(s["rows"] * s["mean_norm"] for s in rows.shards) / rows.n_rows
+    found = sum(s.rows * s.mean_norm for s in rows.shards) / rows.n_rows
     if not (math.isfinite(found) and found > 0):
         raise RetraceError(
             f"{rows.manifest}: activations at {rows.hook} have a mean norm of {found}; check that "

@@ -16,12 +16,47 @@ from pathlib import Path
 from typing import Literal
 
 import numpy as np
+from pydantic import BaseModel, Field, ValidationError
 
 from pipeline import provenance, tables
 from pipeline.errors import RetraceError, nearest
+from pipeline.spec_base import Dtype, Inside, sentence
 
 OPEN_SHARDS = 2  # at most this many stay mapped: two adjacent ones serve a read across an edge
 COLUMNS = ("document", "block", "position", "token")
+
+
+class Shard(BaseModel):
+    """An entry of a manifest: a file beside it, and the rows that it holds."""
+
+    file: Inside
+    split: str
+    rows: int = Field(ge=0)
+    mean_norm: float
+
+
+class Stored(BaseModel):
+    """What a manifest says of a hook."""
+
+    d_model: int = Field(ge=1)
+    dtype: Dtype
+    mean_norm: float
+    rows: dict[str, int]
+    shards: list[Shard]
+
+
+class Manifest(BaseModel):
+    """The part of an activations manifest.json that is read here."""
+
+    hooks: dict[str, Stored]
+    files: dict[str, str]
+
+
+def _manifest(path: Path) -> Manifest:
+    try:
+        return Manifest.model_validate(tables.read_json(path))
+    except ValidationError as e:
+        raise RetraceError(f"{path}: is no manifest ({sentence(e)}); {_REMEDY}") from None
 
 
 class Blocks:
@@ -100,24 +135,20 @@ class Rows:
         verify: bool = True,
     ) -> None:
         self.manifest, self.hook, self.split, self.verify = Path(manifest), hook, split, verify
-        info = tables.read_json(manifest)
-        if hook not in info["hooks"]:
+        info = _manifest(Path(manifest))
+        if hook not in info.hooks:
             raise RetraceError(
-                f"{manifest}: holds no hook '{hook}'{nearest(hook, info['hooks'])}; it has "
-                f"{', '.join(info['hooks'])}"
+                f"{manifest}: holds no hook '{hook}'{nearest(hook, info.hooks)}; it has "
+                f"{', '.join(info.hooks)}"
             )
-        about = info["hooks"][hook]
-        if split not in about["rows"]:
-            raise RetraceError(
-                f"{manifest}: no split '{split}'; there are {', '.join(about['rows'])}"
-            )
-        self.d_model: int = about["d_model"]
-        self.dtype: str = about["dtype"]
-        self.mean_norm: float = about["mean_norm"]
-        self.shards = [s for s in about["shards"] if s["split"] == split]
-        self.starts = [0, *accumulate(s["rows"] for s in self.shards)]
+        about = info.hooks[hook]
+        if split not in about.rows:
+            raise RetraceError(f"{manifest}: no split '{split}'; there are {', '.join(about.rows)}")
+        self.d_model, self.dtype, self.mean_norm = about.d_model, about.dtype, about.mean_norm
+        self.shards = [s for s in about.shards if s.split == split]
+        self.starts = [0, *accumulate(s.rows for s in self.shards)]
         self.n_rows: int = self.starts[-1]
-        self._sha256 = info["files"]
+        self._sha256 = info.files
         self._open: OrderedDict[int, tuple[np.ndarray, dict[str, np.ndarray]]] = OrderedDict()
         self._verified: set[int] = set()
 
@@ -169,11 +200,11 @@ class Rows:
             self._open.move_to_end(i)
             return self._open[i]
         entry = self.shards[i]
-        path = self.manifest.parent / entry["file"]
-        self._check_file(i, path, entry["file"])
+        path = self.manifest.parent / entry.file
+        self._check_file(i, path, entry.file)
         raw, columns, metadata = tables.read_shard(path)
         found = (len(raw), metadata["d_model"], metadata["dtype"], metadata.get("hook"))
-        said = (entry["rows"], self.d_model, self.dtype, self.hook)
+        said = (entry.rows, self.d_model, self.dtype, self.hook)
         if found != said or any(len(columns.get(c, ())) != len(raw) for c in COLUMNS):
             raise RetraceError(
                 f"{path}: holds {found[0]} rows of {found[1]} {found[2]} at {found[3]}, but "
@@ -189,7 +220,7 @@ class Rows:
         if not path.is_file():
             raise RetraceError(f"{path}: missing, though {self.manifest} lists it; {_REMEDY}")
         if self.verify and i not in self._verified:
-            if provenance.sha256_file(path) != self._sha256[name]:
+            if provenance.sha256_file(path) != self._sha256.get(name):
                 raise RetraceError(
                     f"{path}: truncated or altered, its sha256 is not {self.manifest}'s; {_REMEDY}"
                 )

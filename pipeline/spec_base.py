@@ -2,11 +2,24 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from pipeline.errors import nearest
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
+Requirement = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+==[A-Za-z0-9._+!-]+$")]
+
+
+def inside(path: str) -> str:
+    """The path of a file in a package or a hub's repository; ValueError where it leads out."""
+    if path.startswith("/") or ".." in path.split("/") or "\0" in path:
+        raise ValueError(f"'{path}' leads out of the package or repository; name a file in it")
+    if any(len(part.encode()) > 255 for part in path.split("/")):
+        raise ValueError(f"'{path[:40]}…' is longer than a file's name can be")
+    return path
+
+
+Inside = Annotated[str, AfterValidator(inside)]
 Dtype = Literal["float32", "float16", "bfloat16"]
 
 

@@ -1,5 +1,6 @@
 """The section sae of paper.yaml: dictionaries, and the training that they share."""
 
+import math
 from itertools import product
 from typing import ClassVar, Literal
 
@@ -7,6 +8,8 @@ from pydantic import Field, ValidationError, model_validator
 
 from pipeline.errors import nearest
 from pipeline.spec_base import Name, Section, sentence
+
+MOST = 1_000  # dictionaries of a grid
 
 
 class SaeTraining(Section):
@@ -122,6 +125,8 @@ class SaeSpec(Section):
 
     @model_validator(mode="after")
     def _complete(self) -> "SaeSpec":
+        if (n := math.prod(map(len, self.grid.values()))) > MOST:
+            raise ValueError(f"grid makes {n} dictionaries; {MOST} are the most")
         for field in self.grid:
             if field not in type(self).model_fields or field in ("grid", "architecture"):
                 raise ValueError(f"grid: unknown field '{field}'")

@@ -119,6 +119,9 @@ class CheckpointSteps(Section):
     at: list[int] = []
 
 
+MOST = 1_000_000  # evaluations or checkpoints of a run, which are listed
+
+
 class TrainingSpec(Section):
     """One run: models of one shape, trained together in one job."""
 
@@ -148,6 +151,10 @@ class TrainingSpec(Section):
     def _fits(self) -> "TrainingSpec":
         if self.data.source == "corpus" and not self.batch_size:
             raise ValueError("data: {source: corpus} needs batch_size: sequences a step")
+        for key, every in (("checkpoints.every", self.checkpoints.every),
+                           ("eval_every", self.eval_every)):  # fmt: skip
+            if every and self.steps // every > MOST:
+                raise ValueError(f"{key}: {every} of {self.steps} steps; {MOST} are the most")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError(f"seeds {self.seeds} name one twice")
         for step in self.checkpoints.at:

@@ -99,11 +99,14 @@ def write_json(path: str | Path, data: dict, certificate: dict) -> None:
 def read_json(path: str | Path) -> dict:
     """A JSON object, its certificate included."""
     try:
-        return json.loads(Path(path).read_text())
-    except (OSError, ValueError) as e:
+        found = json.loads(Path(path).read_text())
+    except (OSError, ValueError, RecursionError) as e:
         raise RetraceError(
             f"{path}: not readable JSON ({e}); delete it, run snakemake again"
         ) from e
+    if not isinstance(found, dict):
+        raise RetraceError(f"{path}: must be a JSON object; delete it, run snakemake again")
+    return found
 
 
 def write_csv(path: str | Path, frame: Any, certificate: dict) -> None:
@@ -185,11 +188,13 @@ def read_shard(path: str | Path) -> tuple[np.ndarray, dict[str, np.ndarray], dic
         metadata (dtype, d_model, hook, …). The arrays are read-only.
     """
     found, metadata = flat_parquet.mapped(path)
-    about = json.loads(metadata.get(provenance.KEY, "{}"))
-    if "act" not in found or "d_model" not in about:
-        raise RetraceError(f"{path}: is not a shard of activations; delete it, run snakemake again")
-    cells = found.pop("act")
-    kind = NUMPY[about["dtype"]]
-    if cells.shape[1] != about["d_model"] * kind().itemsize:
+    try:
+        about = json.loads(metadata.get(provenance.KEY, "{}"))
+        cells, kind, d_model = found.pop("act"), NUMPY[about["dtype"]], int(about["d_model"])
+    except (ValueError, TypeError, LookupError, RecursionError) as e:
+        raise RetraceError(
+            f"{path}: is not a shard of activations; delete it, run snakemake again"
+        ) from e
+    if cells.ndim != 2 or cells.shape[1] != d_model * kind().itemsize:
         raise RetraceError(f"{path}: its cells are not {about['d_model']} {about['dtype']} long")
     return cells.view(kind), found, about

@@ -3,6 +3,7 @@ rule attribution:
     input:
         model=arm_input_of("model", "model.json", "attribution"),
         checkpoint=arm_input_of("model", "checkpoint", "attribution"),
+        activations=arm_input_of("activations", "manifest.json", "attribution"),
         sae=sae_input_of("attribution", "manifest.json"),
         folder=sae_input_of("attribution", "saes"),
     output:
@@ -22,5 +23,6 @@ rule attribution:
         code=code_of("attribution"),
     shell:
         "{PYTHON:q} -m pipeline.attribution --spec {params.spec:q} --model {input.model:q}"
-        " --sae {input.sae:q} --out {output.prompts:q} --latents {output.latents:q}"
+        " --activations {input.activations:q} --sae {input.sae:q}"
+        " --out {output.prompts:q} --latents {output.latents:q}"
         " --device {DEVICE} --threads {threads} 2> {log:q}"

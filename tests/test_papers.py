@@ -48,6 +48,8 @@ def fault(function, *args, **kwargs) -> str:
     return str(e.value)
 
 
+BOMB = "a0: &a0 [1, 1]\n" + "".join(f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]\n" for i in range(1, 40))
+
 # --- YAML ----------------------------------------------------------------------------------
 
 
@@ -60,6 +62,13 @@ def fault(function, *args, **kwargs) -> str:
         ("figures:\n  geometry: 1\n  geometry: 2", "key 'geometry' stands twice"),
         ("x: !!python/object/apply:os.system ['touch pwned']", "not valid YAML"),
         ("x: !!python/name:os.system", "not valid YAML"),
+        ("year: 2024-99-99", "not valid YAML"),
+        ("year: 2024-01-01", "is a date; put it in quotes"),
+        ("own: !!set {a}", "is a set; put it in quotes"),
+        ("own: {1: a}", "key 1 must be text"),
+        ("x: &x [*x]", "its aliases repeat one another without end"),
+        (BOMB, "its aliases repeat one another without end"),
+        ("x: " + "[" * 100_000, "nests deeper than 50 levels"),
         ("- a\n- b", "must be a mapping of sections"),
         ("just text", "must be a mapping of sections"),
         ("", "must be a mapping of sections"),

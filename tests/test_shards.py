@@ -157,3 +157,13 @@ def test_a_table_is_no_corpus(tmp_path):
     tables.write_table(tmp_path / "t.parquet", pa.table({"x": [1]}), {"stage": "x", "inputs": {}})
     with pytest.raises(RetraceError, match=r"t\.parquet: is not a corpus"):
         Blocks(tmp_path / "t.parquet")
+
+
+@pytest.mark.parametrize("name", ["../elsewhere.parquet", "/dev/zero", "a/../../b"])
+def test_a_manifest_that_names_a_file_outside_its_folder(tmp_path, name):
+    entry = {"file": name, "split": "train", "rows": 1, "mean_norm": 1.0}
+    about = {"d_model": 4, "dtype": "float16", "rows": {"train": 1}, "mean_norm": 1.0}
+    manifest = {"hooks": {"h": {**about, "shards": [entry]}}, "files": {}}
+    (tmp_path / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(RetraceError, match="leads out of"):
+        Rows(tmp_path / "manifest.json", "h")
