@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from pydantic import Field
 from torch import Tensor
 
 from pipeline import cli
@@ -23,6 +24,7 @@ from pipeline.sae_sparse import Scratch
 from pipeline.sae_steps import Outcome
 from pipeline.sae_train import CLIP_NORM, Dictionary
 from pipeline.source import import_file
+from pipeline.spec import Section
 from pipeline.spec_sae import SaeTraining
 
 steps = import_file(Path(__file__).parent / "steps.py")
@@ -31,24 +33,29 @@ WARM_UP = 3  # plain steps before a graph is recorded, as PyTorch asks for
 AGREEMENT = 1e-4  # of the norm of a parameter's change
 
 
+class Control(Section):
+    """The controller's constants; the defaults are the released code's, for 195,312 steps."""
+
+    gain: float = Field(default=3e-4, gt=0, lt=1)
+    approaching: float = Field(default=0.01, gt=0, le=1, description="while L0 nears its target")
+    smoothing: float = Field(default=0.99, ge=0, lt=1, description="of L0, exponential")
+    rate_smoothing: float = Field(default=0.95, ge=0, lt=1, description="of its change a step")
+    bounds: tuple[float, float] = (1e-2, 100.0)
+
+
 @dataclass(frozen=True)
 class Target:
-    """How the coefficient finds its L0; constants without a comment are the released code's.
+    """How the coefficient of one dictionary finds its L0.
 
-    The multiplier m starts at 1. From `start` on, m <- m (1 +- gain g tanh(10 |e|)), where
-    e = (smoothed L0 - l0) / l0, up where L0 is too high; g is 0.01 while L0 moves towards its
-    target, else 1.
+    Its multiplier m starts at 1. From `start` on, m <- m (1 +- gain g tanh(10 |e|)), where
+    e = (smoothed L0 - l0) / l0, up where L0 is too high; g is `approaching` while L0 moves towards
+    its target, else 1.
     """
 
     coefficient: float  # times m
-    warmup: int  # steps in which the coefficient rises from 0
     l0: float
-    start: int  # step
-    gain: float  # 3e-4 in the released code, for 195,312 steps
-    smoothing: float = 0.99
-    rate_smoothing: float = 0.95
-    approaching: float = 0.01
-    bounds: tuple[float, float] = (1e-2, 100.0)
+    start: int  # step; until then the coefficient rises from 0
+    control: Control
 
 
 class Tuner:
@@ -61,21 +68,21 @@ class Tuner:
     def coefficient(self) -> Tensor:
         """The coefficient of the step to come: []."""
         done, _, _, multiplier = self.state
-        rise = (done / self.target.warmup).clamp(max=1.0) if self.target.warmup else 1.0
+        rise = (done / self.target.start).clamp(max=1.0) if self.target.start else 1.0
         return (self.target.coefficient * multiplier * rise).float()
 
     def update(self, l0: Tensor) -> None:
         """Take in the L0 of the step that was done: []."""
-        t, (done, smooth, rate, multiplier) = self.target, self.state
+        c, (done, smooth, rate, multiplier) = self.target.control, self.state
         first, l0 = done == 0, l0.double()
-        moved = torch.where(first, l0, t.smoothing * smooth + (1 - t.smoothing) * l0)
+        moved = torch.where(first, l0, c.smoothing * smooth + (1 - c.smoothing) * l0)
         change = (moved - smooth) * ~first
-        rate = t.rate_smoothing * rate + (1 - t.rate_smoothing) * change
-        error = moved - t.l0
-        gain = t.gain * (1 - (1 - t.approaching) * (error * rate < 0))
-        by = gain * (10 * error.abs() / t.l0).tanh() * error.sign()
-        tuned = (multiplier * (1 + by)).clamp(*t.bounds)
-        multiplier = torch.where(done >= t.start, tuned, multiplier)
+        rate = c.rate_smoothing * rate + (1 - c.rate_smoothing) * change
+        error = moved - self.target.l0
+        gain = c.gain * (1 - (1 - c.approaching) * (error * rate < 0))
+        by = gain * (10 * error.abs() / self.target.l0).tanh() * error.sign()
+        tuned = (multiplier * (1 + by)).clamp(*c.bounds)
+        multiplier = torch.where(done >= self.target.start, tuned, multiplier)
         self.state.copy_(torch.stack([done + 1, moved, rate, multiplier]))
 
 

@@ -33,6 +33,7 @@ from pipeline.spec_sae import SaeSpec, SaeTraining
 
 HERE = Path(__file__).parent
 ground = import_file(HERE / "world.py")
+learning = import_file(HERE / "learner.py")
 TABLES = ("dictionaries", "latents", "features", "history")
 TUNED = {"standard": "l1_coefficient", "gated": "l1_coefficient", "jumprelu": "l0_coefficient"}
 
@@ -74,7 +75,7 @@ class Options(Section):
     bulk: int = Field(default=64, ge=1, description="batches drawn at a time")
     lr: float = Field(default=3e-4, gt=0, description="constant, without warm-up")
     dead_steps: int = Field(default=1000, ge=1, description="a latent silent for longer is dead")
-    tuner_gain: float = Field(default=3e-4, gt=0, lt=1, description="a step, of the L0 controller")
+    control: learning.Control = learning.Control()
     n_eval_samples: int = Field(ge=1)
     seeds: list[int] = Field(default=[0], min_length=1, description="of initial weights")
     data_seed: int = Field(default=0, ge=0)
@@ -102,7 +103,6 @@ def learners(options: Options, stream: Any, d_in: int) -> list[Any]:
     """Every dictionary and seed with its initial weights, on the stream's device."""
     from pipeline.sae_train import build
 
-    learner = import_file(HERE / "learner.py")
     scale = stream.norm_scale()
     out = []
     for name, recipe in options.dictionaries.items():
@@ -111,7 +111,7 @@ def learners(options: Options, stream: Any, d_in: int) -> list[Any]:
         target = None
         if recipe.target_l0:
             coefficient = getattr(recipe, TUNED[recipe.architecture])
-            target = learner.Target(coefficient, start, recipe.target_l0, start, options.tuner_gain)
+            target = learning.Target(coefficient, recipe.target_l0, start, options.control)
         training = SaeTraining(
             n_rows=n_steps * options.batch_size,
             batch_size=options.batch_size,
@@ -129,7 +129,7 @@ def learners(options: Options, stream: Any, d_in: int) -> list[Any]:
             ).to(stream.sampler.device)
             about = {"dictionary": name, "seed": seed, "architecture": recipe.architecture}
             own_scale = scale if recipe.normalize else 1.0
-            out.append(learner.Learner(about, sae, training, scale=own_scale, target=target))
+            out.append(learning.Learner(about, sae, training, scale=own_scale, target=target))
     return out
 
 
@@ -159,10 +159,11 @@ def measured(some: list[Any], stream: Any, n: int, step: int) -> dict[str, pd.Da
     numbers, latents, features = [], [], []
     for one, recovery in zip(some, found, strict=True):
         key = {**one.about, "n_samples": n_samples}
+        ended = {"ended": one.n_steps == step}
         tuned = {} if one.tuner is None else {"coefficient": float(one.tuner.coefficient())}
         d_sae = len(recovery.matched)
         more = {"true_l0": rate.sum(), "true_l0_first": rate[:d_sae].sum(), "d_sae": d_sae}
-        numbers.append(key | {"coefficient": np.nan} | tuned | recovery.told() | more)
+        numbers.append(key | ended | {"coefficient": np.nan} | tuned | recovery.told() | more)
         latents.append(recovery.latents().assign(**key))
         table = {"feature": np.arange(len(rate)), "level": sampler.level.cpu().numpy()}
         table |= {"probability": rate, "cosine": recovery.feature_cosine}

@@ -29,6 +29,7 @@ from torch import Tensor
 from pipeline.spec import Section
 
 TRAINING, EVALUATION = 0, 1  # streams of one seed
+BLOCK = 1024  # features whose products with all others are in memory at a time
 
 
 class World(Section):
@@ -67,13 +68,17 @@ class World(Section):
 
 
 def build(world: World, device: Any = "cpu") -> Any:
-    """SAELens's SyntheticModel. Its random numbers are the device's, as they are in SAELens."""
+    """SAELens's SyntheticModel. Its random numbers are the device's, as they are in SAELens.
+
+    The directions are made here, since SAELens's own take minutes (`orthogonalised`).
+    """
     from sae_lens import synthetic as s
 
-    orthogonal = (
-        s.OrthogonalizationConfig(world.orthogonalization_steps, world.orthogonalization_lr)
-        if world.orthogonalization_steps
-        else None
+    features = s.FeatureDictionary(
+        world.n_features, world.d_model, world.bias_norm, None, str(device), world.seed
+    ).requires_grad_(False)
+    features.feature_vectors.data = orthogonalised(
+        features.feature_vectors, world.orthogonalization_steps, world.orthogonalization_lr
     )
     config = s.SyntheticModelConfig(
         num_features=world.n_features,
@@ -89,14 +94,35 @@ def build(world: World, device: Any = "cpu") -> Any:
             compensate_probabilities=True,
             scale_children_by_parent=True,
         ),
-        orthogonalization=orthogonal,
         correlation=s.LowRankCorrelationConfig(world.correlation_rank, world.correlation_scale),
         mean_firing_magnitudes=s.LinearMagnitudeConfig(*world.mean_magnitude),
         std_firing_magnitudes=s.FoldedNormalMagnitudeConfig(*world.sd_magnitude),
         bias=world.bias_norm,
         seed=world.seed,
     )
-    return s.SyntheticModel(config, device=str(device)).requires_grad_(False)
+    return s.SyntheticModel(config, features, device=str(device))
+
+
+@torch.no_grad()
+def orthogonalised(vectors: Tensor, steps: int, lr: float) -> Tensor:
+    """Unit vectors that Adam has pushed apart: [n d].
+
+    The loss is SAELens's (`orthogonalize_embeddings`), sum over i != j of (e_i . e_j)^2 plus
+    n sum (|e_i|^2 - 1)^2, and its gradient 4 (G - diag G + n (diag G - 1)) E is written out, with
+    G = E E', a block of rows at a time.
+    """
+    E = F.normalize(vectors.detach(), dim=1)
+    adam = torch.optim.Adam([E], lr=lr)
+    for _ in range(steps):
+        grads = []
+        for i, block in enumerate(E.split(BLOCK)):
+            dots = block @ E.T
+            own = dots.diagonal(i * BLOCK)
+            own.sub_(1).mul_(len(E))
+            grads.append(4 * dots @ E)
+        E.grad = torch.cat(grads)
+        adam.step()
+    return F.normalize(E, dim=1)
 
 
 @dataclass(frozen=True)
