@@ -76,8 +76,8 @@ def pareto(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
                     figure.add_trace(_published(table, measure, name), **place)
     if theirs:
         ring = {"symbol": "circle-open", "size": 11, "color": INK}
-        figure.add_trace(go.Scatter(x=[None], y=[None], mode="markers", marker=ring,
-                                    name="published, mean ± sd of 5 seeds"), row=1, col=1)  # fmt: skip
+        entry = go.Scatter(x=[None], y=[None], mode="markers", marker=ring, name="published ± sd")
+        figure.add_trace(entry, row=1, col=1)
     figure.update_xaxes(**axis("L0: active latents"), row=2)
     figure.update_annotations(font_size=12)
     figure.update_layout(height=600, margin={"t": 104}, legend={"y": 1.09})
@@ -94,7 +94,11 @@ def _ours(rows: pd.DataFrame, measure: str, name: str, first: bool) -> go.Scatte
         legendgroup=name,
         showlegend=first,
         line={"color": rgba(colour, 0.6), "width": 1.5},
-        marker={"color": colour, "size": 7, "symbol": "x" if name == "random_decoder" else "circle"},
+        marker={
+            "color": colour,
+            "size": 7,
+            "symbol": "x" if name == "random_decoder" else "circle",
+        },
         customdata=rows["n_samples"].tolist(),
         hovertemplate=f"{label}, L0 %{{x:.1f}}: %{{y:.4f}}<br>%{{customdata:,.0f}} samples"
         "<extra></extra>",
@@ -117,7 +121,7 @@ def _published(table: pd.DataFrame, measure: str, name: str) -> go.Scatter:
 
 
 def matched(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
-    """How well matched the latents of each dictionary are: a row a dictionary, a column a cosine."""
+    """How near the latents are to their matched features: a row a dictionary, a column a cosine."""
     table = tables["recovery/latents"]
     names = ordered(table["dictionary"])[::-1]
     shares, means = [], []
@@ -139,7 +143,12 @@ def matched(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
         x=means,
         y=labels,
         mode="markers",
-        marker={"symbol": "diamond", "size": 9, "color": "#ffffff", "line": {"color": INK, "width": 1}},
+        marker={
+            "symbol": "diamond",
+            "size": 9,
+            "color": "#ffffff",
+            "line": {"color": INK, "width": 1},
+        },
         name="mean: MCC",
         hovertemplate="%{y}: MCC %{x:.4f}<extra></extra>",
     )
@@ -198,6 +207,6 @@ def _by_frequency(frame: pd.DataFrame, name: str, visible: bool) -> go.Scatter:
         line={"color": colour, "width": 1.8, "dash": dash},
         marker={"size": 5},
         customdata=rows[["features", "recovered"]].to_numpy().tolist(),
-        hovertemplate=f"{label}: %{{y:.3f}}<br>%{{customdata[0]:,}} features active in %{{x:.2%}} of "
-        "samples, %{customdata[1]:.0%} of them above 0.8<extra></extra>",
+        hovertemplate=f"{label}: %{{y:.3f}}<br>%{{customdata[0]:,}} features active in %{{x:.2%}} "
+        "of samples, %{customdata[1]:.0%} of them above 0.8<extra></extra>",
     )

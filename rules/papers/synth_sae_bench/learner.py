@@ -30,7 +30,9 @@ from pipeline.spec_sae import SaeTraining
 steps = import_file(Path(__file__).parent / "steps.py")
 AUX_EVERY = 100  # steps; a latent is dead after a thousand
 WARM_UP = 3  # plain steps before a graph is recorded, as PyTorch asks for
-AGREEMENT = 1e-4  # of the norm of a parameter's change
+# Of the norm of a parameter's change. Adam's first step has the sign of every gradient, however
+# small, so rounding shows; a step that is wrong is off by a half and more.
+AGREEMENT = 0.1
 
 
 class Control(Section):
@@ -107,6 +109,7 @@ class Learner(Dictionary):
         self.bad = torch.zeros((), dtype=torch.bool, device=self.device)
         self.any_dead = torch.zeros((), dtype=torch.bool)
         self.own_step, self.scratch = own is not None, Scratch()
+        self.x: Tensor | None = None  # where every graph reads its batch
         self.recorded: dict[bool, Any] = {}  # any_dead -> a graph and its Outcome, or None
         self.recording = self.own_step and self.device.type == "cuda"
         if self.recording:
@@ -153,7 +156,7 @@ class Learner(Dictionary):
 
     def record_graph(self, x: Tensor) -> tuple[Any, Outcome] | None:
         """A CUDA graph of `whole`, checked against it; None, and no recording, where it fails."""
-        self.x = x.clone()
+        self.x = x.clone() if self.x is None else self.x.copy_(x)
         before = {name: t.clone() for name, t in self.live().items()}
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())

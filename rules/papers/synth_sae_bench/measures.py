@@ -90,6 +90,7 @@ class Reconstruction:
     square: float = 0.0
     active: float = 0.0
     shrinkage: float = 0.0
+    some: int = 0  # samples that are not zero
     total: Any = 0.0  # [d_in]
 
     def add(self, x: Tensor, x_hat: Tensor, on: Tensor) -> None:
@@ -100,14 +101,16 @@ class Reconstruction:
         self.square += x.pow(2).sum()
         self.total += x.sum(0)
         self.active += on.sum()
-        self.shrinkage += (x_hat.norm(dim=1) / x.norm(dim=1).clamp_min(1e-6)).sum()
+        some = x.norm(dim=1) > 1e-6
+        self.some += some.sum()
+        self.shrinkage += (x_hat.norm(dim=1) / x.norm(dim=1))[some].sum()
 
     def told(self) -> dict[str, float]:
         """explained_variance, shrinkage, l0."""
         variance = self.square - self.total.pow(2).sum() / self.n
         return {
             "explained_variance": float(1 - self.error / variance),
-            "shrinkage": float(self.shrinkage / self.n),
+            "shrinkage": float(self.shrinkage / self.some),
             "l0": float(self.active / self.n),
         }
 

@@ -1,5 +1,5 @@
 """Metrics of SynthSAEBench: `<dictionary>.<measure>` of a dictionary when its training ended, and
-`equal.<dictionary>.<measure>` where all dictionaries of its L0 had seen as many samples.
+`equal.<dictionary>.<measure>` where those of its L0 had all seen as many samples.
 
 Names end in `_true` where L0 is that of the most frequent features, as many as there are latents
 (25 in the paper), and in `_low` where it is a fifth less (20). One value a seed.
@@ -12,8 +12,8 @@ import numpy as np
 METRICS = {
     "world.true_l0": "mean number of true features active in a sample",
     "world.true_l0_first": "the same of the first d_sae features, the most frequent ones",
-    "equal.*.n_samples": "training samples of the dictionary where it is compared: the last "
-    "milestone that all dictionaries of its L0 have reached",
+    "equal.*.n_samples": "training samples where dictionaries of one L0 are compared: the milestone "
+    "at which most of them can be, those left out whose coefficient is still to move",
     "equal.*": "the measure of the name's end, after equal.<dictionary>.n_samples samples",
     "*.f1": "each latent is a classifier of its best feature (largest |cos| of decoder row and "
     "feature): F1 of 'the latent is not zero' against 'the feature is active' over all evaluation "
@@ -57,7 +57,8 @@ def metrics(tables: dict[str, Any]) -> dict[str, Any]:
         out |= {f"{name}.{m}": v for m, v in of_seeds(last).items()}
     fair = table[table["ended"] | table["coefficient"].isna()]  # a schedule is over where it ends
     for _, level in fair.groupby(fair["dictionary"].str.rpartition("_")[2]):
-        common = set.intersection(*(set(g["n_samples"]) for _, g in level.groupby("dictionary")))
-        for name, rows in level[level["n_samples"] == max(common, default=-1)].groupby("dictionary"):
+        there = level.groupby("n_samples")["dictionary"].nunique().sort_index()
+        chosen = there[there == there.max()].index[-1]
+        for name, rows in level[level["n_samples"] == chosen].groupby("dictionary"):
             out |= {f"equal.{name}.{m}": v for m, v in of_seeds(rows).items()}
     return out

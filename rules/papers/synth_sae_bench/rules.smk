@@ -25,9 +25,7 @@ rule synth_sae_bench_recovery:
         gpu=1,
     params:
         spec=spec_of("own.recovery"),
-        code=code_of(
-            "recovery", "recovery.py", "world.py", "learner.py", "steps.py", "measures.py"
-        ),
+        code=code_of("recovery", "recovery.py", "world.py", "learner.py", "steps.py", "measures.py"),
     shell:
         "{PYTHON:q} {input.stage:q} --spec {params.spec:q} --code {input:q}"
         " --dictionaries {output.dictionaries:q} --latents {output.latents:q}"

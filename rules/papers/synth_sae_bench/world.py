@@ -151,7 +151,9 @@ class Sampler:
         self.mean, self.sd = generator.mean_firing_magnitudes, generator.std_firing_magnitudes
         self.threshold = generator.correlation_thresholds
         self.factor, self.own = generator.low_rank_correlation
-        self.level, self.children = (t.to(self.device) for t in trees(model.hierarchy, len(self.mean)))
+        self.level, self.children = (
+            t.to(self.device) for t in trees(model.hierarchy, len(self.mean))
+        )
         self.n_levels = int(self.level.max()) + 1
         self.top = (self.level <= 0).nonzero()[:, 0]  # roots, and features outside of trees
 
