@@ -12,8 +12,8 @@ import numpy as np
 METRICS = {
     "world.true_l0": "mean number of true features active in a sample",
     "world.true_l0_first": "the same of the first d_sae features, the most frequent ones",
-    "equal.*.n_samples": "training samples where dictionaries of one L0 are compared: the milestone "
-    "at which most of them can be, those left out whose coefficient is still to move",
+    "equal.*.n_samples": "training samples where dictionaries of one L0 are compared: the "
+    "milestone at which most of them can be, those left out whose coefficient is still to move",
     "equal.*": "the measure of the name's end, after equal.<dictionary>.n_samples samples",
     "*.f1": "each latent is a classifier of its best feature (largest |cos| of decoder row and "
     "feature): F1 of 'the latent is not zero' against 'the feature is active' over all evaluation "
