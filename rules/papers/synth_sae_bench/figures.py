@@ -48,19 +48,27 @@ def titled(dictionary: str) -> str:
 def finished(table: pd.DataFrame) -> pd.DataFrame:
     """The last milestone of each dictionary, mean over seeds."""
     last = table.groupby("dictionary")["n_samples"].transform("max")
-    numbers = ["l0", "n_samples", *PANELS]
-    return table[table["n_samples"] == last].groupby("dictionary")[numbers].mean().reset_index()
+    numbers = ["l0", "true_l0_first", "n_samples", *PANELS]
+    rows = table[table["n_samples"] == last].groupby("dictionary")[numbers].mean().reset_index()
+    return rows.assign(relative_l0=rows["l0"] / rows["true_l0_first"])
 
 
 def pareto(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     """Every measure over L0, one line an architecture; published points as open circles.
 
-    Options: published, architecture -> {l0: [...], measure: [...], measure_sd: [...]}.
+    L0 is relative to that of as many features, the most frequent, as there are latents, so that
+    ground truths of different sizes can be compared.
+    Options: published, architecture -> {l0: [...], measure: [...], measure_sd: [...]}, and
+    published_true_l0, what their L0 is divided by.
     """
     ours = finished(tables["recovery/dictionaries"]).assign(source="ours")
     ours["architecture"] = ours["dictionary"].map(architecture)
-    theirs = [pd.DataFrame(v).assign(architecture=k, source="published")
-              for k, v in options.get("published", {}).items()]  # fmt: skip
+    theirs = [
+        pd.DataFrame(v).assign(architecture=k, source="published")
+        for k, v in options.get("published", {}).items()
+    ]
+    for table in theirs:
+        table["relative_l0"] = table["l0"] / options["published_true_l0"]
     figure = make_subplots(
         rows=2, cols=3, subplot_titles=list(PANELS.values()), shared_xaxes=True,
         horizontal_spacing=0.09, vertical_spacing=0.12,
@@ -78,7 +86,7 @@ def pareto(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
         ring = {"symbol": "circle-open", "size": 11, "color": INK}
         entry = go.Scatter(x=[None], y=[None], mode="markers", marker=ring, name="published ± sd")
         figure.add_trace(entry, row=1, col=1)
-    figure.update_xaxes(**axis("L0: active latents"), row=2)
+    figure.update_xaxes(**axis("L0 ÷ true L0"), row=2)
     figure.update_annotations(font_size=12)
     figure.update_layout(height=600, margin={"t": 104}, legend={"y": 1.09})
     return figure, pd.concat([ours, *theirs], ignore_index=True)
@@ -87,7 +95,7 @@ def pareto(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
 def _ours(rows: pd.DataFrame, measure: str, name: str, first: bool) -> go.Scatter:
     label, colour = LOOK[name]
     return go.Scatter(
-        x=rows["l0"].tolist(),
+        x=rows["relative_l0"].tolist(),
         y=rows[measure].tolist(),
         mode="lines+markers",
         name=label,
@@ -99,9 +107,9 @@ def _ours(rows: pd.DataFrame, measure: str, name: str, first: bool) -> go.Scatte
             "size": 7,
             "symbol": "x" if name == "random_decoder" else "circle",
         },
-        customdata=rows["n_samples"].tolist(),
-        hovertemplate=f"{label}, L0 %{{x:.1f}}: %{{y:.4f}}<br>%{{customdata:,.0f}} samples"
-        "<extra></extra>",
+        customdata=rows[["l0", "n_samples"]].to_numpy().tolist(),
+        hovertemplate=f"{label}, L0 %{{customdata[0]:.1f}}: %{{y:.4f}}<br>"
+        "%{customdata[1]:,.0f} samples<extra></extra>",
     )
 
 
@@ -109,14 +117,15 @@ def _published(table: pd.DataFrame, measure: str, name: str) -> go.Scatter:
     label, colour = LOOK[name]
     sd = {"type": "data", "array": table[f"{measure}_sd"].tolist(), "thickness": 1, "width": 3}
     return go.Scatter(
-        x=table["l0"].tolist(),
+        x=table["relative_l0"].tolist(),
         y=table[measure].tolist(),
         error_y=sd,
+        customdata=table["l0"].tolist(),
         mode="markers",
         legendgroup=name,
         showlegend=False,
         marker={"color": colour, "size": 12, "symbol": "circle-open", "line": {"width": 1.5}},
-        hovertemplate=f"{label}, published at L0 %{{x}}: %{{y:.4f}}<extra></extra>",
+        hovertemplate=f"{label}, published at L0 %{{customdata}}: %{{y:.4f}}<extra></extra>",
     )
 
 
@@ -189,7 +198,9 @@ def frequency(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     choices = {labels[k]: [{"visible": [n.endswith(f"_{k}") for n in names]}, {}] for k in levels}
     if len(levels) > 1:
         figure.update_layout(updatemenus=[selector(choices)])
-    figure.update_xaxes(**axis("share of samples in which the feature is active", log=True))
+    figure.update_xaxes(
+        **axis("samples in which the feature is active", log=True, tickformat=".2~%")
+    )
     figure.update_yaxes(**axis("mean |cos| of feature and nearest latent", range=[0, 1.03]))
     figure.update_layout(height=460)
     return figure, frame.drop(columns="bin")
