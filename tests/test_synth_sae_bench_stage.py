@@ -1,0 +1,391 @@
+"""SynthSAEBench: the measures, the controller, learners that are killed, and the card."""
+
+import itertools
+from contextlib import contextmanager, nullcontext
+from types import SimpleNamespace
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from pydantic import ValidationError
+from test_synth_sae_bench import (  # noqa: F401
+    FOLDER,
+    RECIPES,
+    SMALL,
+    learner,
+    made,
+    one_thread,
+    recovery,
+    world,
+)
+
+from pipeline import papers
+from pipeline.sae_train import build
+from pipeline.source import import_file
+
+measures = import_file(FOLDER / "measures.py")
+metrics = import_file(FOLDER / "metrics.py")
+
+
+@pytest.fixture(scope="module")
+def truth():
+    return world.build(SMALL)
+
+
+# --- measures ------------------------------------------------------------------------------
+
+
+def test_matching_is_the_best_of_all_one_to_one_matchings():
+    cosines = np.random.default_rng(0).random((4, 6))
+    total = lambda features: sum(cosines[i, j] for i, j in enumerate(features))  # noqa: E731
+    best = max(itertools.permutations(range(6), 4), key=total)
+    assert measures.matching(cosines).tolist() == list(best)
+    more_latents = measures.matching(cosines.T)
+    assert (more_latents < 0).sum() == 2 and len(set(more_latents[more_latents >= 0])) == 4
+
+
+def test_cosines_ignore_sign_and_length():
+    directions = torch.eye(3)[:2]
+    decoder = torch.tensor([[0.0, -7.0, 0.0], [3.0, 4.0, 0.0]])
+    torch.testing.assert_close(
+        measures.cosine(decoder, directions), torch.tensor([[0.0, 1.0], [0.6, 0.8]])
+    )
+
+
+def test_uniqueness_counts_different_features():
+    assert measures.uniqueness(np.array([3, 3, 5, 9])) == 0.75
+
+
+def test_f1_of_a_latent_that_is_right_half_of_the_time():
+    """Two of four firings are true, and two of three of the feature's are caught."""
+    on = torch.tensor([1, 1, 1, 1, 0, 0], dtype=torch.bool)[:, None]
+    truth = torch.tensor([[1, 0], [1, 0], [0, 1], [0, 1], [1, 0], [0, 0]], dtype=torch.bool)
+    counts = measures.Confusion(torch.tensor([0]))
+    counts.add(on[:3], truth[:3])
+    counts.add(on[3:], truth[3:])
+    rates = counts.rates()
+    assert rates["precision"][0] == 1 / 2 and rates["recall"][0] == pytest.approx(2 / 3)
+    assert rates["f1"][0] == pytest.approx(2 * (1 / 2) * (2 / 3) / (1 / 2 + 2 / 3))
+
+
+def test_a_latent_that_never_fires_has_no_precision_and_no_f1():
+    counts = measures.Confusion(torch.tensor([1, 0]))
+    counts.add(torch.zeros(5, 2, dtype=torch.bool), torch.ones(5, 2, dtype=torch.bool))
+    assert all((v == 0).all() for v in counts.rates().values())
+
+
+def perfect():
+    """A standard SAE that gives back non-negative x, a latent a dimension."""
+    sae = build(recovery.Recipe(d_sae=64, architecture="standard", l1_coefficient=1), 64)
+    with torch.no_grad():
+        sae.W_dec.copy_(torch.eye(64))
+        sae.W_enc.copy_(torch.eye(64))
+        sae.b_enc.zero_()
+        sae.b_dec.zero_()
+    return sae
+
+
+def test_a_dictionary_of_the_true_features_is_perfect(truth):
+    sampler = world.Sampler(truth)
+    n = 2000
+    parts = sampler.draw(n, torch.Generator().manual_seed(4))
+    active = sampler.truth(n, parts)
+    acts = torch.zeros(n, 64)
+    for part in parts:
+        acts[part.row, part.feature] = part.value
+    found = measures.Recovery(perfect(), 1.0, torch.eye(64))
+    found.add(acts, active)  # features on the axes: x is the activations themselves
+    told = found.told()
+    for name in ("mcc", "uniqueness", "explained_variance", "shrinkage"):
+        assert told[name] == pytest.approx(1), name
+    ever = active.any(0).double().mean().item()
+    assert told["f1"] == pytest.approx(ever) and told["dead_share"] == pytest.approx(1 - ever)
+    assert told["l0"] == pytest.approx(active.sum().item() / n)
+
+
+@pytest.mark.parametrize("name", ["batchtopk", "matching_pursuit", "standard"])
+def test_the_measures_are_saelenss(truth, name):
+    """On the samples of one generator, drawn by SAELens's own evaluation and kept."""
+    from sae_lens.synthetic import eval_sae_on_synthetic_data
+
+    kept = []
+
+    class Generator:
+        def sample(self, n):
+            kept.append(truth.activation_generator.sample(n))
+            return kept[-1]
+
+    sae = made(name)
+    torch.manual_seed(2)
+    want = eval_sae_on_synthetic_data(sae, truth.feature_dict, Generator(), 600, batch_size=200)
+    found = measures.Recovery(sae, 1.0, truth.feature_dict.feature_vectors)
+    for acts in kept:
+        found.add(truth.feature_dict(acts), acts > 0)
+    told = found.told()
+    assert told["mcc"] == pytest.approx(want.mcc, abs=1e-5)
+    assert told["uniqueness"] == want.uniqueness
+    assert told["explained_variance"] == pytest.approx(want.explained_variance, abs=1e-4)
+    assert told["shrinkage"] == pytest.approx(want.shrinkage, abs=1e-5)
+    assert (
+        told["l0"] == pytest.approx(want.sae_l0)
+        and round(32 * told["dead_share"]) == want.dead_latents
+    )
+    for key, theirs in (("precision", "precision"), ("recall", "recall"), ("f1", "f1_score")):
+        assert told[key] == pytest.approx(getattr(want.classification, theirs), abs=1e-6)
+
+
+# --- learners ------------------------------------------------------------------------------
+
+
+def plain_controller(l0s, target, control):
+    """The released code's rule, written plainly: the multiplier after each step."""
+    multiplier, smooth, rate, out = 1.0, None, 0.0, []
+    for step, l0 in enumerate(l0s):
+        before = smooth
+        smooth = l0 if smooth is None else control.smoothing * smooth + (1 - control.smoothing) * l0
+        if before is not None:
+            rate = control.rate_smoothing * rate + (1 - control.rate_smoothing) * (smooth - before)
+        if step >= target.start:
+            error = smooth - target.l0
+            gain = control.approaching if error * rate < 0 else 1.0
+            by = control.gain * gain * np.tanh(10 * abs(error) / target.l0)
+            multiplier *= 1 + by if error > 0 else 1 - by
+        out.append(multiplier)
+    return out
+
+
+def test_the_controller_follows_the_released_rule():
+    control = learner.Control(gain=0.05, smoothing=0.8)
+    target = learner.Target(2.0, 10.0, 5, control)
+    l0s = 10 + 6 * np.sin(np.arange(60) / 4) + np.random.default_rng(0).normal(size=60)
+    tuner = learner.Tuner(target, "cpu")
+    got, rising = [], []
+    for l0 in l0s:
+        rising.append(float(tuner.coefficient()))
+        tuner.update(torch.tensor(l0, dtype=torch.float32))
+        got.append(tuner.state[3].item())
+    np.testing.assert_allclose(got, plain_controller(l0s, target, control), rtol=1e-5)
+    np.testing.assert_allclose(rising[:6], [0, 0.4, 0.8, 1.2, 1.6, 2.0], rtol=1e-6)
+    assert len({round(m, 9) for m in got}) > 50
+
+
+def options(**more):
+    """All architectures, 32 latents each, on the small world."""
+    control = {"gain": 0.05, "smoothing": 0.5}
+    dictionaries = {
+        f"{name}_true": {"d_sae": 32, **recipe}
+        for name, recipe in RECIPES.items()
+        if name not in ("batchtopk_few", "matryoshka_levels")
+    }
+    dictionaries["topk_true"] = {"architecture": "topk", "d_sae": 32, "k": 3}
+    dictionaries["gated_true"] = {"architecture": "gated", "d_sae": 32, "l1_coefficient": 0.5}
+    for name in ("standard", "jumprelu", "gated"):
+        dictionaries[f"{name}_true"] |= {"target_l0": 4, "start_share": 0.2}
+    dictionaries["matching_pursuit_true"]["n_samples"] = 640
+    return recovery.Options.model_validate(
+        {
+            "tables": [], "world": SMALL.model_dump(), "n_samples": 1280, "milestones": [320],
+            "batch_size": 32, "bulk": 3, "lr": 1e-2, "dead_steps": 10, "control": control,
+            "n_eval_samples": 100, "dictionaries": dictionaries,
+        }
+        | more
+    )  # fmt: skip
+
+
+JOB = SimpleNamespace(device=lambda: torch.device("cpu"), code="code", hardware="cpu")
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """Learners and tables of a run in one go."""
+    return recovery.run(options(), JOB, tmp_path_factory.mktemp("whole"))
+
+
+@pytest.mark.parametrize("killed_at", [7, 17, 23])
+def test_a_killed_run_ends_with_the_numbers_of_an_undisturbed_one(
+    whole, tmp_path, monkeypatch, killed_at
+):
+    """Milestones at 10, 20 and 40 steps, a checkpoint after each step."""
+    step = recovery.learning.Learner.step
+
+    def dies(self, x, at, scratch):
+        if at == killed_at:
+            raise KeyboardInterrupt
+        return step(self, x, at, scratch)
+
+    given = options(checkpoint_seconds=1e-9)
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(recovery.learning.Learner, "step", dies)
+        recovery.run(given, JOB, tmp_path)
+    some, parts = recovery.run(given, JOB, tmp_path)
+    for one, other in zip(some, whole[0], strict=True):
+        for key, value in one.tensors().items():
+            assert torch.equal(value, other.tensors()[key]), (one.name, key)
+    for part, other in zip(parts, whole[1], strict=True):
+        for name, table in part.items():
+            assert table.equals(other[name]), name
+
+
+def test_milestones_measure_those_that_stand_there(whole):
+    _, parts = whole
+    seen = [sorted(set(p["dictionaries"]["dictionary"])) for p in parts]
+    names = sorted(options().dictionaries)
+    without = [n for n in names if n != "matching_pursuit_true"]
+    assert seen == [names, names, without]
+    assert [p["dictionaries"]["n_samples"].iloc[0] for p in parts] == [320, 640, 1280]
+    last = recovery.finished(parts, "latents")
+    assert sorted(set(last["dictionary"])) == names and len(last) == 32 * len(names)
+
+
+def test_targets_of_l0_are_approached(whole):
+    """Forty steps: the coefficient has left its first value, in the direction of the target."""
+    rows = whole[1][-1]["dictionaries"].set_index("dictionary")
+    for name in ("standard_true", "jumprelu_true", "gated_true"):
+        first = options().dictionaries[name]
+        first = first.l0_coefficient or first.l1_coefficient
+        assert rows["coefficient"][name] != pytest.approx(first, rel=1e-3)
+    assert rows["coefficient"].notna().sum() == 3
+
+
+@pytest.mark.parametrize("name", ["batchtopk_true", "jumprelu_true", "matching_pursuit_true"])
+def test_what_a_step_changes_can_be_put_back(truth, name):
+    """What the recording of a CUDA graph relies on; Adam's state was not there before."""
+    stream = world.Stream(world.Sampler(truth), batch_size=32, bulk=3, seed=0)
+    (one,) = [o for o in recovery.learners(options(), stream, 16) if o.about["dictionary"] == name]
+    before = {k: t.clone() for k, t in one.live().items()}
+    x = next(stream.batches(0, 1))
+    outcomes = []
+    for _ in range(2):
+        outcomes.append(one.whole(x))
+        changed = {k: t.clone() for k, t in one.live().items()}
+        one.put_back(before)
+    for key, tensor in one.live().items():
+        assert torch.equal(tensor, before.get(key, torch.zeros_like(tensor))), key
+        assert key in ("bad", "silent") or not torch.equal(changed[key], tensor), key
+    assert torch.equal(outcomes[0].loss, outcomes[1].loss)
+
+
+class Recorded:
+    """A CUDA graph without a GPU: what is run inside `graph` is undone, and a replay runs it."""
+
+    def __init__(self, one, broken: bool) -> None:
+        self.one, self.broken, self.outcomes = one, broken, []
+
+    @contextmanager
+    def graph(self, _):
+        if self.broken:
+            raise RuntimeError("operation not permitted when stream is capturing")
+        before = {k: t.clone() for k, t in self.one.live().items()}
+        whole = self.one.whole
+        self.one.whole = lambda x: self.outcomes.append(whole(x)) or self.outcomes[-1]
+        yield
+        self.one.whole = whole
+        self.one.put_back(before)
+
+    def replay(self) -> None:
+        """Writes where the first outcome lies, as a graph does."""
+        given, self.one.any_dead = self.one.any_dead, torch.tensor(self.with_dead)
+        again = self.one.whole(self.one.x)
+        self.one.any_dead = given
+        for name in ("loss", "mse", "l0", "fired"):
+            getattr(self.outcomes[0], name).copy_(getattr(again, name))
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_replayed_steps_are_the_plain_ones(truth, monkeypatch, broken):
+    """Two graphs, with AuxK and without, in turn; or none, where recording fails."""
+    stream = world.Stream(world.Sampler(truth), batch_size=32, bulk=3, seed=0)
+    given = options(dead_steps=3)
+    pair = [
+        next(o for o in recovery.learners(given, stream, 16) if o.about["dictionary"] == name)
+        for name in ["batchtopk_true"] * 2
+    ]
+    plain, replayed = pair
+    replayed.recording, made_graphs = True, []
+
+    def new_graph():
+        made_graphs.append(Recorded(replayed, broken))
+        made_graphs[-1].with_dead = bool(replayed.any_dead)
+        return made_graphs[-1]
+
+    aside = SimpleNamespace(wait_stream=lambda other: None)
+    for name, fake in {
+        "Stream": lambda: aside,
+        "current_stream": lambda: aside,
+        "stream": lambda _: nullcontext(),
+        "CUDAGraph": new_graph,
+        "graph": lambda g: g.graph(None),
+    }.items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+    monkeypatch.setattr(recovery.learning, "AUX_EVERY", 2)
+    for step, x in enumerate(stream.batches(0, 12)):
+        if step in (6, 10):  # all alive again
+            plain.silent.zero_(), replayed.silent.zero_()
+        wanted, got = plain.step(x, step, None), replayed.step(x, step, None)
+        assert torch.equal(wanted.loss, got.loss) and torch.equal(wanted.fired, got.fired)
+    for key, value in plain.tensors().items():
+        assert torch.equal(value, replayed.tensors()[key]), key
+    assert [g.with_dead for g in made_graphs] == ([False] if broken else [False, True])
+    assert replayed.recording is not broken
+
+
+# --- the card ------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        ({"milestones": [2000]}, "2000 samples are more than the stream's 1280"),
+        ({"dictionaries": {"a": {"architecture": "topk", "k": 2, "d_sae": 8, "target_l0": 3}}},
+         "topk takes its L0 from k"),
+        ({"wrold": {}}, "did you mean 'world'"),
+    ],
+)  # fmt: skip
+def test_bad_options_are_told_in_a_sentence(given, said):
+    with pytest.raises(ValidationError, match=said):
+        options(**given)
+
+
+def frame(rows):
+    base = dict.fromkeys(metrics.MEASURES, 0.5) | {"seed": 0, "true_l0": 3.0, "true_l0_first": 2.0}
+    columns = ("dictionary", "n_samples", "ended", "coefficient", "f1")
+    return pd.DataFrame([base | dict(zip(columns, row, strict=True)) for row in rows])
+
+
+def test_dictionaries_are_compared_after_as_many_samples():
+    """The controller of `full` is not at its end where the others are."""
+    nan = float("nan")
+    table = frame(
+        [
+            ("pursuit_true", 20, True, nan, 0.1),
+            ("batchtopk_true", 20, False, nan, 0.2),
+            ("batchtopk_true", 200, True, nan, 0.3),
+            ("full_true", 20, False, 1.0, 0.4),
+            ("full_true", 200, True, 1.0, 0.5),
+            ("standard_true", 20, True, 2.0, 0.6),
+            ("batchtopk_low", 200, True, nan, 0.7),
+        ]
+    )
+    found = metrics.metrics({"recovery/dictionaries": table})
+    assert found["batchtopk_true.f1"] == [0.3] and found["equal.batchtopk_true.f1"] == [0.2]
+    assert found["equal.pursuit_true.f1"] == [0.1] and found["equal.standard_true.f1"] == [0.6]
+    assert found["full_true.f1"] == [0.5] and found["equal.batchtopk_low.f1"] == [0.7]
+    assert "equal.full_true.f1" not in found and "batchtopk_true.coefficient" not in found
+
+
+def test_figure_and_claims_show_the_same_published_numbers():
+    card = papers.load_yaml(FOLDER / "paper.yaml")
+    drawn = card["figures"]["pareto"]["options"]["published"]
+    claims = {c["id"]: c for c in card["claims"]}
+    seen = 0
+    measured = ("f1", "mcc", "uniqueness", "explained_variance")
+    for (name, table), measure in itertools.product(drawn.items(), measured):
+        for l0, value, sd in zip(table["l0"], table[measure], table[f"{measure}_sd"], strict=True):
+            claim = claims[f"{name}_{l0}_{measure}"]
+            assert claim["paper"] == value and f"{value:.4f} ± {sd:.4f}" in claim["text"]
+            assert claim["tolerance"] == pytest.approx(3 * sd + 0.005)
+            level = {25: "true", 20: "low"}[l0]
+            assert claim["metric"].endswith(f"_{level}.{measure}")
+            seen += 1
+    assert seen == 40 == sum(c["kind"] == "value" for c in card["claims"]) - 4
