@@ -113,7 +113,8 @@ class Sums:
             top == tokens,
         ]
         self.means += torch.stack([f.double().sum() for f in found]).cpu()
-        self.marginal = self.marginal + log_q.exp().sum(0, dtype=torch.float64)
+        # in float32 a token far below the likeliest would have probability 0, and bias no bound
+        self.marginal = self.marginal + log_q.double().exp().sum(0)
         self.n += len(targets)
 
 
