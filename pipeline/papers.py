@@ -117,8 +117,12 @@ def _without_hub(raw: dict) -> dict:
     if not isinstance(arms, dict):
         return raw
     from_hub = lambda arm: isinstance(arm, dict) and arm.get("source") == "hub"  # noqa: E731
-    here = {name: arm for name, arm in arms.items() if not from_hub(arm)}
-    return raw | {"arms": here or arms}
+    here = {name: arm for name, arm in arms.items() if not from_hub(arm)} or arms
+    circuits = raw.get("circuits")
+    if isinstance(circuits, dict) and isinstance(circuits.get("without"), list):
+        left = [arm for arm in circuits["without"] if arm in here or arm not in arms]
+        raw = raw | {"circuits": circuits | {"without": left}}
+    return raw | {"arms": here}
 
 
 # --- digests and the store -----------------------------------------------------------------

@@ -429,6 +429,11 @@ class PaperSpec(Section):
                         f"has none; set corpus.{key}: false"
                     )
         self._check_training()
+        for arm in self.circuits.without if self.circuits else []:
+            if arm not in self.arm_names():
+                raise ValueError(
+                    f"circuits.without: unknown arm '{arm}'{nearest(arm, self.arm_names())}"
+                )
         ids = [c.id for c in self.claims]
         if twice := {i for i in ids if ids.count(i) > 1}:
             raise ValueError(f"claim id '{sorted(twice)[0]}' stands twice")

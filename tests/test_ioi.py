@@ -317,6 +317,9 @@ def test_the_hubs_arm_is_there_when_asked_for():
         config = {"papers": ["ioi"], "papers_dirs": [str(FOLDER.parent)], "hub": hub}
         run = papers.Run.load(config, [ROOT])
         assert run.paper("ioi", "laptop").spec.arm_names() == names
+    raw = papers.load_yaml(FOLDER / "paper.yaml")
+    raw["circuits"] = raw["circuits"] | {"without": ["random", "gpt2"]}
+    assert papers.load(FOLDER, "laptop", raw).spec.circuit_arms() == ["smollm2"]
     model = run.store("ioi", "laptop", "gpt2")["model"].spec["model"]
     assert model["repo"] == "openai-community/gpt2" and len(model["revision"]) == 40
 
