@@ -214,12 +214,20 @@ def chain(path: str | Path, base: str | Path = "") -> Iterator[tuple[int, Path, 
         if file in seen:
             continue
         seen.add(file)
-        cert = read(file) if file.is_file() else None  # no device, which might never end
+        cert = read(file) if _is_file(file) else None
         yield depth, file, cert
         if cert:
             stack += [
                 (depth + 1, Path(base) / p) for p in sorted(cert.get("inputs", {}), reverse=True)
             ]
+
+
+def _is_file(path: Path) -> bool:
+    """Whether there is such a file; a device is none, since to read it might never end."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # no name that a file can have
+        return False
 
 
 def verify(path: str | Path, base: str | Path = ".") -> list[str]:
@@ -256,7 +264,7 @@ def verify(path: str | Path, base: str | Path = ".") -> list[str]:
         except (ValueError, TypeError, AttributeError, OSError, RecursionError) as e:
             faults.append(f"{start}: cannot be verified ({e}); it or its inputs are damaged")
     for file, sha in expected.items():
-        if not file.is_file():
+        if not _is_file(file):
             faults.append(f"{file}: missing, and a result was made from it")
         elif sha256_file(file) != sha:
             faults.append(f"{file}: changed since a result was made from it")
@@ -276,7 +284,7 @@ def _members(file: Path) -> list[str]:
     for name in files:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             return [f"{file}: lists {name}, which lies outside its folder"]
-    present = {n: s for n, s in files.items() if (file.parent / n).is_file()}
+    present = {n: s for n, s in files.items() if _is_file(file.parent / n)}
     if files and not present:
         return []  # keep_activations: false
     faults = [f"{file.parent / n}: missing" for n in files.keys() - present.keys()]
