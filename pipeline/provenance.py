@@ -143,9 +143,15 @@ def read(path: str | Path) -> dict[str, Any] | None:
             f"{path}: cannot be read ({e}); delete it and run snakemake again"
         ) from e
     named = found.get("inputs", {}) if isinstance(found, dict) else None
-    if found is None or (isinstance(named, dict) and "stage" in found):
-        return found
-    raise RetraceError(f"{path}: its certificate is damaged; delete it and run snakemake again")
+    if found is None:
+        return None
+    if not isinstance(named, dict) or "stage" not in found:
+        raise RetraceError(f"{path}: its certificate is damaged; delete it and run snakemake again")
+    if outside := [p for p in named if ".." in Path(p).parts]:
+        raise RetraceError(
+            f"{path}: its certificate names {outside[0]}, which no run of ours would"
+        )
+    return found
 
 
 def _read(path: Path) -> Any:
