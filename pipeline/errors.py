@@ -5,7 +5,10 @@ from collections.abc import Iterable
 
 
 class RetraceError(Exception):
-    """One sentence that names the value, the file and the remedy."""
+    """One sentence that names the value, the file and the remedy; one line, whatever it quotes."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__(" ".join(text.splitlines()))
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -143,9 +143,15 @@ def read(path: str | Path) -> dict[str, Any] | None:
             f"{path}: cannot be read ({e}); delete it and run snakemake again"
         ) from e
     named = found.get("inputs", {}) if isinstance(found, dict) else None
-    if found is None or (isinstance(named, dict) and "stage" in found):
-        return found
-    raise RetraceError(f"{path}: its certificate is damaged; delete it and run snakemake again")
+    if found is None:
+        return None
+    if not isinstance(named, dict) or "stage" not in found:
+        raise RetraceError(f"{path}: its certificate is damaged; delete it and run snakemake again")
+    if outside := [p for p in named if ".." in Path(p).parts]:
+        raise RetraceError(
+            f"{path}: its certificate names {outside[0]}, which no run of ours would"
+        )
+    return found
 
 
 def _read(path: Path) -> Any:
@@ -214,12 +220,20 @@ def chain(path: str | Path, base: str | Path = "") -> Iterator[tuple[int, Path, 
         if file in seen:
             continue
         seen.add(file)
-        cert = read(file) if file.is_file() else None  # no device, which might never end
+        cert = read(file) if _is_file(file) else None
         yield depth, file, cert
         if cert:
             stack += [
                 (depth + 1, Path(base) / p) for p in sorted(cert.get("inputs", {}), reverse=True)
             ]
+
+
+def _is_file(path: Path) -> bool:
+    """Whether there is such a file; a device is none, since to read it might never end."""
+    try:
+        return path.is_file()
+    except (OSError, ValueError):  # no name that a file can have
+        return False
 
 
 def verify(path: str | Path, base: str | Path = ".") -> list[str]:
@@ -264,7 +278,7 @@ def examined(path: str | Path, base: str | Path = ".") -> tuple[list[str], list[
     for file, sha in expected.items():
         if _of_the_store(file) and not file.parent.exists():
             absent.append(file)
-        elif not file.is_file():
+        elif not _is_file(file):
             faults.append(f"{file}: missing, and a result was made from it")
         elif sha256_file(file) != sha:
             faults.append(f"{file}: changed since a result was made from it")
@@ -289,7 +303,7 @@ def _members(file: Path) -> list[str]:
     for name in files:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             return [f"{file}: lists {name}, which lies outside its folder"]
-    present = {n: s for n, s in files.items() if (file.parent / n).is_file()}
+    present = {n: s for n, s in files.items() if _is_file(file.parent / n)}
     if files and not present:
         return []  # keep_activations: false
     faults = [f"{file.parent / n}: missing" for n in files.keys() - present.keys()]

@@ -552,3 +552,5 @@ def parse(cls: type[T], data: Any, file: str | Path) -> T:
         return cls.model_validate(data)
     except ValidationError as e:
         raise RetraceError(f"{file}: {sentence(e)}") from None
+    except OverflowError as e:
+        raise RetraceError(f"{file}: a number in it is too large ({e})") from None

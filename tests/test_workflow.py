@@ -420,3 +420,10 @@ def test_jobs_of_the_reading_side_run_without_torch(project, tmp_path):
         cwd=project, env=env, capture_output=True, text=True,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
+
+
+@pytest.mark.parametrize("device, asked", [("auto", "1"), ("cpu", "0")])
+def test_a_run_on_the_cpu_asks_for_no_gpu(tmp_path, device, asked):
+    where = ["--snakefile", str(ROOT / "Snakefile"), "--directory", str(tmp_path)]
+    done = snakemake("-n", "topk_saes", *where, cwd=ROOT, scale="smoke", device=device)
+    assert set(re.findall(r"gpu=(\d+)", done.said)) == {asked}
