@@ -145,7 +145,7 @@ def read(path: str | Path) -> dict[str, Any] | None:
     named = found.get("inputs", {}) if isinstance(found, dict) else None
     if found is None:
         return None
-    if not isinstance(named, dict) or "stage" not in found:
+    if not isinstance(named, dict):
         raise RetraceError(f"{path}: its certificate is damaged; delete it and run snakemake again")
     if outside := [p for p in named if ".." in Path(p).parts]:
         raise RetraceError(
@@ -268,7 +268,9 @@ def examined(path: str | Path, base: str | Path = ".") -> tuple[list[str], list[
                 if cert is None:
                     continue
                 if cert.get("content") and cert["content"] != content_digest(_certified(file)):
-                    faults.append(f"{file}: content changed since stage {cert['stage']} wrote it")
+                    faults.append(
+                        f"{file}: content changed since stage {cert.get('stage')} wrote it"
+                    )
                 expected |= {Path(base) / p: sha for p, sha in cert.get("inputs", {}).items()}
                 faults += _members(file)
         except RetraceError as e:
@@ -347,6 +349,8 @@ def main() -> None:
             print(show(args.path, args.base))
         except RetraceError as e:
             sys.exit(f"error: {e}")
+        except (LookupError, TypeError, ValueError) as e:
+            sys.exit(f"error: {args.path}: a certificate is damaged ({e!r})")
         return
     faults, absent = examined(args.path, args.base)
     print("\n".join(faults) or f"{args.path}: verified")

@@ -112,7 +112,7 @@ def stream_of(x: np.ndarray, batch_size: int, buffer_rows: int = 10**6, seed: in
         manifest="manifest.json",
         hook=HOOK,
         read=read,
-        shards=[{"rows": len(x), "mean_norm": norm}],
+        shards=[SimpleNamespace(rows=len(x), mean_norm=norm)],
     )
     given = {"normalize": False, **more}
     stream = Stream(rows, batch_size=batch_size, buffer_rows=buffer_rows, seed=seed, **given)

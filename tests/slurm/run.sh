@@ -20,6 +20,7 @@ papers=[$(cd "$root/rules/papers" && ls -d -- */ | tr -d / | paste -sd,)]
 
 finish() {
     local code=$?
+    scancel --partition=main || true # what an interrupted test left
     "$here/cluster.sh" stop "$work/slurm"
     if [ $code = 0 ]; then rm -rf "$work"; else echo "FAILED; see $work" >&2; fi
 }
