@@ -23,25 +23,28 @@ MEASURES = {
 }
 
 
-def present(options: dict[str, Any], table: pd.DataFrame) -> dict[str, dict[str, str]]:
-    """Panel -> arm -> model, of the models that this scale has (option panels)."""
+def present(options: dict[str, Any], table: pd.DataFrame) -> dict[str, list[str]]:
+    """Panel -> model and null arm, of those that this scale has (option panels)."""
     known = set(table["model"])
-    panels = {
-        panel: {arm: model for arm, model in arms.items() if model in known}
-        for panel, arms in options["panels"].items()
-    }
-    return {panel: arms for panel, arms in panels.items() if arms}
+    panels = {panel: [m for m in models if m in known] for panel, *models in options["panels"]}
+    return {panel: models for panel, models in panels.items() if models}
 
 
-def curves(panels: dict[str, dict[str, str]], table: pd.DataFrame) -> list[tuple[int, dict, Any]]:
-    """(column, look, rows) of every line: a lens of a model, its first arm in colour."""
+def named(options: dict[str, Any], table: pd.DataFrame) -> dict[str, str]:
+    """Model -> what the reader's list calls it, of those that this scale has (option names)."""
+    known = set(table["model"])
+    return {model: name for model, name in options["names"] if model in known}
+
+
+def curves(panels: dict[str, list[str]], table: pd.DataFrame) -> list[tuple[int, dict, Any]]:
+    """(column, look, rows) of every line: a lens of a model in colour, of its null arm in grey."""
     out = []
-    for column, arms in enumerate(panels.values(), 1):
-        for i, (arm, model) in enumerate(arms.items()):
+    for column, models in enumerate(panels.values(), 1):
+        for i, model in enumerate(models):
             for lens, (name, colour, dash) in LENSES.items():
                 rows = table[(table["model"] == model) & (table["lens"] == lens)]
                 look = {
-                    "name": name if i == 0 else f"{name}, {arm}",
+                    "name": name if i == 0 else f"{name}, null arm",
                     "line": {"color": colour if i == 0 else PALETTE[-1], "dash": dash, "width": 2},
                     "marker": {"size": 5 if i == 0 else 4},
                 }
@@ -58,10 +61,10 @@ def in_panels(panels: dict[str, Any]) -> go.Figure:
     return figure
 
 
-def whole_layers(figure: go.Figure, panels: dict[str, dict[str, str]], table: Any) -> None:
+def whole_layers(figure: go.Figure, panels: dict[str, list[str]], table: Any) -> None:
     """Ticks at whole layers, about six a panel."""
-    for column, arms in enumerate(panels.values(), 1):
-        deepest = table.loc[table["model"].isin(arms.values()), "layer"].max()
+    for column, models in enumerate(panels.values(), 1):
+        deepest = table.loc[table["model"].isin(models), "layer"].max()
         figure.update_xaxes(
             **axis("layers before the lens", dtick=int(max(1, deepest // 6))), row=1, col=column
         )
@@ -81,7 +84,7 @@ def add(figure: go.Figure, column: int, look: dict, rows: Any, y: Any, seen: set
 def layers(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     """Both lenses by layer, a panel a model; the reader chooses the measure.
 
-    Options: panels, title -> {arm: model}, the null arm last.
+    Options: panels, a list of [title, model, null arm].
     """
     table = tables["lenses/layers"].assign(unread=lambda t: t["kl"] / t["kl_marginal"])
     panels = present(options, table)
@@ -89,8 +92,8 @@ def layers(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     first = next(iter(MEASURES))
     for column, look, rows in lines:
         add(figure, column, look, rows, rows[first], seen, "")
-    for column, arms in enumerate(panels.values(), 1):
-        rows = table[table["model"] == next(iter(arms.values()))]
+    for column, models in enumerate(panels.values(), 1):
+        rows = table[table["model"] == models[0]]
         ends = [rows["layer"].min(), rows["layer"].max()]
         figure.add_scatter(
             x=ends, y=[rows["kl_marginal"].iloc[0]] * 2, mode="lines", name="mean prediction",
@@ -104,12 +107,19 @@ def layers(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     for m, (what, unit) in MEASURES.items():
         ys = [rows[m].tolist() for _, _, rows in lines]
         ys += [{"kl": list(y), "unread": [1, 1]}.get(m, [None, None]) for y in levels]
-        choices[what] = [{"y": ys}, {"yaxis.title.text": axis(what, unit)["title"]["text"]}]
+        kinds = {f"{a}.type": scale_of(m) for a in ("yaxis", "yaxis2")[: len(panels)]}
+        title = {"yaxis.title.text": axis(what, unit)["title"]["text"]}
+        choices[what] = [{"y": ys}, title | kinds]
     whole_layers(figure, panels, table)
-    figure.update_yaxes(rangemode="tozero")
+    figure.update_yaxes(rangemode="tozero", type=scale_of(first))
     figure.update_layout(updatemenus=[selector(choices)], yaxis=axis(*MEASURES[first]))
     columns = ["model", "lens", "layer", *MEASURES, "kl_marginal", "n_tokens"]
     return figure, table[columns]
+
+
+def scale_of(measure: str) -> str:
+    """Distances are on a log axis, which leaves out the prediction's 0."""
+    return "log" if measure in ("kl", "unread", "loss") else "linear"
 
 
 def bias(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
@@ -130,11 +140,11 @@ def bias(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
 def transfer(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     """Transfer penalty of every translator on every layer's stream; the reader chooses the model.
 
-    Options: names, model -> what the list calls it; ceiling, the penalty in nats at which colour
-    ends at most (default 5).
+    Options: names, a list of [model, what the list calls it]; ceiling, the penalty in nats at which
+    colour ends at most (default 5).
     """
     table = tables["lenses/transfer"]
-    names = {m: n for m, n in options["names"].items() if m in set(table["model"])}
+    names = named(options, table)
     grids = {
         model: table[table["model"] == model].pivot(
             index="translator", columns="layer", values="penalty"
@@ -171,14 +181,14 @@ def transfer(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
 def basis(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     """Influence of each direction on the tuned lens and on the model; the reader chooses the model.
 
-    Options: names, model -> what the list calls it.
+    Options: names, a list of [model, what the list calls it].
     """
     table = tables["lenses/basis"]
     table = table[table["lens"] == "tuned"].assign(
         lens_bits=lambda t: t["influence_lens"].clip(lower=1e-9) * BITS,
         model_bits=lambda t: t["influence_model"].clip(lower=1e-9) * BITS,
     )
-    names = {m: n for m, n in options["names"].items() if m in set(table["model"])}
+    names = named(options, table)
     figure = go.Figure()
     for model in names:
         for kind, symbol in (("random", "x-thin"), ("causal", "circle")):
