@@ -91,7 +91,7 @@ def layers(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     figure, seen, lines = in_panels(panels), set(), curves(panels, table)
     first = next(iter(MEASURES))
     for column, look, rows in lines:
-        add(figure, column, look, rows, rows[first], seen, "")
+        add(figure, column, look, rows, shown(rows, first), seen, "")
     for column, models in enumerate(panels.values(), 1):
         rows = table[table["model"] == models[0]]
         ends = [rows["layer"].min(), rows["layer"].max()]
@@ -105,21 +105,32 @@ def layers(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     levels = [figure.data[-len(panels) + i].y for i in range(len(panels))]
     choices = {}
     for m, (what, unit) in MEASURES.items():
-        ys = [rows[m].tolist() for _, _, rows in lines]
+        ys = [shown(rows, m) for _, _, rows in lines]
         ys += [{"kl": list(y), "unread": [1, 1]}.get(m, [None, None]) for y in levels]
-        kinds = {f"{a}.type": scale_of(m) for a in ("yaxis", "yaxis2")[: len(panels)]}
-        title = {"yaxis.title.text": axis(what, unit)["title"]["text"]}
-        choices[what] = [{"y": ys}, title | kinds]
+        change = {"yaxis.title.text": axis(what, unit)["title"]["text"]}
+        for place in ("yaxis", "yaxis2")[: len(panels)]:
+            change |= {f"{place}.{k}": v for k, v in scale_of(m).items()}
+        choices[what] = [{"y": ys}, change]
     whole_layers(figure, panels, table)
-    figure.update_yaxes(rangemode="tozero", type=scale_of(first))
+    figure.update_yaxes(rangemode="tozero", **scale_of(first))
     figure.update_layout(updatemenus=[selector(choices)], yaxis=axis(*MEASURES[first]))
     columns = ["model", "lens", "layer", *MEASURES, "kl_marginal", "n_tokens"]
     return figure, table[columns]
 
 
-def scale_of(measure: str) -> str:
-    """Distances are on a log axis, which leaves out the prediction's 0."""
-    return "log" if measure in ("kl", "unread", "loss") else "linear"
+LOGARITHMIC = ("kl", "unread", "loss")
+
+
+def scale_of(measure: str) -> dict[str, Any]:
+    """Distances are on a log axis; ticks at 1, 2 and 5, as in theme.axis."""
+    log = measure in LOGARITHMIC
+    return {"type": "log" if log else "linear", "dtick": "D2" if log else None}
+
+
+def shown(rows: pd.DataFrame, measure: str) -> list[float | None]:
+    """The values of a line; a log axis has no place for the prediction's 0."""
+    values = rows[measure].tolist()
+    return [v if v > 0 else None for v in values] if measure in LOGARITHMIC else values
 
 
 def bias(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
@@ -133,8 +144,8 @@ def bias(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     whole_layers(figure, panels, table)
     figure.update_yaxes(type="log", exponentformat="power", minexponent=2)
     figure.update_layout(yaxis=axis("bias", "bits", log=True) | {"dtick": 1})
-    shown = table.assign(bias_bits=table["bias"] * BITS)
-    return figure, shown[["model", "lens", "layer", "bias_bits"]]
+    bits = table.assign(bias_bits=table["bias"] * BITS)
+    return figure, bits[["model", "lens", "layer", "bias_bits"]]
 
 
 def transfer(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
@@ -213,8 +224,8 @@ def basis(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
             float(table[["lens_bits", "model_bits"]].max().max())]  # fmt: skip
     figure.add_scatter(x=ends, y=ends, mode="lines", name="equal", hoverinfo="skip",
                        line={"color": INK, "dash": "dot", "width": 1})  # fmt: skip
-    shown = lambda model: [m == model for m in names for _ in range(2)] + [True]  # noqa: E731
-    choices = {n: [{"visible": shown(m)}, {}] for m, n in names.items()}
+    visible = lambda model: [m == model for m in names for _ in range(2)] + [True]  # noqa: E731
+    choices = {n: [{"visible": visible(m)}, {}] for m, n in names.items()}
     if len(choices) > 1:
         figure.update_layout(updatemenus=[selector(choices)])
     logarithmic = {"dtick": 1, "exponentformat": "power", "minexponent": 2}
