@@ -142,8 +142,12 @@ def bias(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     for column, look, rows in curves(panels, table):
         add(figure, column, look, rows, (rows["bias"] * BITS).tolist(), seen, " bits")
     whole_layers(figure, panels, table)
+    figure.update_layout(yaxis=axis("bias", "bits"))
     figure.update_yaxes(type="log", exponentformat="power", minexponent=2)
-    figure.update_layout(yaxis=axis("bias", "bits", log=True) | {"dtick": 1})
+    for column, models in enumerate(panels.values(), 1):
+        values = table.loc[table["model"].isin(models), "bias"]
+        wide = values.max() > 100 * values.min()  # every decade has a tick, or 1, 2 and 5
+        figure.update_yaxes(dtick=1 if wide else "D2", row=1, col=column)
     bits = table.assign(bias_bits=table["bias"] * BITS)
     return figure, bits[["model", "lens", "layer", "bias_bits"]]
 
