@@ -113,6 +113,14 @@ def test_translators_recover_a_known_affine_map(optimiser, scale, steps):
     assert got.history[-1, -1] < 0.02 * got.history[0, -1]
 
 
+def test_each_layers_gradient_is_clipped_alone(gpt2):
+    got = tuned(gpt2, steps=2, clip=1e-3)
+    got.step(0)
+    for layer in got.layers:
+        both = torch.cat([got.A[layer].grad.flatten(), got.b[layer].grad])
+        assert both.norm().item() == pytest.approx(1e-3, rel=1e-3)
+
+
 def test_the_learning_rate_is_the_packages(gpt2):
     sgd = tuned(gpt2, steps=10)
     assert [sgd.learning_rate(s) for s in (0, 5, 9)] == pytest.approx([0.1, 0.05, 0.01])

@@ -23,25 +23,28 @@ MEASURES = {
 }
 
 
-def present(options: dict[str, Any], table: pd.DataFrame) -> dict[str, dict[str, str]]:
-    """Panel -> arm -> model, of the models that this scale has (option panels)."""
+def present(options: dict[str, Any], table: pd.DataFrame) -> dict[str, list[str]]:
+    """Panel -> model and null arm, of those that this scale has (option panels)."""
     known = set(table["model"])
-    panels = {
-        panel: {arm: model for arm, model in arms.items() if model in known}
-        for panel, arms in options["panels"].items()
-    }
-    return {panel: arms for panel, arms in panels.items() if arms}
+    panels = {panel: [m for m in models if m in known] for panel, *models in options["panels"]}
+    return {panel: models for panel, models in panels.items() if models}
 
 
-def curves(panels: dict[str, dict[str, str]], table: pd.DataFrame) -> list[tuple[int, dict, Any]]:
-    """(column, look, rows) of every line: a lens of a model, its first arm in colour."""
+def named(options: dict[str, Any], table: pd.DataFrame) -> dict[str, str]:
+    """Model -> what the reader's list calls it, of those that this scale has (option names)."""
+    known = set(table["model"])
+    return {model: name for model, name in options["names"] if model in known}
+
+
+def curves(panels: dict[str, list[str]], table: pd.DataFrame) -> list[tuple[int, dict, Any]]:
+    """(column, look, rows) of every line: a lens of a model in colour, of its null arm in grey."""
     out = []
-    for column, arms in enumerate(panels.values(), 1):
-        for i, (arm, model) in enumerate(arms.items()):
+    for column, models in enumerate(panels.values(), 1):
+        for i, model in enumerate(models):
             for lens, (name, colour, dash) in LENSES.items():
                 rows = table[(table["model"] == model) & (table["lens"] == lens)]
                 look = {
-                    "name": name if i == 0 else f"{name}, {arm}",
+                    "name": name if i == 0 else f"{name}, null arm",
                     "line": {"color": colour if i == 0 else PALETTE[-1], "dash": dash, "width": 2},
                     "marker": {"size": 5 if i == 0 else 4},
                 }
@@ -58,10 +61,10 @@ def in_panels(panels: dict[str, Any]) -> go.Figure:
     return figure
 
 
-def whole_layers(figure: go.Figure, panels: dict[str, dict[str, str]], table: Any) -> None:
+def whole_layers(figure: go.Figure, panels: dict[str, list[str]], table: Any) -> None:
     """Ticks at whole layers, about six a panel."""
-    for column, arms in enumerate(panels.values(), 1):
-        deepest = table.loc[table["model"].isin(arms.values()), "layer"].max()
+    for column, models in enumerate(panels.values(), 1):
+        deepest = table.loc[table["model"].isin(models), "layer"].max()
         figure.update_xaxes(
             **axis("layers before the lens", dtick=int(max(1, deepest // 6))), row=1, col=column
         )
@@ -81,16 +84,16 @@ def add(figure: go.Figure, column: int, look: dict, rows: Any, y: Any, seen: set
 def layers(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     """Both lenses by layer, a panel a model; the reader chooses the measure.
 
-    Options: panels, title -> {arm: model}, the null arm last.
+    Options: panels, a list of [title, model, null arm].
     """
     table = tables["lenses/layers"].assign(unread=lambda t: t["kl"] / t["kl_marginal"])
     panels = present(options, table)
     figure, seen, lines = in_panels(panels), set(), curves(panels, table)
     first = next(iter(MEASURES))
     for column, look, rows in lines:
-        add(figure, column, look, rows, rows[first], seen, "")
-    for column, arms in enumerate(panels.values(), 1):
-        rows = table[table["model"] == next(iter(arms.values()))]
+        add(figure, column, look, rows, shown(rows, first), seen, "")
+    for column, models in enumerate(panels.values(), 1):
+        rows = table[table["model"] == models[0]]
         ends = [rows["layer"].min(), rows["layer"].max()]
         figure.add_scatter(
             x=ends, y=[rows["kl_marginal"].iloc[0]] * 2, mode="lines", name="mean prediction",
@@ -102,14 +105,32 @@ def layers(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     levels = [figure.data[-len(panels) + i].y for i in range(len(panels))]
     choices = {}
     for m, (what, unit) in MEASURES.items():
-        ys = [rows[m].tolist() for _, _, rows in lines]
+        ys = [shown(rows, m) for _, _, rows in lines]
         ys += [{"kl": list(y), "unread": [1, 1]}.get(m, [None, None]) for y in levels]
-        choices[what] = [{"y": ys}, {"yaxis.title.text": axis(what, unit)["title"]["text"]}]
+        change = {"yaxis.title.text": axis(what, unit)["title"]["text"]}
+        for place in ("yaxis", "yaxis2")[: len(panels)]:
+            change |= {f"{place}.{k}": v for k, v in scale_of(m).items()}
+        choices[what] = [{"y": ys}, change]
     whole_layers(figure, panels, table)
-    figure.update_yaxes(rangemode="tozero")
+    figure.update_yaxes(rangemode="tozero", **scale_of(first))
     figure.update_layout(updatemenus=[selector(choices)], yaxis=axis(*MEASURES[first]))
     columns = ["model", "lens", "layer", *MEASURES, "kl_marginal", "n_tokens"]
     return figure, table[columns]
+
+
+LOGARITHMIC = ("kl", "unread", "loss")
+
+
+def scale_of(measure: str) -> dict[str, Any]:
+    """Distances are on a log axis; ticks at 1, 2 and 5, as in theme.axis."""
+    log = measure in LOGARITHMIC
+    return {"type": "log" if log else "linear", "dtick": "D2" if log else None}
+
+
+def shown(rows: pd.DataFrame, measure: str) -> list[float | None]:
+    """The values of a line; a log axis has no place for the prediction's 0."""
+    values = rows[measure].tolist()
+    return [v if v > 0 else None for v in values] if measure in LOGARITHMIC else values
 
 
 def bias(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
@@ -121,20 +142,24 @@ def bias(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     for column, look, rows in curves(panels, table):
         add(figure, column, look, rows, (rows["bias"] * BITS).tolist(), seen, " bits")
     whole_layers(figure, panels, table)
+    figure.update_layout(yaxis=axis("bias", "bits"))
     figure.update_yaxes(type="log", exponentformat="power", minexponent=2)
-    figure.update_layout(yaxis=axis("bias", "bits", log=True) | {"dtick": 1})
-    shown = table.assign(bias_bits=table["bias"] * BITS)
-    return figure, shown[["model", "lens", "layer", "bias_bits"]]
+    for column, models in enumerate(panels.values(), 1):
+        values = table.loc[table["model"].isin(models), "bias"]
+        wide = values.max() > 100 * values.min()  # every decade has a tick, or 1, 2 and 5
+        figure.update_yaxes(dtick=1 if wide else "D2", row=1, col=column)
+    bits = table.assign(bias_bits=table["bias"] * BITS)
+    return figure, bits[["model", "lens", "layer", "bias_bits"]]
 
 
 def transfer(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     """Transfer penalty of every translator on every layer's stream; the reader chooses the model.
 
-    Options: names, model -> what the list calls it; ceiling, the penalty in nats at which colour
-    ends at most (default 5).
+    Options: names, a list of [model, what the list calls it]; ceiling, the penalty in nats at which
+    colour ends at most (default 5).
     """
     table = tables["lenses/transfer"]
-    names = {m: n for m, n in options["names"].items() if m in set(table["model"])}
+    names = named(options, table)
     grids = {
         model: table[table["model"] == model].pivot(
             index="translator", columns="layer", values="penalty"
@@ -171,14 +196,14 @@ def transfer(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
 def basis(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     """Influence of each direction on the tuned lens and on the model; the reader chooses the model.
 
-    Options: names, model -> what the list calls it.
+    Options: names, a list of [model, what the list calls it].
     """
     table = tables["lenses/basis"]
     table = table[table["lens"] == "tuned"].assign(
         lens_bits=lambda t: t["influence_lens"].clip(lower=1e-9) * BITS,
         model_bits=lambda t: t["influence_model"].clip(lower=1e-9) * BITS,
     )
-    names = {m: n for m, n in options["names"].items() if m in set(table["model"])}
+    names = named(options, table)
     figure = go.Figure()
     for model in names:
         for kind, symbol in (("random", "x-thin"), ("causal", "circle")):
@@ -203,8 +228,8 @@ def basis(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
             float(table[["lens_bits", "model_bits"]].max().max())]  # fmt: skip
     figure.add_scatter(x=ends, y=ends, mode="lines", name="equal", hoverinfo="skip",
                        line={"color": INK, "dash": "dot", "width": 1})  # fmt: skip
-    shown = lambda model: [m == model for m in names for _ in range(2)] + [True]  # noqa: E731
-    choices = {n: [{"visible": shown(m)}, {}] for m, n in names.items()}
+    visible = lambda model: [m == model for m in names for _ in range(2)] + [True]  # noqa: E731
+    choices = {n: [{"visible": visible(m)}, {}] for m, n in names.items()}
     if len(choices) > 1:
         figure.update_layout(updatemenus=[selector(choices)])
     logarithmic = {"dtick": 1, "exponentformat": "power", "minexponent": 2}

@@ -11,7 +11,7 @@ from pipeline.errors import RetraceError
 from pipeline.theme import INK, PALETTE, axis, literal, selector
 
 LENSES = {"tuned": "tuned lens", "logit": "logit lens"}
-LONGEST = 9  # characters of a token in a cell
+LONGEST = 8  # characters of a token in a cell
 CELL, ROW = 46, 30  # pixels
 
 
@@ -52,7 +52,7 @@ def trajectories(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Fi
     for row, cells in enumerate(fields[first], 1):
         figure.add_heatmap(
             **cells, y=names, zmin=0, zmax=1, xgap=1, ygap=1, coloraxis="coloraxis",
-            texttemplate="%{text}", textfont={"size": 11}, row=row, col=1,
+            texttemplate="%{text}", textfont={"size": 10}, row=row, col=1,
             hovertemplate="%{customdata}<extra></extra>",
         )  # fmt: skip
     ticks = {text: ticks_of(t) for text, t in by_text.items()}
@@ -86,7 +86,7 @@ def trajectories(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Fi
 def label(words: str) -> str:
     """A text for the list: its beginning, on one line."""
     line = " ".join(words.split())
-    return line if len(line) <= 60 else f"{line[:59]}…"
+    return line if len(line) <= 44 else f"{line[:43]}…"
 
 
 def ticks_of(table: pd.DataFrame) -> dict[str, Any]:
@@ -137,12 +137,12 @@ def hover(cell: Any, is_output: bool, layer: int) -> str:
 def attribution(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure, pd.DataFrame]:
     """What every attention and MLP adds to the likeliest token's logit, and the sum so far.
 
-    The reader chooses the place. Options: names, model -> what the list calls it; places, of each
-    text: that many with the largest logits, and its last (default 2).
+    The reader chooses the place. Options: names, a list of [model, what the list calls it]; places,
+    of each text: that many with the largest logits, and its last (default 2).
     """
     table = tables["lenses/attribution"]
     chosen = []
-    for model, name in options["names"].items():
+    for model, name in options["names"]:
         of_model = table[table["model"] == model]
         for _, rows in of_model.groupby("text", sort=False):
             logits = rows.groupby("position")["logit"].first()
@@ -152,7 +152,7 @@ def attribution(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Fig
     figure, choices, frames = go.Figure(), {}, []
     for name, rows in chosen:
         parts = ordered(rows)
-        words = label("…" + rows["words"].iloc[0][-34:])
+        words = label("…" + rows["words"].iloc[0][-20:])
         what = f"{name}: “{words}” → “{rows['top'].iloc[0]}”"
         ys = [parts["contribution"].where(parts["part"] == p).tolist() for p in PARTS]
         ys.append(parts["contribution"].cumsum().tolist())
