@@ -15,7 +15,7 @@ import json
 import tempfile
 from pathlib import Path
 
-from activations import prepare
+from activations import stage
 from harness import ROOT, Row, arguments, interleaved, median, report
 
 
@@ -48,6 +48,13 @@ def random_gpt2(folder: Path) -> Path:
     GPT2LMHeadModel(GPT2Config()).save_pretrained(folder / "checkpoint")
     byte_tokenizer().save_pretrained(folder / "checkpoint")
     (folder / "model.json").write_text(json.dumps({"processing": "raw", "bos_id": 0}))
+    return folder / "model.json"
+
+
+def smollm2(folder: Path) -> Path:
+    """model.json of the default model, made by our own stage, once."""
+    if not (folder / "model.json").exists():
+        stage("model", {"model": {}}, out=folder / "model.json", checkpoint=folder / "checkpoint")
     return folder / "model.json"
 
 
@@ -135,7 +142,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args()
     args.work.mkdir(parents=True, exist_ok=True)
-    made = random_gpt2(args.work / "gpt2") if args.random else prepare(args.work, 64, 1280)[0]
+    made = random_gpt2(args.work / "gpt2") if args.random else smollm2(args.work / "model")
     report("patching", compared(args, made), args.out, args.device)
 
 

@@ -213,7 +213,7 @@ def points(rows: pd.DataFrame) -> list[go.Scatter]:
                 x=wide["model"],
                 y=wide[name],
                 mode="markers",
-                name=f"{name} circuit",
+                name={"circuit": "the circuit", "naive": "the naive circuit"}[name],
                 marker={"color": shade, "size": 9, "symbol": np.where(greedy, "diamond", "circle")},
                 customdata=[str(k).replace("_", " ") for k in wide.index],
                 hovertemplate="without %{customdata}<br>model %{x:.2f}, " + name + " %{y:.2f}"

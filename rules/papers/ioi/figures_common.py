@@ -35,6 +35,9 @@ def grid(rows: pd.DataFrame, column: str) -> np.ndarray:
 def heat(values: np.ndarray, what: str, bar: dict | None = None) -> go.Heatmap:
     """Heads of a model, layers downwards, 0 in the middle of the colours."""
     most = float(np.nanmax(np.abs(values))) or 1.0
+    ends = float(f"{0.8 * most:.1g}")
+    if bar is not None:
+        bar = bar | {"tickvals": [-ends, 0, ends]}
     return go.Heatmap(
         z=values,
         zmin=-most,

@@ -25,13 +25,13 @@ STEPS = {
 }
 
 
-def panels(titles: list[str]) -> go.Figure:
-    """Heat maps side by side that share the layer axis."""
+def panels(titles: list[str], n_layers: int) -> go.Figure:
+    """Heat maps side by side that share the layer axis, the first layer on top."""
     figure = make_subplots(
         rows=1, cols=len(titles), shared_yaxes=True, horizontal_spacing=0.03, subplot_titles=titles
     )
     common.plain_axes(figure, title={"text": "head"}, dtick=1)
-    figure.update_yaxes(autorange="reversed")
+    figure.update_yaxes(range=[n_layers - 0.5, -0.5])
     figure.update_yaxes(title={"text": "layer"}, row=1, col=1)
     return figure
 
@@ -41,7 +41,7 @@ def bar_of(col: int, n: int) -> dict[str, Any]:
     width = (1 - 0.03 * (n - 1)) / n
     middle = (col - 1) * (width + 0.03) + width / 2
     place = {"orientation": "h", "x": middle, "len": 0.9 * width, "y": -0.2, "yanchor": "top"}
-    return place | {"thickness": 8, "outlinewidth": 0, "nticks": 3, "tickformat": "~g"}
+    return place | {"thickness": 8, "outlinewidth": 0, "tickformat": "~g"}
 
 
 def attribution(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure, pd.DataFrame]:
@@ -49,7 +49,7 @@ def attribution(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Fig
     (nodes,) = tables.values()
     heads = nodes[nodes["kind"] == "head"]
     methods = [m for m in METHODS if m in set(heads["method"])]
-    figure = panels([METHODS[m] for m in methods])
+    figure = panels([METHODS[m] for m in methods], heads["layer"].nunique())
     for col, method in enumerate(methods, 1):
         values = common.grid(heads[heads["method"] == method], "score")
         figure.add_trace(common.heat(values, "logits:", bar_of(col, len(methods))), row=1, col=col)
@@ -62,7 +62,7 @@ def paths(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure, p
     """The four steps; a list chooses the arm; heads that count have their class's ring."""
     (table,) = tables.values()
     arms, n = common.arms_of(table), len(STEPS)
-    figure = panels([title for title, _ in STEPS.values()])
+    figure = panels([title for title, _ in STEPS.values()], table["layer"].nunique())
     shown: list[int] = []
     for number, (arm, _) in enumerate(arms):
         rows = table[table["arm"] == arm]
@@ -98,7 +98,7 @@ def streams(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure,
     rows = nodes[(nodes["kind"] == "resid") & (nodes["position"] != "")]
     order = list(dict.fromkeys(rows["position"]))
     methods = [m for m in METHODS if m in set(rows["method"])]
-    figure = panels([METHODS[m] for m in methods])
+    figure = panels([METHODS[m] for m in methods], rows["layer"].nunique())
     for col, method in enumerate(methods, 1):
         some = rows[rows["method"] == method]
         values = some.pivot(index="layer", columns="position", values="score")[order]
