@@ -144,9 +144,8 @@ class Dictionary:
         self.spec = spec
         self.gradients = step or FAST.get(sae.cfg.architecture(), sae_steps.reference)
         device = sae.W_dec.device
-        turned = hasattr(sae, "W_enc") and self.gradients is not sae_steps.reference
-        if device.type == "cuda" and turned:
-            # the gradient's layout; Adam reads and writes each where it lies
+        if device.type == "cuda" and self.gradients in FAST.values() and hasattr(sae, "W_enc"):
+            # as these steps lay out its gradient; Adam reads and writes each where it lies
             sae.W_enc.data = sae.W_enc.data.T.contiguous().T
         self.trained = {n: p for n, p in sae.named_parameters() if p.requires_grad}
         self.adam = torch.optim.Adam(
@@ -327,7 +326,8 @@ def train(
         seconds: call `save` with the number of steps done, this often.
         progress: called with the number of rows shown.
     """
-    half = stream.device.type == "cuda" and dictionaries[0].training.precision == "bfloat16"
+    one = dictionaries[0]
+    half = one.silent.is_cuda and one.training.precision == "bfloat16"
     scratch, every, saved = Scratch(half), max(1, n_steps // N_RECORDS), time.monotonic()
     for step, x in enumerate(stream.batches(first, n_steps), first):
         done = step + 1

@@ -244,7 +244,7 @@ class Stream:
         kind: TRAINING or EVALUATION.
     """
 
-    scale = 1.0  # samples are shown as they are drawn
+    scale = target_scale = 1.0  # samples are shown as they are drawn
 
     def __init__(
         self, sampler: Sampler, *, batch_size: int, bulk: int, seed: int, kind: int = TRAINING
