@@ -1,14 +1,16 @@
 """Which heads do the work: path patching back from the logits (Wang et al. 2022, Sec. 3). [torch]
 
-1. direct            paths to the logits. Heads whose loss lowers the logit difference, and that
-                     attend from END more to IO than to S: name movers. Those whose loss raises it:
-                     negative name movers.
-2. to_movers         paths to the name movers' queries at END: S-inhibition heads.
+1. direct            paths to the logits. Heads whose loss lowers the logit difference are name
+                     movers if they attend from END to IO, suppressors if they attend more to S
+                     (against which they then write), and writers if they attend to neither. Those
+                     whose loss raises it are negative name movers.
+2. to_movers         paths to the queries of name movers and suppressors at END: S-inhibition heads.
 3. to_inhibition     paths to the S-inhibition heads' values at S2. Heads that attend from S2 to S1
                      are duplicate-token heads, to the token behind S1 induction heads.
 4. to_induction      paths to the induction heads' keys at S1+1: previous-token heads.
 5. backup            heads whose direct logit attribution rises when the name movers are ablated.
 
+Suppressors and writers are classes of ours; GPT-2 small has none in the paper, SmolLM2 has.
 The paper picks heads by eye. Here a head counts if its effect is at least `threshold` of the logit
 difference and twice its standard error over prompts; of a step at most `most` heads count. Path
 patching takes p_ABC as the source, so an effect below 0 is work that is lost.
@@ -25,9 +27,12 @@ from pipeline.paired import Node, Run, Task, watched
 from pipeline.patching import Receiver, path_patching
 
 Head = tuple[int, int]
+LOOKS = 0.1  # attention of a head that looks at a name
 # Where a head of a class does its work.
 PLACE = {
     "name_mover": "END",
+    "suppressor": "END",
+    "writer": "END",
     "negative": "END",
     "backup": "END",
     "s_inhibition": "END",
@@ -104,16 +109,23 @@ class Search:
         shared = 1 if slot == "q" else self.task.heads.n_heads // self.task.heads.n_key_heads
         return list(dict.fromkeys(Receiver(i, slot, h // shared) for i, h in heads))
 
+    def writes(self, head: Head) -> str:
+        """The class of a head that writes the answer, by the name that it looks at."""
+        on_io = self.look(head, "end_to_io")
+        on_s = self.look(head, "end_to_s1") + self.look(head, "end_to_s2")
+        if max(on_io, on_s) < LOOKS:
+            return "writer"
+        return "name_mover" if on_io > on_s else "suppressor"
+
     def run(self) -> None:
         roles, most = self.roles, self.most
         for head in self.step("direct", None):
-            on_s = max(self.look(head, "end_to_s1"), self.look(head, "end_to_s2"))
-            if self.look(head, "end_to_io") > on_s:
-                roles["name_mover"].append(head)
-        roles["name_mover"] = roles["name_mover"][:most]
+            role = self.writes(head)
+            if len(roles[role]) < most:
+                roles[role].append(head)
         rises = clear(self.effects["direct"], self.least, 1, most)
         roles["negative"] = [self.heads[i] for i in rises]
-        movers = self.receivers(roles["name_mover"], "q")
+        movers = self.receivers(roles["name_mover"] + roles["suppressor"], "q")
         roles["s_inhibition"] = self.step("to_movers", movers, "END")[:most]
         values = self.receivers(roles["s_inhibition"], "v")
         for head in self.step("to_inhibition", values, "S2"):

@@ -21,6 +21,8 @@ METRICS = {  # the first pattern that fits a name counts: those of more parts st
     "*.copies.*": "copy score: share of names that a head would copy, mean over the class "
     "(all: all heads)",
     "*.suppresses.*": "the same with the sign of the OV circuit turned",
+    "*.strongest.*": "largest effect of a head of the class by path patching to the logits, over "
+    "the logit difference",
     "*.rho": "least correlation, over name movers, of attention to a name and the logit of that "
     "name that the head writes; over prompts and both names",
     "*.published_movers": "how many of the paper's name movers 9.9, 9.6, 10.0 are among ours",
@@ -62,11 +64,14 @@ def heads(table: Any, scatter: Any, logit_diff: float) -> dict[str, float]:
     of = dict(iter(table.groupby("role")))
     empty = table.iloc[:0]
     part = lambda role: of.get(role, empty)  # noqa: E731
-    roles = ("name_mover", "negative", "backup", *LOOK)
+    roles = ("name_mover", "suppressor", "writer", "negative", "backup", *LOOK)
     out = {f"n.{role}": float(len(part(role))) for role in dict.fromkeys(roles)}
     out |= {f"look.{name}": part(role)[column].mean() for role, (name, column) in LOOK.items()}
     out |= {"copies.name_mover": part("name_mover")["copies"].mean()}
-    out |= {"suppresses.negative": part("negative")["suppresses"].mean()}
+    for role in ("negative", "suppressor"):
+        out[f"suppresses.{role}"] = part(role)["suppresses"].mean()
+        out[f"strongest.{role}"] = part(role)["direct"].abs().max() / logit_diff
+    out["strongest.name_mover"] = part("name_mover")["direct"].abs().max() / logit_diff
     out |= {f"{c}.all": table[c].mean() for c in ("copies", "suppresses")}
     placed = lambda role: set(zip(part(role)["layer"], part(role)["head"], strict=True))  # noqa: E731
     out["published_movers"] = float(len(placed("name_mover") & MOVERS))
