@@ -4,7 +4,8 @@
                      movers if they attend from END to IO, suppressors if they attend more to S
                      (against which they then write), and writers if they attend to neither. Those
                      whose loss raises it are negative name movers.
-2. to_movers         paths to the queries of name movers and suppressors at END: S-inhibition heads.
+2. to_movers         paths to the queries of name movers and suppressors at END: S-inhibition heads;
+                     among them those of step 1 that lose more in this way.
 3. to_inhibition     paths to the S-inhibition heads' values at S2. Heads that attend from S2 to S1
                      are duplicate-token heads, to the token behind S1 induction heads.
 4. to_induction      paths to the induction heads' keys at S1+1: previous-token heads.
@@ -109,6 +110,20 @@ class Search:
         shared = 1 if slot == "q" else self.task.heads.n_heads // self.task.heads.n_key_heads
         return list(dict.fromkeys(Receiver(i, slot, h // shared) for i, h in heads))
 
+    def effect(self, step: str, head: Head) -> float:
+        """Mean effect of a head in a step, logits."""
+        return float(self.effects[step][self.heads.index(head)].mean())
+
+    def misplaced(self) -> list[Head]:
+        """Take back the heads that lose more by way of other heads' queries than directly."""
+        out = []
+        for role in ("name_mover", "suppressor", "writer"):
+            for head in list(self.roles[role]):
+                if self.effect("to_movers", head) < self.effect("direct", head):
+                    self.roles[role].remove(head)
+                    out.append(head)
+        return out
+
     def writes(self, head: Head) -> str:
         """The class of a head that writes the answer, by the name that it looks at."""
         on_io = self.look(head, "end_to_io")
@@ -126,7 +141,8 @@ class Search:
         rises = clear(self.effects["direct"], self.least, 1, most)
         roles["negative"] = [self.heads[i] for i in rises]
         movers = self.receivers(roles["name_mover"] + roles["suppressor"], "q")
-        roles["s_inhibition"] = self.step("to_movers", movers, "END")[:most]
+        found = self.step("to_movers", movers, "END") + self.misplaced()
+        roles["s_inhibition"] = sorted(found, key=lambda h: self.effect("to_movers", h))[:most]
         values = self.receivers(roles["s_inhibition"], "v")
         for head in self.step("to_inhibition", values, "S2"):
             twice, behind = self.look(head, "s2_to_s1"), self.look(head, "s2_to_s1_next")
