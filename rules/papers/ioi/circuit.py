@@ -3,7 +3,7 @@
 1. behaviour   logit difference, IO > S and probability of IO, by kind of prompt (measures.py).
 2. heads       of every head: effects by path patching (discovery.py), attention between the named
                tokens, copy scores, and the class that it is given.
-3. scatter     attention of the name movers to a name against what they write towards it.
+3. scatter     attention of the strongest of them to a name against what they write towards it.
 4. cases       faithfulness and completeness of the circuits, and of the nulls (judged.py).
 5. minimality  what each head of a circuit is worth.
 
@@ -122,7 +122,7 @@ class Arm:
         if movers := search.roles["name_mover"]:
             ablated = discovery.without(task, [m[groups] for m in means], movers)
             search.find_backup(ablated)
-        shown = search.roles["name_mover"] + search.roles["negative"]
+        shown = [h for r in ("name_mover", "suppressor", "negative") for h in search.roles[r][:2]]
         out = {
             "heads": self.heads(search, looks, measures.copying(looks_task, options.n_names)),
             "scatter": [

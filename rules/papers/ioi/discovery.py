@@ -1,14 +1,17 @@
 """Which heads do the work: path patching back from the logits (Wang et al. 2022, Sec. 3). [torch]
 
-1. direct            paths to the logits. Heads whose loss lowers the logit difference, and that
-                     attend from END more to IO than to S: name movers. Those whose loss raises it:
-                     negative name movers.
-2. to_movers         paths to the name movers' queries at END: S-inhibition heads.
+1. direct            paths to the logits. Heads whose loss lowers the logit difference are name
+                     movers if they attend from END to IO, suppressors if they attend more to S
+                     (against which they then write), and writers if they attend to neither. Those
+                     whose loss raises it are negative name movers.
+2. to_movers         paths to the queries of name movers and suppressors at END: S-inhibition heads;
+                     among them those of step 1 that lose more in this way.
 3. to_inhibition     paths to the S-inhibition heads' values at S2. Heads that attend from S2 to S1
                      are duplicate-token heads, to the token behind S1 induction heads.
 4. to_induction      paths to the induction heads' keys at S1+1: previous-token heads.
 5. backup            heads whose direct logit attribution rises when the name movers are ablated.
 
+Suppressors and writers are classes of ours; GPT-2 small has none in the paper, SmolLM2 has.
 The paper picks heads by eye. Here a head counts if its effect is at least `threshold` of the logit
 difference and twice its standard error over prompts; of a step at most `most` heads count. Path
 patching takes p_ABC as the source, so an effect below 0 is work that is lost.
@@ -25,9 +28,12 @@ from pipeline.paired import Node, Run, Task, watched
 from pipeline.patching import Receiver, path_patching
 
 Head = tuple[int, int]
+LOOKS = 0.1  # attention of a head that looks at a name
 # Where a head of a class does its work.
 PLACE = {
     "name_mover": "END",
+    "suppressor": "END",
+    "writer": "END",
     "negative": "END",
     "backup": "END",
     "s_inhibition": "END",
@@ -104,17 +110,39 @@ class Search:
         shared = 1 if slot == "q" else self.task.heads.n_heads // self.task.heads.n_key_heads
         return list(dict.fromkeys(Receiver(i, slot, h // shared) for i, h in heads))
 
+    def effect(self, step: str, head: Head) -> float:
+        """Mean effect of a head in a step, logits."""
+        return float(self.effects[step][self.heads.index(head)].mean())
+
+    def misplaced(self) -> list[Head]:
+        """Take back the heads that lose more by way of other heads' queries than directly."""
+        out = []
+        for role in ("name_mover", "suppressor", "writer"):
+            for head in list(self.roles[role]):
+                if self.effect("to_movers", head) < self.effect("direct", head):
+                    self.roles[role].remove(head)
+                    out.append(head)
+        return out
+
+    def writes(self, head: Head) -> str:
+        """The class of a head that writes the answer, by the name that it looks at."""
+        on_io = self.look(head, "end_to_io")
+        on_s = self.look(head, "end_to_s1") + self.look(head, "end_to_s2")
+        if max(on_io, on_s) < LOOKS:
+            return "writer"
+        return "name_mover" if on_io > on_s else "suppressor"
+
     def run(self) -> None:
         roles, most = self.roles, self.most
         for head in self.step("direct", None):
-            on_s = max(self.look(head, "end_to_s1"), self.look(head, "end_to_s2"))
-            if self.look(head, "end_to_io") > on_s:
-                roles["name_mover"].append(head)
-        roles["name_mover"] = roles["name_mover"][:most]
+            role = self.writes(head)
+            if len(roles[role]) < most:
+                roles[role].append(head)
         rises = clear(self.effects["direct"], self.least, 1, most)
         roles["negative"] = [self.heads[i] for i in rises]
-        movers = self.receivers(roles["name_mover"], "q")
-        roles["s_inhibition"] = self.step("to_movers", movers, "END")[:most]
+        movers = self.receivers(roles["name_mover"] + roles["suppressor"], "q")
+        found = self.step("to_movers", movers, "END") + self.misplaced()
+        roles["s_inhibition"] = sorted(found, key=lambda h: self.effect("to_movers", h))[:most]
         values = self.receivers(roles["s_inhibition"], "v")
         for head in self.step("to_inhibition", values, "S2"):
             twice, behind = self.look(head, "s2_to_s1"), self.look(head, "s2_to_s1_next")

@@ -18,8 +18,10 @@ FLOWS = {
     "previous": ("to_induction", ("induction",)),
     "duplicate": ("to_inhibition", ("s_inhibition",)),
     "induction": ("to_inhibition", ("s_inhibition",)),
-    "s_inhibition": ("to_movers", ("name_mover", "backup", "negative")),
+    "s_inhibition": ("to_movers", ("name_mover", "suppressor", "backup", "negative")),
     "name_mover": ("direct", ("logits",)),
+    "suppressor": ("direct", ("logits",)),
+    "writer": ("direct", ("logits",)),
     "backup": ("direct", ("logits",)),
     "negative": ("direct", ("logits",)),
 }
@@ -96,7 +98,7 @@ def graph(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure, p
             for r in heads[heads["role"].isin(readers)].itertuples()
             if r.layer > row.layer
         ]
-        ends += [((4.5, top), "logits")] if "logits" in readers else []
+        ends += [((5.5, top), "logits")] if "logits" in readers else []
         for spot, target in ends:
             edges.append((f"{row.layer}.{row.head}", target, row.role, effect))
             figure.add_trace(flow(spots[row.layer, row.head], spot, row.role, effect))
@@ -106,7 +108,7 @@ def graph(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure, p
             figure.add_trace(nodes(rows, [spots[k] for k in pairs(rows)], label, shade))
     figure.add_trace(
         go.Scatter(
-            x=[4.5],
+            x=[5.5],
             y=[top],
             mode="text",
             text=["<b>logits</b>"],

@@ -15,6 +15,8 @@ ROLES = {
     "induction": ("induction", PALETTE[2]),
     "s_inhibition": ("S-inhibition", PALETTE[4]),
     "name_mover": ("name mover", PALETTE[0]),
+    "suppressor": ("S-suppressor", "#004a7f"),
+    "writer": ("writer", "#7d7c78"),
     "backup": ("backup name mover", PALETTE[3]),
     "negative": ("negative name mover", PALETTE[1]),
 }

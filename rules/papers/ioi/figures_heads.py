@@ -18,8 +18,8 @@ METHODS = {
     "attribution_patching": "attribution patching",
 }
 STEPS = {
-    "direct": ("→ logits", ("name_mover", "negative")),
-    "to_movers": ("→ queries of name movers", ("s_inhibition",)),
+    "direct": ("→ logits", ("name_mover", "suppressor", "writer", "negative")),
+    "to_movers": ("→ queries of those", ("s_inhibition",)),
     "to_inhibition": ("→ values of S-inhibition heads", ("induction", "duplicate")),
     "to_induction": ("→ keys of induction heads", ("previous",)),
 }

@@ -3,6 +3,8 @@
 F is the mean logit difference with all heads outside the circuit mean-ablated over p_ABC by
 template, and M the whole model.
 
+The naive circuit has the paper's five classes, and suppressors (discovery.py).
+
 1. faithfulness    |F(M) - F(C)| / F(M). A small or wrong circuit can be faithful, too, which is why
                    the naive circuit and random circuits stand beside it.
 2. completeness    |F(C \\ K) - F(M \\ K)| over sets K of heads: each class, random sets, and a set
@@ -19,7 +21,14 @@ from pipeline import cli
 from pipeline.knockout import Circuit, Knockout
 
 EMPTY: Circuit = frozenset()
-NAIVE = {"name_mover": 3, "s_inhibition": 4, "induction": 2, "duplicate": 2, "previous": 2}
+NAIVE = {
+    "name_mover": 3,
+    "suppressor": 3,
+    "s_inhibition": 4,
+    "induction": 2,
+    "duplicate": 2,
+    "previous": 2,
+}
 
 
 class Case(NamedTuple):
@@ -32,7 +41,7 @@ class Case(NamedTuple):
 
 
 def naive(parts: dict[str, Circuit], strongest: dict[str, list]) -> Circuit:
-    """The naive circuit: the strongest heads of five classes, no backup or negative ones."""
+    """The naive circuit: the strongest heads, no backup or negative ones, no writers."""
     chosen = {(r, tuple(h)) for r, n in NAIVE.items() for h in strongest.get(r, [])[:n]}
     return frozenset(node for r, part in parts.items() for node in part if (r, node[:2]) in chosen)
 

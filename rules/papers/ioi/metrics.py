@@ -15,12 +15,14 @@ METRICS = {  # the first pattern that fits a name counts: those of more parts st
     "*.trailing.io_gt_s": "share of prompts with a space behind them on which IO > S",
     "*.abc.logit_diff": "logit difference on p_ABC, prompts of three other names",
     "*.n.*": "number of heads of a class, by discovery.py",
-    "*.look.*": "mean attention of a class of heads, over heads and prompts: name movers from END "
-    "to IO (io), S-inhibition heads from END to S2 (s2), duplicate-token heads from S2 to S1, "
+    "*.look.*": "mean attention of a class of heads (0: has none), over prompts: name movers from "
+    "END to IO (io), S-inhibition heads from END to S2 (s2), duplicate-token heads from S2 to S1, "
     "induction heads from S2 to S1+1, previous-token heads from S1+1 to S1",
     "*.copies.*": "copy score: share of names that a head would copy, mean over the class "
     "(all: all heads)",
     "*.suppresses.*": "the same with the sign of the OV circuit turned",
+    "*.strongest.*": "largest effect of a head of the class by path patching to the logits, over "
+    "the logit difference",
     "*.rho": "least correlation, over name movers, of attention to a name and the logit of that "
     "name that the head writes; over prompts and both names",
     "*.published_movers": "how many of the paper's name movers 9.9, 9.6, 10.0 are among ours",
@@ -62,11 +64,15 @@ def heads(table: Any, scatter: Any, logit_diff: float) -> dict[str, float]:
     of = dict(iter(table.groupby("role")))
     empty = table.iloc[:0]
     part = lambda role: of.get(role, empty)  # noqa: E731
-    roles = ("name_mover", "negative", "backup", *LOOK)
+    roles = ("name_mover", "suppressor", "writer", "negative", "backup", *LOOK)
     out = {f"n.{role}": float(len(part(role))) for role in dict.fromkeys(roles)}
-    out |= {f"look.{name}": part(role)[column].mean() for role, (name, column) in LOOK.items()}
-    out |= {"copies.name_mover": part("name_mover")["copies"].mean()}
-    out |= {"suppresses.negative": part("negative")["suppresses"].mean()}
+    mean = lambda role, column: part(role)[column].mean() if len(part(role)) else 0.0  # noqa: E731
+    out |= {f"look.{name}": mean(role, column) for role, (name, column) in LOOK.items()}
+    out |= {"copies.name_mover": mean("name_mover", "copies")}
+    for role in ("negative", "suppressor"):
+        out[f"suppresses.{role}"] = mean(role, "suppresses")
+        out[f"strongest.{role}"] = part(role)["direct"].abs().max() / logit_diff
+    out["strongest.name_mover"] = part("name_mover")["direct"].abs().max() / logit_diff
     out |= {f"{c}.all": table[c].mean() for c in ("copies", "suppresses")}
     placed = lambda role: set(zip(part(role)["layer"], part(role)["head"], strict=True))  # noqa: E731
     out["published_movers"] = float(len(placed("name_mover") & MOVERS))
