@@ -13,6 +13,7 @@ A claim of kind order is an expression over metrics, such as `a.ev < b.ev < c.ev
 import ast
 import contextlib
 import copy
+import functools
 import math
 import operator
 from collections.abc import Callable, Iterator
@@ -101,11 +102,12 @@ def is_judgement(node: ast.AST) -> bool:
 
 def _wanted(claim: Claim) -> set[str]:
     """The metrics that a claim needs; ValueError where an expression of it is none."""
-    found = {claim.metric} - {""} if claim.kind == "value" else _decisive(claim.holds)
-    return found | (_decisive(claim.comparable_if) if claim.comparable_if else set())
+    found = {claim.metric} - {""} if claim.kind == "value" else set(_decisive(claim.holds))
+    return found | (_decisive(claim.comparable_if) if claim.comparable_if else frozenset())
 
 
-def _decisive(expression: str) -> set[str]:
+@functools.cache
+def _decisive(expression: str) -> frozenset[str]:
     """The metrics of an expression that is true or false; ValueError where it is not."""
     tree = parse(expression)
     with contextlib.suppress(ArithmeticError):  # of the ones that stand in for the metrics
@@ -114,7 +116,7 @@ def _decisive(expression: str) -> set[str]:
         raise ValueError(f"'{expression}' compares nothing; write e.g. a.ev < b.ev")
     if not (found := names(tree)):
         raise ValueError(f"'{expression}' names no metric, so no run can decide it")
-    return found
+    return frozenset(found)
 
 
 def faults(paper: Any) -> Iterator[str]:

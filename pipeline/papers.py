@@ -233,6 +233,7 @@ class Run:
         self._papers: dict[tuple[str, str], Paper] = {}
         self._raw: dict[Path, dict] = {}
         self._items: dict[str, dict[str, Item]] = {}
+        self._stores: dict[tuple[str, str, str], dict[str, Item]] = {}
         for name in config.papers:  # every fault that can be known now is told now
             for scale in SCALES:
                 self.paper(name, scale)
@@ -277,6 +278,12 @@ class Run:
         Those that are several have names: 'training:<run>', and 'sae:<hook>' or, of transcoders,
         'sae:<hook> to <output hook>'.
         """
+        if (name, scale, arm) not in self._stores:
+            self._stores[name, scale, arm] = self._store(name, scale, arm)
+        return self._stores[name, scale, arm]
+
+    def _store(self, name: str, scale: str, arm: str) -> dict[str, Item]:
+        """`store`, made."""
         paper = self.paper(name, scale)
         out: dict[str, Item] = {}
         for run in paper.spec.training:

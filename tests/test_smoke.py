@@ -15,6 +15,7 @@ from pipeline.summary import read_claims
 pytestmark = pytest.mark.smoke
 PAPERS = papers.available([ROOT / "rules/papers"])
 ALL = f"[{','.join(PAPERS)}]"
+A_PAPER = 0.2  # seconds that a call with nothing to do may take for each, snakemake's start aside
 VERDICTS = {"reproduced", "not reproduced", "not comparable", "not run"}
 
 
@@ -94,7 +95,7 @@ def test_doing_nothing_is_quick(smoke):
         sys.executable, "-m", "snakemake", "-c2", "--directory", str(folder),
         "--config", "scale=smoke", f"papers={ALL}",
     )  # fmt: skip
-    assert ours <= 1.5 * bare + 1
+    assert ours <= 1.5 * bare + A_PAPER * len(PAPERS)
 
 
 @pytest.mark.parametrize("paper", PAPERS)
