@@ -42,7 +42,7 @@ def pair(args, options: dict, x, n_dead: int, l0: float | None):
     saes = [build(spec, args.d_in) for _ in range(2)]
     for sae in saes:
         with torch.no_grad():
-            bias = sae.b_gate if hasattr(sae, "b_gate") else sae.b_enc
+            bias = dict(sae.named_parameters()).get("b_gate", getattr(sae, "b_enc", None))
             if l0 is not None:
                 scores = (x[:512] @ sae.W_enc).flatten()
                 bias -= scores.kthvalue(int(len(scores) * (1 - l0 / args.d_sae))).values
