@@ -39,7 +39,9 @@ from pipeline.spec_sae import SaeSpec, SaeTraining
 
 HISTORY = ("step", "rows", "lr", "mse", "explained_variance", "l0", "dead_share", "loss")
 CLIP_NORM = 1.0  # SAELens's SAETrainer, which has no option for it
-EAGER_STEPS = 3  # before a step is recorded; kernels are compiled in them
+# Before a step is recorded: kernels are compiled in them, and the scratch that all dictionaries
+# share grows to its last size, since a recording keeps its address.
+EAGER_STEPS = 3
 N_RECORDS = 100  # entries of a history, about
 FAST = sae_steps.FAST | sae_steps_batch.FAST | sae_steps_gates.FAST | sae_steps_pursuit.FAST
 
@@ -184,7 +186,8 @@ class Dictionary:
     def _clip(self) -> None:
         """Clip the gradients to CLIP_NORM; on a GPU within Adam, which reads them anyway."""
         if self.silent.is_cuda:
-            norm = torch.nn.utils.get_total_norm([p.grad for p in self.trained.values()])
+            given = [p.grad for p in self.trained.values() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(given)
             self.adam.grad_scale = ((norm + 1e-6) / CLIP_NORM).clamp(min=1)
         else:
             torch.nn.utils.clip_grad_norm_(self.trained.values(), CLIP_NORM)
