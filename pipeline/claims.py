@@ -126,7 +126,7 @@ def faults(paper: Any) -> Iterator[str]:
     """
     from pipeline import metrics
 
-    definitions = metrics.known(paper)
+    definitions = metrics.known(metrics.parts(paper))
     for claim in paper.spec.claims:
         where = f"{paper.folder / 'paper.yaml'}: claim '{claim.id}'"
         try:

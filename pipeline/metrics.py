@@ -114,21 +114,33 @@ def loss_recovered(loss_model: float, loss_spliced: float, loss_ablated: float) 
     return (loss_ablated - loss_spliced) / (loss_ablated - loss_model)
 
 
-def known(paper: Any) -> dict[str, str]:
-    """Name or pattern -> definition of every metric that this paper can yield."""
-    out = dict(literal(paper.folder / "metrics.py", "METRICS"))
-    if paper.spec.sae:
-        for arm in paper.spec.arm_names():
-            for sae in paper.spec.saes_of(arm):
-                out |= {f"{arm}.{sae}.{m}": text for m, text in SAE.items()}
-    if paper.spec.attribution:
-        for prompt in paper.spec.attribution.prompts:
-            out |= {f"attribution.{prompt}.{m}": text for m, text in ATTRIBUTION.items()}
+def parts(paper: Any) -> dict[str, Any]:
+    """What the names of a paper's metrics are made of, small enough for a command's argument.
+
+    own: METRICS of its metrics.py; saes: arm -> names; prompts: of attribution; circuits: arms and
+    methods.
+    """
+    spec = paper.spec
+    out: dict[str, Any] = {"own": dict(literal(paper.folder / "metrics.py", "METRICS"))}
+    out["saes"] = {a: list(spec.saes_of(a)) for a in spec.arm_names()} if spec.sae else {}
+    out["prompts"] = list(spec.attribution.prompts) if spec.attribution else []
+    arms = spec.circuit_arms() if spec.circuits else []
+    return out | {"circuits": {arm: list(spec.circuits.methods) for arm in arms}}
+
+
+def known(parts: dict[str, Any]) -> dict[str, str]:
+    """Name or pattern -> definition of every metric that a paper of these `parts` can yield."""
+    out = dict(parts["own"])
+    for arm, saes in parts["saes"].items():
+        for sae in saes:
+            out |= {f"{arm}.{sae}.{m}": text for m, text in SAE.items()}
+    for prompt in parts["prompts"]:
+        out |= {f"attribution.{prompt}.{m}": text for m, text in ATTRIBUTION.items()}
+    if parts["prompts"]:
         out |= {f"attribution.mean.{m}": f"mean over prompts: {t}" for m, t in ATTRIBUTION.items()}
-    if paper.spec.circuits:
-        for arm in paper.spec.circuit_arms():
-            for method in paper.spec.circuits.methods:
-                out |= {f"circuits.{arm}.{method}.{m}": t for m, t in CIRCUITS.items()}
+    for arm, methods in parts["circuits"].items():
+        for method in methods:
+            out |= {f"circuits.{arm}.{method}.{m}": t for m, t in CIRCUITS.items()}
     return out
 
 
@@ -208,7 +220,7 @@ def main() -> None:
             n: tables.read_table(p) for n, p in zip(job.spec["tables"], args.tables, strict=True)
         }
         own = Path(args.own[0]) if args.own else None
-        metrics = compute(frames, job.spec["definitions"], own)
+        metrics = compute(frames, known(job.spec["parts"]), own)
         tables.write_json(args.out, {"metrics": metrics}, job.certificate(args.tables))
 
     cli.run("metrics", parser.parse_args(), work)

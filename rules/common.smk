@@ -324,11 +324,11 @@ def export_spec(format):
 
 
 def metrics_spec(wildcards):
-    """Params: table names and the definition of every metric."""
-    from pipeline.metrics import known
+    """Params: table names and what the names of metrics are made of."""
+    from pipeline.metrics import parts
 
     paper = paper_of(wildcards)
-    return papers.to_json({"tables": list(paper.tables()), "definitions": known(paper)})
+    return papers.to_json({"tables": list(paper.tables()), "parts": parts(paper)})
 
 
 def claims_spec(wildcards):

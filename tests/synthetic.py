@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from pipeline import papers, provenance, tables
-from pipeline.metrics import known
+from pipeline.metrics import parts
 from pipeline.spec import PaperSpec
 
 NASTY = "<script>window.hacked=1</script><img src=x onerror=window.hacked=2>"
@@ -231,7 +231,7 @@ def run_stages(made: papers.Paper) -> None:
     """metrics, claims, figures, feature page, report and index, as the rules call them."""
     base = Path("results") / made.scale / made.name
     paths = made.tables()
-    spec = {"tables": list(paths), "definitions": known(made)}
+    spec = {"tables": list(paths), "parts": parts(made)}
     call("metrics", spec, tables=list(paths.values()), out=base / "metrics.json")
     claims = [c.model_dump(mode="json") for c in made.spec.claims]
     spec = {"claims": claims, "scale": made.scale}

@@ -20,7 +20,7 @@ from transformers import (
 
 from pipeline import circuits, claims, papers, tables
 from pipeline.errors import RetraceError
-from pipeline.metrics import compute, known
+from pipeline.metrics import compute, known, parts
 from pipeline.native import NativeForCausalLM
 from pipeline.paired import Pairs, Task
 from pipeline.source import import_file
@@ -292,7 +292,7 @@ def test_both_arms_go_through_every_step(made):
 
 def test_metrics_claims_and_figures(made):
     paper, frames = made
-    found = compute(frames, known(paper), FOLDER / "metrics.py")
+    found = compute(frames, known(parts(paper)), FOLDER / "metrics.py")
     assert {
         f"gpt2.{m}" for m in ("demo.logit_diff", "published.recovered", "look.s2")
     } <= found.keys()

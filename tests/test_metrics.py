@@ -181,5 +181,5 @@ def test_every_metric_that_a_paper_can_yield_is_known_before_it_runs(tmp_path):
 def test_faults_of_metrics_py_are_told_before_anything_runs(tmp_path, code, said):
     (tmp_path / "metrics.py").write_text(code)
     with pytest.raises(RetraceError, match=said) as e:
-        metrics.known(paper(tmp_path))
+        metrics.parts(paper(tmp_path))
     assert "metrics.py" in str(e.value)
