@@ -149,26 +149,37 @@ def paper(tmp_path, **sections) -> SimpleNamespace:
 def test_every_metric_that_a_paper_can_yield_is_known_before_it_runs(tmp_path):
     (tmp_path / "metrics.py").write_text('METRICS = {"gap.*": "a gap"}')
     saes = {"topk": {"architecture": "topk", "d_sae": 64, "grid": {"k": [4, 8]}}}
-    known = metrics.known(
-        paper(
-            tmp_path,
-            model={},
-            arms={"trained": {}, "random": {"weights": "reinit"}},
-            corpus={},
-            activations={"hooks": ["blocks.0.hook_resid_post"]},
-            sae={"dictionaries": saes},
-            attribution={
-                "sae": "topk_k4",
-                "prompts": {"one": {"prompt": "a", "answer": "b", "foil": "c"}},
-            },
-        )
+    made = paper(
+        tmp_path,
+        model={},
+        arms={"trained": {}, "random": {"weights": "reinit"}},
+        corpus={},
+        activations={"hooks": ["blocks.0.hook_resid_post"]},
+        sae={"dictionaries": saes},
+        attribution={
+            "sae": "topk_k4",
+            "prompts": {"one": {"prompt": "a", "answer": "b", "foil": "c"}},
+        },
     )
+    known = metrics.known(metrics.parts(made))
     assert known["gap.*"] == "a gap"
     for arm in ("trained", "random"):
         for sae in ("topk_k4", "topk_k8"):
             assert {f"{arm}.{sae}.{m}" for m in metrics.SAE} <= set(known)
     assert {f"attribution.one.{m}" for m in metrics.ATTRIBUTION} <= set(known)
     assert all(text and isinstance(text, str) for text in known.values())
+
+
+def test_a_thousand_dictionaries_fit_in_one_argument_of_a_command(tmp_path):
+    saes = {"topk": {"architecture": "topk", "d_sae": 64, "grid": {"k": list(range(1, 1001))}}}
+    arms = {"trained": {}, "random": {"weights": "reinit"}, "shuffled": {"weights": "shuffle"}}
+    hooks = {"hooks": ["blocks.0.hook_resid_post"]}
+    made = paper(
+        tmp_path, model={}, arms=arms, corpus={}, activations=hooks, sae={"dictionaries": saes}
+    )
+    parts = metrics.parts(made)
+    assert len(metrics.known(parts)) >= 3000 * len(metrics.SAE)
+    assert len(to_json({"parts": parts})) < 128 * 1024  # of Linux, MAX_ARG_STRLEN
 
 
 @pytest.mark.parametrize(

@@ -29,8 +29,8 @@ BINS = np.linspace(0, 1, 41)  # of cosines
 
 
 def architecture(dictionary: str) -> str:
-    """'batchtopk' of 'batchtopk_true'."""
-    return dictionary.rpartition("_")[0]
+    """'batchtopk' of 'batchtopk_true', 'standard' of 'standard_full_true'."""
+    return max((a for a in LOOK if dictionary.startswith(f"{a}_")), key=len)
 
 
 def ordered(names: Any) -> list[str]:
@@ -40,9 +40,10 @@ def ordered(names: Any) -> list[str]:
 
 
 def titled(dictionary: str) -> str:
-    """'BatchTopK, low L0'."""
-    level = dictionary.rpartition("_")[2]
-    return LOOK[architecture(dictionary)][0] + {"low": ", low L0"}.get(level, "")
+    """'BatchTopK, low L0'; 'Standard (L1), full' of the one that sees all samples."""
+    full = ", full" if "_full_" in dictionary else ""
+    low = ", low L0" if dictionary.endswith("_low") else ""
+    return LOOK[architecture(dictionary)][0] + full + low
 
 
 def finished(table: pd.DataFrame) -> pd.DataFrame:
