@@ -10,6 +10,7 @@ import pytest
 from pipeline import metrics
 from pipeline.errors import RetraceError
 from pipeline.metrics import compute, definition, explained_variance, loss_recovered, summary
+from pipeline.papers import to_json
 from pipeline.spec import PaperSpec
 
 rng = np.random.default_rng(0)
@@ -171,8 +172,12 @@ def test_every_metric_that_a_paper_can_yield_is_known_before_it_runs(tmp_path):
 
 
 def test_a_thousand_dictionaries_fit_in_one_argument_of_a_command(tmp_path):
-    saes = {"topk": {"architecture": "topk", "d_sae": 64, "grid": {"k": list(range(1, 1001))}}}
-    arms = {"trained": {}, "random": {"weights": "reinit"}, "shuffled": {"weights": "shuffle"}}
+    saes = {"topk": {"architecture": "topk", "d_sae": 2048, "grid": {"k": list(range(1, 1001))}}}
+    arms = {
+        "trained": {},
+        "random": {"weights": "reinit"},
+        "kept": {"weights": "reinit_keep_embeddings"},
+    }
     hooks = {"hooks": ["blocks.0.hook_resid_post"]}
     made = paper(
         tmp_path, model={}, arms=arms, corpus={}, activations=hooks, sae={"dictionaries": saes}
