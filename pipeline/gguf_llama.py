@@ -43,8 +43,16 @@ def read(path: Path) -> Any:
     """
     import gguf
 
+    class Reader(gguf.GGUFReader):
+        """Slices plain arrays: of a memory map, a hundred thousand slices take seconds."""
+
+        data = property(
+            lambda self: self.__dict__["data"],
+            lambda self, mapped: self.__dict__.__setitem__("data", np.asarray(mapped)),
+        )
+
     try:
-        reader = gguf.GGUFReader(path)
+        reader = Reader(path)
     except (ValueError, OSError, IndexError) as e:
         raise RetraceError(f"{path}: not a readable GGUF file ({e}); fetch it again") from e
     info = {name: field.contents() for name, field in reader.fields.items()}

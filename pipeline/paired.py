@@ -21,7 +21,7 @@ from pipeline import hooks, splice
 from pipeline.errors import RetraceError, nearest
 from pipeline.heads import Heads
 
-TOKENS_A_PASS = {"cpu": 4096, "cuda": 65_536}
+TOKENS_A_PASS = {"cpu": 4096, "cuda": 32_768}
 
 
 class Node(NamedTuple):

@@ -115,8 +115,8 @@ def entropy(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     total = frame.groupby(["arm", "sae"])["latents"].transform("sum")
     frame["share"] = frame["latents"] / total.clip(lower=1)
     arms = [a for a in ARMS if a in set(frame["arm"])]
-    several = frame.groupby("sae")["arm"].nunique()
-    saes = sorted(several.index[several > 1], key=list(dict.fromkeys(frame["sae"])).index)
+    covered = frame.groupby("sae")["arm"].nunique()  # some dictionaries are of one arm only
+    saes = [s for s in dict.fromkeys(frame["sae"]) if covered[s] == len(arms)]
 
     def bars(sae: str, arm: str) -> pd.DataFrame:
         return frame[(frame["sae"] == sae) & (frame["arm"] == arm)]
