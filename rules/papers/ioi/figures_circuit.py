@@ -139,14 +139,19 @@ def flow(a: tuple, b: tuple, role: str, effect: float) -> go.Scatter:
 
 
 def nodes(rows: pd.DataFrame, spots: list[tuple], label: str, shade: str) -> go.Scatter:
-    """The heads of a class."""
+    """The heads of a class; names of neighbours in a layer take turns above and below."""
+    layers = [layer for layer, _ in pairs(rows)]
+    turns = [layers[:k].count(layer) % 2 for k, layer in enumerate(layers)]
+    beside = ["middle right" if layers.count(layer) == 1 else "" for layer in layers]
     return go.Scatter(
         x=[s[0] for s in spots],
         y=[s[1] for s in spots],
         mode="markers+text",
         text=[f"{i}.{h}" for i, h in pairs(rows)],
         textfont={"size": 10, "color": INK},
-        textposition="middle right",
+        textposition=[
+            b or ("top center", "bottom center")[t] for b, t in zip(beside, turns, strict=True)
+        ],
         marker={"color": shade, "size": 13, "line": {"color": PAGE, "width": 1.5}},
         name=label,
         hovertemplate="head %{text}<br>" + label + "<extra></extra>",

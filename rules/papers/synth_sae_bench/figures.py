@@ -208,7 +208,8 @@ def frequency(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
 
 
 def _by_frequency(frame: pd.DataFrame, name: str, visible: bool) -> go.Scatter:
-    rows, (label, colour) = frame[frame["dictionary"] == name], LOOK[architecture(name)]
+    rows, colour = frame[frame["dictionary"] == name], LOOK[architecture(name)][1]
+    label = titled(name).removesuffix(", low L0")  # the list says it
     dash = "dot" if architecture(name) == "random_decoder" else "solid"
     return go.Scatter(
         x=rows["probability"].tolist(),
