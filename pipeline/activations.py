@@ -6,17 +6,18 @@
    to the same bits.
 3. The first positions of a block are dropped (attention sinks), and rows whose norm is above
    `max_norm_ratio` times the median of the first batch (massive activations, Sun et al. 2024).
-   The rest is rounded to the stored dtype,
-   summed up, and handed to a thread that writes while the next shard is computed.
+   The rest is rounded to the stored dtype, summed up, and handed to threads that write while the
+   next shards are computed. A GPU is given the next shard before the last one is looked at.
 4. Shards land in `<shards>.partial/`, which is renamed when all are there. A killed job goes on
    at its first missing shard; a partial folder of another spec, code or input is not used.
 
-Memory holds two shards of every hook, whatever the number of tokens.
+Memory holds two shards of every hook, with a GPU a few, whatever the number of tokens.
 """
 
 import math
 import os
 import shutil
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
@@ -25,14 +26,17 @@ from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from torch import Tensor
 
 from pipeline import cli, hooks, model, provenance, tables
+from pipeline.buffers import Buffers, combined
 from pipeline.errors import RetraceError
 from pipeline.shards import Blocks
 from pipeline.spec import ActivationsSpec
 
-BUFFER_BYTES = 512 << 20  # of one shard of every hook; two are held
+BUFFER_BYTES = 512 << 20  # of one shard of every hook; of all that are held four times that
+# Threads that write: a GPU makes rows faster than one hashes them. Shards that a GPU has been
+# given beside the one that is looked at.
+WRITERS, AHEAD = {"cuda": 4}, {"cuda": 1}
 KEY = "key.json"
 
 
@@ -69,6 +73,11 @@ class Plan:
             yield start, min(start + self.spec.batch_size, shard.stop)
 
 
+def row_bytes(spec: ActivationsSpec, widths: dict[str, int]) -> int:
+    """Of one row of every hook."""
+    return sum(widths.values()) * tables.NUMPY[spec.dtype]().itemsize
+
+
 def plan(spec: ActivationsSpec, blocks: Blocks, widths: dict[str, int]) -> Plan:
     """Shards of at most spec.shard_rows rows, fewer where many hooks would need much memory.
 
@@ -81,8 +90,8 @@ def plan(spec: ActivationsSpec, blocks: Blocks, widths: dict[str, int]) -> Plan:
             f"activations.skip_first: {spec.skip_first} leaves nothing of blocks of {blocks.n_ctx} "
             f"tokens; lower it"
         )
-    row_bytes = sum(widths.values()) * tables.NUMPY[spec.dtype]().itemsize
-    size = max(1, min(spec.shard_rows, BUFFER_BYTES // row_bytes) // per_block)
+    most = BUFFER_BYTES // row_bytes(spec, widths)
+    size = max(1, min(spec.shard_rows, most) // per_block)
     if size > spec.batch_size:
         size -= size % spec.batch_size  # whole batches
     shards: list[Shard] = []
@@ -91,47 +100,6 @@ def plan(spec: ActivationsSpec, blocks: Blocks, widths: dict[str, int]) -> Plan:
         for start in range(first, last, size):
             shards.append(Shard(len(shards), split, start, min(start + size, last)))
     return Plan(spec, blocks.n_ctx, widths, shards)
-
-
-@dataclass
-class Sums:
-    """What a shard's statistics are made of, float64: sum |x|, sum |x|^2, sum x [d]."""
-
-    norm: Any = 0.0
-    square: Any = 0.0
-    total: Any = 0.0
-
-    def add(self, x: Tensor) -> None:
-        """Add rows [rows d], on their device where it has float64."""
-        wide = x.cpu().double() if x.device.type == "mps" else x.double()
-        squares = wide.square().sum(-1)
-        self.norm += squares.sqrt().sum()
-        self.square += squares.sum()
-        self.total += wide.sum(0)
-
-    def told(self, rows: int) -> dict[str, Any]:
-        """mean_norm, mean_square (of |x|) and mean [d], for the shard's metadata."""
-        return {
-            "rows": rows,
-            "mean_norm": float(self.norm) / rows,
-            "mean_square": float(self.square) / rows,
-            "mean": (self.total / rows).tolist(),
-        }
-
-
-def combined(parts: list[dict[str, Any]]) -> dict[str, float]:
-    """Mean norm and variance over the rows of several shards.
-
-        variance = (E|x|^2 - |E x|^2) / d,   the mean over dimensions of each one's variance
-
-    Args:
-        parts: of each shard, as `Sums.told` gives it.
-    """
-    n = sum(p["rows"] for p in parts)
-    over = lambda key: sum(np.multiply(p["rows"], p[key]) for p in parts) / n  # noqa: E731
-    mean = over("mean")
-    variance = (over("mean_square") - float(mean @ mean)) / len(mean)
-    return {"mean_norm": float(over("mean_norm")), "variance": max(float(variance), 0.0)}
 
 
 def check_varies(hook: str, dtype: str, parts: list[dict[str, Any]]) -> None:
@@ -150,32 +118,6 @@ def check_varies(hook: str, dtype: str, parts: list[dict[str, Any]]) -> None:
 
 
 # --- computing -----------------------------------------------------------------------------
-
-
-@dataclass
-class Buffers:
-    """Room for one shard of every hook, on the host; page-locked for a GPU."""
-
-    acts: dict[str, Tensor]
-    sums: dict[str, Sums] = field(default_factory=dict)
-    kept: dict[str, np.ndarray] = field(default_factory=dict)  # bool, of all rows of the shard
-
-    def rows(self, hook: str) -> int:
-        """Rows of the hook that the shard holds."""
-        return int(self.kept[hook].sum())
-
-    def told(self, hook: str) -> dict[str, Any]:
-        """The hook's statistics, see `Sums.told`."""
-        return self.sums[hook].told(self.rows(hook))
-
-    @classmethod
-    def like(cls, plan: Plan, device: torch.device) -> "Buffers":
-        rows = max(plan.rows(s) for s in plan.shards)
-        kind = getattr(torch, plan.spec.dtype)
-        pin = device.type == "cuda"
-        return cls(
-            {h: torch.empty(rows, d, dtype=kind, pin_memory=pin) for h, d in plan.widths.items()}
-        )
 
 
 def widths(hf: Any, names: list[str]) -> dict[str, int]:
@@ -206,43 +148,64 @@ def compute(
     into: Buffers,
     told: Callable[[int], None] = lambda _: None,
 ) -> None:
-    """Fill the buffers with a shard's rows and sum them up; on a GPU copies overlap compute.
+    """Fill the buffers with a shard's rows and sum them up; a GPU is not waited for.
 
     Args:
-        told: called with the last block + 1 of every batch that is done.
+        told: called with the last block + 1 of every batch.
     """
     spec, device = plan.spec, next(hf.parameters()).device
-    into.sums = {hook: Sums() for hook in spec.hooks}
-    at, kept = dict.fromkeys(spec.hooks, 0), {hook: [] for hook in spec.hooks}
+    ids = torch.from_numpy(blocks.read(shard.start, shard.stop)[0])
+    if device.type == "cuda":
+        ids = ids.pin_memory()  # from other memory a copy waits for what the device is at
+    ids, room = ids.to(device, non_blocking=True).long(), into.begin(plan.rows(shard))
     for start, stop in plan.batches(shard):
-        tokens = torch.from_numpy(blocks.read(start, stop)[0].astype(np.int64)).to(device)
-        acts = hooks.run_to(hf, tokens, spec.hooks)
+        first, last = start - shard.start, stop - shard.start
+        acts = hooks.run_to(hf, ids[first:last], spec.hooks)
+        at = slice(first * plan.per_block, last * plan.per_block)
         for hook in spec.hooks:
-            x = acts[hook][:, spec.skip_first :].flatten(0, 1)
+            x, keep = acts[hook][:, spec.skip_first :], None
             if hook in plan.bounds:
                 norm = x.float().norm(dim=-1)
                 keep = (norm <= plan.bounds[hook]) | ~norm.isfinite()  # what is not finite is told
-                x = x[keep]
-                kept[hook].append(keep.cpu().numpy())
-            else:
-                kept[hook].append(np.ones(len(x), bool))
-            x = x.to(getattr(torch, spec.dtype))
-            into.acts[hook][at[hook] : at[hook] + len(x)].copy_(x, non_blocking=True)
-            into.sums[hook].add(x)
-            at[hook] += len(x)
+            room.add(hook, at, x, keep)
         told(stop)
-    into.kept = {hook: np.concatenate(parts) for hook, parts in kept.items()}
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+    into.fetch()
+
+
+def computed(
+    hf: Any,
+    plan: Plan,
+    shards: list[Shard],
+    blocks: Blocks,
+    spare: Callable[[], Buffers],
+    told: Callable[[int], None],
+) -> Iterator[tuple[Shard, Buffers]]:
+    """Each shard with its rows, in order.
+
+    Args:
+        spare: gives buffers that are free.
+        told: as of `compute`.
+    """
+    ahead = AHEAD.get(next(hf.parameters()).device.type, 0)
+    begun: deque[tuple[Shard, Buffers]] = deque()
+    for shard in [*shards, *[None] * ahead]:
+        if shard is not None:
+            full = spare()
+            compute(hf, plan, shard, blocks, full, told)
+            begun.append((shard, full))
+        if begun and (shard is None or len(begun) > ahead):
+            done, full = begun.popleft()
+            full.wait()
+            yield done, full
 
 
 def check_finite(hf: Any, plan: Plan, shard: Shard, blocks: Blocks, found: Buffers) -> None:
     """RetraceError naming hook, layer and block of the first value that is not finite."""
     for hook in plan.spec.hooks:
-        if math.isfinite(float(found.sums[hook].square)):
+        if math.isfinite(float(found.host.sums[hook].square)):
             continue
-        bad = ~torch.isfinite(found.acts[hook][: found.rows(hook)]).all(-1)
-        row = np.flatnonzero(found.kept[hook])[int(bad.nonzero()[0])]
+        bad = ~torch.isfinite(found.acts(hook)).all(-1)
+        row = np.flatnonzero(found.kept(hook))[int(bad.nonzero()[0])]
         block = shard.start + int(row) // plan.per_block
         tokens = torch.from_numpy(blocks.read(block, block + 1)[0].astype(np.int64))
         with torch.inference_mode():
@@ -297,8 +260,8 @@ def write(
     """The files of one shard, one a hook, each there whole or not at all; file -> sha256."""
     digests = {}
     for hook in plan.spec.hooks:
-        acts = hooks.to_numpy(full.acts[hook][: full.rows(hook)], plan.spec.dtype)
-        kept = {name: col[full.kept[hook]] for name, col in cols.items()}
+        acts = hooks.to_numpy(full.acts(hook), plan.spec.dtype)
+        kept = {name: col[full.kept(hook)] for name, col in cols.items()}
         about = {"hook": hook, "split": shard.split, **full.told(hook)}
         digests[part(hook, shard)] = tables.write_shard(
             folder / part(hook, shard), acts, kept, plan.spec.dtype, {**made, **about}
@@ -339,26 +302,40 @@ def run(hf: Any, plan: Plan, blocks: Blocks, folder: Path, made: dict, key: dict
     progress = cli.Progress("activations", len(blocks) * plan.n_ctx, "tokens", first)
     if done:
         cli.log.info("going on after %d of %d shards", done, len(plan.shards))
-    device = next(hf.parameters()).device
-    spare = [Buffers.like(plan, device) for _ in range(min(2, len(plan.shards) - done))]
-    pending: Future | None = None
+    device, left = next(hf.parameters()).device, plan.shards[done:]
+    writers = WRITERS.get(device.type, 1)
+    size = {
+        "rows": max(map(plan.rows, left), default=0),
+        "widths": plan.widths,
+        "dtype": getattr(torch, plan.spec.dtype),
+    }
+    ahead = AHEAD.get(device.type, 0)
+    fit = 4 * BUFFER_BYTES // (size["rows"] * row_bytes(plan.spec, plan.widths)) if left else 0
+    n_buffers = min(max(2 + ahead, min(1 + writers + ahead, fit)), len(left))
+    free = [Buffers.like(**size, device=device) for _ in range(n_buffers)]
+    writing: deque[tuple[Future, Buffers]] = deque()
     digests: dict[str, str] = {}
-    with ThreadPoolExecutor(1) as writer:
-        for shard in plan.shards[done:]:
-            full = spare.pop(0)
-            spare.append(full)  # written by then: the wait below lets one shard be on its way
-            compute(hf, plan, shard, blocks, full, lambda n: progress.at(n * plan.n_ctx))
+
+    def spare() -> Buffers:
+        if not free:
+            future, written = writing.popleft()
+            digests.update(future.result())
+            free.append(written)
+        return free.pop()
+
+    told = lambda n: progress.at(n * plan.n_ctx)  # noqa: E731
+    with ThreadPoolExecutor(writers) as pool:
+        for shard, full in computed(hf, plan, left, blocks, spare, told):
             check_finite(hf, plan, shard, blocks, full)
             check_some_left(plan, shard, full)
             if shard.number == 0 and plan.rows(shard) > 1:
                 for hook in plan.spec.hooks:  # now, rather than after an hour
                     check_varies(hook, plan.spec.dtype, [full.told(hook)])
-            if pending:
-                digests |= pending.result()
             cols = columns(plan, shard, blocks)
-            pending = writer.submit(write, folder, plan, shard, full, cols, made)
-        if pending:
-            digests |= pending.result()
+            future = pool.submit(write, folder, plan, shard, full, cols, made)
+            writing.append((future, full))
+        for future, _ in writing:
+            digests |= future.result()
     return digests
 
 

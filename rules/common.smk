@@ -68,7 +68,7 @@ def paper_rules():
 
 def target(name):
     """The name of a paper as a target of its own: `snakemake -c2 toy_superposition`."""
-    if name in {r.name for r in workflow.rules}:
+    if workflow.is_rule(name):
         sys.exit(f"error: config.yaml: papers: '{name}' is the name of a rule; rename its folder")
     return name
 

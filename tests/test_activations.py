@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from contextlib import nullcontext
 from itertools import pairwise
 from pathlib import Path
 
@@ -18,7 +19,7 @@ import pytest
 import torch
 from conftest import HOOK, environment, stage
 
-from pipeline import activations, hooks, model, provenance, tables
+from pipeline import activations, buffers, hooks, model, provenance, tables
 from pipeline.errors import RetraceError
 from pipeline.shards import Blocks, Rows
 from pipeline.spec import ActivationsSpec
@@ -119,11 +120,11 @@ def test_combined_is_the_variance_of_all_rows():
     x = torch.randn(90, 7, dtype=torch.float64) * torch.arange(1, 8) + 3
     parts = []
     for rows in (x[:50], x[50:51], x[51:]):
-        sums = activations.Sums()
+        sums = buffers.Sums()
         for batch in rows.split(20):
             sums.add(batch)
         parts.append(sums.told(len(rows)))
-    found = activations.combined(parts)
+    found = buffers.combined(parts)
     assert found["variance"] == pytest.approx(x.var(0, correction=0).mean().item(), rel=1e-12)
     assert found["mean_norm"] == pytest.approx(x.norm(dim=1).mean().item(), rel=1e-12)
 
@@ -209,6 +210,66 @@ def test_batches_stay_inside_a_shard():
     plan = planned(shard_rows=300)  # 20 blocks fit: two whole batches are taken
     assert [(s.start, s.stop) for s in plan.shards[:2]] == [(0, 16), (16, 32)]
     assert list(plan.batches(plan.shards[-1])) == [(116, 124), (124, 130)]
+
+
+class Aside:
+    """A stream or event of a GPU, on a machine without one; notes what was waited for."""
+
+    waited = 0
+
+    def wait_stream(self, other):
+        pass
+
+    def record(self, stream):
+        pass
+
+    def synchronize(self):
+        Aside.waited += 1
+
+
+def given_as_a_gpu_is(monkeypatch):
+    """Rooms, threads and the order of work as on a GPU; its memory is the host's."""
+    aside = lambda *_, **__: Aside()  # noqa: E731
+    fakes = {"Stream": aside, "Event": aside, "current_stream": aside}
+    for name, fake in (fakes | {"stream": lambda _: nullcontext()}).items():
+        monkeypatch.setattr(torch.cuda, name, fake)
+
+    def like(rows, widths, dtype, device):
+        two = (buffers.Room.empty(rows, widths, dtype) for _ in range(2))
+        return buffers.Buffers(*two)
+
+    monkeypatch.setattr(buffers.Buffers, "like", like)
+    monkeypatch.setattr(activations, "WRITERS", {"cpu": 4})
+    monkeypatch.setattr(activations, "AHEAD", {"cpu": 1})
+
+
+@pytest.mark.parametrize("bound", [0, 1.2])
+def test_the_order_of_work_on_a_gpu_leaves_the_bytes_as_they_are(
+    bound, tiny_model_json, tiny_corpus, tmp_path, capsys, monkeypatch
+):
+    """Several shards on their way and several written at a time."""
+    small = {"hooks": [HOOK, "blocks.1.hook_mlp_out"], "shard_rows": 150, "max_norm_ratio": bound}
+    for name in ("plain", "gpu"):
+        if name == "gpu":
+            given_as_a_gpu_is(monkeypatch)
+        args = (tmp_path / name, tiny_model_json, tiny_corpus, capsys, monkeypatch)
+        code, said = inline(*args, **small)
+        assert code == 0, said
+    shards = [files(tmp_path / name / "shards") for name in ("plain", "gpu")]
+    assert shards[0] == shards[1] and len(shards[0]) == 2 * 30
+    assert Aside.waited >= 30
+
+
+def test_rows_left_out_add_nothing_to_a_gpus_sums():
+    x = torch.randn(3, 5, 7)
+    keep = torch.rand(3, 5) < 0.5
+    room = buffers.Room.empty(15, {HOOK: 7}, torch.float32)
+    room.sums = {HOOK: buffers.Sums()}
+    room.add(HOOK, slice(0, 15), x, keep)
+    masked = buffers.Sums()
+    masked.add(x.masked_fill(~keep[..., None], 0).view(15, 7))
+    for name, value in vars(room.sums[HOOK]).items():
+        torch.testing.assert_close(value, vars(masked)[name], rtol=1e-12, atol=1e-12)
 
 
 def test_many_hooks_make_shards_smaller(monkeypatch):
@@ -386,7 +447,9 @@ def test_the_first_bad_block_is_named(tiny_model_json, tiny_corpus):
     loaded.hf.model.embed_tokens.weight.data[target] = float("nan")
     spec = ActivationsSpec(hooks=[HOOK], dtype="bfloat16", batch_size=8, shard_rows=10**6)
     plan = activations.plan(spec, blocks, {HOOK: 32})
-    full = activations.Buffers.like(plan, torch.device("cpu"))
+    full = buffers.Buffers.like(
+        plan.rows(plan.shards[0]), plan.widths, torch.bfloat16, torch.device("cpu")
+    )
     activations.compute(loaded.hf, plan, plan.shards[0], blocks, full)
     with pytest.raises(RetraceError, match=rf"block {first}: the model gives NaN"):
         activations.check_finite(loaded.hf, plan, plan.shards[0], blocks, full)

@@ -3,26 +3,45 @@
     python tests/benchmarks/activations.py                 SmolLM2-135M, layer 8, on the CPU
     python tests/benchmarks/activations.py --memory        its peak memory, too (minutes)
     python tests/benchmarks/activations.py --random --device cuda --model-dtype bfloat16 \
-        --dtype bfloat16 --batch-size 256 --tokens 2000000      GPT-2's shape, no download
+        --dtype bfloat16 --layer 7 --batch-size 32 --n-ctx 512 --tokens 2097152 \
+        --shard-rows 130816 --repeats 3                   GPT-2's shape, no download
 
-ours     pipeline.activations.run: forward, statistics, rounding, Parquet, fsync
-floor    the same model cut behind the same layer, same dtype and batch, results thrown away
-peer     TransformerBridge.run_with_cache, stopped behind the same layer, that hook alone
-         (where transformer_lens is installed)
+ours     pipeline.activations.run: forward, statistics, rounding, Parquet, fsync; with a GPU once
+         more with the shards in memory, where no disk is waited for
+peer     the same model cut behind the same layer, same dtype and batch, tokens on the device,
+         results thrown away; SAELens's CacheActivationsRunner on the same checkpoint, by the
+         Hugging Face model that it can wrap, stopped behind the layer, its bytes left to the page
+         cache; TransformerBridge.run_with_cache, stopped there, that hook alone
+floor    the products of the layers at the measured rate of a product, or the disk's at that of a
+         file, whichever is less
 
-Loading the model is not timed. Model and text are made by our own stages in --work, once.
+Loading the model is not timed. A random model's tokens are random. Model and text are made by our
+own stages in --work, once.
 """
 
 import json
 import re
+import shutil
 import subprocess
 import sys
 import tempfile
 from importlib.util import find_spec
 from pathlib import Path
 
-from harness import ROOT, Row, arguments, interleaved, median, rates, report
+from harness import (
+    ROOT,
+    Row,
+    arguments,
+    disk_rate,
+    interleaved,
+    matmul_rate,
+    median,
+    rates,
+    report,
+    waits,
+)
 
+MEMORY = Path("/dev/shm")
 HOOK = "blocks.{}.hook_resid_post"
 
 
@@ -73,65 +92,142 @@ def random_work(work: Path, n_ctx: int, n_tokens: int) -> tuple[Path, Path]:
     return work / "random" / "model.json", work / "random.parquet"
 
 
+def floor(args, hf, n_layers: int) -> tuple[float, str]:
+    """Tokens a second that the products of the layers would allow, and what binds."""
+    weights = sum(p.numel() for p in layers_of(hf)[:n_layers].parameters() if p.ndim > 1)
+    d = hf.config.hidden_size
+    attention = 2 * d * args.n_ctx * n_layers  # q k' and pattern v, causal: half of 4 d n_ctx
+    rate = matmul_rate(args.device, args.model_dtype)
+    return rate / (2 * weights + attention), f"products at {rate / 1e12:.3g} TFLOP/s"
+
+
+def layers_of(hf):
+    """The model's list of layers."""
+    from pipeline import hooks
+
+    return hf.get_submodule(hooks.family(hf).layers)
+
+
+def cut_behind(hf, layer: int):
+    """The model without the layers behind one."""
+    from pipeline import hooks
+
+    parent, name = hooks.family(hf).layers.rsplit(".", 1)
+    setattr(hf.get_submodule(parent), name, layers_of(hf)[: layer + 1])
+    return hf
+
+
+def saelens_runner(args, model_json: Path, tokens, folder: Path):
+    """CacheActivationsRunner on the same checkpoint, by the Hugging Face model that it can wrap."""
+    import torch
+    from datasets import Dataset, disable_progress_bars
+    from sae_lens.cache_activations_runner import CacheActivationsRunner
+    from sae_lens.config import CacheActivationsRunnerConfig
+
+    from pipeline import hooks, model
+
+    disable_progress_bars()
+    checkpoint, hf = model.checkpoint_of(model_json), model.load(model_json).hf
+    cfg = CacheActivationsRunnerConfig(
+        dataset_path="given", model_name=str(checkpoint), model_class_name="AutoModelForCausalLM",
+        model_from_pretrained_kwargs={"dtype": getattr(torch, args.model_dtype)},
+        hook_name=f"{hooks.family(hf).layers}.{args.layer}", d_in=hf.config.hidden_size,
+        training_tokens=tokens.numel(), context_size=tokens.shape[1], device=args.device,
+        model_batch_size=args.batch_size,
+        dtype="float32" if args.dtype == "float32" else "float16", shuffle=False,
+        new_cached_activations_path=str(folder),
+    )  # fmt: skip
+    cfg.buffer_size_gb = tokens.numel() * cfg.bytes_per_token / 1e9 * 1.0001
+    runner = CacheActivationsRunner(cfg, Dataset.from_dict({"tokens": tokens.tolist()}))
+
+    def run() -> None:
+        shutil.rmtree(folder, ignore_errors=True)
+        assert len(runner.run()) == len(tokens)
+
+    return run
+
+
 def speed(args, model_json: Path, corpus: Path) -> list[Row]:
-    """tokens/s of ours, the bare forward and the bridge, in turn."""
+    """tokens/s of ours, the bare forward, the bridge and SAELens's runner, in turn."""
     import numpy as np
     import torch
 
-    from pipeline import activations, hooks, model
+    from pipeline import activations, model
     from pipeline.shards import Blocks
     from pipeline.spec import ActivationsSpec
 
     torch.set_num_threads(args.threads)
     hook, device = HOOK.format(args.layer), torch.device(args.device)
-    kind = getattr(torch, args.model_dtype)
+    kind, wait = getattr(torch, args.model_dtype), waits(args.device)
     spec = ActivationsSpec(
-        hooks=[hook], dtype=args.dtype, model_dtype=args.model_dtype, batch_size=args.batch_size
-    )
-    loaded, cut = (model.load(model_json, device, kind) for _ in range(2))
-    layers = hooks.family(cut.hf).layers
-    whole = cut.hf.get_submodule(layers)
-    parent, name = layers.rsplit(".", 1)
-    setattr(cut.hf.get_submodule(parent), name, whole[: args.layer + 1])
+        hooks=[hook], dtype=args.dtype, model_dtype=args.model_dtype, batch_size=args.batch_size,
+        shard_rows=args.shard_rows,
+    )  # fmt: skip
+    loaded = model.load(model_json, device, kind)
+    cut = cut_behind(model.load(model_json, device, kind).hf, args.layer)
+    bound = floor(args, loaded.hf, args.layer + 1)
     bridge = model.bridge(model_json, device, kind) if find_spec("transformer_lens") else None
     blocks = Blocks(corpus)
     with torch.inference_mode():
         plan = activations.plan(spec, blocks, activations.widths(loaded.hf, [hook]))
     tokens = torch.from_numpy(blocks.read(0, len(blocks))[0].astype(np.int64))
-    wait = torch.cuda.synchronize if device.type == "cuda" else lambda: None
+    there = tokens.to(device)
 
-    def ours() -> None:
-        with tempfile.TemporaryDirectory(dir=args.work) as folder:
+    def ours(base: Path) -> None:
+        with tempfile.TemporaryDirectory(dir=base) as folder:
             activations.run(loaded.hf, plan, blocks, Path(folder), {}, {})
 
     @torch.inference_mode()
     def bare() -> None:
-        for batch in tokens.split(args.batch_size):
-            cut.hf.base_model(input_ids=batch.to(device), use_cache=False)
+        for batch in there.split(args.batch_size):
+            cut.base_model(input_ids=batch, use_cache=False)
         wait()
 
     @torch.inference_mode()
     def cached() -> None:
-        for batch in tokens[: args.batch_size].split(args.batch_size):
-            bridge.run_with_cache(
-                batch.to(device), names_filter=[hook], stop_at_layer=args.layer + 1
-            )
+        bridge.run_with_cache(
+            there[: args.batch_size], names_filter=[hook], stop_at_layer=args.layer + 1
+        )
         wait()
 
-    n = len(blocks) * blocks.n_ctx
-    work = {"ours": ours, "bare": bare} | ({"bridge": cached} if bridge else {})
-    seconds = interleaved(work, args.repeats)
-    one_batch = min(args.batch_size, len(blocks)) * blocks.n_ctx
-    runs = {k: rates({k: s}, one_batch if k == "bridge" else n)[k] for k, s in seconds.items()}
-    about = f"layer {args.layer}, {args.model_dtype}, batch {args.batch_size} x {blocks.n_ctx}"
-    mid = {k: median(v) for k, v in runs.items()}
-    bare_name = "bare Hugging Face forward"
-    rows = [
-        Row(about, mid["ours"], "tokens/s", mid["bare"], bare_name, mid["bare"], bare_name,
-            "ratio >= 0.9", runs=runs)
-    ]  # fmt: skip
+    few = tokens[: args.peer_batches * args.batch_size]
+    amounts = {"ours": tokens.numel(), "bare": tokens.numel()}
+    work = {"ours": lambda: ours(args.work), "bare": bare}
+    if args.device == "cuda":
+        work["in memory"], amounts["in memory"] = lambda: ours(MEMORY), tokens.numel()
     if bridge:
-        rows.append(Row(about, mid["ours"], "tokens/s", mid["bridge"], "run_with_cache"))
+        work["bridge"], amounts["bridge"] = cached, there[: args.batch_size].numel()
+    if find_spec("sae_lens"):
+        work["saelens"] = saelens_runner(args, model_json, few, args.work / "saelens")
+        amounts["saelens"] = few.numel()
+    seconds = interleaved(work, args.repeats)
+    runs = {k: rates({k: s}, amounts[k])[k] for k, s in seconds.items()}
+    return told(args, runs, bound, plan)
+
+
+def told(args, runs: dict[str, list[float]], bound: tuple[float, str], plan) -> list[Row]:
+    """The rows of what was measured."""
+    from pipeline import activations
+
+    about = f"layer {args.layer}, {args.model_dtype}, batch {args.batch_size} x {args.n_ctx}"
+    mid = {k: median(v) for k, v in runs.items()}
+    bare, ours = "bare Hugging Face forward", mid["ours"]
+    disk = disk_rate(args.work) / activations.row_bytes(plan.spec, plan.widths)
+    print(f"the disk alone takes {disk:,.0f} tokens/s; the products alone {bound[0]:,.0f}")
+    least = min(bound, (disk, "the disk"))
+    rows = [Row(about, ours, "tokens/s", mid["bare"], bare, *least, "ratio >= 0.9", runs=runs)]
+    if "in memory" in mid:
+        rows.append(
+            Row(f"{about}, shards in {MEMORY}", mid["in memory"], "tokens/s", mid["bare"], bare,
+                *bound, "ratio >= 0.9")
+        )  # fmt: skip
+    if "saelens" in mid:
+        rows.append(
+            Row(about, ours, "tokens/s", mid["saelens"], "CacheActivationsRunner",
+                target="ratio >= 3")
+        )  # fmt: skip
+    if "bridge" in mid:
+        rows.append(Row(about, ours, "tokens/s", mid["bridge"], "run_with_cache"))
     return rows
 
 
@@ -160,6 +256,8 @@ def main() -> None:
     parser.add_argument("--n-ctx", type=int, default=128)
     parser.add_argument("--tokens", type=int, default=8192, help="a run")
     parser.add_argument("--batch-size", type=int, default=16)
+    parser.add_argument("--shard-rows", type=int, default=16_384)
+    parser.add_argument("--peer-batches", type=int, default=4, help="of a run of SAELens's")
     parser.add_argument("--dtype", default="float16")
     parser.add_argument("--model-dtype", default="float32")
     parser.add_argument("--device", default="cpu")

@@ -119,6 +119,56 @@ def median(values: list[float]) -> float:
     return statistics.median(values)
 
 
+def matmul_rate(device: str = "cpu", dtype: str = "float32", n: int | None = None) -> float:
+    """Operations a second of a square product: [n n] @ [n n] is 2 n^3 of them."""
+    import torch
+
+    n = n or (8192 if device == "cuda" else 1024)
+    a, b = (torch.randn(n, n, device=device).to(getattr(torch, dtype)) for _ in range(2))
+    return 2 * n**3 / min(_seconds(lambda: a @ b, device))
+
+
+def copy_rate(device: str = "cpu", mib: int = 256) -> float:
+    """Bytes a second, read and written, of copying a block of memory that no cache holds."""
+    import torch
+
+    a = torch.zeros(mib << 20, dtype=torch.uint8, device=device)
+    b = torch.zeros_like(a)
+    return 2 * len(a) / min(_seconds(lambda: b.copy_(a), device))
+
+
+def disk_rate(folder: str | Path, mib: int = 512) -> float:
+    """Bytes a second of a file until it is on the disk."""
+    block, path = os.urandom(1 << 20) * 16, Path(folder) / "disk_rate.tmp"
+    started = time.perf_counter()
+    with open(path, "wb") as f:
+        for _ in range(mib // 16):
+            f.write(block)
+        f.flush()
+        os.fsync(f.fileno())
+    seconds = time.perf_counter() - started
+    path.unlink()
+    return len(block) * (mib // 16) / seconds
+
+
+def waits(device: str) -> Callable[[], object]:
+    """What ends when the device is done."""
+    import torch
+
+    return torch.cuda.synchronize if str(device).startswith("cuda") else lambda: None
+
+
+def _seconds(function: Callable[[], object], device: str, repeats: int = 7) -> list[float]:
+    wait, out = waits(device), []
+    for turn in range(3 + repeats):
+        wait()
+        started = time.perf_counter()
+        function()
+        wait()
+        out += [time.perf_counter() - started] if turn >= 3 else []
+    return out
+
+
 def machine(device: str = "cpu") -> dict:
     """Where the numbers were measured; a load above the cores means that others were at work."""
     out = {"cores": os.cpu_count(), "load": round(os.getloadavg()[0], 2), "device": device}

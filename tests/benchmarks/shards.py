@@ -50,17 +50,20 @@ class GivenBlocks:
 
 def our_writer(acts, plan, blocks, folder: Path):
     """Write everything below folder/shards, and the manifest."""
-    from pipeline import activations, tables
+    import torch
 
-    sums = activations.Sums()
+    from pipeline import activations, tables
+    from pipeline.buffers import Buffers, Room, Sums
+
+    sums = Sums()
     sums.add(acts[: plan.rows(plan.shards[0])])
 
     def write() -> None:
         at, digests = 0, {}
         for shard in plan.shards:
             rows = plan.rows(shard)
-            kept = {HOOK: np.ones(rows, bool)}
-            full = activations.Buffers({HOOK: acts[at : at + rows]}, {HOOK: sums}, kept)
+            kept = {HOOK: torch.ones(rows, dtype=torch.bool)}
+            full = Buffers(Room({HOOK: acts[at : at + rows]}, kept, {HOOK: sums}))
             cols = activations.columns(plan, shard, blocks)
             digests |= activations.write(
                 folder / "shards", plan, shard, full, cols, {"stage": "bench"}
