@@ -124,8 +124,9 @@ def node_methods(task: Task, spec: CircuitsSpec) -> tuple[list[pd.DataFrame], li
         scores = atp_star.atp_star(task, shown)
         frames.append(node_rows("atp_star", shown, scores))
         made, whole = scores[: len(nodes)].mean(-1), effects[: len(nodes)].abs().mean(-1)
-        nan = float("nan")  # sizes sum to no change
-        rows.append(quality("atp_star", "node", len(shown), nan, nan, made, whole))
+        nan = float("nan")  # sizes have no sign, and sum to no change
+        row = quality("atp_star", "node", len(shown), nan, nan, made, whole)
+        rows.append(row | {"sign_agreement": nan})
     if "direct_logit" in spec.methods:
         clean = task.base if spec.direction == "noising" else task.source
         found = direct_logit.direct_logit(task, clean)
