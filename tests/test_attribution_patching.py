@@ -26,7 +26,7 @@ FOLDER = ROOT / "rules/papers/attribution_patching"
 data, prompts, compared, estimates = (
     import_file(FOLDER / f"{name}.py") for name in ("data", "prompts", "compared", "estimates")
 )
-LIST = {"n_keys": 8, "n_pairs": 4, "n_questions": 3}
+LIST = {"n_tokens": 9, "length": 6}
 
 
 def word_tokenizer() -> PreTrainedTokenizerFast:
@@ -72,42 +72,40 @@ def test_vocabularies_that_do_not_fit_are_told():
         prompts.greater_than({"noun": "war"}, TOKENIZER, 2, 0)
 
 
-def test_answers_stand_in_the_list():
+def test_what_followed_before_follows_again():
     options = data.checked(LIST)
-    tokens, targets = data.sequences(50, options, torch.Generator().manual_seed(0))
-    assert tokens.shape == targets.shape == (50, 14)
-    asked = targets[0] != IGNORED
-    assert asked.nonzero()[:, 0].tolist() == [9, 11, 13]
+    tokens, targets = data.sequences(80, options, torch.Generator().manual_seed(0))
+    assert tokens.shape == targets.shape == (80, 12)
+    starts = set()
     for row, want in zip(tokens.tolist(), targets.tolist(), strict=True):
-        table = dict(zip(row[1:9:2], row[2:9:2], strict=True))
-        assert row[0] == 16 and len(table) == 4 and max(table) < 8 <= min(table.values())
-        assert [want[i] for i in (9, 11, 13)] == [table[row[i]] for i in (9, 11, 13)]
-    batches = data.lookup(LIST, 0, 5, 14, torch.device("cpu"))
-    assert batches.d_vocab == 17 and batches.batch(3)[0].equal(batches.batch(3)[0])
+        first, again = row[1:7], row[7:]
+        assert row[0] == 9 and len(set(first)) == 6 and max(first) < 9
+        starts.add(first.index(again[0]))
+        followed = dict(zip(first, [*first[1:], IGNORED], strict=True))
+        assert want == [IGNORED] * 7 + [followed[token] for token in again]
+    assert starts == set(range(6))
+    batches = data.lookup(LIST, 0, 5, 12, torch.device("cpu"))
+    assert batches.d_vocab == 10 and batches.batch(3)[0].equal(batches.batch(3)[0])
     assert not batches.batch(3)[0].equal(batches.batch(4)[0])
 
 
-def test_exchanged_keys_exchange_the_answers():
+def test_exchanged_tokens_exchange_the_answers():
     made = prompts.lookup(LIST, None, 30, 0)
     for i, (clean, corrupt) in enumerate(zip(made["clean"], made["corrupt"], strict=True)):
         at = {name: where[i] for name, where in made["positions"].items()}
         for row, answer in ((clean, made["answer"][i]), (corrupt, made["foil"][i])):
-            table = dict(zip(row[1:9:2], row[2:9:2], strict=True))
-            assert len(row) == 10 and table[row[at["END"]]] == answer
-        assert clean[at["key"]] == clean[-1] == corrupt[at["other_key"]]
-        assert (
-            clean[at["value"]] == made["answer"][i] and corrupt[at["value"]] == clean[at["value"]]
-        )
-        assert clean[at["other_value"]] == made["foil"][i] != made["answer"][i]
+            assert len(row) == 8 and row[row.index(row[at["END"]]) + 1] == answer
+        assert clean[at["asked"]] == clean[-1] == corrupt[-1] == corrupt[at["other"]]
+        assert clean[at["next"]] == made["answer"][i] == corrupt[at["next"]]
+        assert clean[at["other_next"]] == made["foil"][i] != made["answer"][i]
 
 
 @pytest.mark.parametrize(
     ("options", "n_ctx", "said"),
     [
-        ({**LIST, "n_keys": 3}, 14, "n_keys is 3; raise it"),
-        ({**LIST, "n_questions": 5}, 18, "n_questions 5 is more than the 4 pairs"),
-        (LIST, 15, "sequences have 14 tokens, n_ctx is 15"),
-        ({**LIST, "n_key": 3}, 14, "did you mean 'n_keys'"),
+        ({**LIST, "length": 10}, 20, "n_tokens is 9; raise it"),
+        (LIST, 15, "sequences have 12 tokens, n_ctx is 15"),
+        ({**LIST, "n_token": 3}, 12, "did you mean 'n_tokens'"),
     ],
 )
 def test_faults_of_options_are_told(options, n_ctx, said):

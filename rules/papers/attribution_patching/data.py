@@ -1,11 +1,11 @@
-"""Lists of keys and values, then questions: what value stood behind this key? [torch]
+"""A list of random tokens, then the list again from anywhere: what followed this one? [torch]
 
-    BOS  k1 v1  k2 v2 … kP vP   q1 a1  q2 a2 … qQ aQ
+    BOS  a b c … z   p q … z a b …
 
-1. Keys and values are drawn anew for each sequence, keys without repeats; so an answer can only be
-   looked up in the list, which takes a head that moves each key to its value and a later one that
-   matches (Olsson et al. 2022 call such a pair an induction circuit).
-2. The loss is taken at the questions alone.
+1. The tokens of a list differ, and the second time it begins at a random place and goes round; so
+   neither the place nor the distance gives the next token, and only a search for the present one
+   does: what induction heads are for (Olsson et al. 2022).
+2. The loss is taken in the second time alone, and not where the list goes round.
 """
 
 import torch
@@ -22,51 +22,47 @@ HELD_OUT = -1  # no member has this seed
 class Options(Section):
     """data.options of a run that learns `lookup`, and the options of its prompts."""
 
-    n_keys: int = Field(ge=3, description="keys of the vocabulary, and values; BOS is one more")
-    n_pairs: int = Field(ge=3, description="keys and values of a list")
-    n_questions: int = Field(ge=1, description="questions of a sequence")
+    n_tokens: int = Field(ge=5, description="random tokens; BOS is token n_tokens")
+    length: int = Field(ge=5, description="of the list")
 
 
 def checked(options: dict) -> Options:
-    """The options; RetraceError where a list has more keys than there are."""
+    """The options; RetraceError where a list is longer than there are tokens."""
     found = parse(Options, options, "options of lookup")
-    if max(found.n_pairs, found.n_questions) > found.n_keys:
+    if found.length > found.n_tokens:
         raise RetraceError(
-            f"options of lookup: {found.n_pairs} pairs and {found.n_questions} questions need as "
-            f"many keys, n_keys is {found.n_keys}; raise it"
-        )
-    if found.n_questions > found.n_pairs:
-        raise RetraceError(
-            f"options of lookup: n_questions {found.n_questions} is more than the "
-            f"{found.n_pairs} pairs; lower it"
+            f"options of lookup: a list of {found.length} different tokens needs as many, n_tokens "
+            f"is {found.n_tokens}; raise it"
         )
     return found
 
 
-def draw(n: int, options: Options, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """Keys and values of n lists, int64 [n n_pairs] each."""
-    keys = torch.rand(n, options.n_keys, generator=generator).argsort(1)[:, : options.n_pairs]
-    values = torch.randint(options.n_keys, keys.shape, generator=generator) + options.n_keys
-    return keys, values
+def lists(n: int, options: Options, generator: torch.Generator) -> Tensor:
+    """n lists, int64 [n length]."""
+    order = torch.rand(n, options.n_tokens, generator=generator).argsort(1)
+    return order[:, : options.length]
 
 
 def sequences(n: int, options: Options, generator: torch.Generator) -> tuple[Tensor, Tensor]:
-    """(tokens, targets) of n lists and questions, [n, 2 (n_pairs + n_questions)] each."""
-    keys, values = draw(n, options, generator)
-    order = torch.rand(keys.shape, generator=generator).argsort(1)[:, : options.n_questions]
-    asked = torch.stack([keys.gather(1, order), values.gather(1, order)], -1).flatten(1)
-    bos = torch.full((n, 1), 2 * options.n_keys)
-    whole = torch.cat([bos, torch.stack([keys, values], -1).flatten(1), asked], 1)
-    targets = torch.full_like(whole[:, 1:], IGNORED)
-    targets[:, 2 * options.n_pairs + 1 :: 2] = whole[:, 2 * options.n_pairs + 2 :: 2]
-    return whole[:, :-1], targets
+    """(tokens, targets) of n sequences, [n 2*length] each."""
+    length, first = options.length, lists(n, options, generator)
+    start = torch.randint(length, (n, 1), generator=generator)
+    place = (torch.arange(length) + start) % length
+    again = first.gather(1, place)
+    bos = torch.full((n, 1), options.n_tokens)
+    # behind the list's last token stands its first, which nothing before has shown
+    wanted = again[:, 1:].masked_fill(place[:, 1:] == 0, IGNORED)
+    nothing = torch.full((n, length + 1), IGNORED)
+    return torch.cat([bos, first, again[:, :-1]], 1), torch.cat([nothing, wanted], 1)
 
 
 def lookup(options: dict, seed: int, batch_size: int, n_ctx: int, device: torch.device) -> Batches:
     """The data of one member; drawn on the CPU, so that every device trains on the same."""
     found = checked(options)
-    if (length := 2 * (found.n_pairs + found.n_questions)) != n_ctx:
-        raise RetraceError(f"options of lookup: sequences have {length} tokens, n_ctx is {n_ctx}")
+    if 2 * found.length != n_ctx:
+        raise RetraceError(
+            f"options of lookup: sequences have {2 * found.length} tokens, n_ctx is {n_ctx}"
+        )
 
     def made(n: int, *identity: int) -> tuple[Tensor, Tensor]:
         generator = torch.Generator().manual_seed(seeded(*identity))
@@ -74,4 +70,4 @@ def lookup(options: dict, seed: int, batch_size: int, n_ctx: int, device: torch.
         return tokens.to(device), targets.to(device)
 
     held = made(256, HELD_OUT, 0)
-    return Batches(2 * found.n_keys + 1, lambda step: made(batch_size, seed, step), {"val": held})
+    return Batches(found.n_tokens + 1, lambda step: made(batch_size, seed, step), {"val": held})

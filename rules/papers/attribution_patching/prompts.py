@@ -4,8 +4,8 @@
                    (Wang et al. 2022); other prompt: three other names
     greater_than   "The war lasted from the year 1732 to the year 17" -> a later year (Hanna, Liu &
                    Variengien 2023); other prompt: the first year ends in 01
-    lookup         "k1 v1 k2 v2 … k1" -> v1, on the model trained here (data.py); other prompt: k1
-                   and another key of the list have changed places, so that the answer is its value
+    lookup         "a b c d … b" -> c, on the model trained here (data.py); other prompt: the token
+                   that is asked for and another one have changed places
 
 A digit is a token of SmolLM2, so greater_than asks for the first of the two digits: right are those
 above the first year's, wrong those below, and the metric is the difference of their mean logits.
@@ -80,30 +80,27 @@ def greater_than(options: dict[str, Any], tokenizer: Any, n: int, seed: int) -> 
 def lookup(options: dict[str, Any], tokenizer: Any, n: int, seed: int) -> dict[str, Any]:
     """Prompts for the stage circuits, BOS included; the tokenizer is not used.
 
-    Positions: key and value of the question, the same of the other pair, END.
+    Positions: the token that is asked for and the one behind it, the same of the other, END.
     """
     import torch
 
     data = import_file(Path(__file__).with_name("data.py"))
     found = data.checked(options)
-    keys, values = data.draw(n, found, torch.Generator().manual_seed(seed))
     rng = np.random.default_rng(seed)
     out: dict[str, Any] = {k: [] for k in ("clean", "corrupt", "answer", "foil")}
-    places: dict[str, list[int]] = {p: [] for p in ("key", "value", "other_key", "other_value")}
-    for k, v in zip(keys.tolist(), values.tolist(), strict=True):
-        # pairs of equal values would have one answer
-        others = [(i, j) for i in range(len(k)) for j in range(len(k)) if v[i] != v[j]]
-        if not others:
-            raise RetraceError("prompts of lookup: all values of a list are equal; raise n_keys")
-        i, j = others[rng.integers(len(others))]
-        swapped = list(k)
-        swapped[i], swapped[j] = k[j], k[i]
-        for name, some in (("clean", k), ("corrupt", swapped)):
-            listed = [t for pair in zip(some, v, strict=True) for t in pair]
-            out[name].append([2 * found.n_keys, *listed, k[i]])
-        out["answer"].append(v[i])
-        out["foil"].append(v[j])
-        for name, at in (("key", 2 * i + 1), ("other_key", 2 * j + 1)):
-            places[name].append(at)
-            places[name.replace("key", "value")].append(at + 1)
+    places: dict[str, list[int]] = {p: [] for p in ("asked", "next", "other", "other_next")}
+    # not neighbours, so that what stands behind them stays
+    pairs = [(i, j) for i in range(found.length - 1) for j in range(found.length - 1)
+             if abs(i - j) > 1]  # fmt: skip
+    for listed in data.lists(n, found, torch.Generator().manual_seed(seed)).tolist():
+        i, j = pairs[rng.integers(len(pairs))]
+        swapped = list(listed)
+        swapped[i], swapped[j] = listed[j], listed[i]
+        for name, some in (("clean", listed), ("corrupt", swapped)):
+            out[name].append([found.n_tokens, *some, listed[i]])
+        out["answer"].append(listed[i + 1])
+        out["foil"].append(listed[j + 1])
+        at = {"asked": i, "next": i + 1, "other": j, "other_next": j + 1}
+        for name, place in at.items():
+            places[name].append(place + 1)  # behind BOS
     return out | {"positions": places | {"END": [len(c) - 1 for c in out["clean"]]}}
