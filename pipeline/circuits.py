@@ -5,11 +5,13 @@ For pairs of prompts out of the paper's prompts.py, and for each method that pap
     direct_logit            what a part writes towards the answer          (direct_logit.py)
     activation_patching     effect of replacing a part, exact              (patching.py)
     attribution_patching    its estimate by one gradient                   (eap.py)
+    atp_star                the same with two remedies, how much and not which way (atp_star.py)
     path_patching           effect of a head on the logits past all other heads, exact
     eap, eap_ig             estimated effect of an edge
 
 1. nodes      scores of heads, MLPs, and the stream at named positions.
-2. edges      scores of edges, with the exact effect of those of largest score.
+2. edges      scores of edges, with the exact effect of those of largest score, and of some that
+              are drawn at random: only these tell what a method misses.
 3. methods    how right each method is, in one row: completeness over a cut of the graph, and
               agreement with exact patching.
 
@@ -25,12 +27,13 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pipeline import cli, direct_logit, eap, tables
+from pipeline import atp_star, cli, direct_logit, eap, tables
 from pipeline import model as models
 from pipeline.attribution import correlation
 from pipeline.errors import RetraceError
+from pipeline.inputs import many_edges
 from pipeline.paired import Node, Pairs, Task
-from pipeline.patching import Edge, activation_patching, edge_patching, path_patching
+from pipeline.patching import Edge, activation_patching, path_patching
 from pipeline.source import import_file
 from pipeline.spec_circuits import CircuitsSpec
 
@@ -117,6 +120,13 @@ def node_methods(task: Task, spec: CircuitsSpec) -> tuple[list[pd.DataFrame], li
         rows.append(
             quality(method, "node", len(shown), total, float(sums.mean(-1).sum()), made, exact)
         )
+    if "atp_star" in spec.methods:
+        scores = atp_star.atp_star(task, shown)
+        frames.append(node_rows("atp_star", shown, scores))
+        made, whole = scores[: len(nodes)].mean(-1), effects[: len(nodes)].abs().mean(-1)
+        nan = float("nan")  # sizes have no sign, and sum to no change
+        row = quality("atp_star", "node", len(shown), nan, nan, made, whole)
+        rows.append(row | {"sign_agreement": nan})
     if "direct_logit" in spec.methods:
         clean = task.base if spec.direction == "noising" else task.source
         found = direct_logit.direct_logit(task, clean)
@@ -127,6 +137,11 @@ def node_methods(task: Task, spec: CircuitsSpec) -> tuple[list[pd.DataFrame], li
         change = torch.stack([(a[n] - b[n]).mean() for n in nodes])
         rows.append(quality("direct_logit", "node", len(nodes), m, whole, change, exact))
     return frames, rows, exact
+
+
+def drawn(n: int, wanted: int, seed: int) -> list[int]:
+    """Which of n edges are patched exactly, whatever their score; the same for every method."""
+    return np.random.default_rng(seed).permutation(n)[:wanted].tolist()
 
 
 def edge_methods(task: Task, spec: CircuitsSpec, exact: Tensor) -> tuple[list, list[dict]]:
@@ -151,8 +166,9 @@ def edge_methods(task: Task, spec: CircuitsSpec, exact: Tensor) -> tuple[list, l
             continue
         edges, scores = eap.edges(task, alphas)
         top = scores.abs().argsort(descending=True, stable=True)[: spec.n_exact].tolist()
+        known = sorted({*top, *drawn(len(edges), spec.n_drawn, spec.seed)})
         true = torch.full_like(scores, torch.nan)
-        true[top] = torch.stack([edge_patching(task, edges[i]).mean() for i in top])
+        true[known] = many_edges(task, [edges[i] for i in known]).mean(-1)
         frames.append(edge_rows(method, edges, scores, true))
         last = [i for i, e in enumerate(edges) if e.target.kind == "logits"]
         cut = float(scores[last].sum())

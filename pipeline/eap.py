@@ -11,7 +11,7 @@ Sec. 3). The input of v is the stream before its norm; a head reads it as query,
 
 1. `gradients` runs the model once for all points of the path and takes dm/da at every z, MLP
    output, stream, q, k, v and MLP input with one backward pass; weights need no gradient.
-2. `attribution_patching` multiplies.
+2. `attribution_patching` multiplies; over several points it is integrated gradients of nodes.
 3. `edges` pulls the gradients of q, k, v and of the MLP's input back through the norm of their
    layer, and multiplies with what every earlier part writes.
 
@@ -123,24 +123,54 @@ def gradients(task: Task, alphas: list[float], edges: bool = True) -> tuple[Taps
     return taps, grads
 
 
-def attribution_patching(task: Task, nodes: list[Node]) -> Tensor:
-    """(a' - a) . dm/da of each node, [nodes n]; one forward and one backward pass."""
-    _, grads = gradients(task, [0.0], edges=False)
+def by_part(task: Task, grads: Taps) -> dict[tuple[str, int], Tensor]:
+    """(a' - a) . dm/da of every part at every position, with gradients averaged over points.
+
+    Returns:
+        (kind, layer) -> [n pos], of heads, queries, keys and values [n pos heads].
+    """
     base, source, d = task.base, task.source, task.heads.d_head
-    dots = {}  # (kind, layer) -> [n pos], of heads [n pos n_heads]
+    total = lambda g: g.unflatten(0, (-1, len(task.before))).sum(0)  # noqa: E731
+    heads = lambda x: x.unflatten(-1, (-1, d)).sum(-1)  # noqa: E731
+    dots = {}
     for i in range(task.heads.n_layers):
-        dots["resid", i] = ((source.pre[i] - base.pre[i]) * grads.pre[i]).sum(-1)
-        dots["mlp", i] = ((source.mlp(i) - base.mlp(i)) * grads.mlp[i]).sum(-1)
-        dots["attn", i] = ((source.attn(i) - base.attn(i)) * grads.attn[i]).sum(-1)
-        dots["head", i] = ((source.z[i] - base.z[i]) * grads.z[i]).unflatten(-1, (-1, d)).sum(-1)
+        dots["resid", i] = ((source.pre[i] - base.pre[i]) * total(grads.pre[i])).sum(-1)
+        dots["mlp", i] = ((source.mlp(i) - base.mlp(i)) * total(grads.mlp[i])).sum(-1)
+        dots["attn", i] = ((source.attn(i) - base.attn(i)) * total(grads.attn[i])).sum(-1)
+        dots["head", i] = heads((source.z[i] - base.z[i]) * total(grads.z[i]))
+    for (i, slot), gradient in grads.inputs.items():
+        change = task.heads.read(i, slot, source.pre[i]) - task.heads.read(i, slot, base.pre[i])
+        shared = heads(change * total(gradient))
+        if slot == SLOTS[0] and (i, SLOTS[1]) not in grads.inputs:  # one module for all three
+            dots |= {(s, i): part for s, part in zip(SLOTS, shared.chunk(3, -1), strict=True)}
+        else:
+            dots[slot, i] = shared
+    return dots
+
+
+def scored(task: Task, nodes: list[Node], dots: dict[tuple[str, int], Tensor]) -> Tensor:
+    """Sums of `by_part` over the positions of each node, [nodes n]."""
     masks = {p: task.pairs.mask(p) for p in {n.position for n in nodes}}
 
     def score(node: Node) -> Tensor:
         dot = dots[node.kind, node.layer]
-        dot = dot[..., node.head] if node.kind == "head" else dot
+        dot = dot[..., node.head] if node.head >= 0 else dot
         return (dot * masks[node.position]).sum(-1)
 
     return torch.stack([score(node) for node in nodes])
+
+
+def attribution_patching(
+    task: Task, nodes: list[Node], alphas: tuple[float, ...] = (0.0,)
+) -> Tensor:
+    """(a' - a) . dm/da of each node, [nodes n]; one forward and one backward pass.
+
+    Args:
+        alphas: points over which the gradient is averaged, see `gradients`.
+    """
+    inputs = any(node.kind in SLOTS for node in nodes)
+    _, grads = gradients(task, list(alphas), edges=inputs)
+    return scored(task, nodes, by_part(task, grads))
 
 
 def midpoints(steps: int) -> list[float]:

@@ -95,6 +95,14 @@ class Heads:
         module = getattr(self.attn(layer), self.inputs[slot])
         return Place(module, slice(start, start + self.d_head))
 
+    def read(self, layer: int, slot: Slot, x: Tensor) -> Tensor:
+        """What the input projection of a slot gives for the stream x before its layer.
+
+        [... count*d_head]; where one module has all three slots, all of them.
+        """
+        module = getattr(self.attn(layer), self.inputs[slot])
+        return module(getattr(self.layers[layer], self.names.ln1)(x))
+
     def written(self, z: Tensor, layer: int) -> Tensor:
         """What each head adds to the stream, [... n_heads d_model], of z [... n_heads*d_head]."""
         by_head = z.unflatten(-1, (self.n_heads, self.d_head))

@@ -75,7 +75,8 @@ CIRCUITS = {  # of a method of the section circuits
     "completeness_gap": "(sum over a cut of the graph - total) / |total|; the cut is the embedding "
     "of each differing token for patching, all that is written to the logits for the others",
     "correlation": "Pearson correlation of the score with exact patching: of all heads and MLPs, "
-    "for eap of the edges of largest score; path_patching, itself exact: with the whole head's",
+    "for eap of the edges of largest score; path_patching, itself exact: with the whole head's; "
+    "atp_star, which has no sign and no sum: with the size of the exact effect",
     "sign_agreement": "share of those whose score has the sign of the exact effect",
 }
 
@@ -174,7 +175,7 @@ def core(tables: dict[str, Any]) -> dict[str, Any]:
         if stage == "circuits" and part.endswith("_methods"):
             for row in table.to_dict("records"):
                 named = f"circuits.{part.removesuffix('_methods')}.{row['method']}"
-                out |= {f"{named}.{m}": row[m] for m in CIRCUITS}
+                out |= {f"{named}.{m}": row[m] for m in CIRCUITS if np.isfinite(row[m])}
     return out
 
 

@@ -5,7 +5,8 @@ what becomes of
 
     m = logit(answer) - logit(foil) at the last position
 
-m needs no unembedding: the final norm's output times the difference of two of its rows is enough.
+Where several tokens are right or wrong, the mean of their logits stands in the place of one. m
+needs no unembedding: the final norm's output times the difference of two of its rows is enough.
 `Task.resumed` runs the model on a changed stream from one layer and one position on: layers below
 do not run, and earlier positions give the keys and values that they gave in the base run.
 """
@@ -43,7 +44,7 @@ class Pairs:
 
     Attributes:
         base, source: [n pos] token ids, of where patches go and where they come from.
-        answer, foil: [n] token ids.
+        answer, foil: [n] token ids, or [n tokens] where several are right or wrong; -1 is none.
         end: [n], the last position of each prompt.
         positions: name -> [n].
     """
@@ -60,7 +61,8 @@ class Pairs:
         """Pairs of lists of token ids, BOS put in front where the model has one.
 
         Args:
-            prompts: clean, corrupt (lists of token ids), answer, foil, positions (name -> places).
+            prompts: clean, corrupt (lists of token ids), answer, foil (a token id each, or a list
+                of them), positions (name -> places).
 
         Raises:
             RetraceError: a pair of unequal length.
@@ -82,8 +84,8 @@ class Pairs:
         places = {k: whole(p + len(front) for p in v) for k, v in prompts["positions"].items()}
         base, source = ("corrupt", "clean") if denoising else ("clean", "corrupt")
         return cls(
-            padded[base], padded[source], whole(prompts["answer"]), whole(prompts["foil"]),
-            whole(n - 1 for n in lengths), places,
+            padded[base], padded[source], whole(level(prompts["answer"])),
+            whole(level(prompts["foil"])), whole(n - 1 for n in lengths), places,
         )  # fmt: skip
 
     def mask(self, position: str) -> Tensor:
@@ -159,6 +161,22 @@ def watched(heads: Heads, tokens: Tensor) -> Run:
     return Run(*([acts[n] for n in wanted[k]] for k in wanted), z=z, past=past)
 
 
+def level(ids: list) -> list:
+    """Token ids, or lists of them filled up with -1 to one length."""
+    if not isinstance(ids[0], list):
+        return ids
+    most = max(map(len, ids))
+    return [[*some, *[-1] * (most - len(some))] for some in ids]
+
+
+def mean_rows(W_U: Tensor, ids: Tensor) -> Tensor:
+    """[n d_model]: the row of each token id [n], or the mean of those that are [n tokens]."""
+    if ids.dim() == 1:
+        return W_U[ids]
+    given = (ids >= 0).to(W_U.dtype)
+    return torch.einsum("ntd,nt->nd", W_U[ids.clamp(min=0)], given / given.sum(1, keepdim=True))
+
+
 class Task:
     """Pairs of prompts on a model, with the runs on both.
 
@@ -170,7 +188,7 @@ class Task:
     def __init__(self, hf: nn.Module, pairs: Pairs) -> None:
         self.hf, self.pairs, self.heads = hf, pairs, Heads(hf)
         W_U = hf.get_output_embeddings().weight
-        self.direction = W_U[pairs.answer] - W_U[pairs.foil]  # [n d_model]
+        self.direction = mean_rows(W_U, pairs.answer) - mean_rows(W_U, pairs.foil)  # [n d_model]
         self.norm = splice.final_norm(hf)
         self.rows = torch.arange(len(pairs.end), device=pairs.end.device)
         # now, before anybody edits the model

@@ -7,7 +7,7 @@ from pydantic import Field, model_validator
 from pipeline.spec_base import Name, Section
 
 Method = Literal["direct_logit", "activation_patching", "attribution_patching", "path_patching",
-                 "eap", "eap_ig"]  # fmt: skip
+                 "eap", "eap_ig", "atp_star"]  # fmt: skip
 
 
 class CircuitsSpec(Section):
@@ -32,6 +32,9 @@ class CircuitsSpec(Section):
     ig_steps: int = Field(default=5, ge=1, description="eap_ig: points between the two prompts")
     n_exact: int = Field(
         default=24, ge=2, description="edges of largest score that are patched exactly, a method"
+    )
+    n_drawn: int = Field(
+        default=0, ge=0, description="edges drawn at random that are patched exactly as well"
     )
 
     @model_validator(mode="after")

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from pipeline import circuits, claims, papers, tables
+from pipeline import prompts_ioi as prompts
 from pipeline.errors import RetraceError
 from pipeline.metrics import compute, known, parts
 from pipeline.native import NativeForCausalLM
@@ -28,9 +29,9 @@ from pipeline.spec_training import Architecture
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "rules/papers/ioi"
-prompts, measures, discovery, judged, circuit, metrics = (
+measures, discovery, judged, circuit, metrics = (
     import_file(FOLDER / f"{name}.py")
-    for name in ("prompts", "measures", "discovery", "judged", "circuit", "metrics")
+    for name in ("measures", "discovery", "judged", "circuit", "metrics")
 )
 
 

@@ -21,13 +21,13 @@ from pydantic import Field
 
 from pipeline import cli, tables
 from pipeline import model as models
+from pipeline import prompts_ioi as prompts
 from pipeline.knockout import Knockout, group_means
 from pipeline.paired import Pairs, Task
 from pipeline.source import import_file
 from pipeline.spec_base import Name, Section
 
 HERE = Path(__file__).parent
-prompts = import_file(HERE / "prompts.py")
 measures = import_file(HERE / "measures.py")
 discovery = import_file(HERE / "discovery.py")
 judged = import_file(HERE / "judged.py")

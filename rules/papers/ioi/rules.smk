@@ -2,7 +2,6 @@
 rule ioi_circuit:
     input:
         stage=own_file_of("circuit.py"),
-        prompts=own_file_of("prompts.py"),
         measures=own_file_of("measures.py"),
         discovery=own_file_of("discovery.py"),
         judged=own_file_of("judged.py"),
@@ -27,12 +26,10 @@ rule ioi_circuit:
         gpu=1,
     params:
         spec=spec_of("own.circuit", "arms"),
-        code=code_of(
-            "circuit", "circuit.py", "prompts.py", "measures.py", "discovery.py", "judged.py"
-        ),
+        code=code_of("circuit", "circuit.py", "measures.py", "discovery.py", "judged.py"),
     shell:
         "{PYTHON:q} {input.stage:q} --spec {params.spec:q} --models {input.models:q}"
-        " --code {input.stage:q} {input.prompts:q} {input.measures:q} {input.discovery:q}"
+        " --code {input.stage:q} {input.measures:q} {input.discovery:q}"
         " {input.judged:q} --behaviour {output.behaviour:q} --heads {output.heads:q}"
         " --scatter {output.scatter:q} --cases {output.cases:q}"
         " --minimality {output.minimality:q} --device {DEVICE} --threads {threads} 2> {log:q}"

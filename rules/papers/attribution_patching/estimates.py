@@ -1,0 +1,243 @@
+"""Stage `estimates`: cheap attribution beside exact patching, of every node and of edges. [torch]
+
+For every task, and every model that it is put to:
+
+1. nodes    heads, MLPs, queries, keys and values at all positions at once, and the stream at named
+            positions: the exact effect of each, and what it is by each estimate.
+2. edges    the same of edges: all of a small model, else some that are drawn at random.
+3. quality  how right each estimate is, by kind of node and depth (compared.py).
+4. search   what is found by patching exactly in the order of an estimate.
+5. costs    passes and seconds of each method.
+6. totals   what the model makes of the prompts, and what the edges into the logits sum to.
+
+Estimates of nodes (Nanda 2023; Kramár et al. 2024) and of edges (Syed et al. 2023; Hanna et al.
+2024):
+
+    attribution_patching    (a' - a) . dm/da
+    attribution_ig          the same, the gradient averaged over points between the two prompts
+    qk_fix                  the first, patterns of patched queries and keys computed
+    atp_star                that with GradDrop; how much, not which way
+    eap, eap_ig             the first two, of edges
+"""
+
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pandas as pd
+import torch
+from pydantic import Field
+from torch import Tensor
+
+from pipeline import atp_star, cli, eap, tables
+from pipeline import model as models
+from pipeline.circuits import drawn, edge_rows, parts, streams
+from pipeline.errors import RetraceError, nearest
+from pipeline.inputs import input_nodes, input_patching, many_edges
+from pipeline.paired import Node, Pairs, Task
+from pipeline.patching import activation_patching
+from pipeline.source import import_file
+from pipeline.spec_base import Name, Section
+
+prompts = import_file(Path(__file__).with_name("prompts.py"))
+compared = import_file(Path(__file__).with_name("compared.py"))
+TABLES = "nodes edges quality search costs totals".split()
+
+
+class TaskOptions(Section):
+    """A task and the models that it is put to."""
+
+    arms: list[Name] = Field(min_length=1, description="of the section arms")
+    prompts: Name = Field(description="a function of prompts.py")
+    options: dict[str, Any] = Field(default={}, description="handed to that function")
+    n_prompts: int = Field(ge=1, description="pairs of prompts")
+    positions: list[Name] = Field(default=[], description="where the stream is patched")
+    n_edges: int = Field(
+        default=0, ge=0, description="edges drawn at random; 0: all, for a small model"
+    )
+
+
+class Options(Section):
+    """own.estimates of paper.yaml."""
+
+    tables: list[str]
+    tasks: dict[Name, TaskOptions]
+    ig_steps: int = Field(default=5, ge=1, description="points between the two prompts")
+    seed: int = Field(default=0, ge=0, description="of prompts, and of which edges are drawn")
+
+
+class Clock:
+    """Passes and seconds of methods, as rows of the table costs."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.rows = device, []
+
+    def __call__(
+        self, method: str, unit: str, passes: tuple[int, int], made: Callable[[], Any]
+    ) -> Any:
+        """What `made` returns: scores, or (edges, scores).
+
+        Args:
+            passes: forward and backward, that a plain program needs: one a prompt of the pair, and
+                one a patch, or a point, or a layer.
+        """
+        started = time.monotonic()
+        out = made()
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        seconds = time.monotonic() - started
+        n = len(out[0]) if isinstance(out, tuple) else len(out)
+        row = {"method": method, "unit": unit, "n": n}
+        row |= {"forwards": 2 + passes[0], "backwards": passes[1], "seconds": seconds}
+        self.rows.append(row)
+        return out
+
+
+def peaks(task: Task) -> list[Tensor]:
+    """The largest attention weight of each head, a layer each [n_heads].
+
+    Mean over prompts, and over the positions from the first change to the last.
+    """
+    places = task.suffix(task.first_change(""))
+    at = places.clamp(max=task.pairs.base.shape[1] - 1)
+    inside = (places <= task.pairs.end[:, None])[..., None]
+    out = []
+    for pattern in task.heads.patterns(task.pairs.base):
+        most = pattern.amax(-1).transpose(1, 2)[task.rows[:, None], at]  # [n s n_heads]
+        out.append((most * inside).sum((0, 1)) / inside.sum())
+    return out
+
+
+def peak_of(task: Task, node: Node, peak: list[Tensor]) -> float:
+    """Of a query, key or value, NaN of others; of a shared key the mean over its heads."""
+    if node.kind not in ("q", "k", "v"):
+        return float("nan")
+    share = task.heads.n_heads // task.heads.count(node.kind)
+    return float(peak[node.layer][node.head * share : (node.head + 1) * share].mean())
+
+
+def nodes_of(task: Task, positions: list[str], ig_steps: int, clock: Clock) -> pd.DataFrame:
+    """Rows of nodes: an estimate each, with the exact effect beside it."""
+    plain, inputs = parts(task) + streams(task, positions), input_nodes(task)
+    every, bar = plain + inputs, cli.Progress("exact patching", len(plain) + len(inputs), "nodes")
+
+    def patched() -> Tensor:
+        first = activation_patching(task, plain, bar.at)
+        return torch.cat([first, input_patching(task, inputs, lambda d: bar.at(len(plain) + d))])
+
+    n_layers = task.heads.n_layers
+    exact = clock("activation_patching", "node", (len(every), 0), patched)
+    one, points = eap.attribution_patching, tuple(eap.midpoints(ig_steps))
+    methods = {
+        "attribution_patching": ((0, 1), lambda: one(task, every)),
+        "attribution_ig": ((ig_steps, ig_steps), lambda: one(task, every, points)),
+        "qk_fix": ((2, 1), lambda: atp_star.qk_fix(task, every)),
+        "atp_star": ((2, n_layers), lambda: atp_star.atp_star(task, every)),
+    }
+    peak, frames = peaks(task), []
+    card = pd.DataFrame([node._asdict() for node in every])
+    card["peak"] = [peak_of(task, node, peak) for node in every]
+    for method, (passes, made) in methods.items():
+        scores = clock(method, "node", passes, made)
+        frame = card.assign(method=method, n_layers=n_layers)
+        for name, values in (("", scores), ("exact_", exact)):
+            frame[f"{name}score"] = values.mean(-1).cpu().numpy()
+            frame[f"{name}size"] = values.abs().mean(-1).cpu().numpy()
+        frames.append(frame)
+    return pd.concat(frames, ignore_index=True)
+
+
+def edges_of(task: Task, wanted: int, options: Options, clock: Clock) -> pd.DataFrame:
+    """Rows of the edges that are drawn, by each estimate, with the exact effect beside it."""
+    steps = options.ig_steps
+    methods = {"eap": ((0, 1), [0.0]), "eap_ig": ((steps, steps), eap.midpoints(steps))}
+    found = {
+        method: clock(method, "edge", passes, lambda a=alphas: eap.edges(task, a))
+        for method, (passes, alphas) in methods.items()
+    }
+    every = found["eap"][0]
+    chosen = drawn(len(every), wanted or len(every), options.seed)
+    some, bar = [every[i] for i in chosen], cli.Progress("exact patching", len(chosen), "edges")
+    patched = lambda: many_edges(task, some, bar.at)  # noqa: E731
+    exact = clock("activation_patching", "edge", (len(some), 0), patched).mean(-1)
+    last = [i for i, edge in enumerate(every) if edge.target == eap.LOGITS]
+    frames = [
+        edge_rows(method, some, scores[chosen], exact).assign(
+            n_edges=len(every), into_logits=float(scores[last].sum())
+        )
+        for method, (_, scores) in found.items()
+    ]
+    return pd.concat(frames, ignore_index=True)
+
+
+def measure(task: Task, what: TaskOptions, options: Options, clock: Clock) -> dict[str, Any]:
+    """Rows of every table, of one model on one task."""
+    nodes = nodes_of(task, what.positions, options.ig_steps, clock)
+    edges = edges_of(task, what.n_edges, options, clock)
+    sums = edges.groupby("method")["into_logits"].first()
+    totals = {"n_prompts": len(task.before), "clean": float(task.before.mean())}
+    totals |= {"corrupt": float((task.before + task.total).mean())}
+    totals |= {"right": float((task.before > 0).float().mean())}
+    totals |= {"total": float(task.total.mean())}
+    totals |= {f"into_logits_{m}": float(v) for m, v in sums.items()}
+    return {
+        "nodes": nodes,
+        "edges": edges.drop(columns="into_logits"),
+        "quality": compared.quality(nodes, edges, totals["total"]),
+        "search": compared.searches(nodes, edges),
+        "costs": pd.DataFrame(clock.rows),
+        "totals": pd.DataFrame([totals]),
+    }
+
+
+def given(name: str, what: TaskOptions, loaded: Any, seed: int, device: Any) -> Pairs:
+    """The task's pairs on one of its models; RetraceError for a function that there is not."""
+    make = getattr(prompts, what.prompts, None)
+    if make is None:
+        raise RetraceError(
+            f"own.estimates.tasks.{name}: prompts.py has no function '{what.prompts}'; name another"
+        )
+    made = make(what.options, loaded.tokenizer, what.n_prompts, seed)
+    return Pairs.of(made, loaded.bos_id, device)
+
+
+def main() -> None:
+    parser = cli.parser(
+        "estimates", __doc__, models="model.json of every arm, sorted by name*",
+        **{t: f"{t}.parquet" for t in TABLES},
+    )  # fmt: skip
+
+    def work(job: cli.Job) -> None:
+        args, options = job.args, job.section("own.estimates", Options)
+        device, files = job.device(), dict(zip(sorted(job.spec["arms"]), args.models, strict=True))
+        for name, what in options.tasks.items():
+            for arm in set(what.arms) - set(files):
+                raise RetraceError(
+                    f"own.estimates.tasks.{name}.arms: no arm '{arm}'{nearest(arm, files)}"
+                )
+        frames: dict[str, list[pd.DataFrame]] = {t: [] for t in TABLES}
+        for arm, file in files.items():
+            loaded = models.load(file, device)
+            for name, what in options.tasks.items():
+                if arm not in what.arms:
+                    continue
+                cli.log.info("%s on %s", name, arm)
+                with torch.no_grad():
+                    task = Task(loaded.hf, given(name, what, loaded, options.seed, device))
+                    made = measure(task, what, options, Clock(device))
+                for table, frame in made.items():
+                    frame.insert(0, "arm", arm)
+                    frame.insert(1, "task", name)
+                    frames[table].append(frame)
+        certificate = job.certificate(args.models, seed=options.seed)
+        for table, some in frames.items():
+            tables.write_table(
+                getattr(args, table), pd.concat(some, ignore_index=True), certificate
+            )
+
+    cli.run("estimates", parser.parse_args(), work)
+
+
+if __name__ == "__main__":
+    main()

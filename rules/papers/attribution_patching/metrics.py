@@ -1,0 +1,60 @@
+"""Metrics of attribution patching: what they mean, and how the tables give them.
+
+Names are <arm>.<task>.<method>.<group>.<metric>; compared.py has the groups and the thresholds.
+Groups of nodes: all (heads, MLPs, queries, keys, values), head, mlp, q, k, v, qk; saturated and
+even, the queries and keys of heads whose largest attention weight is above 0.9 or not; early and
+late thirds of the layers; resid, the stream at named positions. Group edges: those patched exactly.
+"""
+
+from typing import Any
+
+import numpy as np
+
+METRICS = {
+    "*.correlation": "Pearson correlation of estimate and exact effect, mean over prompts; of "
+    "atp_star and the mean absolute effect",
+    "*.sign": "share of nodes or edges that matter (exact effect at least 1 % of the task's change "
+    "of logit difference) whose estimate has the sign of the exact effect",
+    "*.error": "sum of |estimate - exact| over the sum of |exact|",
+    "*.recall": "share of what matters most (largest 5 % by mean absolute exact effect, at least "
+    "five) that is as high among the estimates; of edges: of those that are patched exactly, by "
+    "the absolute value of the mean",
+    "*.effort": "share of the nodes or edges that must be patched exactly, in the order of the "
+    "estimate, until 90 % of what matters most is found",
+    "*.matter": "nodes or edges whose exact effect is at least 1 % of the task's change of logit "
+    "difference",
+    "*.missed": "share of those whose estimated size is below a fifth of the exact one: false "
+    "negatives",
+    "*.completeness_gap": "(sum of estimates of all edges into the logits - total) / |total|",
+    "*.seconds": "seconds that the method took for all nodes, or for edges; the two runs on the "
+    "prompts and their activations not counted",
+    "*.forwards": "forward passes of a plain program: one for each prompt of the pair, and one a "
+    "patch or point",
+    "*.backwards": "backward passes",
+    "*.total": "mean over prompts of m(corrupt) - m(clean), m the logit of the right answer minus "
+    "that of the wrong one",
+    "*.clean": "mean of m on the clean prompts",
+    "*.corrupt": "mean of m on the corrupt prompts",
+    "*.right": "share of clean prompts with m > 0",
+    "*.kept": "m on the corrupt prompts over m on the clean ones",
+}
+COLUMNS = "correlation sign error recall effort matter missed".split()
+
+
+def metrics(tables: dict[str, Any]) -> dict[str, float]:
+    """See METRICS; what is not a number is left out."""
+    out: dict[str, float] = {}
+    for row in tables["estimates/totals"].to_dict("records"):
+        key, total = f"{row['arm']}.{row['task']}", row["total"]
+        out |= {f"{key}.{name}": row[name] for name in ("total", "clean", "corrupt", "right")}
+        out[f"{key}.kept"] = row["corrupt"] / row["clean"]
+        for method in ("eap", "eap_ig"):
+            gap = (row[f"into_logits_{method}"] - total) / abs(total)
+            out[f"{key}.{method}.edges.completeness_gap"] = gap
+    for row in tables["estimates/quality"].to_dict("records"):
+        key = f"{row['arm']}.{row['task']}.{row['method']}.{row['group']}"
+        out |= {f"{key}.{name}": row[name] for name in COLUMNS}
+    for row in tables["estimates/costs"].to_dict("records"):
+        key = f"{row['arm']}.{row['task']}.{row['method']}.{row['unit']}s"
+        out |= {f"{key}.{name}": row[name] for name in ("seconds", "forwards", "backwards")}
+    return {name: float(x) for name, x in out.items() if np.isfinite(x)}

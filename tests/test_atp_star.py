@@ -1,0 +1,221 @@
+"""Queries, keys and values as nodes, edges in bulk, and AtP*: against plain loops and on paper."""
+
+from contextlib import ExitStack
+
+import pytest
+import torch
+from test_patching import CLOSE, KINDS, PROMPTS, logit_diff, small_step, tiny
+
+from pipeline import atp_star, circuits, eap
+from pipeline.inputs import input_nodes, input_patching, many_edges
+from pipeline.native import NativeForCausalLM
+from pipeline.paired import Node, Pairs, Task, mean_rows
+from pipeline.patching import activation_patching, edge_patching
+from pipeline.spec_circuits import CircuitsSpec
+from pipeline.spec_training import Architecture
+
+
+@pytest.fixture(params=KINDS)
+def task(request):
+    with torch.no_grad():
+        yield Task(tiny(request.param), Pairs.of(PROMPTS, 0, "cpu"))
+
+
+def input_of(task: Task, node: Node, tokens: torch.Tensor) -> torch.Tensor:
+    """What a head reads on tokens, [n pos d_head], by a whole forward pass."""
+    seen, place = [], task.heads.place(node.layer, node.kind, node.head)
+    handle = place.module.register_forward_hook(lambda _, __, out: seen.append(out))
+    task.hf(tokens)
+    handle.remove()
+    return seen[0][..., place.columns]
+
+
+def with_input(task: Task, node: Node, new: torch.Tensor) -> torch.Tensor:
+    """m with it replaced, by a whole forward pass."""
+    place = task.heads.place(node.layer, node.kind, node.head)
+
+    def after(_, __, out):
+        out = out.clone()
+        out[..., place.columns] = new
+        return out
+
+    handle = place.module.register_forward_hook(after)
+    found = logit_diff(task.hf(task.pairs.base).logits, task.pairs)
+    handle.remove()
+    return found
+
+
+# --- against plain loops -------------------------------------------------------------------
+
+
+def test_patched_inputs_are_whole_forward_passes(task):
+    nodes = input_nodes(task)
+    assert len(nodes) == 3 * (4 + 2 * task.heads.n_key_heads)
+    for node, effect in zip(nodes, input_patching(task, nodes), strict=True):
+        want = with_input(task, node, input_of(task, node, task.pairs.source)) - task.before
+        torch.testing.assert_close(effect, want, **CLOSE)
+
+
+def test_edges_in_bulk_are_edges_one_by_one(task):
+    edges, _ = eap.edges(task, [0.0])
+    told = []
+    found = many_edges(task, edges, told.append)
+    assert told[-1] == len(edges) and found.abs().max() > 1e-3
+    for edge, effect in zip(edges, found, strict=True):
+        torch.testing.assert_close(effect, edge_patching(task, edge), **CLOSE)
+
+
+def test_estimates_of_inputs_are_exact_for_small_changes(task):
+    near, nodes = small_step(task, 1e-2), input_nodes(task)
+    exact = input_patching(near, nodes)
+    for estimate in (eap.attribution_patching, atp_star.qk_fix):
+        torch.testing.assert_close(estimate(near, nodes), exact, atol=2e-4, rtol=0.1)
+
+
+def test_nodes_become_complete_with_points(task):
+    """Integrated gradients of the embedding sum to the change itself."""
+    nodes = [Node("resid", 0)]
+    found = eap.attribution_patching(task, nodes, tuple(eap.midpoints(64)))
+    torch.testing.assert_close(found[0].mean(), task.total.mean(), atol=0.02, rtol=0.02)
+
+
+def test_turned_patterns_are_those_of_patched_inputs(task):
+    """The patched pattern of a head times its base values is its z: by the plain way."""
+    turns, heads = atp_star.turned(task), task.heads
+    share = heads.n_heads // heads.n_key_heads
+    for slot in ("q", "k"):
+        node = Node(slot, 1, 1)
+        new, seen = input_of(task, node, task.pairs.source), []
+        with heads.z_edited(1, lambda z, seen=seen: seen.append(z.clone())):
+            with_input(task, node, new)
+        for h in range(heads.n_heads) if slot == "k" else [1]:
+            if slot == "k" and h // share != 1:
+                continue
+            v = input_of(task, Node("v", 1, h // share), task.pairs.base)
+            at = slice(h * heads.d_head, (h + 1) * heads.d_head)
+            change = (seen[0] - task.base.z[1])[..., at]
+            torch.testing.assert_close(turns[slot][1][:, h] @ v, change, **CLOSE)
+
+
+def detached(task: Task, layer: int, nodes: list[Node]) -> torch.Tensor:
+    """Attribution patching in a model whose `layer` passes no gradient on, the plain way."""
+    quiet = lambda out: out.detach() + 0 * out  # noqa: E731
+    with ExitStack() as stack:
+        for module in (task.heads.attn(layer), task.heads.layers[layer].mlp):
+
+            def after(_, __, out):
+                return (quiet(out[0]), *out[1:]) if isinstance(out, tuple) else quiet(out)
+
+            stack.callback(module.register_forward_hook(after).remove)
+        return eap.attribution_patching(task, nodes)
+
+
+def test_dropped_gradients_are_those_of_detached_layers(task):
+    nodes = [n for n in circuits.parts(task) if n.kind == "head"]
+    nodes += [Node("resid", i, -1, "late") for i in range(3)]
+    for layer, grads in enumerate(atp_star.dropped(task)):
+        found = eap.scored(task, nodes, eap.by_part(task, grads))
+        torch.testing.assert_close(found, detached(task, layer, nodes), **CLOSE)
+        own = [i for i, n in enumerate(nodes) if n.kind == "head" and n.layer == layer]
+        assert not found[own].any()
+
+
+def test_atp_star_is_the_mean_of_dropped_estimates(task):
+    nodes = [Node("head", 1, 2), Node("mlp", 0), Node("v", 1, 0), Node("resid", 2, -1, "late")]
+    found = atp_star.atp_star(task, nodes)
+    several = [eap.scored(task, nodes, eap.by_part(task, g)).abs() for g in atp_star.dropped(task)]
+    torch.testing.assert_close(found, sum(several) / 2, **CLOSE)
+
+
+# --- on paper ------------------------------------------------------------------------------
+
+
+def blank() -> NativeForCausalLM:
+    """Two layers that do nothing; embedding and unembedding are the identity, a head a layer."""
+    shape = {"n_layers": 2, "d_model": 4, "n_heads": 1, "d_mlp": 2, "n_ctx": 8}
+    shape |= {"normalization": "none", "positional": "standard", "bias": "none"}
+    hf = NativeForCausalLM({"d_vocab": 4, **Architecture(**shape).model_dump()}).eval()
+    for p in hf.requires_grad_(False).parameters():
+        p.zero_()
+    hf.model.tok_embed.weight.copy_(torch.eye(4))
+    hf.model.head.weight.copy_(torch.eye(4))
+    return hf
+
+
+def on(hf: NativeForCausalLM, clean: list[int], corrupt: list[int]) -> Task:
+    prompts = {"clean": [clean], "corrupt": [corrupt], "answer": [1], "foil": [0], "positions": {}}
+    return Task(hf, Pairs.of(prompts, None, "cpu"))
+
+
+@pytest.mark.parametrize(
+    ("kind", "corrupt"), [("q", [1, 0, 3]), ("k", [0, 1, 2])], ids=["query", "keys"]
+)
+def test_a_saturated_head_is_seen_with_the_fix_alone(kind, corrupt):
+    """Token 2 asks for token 1, token 3 for token 0; the head copies what it attends to.
+
+    Its weight is on one token to within exp(-30), so the gradient of its query is nothing; with
+    another query, or the keys exchanged, it copies the other token: m goes from 1 to -1.
+    """
+    with torch.no_grad():
+        hf = blank()
+        attn = hf.model.layers[0].attn
+        attn.q.weight[1, 2] = attn.q.weight[0, 3] = 60.0  # over sqrt(d_head) = 2
+        for part in (attn.k, attn.v, attn.o):
+            part.weight[:2, :2] = torch.eye(2)
+        task = on(hf, [1, 0, 2], corrupt)
+        node = [Node(kind, 0, 0)]
+        assert task.before.item() == pytest.approx(1)
+        assert input_patching(task, node).item() == pytest.approx(-2)
+        assert eap.attribution_patching(task, node).item() == pytest.approx(0, abs=1e-6)
+        assert atp_star.qk_fix(task, node).item() == pytest.approx(-2)
+        # layer 0 dropped: 0; layer 1 dropped: 2
+        assert atp_star.atp_star(task, node).item() == pytest.approx(2)
+
+
+def test_a_node_whose_effects_cancel_is_seen_with_graddrop_alone():
+    """Attention is even. Head 0.0 writes the token: -1 at the end when it is patched; head 1.0
+    reads it at both places, -1.5 a logit, and takes two thirds of that away: +1."""
+    with torch.no_grad():
+        hf = blank()
+        for layer, sign in ((0, 1.0), (1, -2 / 3)):
+            attn = hf.model.layers[layer].attn
+            attn.v.weight[:2, :2] = torch.eye(2)
+            attn.o.weight[:2, :2] = sign * torch.eye(2)
+        task = on(hf, [1, 2], [0, 2])
+        node = [Node("head", 0, 0)]
+        assert activation_patching(task, node).item() == pytest.approx(0, abs=1e-6)
+        for method in (eap.attribution_patching, atp_star.qk_fix):
+            assert method(task, node).item() == pytest.approx(0, abs=1e-6)
+        assert atp_star.atp_star(task, node).item() == pytest.approx(1)
+
+
+def test_several_answers_are_the_mean_of_their_logits():
+    prompts = PROMPTS | {"answer": [[1, 7], [2]], "foil": [[3, 5, 9], [4, 8]]}
+    with torch.no_grad():
+        task = Task(tiny("llama"), Pairs.of(prompts, 0, "cpu"))
+        logits = task.hf(task.pairs.base).logits
+    last = logits[torch.arange(2), task.pairs.end]
+    want = [last[0, [1, 7]].mean() - last[0, [3, 5, 9]].mean(), last[1, 2] - last[1, [4, 8]].mean()]
+    torch.testing.assert_close(task.before, torch.stack(want), **CLOSE)
+    rows = torch.arange(12.0).view(4, 3)
+    ids = torch.tensor([[0, 1, -1], [3, -1, -1]])
+    torch.testing.assert_close(mean_rows(rows, ids), torch.stack([rows[:2].mean(0), rows[3]]))
+
+
+# --- the stage -----------------------------------------------------------------------------
+
+
+def test_the_stage_has_atp_star_and_edges_drawn_at_random():
+    methods = ["activation_patching", "attribution_patching", "atp_star", "eap"]
+    spec = CircuitsSpec(prompts="p", methods=methods, n_exact=4, n_drawn=30)
+    with torch.no_grad():
+        frames = circuits.measure(Task(tiny("llama"), Pairs.of(PROMPTS, 0, "cpu")), spec)
+    nodes, edges = frames["nodes"], frames["edges"]
+    star = nodes[nodes["method"] == "atp_star"]
+    assert len(star) == 15 and (star["score"] >= 0).all() and star["score"].max() > 1e-3
+    assert frames["methods"]["method"].tolist() == methods
+    known = edges["exact"].notna()
+    drawn = circuits.drawn(len(edges), 30, 0)
+    assert known[drawn].all() and 30 <= known.sum() <= 34
+    strongest = edges["score"].abs().nlargest(4).index
+    assert known[strongest].all()
