@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import ExitStack
 from itertools import permutations, product
 from pathlib import Path
 
@@ -22,8 +23,9 @@ from pipeline.spec import parse
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "rules/papers/circuit_discovery"
 MODELS = FOLDER / "models"
-discovery, truth, sequences, programs = (
-    import_file(FOLDER / f"{name}.py") for name in ("discovery", "truth", "sequences", "programs")
+discovery, truth, sequences, programs, siit = (
+    import_file(FOLDER / f"{name}.py")
+    for name in ("discovery", "truth", "sequences", "programs", "siit")
 )
 TASKS = ["reverse", "xproportion"]
 
@@ -142,6 +144,63 @@ def test_a_reset_network_has_its_neurons_permuted_and_nothing_else():
             assert torch.equal(p, q)
 
 
+# --- the trained model -----------------------------------------------------------------------
+
+
+def siit_options(**more):
+    own = papers.load(FOLDER, "smoke").spec.own["siit"]
+    return parse(siit.Options, own | more, "paper.yaml")
+
+
+def test_the_program_that_is_trained():
+    tokens = torch.tensor([[0, 3, 2, 3, 5]])  # BOS x w x z
+    torch.testing.assert_close(
+        siit.share(siit.is_x(tokens)), torch.tensor([[1.0, 1 / 2, 2 / 3, 1 / 2]])
+    )
+
+
+def test_a_replaced_node_is_that_of_the_source():
+    """Every head and MLP of the source is the source, but for the embeddings' own way."""
+    hf = native.NativeForCausalLM({"d_vocab": 6, **siit_options().architecture.model_dump()})
+    for p in hf.parameters():
+        torch.nn.init.normal_(p, std=0.3)
+    hf.requires_grad_(False)
+    model, every = siit.Swapped(hf), siit.every_sequence()
+    base, source = every[3:40], every[100:137]
+    with model.seen() as acts:
+        wanted = model.outputs(source)
+        embeds = [hf.model.tok_embed.weight[t] for t in (base, source)]
+    mask = torch.ones(base.shape, dtype=torch.bool)
+    last = [siit.IS_X, siit.SHARE, *siit.outside(model.heads)]
+    assert len(last) == len(set(last)) == 2 * 2 + 2
+    with ExitStack() as stack:
+        for node in last:
+            stack.enter_context(model.replaced(node, acts[node.kind, node.layer], mask))
+        got = model.outputs(base)
+    end = hf.model.ln_out
+    seen = []
+    handle = end.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
+    hf(source)
+    handle.remove()
+    stream = seen[0] + embeds[0] - embeds[1]
+    torch.testing.assert_close(got, hf.model.head(end(stream))[:, 1:, 0], atol=1e-4, rtol=1e-4)
+    assert not torch.allclose(got, wanted, atol=1e-3)
+
+
+def test_training_lowers_all_three_errors():
+    cpu = torch.device("cpu")
+    _, history = siit.train(siit_options(steps=150, batch_size=32), cpu)
+    first, last = history.head(2).mean(), history.tail(2).mean()
+    assert (last[siit.CHECKS] < 0.5 * first[siit.CHECKS]).all()
+
+
+def test_the_same_seed_is_the_same_model():
+    cpu = torch.device("cpu")
+    a, b = (siit.train(siit_options(steps=3), cpu)[0] for _ in range(2))
+    for p, q in zip(a.parameters(), b.parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
 # --- the whole ---------------------------------------------------------------------------------
 
 
@@ -151,12 +210,14 @@ def made():
     paper = papers.load(FOLDER, "smoke")
     options = parse(discovery.Options, paper.spec.own["discovery"], "paper.yaml")
     frames: dict[str, list] = {t: [] for t in discovery.TABLES}
+    trained, history = siit.train(siit_options(), torch.device("cpu"))
     with torch.no_grad():
         for name, task in options.tasks.items():
-            hf = model(task.model)
+            hf = trained if task.model == "siit" else model(task.model)
             for table, some in discovery.measured(name, task, hf, options, lambda: None).items():
                 frames[table] += some
-    return paper, {f"discovery/{t}": pd.concat(f, ignore_index=True) for t, f in frames.items()}
+    out = {f"discovery/{t}": pd.concat(f, ignore_index=True) for t, f in frames.items()}
+    return paper, out | {"siit/history": history, "siit/checks": siit.checks(trained, 1)}
 
 
 def test_tables_agree_with_each_other(made):

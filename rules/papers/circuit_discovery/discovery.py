@@ -24,7 +24,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from pipeline import acdc, circuits, cli, eap, roc, tables
+from pipeline import acdc, circuits, cli, eap, native, roc, tables
 from pipeline import model as models
 from pipeline.edge_graph import EdgeGraph
 from pipeline.source import import_file
@@ -40,7 +40,7 @@ N_RANDOM = 50
 class Task(Section):
     """A compiled model on some sequences."""
 
-    model: Name = Field(description="an arm")
+    model: Name = Field(description="an arm, or siit: the model that siit.py trains")
     sequences: Name = Field(description="a function of sequences.py")
     n_outputs: int = Field(ge=1, description="logits that hold the output, see tracr.json")
 
@@ -124,6 +124,8 @@ def areas(edges: pd.DataFrame, known: pd.DataFrame, seed: int) -> pd.DataFrame:
     for method, sets in found.items():
         for name in truth.SOURCES:
             own = known[name].to_numpy(bool)
+            if not own.any():
+                continue
             each = pd.DataFrame([roc.areas(known, some, own) for some in sets])
             rows.append({"method": method, "truth": name, **each.mean()})
     return pd.DataFrame(rows)
@@ -166,13 +168,18 @@ def measured(
 def main() -> None:
     parser = cli.parser(
         "discovery", __doc__, models="model.json of every arm, sorted by name*",
+        siit="folder of the model that siit.py trained",
         **{t: f"{t}.parquet" for t in TABLES},
     )  # fmt: skip
 
     def work(job: cli.Job) -> None:
         args, options = job.args, job.section("own.discovery", Options)
         device = job.device()
-        files = dict(zip(sorted(job.spec["arms"]), args.models, strict=True))
+        hfs = {
+            arm: models.load(file, device).hf
+            for arm, file in zip(sorted(job.spec["arms"]), args.models, strict=True)
+        }
+        hfs["siit"] = native.from_folder(Path(args.siit)).to(device).eval().requires_grad_(False)
         frames: dict[str, list[pd.DataFrame]] = {t: [] for t in TABLES}
         each = len(options.seeds) * len(options.weights) * len(options.ablations)
         progress, done = cli.Progress("circuits", each * len(options.tasks), "graphs"), [0]
@@ -183,10 +190,11 @@ def main() -> None:
 
         with torch.no_grad():
             for name, task in options.tasks.items():
-                model = models.load(files[task.model], device).hf
+                model = hfs[task.model]
                 for table, some in measured(name, task, model, options, told).items():
                     frames[table] += some
-        certificate = job.certificate(args.models)
+        trained = Path(args.siit) / "model.safetensors"
+        certificate = job.certificate([*args.models, trained])
         for table, some in frames.items():
             frame = pd.concat(some, ignore_index=True)
             tables.write_table(getattr(args, table), frame, certificate)

@@ -8,7 +8,12 @@ from plotly.subplots import make_subplots
 
 from pipeline.theme import PALETTE
 
-TASKS = {"reverse": "reverse", "xproportion": "xproportion", "letters": "xproportion, letters"}
+TASKS = {
+    "reverse": "reverse",
+    "xproportion": "xproportion",
+    "letters": "xproportion, letters",
+    "siit": "xproportion, trained",
+}
 ABLATIONS = {"zero": "zero ablation", "corrupt": "corrupt ablation"}
 TRUTHS = {
     "wired": "what the weights wire",

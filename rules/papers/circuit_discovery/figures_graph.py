@@ -106,8 +106,8 @@ def edge_table(rows: pd.DataFrame, known: np.ndarray) -> pd.DataFrame:
 def graph(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure, pd.DataFrame]:
     """A list chooses the task, the ablation and the known circuit."""
     edges, truth = common.first(tables["discovery/edges"]), tables["discovery/truth"]
-    figure, choices, numbers, frames = go.Figure(), {}, [], []
-    for task, ablation, name in cases(edges):
+    figure, choices, numbers, frames, heights = go.Figure(), {}, [], [], []
+    for task, ablation, name in cases(edges, truth):
         rows = edges[(edges["task"] == task) & (edges["ablation"] == ablation)]
         own = truth[truth["task"] == task][name].to_numpy(bool)
         table = edge_table(rows[rows["method"] == "acdc"], own)
@@ -122,6 +122,7 @@ def graph(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure, p
             numbers.append(len(choices))
         label = f"{common.TASKS[task]}, {common.ABLATIONS[ablation]}: {common.TRUTHS[name]}"
         choices[label] = place["logits"][0] + 0.4
+        heights += [y for _, y in place.values()]
         frames.append(table.assign(task=task, ablation=ablation, truth=name))
     updates = {
         label: [{"visible": [n == i for n in numbers]}, {"xaxis.range": [-0.4, end]}]
@@ -130,12 +131,12 @@ def graph(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure, p
     bare = {"visible": False, "showgrid": False}
     first_end = next(iter(choices.values()))
     figure.update_xaxes(**bare, range=[-0.4, first_end])
-    figure.update_yaxes(**bare, range=[-2.1, 2.3])
+    figure.update_yaxes(**bare, range=[-2.1, 1.2 + max(heights)])
     figure.update_layout(height=440, updatemenus=[selector(updates)], margin={"l": 12})
     return figure, pd.concat(frames, ignore_index=True)
 
 
-def cases(edges: pd.DataFrame) -> list[tuple[str, str, str]]:
+def cases(edges: pd.DataFrame, truth: pd.DataFrame) -> list[tuple[str, str, str]]:
     """(task, ablation, known circuit) of each picture."""
     return [
         (task, ablation, name)
@@ -143,4 +144,5 @@ def cases(edges: pd.DataFrame) -> list[tuple[str, str, str]]:
         for ablation in common.ABLATIONS
         for name in common.TRUTHS
         if ((edges["task"] == task) & (edges["ablation"] == ablation)).any()
+        and truth[truth["task"] == task][name].any()
     ]

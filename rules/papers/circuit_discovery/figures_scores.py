@@ -30,7 +30,7 @@ def roc(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
         for (task, ablation), at in place.items():
             own = truth[truth["task"] == task][name].to_numpy(bool)
             here = edges[(edges["task"] == task) & (edges["ablation"] == ablation)]
-            for method, (label, shade, dash) in common.METHODS.items():
+            for method, (label, shade, dash) in common.METHODS.items() if own.any() else ():
                 found = curves.found_sets(here[here["method"] == method])
                 fpr, tpr = curves.curve(found, own)
                 line = go.Scatter(

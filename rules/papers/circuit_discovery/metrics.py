@@ -17,6 +17,8 @@ METRICS = {  # the first pattern that fits a name counts
     "*.edges": "area under the ROC curve of a method's edges against a known circuit, pessimistic "
     "between the points (pipeline/roc.py); of random scores the mean of 50 orders",
     "*.nodes": "the same of the nodes that these edges touch",
+    "siit.error.*": "largest mean squared error of the trained model over nodes: its outputs "
+    "(behaviour), with a part of the program swapped (interchange), with anything else (strict)",
     "*.correlation": "Pearson correlation of |score| and |rise of the loss when the edge alone is "
     "cut| over all edges",
     "*.acdc.n_edges": "edges that ACDC keeps at the smallest threshold",
@@ -42,7 +44,10 @@ def metrics(tables: dict[str, Any]) -> dict[str, Any]:
     edges, truth, sets, areas = (
         tables[f"discovery/{t}"] for t in ("edges", "truth", "sets", "areas")
     )
-    out: dict[str, Any] = {}
+    out: dict[str, Any] = {
+        f"siit.error.{check}": float(rows["error"].max())
+        for check, rows in tables["siit/checks"].groupby("check")
+    }
     for (*key, method, name), rows in areas.groupby([*KEYS, "truth"], sort=False):
         for unit in ("edges", "nodes"):
             out[f"{prefix(*key)}.{method}.{name}.{unit}"] = rows[unit].tolist()
@@ -50,6 +55,8 @@ def metrics(tables: dict[str, Any]) -> dict[str, Any]:
         out[f"{task}.n.edges"] = float(len(rows))
         for name in TRUTHS:
             out[f"{task}.n.{name}"] = float(rows[name].sum())
+        if not rows["wired"].any():
+            continue
         wired, authors = rows["wired"].to_numpy(bool), rows["authors"].to_numpy(bool)
         out[f"{task}.authors_wired"] = float((wired & authors).sum() / authors.sum())
         out[f"{task}.wired_authors"] = float((wired & authors).sum() / wired.sum())

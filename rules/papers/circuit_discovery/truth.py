@@ -27,6 +27,7 @@ AUTHORS = {
 SWAPPED = {
     "reverse": "3.0 > logits; 3.0.v; embed > 3.0.v",
     "xproportion": "1.0 > logits; 1.0.v; mlp0 > 1.0.v; embed > mlp0",
+    "siit": "1.0 > logits; 1.0.v; mlp0 > 1.0.v; embed > mlp0",  # what siit.py trains for
 }
 
 SOURCES = ("wired", "authors", "swapped")
@@ -116,7 +117,13 @@ def wired(graph: EdgeGraph) -> Tensor:
     return out
 
 
-def truths(graph: EdgeGraph, task: str) -> dict[str, Tensor]:
-    """Source -> its circuit, bool [edges]."""
-    lists = {"authors": AUTHORS, "swapped": SWAPPED}
-    return {"wired": wired(graph)} | {k: listed(graph, v[task]) for k, v in lists.items()}
+def truths(graph: EdgeGraph, model: str) -> dict[str, Tensor]:
+    """Source -> its circuit, bool [edges]; no edges where a source does not speak of a model.
+
+    In a trained model everything is wired with everything, so that says nothing there.
+    """
+    none = torch.zeros(len(graph.edges), dtype=torch.bool)
+    out = {"wired": wired(graph) if model in AUTHORS else none}
+    for name, lists in (("authors", AUTHORS), ("swapped", SWAPPED)):
+        out[name] = listed(graph, lists[model]) if model in lists else none
+    return out
