@@ -112,13 +112,12 @@ class EdgeGraph:
     def _edges(self) -> Iterator[Edge]:
         latest_first = lambda s: (-s.layer, s.kind != "mlp", s.head)  # noqa: E731
         for layer in range(self.heads.n_layers, -1, -1):
-            for slot in ("logits", "mlp", "v", "k", "q"):
-                if slot in SLOTS and (layer, slot) in self.targets:
+            for what in ("logits", "mlp", "uses", "v", "k", "q"):
+                for slot in "vkq" if what == "uses" and (layer, "v") in self.targets else "":
                     for target, _ in reversed(self.targets[layer, slot]):
                         yield self._gate(layer, target.head, slot)
-            for slot in ("logits", "mlp", "v", "k", "q"):
-                for target, name in reversed(self.targets.get((layer, slot), [])):
-                    parts = sorted(self.before((layer, slot))[self.n_embeds :], key=latest_first)
+                for target, name in reversed(self.targets.get((layer, what), [])):
+                    parts = sorted(self.before((layer, what))[self.n_embeds :], key=latest_first)
                     for source in [*parts, *self.sources[: self.n_embeds]]:
                         yield Edge(source, target, name)
 

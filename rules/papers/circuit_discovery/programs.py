@@ -43,14 +43,6 @@ def programs() -> dict[str, tuple[Any, set]]:
     }
 
 
-def compiled(task: str) -> Any:
-    """The program as tracr's model."""
-    from tracr.compiler import compiling
-
-    program, vocabulary = programs()[task]
-    return compiling.compile_rasp_to_model(program, vocabulary, MAX_LENGTH, compiler_bos=BOS)
-
-
 def outputs(model: Any, name: str) -> list[int]:
     """The residual dimensions that hold the output, in the order of its values."""
     labels = model.residual_labels
@@ -93,11 +85,12 @@ def config(model: Any) -> dict[str, Any]:
     return shape.model_dump() | own
 
 
-def write(task: str, folder: Path) -> None:
-    """Compile a task into folder/<task>/."""
+def write(task: str, program: Any, vocabulary: set, folder: Path) -> None:
+    """Compile a program into folder/<task>/."""
     from safetensors.numpy import save_file
+    from tracr.compiler import compiling
 
-    model, (program, _) = compiled(task), programs()[task]
+    model = compiling.compile_rasp_to_model(program, vocabulary, MAX_LENGTH, compiler_bos=BOS)
     out = outputs(model, program.label)
     folder = folder / task
     folder.mkdir(parents=True, exist_ok=True)
@@ -119,8 +112,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compile the tasks with tracr.")
     parser.add_argument("folder", type=Path, help="where the models are written")
     folder = parser.parse_args().folder
-    for task in programs():
-        write(task, folder)
+    for task, (program, vocabulary) in programs().items():
+        write(task, program, vocabulary, folder)
 
 
 if __name__ == "__main__":
