@@ -73,7 +73,8 @@ def acdc(
     """Which edges stay at each threshold, bool [thresholds edges], and the rises of L, likewise.
 
     1. H <- G.  2. For v from the logits down, for each u -> v: cut it; if L rises by less than tau,
-    it stays cut.  All thresholds are run side by side, each as if alone.
+    it stays cut.  All thresholds are run side by side, each as if alone. An edge into what nothing
+    reads any more is cut without a run: its rise is 0.
 
     Args:
         told: called with the number of edges done so far.
@@ -82,6 +83,9 @@ def acdc(
     kept = graph.everything(len(thresholds))
     current, rises = loss(graph.run(kept)), torch.zeros_like(kept)
     for i in range(len(graph.edges)):
+        if not kept[:, graph.carriers(i)].any():
+            kept[:, i] = 0
+            continue
         trial = kept.clone()
         trial[:, i] = 0
         after = loss(graph.run(trial))

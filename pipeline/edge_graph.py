@@ -59,6 +59,9 @@ class EdgeGraph:
         self.targets = self._targets()
         self.edges = list(self._edges())
         self.at = {edge: i for i, edge in enumerate(self.edges)}
+        self.out_of: dict[tuple[str, int], list[int]] = {}
+        for edge, i in self.at.items():
+            self.out_of.setdefault(edge.source[:2], []).append(i)
         self.columns = {
             key: self._index([[Edge(s, t, slot) for s in self.before(key)] for t, slot in some])
             for key, some in self.targets.items()
@@ -125,6 +128,19 @@ class EdgeGraph:
         where = [[self.at[e] for e in row] if isinstance(row, list) else self.at[row]
                  for row in edges]  # fmt: skip
         return torch.tensor(where, device=self.tokens.device)
+
+    def carriers(self, i: int) -> list[int]:
+        """The edges of which one at least must be there for what edge i carries to be felt.
+
+        Of the edges into a query, that to its head; of that, all edges out of heads of the layer,
+        as several may share a key; of an edge into the logits, itself.
+        """
+        edge = self.edges[i]
+        if edge.target == LOGITS:
+            return [i]
+        if edge.source.kind != "input" and edge.target.kind == "head":
+            return [self.at[self._gate(edge.target.layer, edge.target.head, edge.slot)]]
+        return self.out_of[edge.target[:2]]
 
     def everything(self, k: int = 1) -> Tensor:
         """The whole graph, k times: ones [k edges]."""

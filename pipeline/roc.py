@@ -11,8 +11,6 @@ A node is found where an edge that touches it is. Queries, keys and values are n
 their inputs, as in the authors' code.
 """
 
-from collections.abc import Iterable
-
 import numpy as np
 import pandas as pd
 
@@ -63,20 +61,24 @@ def ends(edge: tuple) -> tuple[str, str]:
     return source, f"mlp {to_layer}" if to == "mlp" else to
 
 
-def incidence(edges: Iterable[tuple]) -> tuple[list[str], np.ndarray]:
-    """The nodes of a graph, and which edges touch them, bool [edges nodes]."""
-    pairs = [ends(e) for e in edges]
+def incidence(edges: pd.DataFrame) -> tuple[list[str], np.ndarray]:
+    """The nodes of a graph, and which edges touch them, bool [edges nodes].
+
+    Args:
+        edges: COLUMNS, a row an edge.
+    """
+    pairs = [ends(e) for e in edges[COLUMNS].itertuples(index=False, name=None)]
     nodes = sorted({n for pair in pairs for n in pair})
     return nodes, np.array([[n in pair for n in nodes] for pair in pairs])
 
 
-def areas(edges: pd.DataFrame, found: np.ndarray, truth: np.ndarray) -> dict[str, float]:
+def areas(touched: np.ndarray, found: np.ndarray, truth: np.ndarray) -> dict[str, float]:
     """AUC of edges and of nodes.
 
     Args:
-        edges: COLUMNS, a row an edge; found: bool [sets edges]; truth: bool [edges].
+        touched: of `incidence`, bool [edges nodes].
+        found: bool [sets edges]; truth: bool [edges].
     """
-    _, touched = incidence(edges[COLUMNS].itertuples(index=False, name=None))
     nodes = (found.astype(int) @ touched) > 0, (truth.astype(int) @ touched) > 0
     return {
         "edges": pessimistic_auc(*curve(found, truth)),

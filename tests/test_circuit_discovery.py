@@ -97,7 +97,7 @@ def test_the_authors_circuit_has_their_size(task, edges, nodes):
     tokens = torch.tensor([[0, 1, 2, 3]])
     graph = EdgeGraph(model(task), tokens, positions=True)
     rows = discovery.truth_rows(graph, task)
-    _, touched = roc.incidence(rows[roc.COLUMNS].itertuples(index=False, name=None))
+    _, touched = roc.incidence(rows)
     own = rows["authors"].to_numpy(int)
     assert own.sum() == edges and ((own @ touched) > 0).sum() == nodes
 

@@ -59,16 +59,16 @@ def test_nodes_that_edges_touch():
         ("head 0.0", "mlp 0"),
         ("mlp 0", "logits"),
     ]
-    nodes, touched = roc.incidence(EDGES)
+    nodes, touched = roc.incidence(pd.DataFrame(EDGES, columns=roc.COLUMNS))
     assert nodes == sorted(["0.0.v", "0.0.v input", "embed", "head 0.0", "logits", "mlp 0"])
     assert touched.sum() == 8 and touched.sum(0).max() == 2
 
 
 def test_areas_of_edges_and_nodes():
-    frame = pd.DataFrame(EDGES, columns=roc.COLUMNS)
+    _, touched = roc.incidence(pd.DataFrame(EDGES, columns=roc.COLUMNS))
     truth = np.array([1, 1, 0, 0], bool)
     found = np.array([[1, 0, 0, 0]], bool)  # half of the edges, two of three nodes
-    assert roc.areas(frame, found, truth) == pytest.approx({"edges": 0.5, "nodes": 2 / 3})
+    assert roc.areas(touched, found, truth) == pytest.approx({"edges": 0.5, "nodes": 2 / 3})
 
 
 def test_sets_out_of_rows():

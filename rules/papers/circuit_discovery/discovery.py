@@ -120,13 +120,14 @@ def areas(edges: pd.DataFrame, known: pd.DataFrame, seed: int) -> pd.DataFrame:
     found = {m: [roc.found_sets(rows)] for m, rows in edges.groupby("method", sort=False)}
     orders = [rng.permutation(len(known)) + 1.0 for _ in range(N_RANDOM)]
     found["random"] = [roc.sets_of_scores(order) for order in orders]
+    _, touched = roc.incidence(known)
     rows = []
     for method, sets in found.items():
         for name in truth.SOURCES:
             own = known[name].to_numpy(bool)
             if not own.any():
                 continue
-            each = pd.DataFrame([roc.areas(known, some, own) for some in sets])
+            each = pd.DataFrame([roc.areas(touched, some, own) for some in sets])
             rows.append({"method": method, "truth": name, **each.mean()})
     return pd.DataFrame(rows)
 

@@ -157,7 +157,7 @@ def train(options: Options, device: torch.device) -> tuple[NativeForCausalLM, pd
         optimiser.step()
         schedule.step()
         if step % 10 == 0 or step == options.steps:
-            rows.append({"step": step} | {k: float(v) for k, v in found.items()})
+            rows.append({"step": step} | {k: float(v.detach()) for k, v in found.items()})
         progress.at(step)
     return hf.eval().requires_grad_(False), pd.DataFrame(rows)
 
