@@ -9,9 +9,10 @@ For each task, for its weights and for a reset network, for zero and corrupt abl
 4. areas   under the ROC curves of edges and nodes (pipeline/roc.py), by truth; of edges in random
            order, too, the mean of 50 orders.
 
-A reset network has its neurons permuted apart, weights and biases, as in the authors'
-create_reset_networks.py; heads are permuted there, too, but these models have one a layer. Its loss
-is measured against the outputs of the model that was reset, as in the authors' runs.
+A reset network has the outputs of its queries, keys, values and MLP inputs permuted, each tensor
+apart, as in the authors' create_reset_networks.py with scramble_head_outputs; heads are permuted
+there, too, but the compiled models have one a layer. Its loss is measured against the outputs of
+the model that was reset, as in the authors' runs.
 """
 
 import copy
@@ -67,12 +68,21 @@ class Options(Section):
 
 
 def reset(model: nn.Module, seed: int) -> nn.Module:
-    """A copy whose MLP neurons get each other's input weights, and apart from them, biases."""
+    """A copy in which neurons, and the coordinates of q, k and v of a head, change places.
+
+    Weights and biases are permuted apart from each other, and so are q, k and v.
+    """
     generator, out = torch.Generator().manual_seed(seed), copy.deepcopy(model)
     with torch.no_grad():
         for layer in out.base_model.layers:
-            for p in layer.mlp.fc_in.parameters():
-                p.copy_(p[torch.randperm(len(p), generator=generator).to(p.device)])
+            attn = layer.attn
+            for linear, width in (
+                (attn.q, attn.d_head), (attn.k, attn.d_head), (attn.v, attn.d_head),
+                (layer.mlp.fc_in, len(layer.mlp.fc_in.bias)),
+            ):  # fmt: skip
+                for p in linear.parameters():
+                    order = torch.randperm(width, generator=generator).to(p.device)
+                    p.copy_(p.unflatten(0, (-1, width))[:, order].flatten(0, 1))
     return out
 
 

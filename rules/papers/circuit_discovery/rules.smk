@@ -12,7 +12,7 @@ rule circuit_discovery_siit:
         "results/benchmarks/{scale}/{paper}/siit.tsv"
     wildcard_constraints:
         paper="circuit_discovery",
-    threads: THREADS
+    threads: 1  # more only wait for each other on tensors so small
     resources:
         mem_mb=4000,
         runtime=60,
@@ -46,7 +46,7 @@ rule circuit_discovery_discovery:
         "results/benchmarks/{scale}/{paper}/discovery.tsv"
     wildcard_constraints:
         paper="circuit_discovery",
-    threads: THREADS
+    threads: 1  # more only wait for each other on tensors so small
     resources:
         mem_mb=4000,
         runtime=60,
