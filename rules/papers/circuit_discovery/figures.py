@@ -30,6 +30,11 @@ def areas(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     return import_file(HERE / "figures_scores.py").areas(tables, options)
 
 
+def scores(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
+    """The score of every edge."""
+    return import_file(HERE / "figures_scores.py").scores(tables, options)
+
+
 def distance(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     """What circuits of each size still do."""
     return import_file(HERE / "figures_scores.py").distance(tables, options)

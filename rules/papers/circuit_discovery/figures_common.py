@@ -2,10 +2,12 @@
 
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
+from pipeline import roc
 from pipeline.theme import PALETTE
 
 TASKS = {
@@ -26,11 +28,39 @@ METHODS = {
     "eap_ig": ("EAP-IG", PALETTE[2], "dash"),
     "exact": ("exact single cuts", PALETTE[4], "dashdot"),
 }
+NOUGHT = 1e-20  # where 0 stands on a log scale
 
 
 def first(frame: pd.DataFrame) -> pd.DataFrame:
     """The rows of the trained weights and the first seed."""
     return frame[(frame["weights"] == "trained") & (frame["seed"] == frame["seed"].min())]
+
+
+def relative(edges: pd.DataFrame, known: np.ndarray) -> pd.DataFrame:
+    """|score| of every edge over its method's largest, at least NOUGHT; x spreads them out.
+
+    Of ACDC the rises at its smallest threshold count, so far as they are rises.
+    """
+    out = []
+    for place, method in enumerate(METHODS):
+        rows = edges[edges["method"] == method]
+        if method == "acdc":
+            rows = rows[rows["threshold"] == rows["threshold"].min()]
+        size = rows["score"].clip(lower=0) if method == "acdc" else rows["score"].abs()
+        ends = [roc.ends(e) for e in rows[roc.COLUMNS].itertuples(index=False, name=None)]
+        spread = np.linspace(-0.32, 0.32, len(rows))
+        out.append(
+            pd.DataFrame(
+                {
+                    "method": method,
+                    "edge": [" → ".join(pair) for pair in ends],
+                    "x": place + spread,
+                    "size": (size / (size.max() or 1)).clip(lower=NOUGHT).to_numpy(),
+                    "known": known,
+                }
+            )
+        )
+    return pd.concat(out, ignore_index=True)
 
 
 def panels(frame: pd.DataFrame, **more: Any) -> tuple[go.Figure, dict[tuple, dict[str, int]]]:

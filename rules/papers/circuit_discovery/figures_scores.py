@@ -11,6 +11,7 @@ from pipeline.source import import_file
 from pipeline.theme import INK, PALETTE, rgba, selector
 
 common = import_file(Path(__file__).with_name("figures_common.py"))
+KNOWN = {True: ("in the circuit", PALETTE[2]), False: ("not in it", PALETTE[1])}
 Drawn = tuple[go.Figure, pd.DataFrame]
 # experiments/results/auc_tables.tex of the authors' repository: task, ablation -> edges, nodes.
 PUBLISHED = {
@@ -136,3 +137,38 @@ def distance(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     figure.update_yaxes(title={"text": "squared distance"}, col=1)
     figure.update_layout(height=520, margin={"t": 70}, legend={"y": 1.09})
     return figure, pd.concat(rows, ignore_index=True)
+
+
+def scores(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
+    """A panel a task and ablation, a point an edge: |score| over the largest, log scale."""
+    edges, truth = common.first(tables["discovery/edges"]), tables["discovery/truth"]
+    figure, place = common.panels(edges)
+    frames, shown = [], []
+    for number, name in enumerate(common.TRUTHS):
+        for (task, ablation), at in place.items():
+            own = truth[truth["task"] == task][name].to_numpy(bool)
+            here = edges[(edges["task"] == task) & (edges["ablation"] == ablation)]
+            table = common.relative(here, own)
+            frames.append(table.assign(task=task, ablation=ablation, truth=name))
+            for known, (label, shade) in KNOWN.items() if own.any() else ():
+                some = table[table["known"] == known]
+                point = go.Scatter(
+                    x=some["x"], y=some["size"], mode="markers", name=label, legendgroup=label,
+                    marker={"color": rgba(shade, 0.6), "size": 6}, visible=number == 0,
+                    showlegend=at == {"row": 1, "col": 1}, hovertext=some["edge"],
+                    hovertemplate="%{hovertext}: %{y:.1e}<extra></extra>",
+                )  # fmt: skip
+                figure.add_trace(point, **at)
+                shown.append(number)
+    names = [label.replace(" single", "<br>single") for label, *_ in common.METHODS.values()]
+    figure.update_xaxes(tickvals=list(range(len(names))), ticktext=names, range=[-0.5, 3.5])
+    decades = [1, 1e-5, 1e-10, 1e-15, common.NOUGHT]
+    figure.update_yaxes(
+        type="log", tickvals=decades, ticktext=["1", "10⁻⁵", "10⁻¹⁰", "10⁻¹⁵", "0"],
+        range=[-21, 0.8],
+    )  # fmt: skip
+    figure.update_yaxes(title={"text": "|score| / largest"}, col=1)
+    figure.update_layout(
+        updatemenus=[chosen(shown, 0)], height=560, margin={"t": 70}, legend={"y": 1.09}
+    )
+    return figure, pd.concat(frames, ignore_index=True)
