@@ -8,6 +8,7 @@ For pairs of prompts out of the paper's prompts.py, and for each method that pap
     atp_star                the same with two remedies, how much and not which way (atp_star.py)
     path_patching           effect of a head on the logits past all other heads, exact
     eap, eap_ig             estimated effect of an edge
+    acdc                    edges cut one by one, at several thresholds    (acdc.py)
 
 1. nodes      scores of heads, MLPs, and the stream at named positions.
 2. edges      scores of edges, with the exact effect of those of largest score, and of some that
@@ -27,9 +28,10 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pipeline import atp_star, cli, direct_logit, eap, tables
+from pipeline import acdc, atp_star, cli, direct_logit, eap, tables
 from pipeline import model as models
 from pipeline.attribution import correlation
+from pipeline.edge_graph import EdgeGraph
 from pipeline.errors import RetraceError
 from pipeline.inputs import many_edges
 from pipeline.paired import Node, Pairs, Task
@@ -40,7 +42,7 @@ from pipeline.spec_circuits import CircuitsSpec
 NODES = "method kind layer head position score sd".split()
 EDGES = (
     "method source_kind source_layer source_head target_kind target_layer target_head target_input "
-    "score exact"
+    "score exact threshold"
 ).split()
 METHODS = (
     "method unit n total cut completeness_gap correlation sign_agreement n_compared".split()
@@ -70,15 +72,22 @@ def node_rows(method: str, nodes: list[Node], scores: Tensor) -> pd.DataFrame:
     return frame[NODES]
 
 
-def edge_rows(method: str, edges: list[Edge], scores: Tensor, exact: Tensor) -> pd.DataFrame:
-    """Rows of the table edges, of scores [edges] and exact effects [edges], NaN where not known."""
+def edge_rows(
+    method: str, edges: list[Edge], scores: Tensor, exact: Tensor, threshold: float = np.nan
+) -> pd.DataFrame:
+    """Rows of the table edges, of scores [edges] and exact effects [edges], NaN where not known.
+
+    Args:
+        threshold: of ACDC, whose circuit are the edges of a score not below it.
+    """
     name = {"resid": "embed"}
     rows = [
-        ("", name.get(s.kind, s.kind), s.layer, s.head, t.kind, t.layer, t.head, slot, 0.0, 0.0)
+        ("", name.get(s.kind, s.kind), s.layer, s.head, t.kind, t.layer, t.head, slot)
         for s, t, slot in edges
     ]
-    frame = pd.DataFrame(rows, columns=EDGES).assign(method=method)
-    return frame.assign(score=scores.cpu().numpy(), exact=exact.cpu().numpy())
+    frame = pd.DataFrame(rows, columns=EDGES[:8]).assign(method=method)
+    score, exact = (x.double().cpu().numpy() for x in (scores, exact))
+    return frame.assign(score=score, exact=exact, threshold=threshold)
 
 
 def quality(
@@ -173,7 +182,26 @@ def edge_methods(task: Task, spec: CircuitsSpec, exact: Tensor) -> tuple[list, l
         last = [i for i, e in enumerate(edges) if e.target.kind == "logits"]
         cut = float(scores[last].sum())
         rows.append(quality(method, "edge", len(edges), total, cut, scores[top], true[top]))
+    if "acdc" in spec.methods:
+        frames += acdc_rows(task, spec)
     return frames, rows
+
+
+def acdc_rows(task: Task, spec: CircuitsSpec) -> list[pd.DataFrame]:
+    """Rows of edges: at each threshold the rise of the loss when an edge had its turn.
+
+    The loss is KL(whole model || circuit) of the token behind each prompt, as in the paper.
+    """
+    own, pairs = spec.acdc, task.pairs
+    graph = EdgeGraph(task.hf, pairs.base, None if own.ablation == "zero" else pairs.source)
+    loss = acdc.kl_divergence(graph.clean, pairs.end)
+    progress = cli.Progress("ACDC", len(graph.edges), "edges")
+    _, rises = acdc.acdc(graph, loss, own.thresholds, progress.at)
+    alone = acdc.exact(graph, loss)
+    return [
+        edge_rows("acdc", graph.edges, rise, alone, tau)
+        for tau, rise in zip(own.thresholds, rises, strict=True)
+    ]
 
 
 def measure(task: Task, spec: CircuitsSpec) -> dict[str, pd.DataFrame]:

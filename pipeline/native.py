@@ -4,6 +4,8 @@
     x  <- x + attn(ln1(x));   x <- x + mlp(ln2(x))      (the MLP only where d_mlp > 0)
     logits = ln_out(x) W_U
 
+Compiled programs attend in both directions (`bidirectional` in the config; no model is trained so).
+
 The state dict is NativeModel's under the prefix `model.`, and `to_bridge` hands it to
 TransformerLens; a test holds the logits equal. It is written out here because importing
 transformer_lens costs 10 to 20 s a job (design, decision 3), and for what NativeModel lacks:
@@ -63,7 +65,7 @@ class SmearedKeys(Linear):
 
 
 class Attention(nn.Module):
-    """Causal self-attention: softmax(q k^T / sqrt(d_head)) v W_O."""
+    """Self-attention: softmax(q k^T / sqrt(d_head)) v W_O; causal unless `bidirectional`."""
 
     def __init__(self, cfg: Any) -> None:
         super().__init__()
@@ -78,7 +80,7 @@ class Attention(nn.Module):
         self.o = Linear(width, cfg.d_model)
         self.rotary = cfg.positional == "rotary"
         future = torch.ones(cfg.n_ctx, cfg.n_ctx, dtype=torch.bool).triu(1)
-        self.register_buffer("future", future, persistent=False)
+        self.register_buffer("future", future & (not cfg.bidirectional), persistent=False)
         if self.rotary:
             cos, sin = rotation(cfg.n_ctx, cfg.d_head)
             self.register_buffer("cos", cos, persistent=False)
@@ -198,7 +200,7 @@ class NativeForCausalLM(nn.Module):
 
     def __init__(self, config: dict[str, Any]) -> None:
         super().__init__()
-        own = dict(config)
+        own = {"bidirectional": False, **config}
         own["d_head"] = own["d_head"] or own["d_model"] // own["n_heads"]
         self.config = SimpleNamespace(
             **own,
@@ -231,6 +233,7 @@ class NativeForCausalLM(nn.Module):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         fields = ["d_vocab", "model_type", *Architecture.model_fields]
+        fields += ["bidirectional"] * self.config.bidirectional
         kept = {k: v for k, v in vars(self.config).items() if k in fields}
         (folder / "config.json").write_text(json.dumps(kept, indent=1) + "\n")
         save_file(self.state_dict(), folder / "model.safetensors")
@@ -256,7 +259,7 @@ def to_bridge(hf: NativeForCausalLM, tokenizer: Any = None) -> Any:
     """The model as TransformerLens's bridge around its own NativeModel.
 
     Raises:
-        RetraceError: smeared keys, which NativeModel has not.
+        RetraceError: smeared keys or attention in both directions, which NativeModel has not.
     """
     from transformer_lens.config import TransformerBridgeConfig
     from transformer_lens.model_bridge.sources._bridge_builder import build_bridge_from_module
@@ -267,6 +270,8 @@ def to_bridge(hf: NativeForCausalLM, tokenizer: Any = None) -> Any:
     cfg = hf.config
     if cfg.smeared_keys:
         raise RetraceError("smeared_keys: TransformerLens's NativeModel has none, so no bridge")
+    if cfg.bidirectional:
+        raise RetraceError("bidirectional: TransformerLens's NativeModel is causal, so no bridge")
     given = {
         "d_model": cfg.d_model, "d_head": cfg.d_head, "n_heads": cfg.n_heads,
         "n_layers": cfg.n_layers, "n_ctx": cfg.n_ctx, "d_vocab": cfg.vocab_size,

@@ -1,13 +1,25 @@
 """The section circuits: what heads, MLPs and the paths between them do to an output."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
 from pipeline.spec_base import Name, Section
 
 Method = Literal["direct_logit", "activation_patching", "attribution_patching", "path_patching",
-                 "eap", "eap_ig", "atp_star"]  # fmt: skip
+                 "eap", "eap_ig", "atp_star", "acdc"]  # fmt: skip
+
+
+class AcdcSpec(Section):
+    """ACDC (Conmy et al. 2023): edges are cut where the loss rises by less than a threshold."""
+
+    ablation: Literal["corrupt", "zero"] = Field(
+        default="corrupt",
+        description="what a cut edge carries: activations of the corrupt prompt, or 0",
+    )
+    thresholds: list[Annotated[float, Field(gt=0)]] = Field(
+        default=[0.1, 0.01, 0.001], min_length=1, description="tau, nats"
+    )
 
 
 class CircuitsSpec(Section):
@@ -36,6 +48,7 @@ class CircuitsSpec(Section):
     n_drawn: int = Field(
         default=0, ge=0, description="edges drawn at random that are patched exactly as well"
     )
+    acdc: AcdcSpec = AcdcSpec()
 
     @model_validator(mode="after")
     def _once(self) -> "CircuitsSpec":
