@@ -114,19 +114,20 @@ def edges(
     """Edges among nodes and to the logits, and their effects averaged over prompts, [edges].
 
     Args:
+        units: at the hooks that count as sites.
         nodes: each at one position.
         alphas: points of dm/dv, as for `latents.effects`.
         told: called with the number of targets done so far.
     """
-    before, after, end = _cut_at_sites(sites)
+    names = [h for h in sites.hooks if h in units]
+    before, after, end = _cut_at(sites, names)
     changes = {h: _changes(sites, units[h], h) for h in {n.hook for n in nodes}}
-    order = sites.hooks.index
     found: list[LatentEdge] = []
     weights: list[Tensor] = []
 
     def join(target: Latent | None, output: Tensor, cotangent: Tensor | None) -> None:
-        last = len(sites.hooks) if target is None else order(target.hook)
-        above = [h for h in sites.hooks[:last] if h in changes]
+        last = len(names) if target is None else names.index(target.hook)
+        above = [h for h in names[:last] if h in changes]
         if not above:
             return
         inputs = [after[h] for h in above]
@@ -149,16 +150,16 @@ def edges(
     return found, total
 
 
-def _cut_at_sites(sites: Sites) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
-    """x as it comes to each site, the leaf that goes on from there, and the last stream.
+def _cut_at(sites: Sites, names: list[str]) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+    """x as it comes to each hook, the leaf that goes on from there, and the last stream.
 
-    Gradients from one site's x to another's leaf so pass no third site.
+    Gradients from one hook's x to another's leaf so pass no third.
     """
-    task, layer = sites.task, int(sites.hooks[0].split(".")[1])
+    task, layer = sites.task, int(names[0].split(".")[1])
     before: dict[str, Tensor] = {}
     after: dict[str, Tensor] = {}
     with torch.enable_grad(), ExitStack() as stack:
-        for hook in sites.hooks:
+        for hook in names:
 
             def cut(x: Tensor, hook=hook) -> Tensor:
                 before[hook], after[hook] = x, x.detach().requires_grad_(True)

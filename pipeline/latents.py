@@ -273,7 +273,7 @@ def exact(
 
 
 def strongest(found: dict[str, Effects], n: int, by_position: bool) -> list[Latent]:
-    """The n nodes of largest mean effect over prompts, the largest first.
+    """The n nodes of largest mean effect over prompts, the largest first; none without effect.
 
     Args:
         found: hook -> effects.
@@ -283,14 +283,14 @@ def strongest(found: dict[str, Effects], n: int, by_position: bool) -> list[Late
     for hook, (latents, error) in found.items():
         both = torch.cat([latents, error[..., None]], -1).mean(0)  # [pos units+1]
         both = both if by_position else both.sum(0, keepdim=True)
-        top = both.abs().flatten().topk(min(n, both.numel()))
+        top = both.abs().flatten().topk(min(n, int(both.count_nonzero())))
         width = both.shape[-1]
         for size, i in zip(top.values.tolist(), top.indices.tolist(), strict=True):
             number = i % width if i % width < width - 1 else ERROR
             nodes.append(Latent(hook, number, i // width if by_position else ALL))
             sizes.append(size)
     order = sorted(range(len(nodes)), key=lambda i: -sizes[i])[:n]
-    return [nodes[i] for i in order if sizes[i] > 0]
+    return [nodes[i] for i in order]
 
 
 def scores(found: dict[str, Effects], nodes: list[Latent]) -> Tensor:

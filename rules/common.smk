@@ -329,6 +329,11 @@ def export_spec(format):
     return params
 
 
+def graph_spec(wildcards):
+    """Params: which graph of a paper is exported."""
+    return papers.to_json({"graph": {"name": wildcards.structure, "paper": wildcards.paper}})
+
+
 def metrics_spec(wildcards):
     """Params: table names and the definition of every metric."""
     from pipeline.metrics import known
