@@ -41,12 +41,13 @@ def completeness(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
 
 
 def panels(table: pd.DataFrame, column: str, kinds: list[str]) -> Drawn:
-    rows = table[(table["n_nodes"] > 0) & table["kind"].isin(kinds)]
-    frame = rows.groupby(["structure", "kind", "n_nodes"], sort=False)[column].mean().reset_index()
+    own = table[(table["n_nodes"] > 0) & table["kind"].isin(kinds)]
+    frame = own.groupby(["structure", "kind", "n_nodes"], sort=False)[column].mean().reset_index()
     structures = list(dict.fromkeys(frame["structure"]))
     cols = min(2, len(structures))
+    rows = -(-len(structures) // cols)
     figure = make_subplots(
-        rows=-(-len(structures) // cols), cols=cols, shared_yaxes=True, horizontal_spacing=0.05,
+        rows=rows, cols=cols, shared_yaxes=True, horizontal_spacing=0.05,
         vertical_spacing=0.16, subplot_titles=[STRUCTURES[s] for s in structures],
     )  # fmt: skip
     for k, structure in enumerate(structures):
@@ -69,8 +70,8 @@ def panels(table: pd.DataFrame, column: str, kinds: list[str]) -> Drawn:
     figure.update_yaxes(range=[-0.25, 1.25])
     figure.update_yaxes(title={"text": column}, col=1)
     figure.update_annotations(font_size=12)
-    legend_place = {"y": -0.14, "yanchor": "top"}
-    figure.update_layout(height=620, margin={"t": 30, "b": 150}, legend=legend_place)
+    below = {"y": -60 / (220 * rows), "yanchor": "top"}
+    figure.update_layout(height=180 + 220 * rows, margin={"t": 30, "b": 150}, legend=below)
     return figure, frame
 
 
