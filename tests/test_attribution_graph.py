@@ -109,7 +109,7 @@ def test_influence_is_what_pruning_takes():
 @pytest.mark.parametrize(
     ("over", "said"),
     [
-        ({"nodes": [NODES[0], NODES[0]]}, "'4_7_1' stands twice"),
+        ({"nodes": [NODES[0], NODES[0]], "edges": []}, "'4_7_1' stands twice"),
         ({"nodes": [NODES[0] | {"position": 4}], "edges": []}, "lies behind the prompt of 4"),
         ({"nodes": [NODES[0] | {"position": -1}], "edges": []}, "nodes.0.ctx_idx"),
         ({"prompt": PROMPT | {"tokens": [None, "a", "b", "c"]}}, "metadata.prompt_tokens.0"),

@@ -37,6 +37,7 @@ STRUCTURES = {
     "across_rc": ("The {subject} that the {other} {clause}", "subject"),
     "across_pp": ("The {subject} {preposition} the {thing}", "subject"),
 }
+MISSES = 500  # prompts drawn in a row that are there already: then no more are looked for
 Structure = Literal["simple", "within_rc", "across_rc", "across_pp"]
 
 
@@ -89,10 +90,9 @@ def draw(tokenizer: Any, structure: Structure, n: int, seed: int) -> dict[str, A
     words, rng = vocabulary(tokenizer), np.random.default_rng(seed)
     template, agrees = STRUCTURES[structure]
     out: dict[str, Any] = {k: [] for k in ("text", "clean", "corrupt", "answer", "foil")}
-    seen, tried = set(), 0
+    seen, missed = set(), 0
     while len(seen) < n:
-        tried += 1
-        if tried > 50 * n:
+        if missed > MISSES:
             raise RetraceError(
                 f"prompts.py: {len(seen)} different prompts of structure {structure} were found, "
                 f"and {n} are asked for; lower their number"
@@ -104,7 +104,9 @@ def draw(tokenizer: Any, structure: Structure, n: int, seed: int) -> dict[str, A
             template.format(**{k: v[0] for k, v in s.items()}) for s in (slots, flipped)
         )
         if (text, verb) in seen:
+            missed += 1
             continue
+        missed = 0
         seen.add((text, verb))
         out["text"].append(text)
         for key, value in (("clean", text), ("corrupt", corrupt)):
