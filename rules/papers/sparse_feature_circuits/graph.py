@@ -90,6 +90,6 @@ def graph(
         | ({"target": name(e.target)} if e.target else {})
         for e, w in zip(made, weights.tolist(), strict=True)
     ]  # fmt: skip
-    table = pd.DataFrame(links, columns=list(end))
+    table = pd.DataFrame([x for x in links if x["effect"]], columns=list(end))
     strong = table["effect"].abs().sort_values(ascending=False, kind="stable").index[:n_edges]
     return pd.DataFrame(rows), table.loc[sorted(strong)].reset_index(drop=True), nodes
