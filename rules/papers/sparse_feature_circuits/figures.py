@@ -71,19 +71,20 @@ def panels(table: pd.DataFrame, column: str, kinds: list[str]) -> Drawn:
     figure.update_yaxes(title={"text": column}, col=1)
     figure.update_annotations(font_size=12)
     below = {"y": -60 / (220 * rows), "yanchor": "top"}
-    figure.update_layout(height=180 + 220 * rows, margin={"t": 30, "b": 150}, legend=below)
+    figure.update_layout(height=150 + 220 * rows, margin={"t": 30, "b": 120}, legend=below)
     return figure, frame
 
 
 def estimates(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
-    """Estimated against exact effects, a panel a method, a colour a site."""
+    """Sizes of estimated and exact effects, a panel a method, a colour a site."""
     (table,) = tables.values()
     methods = {"attribution": "attribution patching", "ig": "integrated gradients"}
     figure = make_subplots(
         rows=1, cols=2, shared_yaxes=True, horizontal_spacing=0.06,
         subplot_titles=list(methods.values()),
     )  # fmt: skip
-    ends = [float(table[["exact", *methods]].min().min()), float(table["exact"].max())]
+    sizes = table[["exact", *methods]].abs()
+    ends = [float(sizes["exact"].quantile(0.01)) or 1e-6, float(sizes.max().max())]
     line = {"color": INK, "dash": "dot", "width": 1}
     for col, method in enumerate(methods, 1):
         figure.add_trace(
@@ -92,22 +93,32 @@ def estimates(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
         )  # fmt: skip
         for i, hook in enumerate(sorted(set(table["hook"]), key=place_of)):
             own = table[table["hook"] == hook]
+            same = np.sign(own[method]) == np.sign(own["exact"])
+            shape = np.where(own["number"] < 0, "triangle-up", "circle")
             point = go.Scatter(
-                x=own["exact"], y=own[method], mode="markers", name=site(hook), legendgroup=hook,
-                marker={"color": rgba(colour(i), 0.7), "size": 6}, showlegend=col == 1,
-                customdata=[
-                    f"{STRUCTURES[r.structure]}, {r.kind.replace('_', ' ')} {r.layer}"
-                    f"{'' if r.number < 0 else f'/{r.number}'} at {r.position}"
-                    for r in own.itertuples()
-                ],
-                hovertemplate="%{customdata}<br>exact %{x:.3~g}, estimate %{y:.3~g}<extra></extra>",
+                x=own["exact"].abs(), y=own[method].abs(), mode="markers", name=site(hook),
+                legendgroup=hook, showlegend=col == 1,
+                marker={"color": rgba(colour(i), 0.7), "symbol": np.where(same, shape, "x"),
+                        "size": 6},
+                customdata=list(zip(map(described, own.itertuples()), own["exact"], own[method],
+                                    strict=True)),
+                hovertemplate="%{customdata[0]}<br>exact %{customdata[1]:.3~g}, estimate "
+                "%{customdata[2]:.3~g}<extra></extra>",
             )  # fmt: skip
             figure.add_trace(point, row=1, col=col)
-    figure.update_xaxes(title={"text": "exact effect (logits)"})
-    figure.update_yaxes(title={"text": "estimate (logits)"}, col=1)
+    figure.update_xaxes(type="log", dtick=1, title={"text": "|exact effect| (logits)"})
+    figure.update_yaxes(type="log", dtick=1, exponentformat="power")
+    figure.update_yaxes(title={"text": "|estimate| (logits)"}, col=1)
     figure.update_annotations(font_size=12)
-    figure.update_layout(height=420, margin={"t": 60}, legend={"y": 1.1})
+    figure.update_layout(height=440, margin={"t": 60}, legend={"y": 1.1})
     return figure, table
+
+
+def described(row: Any) -> str:
+    """A node in words."""
+    number = "" if row.number < 0 else f"/{row.number}"
+    kind = row.kind.replace("_", " ")
+    return f"{STRUCTURES[row.structure]}: {kind} {row.layer}{number} at {row.position}"
 
 
 def place_of(hook: str) -> tuple[int, int]:

@@ -23,8 +23,8 @@ METRICS = {  # the first pattern that fits a name counts
     "that first is half as good as the model",
     "*.last.*": "faithfulness of the largest circuit of the curve",
     "advantage.*": "area of latents minus area of neurons",
-    "correlation.*.site*": "Pearson correlation of estimated and exact effects of the latents and "
-    "error terms of one site, in the order of computation, mean over structures",
+    "correlation.*.site*": "Pearson correlation of estimated and exact effects of the latents of "
+    "one site (sites in the order of computation, error terms left out), mean over structures",
     "correlation.*.early": "the same of the first site",
     "correlation.*.late": "the same of the last site",
     "correlation.*": "the same, mean over sites and structures",
@@ -105,7 +105,7 @@ def over_structures(found: dict[str, dict[str, float]]) -> dict[str, float]:
 def of_estimates(nodes: Any, sites: Any) -> dict[str, float]:
     """How right both estimates are."""
     out: dict[str, float] = {}
-    order = list(dict.fromkeys(sites["hook"]))
+    nodes, order = nodes[nodes["number"] >= 0], list(dict.fromkeys(sites["hook"]))
     for method in ("ig", "attribution"):
         by_site = {
             hook: np.nanmean(
