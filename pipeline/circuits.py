@@ -9,6 +9,7 @@ For pairs of prompts out of the paper's prompts.py, and for each method that pap
     path_patching           effect of a head on the logits past all other heads, exact
     eap, eap_ig             estimated effect of an edge
     acdc                    edges cut one by one, at several thresholds    (acdc.py)
+    latent_attribution, latent_ig    estimated effect of a dictionary's latent     (latents.py)
 
 1. nodes      scores of heads, MLPs, and the stream at named positions.
 2. edges      scores of edges, with the exact effect of those of largest score, and of some that
@@ -28,7 +29,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pipeline import acdc, atp_star, cli, direct_logit, eap, tables
+from pipeline import acdc, atp_star, cli, direct_logit, eap, latents, tables
 from pipeline import model as models
 from pipeline.attribution import correlation
 from pipeline.edge_graph import EdgeGraph
@@ -37,7 +38,7 @@ from pipeline.inputs import many_edges
 from pipeline.paired import Node, Pairs, Task
 from pipeline.patching import Edge, activation_patching, path_patching
 from pipeline.source import import_file
-from pipeline.spec_circuits import CircuitsSpec
+from pipeline.spec_circuits import LATENT_METHODS, CircuitsSpec
 
 NODES = "method kind layer head position score sd".split()
 EDGES = (
@@ -204,10 +205,54 @@ def acdc_rows(task: Task, spec: CircuitsSpec) -> list[pd.DataFrame]:
     ]
 
 
-def measure(task: Task, spec: CircuitsSpec) -> dict[str, pd.DataFrame]:
-    """All tables of one model."""
-    nodes, rows, exact = node_methods(task, spec)
-    edges, more = edge_methods(task, spec, exact)
+def latent_methods(
+    task: Task, spec: CircuitsSpec, units: dict[str, latents.Units]
+) -> tuple[list[pd.DataFrame], list[dict]]:
+    """Rows of nodes and methods: of latents and error terms, at all positions at once.
+
+    In the table nodes kind is the site, such as resid_post or resid_post_error, and head the number
+    of the latent. Those of largest score, by any of the methods, are patched exactly.
+    """
+    alphas = {"latent_attribution": [0.0], "latent_ig": eap.midpoints(spec.ig_steps)}
+    sites = latents.Sites(task, list(units))
+    found = {
+        m: {h: latents.effects(sites, h, u, alphas[m]) for h, u in units.items()}
+        for m in spec.methods
+        if m in LATENT_METHODS
+    }
+    tops = [latents.strongest(f, spec.n_exact, by_position=False) for f in found.values()]
+    top = list(dict.fromkeys(node for nodes in tops for node in nodes))
+    progress = cli.Progress("patching of latents", len(top), "nodes")
+    exact = latents.exact(sites, units, top, progress.at).mean(-1)
+    total = float(sum(sites.whole(hook).mean() for hook in units))
+    shown = [Node(n.kind, n.layer, n.number) for n in top]
+    frames, rows = [], []
+    for method, effects in found.items():
+        made = latents.scores(effects, top)
+        frames.append(node_rows(method, shown, made))
+        cut = float(sum(e.latents.sum() + e.error.sum() for e in effects.values()))
+        n = sum(u.n + 1 for u in units.values())
+        cut /= len(task.before)
+        rows.append(quality(method, "latent", n, total, cut, made.mean(-1), exact))
+    frames.append(node_rows("latent_patching", shown, exact[:, None]))
+    return frames, rows
+
+
+def measure(
+    task: Task, spec: CircuitsSpec, units: dict[str, latents.Units] | None = None
+) -> dict[str, pd.DataFrame]:
+    """All tables of one model.
+
+    Args:
+        units: hook -> what is scored by latent_attribution and latent_ig.
+    """
+    nodes, rows, edges, more = [], [], [], []
+    if set(spec.methods) - set(LATENT_METHODS):
+        nodes, rows, exact = node_methods(task, spec)
+        edges, more = edge_methods(task, spec, exact)
+    if units:
+        frames, found = latent_methods(task, spec, units)
+        nodes, rows = nodes + frames, rows + found
     frames = {"nodes": (nodes, NODES), "edges": (edges, EDGES)}
     out = {
         k: pd.concat(v, ignore_index=True) if v else pd.DataFrame(columns=c)
@@ -233,8 +278,10 @@ def work(job: cli.Job) -> None:
     spec = job.section("circuits", CircuitsSpec)
     loaded = models.load(args.model, device)
     with torch.no_grad():
-        frames = measure(Task(loaded.hf, pairs_of(args.prompts, spec, loaded, device)), spec)
-    certificate = job.certificate([args.model])
+        units = latents.load(args.saes, spec.saes, args.activations[0], device) if spec.saes else {}
+        task = Task(loaded.hf, pairs_of(args.prompts, spec, loaded, device))
+        frames = measure(task, spec, units)
+    certificate = job.certificate([args.model, *args.activations, *args.saes])
     for name, frame in frames.items():
         tables.write_table(getattr(args, name), frame, certificate)
 
@@ -245,6 +292,8 @@ def main() -> None:
         __doc__,
         model="model.json",
         prompts="the paper's prompts.py",
+        activations="manifest.json of the activations that dictionaries were trained on, if any*",
+        saes="manifests of the SAE jobs, if any*",
         nodes="scores of nodes",
         edges="scores of edges",
         methods="how right each method is",

@@ -13,10 +13,10 @@ def main() -> None:
     from pipeline import embed, tables
 
     parser = argparse.ArgumentParser(prog="python -m pipeline.figures_js", description=__doc__)
-    parser.add_argument("--draw", required=True, help="templates/draw.js")
+    parser.add_argument("--draw", required=True, nargs="+", help="walk.js and draw.js of templates")
     parser.add_argument("--out", required=True, help="figures.js")
     args = parser.parse_args()
-    text = f"{embed.plotly_js()}\n{Path(args.draw).read_text('utf-8')}"
+    text = "\n".join([embed.plotly_js(), *(Path(f).read_text("utf-8") for f in args.draw)])
     tables.atomically(args.out, lambda to: to.write_text(text, "utf-8") and None)
 
 

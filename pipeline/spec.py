@@ -400,7 +400,7 @@ class PaperSpec(Section):
             ("sae", ["activations"]),
             ("features", ["sae"]),
             ("attribution", ["sae"]),
-            ("circuits", ["model"]),
+            ("circuits", ["model", *(["sae"] if self.circuits and self.circuits.saes else [])]),
         ):
             for need in needs:
                 if getattr(self, section) is not None and getattr(self, need) is None:
@@ -506,12 +506,14 @@ class PaperSpec(Section):
         )
         if self.attribution:
             used.append(("attribution.sae", self.attribution.sae, self.attribution.arm))
+        for arm in self.circuit_arms() if self.circuits else []:
+            used += [("circuits.saes", name, arm) for name in self.circuits.saes]
         for key, name, arm in used:
             if name not in saes:
                 raise ValueError(f"{key}: no SAE '{name}'{nearest(name, saes)}")
             if arm not in (saes[name].arms or self.arm_names()):
                 raise ValueError(f"{key}: SAE '{name}' is not trained on arm '{arm}'")
-            if key == "attribution.sae" and saes[name].output_hook:
+            if key != "features.saes" and saes[name].output_hook:
                 raise ValueError(f"{key}: '{name}' is a transcoder; name one without output_hook")
 
     def arm_names(self) -> list[str]:

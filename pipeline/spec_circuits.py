@@ -7,7 +7,9 @@ from pydantic import Field, model_validator
 from pipeline.spec_base import Name, Section
 
 Method = Literal["direct_logit", "activation_patching", "attribution_patching", "path_patching",
-                 "eap", "eap_ig", "atp_star", "acdc"]  # fmt: skip
+                 "eap", "eap_ig", "atp_star", "acdc",
+                 "latent_attribution", "latent_ig"]  # fmt: skip
+LATENT_METHODS = ("latent_attribution", "latent_ig")
 
 
 class AcdcSpec(Section):
@@ -41,9 +43,18 @@ class CircuitsSpec(Section):
     positions: list[Name] = Field(
         default=[], description="where the stream is patched, as the prompts name them"
     )
-    ig_steps: int = Field(default=5, ge=1, description="eap_ig: points between the two prompts")
+    ig_steps: int = Field(
+        default=5, ge=1, description="eap_ig, latent_ig: points between the two prompts"
+    )
     n_exact: int = Field(
-        default=24, ge=2, description="edges of largest score that are patched exactly, a method"
+        default=24,
+        ge=2,
+        description="edges or latents of largest score that are patched exactly, a method",
+    )
+    saes: list[str] = Field(
+        default=[],
+        exclude_if=lambda value: not value,
+        description="latent_attribution, latent_ig: expanded names of dictionaries, one a hook",
     )
     n_drawn: int = Field(
         default=0, ge=0, description="edges drawn at random that are patched exactly as well"
@@ -55,4 +66,11 @@ class CircuitsSpec(Section):
         for method in self.methods:
             if self.methods.count(method) > 1:
                 raise ValueError(f"methods: '{method}' stands twice; name it once")
+        wants = [m for m in self.methods if m in LATENT_METHODS]
+        if bool(wants) != bool(self.saes):
+            raise ValueError(
+                f"{wants[0]} needs saes: the dictionaries whose latents are scored"
+                if wants
+                else f"saes serve {' and '.join(LATENT_METHODS)} only; name one under methods"
+            )
         return self

@@ -4,6 +4,9 @@ rule circuits:
         model=arm_input_of("model", "model.json"),
         checkpoint=arm_input_of("model", "checkpoint"),
         prompts=own_file_of("prompts.py"),
+        activations=circuit_input_of("activations", "manifest.json"),
+        saes=circuit_input_of("sae", "manifest.json"),
+        folders=circuit_input_of("sae", "saes"),
     output:
         nodes="results/{scale}/{paper}/circuits/{arm}_nodes.parquet",
         edges="results/{scale}/{paper}/circuits/{arm}_edges.parquet",
@@ -22,6 +25,7 @@ rule circuits:
         code=code_of("circuits", "prompts.py"),
     shell:
         "{PYTHON:q} -m pipeline.circuits --spec {params.spec:q} --model {input.model:q}"
-        " --prompts {input.prompts:q} --code {input.prompts:q} --nodes {output.nodes:q}"
+        " --prompts {input.prompts:q} --code {input.prompts:q} --saes {input.saes:q}"
+        " --activations {input.activations:q} --nodes {output.nodes:q}"
         " --edges {output.edges:q} --methods {output.methods:q}"
         " --device {DEVICE} --threads {threads} 2> {log:q}"

@@ -186,6 +186,12 @@ def arm_input_of(stage, file, arm_section=None):
     return path
 
 
+def circuit_input_of(stage, file):
+    """Input: a store file of an arm, where the section circuits names dictionaries; else []."""
+    found = arm_input_of(stage, file)
+    return lambda wildcards: found(wildcards) if paper_of(wildcards).spec.circuits.saes else []
+
+
 def arms_of(stage, file):
     """Input: a file of every arm's artefact of a stage; arms sorted by name, as in the JSON of
     `spec`."""
@@ -321,6 +327,11 @@ def export_spec(format):
         return papers.to_json({"export": {"format": format, **named}})
 
     return params
+
+
+def graph_spec(wildcards):
+    """Params: which graph of a paper is exported."""
+    return papers.to_json({"graph": {"name": wildcards.structure, "paper": wildcards.paper}})
 
 
 def metrics_spec(wildcards):

@@ -4,7 +4,10 @@ from importlib.metadata import version
 # plotly.js and our drawing code, once a scale, for figures that are opened by themselves.
 rule figures_js:
     input:
-        unstored(str(papers.near(ROOT / "pipeline/templates/draw.js"))),
+        [
+            unstored(str(papers.near(ROOT / f"pipeline/templates/{name}.js")))
+            for name in ("walk", "draw")
+        ],
     output:
         "results/{scale}/figures.js",
     log:

@@ -254,8 +254,8 @@ def figures_js(script: Path) -> None:
     """What the rule figures_js runs."""
     from pipeline import figures_js, pages
 
-    draw = str(pages.TEMPLATES / "draw.js")
-    before, sys.argv = sys.argv, ["figures_js", "--draw", draw, "--out", str(script)]
+    draw = [str(pages.TEMPLATES / name) for name in ("walk.js", "draw.js")]
+    before, sys.argv = sys.argv, ["figures_js", "--draw", *draw, "--out", str(script)]
     try:
         figures_js.main()
     finally:

@@ -1,0 +1,212 @@
+"""Stage `agreement`: sparse feature circuits of subject-verb agreement (Marks et al. 2024). [torch]
+
+For each structure of prompts, with the dictionaries that own.agreement names as sites:
+
+1. behaviour    logit difference and accuracy on held-out prompts.
+2. curves       faithfulness and completeness against the number of nodes (curves.py).
+3. nodes        nodes of largest estimated effect, patched exactly: how right the estimates are.
+4. sites        sum of all estimates of a site, and the exact effect of patching it whole.
+5. graph_nodes, graph_edges    the circuit as a graph (graph.py).
+
+At an MLP whose output is a site the neurons behind its nonlinearity stand beside the latents, at
+any other site the coordinates of x, as in the paper.
+"""
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pandas as pd
+import torch
+from pydantic import Field
+
+from pipeline import cli, eap, latents, tables
+from pipeline import model as models
+from pipeline.latent_circuits import Ablation
+from pipeline.paired import Pairs, Task
+from pipeline.source import import_file
+from pipeline.spec_base import Section
+
+HERE = Path(__file__).parent
+prompts = import_file(HERE / "prompts.py")
+curves = import_file(HERE / "curves.py")
+graph = import_file(HERE / "graph.py")
+TABLES = "behaviour curves nodes sites graph_nodes graph_edges".split()
+
+
+class Options(Section):
+    """own.agreement of paper.yaml."""
+
+    tables: list[str]
+    saes: list[str] = Field(min_length=1, description="dictionaries, one a site")
+    structures: list[prompts.Structure] = Field(default=list(prompts.STRUCTURES), min_length=1)
+    n_prompts: int = Field(default=32, ge=2, description="pairs on which circuits are found")
+    n_judged: int = Field(default=32, ge=2, description="other pairs, on which they are judged")
+    ig_steps: int = Field(default=8, ge=1, description="points of the integrated gradients")
+    most_nodes: int = Field(default=8192, ge=1, description="of a curve")
+    n_exact: int = Field(default=12, ge=1, description="nodes a site patched exactly, a method")
+    n_random: int = Field(default=2, ge=1, description="random orders of nodes")
+    graph_nodes: int = Field(default=48, ge=1)
+    graph_edges: int = Field(default=160, ge=1)
+    n_label_rows: int = Field(default=8192, ge=1, description="held-out rows read for labels")
+    seed: int = Field(default=0, ge=0, description="of prompts, directions and orders drawn")
+
+
+class Structure:
+    """The circuits of one structure of prompts."""
+
+    def __init__(self, name: str, loaded: Any, units: dict, options: Options, device: Any) -> None:
+        self.name, self.loaded, self.units, self.options = name, loaded, units, options
+        n, m = options.n_prompts, options.n_judged
+        drawn = prompts.draw(loaded.tokenizer, name, n + m, options.seed)
+        self.text = drawn.pop("text")
+        self.hooks = {
+            "latents": list(units["latents"]),
+            "neurons": list(units["neurons"]),
+            "random": list(units["random"]),
+        }
+        self.found, self.judged = (
+            self._sites(part(drawn, piece), device) for piece in (slice(0, n), slice(n, n + m))
+        )
+        self.alphas = {"attribution": [0.0], "ig": eap.midpoints(options.ig_steps)}
+
+    def _sites(self, drawn: dict, device: Any) -> latents.Sites:
+        every = dict.fromkeys(h for hooks in self.hooks.values() for h in hooks)
+        pairs = Pairs.of(drawn, self.loaded.bos_id, device)
+        return latents.Sites(Task(self.loaded.hf, pairs), list(every))
+
+    def effects(self, kind: str, method: str) -> dict[str, latents.Effects]:
+        """hook -> effects of the nodes of a kind, on the prompts that circuits are found on."""
+        alphas = self.alphas[method]
+        return {h: latents.effects(self.found, h, u, alphas) for h, u in self.units[kind].items()}
+
+    def behaviour(self) -> dict[str, Any]:
+        """A row of the table behaviour, on the prompts that circuits are judged on."""
+        task = self.judged.task
+        clean, corrupt = task.before, task.before + task.total
+        row = {"n": len(clean), "logit_diff": clean.mean(), "corrupt_logit_diff": corrupt.mean()}
+        row |= {"accuracy": (clean > 0).float().mean()}
+        return {k: v.item() if torch.is_tensor(v) else v for k, v in row.items()} | self.example()
+
+    def example(self) -> dict[str, Any]:
+        """The first of the prompts that circuits are found on."""
+        pairs, word = self.found.task.pairs, lambda i: self.loaded.tokenizer.decode([i])
+        answer, foil = int(pairs.answer[0]), int(pairs.foil[0])
+        return {
+            "example": self.text[0],
+            "tokens": [word(i) for i in pairs.base[0].tolist()],
+            "answer": word(answer),
+            "foil": word(foil),
+            "answer_id": answer,
+        }
+
+    def measured(self, manifest: str) -> dict[str, Any]:
+        options, rng = self.options, np.random.default_rng(self.options.seed)
+        found = {
+            "latents": self.effects("latents", "ig"),
+            "attribution": self.effects("latents", "attribution"),
+            "neurons": self.effects("neurons", "ig"),
+            "random": self.effects("random", "ig"),
+        }
+        ablations = {k: Ablation(self.judged, u) for k, u in self.units.items()}
+        kinds = curves.kinds(ablations, found, options.most_nodes, options.n_random, rng)
+        progress = cli.Progress(f"{self.name}: curves", len(kinds), "kinds")
+        out: dict[str, Any] = {"behaviour": [self.behaviour()]}
+        out["curves"] = curves.curves(kinds, progress.at)
+        out["nodes"], out["sites"] = self.estimates(found)
+        alphas, units, sites = self.alphas["ig"], self.units["latents"], self.found
+        progress = cli.Progress(f"{self.name}: edges", options.graph_nodes, "nodes")
+        nodes, edges, drawn = graph.graph(
+            found["latents"], units, sites, alphas, options.graph_nodes, options.graph_edges,
+            progress.at,
+        )  # fmt: skip
+        said = graph.labels(drawn, units, sites, manifest, self.loaded, options.n_label_rows)
+        for column in ("tokens", "logits"):
+            nodes[column] = [said.get((n.hook, n.number), {}).get(column, "") for n in drawn]
+        ids = self.found.task.pairs.base[0].tolist()
+        nodes["token"] = [self.loaded.tokenizer.decode([ids[n.position]]) for n in drawn]
+        return out | {"graph_nodes": nodes, "graph_edges": edges}
+
+    def estimates(self, found: dict[str, dict]) -> tuple[list[dict], list[dict]]:
+        """Rows of nodes and sites: both estimates beside the exact effects, of latents."""
+        by = {"ig": found["latents"], "attribution": found["attribution"]}
+        nodes = [
+            node
+            for hook in self.hooks["latents"]
+            for node in dict.fromkeys(
+                n
+                for method in by.values()
+                for n in latents.strongest({hook: method[hook]}, self.options.n_exact, True)
+            )
+        ]
+        progress = cli.Progress(f"{self.name}: exact patching", len(nodes), "nodes")
+        exact = latents.exact(self.found, self.units["latents"], nodes, progress.at).mean(-1)
+        made = {k: latents.scores(f, nodes).mean(-1).tolist() for k, f in by.items()}
+        rows = [
+            {"layer": n.layer, "kind": n.kind} | n._asdict()
+            | {"exact": e} | {k: v[i] for k, v in made.items()}
+            for i, (n, e) in enumerate(zip(nodes, exact.tolist(), strict=True))
+        ]  # fmt: skip
+        n = len(self.found.task.before)
+        sites = [
+            {"hook": hook, "whole": float(self.found.whole(hook).mean())}
+            | {k: float(f[hook].latents.sum() + f[hook].error.sum()) / n for k, f in by.items()}
+            | {"errors": float(by["ig"][hook].error.sum() / n)}
+            for hook in self.hooks["latents"]
+        ]
+        return rows, sites
+
+
+def part(drawn: dict[str, Any], piece: slice) -> dict[str, Any]:
+    """Some of the prompts."""
+    out = {k: v[piece] for k, v in drawn.items() if k != "positions"}
+    return out | {"positions": {k: v[piece] for k, v in drawn["positions"].items()}}
+
+
+def units_of(found: dict[str, latents.Latents], loaded: Any, seed: int) -> dict[str, dict]:
+    """latents, neurons, random -> hook -> units, at the hooks of the dictionaries `found`."""
+    d_mlp = loaded.hf.config.intermediate_size
+    neurons = {}
+    for hook, units in found.items():
+        at_mlp = hook.endswith("hook_mlp_out")
+        own = hook.replace("hook_mlp_out", "mlp.hook_post")
+        neurons[own] = latents.Neurons(d_mlp if at_mlp else units.sae.W_dec.shape[1])
+    random = {
+        hook: latents.Latents(latents.RandomDirections(u.sae, seed + i), u.skip_first, u.max_norm)
+        for i, (hook, u) in enumerate(found.items())
+    }
+    return {"latents": found, "neurons": neurons, "random": random}
+
+
+def main() -> None:
+    parser = cli.parser(
+        "agreement", __doc__, model="model.json",
+        activations="manifest.json of the activations", saes="manifests of the SAE jobs*",
+        **{t: f"{t}.parquet" for t in TABLES},
+    )  # fmt: skip
+
+    def work(job: cli.Job) -> None:
+        args, options = job.args, job.section("own.agreement", Options)
+        device = job.device()
+        made: dict[str, list[pd.DataFrame]] = {t: [] for t in TABLES}
+        with torch.no_grad():
+            loaded = models.load(args.model, device)
+            found = latents.load(args.saes, options.saes, args.activations, device)
+            units = units_of(found, loaded, options.seed)
+            for name in options.structures:
+                structure = Structure(name, loaded, units, options, device)
+                for table, rows in structure.measured(args.activations).items():
+                    frame = pd.DataFrame(rows)
+                    frame.insert(0, "structure", name)
+                    made[table].append(frame)
+        certificate = job.certificate([args.model, args.activations, *args.saes], seed=options.seed)
+        for table, frames in made.items():
+            tables.write_table(
+                getattr(args, table), pd.concat(frames, ignore_index=True), certificate
+            )
+
+    cli.run("agreement", parser.parse_args(), work)
+
+
+if __name__ == "__main__":
+    main()

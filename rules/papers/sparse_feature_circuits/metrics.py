@@ -1,0 +1,137 @@
+"""Metrics of sparse feature circuits: what they mean, and how the tables give them.
+
+Names begin with a kind of nodes (curves.py) and end with a structure of prompts, or with mean or
+least: over structures.
+"""
+
+from typing import Any
+
+import numpy as np
+
+METRICS = {  # the first pattern that fits a name counts
+    "logit_diff.*": "mean logit of the right form minus that of the other, held-out prompts",
+    "accuracy.*": "share of held-out prompts with a larger logit of the right form",
+    "*.n_half.mean": "geometric mean of n_half over structures",
+    "*.n_half.*": "number of nodes at which faithfulness first reaches 0.5, interpolated in log n; "
+    "of random_nodes on the mean curve; the largest circuit of the curve where none does",
+    "*.n_lost.mean": "geometric mean of n_lost over structures",
+    "*.n_lost.*": "number of strongest nodes without which half of m(all) - m(none) is lost, "
+    "interpolated in log n; the largest circuit of the curve where it never is",
+    "*.area.*": "faithfulness, clipped to [0, 1], averaged over log n from one node to the largest "
+    "circuit of any kind; behind its own end a curve stays",
+    "*.completeness.*": "share of m(all) - m(none) left without as many nodes as the circuit has "
+    "that first is half as good as the model",
+    "*.last.*": "faithfulness of the largest circuit of the curve",
+    "advantage.*": "area of latents minus area of neurons",
+    "correlation.*.site*": "Pearson correlation of estimated and exact effects of the latents of "
+    "one site (sites in the order of computation, error terms left out), mean over structures",
+    "correlation.*.early": "the same of the first site",
+    "correlation.*.late": "the same of the last site",
+    "correlation.*": "the same, mean over sites and structures",
+    "gap.*": "|sum of estimates over all nodes of a site - exact effect of patching the site| over "
+    "|exact|, mean over sites and structures",
+    "error_share": "share of the sum of latent_ig over a site that is its error terms', mean over "
+    "sites and structures",
+    "none_spread": "largest difference of m(none) between kinds of nodes, over m(all) - m(none)",
+}
+HALF = 0.5
+
+
+def crossing(n: np.ndarray, values: np.ndarray, level: float) -> float:
+    """Where values first reach a level from below, interpolated in log n; the last n if never.
+
+    Args:
+        n: rising, from 1; values: of the same length.
+    """
+    above = np.flatnonzero(values >= level)
+    if not len(above):
+        return float(n[-1])
+    i = above[0]
+    if i == 0:
+        return float(n[0])
+    share = (level - values[i - 1]) / (values[i] - values[i - 1])
+    return float(np.exp(np.log(n[i - 1]) + share * np.log(n[i] / n[i - 1])))
+
+
+def area(n: np.ndarray, values: np.ndarray, last: int) -> float:
+    """Mean of the clipped curve over log n from 1 to `last`; behind its end a curve stays."""
+    grid = np.linspace(0, np.log(max(last, 2)), 200)
+    return float(np.interp(grid, np.log(n), np.clip(values, 0, 1)).mean())
+
+
+def mean_curve(rows: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """n, faithfulness and completeness of a kind, over its draws; without the empty circuit."""
+    own = rows[rows["n_nodes"] > 0].groupby("n_nodes")[["faithfulness", "completeness"]].mean()
+    return own.index.to_numpy(float), own["faithfulness"].to_numpy(), own["completeness"].to_numpy()
+
+
+def of_curves(rows: Any) -> dict[str, float]:
+    """Of one structure."""
+    out, drawn = {}, {kind: mean_curve(own) for kind, own in rows.groupby("kind", sort=False)}
+    drawn = {kind: c for kind, c in drawn.items() if len(c[0])}
+    last = int(max(n[-1] for n, _, _ in drawn.values()))
+    for kind, (n, faithful, without) in drawn.items():
+        out[f"{kind}.n_half"] = crossing(n, faithful, HALF)
+        out[f"{kind}.area"] = area(n, faithful, last)
+        out[f"{kind}.last"] = float(faithful[-1])
+        if np.isfinite(without).all():
+            out[f"{kind}.n_lost"] = crossing(n, -without, -HALF)
+            out[f"{kind}.completeness"] = float(
+                np.interp(np.log(out[f"{kind}.n_half"]), np.log(n), without)
+            )
+    out["advantage"] = out["latents.area"] - out["neurons.area"]
+    none = rows[rows["n_nodes"] == 0]
+    whole = float(none["m_without"].iloc[0] - none["m"].mean())
+    out["none_spread"] = float((none["m"].max() - none["m"].min()) / abs(whole))
+    return out
+
+
+def over_structures(found: dict[str, dict[str, float]]) -> dict[str, float]:
+    """Every metric of every structure, and its mean and least."""
+    out: dict[str, float] = {}
+    for structure, values in found.items():
+        out |= {f"{name}.{structure}": v for name, v in values.items() if name != "none_spread"}
+    for name in next(iter(found.values())):
+        values = np.array([v[name] for v in found.values() if name in v])
+        if name == "none_spread":
+            out[name] = float(values.max())
+            continue
+        counts = name.endswith(("n_half", "n_lost"))
+        out[f"{name}.mean"] = float(np.exp(np.log(values).mean()) if counts else values.mean())
+        out[f"{name}.least"] = float(values.min())
+    return out
+
+
+def of_estimates(nodes: Any, sites: Any) -> dict[str, float]:
+    """How right both estimates are."""
+    out: dict[str, float] = {}
+    nodes, order = nodes[nodes["number"] >= 0], list(dict.fromkeys(sites["hook"]))
+    for method in ("ig", "attribution"):
+        by_site = {
+            hook: np.nanmean(
+                [own["exact"].corr(own[method]) for _, own in rows.groupby("structure")]
+            )
+            for hook, rows in nodes.groupby("hook")
+        }
+        out |= {f"correlation.{method}.site{i}": by_site[h] for i, h in enumerate(order)}
+        out[f"correlation.{method}"] = float(np.mean(list(by_site.values())))
+        out[f"correlation.{method}.early"] = by_site[order[0]]
+        out[f"correlation.{method}.late"] = by_site[order[-1]]
+        gap = (sites[method] - sites["whole"]).abs() / sites["whole"].abs()
+        out[f"gap.{method}"] = float(gap.mean())
+    out["error_share"] = float((sites["errors"] / sites["ig"]).mean())
+    return out
+
+
+def metrics(tables: dict[str, Any]) -> dict[str, float]:
+    """See METRICS."""
+    part = {name: tables[f"agreement/{name}"] for name in ("behaviour", "curves", "nodes", "sites")}
+    rows = part["behaviour"].set_index("structure")
+    out: dict[str, float] = {}
+    for name in ("logit_diff", "accuracy"):
+        out |= {f"{name}.{s}": float(v) for s, v in rows[name].items()}
+        out |= {f"{name}.mean": float(rows[name].mean()), f"{name}.least": float(rows[name].min())}
+    curves = part["curves"].groupby("structure", sort=False)
+    out |= over_structures({s: of_curves(own) for s, own in curves})
+    out |= of_estimates(part["nodes"], part["sites"])
+    return {k: float(v) for k, v in out.items() if np.isfinite(v)}

@@ -1,0 +1,298 @@
+"""Sparse feature circuits: prompts, metrics of made-up curves, and the whole on a tiny model."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+import pytest
+import torch
+from test_latents import TopK
+from tokenizers import Tokenizer, models, pre_tokenizers
+from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
+
+from pipeline import attribution_graph, claims, figures, latents, papers, tables
+from pipeline.errors import RetraceError
+from pipeline.latents import ERROR, Latents
+from pipeline.metrics import compute, known
+from pipeline.source import import_file
+
+ROOT = Path(__file__).parent.parent
+FOLDER = ROOT / "rules/papers/sparse_feature_circuits"
+prompts, agreement, graph, metrics, drawing = (
+    import_file(FOLDER / f"{n}.py") for n in ("prompts", "agreement", "graph", "metrics", "figures")
+)
+HOOKS = {"mlp": "blocks.1.hook_mlp_out", "resid": "blocks.2.hook_resid_post"}
+
+
+def word_tokenizer() -> PreTrainedTokenizerFast:
+    """Every word of the prompts is one token; BOS is token 0."""
+    words = [
+        f"{n}{s}" for n in [*prompts.NOUNS, *prompts.THINGS, *prompts.RELATIVE] for s in ("", "s")
+    ]
+    words += ["The", "the", "that", *prompts.PREPOSITIONS, *(w for v in prompts.VERBS for w in v)]
+    vocab = {w: i for i, w in enumerate(dict.fromkeys(["<|endoftext|>", *words]))}
+    made = Tokenizer(models.WordLevel(vocab, unk_token="<|endoftext|>"))
+    made.pre_tokenizer = pre_tokenizers.Whitespace()
+    return PreTrainedTokenizerFast(tokenizer_object=made, bos_token="<|endoftext|>")
+
+
+TOKENIZER = word_tokenizer()
+
+# --- prompts -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("structure", prompts.STRUCTURES)
+def test_the_verb_agrees_and_the_corrupt_prompt_has_the_other_number(structure):
+    made = prompts.draw(TOKENIZER, structure, 60, 0)
+    word = TOKENIZER.decode
+    assert len({len(ids) for ids in [*made["clean"], *made["corrupt"]]}) == 1
+    forms = {w for v in prompts.VERBS for w in v}
+    plural = []
+    for i, (clean, corrupt) in enumerate(zip(made["clean"], made["corrupt"], strict=True)):
+        (at,) = (p for p, pair in enumerate(zip(clean, corrupt, strict=True)) if len(set(pair)) > 1)
+        noun, other = word([clean[at]]), word([corrupt[at]])
+        assert at == made["positions"]["noun"][i] and {noun, other} == {
+            min(noun, other, key=len), min(noun, other, key=len) + "s",
+        }  # fmt: skip
+        verb, foil = word([made["answer"][i]]), word([made["foil"][i]])
+        plural.append(noun.endswith("s"))
+        if structure == "within_rc":
+            assert at == len(clean) - 1 and foil == (f"{verb}s" if plural[-1] else verb[:-1])
+        else:
+            assert at == 1 and {verb, foil} <= forms and (verb, foil) in (
+                (b, a) if plural[-1] else (a, b) for a, b in prompts.VERBS
+            )  # fmt: skip
+    assert sum(plural) == 30
+    assert len(set(zip(made["text"], made["answer"], strict=True))) == 60
+    assert made["text"] == prompts.draw(TOKENIZER, structure, 60, 0)["text"]
+    assert made["text"] != prompts.draw(TOKENIZER, structure, 60, 1)["text"]
+
+
+def test_the_clause_agrees_with_its_own_noun():
+    for text in prompts.draw(TOKENIZER, "across_rc", 40, 2)["text"]:
+        *_, noun, verb = text.split()
+        assert noun.endswith("s") != verb.endswith("s")
+
+
+def test_prompts_that_cannot_be_made_are_a_sentence():
+    with pytest.raises(RetraceError, match="different prompts of structure simple were found"):
+        prompts.draw(TOKENIZER, "simple", 10_000, 0)
+
+    class Bytes:
+        def __call__(self, text, add_special_tokens):
+            return {"input_ids": list(text.encode())}
+
+    with pytest.raises(RetraceError, match="0 pairs of kind 'subject'"):
+        prompts.draw(Bytes(), "simple", 2, 0)
+    with pytest.raises(RetraceError, match="structure"):
+        prompts.agreement({"structure": "nested"}, TOKENIZER, 2, 0)
+
+
+# --- metrics -------------------------------------------------------------------------------
+
+
+def test_a_curve_crosses_between_its_points():
+    n = np.array([1.0, 4.0, 16.0])
+    assert metrics.crossing(n, np.array([0.1, 0.4, 0.6]), 0.5) == pytest.approx(8)
+    assert metrics.crossing(n, np.array([0.7, 0.4, 0.6]), 0.5) == 1
+    assert metrics.crossing(n, np.array([0.1, 0.2, 0.3]), 0.5) == 16
+    assert metrics.area(n, np.array([0.0, 0.5, 1.0]), 16) == pytest.approx(0.5, abs=1e-3)
+    assert metrics.area(n, np.array([-1.0, -1.0, 3.0]), 16) == pytest.approx(0.25, abs=0.01)
+    assert metrics.area(n[:1], np.array([0.25]), 1000) == pytest.approx(0.25)
+
+
+def curve(kind: str, draw: str, faithful: list[float], without: list[float]) -> pd.DataFrame:
+    n = [0, 1, 4, 16][: len(faithful) + 1]
+    rows = pd.DataFrame(
+        {"n_nodes": n, "faithfulness": [0, *faithful], "completeness": [1, *without]}
+    )
+    return rows.assign(kind=kind, draw=draw, m=rows["faithfulness"] * 2, m_without=2.0)
+
+
+def test_metrics_of_curves_are_those_of_the_definitions():
+    nan = [float("nan")] * 3
+    rows = pd.concat(
+        [
+            curve("latents", "latents", [0.25, 0.75, 1], [0.75, 0.25, 0]),
+            curve("neurons", "neurons", [0, 0.25, 0.75], [1, 0.75, 0.25]),
+            curve("random_nodes", "random_nodes 0", [0, 0, 1], nan),
+            curve("random_nodes", "random_nodes 1", [0, 0, 0.5], nan),
+            curve("errors", "errors", [0.25], [float("nan")]),
+        ]
+    )
+    found = metrics.of_curves(rows)
+    assert found["latents.n_half"] == pytest.approx(2) and found["neurons.n_half"] == pytest.approx(
+        8
+    )
+    assert found["latents.n_lost"] == pytest.approx(2) and found["neurons.n_lost"] == pytest.approx(
+        8
+    )
+    assert found["latents.completeness"] == pytest.approx(0.5)
+    assert found["random_nodes.last"] == 0.75 and found["errors.area"] == 0.25
+    assert "errors.n_lost" not in found and found["none_spread"] == 0
+    assert found["advantage"] == found["latents.area"] - found["neurons.area"] > 0
+    both = metrics.over_structures({"simple": found, "across_rc": found | {"latents.n_half": 8.0}})
+    assert both["latents.n_half.mean"] == pytest.approx(4)
+    assert both["latents.n_half.least"] == 2 and both["latents.n_half.across_rc"] == 8
+
+
+# --- the whole on a tiny model -------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory) -> tuple[papers.Paper, dict[str, pd.DataFrame], Path]:
+    """The paper at smoke scale on a random model and random dictionaries, and its tables."""
+    out, paper = tmp_path_factory.mktemp("sfc"), papers.load(FOLDER, "smoke")
+    torch.manual_seed(0)
+    hf = LlamaForCausalLM(
+        LlamaConfig(vocab_size=len(TOKENIZER), hidden_size=16, intermediate_size=24,
+                    num_hidden_layers=4, num_attention_heads=2, num_key_value_heads=1,
+                    initializer_range=0.4, bos_token_id=0, eos_token_id=0)
+    )  # fmt: skip
+    hf.save_pretrained(out / "checkpoint")
+    TOKENIZER.save_pretrained(out / "checkpoint")
+    about = {"processing": "raw", "bos_id": 0, "name": "tiny", "n_layers": 4}
+    (out / "model.json").write_text(json.dumps(about))
+    (out / "none.json").write_text("{}")
+    units = {h: Latents(TopK(i), skip_first=1) for i, h in enumerate(HOOKS.values())}
+    own = paper.spec.own["agreement"] | {"saes": list(HOOKS), "n_prompts": 6, "n_judged": 6}
+    files = {t: out / f"{t}.parquet" for t in agreement.TABLES}
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(latents, "load", lambda *_: units)
+        patch.setattr(graph, "top_tokens", lambda _, u, h, numbers, *__: {i: [1] for i in numbers})
+        patch.setattr(agreement.graph, "top_tokens", graph.top_tokens)
+        given = [x for t, f in files.items() for x in (f"--{t.replace('_', '-')}", f)]
+        spec = json.dumps({"own.agreement": own})
+        argv = ["agreement", "--spec", spec, "--model", out / "model.json", "--activations",
+                out / "none.json", "--saes", out / "none.json", *given, "--device", "cpu",
+                "--threads", "1"]  # fmt: skip
+        patch.setattr(sys, "argv", list(map(str, argv)))
+        threads = torch.get_num_threads()
+        agreement.main()
+        torch.set_num_threads(threads)
+    return paper, {f"agreement/{t}": tables.read_table(f) for t, f in files.items()}, out
+
+
+def test_curves_begin_at_none_and_end_at_the_model(made):
+    _, frames, _ = made
+    curves = frames["agreement/curves"]
+    kinds = set(curves["kind"])
+    assert kinds == set(drawing.KINDS)
+    for (_, kind), rows in curves.groupby(["structure", "kind"]):
+        assert rows["n_nodes"].min() == 0 and rows["faithfulness"].iloc[0] == 0
+        if kind in ("latents", "neurons", "random", "random_nodes", "attribution"):
+            assert rows["n_nodes"].max() > 16
+    for _, rows in curves.groupby("structure"):
+        none = rows.loc[rows["n_nodes"] == 0]
+        assert none["m"].max() - none["m"].min() < 1e-4
+        m, whole = none["m"].iloc[0], none["m_without"].iloc[0]
+        share = (rows["m"] - m) / (whole - m)
+        np.testing.assert_allclose(rows["faithfulness"], share, atol=1e-3)
+
+
+def test_nodes_are_patched_and_edges_lead_upwards(made):
+    _, frames, _ = made
+    nodes, sites = frames["agreement/nodes"], frames["agreement/sites"]
+    assert set(nodes["hook"]) == set(HOOKS.values()) == set(sites["hook"])
+    assert nodes[["exact", "ig", "attribution"]].abs().to_numpy().max() > 1e-3
+    assert np.corrcoef(nodes["exact"], nodes["ig"])[0, 1] > 0.8
+    graphs = dict(iter(frames["agreement/graph_nodes"].groupby("structure")))
+    for structure, edges in frames["agreement/graph_edges"].groupby("structure"):
+        own = graphs[structure].set_index("name")
+        assert set(edges["source"]) <= set(own.index)
+        assert set(edges["target"]) <= {*own.index, "logits"}
+        layer = own["layer"].to_dict() | {"logits": 9}
+        assert all(
+            layer[s] < layer[t] for s, t in zip(edges["source"], edges["target"], strict=True)
+        )
+        assert (own.loc[own["number"] >= 0, "logits"] != "").all()
+
+
+def test_metrics_claims_and_figures(made):
+    paper, frames, _ = made
+    found = compute(dict(frames), known(paper), FOLDER / "metrics.py")
+    wanted = {n for c in paper.spec.claims for n in claims._wanted(c)}
+    assert {n for n in wanted if not n.startswith("circuits.")} <= set(found)
+    for name, figure in paper.spec.figures.items():
+        wanted = getattr(drawing, figure.kind or name)
+        drawn, numbers = wanted({t: frames[t] for t in figure.tables}, figure.options)
+        assert len(drawn.data) and len(numbers), name
+
+
+def test_the_walk_of_a_graph_names_its_traces(made):
+    _, frames, _ = made
+    drawn, _ = drawing.graph(frames, {"structure": "across_rc"})
+    plot = figures.plain(drawn)
+    walk = plot["layout"]["meta"]["walk"]
+    nodes = plot["data"][walk["nodes"]]
+    assert len(nodes["x"]) == len(walk["labels"]) == len(walk["about"])
+    assert walk["labels"][walk["start"]] == "logits"
+    assert plot["data"][walk["up"]]["x"] == plot["data"][walk["down"]]["x"] == []
+    ends = {i for s, t, _ in walk["links"] for i in (s, t)}
+    assert ends and max(ends) < len(walk["labels"])
+    shown = sum(len(plot["data"][i]["x"]) for i in walk["lines"])
+    assert shown == 3 * len(walk["links"])
+
+
+@pytest.mark.parametrize("structure", ["within_rc", "across_rc"])
+def test_the_graph_is_exported(made, structure):
+    _, frames, out = made
+    parts = {p: frames[f"agreement/{p}"] for p in ("graph_nodes", "graph_edges", "behaviour")}
+    rows = {p: f[f["structure"] == structure].to_dict("records") for p, f in parts.items()}
+    export = attribution_graph.Export(name=structure, paper="sparse_feature_circuits")
+    model = json.loads((out / "model.json").read_text())
+    made_of = attribution_graph.build(
+        rows["graph_nodes"], rows["graph_edges"], rows["behaviour"][0], model, export, "1"
+    )
+    assert len(made_of.nodes) == len(rows["graph_nodes"]) + 1
+    assert len(made_of.links) == len(rows["graph_edges"]) > 0
+
+
+class Stored:
+    """Held-out rows as shards.Rows gives them."""
+
+    dtype = "float32"
+
+    def __init__(self, manifest: str, hook: str, split: str) -> None:
+        assert split == "eval"
+        draw = np.random.default_rng(0)
+        self.x = draw.standard_normal((300, 16), np.float32)
+        self.token = draw.integers(0, 40, 300)
+
+    def iterate(self, rows: int):
+        for at in range(0, len(self.x), rows):
+            yield self.x[at : at + rows], {"token": self.token[at : at + rows]}
+
+
+def test_top_tokens_are_those_of_all_rows(monkeypatch):
+    monkeypatch.setattr(graph.shards, "Rows", Stored)
+    monkeypatch.setattr(graph, "ROWS_A_PASS", 100)
+    units, rows = Latents(TopK(3)), Stored("", "", "eval")
+    found = graph.top_tokens("", units, "", [0, 4, 9], 10**6, "cpu")
+    acts = units.sae.encode(torch.tensor(rows.x))
+    for number, ids in found.items():
+        best = pd.Series(acts[:, number].numpy()).groupby(rows.token).max()
+        best = best[best > 0].sort_values(ascending=False)
+        assert ids == best.index[: graph.N_LABEL].tolist()
+    first = graph.top_tokens("", units, "", [0], 100, "cpu")[0]
+    assert set(first) <= set(rows.token[:100])
+
+
+def test_error_terms_have_no_label(made):
+    _, frames, _ = made
+    nodes = frames["agreement/graph_nodes"]
+    assert (nodes.loc[nodes["number"] == ERROR, "tokens"] == "").all()
+
+
+def test_figures_and_metrics_import_no_torch():
+    code = (
+        "import sys; from pipeline.source import import_file\n"
+        f"for f in ('figures', 'metrics'): import_file(r'{FOLDER}/' + f + '.py')\n"
+        "assert 'torch' not in sys.modules"
+    )
+    env = {**os.environ, "PYTHONPATH": str(ROOT)}
+    assert subprocess.run([sys.executable, "-c", code], env=env).returncode == 0

@@ -1,0 +1,113 @@
+"""Graphs that are walked: their traces, and in a real browser a reader's clicks."""
+
+import pandas as pd
+import pytest
+import synthetic
+from test_browser import CHROMEDRIVER, CHROMIUM, FLAGS, Browser
+
+from pipeline import figures
+from pipeline.kinds_graph import legend, ruled, walkable
+
+NAMES = ["a", "b <b>bold</b>", "c", "logits"]
+NODES = pd.DataFrame(
+    {
+        "name": NAMES, "x": [0, 1, 1, 2], "y": [0, 0, 1, 2], "colour": ["#0072B2"] * 4,
+        "symbol": ["circle"] * 4, "size": [12] * 4,
+        "about": [["says <script>window.hacked=1</script>"], [""], ["third"], ["the end"]],
+    }
+)  # fmt: skip
+LINKS = pd.DataFrame(
+    {"source": ["a", NAMES[1], "c", "a"], "target": ["c", "c", "logits", "logits"],
+     "weight": [1.0, -0.5, 2.0, 0.01]}
+)  # fmt: skip
+
+
+def drawn():
+    figure = walkable(NODES, LINKS, "logits", "logits")
+    legend(figure, [("helps", "#0072B2", "circle")])
+    ruled(figure, ["low", "middle", "end"], ["x", "y", "z"])
+    return figure
+
+
+def test_lines_are_grouped_by_sign_and_width():
+    figure = drawn()
+    walk = figure.layout.meta["walk"]
+    lines = [figure.data[i] for i in walk["lines"]]
+    assert sorted(len(t.x) for t in lines) == [3, 3, 3, 3]
+    assert {t.line.width for t in lines} == {0.7, 1.6, 3.2}
+    assert walk["links"] == [[0, 2, 1.0], [1, 2, -0.5], [2, 3, 2.0], [0, 3, 0.01]]
+    assert "&lt;script&gt;" in figure.data[walk["nodes"]].customdata[0]
+    assert walkable(NODES, LINKS[:0], "c", "logits").layout.meta["walk"]["lines"] == []
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    if not (CHROMIUM and CHROMEDRIVER):
+        pytest.skip("needs chromium and chromedriver (Debian packages)")
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    base = tmp_path_factory.mktemp("walk")
+    synthetic.figures_js(base / "figures.js")
+    page = figures.page("graph", "A graph", "To walk.", figures.plain(drawn()), "figures.js")
+    (base / "graph.html").write_text(page)
+    options = webdriver.ChromeOptions()
+    options.binary_location = CHROMIUM
+    for flag in [*FLAGS, f"--user-data-dir={tmp_path_factory.mktemp('chromium')}"]:
+        options.add_argument(flag)
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    driver = webdriver.Chrome(options=options, service=Service(CHROMEDRIVER))
+    yield Browser(driver, base)
+    driver.quit()
+
+
+SHOWN = "return document.querySelector('.retrace-figure').dataset.node"
+PANEL = "return document.querySelector('.retrace-walk').innerText"
+
+
+def go(browser: Browser, name: str) -> None:
+    """Click the button of that name in the panel."""
+    browser.js(
+        "[...document.querySelectorAll('.retrace-walk button')]"
+        ".find(b => b.textContent === arguments[0]).click()",
+        name,
+    )
+
+
+def test_a_reader_walks_from_node_to_node(browser):
+    browser.open("graph.html")
+    browser.until(f"{SHOWN} === 'logits'")
+    said = browser.js(PANEL)
+    assert "reads" in said and "c +2.0 logits" in said and "is read by: nothing shown" in said
+    go(browser, "c")
+    browser.until(f"{SHOWN} === 'c'")
+    said = browser.js(PANEL)
+    assert "third" in said and "a +1.0" in said and "b <b>bold</b> −0.50" in said
+    opacity = browser.js(
+        "const c = document.querySelector('.retrace-canvas'), w = c.layout.meta.walk;"
+        "return [c.data[w.nodes].marker.opacity, c.data[w.up].x.length, c.data[w.down].x.length]"
+    )
+    assert opacity == [[1, 1, 1, 1], 6, 3]
+    go(browser, "a")
+    browser.until(f"{SHOWN} === 'a'")
+    go(browser, "show all")
+    browser.until(f"{SHOWN} === ''")
+    assert "click one" in browser.js(PANEL)
+    assert browser.errors() == [] and browser.js("return window.hacked ?? null") is None
+
+
+def test_a_click_on_a_marker_goes_there_and_a_change_of_scheme_stays_there(browser):
+    browser.open("graph.html")
+    browser.until(f"{SHOWN} === 'logits'")
+    browser.js(
+        "const c = document.querySelector('.retrace-canvas'), n = c.layout.meta.walk.nodes;"
+        "c.emit('plotly_click', {points: [{curveNumber: n, pointNumber: 0}]})"
+    )
+    browser.until(f"{SHOWN} === 'a'")
+    dark = [{"name": "prefers-color-scheme", "value": "dark"}]
+    browser.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": dark})
+    browser.until("return document.querySelector('.retrace-figure').dataset.drawn === 'dark'")
+    browser.until(f"{SHOWN} === 'a'")
+    assert "says <script>window.hacked=1</script>" in browser.js(PANEL)
+    assert browser.js("return document.querySelectorAll('.retrace-walk').length") == 1
+    assert browser.errors() == [] and browser.js("return window.hacked ?? null") is None
