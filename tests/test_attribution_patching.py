@@ -16,7 +16,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from pipeline import claims, papers, tables
 from pipeline import prompts_ioi as names
 from pipeline.errors import RetraceError
-from pipeline.metrics import compute, known
+from pipeline.metrics import compute, known, parts
 from pipeline.native import NativeForCausalLM
 from pipeline.source import import_file
 from pipeline.training_data import IGNORED
@@ -234,7 +234,7 @@ def test_every_node_and_edge_has_an_estimate_and_an_effect(made):
 
 def test_metrics_claims_and_figures(made):
     paper, frames = made
-    found = compute(frames, known(paper), FOLDER / "metrics.py")
+    found = compute(frames, known(parts(paper)), FOLDER / "metrics.py")
     assert all(m["definition"] for m in found.values())
     for claim in paper.spec.claims:
         verdict = claims.judge(claim, found, "laptop")["verdict"]

@@ -17,7 +17,7 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from pipeline import attribution_graph, claims, figures, latents, papers, tables
 from pipeline.errors import RetraceError
 from pipeline.latents import ERROR, Latents
-from pipeline.metrics import compute, known
+from pipeline.metrics import compute, known, parts
 from pipeline.source import import_file
 
 ROOT = Path(__file__).parent.parent
@@ -214,7 +214,7 @@ def test_nodes_are_patched_and_edges_lead_upwards(made):
 
 def test_metrics_claims_and_figures(made):
     paper, frames, _ = made
-    found = compute(dict(frames), known(paper), FOLDER / "metrics.py")
+    found = compute(dict(frames), known(parts(paper)), FOLDER / "metrics.py")
     wanted = {n for c in paper.spec.claims for n in claims._wanted(c)}
     assert {n for n in wanted if not n.startswith("circuits.")} <= set(found)
     for name, figure in paper.spec.figures.items():
