@@ -18,7 +18,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from pipeline import provenance, source, spec
+from pipeline import gpus, provenance, source, spec
 from pipeline.errors import RetraceError
 
 log = logging.getLogger("retrace")
@@ -53,7 +53,12 @@ class Job:
             name = "cuda" if torch.cuda.is_available() else "cpu"
         if name.startswith("cuda") and not torch.cuda.is_available():
             raise RetraceError(f"--device {name}: torch sees no GPU here; use --config device=cpu")
+        if name == "cuda" and (n := torch.cuda.device_count()) > 1:
+            about = [torch.cuda.get_device_properties(i) for i in range(n)]
+            name = f"cuda:{gpus.take([str(gpu.uuid) for gpu in about])}"
         device = torch.device(name)
+        if name.startswith("cuda:"):
+            torch.cuda.set_device(device)  # graphs and streams are made on the current one
         self.hardware = (
             torch.cuda.get_device_name(device)
             if device.type == "cuda"

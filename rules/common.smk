@@ -13,7 +13,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.g
 os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(4 << 30))
 os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(8 << 30))
 
-from pipeline import papers, source, summary
+from pipeline import gpus, papers, source, summary
 from pipeline.errors import RetraceError, nearest
 
 PYTHON = sys.executable
@@ -38,7 +38,7 @@ THREADS = 1 if SMOKE else 2
 if DEVICE == "cpu":  # lowers what a rule asks for to nothing
     workflow.global_resources.setdefault("gpu", 0)
 elif workflow.nodes is None:  # one machine; a cluster counts its GPUs itself
-    workflow.global_resources.setdefault("gpu", (os.cpu_count() or 1) if SMOKE else 1)
+    workflow.global_resources.setdefault("gpu", (os.cpu_count() or 1) if SMOKE else gpus.count())
 # Where results lie in an object storage, a job has its inputs beside it and nothing else.
 STORAGE = workflow.storage_settings.default_storage_provider
 # Snakemake formats every shell command with the globals of the main Snakefile, a module's, too.

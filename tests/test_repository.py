@@ -1,7 +1,9 @@
 """What the repository says of itself holds: README, the lock file, versions."""
 
+import csv
 import re
 import tomllib
+from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -80,3 +82,15 @@ def test_the_lock_pins_every_dependency_and_nothing_of_one_machine():
 def test_one_version():
     citation = yaml.safe_load((ROOT / "CITATION.cff").read_text())
     assert citation["version"] == pipeline.__version__
+
+
+def test_readme_counts_verdicts_as_the_tables_do():
+    told = re.findall(r"\[(\d+) of (\d+)\]\((results/reference/\S+/claims\.csv)\)([^|]*)\|", README)
+    assert len(told) > 10
+    for reproduced, judged, path, rest in told:
+        with open(ROOT / path) as file:
+            found = Counter(row["verdict"] for row in csv.DictReader(file))
+        assert found["reproduced"] == int(reproduced), path
+        assert found["reproduced"] + found["not reproduced"] == int(judged), path
+        named = {v: int(n) for n, v in re.findall(r"(\d+) (not comparable|not run)", rest)}
+        assert named == {v: found[v] for v in ("not comparable", "not run") if found[v]}, path
