@@ -3,12 +3,19 @@ the dictionaries' own steps, and what memory does when the store grows.
 
     python tests/benchmarks/many_saes.py                      d_in 576, d_sae 4608, k 32
     python tests/benchmarks/many_saes.py --d-sae 1152 --n-rows 50000
+    python tests/benchmarks/many_saes.py --divide --counts 1 4 16 64 --n-rows 65536 --epochs 4
+    python tests/benchmarks/many_saes.py --divide --counts 1 4 16 64 --n-rows 65536 --epochs 80 \
+        --device cuda --d-in 768 --d-sae 24576
 
 Each number is one whole job of stage sae, `python -m pipeline.sae` with its imports, on a store
 that is made up here. ours: seconds of one job that trains n dictionaries. peer: n times the seconds
 of a job that trains one. floor: the seconds inside the n dictionaries' steps; wanted is a job of 20
-that spends at most a tenth elsewhere. Memory: the job's peak on a store four times as long, with
-that on the store itself as peer.
+that spends at most a tenth elsewhere. With --divide a job of n is shown an n-th of the rows, at
+least eight batches, and only throughput and memory are told.
+Throughput: rows a second times n while training, without start-up and writing, with that of the
+fewest dictionaries as peer; floor: the encoder's products at the measured rate of a product.
+Memory: each job's peak, of the GPU where there is one; and the peak on a store four times as long,
+with that on the store itself as peer.
 """
 
 import json
@@ -18,7 +25,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from harness import ROOT, Row, arguments, median, report
+from harness import ROOT, Row, arguments, matmul_rate, median, report
 
 HOOK = "blocks.0.hook_resid_post"
 # As rules/common.smk sets them: what is freed stays with the process.
@@ -30,10 +37,12 @@ def child() -> None:
     import resource
     import time
 
+    import torch
+
     from pipeline import cli, sae
     from pipeline.sae_train import Dictionary
 
-    inside, step = [0.0], Dictionary.step
+    inside, step, train, trained = [0.0], Dictionary.step, sae.train, [0.0]
 
     def timed(self, *args):
         started = time.perf_counter()
@@ -41,35 +50,48 @@ def child() -> None:
         inside[0] += time.perf_counter() - started
         return out
 
-    Dictionary.step = timed
+    def timed_train(*args, **more):
+        started = time.perf_counter()
+        train(*args, **more)
+        if torch.cuda.is_initialized():
+            torch.cuda.synchronize()
+        trained[0] += time.perf_counter() - started
+
+    Dictionary.step, sae.train = timed, timed_train
     sae.main()
+    used = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+    if torch.cuda.is_initialized():
+        used = torch.cuda.max_memory_reserved()
     cost = {
         "seconds": cli._seconds_since_start(),
         "steps": inside[0],
-        "mib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "training": trained[0],
+        "mib": used / 2**20,
     }
     print(json.dumps(cost))
 
 
-def store(folder: Path, n_rows: int, d_in: int, shard_rows: int = 16_384) -> Path:
+def store(
+    folder: Path, n_rows: int, d_in: int, shard_rows: int = 16_384, dtype: str = "float32"
+) -> Path:
     """An activations item of rows that are sums of 20 of 4 d_in directions; its manifest."""
     import numpy as np
     from sae_cpu import batch
 
     from pipeline import provenance, tables
 
-    x = batch(min(n_rows, shard_rows), d_in).numpy()
-    norm, entries, files = float(np.linalg.norm(x, axis=1).mean()), [], {}
+    x = batch(min(n_rows, shard_rows), d_in).numpy().astype(dtype)
+    norm, entries, files = float(np.linalg.norm(x.astype(np.float32), axis=1).mean()), [], {}
     for at in range(0, n_rows, shard_rows):
         rows = x[: n_rows - at]
         index = np.arange(at, at + len(rows), dtype=np.int32)
         columns = dict.fromkeys(("document", "block", "position", "token"), index)
         name = f"shards/{HOOK}/part-{len(entries):05d}.parquet"
-        tables.write_shard(folder / name, rows, columns, "float32", {"hook": HOOK})
+        tables.write_shard(folder / name, rows, columns, dtype, {"hook": HOOK})
         entries.append({"file": name, "split": "train", "rows": len(rows), "mean_norm": norm})
         files[name] = provenance.sha256_file(folder / name)
     about = {
-        "d_model": d_in, "dtype": "float32", "rows": {"train": n_rows}, "mean_norm": norm,
+        "d_model": d_in, "dtype": dtype, "rows": {"train": n_rows}, "mean_norm": norm,
         "max_norm": 0, "shards": entries,
     }  # fmt: skip
     item = {"skip_first": 1, "n_ctx": 128, "model": "made_up/model.json", "corpus": "made_up/t"}
@@ -77,16 +99,31 @@ def store(folder: Path, n_rows: int, d_in: int, shard_rows: int = 16_384) -> Pat
     return folder / "manifest.json"
 
 
+def rows_of(args, n: int) -> int:
+    """What a job of n dictionaries is shown: whole batches."""
+    rows = args.epochs * args.n_rows // (n if args.divide else 1)
+    return max(rows // args.batch_size, 8 if args.divide else 1) * args.batch_size
+
+
+def precision(args) -> str:
+    """Of the dictionaries' products."""
+    return "bfloat16" if args.device == "cuda" else "float32"
+
+
 def run(args, manifest: Path, n: int, out: Path) -> dict:
     """Seconds, seconds of steps and peak MiB of a job of n dictionaries."""
     one = {"architecture": "topk", "d_sae": args.d_sae, "k": args.k, "hook": HOOK}
-    n_rows = args.epochs * args.n_rows
-    training = {"n_rows": n_rows, "batch_size": args.batch_size, "checkpoint_seconds": 1e9}
+    training = {
+        "n_rows": rows_of(args, n),
+        "batch_size": args.batch_size,
+        "checkpoint_seconds": 1e9,
+    }
+    training["precision"] = precision(args)
     spec = {"hook": HOOK, "training": training}
     spec["dictionaries"] = {f"topk_{i}": one | {"seed": i} for i in range(n)}
     command = [sys.executable, __file__, "--child", "--spec", json.dumps({"sae": spec})]
     command += ["--activations", manifest, "--out", out / "manifest.json", "--saes", out / "saes"]
-    command += ["--history", out / "history.parquet", "--device", "cpu"]
+    command += ["--history", out / "history.parquet", "--device", args.device]
     command += ["--threads", args.threads]
     done = subprocess.run(
         [str(part) for part in command], cwd=ROOT, env=os.environ | MALLOC,
@@ -107,6 +144,8 @@ def main() -> None:
     parser.add_argument("--n-rows", type=int, default=100_000, help="of the store")
     parser.add_argument("--epochs", type=int, default=2)
     parser.add_argument("--batch-size", type=int, default=4096)
+    parser.add_argument("--divide", action="store_true", help="an n-th of the rows for a job of n")
+    parser.add_argument("--device", default="cpu", help="cpu or cuda")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--counts", type=int, nargs="+", default=[1, 4, 16, 20])
     args = parser.parse_args()
@@ -122,7 +161,12 @@ def main() -> None:
             "ours": [run(args, long, 1, at / "out")["mib"] for _ in range(args.repeats)],
             "peer": [cost["mib"] for cost in found[args.counts[0]]],
         }
-    rows = [of_count(n, found[n], found[args.counts[0]]) for n in sorted(found, reverse=True)]
+    rows, single = [], found[args.counts[0]]
+    if not args.divide:
+        rows += [of_count(args, n, found[n], single) for n in sorted(found, reverse=True)]
+    products = matmul_rate(args.device, precision(args)) / (2 * args.d_in * args.d_sae)
+    for n in sorted(found):
+        rows += scaling(args, n, found[n], single, products)
     rows.append(
         Row(
             case="peak memory, 4 times the rows",
@@ -135,11 +179,27 @@ def main() -> None:
             runs=memory,
         )
     )
-    report("many_saes", rows, args.out)
+    report("many_saes", rows, args.out, args.device)
     return None
 
 
-def of_count(n: int, jobs: list[dict], single: list[dict]) -> Row:
+def scaling(args, n: int, jobs: list[dict], single: list[dict], products: float) -> list[Row]:
+    """Throughput and peak memory of a job of n dictionaries, against the job of the fewest."""
+    speed = [n * rows_of(args, n) / job["training"] for job in jobs]
+    first = args.counts[0]
+    alone = [first * rows_of(args, first) / job["training"] for job in single]
+    gib = [job["mib"] / 1024 for job in jobs]
+    where = "GPU memory" if args.device == "cuda" else "memory"
+    return [
+        Row(f"{n} dictionaries, throughput", median(speed), "rows/s x dictionaries", median(alone),
+            f"{first} of them", products, "products alone", runs={"ours": speed}),
+        Row(f"{n} dictionaries, peak {where}", median(gib), "GiB",
+            median([job["mib"] / 1024 for job in single]), f"{first} of them",
+            higher_is_better=False, runs={"ours": gib}),
+    ]  # fmt: skip
+
+
+def of_count(args, n: int, jobs: list[dict], single: list[dict]) -> Row:
     """A job of n dictionaries against n jobs of one, and against its own steps."""
     return Row(
         case=f"{n} dictionaries in one job",
@@ -147,9 +207,9 @@ def of_count(n: int, jobs: list[dict], single: list[dict]) -> Row:
         units="s",
         peer=n * median([job["seconds"] for job in single]),
         peer_name=f"{n} jobs of one",
-        floor=median([job["steps"] for job in jobs]),
-        floor_name="the steps alone",
-        target="share_of_floor >= 0.9" if n >= 20 else "",
+        floor=median([job["steps"] for job in jobs]) if args.device == "cpu" else None,
+        floor_name="the steps alone",  # which a GPU does while the next are given to it
+        target="share_of_floor >= 0.9" if n >= 20 and args.device == "cpu" else "",
         higher_is_better=False,
         runs={key: [job[key] for job in jobs] for key in ("seconds", "steps", "mib")},
     )

@@ -1,0 +1,228 @@
+"""Time and memory of each stage against tokens, latents, layers and papers; a figure of both.
+
+    python tests/benchmarks/scaling.py                         ten minutes on two quiet cores
+    python tests/benchmarks/scaling.py --axes tokens --steps 3
+    python tests/benchmarks/scaling.py --figure scaling.png    or .svg; needs Chromium
+
+ours     the exponent p of size^p, by least squares over the sizes but the smallest, of the seconds
+         that a stage takes for its own work: what its log calls work less the imports in it
+memory   the same of the peak of its process; a constant part, torch's, pulls it towards 0
+floor    1: all of the tokens, latents or layers have to be touched
+
+A size is 1, 2, 4 … times the smallest; what does not grow stays at the smallest but one. The text
+is random words, the model a random Llama. Papers are the calls of growth.py, in processor seconds.
+"""
+
+import json
+import os
+import random
+import re
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from harness import ROOT, Row, arguments, report
+from workflow import DONE, IMPORT
+
+sys.path.insert(0, str(ROOT / "tests"))
+
+PEAK = re.compile(r"peak ([\d.]+) GiB")
+# The smallest size of each axis, and the stages whose work it can change.
+AXES = {
+    "tokens": (32_768, ["corpus", "activations", "sae", "evaluation", "features"]),
+    "latents": (256, ["sae", "evaluation", "features"]),
+    "layers": (1, ["activations"]),
+    "papers": (20, ["snakemake"]),
+}
+N_CTX, D_MODEL, K = 128, 64, 16
+
+
+def model_of(folder: Path, n_layers: int) -> Path:
+    """model.json of a random Llama."""
+    import torch
+    from conftest import byte_tokenizer
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    config = LlamaConfig(
+        vocab_size=260, hidden_size=D_MODEL, intermediate_size=4 * D_MODEL,
+        num_hidden_layers=n_layers, num_attention_heads=4, num_key_value_heads=4,
+        max_position_embeddings=N_CTX, initializer_range=0.1, bos_token_id=0, eos_token_id=0,
+    )  # fmt: skip
+    LlamaForCausalLM(config).save_pretrained(folder / "checkpoint")
+    byte_tokenizer().save_pretrained(folder / "checkpoint")
+    info = {"name": "random", "processing": "raw", "bos_id": 0, "n_ctx": N_CTX, "files": {}}
+    (folder / "model.json").write_text(json.dumps(info))
+    return folder / "model.json"
+
+
+def text_of(path: Path, n_bytes: int) -> Path:
+    """So many bytes of documents of random words."""
+    draw, size, lines = random.Random(0), 0, []
+    words = ["".join(draw.choices("abcdefghij", k=draw.randint(2, 8))) for _ in range(2000)]
+    while size < n_bytes:
+        text = " ".join(draw.choices(words, k=200))
+        lines.append(json.dumps({"text": text}))
+        size += len(text)
+    path.write_text("\n".join(lines) + "\n")
+    return path
+
+
+def cost(stage: str, spec: dict, **paths: object) -> tuple[float, float]:
+    """(seconds of its own work, peak GiB) of a stage."""
+    command = [sys.executable, "-m", f"pipeline.{stage}", "--spec", json.dumps(spec)]
+    command += [part for name, path in paths.items() for part in (f"--{name}", str(path))]
+    env = os.environ | {"PYTHONPROFILEIMPORTTIME": "1", "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(done.stderr[-2000:])
+    work, start = map(float, DONE.search(done.stderr).groups())
+    imports = sum(map(int, IMPORT.findall(done.stderr))) / 1e6
+    return work - max(imports - start, 0), float(PEAK.search(done.stderr)[1])
+
+
+def stages(at: Path, wanted: list[str], text: Path, size: dict[str, int], threads: int) -> dict:
+    """Stage -> cost, of the stages up to the last that is wanted."""
+    at.mkdir()
+    hook = f"blocks.{size['layers'] - 1}.hook_resid_post"
+    n_rows = size["tokens"] // N_CTX * (N_CTX - 1)
+    dictionary = {"architecture": "topk", "d_sae": size["latents"], "k": K, "hook": hook}
+    model_json = model_of(at, size["layers"])
+    common = {"device": "cpu", "threads": threads}
+    corpus = {"source": "local", "path": str(text), "n_ctx": N_CTX, "n_tokens": size["tokens"]}
+    corpus |= {"n_eval_tokens": size["tokens"] // 8}
+    specs = {
+        "corpus": {"corpus": corpus},
+        "activations": {"activations": {"hooks": [hook]}},
+        "sae": {
+            "sae": {
+                "hook": hook,
+                "training": {"n_rows": 4 * n_rows, "batch_size": 2048, "checkpoint_seconds": 1e9},
+                "dictionaries": {"a": dictionary},
+            }
+        },
+        "evaluation": {"evaluation": {}},
+        "features": {"features": {"saes": ["a"]}, "latents": "a"},
+    }
+    made = {"model": model_json, "corpus": at / "tokens.parquet"}
+    made_acts = made | {"activations": at / "activations/manifest.json"}
+    paths = {
+        "corpus": {"tokenizer": model_json, "out": at / "tokens.parquet",
+                   "documents": at / "documents.parquet"},
+        "activations": made | {"out": at / "activations/manifest.json",
+                               "shards": at / "activations/shards"},
+        "sae": {"activations": at / "activations/manifest.json", "out": at / "sae/manifest.json",
+                "saes": at / "sae/saes", "history": at / "sae/history.parquet"},
+        "evaluation": made_acts | {"saes": at / "sae/manifest.json", "out": at / "ev.parquet",
+                                   "history": at / "evh.parquet"},
+        "features": made_acts | {"documents": at / "documents.parquet",
+                                 "sae": at / "sae/manifest.json", "out": at / "features.parquet"},
+    }  # fmt: skip
+    last = max(list(specs).index(stage) for stage in wanted)
+    costs = {s: cost(s, specs[s], **paths[s], **common) for s in list(specs)[: last + 1]}
+    return {stage: costs[stage] for stage in wanted}
+
+
+def papers(at: Path, n: int) -> dict:
+    """What a call of snakemake with nothing to do takes with n papers."""
+    import resource
+
+    from growth import project, snakemake
+
+    seconds = snakemake(project(at, n))
+    return {"snakemake": (seconds, resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss / 2**20)}
+
+
+def exponent(sizes: list[int], values: list[float]) -> float:
+    """The slope of log(value) over log(size), without the smallest size where three are left."""
+    import numpy as np
+
+    few = slice(1 if len(sizes) > 3 else 0, None)
+    return float(np.polyfit(np.log(sizes[few]), np.log(values[few]), 1)[0])
+
+
+def drawn(found: dict, path: Path) -> None:
+    """The figure: seconds above, memory below, an axis a column."""
+    from plotly.subplots import make_subplots
+
+    from pipeline import figures, theme
+
+    axes = list(found)
+    figure = make_subplots(rows=2, cols=len(axes), shared_xaxes=True, horizontal_spacing=0.06)
+    names = sorted({stage for stages in found.values() for stage in stages})
+    shown = set()
+    for column, axis in enumerate(axes, 1):
+        for stage, (sizes, costs) in found[axis].items():
+            for row in (1, 2):
+                values = [c[row - 1] for c in costs]
+                figure.add_scatter(
+                    x=sizes, y=values, name=stage, legendgroup=stage,
+                    showlegend=row == 1 and stage not in shown,
+                    line={"color": theme.colour(names.index(stage))}, mode="lines+markers",
+                    hovertemplate=f"{stage}, exponent {exponent(sizes, values):.2f}<br>%{{x}}: "
+                    "%{y}<extra></extra>", row=row, col=column,
+                )  # fmt: skip
+            shown.add(stage)
+        figure.update_xaxes(theme.axis(axis, log=True), row=2, col=column)
+        figure.update_xaxes(type="log", dtick="D2", row=1, col=column)
+    figure.update_yaxes(type="log")
+    figure.update_yaxes(theme.axis("time", "s", log=True), row=1, col=1)
+    figure.update_yaxes(theme.axis("peak memory", "GiB", log=True), row=2, col=1)
+    title = "Time and memory of each stage as the work grows"
+    caption = "Own work of a stage, its imports left out; memory is the whole process's."
+    page = path.with_suffix(".html")
+    page.write_text(figures.page("scaling", title, caption, figures.plain(figure), "figures.js"))
+    draw = ROOT / "pipeline/templates/draw.js"
+    for command in (
+        ["pipeline.figures_js", "--draw", draw, "--out", page.parent / "figures.js"],
+        ["pipeline.slide", page, "--out", path],
+    ):
+        subprocess.run([sys.executable, "-m", *map(str, command)], cwd=ROOT, check=True)
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--axes", nargs="+", choices=AXES, default=list(AXES))
+    parser.add_argument("--steps", type=int, default=4, help="sizes, each twice the one before")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--figure", type=Path, help="a .png or .svg; its page goes beside it")
+    args = parser.parse_args()
+    base = {axis: smallest * 2 for axis, (smallest, _) in AXES.items()}
+    found: dict[str, dict] = {}
+    with tempfile.TemporaryDirectory() as folder:
+        largest = AXES["tokens"][0] * 2**args.steps
+        text = text_of(Path(folder) / "text.jsonl", 2 * largest)
+        for axis in args.axes:
+            smallest, wanted = AXES[axis]
+            sizes = [smallest * 2**i for i in range(args.steps)]
+            costs = []
+            for n in sizes:
+                at = Path(folder) / f"{axis}_{n}"
+                if axis == "papers":
+                    costs.append(papers(at, n))
+                else:
+                    costs.append(stages(at, wanted, text, base | {axis: n}, args.threads))
+                print(f"{n} {axis}: {costs[-1]}", flush=True)
+            found[axis] = {stage: (sizes, [c[stage] for c in costs]) for stage in wanted}
+    rows = []
+    for axis, of_stage in found.items():
+        for stage, (sizes, costs) in of_stage.items():
+            seconds, gib = zip(*costs, strict=True)
+            rows.append(
+                Row(f"{stage} against {axis}", exponent(sizes, list(seconds)), "exponent of time",
+                    floor=1.0, floor_name="linear", target="ours <= 1.1", higher_is_better=False,
+                    runs={"sizes": sizes, "seconds": list(seconds)})
+            )  # fmt: skip
+            rows.append(
+                Row(f"{stage} against {axis}", exponent(sizes, list(gib)), "exponent of memory",
+                    target="ours <= 1.1", higher_is_better=False,
+                    runs={"sizes": sizes, "gib": list(gib)})
+            )  # fmt: skip
+    report("scaling", rows, args.out)
+    if args.figure:
+        drawn(found, args.figure.resolve())
+
+
+if __name__ == "__main__":
+    main()
