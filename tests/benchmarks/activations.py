@@ -193,7 +193,8 @@ def speed(args, model_json: Path, corpus: Path) -> list[Row]:
     few = tokens[: args.peer_batches * args.batch_size]
     amounts = {"ours": tokens.numel(), "bare": tokens.numel()}
     work = {"ours": lambda: ours(args.work), "bare": bare}
-    if args.device == "cuda":
+    size = tokens.numel() * activations.row_bytes(spec, plan.widths)
+    if args.device == "cuda" and shutil.disk_usage(MEMORY).free > 2 * size:
         work["in memory"], amounts["in memory"] = lambda: ours(MEMORY), tokens.numel()
     if bridge:
         work["bridge"], amounts["bridge"] = cached, there[: args.batch_size].numel()
