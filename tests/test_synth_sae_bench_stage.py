@@ -330,6 +330,41 @@ def test_replayed_steps_are_the_plain_ones(truth, monkeypatch, broken):
     assert replayed.recording is not broken
 
 
+@pytest.mark.parametrize("name", ["batchtopk_true", "matryoshka_true"])
+def test_a_training_is_saelenss_on_the_same_samples(name, monkeypatch):
+    """SAELens's own trainer, AuxK included, ends at the same weights."""
+    monkeypatch.setattr(recovery.learning, "AUX_EVERY", 1)  # SAELens looks at every step
+    from sae_lens.config import LoggingConfig, SAETrainerConfig
+    from sae_lens.training.sae_trainer import SAETrainer
+
+    given = papers.load(FOLDER, "smoke").spec.model_dump(mode="json")["own"]["recovery"]
+    given |= {"dictionaries": {name: given["dictionaries"][name]}}
+    given |= {"dead_steps": 6}  # SAELens: more than 5 passes
+    options = recovery.Options.model_validate(given | {"n_samples": 60 * 128, "milestones": []})
+    how = {"batch_size": 128, "bulk": 4, "seed": 0}
+    stream = recovery.ground.Stream(
+        recovery.ground.Sampler(recovery.ground.build(options.world, torch.device("cpu"))), **how
+    )
+    ours, theirs = (recovery.learners(options, stream, options.world.d_model)[0] for _ in range(2))
+    rows = [x for i in range(15) for x in stream.draw(i)[0].split(128)]
+    seen_dead = []
+    for step, x in enumerate(rows):
+        seen_dead.append(int(ours.dead.sum()))
+        ours.step(x, step, None)
+    config = SAETrainerConfig(
+        total_training_samples=len(rows) * 128, train_batch_size_samples=128, device="cpu",
+        autocast=False, lr=options.lr, lr_end=options.lr, lr_scheduler_name="constant",
+        lr_warm_up_steps=0, lr_decay_steps=0, n_restart_cycles=1, adam_beta1=0.9, adam_beta2=0.999,
+        dead_feature_window=5, feature_sampling_window=1000, n_checkpoints=0,
+        save_final_checkpoint=False, checkpoint_path=None, logger=LoggingConfig(log_to_wandb=False),
+    )  # fmt: skip
+    SAETrainer(config, theirs.sae, iter(rows)).fit()
+    assert max(seen_dead) > 0  # AuxK was at work
+    for key, want in theirs.sae.state_dict().items():
+        off = ours.sae.state_dict()[key] - want
+        assert off.norm() <= 1e-5 * want.norm(), key
+
+
 # --- the card ------------------------------------------------------------------------------
 
 
