@@ -28,9 +28,9 @@ def spots(names: list[str]) -> dict[str, SPOT]:
         if name.startswith("head"):
             layer, head = (int(i) for i in name.split()[1].split("."))
             layers = max(layers, layer + 1)
-            y = 1.0 + 1.2 * head
+            y = 1.0 + 1.6 * head
             out[name] = (2 * layer + 1.35, y)
-            for slot, up in (("q", 0.34), ("k", 0.0), ("v", -0.34)):
+            for slot, up in (("q", 0.42), ("k", 0.0), ("v", -0.42)):
                 out[f"{layer}.{head}.{slot}"] = (2 * layer + 0.9, y + up)
         elif name.startswith("mlp"):
             layer = int(name.split()[1])
@@ -80,6 +80,7 @@ def node_trace(place: dict[str, SPOT], touched: set[str]) -> go.Scatter:
         textposition=["middle center" if s else "top center" for s in small],
         textfont={"size": [9 if s else 11 for s in small], "color": INK},
         marker={
+            "opacity": 1,
             "size": [15 if s else 12 for s in small],
             "color": [INK if n in touched and n not in inputs else PAGE for n in names],
             "line": {"color": INK, "width": [2 if n in touched else 0.8 for n in names]},
@@ -131,8 +132,8 @@ def graph(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure, p
     bare = {"visible": False, "showgrid": False}
     first_end = next(iter(choices.values()))
     figure.update_xaxes(**bare, range=[-0.4, first_end])
-    figure.update_yaxes(**bare, range=[-2.1, 1.2 + max(heights)])
-    figure.update_layout(height=440, updatemenus=[selector(updates)], margin={"l": 12})
+    figure.update_yaxes(**bare, range=[-1.7, 1.0 + max(heights)])
+    figure.update_layout(height=460, updatemenus=[selector(updates)], margin={"l": 12})
     return figure, pd.concat(frames, ignore_index=True)
 
 
