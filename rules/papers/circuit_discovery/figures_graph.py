@@ -17,6 +17,7 @@ CLASSES = {  # (in the circuit, found) -> name, colour, dash
     (False, True): ("found, not in the circuit", PALETTE[1], "dash"),
     (True, False): ("in the circuit, missed", PALETTE[0], "dot"),
 }
+SHOWN = 1e-3  # the threshold, or the one nearest to it
 SPOT = tuple[float, float]
 
 
@@ -92,8 +93,9 @@ def node_trace(place: dict[str, SPOT], touched: set[str]) -> go.Scatter:
 
 
 def edge_table(rows: pd.DataFrame, known: np.ndarray) -> pd.DataFrame:
-    """source, target, known, found of every edge; found at ACDC's smallest threshold."""
-    last = rows[rows["threshold"] == rows["threshold"].min()]
+    """source, target, known, found of every edge; found at the threshold that is shown."""
+    nearest = (np.log(rows["threshold"]) - np.log(SHOWN)).abs()
+    last = rows[nearest == nearest.min()]
     ends = [roc.ends(e) for e in last[roc.COLUMNS].itertuples(index=False, name=None)]
     out = pd.DataFrame(ends, columns=["source", "target"])
     is_input = out["source"].str.endswith("input")
