@@ -43,7 +43,7 @@ def spots(names: list[str]) -> dict[str, SPOT]:
 def bent(a: SPOT, b: SPOT) -> tuple[list[float], list[float]]:
     """A curve from a to b that leaves and arrives flat, and a gap behind it."""
     t = np.linspace(0, 1, 16)
-    lift = 0.16 * max(0.0, abs(b[0] - a[0]) - 1.2) * np.sign(b[1] + a[1] or 1.0)
+    lift = min(1.3, 0.25 * max(0.0, abs(b[0] - a[0]) - 1.2)) * np.sign(b[1] + a[1] or 1.0)
     x = a[0] + (b[0] - a[0]) * t
     y = a[1] + (b[1] - a[1]) * t**2 * (3 - 2 * t) + lift * 4 * t * (1 - t)
     return [*x.tolist(), None], [*y.tolist(), None]
@@ -134,7 +134,7 @@ def graph(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure, p
     bare = {"visible": False, "showgrid": False}
     first_end = next(iter(choices.values()))
     figure.update_xaxes(**bare, range=[-0.4, first_end])
-    figure.update_yaxes(**bare, range=[-1.7, 1.0 + max(heights)])
+    figure.update_yaxes(**bare, range=[-2.1, 0.9 + max(heights)])
     figure.update_layout(height=460, updatemenus=[selector(updates)], margin={"l": 12})
     return figure, pd.concat(frames, ignore_index=True)
 
