@@ -1,8 +1,7 @@
 """A model as a graph of which every edge can be cut, many cut graphs in one forward pass. [torch]
 
-Nodes and edges are those of Conmy et al. 2023 (2304.14997, Sec. 2, App. on the computational
-graph): the embedding, heads, MLPs and the logits, with an input node for each query, key and value
-of a head.
+Nodes and edges are those of Conmy et al. 2023 (2304.14997) in their code: the embedding, heads,
+MLPs and the logits, with an input node for each query, key and value of a head.
 
     u -> v           v reads what u writes: into q, k, v of a head, an MLP, or the logits
     input q -> head  the head uses its query; likewise its key and value

@@ -1,6 +1,6 @@
 """How well sets of edges agree with a known circuit: ROC curves of edges and nodes.
 
-After Conmy et al. 2023 (2304.14997, Sec. 4.1): every threshold of a method gives a set of edges and
+After Conmy et al. 2023 (2304.14997, Sec. 4): every threshold of a method gives a set of edges and
 so a point (false positive rate, true positive rate); (0, 0) and (1, 1) are added. Points below and
 to the right of another are dropped, and between two that stay the curve is taken to rise only at
 the right one, since nothing in between was found: the area is the pessimistic one.

@@ -6,6 +6,7 @@ from test_patching import EVEN, PROMPTS, tiny
 
 from pipeline import acdc, circuits, eap
 from pipeline.edge_graph import EdgeGraph
+from pipeline.errors import RetraceError
 from pipeline.native import NativeForCausalLM
 from pipeline.paired import Node, Pairs, Task
 from pipeline.patching import Edge, edge_patching
@@ -307,3 +308,23 @@ def test_a_bidirectional_model_sees_what_is_behind_and_keeps_that(tmp_path):
     assert again.config.bidirectional
     assert torch.equal(again(torch.tensor([[0, 1]])).logits, made(torch.tensor([[0, 1]])).logits)
     assert made(torch.tensor([[0, 1]])).logits[0, 0, 0] == 2.0
+
+
+def test_a_native_folder_without_a_tokenizer_is_a_model(tmp_path):
+    from argparse import Namespace
+
+    from pipeline import model
+    from pipeline.spec import ModelSpec
+
+    on_paper().save_pretrained(tmp_path)
+    spec = ModelSpec(source="folder", path=str(tmp_path))
+    hf, tokenizer, _ = model.open_source(spec, tmp_path / "none", Namespace())
+    assert tokenizer is None and model.document_token(tokenizer, spec) is None
+    assert hf.config.bidirectional
+
+
+def test_a_bidirectional_model_has_no_bridge():
+    from pipeline import native
+
+    with pytest.raises(RetraceError, match="NativeModel is causal"):
+        native.to_bridge(on_paper())

@@ -15,7 +15,7 @@ import torch
 from safetensors.numpy import load_file
 from test_acdc import CIRCUIT, on_paper, small
 
-from pipeline import claims, native, papers, provenance, roc
+from pipeline import acdc, claims, native, papers, provenance, roc
 from pipeline.edge_graph import EdgeGraph
 from pipeline.metrics import compute, known, parts
 from pipeline.source import import_file
@@ -100,6 +100,28 @@ def test_the_authors_circuit_has_their_size(task, edges, nodes):
     _, touched = roc.incidence(rows)
     own = rows["authors"].to_numpy(int)
     assert own.sum() == edges and ((own @ touched) > 0).sum() == nodes
+
+
+@pytest.mark.parametrize("task, published", [("reverse", 3), ("xproportion", 6)])
+def test_the_published_sizes_are_those_without_permuted_positions(task, published):
+    """The order of positions is that of the authors' seed, 49."""
+    hf, options = model(task), papers.load(FOLDER, "laptop").spec.own["discovery"]["tasks"][task]
+    moved = model(task)
+    moved.model.pos.weight[:4] = hf.model.pos.weight[[2, 3, 0, 1]]
+    clean, corrupt = sequences.SEQUENCES[task](50, np.random.default_rng(0))
+
+    def kept(graph):
+        loss = acdc.squared_distance(graph.clean, 1, options["n_outputs"])
+        return int(acdc.acdc(graph, loss, [1e-6])[0].sum())
+
+    graph = EdgeGraph(hf, clean, corrupt, positions=True)
+    assert kept(graph) == published
+    graph.off, graph.off_inputs = EdgeGraph(moved, corrupt, positions=True).on, {}
+    nothing = graph.everything() * 0
+    nothing[:, torch.cat(list(graph.gates.values()))] = 1
+    cut = graph.traced(nothing)[1].inputs
+    graph.off_inputs = {key: x.squeeze(0) for key, x in cut.items()}
+    assert kept(graph) == 9
 
 
 def test_an_edge_that_the_graph_has_not_is_an_error():

@@ -18,15 +18,15 @@ TASKS = {
 }
 ABLATIONS = {"zero": "zero ablation", "corrupt": "corrupt ablation"}
 TRUTHS = {
-    "wired": "what the weights wire",
+    "wired": "what is built in",
     "authors": "the authors' circuit",
     "swapped": "what swapped tokens need",
 }
-METHODS = {
-    "acdc": ("ACDC", PALETTE[0], "solid"),
-    "eap": ("EAP", PALETTE[1], "dot"),
-    "eap_ig": ("EAP-IG", PALETTE[2], "dash"),
-    "exact": ("exact single cuts", PALETTE[4], "dashdot"),
+METHODS = {  # name, line; thinner lines lie on wider ones, as curves often coincide
+    "acdc": ("ACDC", {"color": PALETTE[0], "width": 6}),
+    "eap": ("EAP", {"color": PALETTE[1], "width": 4}),
+    "eap_ig": ("EAP-IG", {"color": PALETTE[2], "width": 2.5}),
+    "exact": ("exact single cuts", {"color": PALETTE[4], "width": 1.5, "dash": "dot"}),
 }
 NOUGHT = 1e-20  # where 0 stands on a log scale
 
@@ -67,10 +67,10 @@ def panels(frame: pd.DataFrame, **more: Any) -> tuple[go.Figure, dict[tuple, dic
     """A panel a task (across) and ablation (down), and the place of each."""
     tasks = [t for t in TASKS if t in set(frame["task"])]
     ablations = [a for a in ABLATIONS if a in set(frame["ablation"])]
-    titles = [f"{TASKS[t]}, {ABLATIONS[a]}" for a in ablations for t in tasks]
+    titles = [f"{TASKS[t]}<br>{ABLATIONS[a]}" for a in ablations for t in tasks]
     figure = make_subplots(
         rows=len(ablations), cols=len(tasks), subplot_titles=titles, shared_yaxes=True,
-        horizontal_spacing=0.04, vertical_spacing=0.16, **more,
+        horizontal_spacing=0.04, vertical_spacing=0.2, **more,
     )  # fmt: skip
     figure.update_annotations(font_size=12)
     place = {

@@ -17,6 +17,7 @@ CLASSES = {  # (in the circuit, found) -> name, colour, dash
     (False, True): ("found, not in the circuit", PALETTE[1], "dash"),
     (True, False): ("in the circuit, missed", PALETTE[0], "dot"),
 }
+SHOWN = 1e-3  # the threshold, or the one nearest to it
 SPOT = tuple[float, float]
 
 
@@ -28,9 +29,9 @@ def spots(names: list[str]) -> dict[str, SPOT]:
         if name.startswith("head"):
             layer, head = (int(i) for i in name.split()[1].split("."))
             layers = max(layers, layer + 1)
-            y = 1.0 + 1.2 * head
+            y = 1.0 + 1.6 * head
             out[name] = (2 * layer + 1.35, y)
-            for slot, up in (("q", 0.34), ("k", 0.0), ("v", -0.34)):
+            for slot, up in (("q", 0.42), ("k", 0.0), ("v", -0.42)):
                 out[f"{layer}.{head}.{slot}"] = (2 * layer + 0.9, y + up)
         elif name.startswith("mlp"):
             layer = int(name.split()[1])
@@ -42,7 +43,7 @@ def spots(names: list[str]) -> dict[str, SPOT]:
 def bent(a: SPOT, b: SPOT) -> tuple[list[float], list[float]]:
     """A curve from a to b that leaves and arrives flat, and a gap behind it."""
     t = np.linspace(0, 1, 16)
-    lift = 0.16 * max(0.0, abs(b[0] - a[0]) - 1.2) * np.sign(b[1] + a[1] or 1.0)
+    lift = min(1.3, 0.25 * max(0.0, abs(b[0] - a[0]) - 1.2)) * np.sign(b[1] + a[1] or 1.0)
     x = a[0] + (b[0] - a[0]) * t
     y = a[1] + (b[1] - a[1]) * t**2 * (3 - 2 * t) + lift * 4 * t * (1 - t)
     return [*x.tolist(), None], [*y.tolist(), None]
@@ -80,6 +81,7 @@ def node_trace(place: dict[str, SPOT], touched: set[str]) -> go.Scatter:
         textposition=["middle center" if s else "top center" for s in small],
         textfont={"size": [9 if s else 11 for s in small], "color": INK},
         marker={
+            "opacity": 1,
             "size": [15 if s else 12 for s in small],
             "color": [INK if n in touched and n not in inputs else PAGE for n in names],
             "line": {"color": INK, "width": [2 if n in touched else 0.8 for n in names]},
@@ -91,8 +93,9 @@ def node_trace(place: dict[str, SPOT], touched: set[str]) -> go.Scatter:
 
 
 def edge_table(rows: pd.DataFrame, known: np.ndarray) -> pd.DataFrame:
-    """source, target, known, found of every edge; found at ACDC's smallest threshold."""
-    last = rows[rows["threshold"] == rows["threshold"].min()]
+    """source, target, known, found of every edge; found at the threshold that is shown."""
+    nearest = (np.log(rows["threshold"]) - np.log(SHOWN)).abs()
+    last = rows[nearest == nearest.min()]
     ends = [roc.ends(e) for e in last[roc.COLUMNS].itertuples(index=False, name=None)]
     out = pd.DataFrame(ends, columns=["source", "target"])
     is_input = out["source"].str.endswith("input")
@@ -131,8 +134,8 @@ def graph(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure, p
     bare = {"visible": False, "showgrid": False}
     first_end = next(iter(choices.values()))
     figure.update_xaxes(**bare, range=[-0.4, first_end])
-    figure.update_yaxes(**bare, range=[-2.1, 1.2 + max(heights)])
-    figure.update_layout(height=440, updatemenus=[selector(updates)], margin={"l": 12})
+    figure.update_yaxes(**bare, range=[-2.1, 0.9 + max(heights)])
+    figure.update_layout(height=460, updatemenus=[selector(updates)], margin={"l": 12})
     return figure, pd.concat(frames, ignore_index=True)
 
 

@@ -31,17 +31,17 @@ def roc(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
         for (task, ablation), at in place.items():
             own = truth[truth["task"] == task][name].to_numpy(bool)
             here = edges[(edges["task"] == task) & (edges["ablation"] == ablation)]
-            for method, (label, shade, dash) in common.METHODS.items() if own.any() else ():
+            for method, (label, line) in common.METHODS.items() if own.any() else ():
                 found = curves.found_sets(here[here["method"] == method])
                 fpr, tpr = curves.curve(found, own)
-                line = go.Scatter(
+                steps = go.Scatter(
                     x=fpr, y=tpr, mode="lines+markers", name=label, legendgroup=method,
-                    line={"color": shade, "dash": dash, "shape": "hv"}, marker={"size": 5},
+                    line=line | {"shape": "hv"}, marker={"size": 4},
                     showlegend=at == {"row": 1, "col": 1}, visible=number == 0,
                     hovertemplate=f"{label}: %{{y:.2f}} of the circuit, %{{x:.2f}} of the rest"
                     "<extra></extra>",
                 )  # fmt: skip
-                figure.add_trace(line, **at)
+                figure.add_trace(steps, **at)
                 shown.append(number)
                 key = {"truth": name, "task": task, "ablation": ablation, "method": method}
                 rows.append(pd.DataFrame({"fpr": fpr, "tpr": tpr}).assign(**key))
@@ -82,7 +82,9 @@ def areas(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
         for (task, ablation), at in place.items():
             is_here = (found["task"] == task) & (found["ablation"] == ablation)
             here = found[is_here & (found["truth"] == name)]
-            bars = [(m, *style[:2], "trained") for m, style in common.METHODS.items()]
+            bars = [
+                (m, label, line["color"], "trained") for m, (label, line) in common.METHODS.items()
+            ]
             bars.append(("acdc", "ACDC on a reset network", PALETTE[5], "reset"))
             bars.append(("random", "random order", PALETTE[6], "trained"))
             for method, label, shade, weights in bars:
@@ -123,15 +125,15 @@ def distance(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     rows = []
     for (task, ablation), at in place.items():
         here = sets[(sets["task"] == task) & (sets["ablation"] == ablation)]
-        for method, (label, shade, dash) in common.METHODS.items():
+        for method, (label, line) in common.METHODS.items():
             own = here[here["method"] == method].groupby("n_edges", as_index=False)["loss"].min()
-            line = go.Scatter(
+            steps = go.Scatter(
                 x=own["n_edges"], y=own["loss"], mode="lines+markers", name=label,
-                line={"color": shade, "dash": dash}, marker={"size": 5}, legendgroup=method,
+                line=line, marker={"size": 4}, legendgroup=method,
                 showlegend=at == {"row": 1, "col": 1},
                 hovertemplate=f"{label}: %{{x}} edges, squared distance %{{y:.3~g}}<extra></extra>",
             )  # fmt: skip
-            figure.add_trace(line, **at)
+            figure.add_trace(steps, **at)
             rows.append(own.assign(task=task, ablation=ablation, method=method))
     figure.update_xaxes(title={"text": "edges kept"}, row=2)
     figure.update_yaxes(title={"text": "squared distance"}, col=1)
@@ -160,8 +162,10 @@ def scores(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
                 )  # fmt: skip
                 figure.add_trace(point, **at)
                 shown.append(number)
-    names = [label.replace(" single", "<br>single") for label, *_ in common.METHODS.values()]
-    figure.update_xaxes(tickvals=list(range(len(names))), ticktext=names, range=[-0.5, 3.5])
+    figure.update_xaxes(
+        tickvals=[0, 1, 2, 3], ticktext=["ACDC", "EAP", "IG", "exact"], range=[-0.5, 3.5],
+        tickangle=0,
+    )  # fmt: skip
     decades = [1, 1e-5, 1e-10, 1e-15, common.NOUGHT]
     figure.update_yaxes(
         type="log", tickvals=decades, ticktext=["1", "10⁻⁵", "10⁻¹⁰", "10⁻¹⁵", "0"],

@@ -55,7 +55,7 @@ def metrics(tables: dict[str, Any]) -> dict[str, Any]:
         out[f"{task}.n.edges"] = float(len(rows))
         for name in TRUTHS:
             out[f"{task}.n.{name}"] = float(rows[name].sum())
-        if not rows["wired"].any():
+        if not rows["authors"].any():
             continue
         wired, authors = rows["wired"].to_numpy(bool), rows["authors"].to_numpy(bool)
         out[f"{task}.authors_wired"] = float((wired & authors).sum() / authors.sum())

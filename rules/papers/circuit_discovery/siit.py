@@ -1,7 +1,7 @@
 """Stage `siit`: a transformer trained to have one circuit and no other. [torch]
 
 Strict interchange intervention training, as InterpBench trains its models (Gupta, Arcuschin,
-Kwa & Garriga-Alonso 2024, 2407.14494, Sec. 3). The program H is xproportion on BOS and letters:
+Kwa & Garriga-Alonso 2024, 2407.14494). The program H is xproportion on BOS and letters:
 is_x at each position, and then the share of x so far. Its parts are given places in a transformer L
 that is larger than needed: is_x is what MLP 0 writes, the share what one head of layer 1 writes.
 

@@ -1,7 +1,8 @@
 """Which edges of a compiled model belong to its circuit, by three sources. [torch]
 
-wired     what the weights say: v reads a residual dimension that u writes, and the edge lies on a
-          way from the embeddings to the logits. No method made it.
+wired     what is built in: v reads a residual dimension that u writes, and the edge lies on a way
+          from the embeddings to the logits; of the trained model what it was trained for. No method
+          made it.
 authors   the canonical circuit of the ACDC repository (acdc/tracr_task/utils.py). Its docstrings
           say that it is what ACDC found with zero ablation and a tiny threshold.
 swapped   what must stay for the output when tokens are swapped for others (Miller, Chughtai &
@@ -27,8 +28,8 @@ AUTHORS = {
 SWAPPED = {
     "reverse": "3.0 > logits; 3.0.v; embed > 3.0.v",
     "xproportion": "1.0 > logits; 1.0.v; mlp0 > 1.0.v; embed > mlp0",
-    "siit": "1.0 > logits; 1.0.v; mlp0 > 1.0.v; embed > mlp0",  # what siit.py trains for
 }
+TRAINED = SWAPPED["xproportion"]  # the places that siit.py gives the program's parts
 
 SOURCES = ("wired", "authors", "swapped")
 
@@ -120,10 +121,10 @@ def wired(graph: EdgeGraph) -> Tensor:
 def truths(graph: EdgeGraph, model: str) -> dict[str, Tensor]:
     """Source -> its circuit, bool [edges]; no edges where a source does not speak of a model.
 
-    In a trained model everything is wired with everything, so that says nothing there.
+    In a trained model everything is wired with everything: it has the circuit of its training.
     """
     none = torch.zeros(len(graph.edges), dtype=torch.bool)
-    out = {"wired": wired(graph) if model in AUTHORS else none}
+    out = {"wired": wired(graph) if model in AUTHORS else listed(graph, TRAINED)}
     for name, lists in (("authors", AUTHORS), ("swapped", SWAPPED)):
         out[name] = listed(graph, lists[model]) if model in lists else none
     return out
