@@ -208,7 +208,7 @@ def made(tmp_path_factory) -> tuple[papers.Paper, dict]:
 def test_every_node_and_edge_has_an_estimate_and_an_effect(made):
     _, frames = made
     nodes, edges = frames["estimates/nodes"], frames["estimates/edges"]
-    cases = {("ioi", "smollm2"), ("ioi", "random"), ("greater_than", "smollm2"),
+    cases = {("ioi", "smollm2"), ("greater_than", "random"), ("greater_than", "smollm2"),
              ("lookup", "small"), ("lookup", "small_random")}  # fmt: skip
     assert set(zip(nodes["task"], nodes["arm"], strict=True)) == cases
     small = nodes[nodes["arm"] == "small"]

@@ -10,7 +10,7 @@ from pipeline.theme import INK, PALETTE, selector
 METHODS = {
     "attribution_patching": ("attribution patching", PALETTE[1]),
     "attribution_ig": ("integrated gradients", PALETTE[0]),
-    "qk_fix": ("with QK fix", PALETTE[4]),
+    "qk_fix": ("with QK fix", PALETTE[3]),
     "atp_star": ("AtP*", PALETTE[2]),
     "eap": ("EAP, edges", PALETTE[1]),
     "eap_ig": ("EAP-IG, edges", PALETTE[0]),
@@ -67,5 +67,5 @@ def equal(rows: pd.DataFrame, x: str, y: str) -> go.Scatter:
 def titled(figure: go.Figure, height: int) -> go.Figure:
     """The height, and small panel titles."""
     figure.update_annotations(font_size=12)
-    figure.update_layout(height=height, margin={"t": 64})
+    figure.update_layout(height=height, margin={"t": 72}, legend={"y": 1 + 36 / height})
     return figure

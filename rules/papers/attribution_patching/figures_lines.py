@@ -136,13 +136,14 @@ def cost(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure, pd
         for row in case.itertuples():
             label, shade = common.METHODS[row.method]
             told = f"{row.forwards} forward, {row.backwards} backward"
+            slowest = row.seconds == case["seconds"].max()
             figure.add_scatter(
                 x=[row.seconds],
                 y=[row.correlation],
                 mode="markers+text",
                 name=label,
                 text=[told],
-                textposition="bottom center",
+                textposition="bottom left" if slowest else "bottom right",
                 marker={"color": shade, "size": 13},
                 hovertemplate=f"{label}: {told} passes<br>%{{x:.3~g}} s, %{{y:.3~g}}",
             )
