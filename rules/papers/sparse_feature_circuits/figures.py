@@ -67,7 +67,7 @@ def panels(table: pd.DataFrame, column: str, kinds: list[str]) -> Drawn:
         last = k // cols == (len(structures) - 1) // cols
         title = {"text": "nodes in the circuit" if column == "faithfulness" else "nodes taken out"}
         figure.update_xaxes(type="log", dtick=1, title=title if last else None, **place)
-    figure.update_yaxes(range=[-0.25, 1.25])
+    figure.update_yaxes(range=[-0.25, 1.75])
     figure.update_yaxes(title={"text": column}, col=1)
     figure.update_annotations(font_size=12)
     below = {"y": -60 / (220 * rows), "yanchor": "top"}
