@@ -23,12 +23,11 @@ def tokens_of(hf, tokenizer, n: int, device):
     """n pairs of prompts of the paper ioi; for a random model pairs of random tokens."""
     import torch
 
+    from pipeline import prompts_ioi
     from pipeline.paired import Pairs
-    from pipeline.source import import_file
 
     if tokenizer is not None:
-        prompts = import_file(ROOT / "rules/papers/ioi/prompts.py")
-        return Pairs.of(prompts.draw(tokenizer, n, 0).data(), 0, device)
+        return Pairs.of(prompts_ioi.draw(tokenizer, n, 0).data(), 0, device)
     ids = torch.randint(5, 50_000, (2, n, 16), generator=torch.Generator().manual_seed(0)).tolist()
     made = {"clean": ids[0], "corrupt": ids[1], "answer": [1] * n, "foil": [2] * n}
     return Pairs.of({**made, "positions": {}}, 0, device)
