@@ -184,25 +184,32 @@ def edge_methods(task: Task, spec: CircuitsSpec, exact: Tensor) -> tuple[list, l
         cut = float(scores[last].sum())
         rows.append(quality(method, "edge", len(edges), total, cut, scores[top], true[top]))
     if "acdc" in spec.methods:
-        frames += acdc_rows(task, spec)
+        found, row = acdc_rows(task, spec)
+        frames, rows = frames + found, [*rows, row]
     return frames, rows
 
 
-def acdc_rows(task: Task, spec: CircuitsSpec) -> list[pd.DataFrame]:
-    """Rows of edges: at each threshold the rise of the loss when an edge had its turn.
+def acdc_rows(task: Task, spec: CircuitsSpec) -> tuple[list[pd.DataFrame], dict[str, Any]]:
+    """Rows of edges, at each threshold the rise of the loss when an edge had its turn; and a row of
+    methods.
 
-    The loss is KL(whole model || circuit) of the token behind each prompt, as in the paper.
+    The loss is KL(whole model || circuit) of the token behind each prompt, as in the paper. The row
+    is of the lowest threshold: the rises of what was cut sum to the loss of what is left.
     """
     own, pairs = spec.acdc, task.pairs
     graph = EdgeGraph(task.hf, pairs.base, None if own.ablation == "zero" else pairs.source)
     loss = acdc.kl_divergence(graph.clean, pairs.end)
     progress = cli.Progress("ACDC", len(graph.edges), "edges")
-    _, rises = acdc.acdc(graph, loss, own.thresholds, progress.at)
+    kept, rises = acdc.acdc(graph, loss, own.thresholds, progress.at)
     alone = acdc.exact(graph, loss)
-    return [
+    frames = [
         edge_rows("acdc", graph.edges, rise, alone, tau)
         for tau, rise in zip(own.thresholds, rises, strict=True)
     ]
+    low = own.thresholds.index(min(own.thresholds))
+    left = float(acdc.losses(graph, loss, kept[low : low + 1].to(rises.dtype)))
+    cut = float(rises[low][~kept[low]].sum())
+    return frames, quality("acdc", "edge", len(graph.edges), left, cut, rises[low], alone)
 
 
 def latent_methods(

@@ -72,12 +72,13 @@ ATTRIBUTION = {
 CIRCUITS = {  # of a method of the section circuits
     "total": "mean over prompts of m(source) - m(base), m the logit of the answer minus that of "
     "the other name; for direct_logit m of the clean prompt; for latents the exact effect of "
-    "patching a whole site, summed over sites",
+    "patching a whole site, summed over sites; for acdc the loss of the circuit that is left",
     "completeness_gap": "(sum over a cut of the graph - total) / |total|; the cut is the embedding "
     "of each differing token for patching, all latents and error terms of every site for latent "
-    "methods, all that is written to the logits for the others",
+    "methods, the edges that acdc cut, all that is written to the logits for the others",
     "correlation": "Pearson correlation of the score with exact patching: of all heads and MLPs, "
     "for eap of the edges of largest score, for latents of those of largest score by any method; "
+    "acdc: of all edges when they had their turn, with each edge cut alone; "
     "path_patching, itself exact: with the whole head's; atp_star, which has no sign and no sum: "
     "with the size of the exact effect",
     "sign_agreement": "share of those whose score has the sign of the exact effect",

@@ -1,5 +1,6 @@
 """ACDC and its graph: against plain code, against edge patching and EAP, and on paper."""
 
+import numpy as np
 import pytest
 import torch
 from test_patching import EVEN, PROMPTS, tiny
@@ -292,11 +293,17 @@ def test_the_stage_has_the_method(ablation):
     )
     with torch.no_grad():
         task = Task(tiny("native"), Pairs.of(PROMPTS, 0, "cpu"))
-        edges = circuits.measure(task, spec)["edges"]
+        frames = circuits.measure(task, spec)
+    edges, (row,) = frames["edges"], frames["methods"].to_dict("records")
     assert list(edges.columns) == circuits.EDGES and set(edges["method"]) == {"acdc"}
     sizes = [(rows["score"] >= tau).sum() for tau, rows in edges.groupby("threshold")]
     assert sizes[0] > sizes[1] > 0
     assert (edges.groupby("threshold").size() == len(edges) / 2).all()
+    assert row["method"] == "acdc" and abs(row["completeness_gap"]) < 1e-3
+    low = edges[edges["threshold"] == 0.0001]
+    cut = low["score"][low["score"] < 0.0001].sum()
+    assert row["total"] == pytest.approx(cut, rel=1e-3, abs=1e-6)
+    assert row["correlation"] == pytest.approx(np.corrcoef(low["score"], low["exact"])[0, 1])
 
 
 def test_a_bidirectional_model_sees_what_is_behind_and_keeps_that(tmp_path):
