@@ -5,7 +5,8 @@ from pathlib import Path
 
 from snakemake.io import sourcecache_entry
 
-ROOT = Path(str(workflow.current_basedir)).parent
+# Without "..", which a certificate may not name: snakemake --snakefile ../other/Snakefile.
+ROOT = Path(os.path.abspath(str(workflow.current_basedir))).parent
 sys.path.insert(0, str(ROOT))
 os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH")]))
 # glibc gives tensors above 32 MB back to the system after every operation, which then pays for the
@@ -29,7 +30,7 @@ def told(function, *args):
 
 # Folders that a relative path of config.yaml is looked up in: beside the main Snakefile (a
 # group's, where it imports this one as a module), beside this Snakefile, where snakemake was called.
-BASES = [Path(workflow.basedir), ROOT, Path(workflow.workdir_init)]
+BASES = [Path(os.path.abspath(workflow.basedir)), ROOT, Path(workflow.workdir_init)]
 RUN = told(papers.Run.load, config, BASES)
 DEVICE = RUN.config.device
 # At smoke scale a job is mostly start-up, which has one thread; two such jobs share a GPU, too.

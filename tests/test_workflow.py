@@ -422,6 +422,14 @@ def test_jobs_of_the_reading_side_run_without_torch(project, tmp_path):
     assert done.returncode == 0, done.stderr
 
 
+def test_no_path_of_a_job_goes_up_and_down_again(tmp_path):
+    """A certificate may not name one: snakemake --snakefile ../other/Snakefile."""
+    where = ["--snakefile", str(ROOT / "rules/../Snakefile"), "--directory", str(tmp_path)]
+    done = snakemake("-n", "-p", "induction_heads", *where, cwd=ROOT, scale="smoke")
+    assert str(ROOT / "rules/papers/induction_heads") in done.said
+    assert "/../" not in done.said.replace(str(ROOT / "rules/../Snakefile"), "")
+
+
 @pytest.mark.parametrize("device, asked", [("auto", "1"), ("cpu", "0")])
 def test_a_run_on_the_cpu_asks_for_no_gpu(tmp_path, device, asked):
     where = ["--snakefile", str(ROOT / "Snakefile"), "--directory", str(tmp_path)]
