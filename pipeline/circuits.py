@@ -40,6 +40,7 @@ from pipeline.patching import Edge, activation_patching, path_patching
 from pipeline.source import import_file
 from pipeline.spec_circuits import LATENT_METHODS, CircuitsSpec
 
+ONLY_EDGES = ("eap", "eap_ig", "acdc")  # need no node patched
 NODES = "method kind layer head position score sd".split()
 EDGES = (
     "method source_kind source_layer source_head target_kind target_layer target_head target_input "
@@ -154,11 +155,12 @@ def drawn(n: int, wanted: int, seed: int) -> list[int]:
     return np.random.default_rng(seed).permutation(n)[:wanted].tolist()
 
 
-def edge_methods(task: Task, spec: CircuitsSpec, exact: Tensor) -> tuple[list, list[dict]]:
+def edge_methods(task: Task, spec: CircuitsSpec, exact: Tensor | None) -> tuple[list, list[dict]]:
     """Rows of edges and methods.
 
     Args:
-        exact: of `node_methods`; path patching is compared with the effect of the whole head.
+        exact: of `node_methods`; path patching is compared with the effect of the whole head, the
+            others need none.
     """
     frames, rows, total = [], [], float(task.total.mean())
     if "path_patching" in spec.methods:
@@ -254,8 +256,10 @@ def measure(
         units: hook -> what is scored by latent_attribution and latent_ig.
     """
     nodes, rows, edges, more = [], [], [], []
-    if set(spec.methods) - set(LATENT_METHODS):
+    exact = None
+    if set(spec.methods) - {*LATENT_METHODS, *ONLY_EDGES}:
         nodes, rows, exact = node_methods(task, spec)
+    if set(spec.methods) - set(LATENT_METHODS):
         edges, more = edge_methods(task, spec, exact)
     if units:
         frames, found = latent_methods(task, spec, units)

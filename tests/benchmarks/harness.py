@@ -128,15 +128,6 @@ def matmul_rate(device: str = "cpu", dtype: str = "float32", n: int | None = Non
     return 2 * n**3 / min(_seconds(lambda: a @ b, device))
 
 
-def copy_rate(device: str = "cpu", mib: int = 256) -> float:
-    """Bytes a second, read and written, of copying a block of memory that no cache holds."""
-    import torch
-
-    a = torch.zeros(mib << 20, dtype=torch.uint8, device=device)
-    b = torch.zeros_like(a)
-    return 2 * len(a) / min(_seconds(lambda: b.copy_(a), device))
-
-
 def disk_rate(folder: str | Path, mib: int = 512) -> float:
     """Bytes a second of a file until it is on the disk."""
     block, path = os.urandom(1 << 20) * 16, Path(folder) / "disk_rate.tmp"
