@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from test_sae import one_thread  # noqa: F401
 
 from pipeline import sae_steps
 from pipeline.sae_sparse import Scratch
@@ -21,15 +22,6 @@ SMALL = world.World(
     n_features=64, d_model=16, roots=2, branching=3, depth=2, correlation_rank=5,
     correlation_scale=0.3, min_probability=0.05, orthogonalization_steps=5,
 )  # fmt: skip
-
-
-@pytest.fixture(scope="module", autouse=True)
-def one_thread():
-    """Small steps on many threads mostly wait for each other."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield
-    torch.set_num_threads(before)
 
 
 @pytest.fixture(scope="module")
