@@ -33,6 +33,7 @@ class Scratch:
     def __init__(self, half: bool = False) -> None:
         self.half = half
         self.blocks: dict[str, Tensor] = {}
+        self.recordings: list[torch.cuda.CUDAGraph] = []  # of the dictionaries' steps
 
     def cast(self, x: Tensor) -> Tensor:
         """An operand of a product."""
@@ -94,6 +95,13 @@ class Sparse:
         short = torch.int16 if self.d_sae < 2**15 else torch.int32
         latents, order = self.latents.to(short).sort(stable=True)
         return order, self.rows[order], _starts(latents, self.d_sae)
+
+    def on(self, rows: Tensor, batch: int) -> "Sparse":
+        """The same entries on other rows, int64 [n], which ascend, too."""
+        out = Sparse(self.latents, rows, (batch, self.d_sae), self.half)
+        order, _, starts = self.by_latent
+        out.by_latent = order, rows[order], starts
+        return out
 
     def decode(self, values: Tensor, weights: Tensor) -> tuple[Tensor, Pull]:
         """values @ weights: [batch d_in] from n values and [d_sae d_in]; and its Pull."""
@@ -158,10 +166,10 @@ class Dense:
                 return torch.mm(cast(d), weights.T, out=out)
             return torch.addmm(cast(offset), cast(d), weights.T, out=out)
 
-        return _product(cast(values), weights), pull
+        return product(cast(values), weights), pull
 
     def gather(self, values: Tensor, x: Tensor) -> Tensor:
-        return _product(self.scratch.cast(values).T, self.scratch.cast(x))
+        return product(self.scratch.cast(values).T, self.scratch.cast(x))
 
     def spread(self, of_latent: Tensor) -> Tensor:
         return self.scratch.cast(of_latent)
@@ -181,7 +189,7 @@ def _wide(values: Tensor) -> torch.dtype:
     return torch.float32 if values.dtype == torch.bfloat16 else values.dtype
 
 
-def _product(a: Tensor, b: Tensor) -> Tensor:
+def product(a: Tensor, b: Tensor) -> Tensor:
     """a @ b, in the dtype of sums."""
     return a @ b if a.dtype == _wide(a) else torch.mm(a, b, out_dtype=_wide(a))
 

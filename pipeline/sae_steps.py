@@ -31,7 +31,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.sae_sparse import Dense, Scratch, Sparse, largest
+from pipeline.sae_sparse import Dense, Scratch, Sparse, largest, product
 
 # Above this share of active latents a dense product is the faster one (measured on 2 cores,
 # d_in 576, d_sae 4608, see tests/benchmarks/sae_cpu.py).
@@ -78,16 +78,17 @@ class Gradients:
         self.b_enc = support.total(g)
         self.b_dec = d.sum(0)
 
-    def add_latents(self, at: Tensor, acts: Tensor, g: Tensor, d: Tensor) -> None:
+    def add_latents(self, at: Tensor, acts: Tensor, g: Tensor, d: Tensor, scratch: Scratch) -> None:
         """Add a dense term over the latents `at`.
 
         Args:
             acts, g: [batch len(at)], activations and the pull on them.
             d: [batch d_in], gradient of their reconstruction.
         """
+        cast = scratch.cast
         if self.W_dec is not None:
-            self.W_dec[at] += acts.T @ d
-        self.W_enc[at] += g.T @ self.xc
+            self.W_dec[at] += product(cast(acts).T, cast(d))
+        self.W_enc[at] += product(cast(g).T, cast(self.xc))
         self.b_enc[at] += g.sum(0)
 
     def store(self) -> None:
@@ -138,9 +139,16 @@ def reference(
 
 @torch.no_grad()
 def topk(
-    sae: Any, x: Tensor, *, dead: Tensor | None, coefficients: dict, step: int, scratch: Scratch
+    sae: Any,
+    x: Tensor,
+    *,
+    dead: Tensor | None,
+    coefficients: dict,
+    step: int,
+    scratch: Scratch,
+    room: int | None = None,
 ) -> Outcome:
-    """One batch of a TopKTrainingSAE; arguments as `reference`."""
+    """One batch of a TopKTrainingSAE; arguments as `reference`, and `room` as `auxk`."""
     shape, k = (len(x), sae.cfg.d_sae), sae.cfg.k
     rescale = sae.cfg.rescale_acts_by_decoder_norm
     norm = sae.W_dec.norm(dim=1) if rescale else torch.ones_like(sae.b_enc)
@@ -152,37 +160,51 @@ def topk(
     grads = Gradients(sae, support, acts, x)
     loss = grads.mse
     if sae.cfg.aux_loss_coefficient:
-        loss = loss + auxk(grads, scores, norm, dead)
+        loss = loss + auxk(grads, scores, norm, dead, scratch, room)
     grads.store()
     fired = support.fired(acts)
     return Outcome(loss, grads.mse, support.l0_(acts), fired)
 
 
-def auxk(grads: Gradients, scores: Tensor, norm: Tensor, dead: Tensor | None) -> Tensor | float:
+def auxk(
+    grads: Gradients,
+    scores: Tensor,
+    norm: Tensor,
+    dead: Tensor | None,
+    scratch: Scratch,
+    room: int | None = None,
+) -> Tensor | float:
     """AuxK's loss; its gradients are added to `grads`. Dense, over the dead latents alone.
 
     Args:
         scores: [batch d_sae], pre-activations times norms.
         norm: [d_sae].
         dead: bool [d_sae], or None.
+        room: so many latents, the dead ones among them, take part, the others with a value of
+            zero; then no shape depends on `dead`, and a GPU is not waited for.
     """
-    at = torch.empty(0) if dead is None else dead.nonzero()[:, 0]
+    if dead is None:
+        return 0.0
+    at = dead.nonzero()[:, 0] if room is None else dead.byte().topk(room).indices.sort().values
     if len(at) == 0:
         return 0.0
-    sae = grads.sae
-    k_aux = grads.r.shape[1] // 2
-    coefficient = sae.cfg.aux_loss_coefficient * min(len(at) / k_aux, 1.0) / len(scores)
-    acts, kept = scores[:, at].to(norm.dtype), None
+    sae, cast, k_aux = grads.sae, scratch.cast, grads.r.shape[1] // 2
+    on = None if room is None else dead[at]
+    n_dead = scores.new_tensor(len(at), dtype=norm.dtype) if on is None else on.sum().to(norm.dtype)
+    coefficient = sae.cfg.aux_loss_coefficient * (n_dead / k_aux).clamp(max=1.0) / len(scores)
+    acts, kept = scores[:, at].to(norm.dtype), on
     if len(at) > k_aux:
-        best = acts.topk(k_aux, dim=-1, sorted=False).indices
-        kept = torch.zeros_like(acts).scatter_(1, best, 1.0)
+        among = acts if on is None else acts.masked_fill(~on, -torch.inf)
+        kept = torch.zeros_like(acts).scatter_(1, largest(among, k_aux)[1], 1.0)
+        kept = kept if on is None else kept.mul_(on)
+    if kept is not None:
         acts *= kept
     acts /= norm[at]
-    W_dec = sae.W_dec[at]
-    error = torch.addmm(grads.r, acts, W_dec)  # reconstruction of -r, minus -r
+    W_dec = cast(sae.W_dec[at])
+    error = grads.r + product(cast(acts), W_dec)  # reconstruction of -r, minus -r
     d = error * (2 * coefficient)
-    g = d @ W_dec.T
-    grads.add_latents(at, acts, g if kept is None else g.mul_(kept), d)
+    g = product(cast(d), W_dec.T)
+    grads.add_latents(at, acts, g if kept is None else g.mul_(kept), d, scratch)
     return error.pow(2).sum() * coefficient
 
 
@@ -211,4 +233,4 @@ def standard(
 
 
 FAST: dict[str, Callable[..., Outcome]] = {"topk": topk, "standard": standard}
-STATIC = {topk}  # without dead latents, the same kernels whatever the batch
+STATIC = {topk}  # given the room of the dead, the same kernels whatever the batch

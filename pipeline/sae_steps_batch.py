@@ -9,6 +9,9 @@ What sae_steps.py says of TopK holds, with two changes.
    width m_1 < ... < m_n: with r_j = a[:m_j] W_dec[:m_j] + b_dec - x the loss is sum_j |r_j|^2 / B.
    A latent between m_(j-1) and m_j takes part in r_j to r_n, so with d_j = 2 r_j / B its pull and
    its decoder's gradient come from D_j = d_j + ... + d_n. Each active latent is still touched once.
+
+Always k B entries are kept, those that are not above zero with a value of zero. On a GPU nothing is
+waited for and no shape depends on the batch: a step can be recorded as a CUDA graph.
 """
 
 import math
@@ -17,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.sae_sparse import Scratch, Sparse
+from pipeline.sae_sparse import Scratch, Sparse, largest
 from pipeline.sae_steps import SAMPLE_ROWS, Gradients, Outcome, auxk
 
 MARGIN = 1.5  # of the candidates over the n largest, so that a sample seldom asks for too few
@@ -27,8 +30,11 @@ def largest_of_all(scores: Tensor, n: int) -> Tensor:
     """Flat indices of the n largest entries, ascending: int64 [n].
 
     `topk` over all entries of a batch costs more than the encoder's product (measured, 2 cores), so
-    a sample of rows sets a floor, and `topk` runs over what is above it.
+    a sample of rows sets a floor, and `topk` runs over what is above it. How many those are a GPU
+    would be asked for: there the batch is one long row of `largest`.
     """
+    if scores.is_cuda:
+        return largest_at_once(scores, n)
     flat = scores.view(-1)
     some = scores[:SAMPLE_ROWS].flatten()
     rank = min(math.ceil(MARGIN * n / len(flat) * len(some)), len(some))
@@ -41,11 +47,16 @@ def largest_of_all(scores: Tensor, n: int) -> Tensor:
     return at[kept]
 
 
+def largest_at_once(scores: Tensor, n: int) -> Tensor:
+    """`largest_of_all` by the same operations whatever the scores."""
+    return largest(scores.view(1, -1), n)[1][0].sort().values
+
+
 class Nested(Gradients):
     """Gradients of the sum of squared errors of nested dictionaries.
 
     Args:
-        support: where latents are active.
+        support: where latents are active; those of a row ascend.
         acts: values on the support.
         x: [batch d_in].
         widths: nested widths, rising to d_sae.
@@ -54,34 +65,32 @@ class Nested(Gradients):
     """
 
     def __init__(self, sae: Any, support: Sparse, acts: Tensor, x: Tensor, widths: list[int]):
-        W_dec = sae.W_dec.detach()
+        W_dec, (batch, d_in), n = sae.W_dec.detach(), x.shape, len(widths)
         self.sae, self.xc = sae, x - sae.b_dec
-        parts, residuals, r = [], [], -self.xc
-        for low, high in zip([0, *widths], widths, strict=False):
-            at = ((support.latents >= low) & (support.latents < high)).nonzero()[:, 0]
-            shape = (len(x), high - low)
-            part = Sparse(support.latents[at] - low, support.rows[at], shape, support.half)
-            decoded, pull = part.decode(acts[at], W_dec[low:high])
-            r = r + decoded
-            residuals.append(r)
-            parts.append((at, part, pull))
-        errors = [e.pow(2).sum() / len(x) for e in residuals]
-        self.r, self.mse, self.inner = r, errors[-1], sum(errors[:-1])
-        g, d, rows = torch.empty_like(acts), torch.zeros_like(x), []
-        for (at, part, pull), e in zip(reversed(parts), reversed(residuals), strict=True):
-            d = d + e * (2 / len(x))
-            g[at] = pull(d, None)
-            if sae.W_dec.requires_grad:
-                rows.append(part.gather(acts[at], d))
-        g *= acts > 0
-        self.W_dec = torch.cat(rows[::-1]) if rows else None
+        # A row's latents ascend, so those between two widths are a row of their own.
+        level = sum((support.latents >= width).long() for width in widths[:-1])
+        split = support.on(support.rows * n + level, batch * n)
+        decoded, pull = split.decode(acts, W_dec)
+        r = decoded.view(batch, n, d_in)
+        r[:, 0] -= self.xc
+        for j in range(1, n):
+            r[:, j] += r[:, j - 1]
+        errors = r.pow(2).sum((0, 2)) / batch
+        self.r, self.mse, self.inner = r[:, -1], errors[-1], errors[:-1].sum()
+        d = r * (2 / batch)
+        for j in reversed(range(n - 1)):
+            d[:, j] += d[:, j + 1]
+        of_level = d.view(batch * n, d_in)
+        g = pull(of_level, None)
+        torch.ops.aten.threshold_backward.grad_input(g, acts, 0, grad_input=g)
+        self.W_dec = split.gather(acts, of_level) if sae.W_dec.requires_grad else None
         self.W_enc = support.gather(g, self.xc)
-        self.b_enc, self.b_dec = support.total(g), d.sum(0)
+        self.b_enc, self.b_dec = support.total(g), d[:, 0].sum(0)
 
 
 @torch.no_grad()
 def _batch(
-    sae: Any, x: Tensor, dead: Tensor | None, scratch: Scratch, widths: list[int]
+    sae: Any, x: Tensor, dead: Tensor | None, scratch: Scratch, widths: list[int], room: int | None
 ) -> Outcome:
     """One batch of a dictionary whose active latents are the k B largest of all."""
     shape = (len(x), sae.cfg.d_sae)
@@ -96,7 +105,7 @@ def _batch(
     grads = Nested(sae, support, acts, x, widths)
     loss = grads.mse + grads.inner
     if sae.cfg.aux_loss_coefficient:
-        loss = loss + auxk(grads, scores, norm, dead)
+        loss = loss + auxk(grads, scores, norm, dead, scratch, room)
     grads.store()
     _move_threshold(sae, kept)
     fired = support.fired(acts)
@@ -104,24 +113,43 @@ def _batch(
 
 
 def _move_threshold(sae: Any, kept: Tensor) -> None:
-    """The running mean of the smallest positive score, in float64 as SAELens keeps it."""
-    smallest = torch.where(kept > 0, kept, torch.inf).min().to(sae.topk_threshold.dtype)
-    moved = torch.lerp(sae.topk_threshold, smallest, sae.cfg.topk_threshold_lr)
-    sae.topk_threshold = torch.where(smallest.isfinite(), moved, sae.topk_threshold)
+    """The running mean of the smallest positive score, in float64 as SAELens keeps it.
+
+    It stays where it lies in memory, so that a recorded step finds it.
+    """
+    mean = sae.topk_threshold
+    smallest = kept.masked_fill(kept <= 0, torch.inf).min().to(mean.dtype)
+    moved = torch.lerp(mean, smallest, sae.cfg.topk_threshold_lr)
+    mean.copy_(torch.where(smallest.isfinite(), moved, mean))
 
 
 def batchtopk(
-    sae: Any, x: Tensor, *, dead: Tensor | None, coefficients: dict, step: int, scratch: Scratch
+    sae: Any,
+    x: Tensor,
+    *,
+    dead: Tensor | None,
+    coefficients: dict,
+    step: int,
+    scratch: Scratch,
+    room: int | None = None,
 ) -> Outcome:
-    """One batch of a BatchTopKTrainingSAE; arguments as `sae_steps.reference`."""
-    return _batch(sae, x, dead, scratch, [sae.cfg.d_sae])
+    """One batch of a BatchTopKTrainingSAE; arguments as `sae_steps.topk`."""
+    return _batch(sae, x, dead, scratch, [sae.cfg.d_sae], room)
 
 
 def matryoshka(
-    sae: Any, x: Tensor, *, dead: Tensor | None, coefficients: dict, step: int, scratch: Scratch
+    sae: Any,
+    x: Tensor,
+    *,
+    dead: Tensor | None,
+    coefficients: dict,
+    step: int,
+    scratch: Scratch,
+    room: int | None = None,
 ) -> Outcome:
-    """One batch of a MatryoshkaBatchTopKTrainingSAE; arguments as `sae_steps.reference`."""
-    return _batch(sae, x, dead, scratch, sae.cfg.matryoshka_widths)
+    """One batch of a MatryoshkaBatchTopKTrainingSAE; arguments as `sae_steps.topk`."""
+    return _batch(sae, x, dead, scratch, sae.cfg.matryoshka_widths, room)
 
 
+STATIC = {batchtopk, matryoshka}
 FAST = {"batchtopk": batchtopk, "matryoshka_batchtopk": matryoshka}

@@ -15,6 +15,7 @@
 import math
 import random
 import time
+from collections import Counter
 from collections.abc import Callable
 from dataclasses import fields
 from typing import Any
@@ -42,7 +43,12 @@ CLIP_NORM = 1.0  # SAELens's SAETrainer, which has no option for it
 # Before a step is recorded: kernels are compiled in them, and the scratch that all dictionaries
 # share grows to its last size, since a recording keeps its address.
 EAGER_STEPS = 3
+LOOK_EVERY = (
+    64  # steps after which a GPU is asked how many latents may be dead before the next time
+)
+LEAST_ROOM = 256  # for dead latents; above it a power of two, so that few sizes are recorded
 N_RECORDS = 100  # entries of a history, about
+STATIC = sae_steps.STATIC | sae_steps_batch.STATIC
 FAST = sae_steps.FAST | sae_steps_batch.FAST | sae_steps_gates.FAST | sae_steps_pursuit.FAST
 
 
@@ -105,16 +111,22 @@ class Replay:
     Args:
         step: batch -> what it did, the same kernels on every call.
         x: a batch; recording changes nothing.
+        others: recordings that it shares memory with, none of which runs at the same time; it is
+            added to them.
     """
 
-    def __init__(self, step: Callable[[Tensor], sae_steps.Outcome], x: Tensor) -> None:
+    def __init__(
+        self, step: Callable[[Tensor], sae_steps.Outcome], x: Tensor, others: list[Any]
+    ) -> None:
         self.x, self.graph = x.clone(), torch.cuda.CUDAGraph()
+        pool = others[0].pool() if others else None
         torch.cuda.synchronize()
-        with torch.cuda.graph(self.graph):
+        with torch.cuda.graph(self.graph, pool=pool):
             self.outcome = step(self.x)
+        others.append(self.graph)
 
     def __call__(self, x: Tensor) -> sae_steps.Outcome:
-        """The outcome lies in memory that the next call overwrites."""
+        """The outcome lies in memory that the next call, or another's, may overwrite."""
         self.x.copy_(x)
         self.graph.replay()
         return self.outcome
@@ -160,7 +172,11 @@ class Dictionary:
         )
         if device.type == "cuda":  # where the replayed step finds it
             self.adam.param_groups[0]["lr"] = torch.tensor(training.lr, device=device)
-        self.replay: Replay | None = None
+        self.static = device.type == "cuda" and self.gradients in STATIC  # waits for nothing
+        self.room: int | None = None  # of the dead latents, once it was asked for
+        self.replays: dict[int, Replay] = {}
+        self.recording = True
+        self.eager_steps: Counter[int] = Counter()  # of each room
         self.silent = torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device=device)
         self.dead_rows = min(training.dead_rows, n_steps * training.batch_size)
         self.shown = self.none_dead_before = 0  # rows since this object was made
@@ -202,24 +218,52 @@ class Dictionary:
 
     def step(self, x: Tensor, step: int, scratch: Scratch) -> sae_steps.Outcome:
         """Train on one batch [batch d_in]; `step` counts from 0."""
-        dead, lr = self._dead_if_any(), learning_rate(step, self.n_steps, self.training)
+        lr = learning_rate(step, self.n_steps, self.training)
         if self.silent.is_cuda:
             self.adam.param_groups[0]["lr"].fill_(lr)
         else:
             self.adam.param_groups[0]["lr"] = lr
-        static = self.silent.is_cuda and dead is None and self.gradients in sae_steps.STATIC
-        if static and self.shown >= EAGER_STEPS * len(x):
-            if self.replay is None:
-                self.replay = Replay(lambda held: self._update(held, step, None, scratch), x)
-            outcome = self.replay(x)
+        if self.static:
+            outcome = self._step_unwaited(x, step, scratch)
         else:
-            outcome = self._update(x, step, dead, scratch)
+            outcome = self._update(x, step, self._dead_if_any(), scratch)
         self.shown += len(x)
         self.unchecked.append((step, outcome.loss.clone()))
         return outcome
 
+    def _step_unwaited(self, x: Tensor, step: int, scratch: Scratch) -> sae_steps.Outcome:
+        """A step of STATIC, recorded once for each room of dead latents."""
+        room = self._room_of_dead(step, len(x))
+
+        def update(held: Tensor) -> sae_steps.Outcome:
+            if room:
+                return self._update(held, step, self.dead, scratch, room=room)
+            return self._update(held, step, None, scratch)
+
+        self.eager_steps[room] += 1
+        if self.recording and room not in self.replays and self.eager_steps[room] > EAGER_STEPS:
+            try:
+                self.replays[room] = Replay(update, x, scratch.recordings)
+            except RuntimeError as e:
+                cli.log.info("%s: steps cannot be recorded (%s)", self.name, str(e).splitlines()[0])
+                self.recording = False
+        return self.replays[room](x) if room in self.replays else update(x)
+
+    def _room_of_dead(self, step: int, batch_size: int) -> int:
+        """A number that the dead latents do not exceed before it is asked for again; 0: no AuxK.
+
+        It is asked for at steps that a resumed run meets, too.
+        """
+        if not self.sae.cfg.aux_loss_coefficient:
+            return 0
+        if self.room is None or step % LOOK_EVERY == 0:
+            before = self.dead_rows - LOOK_EVERY * batch_size
+            n, d_sae = int((self.silent >= before).sum()), len(self.silent)
+            self.room = min(max(LEAST_ROOM, 1 << (n - 1).bit_length()), d_sae) if n else 0
+        return self.room
+
     def _update(
-        self, x: Tensor, step: int, dead: Tensor | None, scratch: Scratch
+        self, x: Tensor, step: int, dead: Tensor | None, scratch: Scratch, **more: Any
     ) -> sae_steps.Outcome:
         """Gradients, clipping, Adam and the counters."""
         outcome = self.gradients(
@@ -229,6 +273,7 @@ class Dictionary:
             coefficients=self.coefficients(step),
             step=step,
             scratch=scratch,
+            **more,
         )
         self._clip()
         self.adam.step()
@@ -288,6 +333,8 @@ class Dictionary:
         for name, parameter in self.trained.items():
             out |= {f"adam.{name}.{k}": v for k, v in self.adam.state[parameter].items()}
         out["silent"] = self.silent
+        if self.room is not None:
+            out["room"] = torch.tensor(self.room)
         out["history"] = torch.tensor(self.history, dtype=torch.float64).view(-1, len(HISTORY))
         return {name: t.detach().cpu().contiguous() for name, t in out.items()}
 
@@ -305,6 +352,8 @@ class Dictionary:
             self.adam.state[p] = {k: _laid_out_as(p, t) for k, t in state.items()}
         self.silent = tensors["silent"].to(device, copy=True)
         self.history = tensors["history"].tolist()
+        if "room" in tensors:
+            self.room = int(tensors["room"])
 
 
 def _laid_out_as(p: Tensor, t: Tensor) -> Tensor:

@@ -6,7 +6,7 @@ from test_sae import one_thread  # noqa: F401
 
 from pipeline import sae_steps
 from pipeline.sae_sparse import Scratch
-from pipeline.sae_steps_batch import largest_of_all
+from pipeline.sae_steps_batch import largest_at_once, largest_of_all
 from pipeline.sae_train import FAST
 
 WIDTHS = {30: [5, 12, 30], 512: [16, 48, 112, 240, 512], 1024: [512, 1024]}
@@ -131,13 +131,14 @@ def test_frozen_decoder_gets_no_gradient(architecture):
 
 @pytest.mark.parametrize("n", [1, 40, 2000, 300 * 40])
 @pytest.mark.parametrize("skewed", [False, True])
-def test_largest_of_all_are_the_n_largest(n, skewed):
+@pytest.mark.parametrize("find", [largest_of_all, largest_at_once])
+def test_largest_of_all_are_the_n_largest(n, skewed, find):
     """Skewed: the sampled rows are the large ones, so that the floor they set is too high."""
     torch.manual_seed(0)
     scores = torch.randn(300, 40)
     if skewed:
         scores[:256] *= 10
-    got = largest_of_all(scores, n)
+    got = find(scores, n)
     assert torch.equal(got, got.sort().values) and len(got.unique()) == n
     want = scores.flatten().topk(n).values
     assert torch.equal(scores.flatten()[got].sort(descending=True).values, want)

@@ -10,8 +10,10 @@ floor     the encoder's product in bfloat16 and fused Adam on the weights, and n
 shards    ours, from Parquet shards of float16 through pipeline.sae_stream
 
 Batches come from a pool on the device. Before the clock starts, a step of ours and one of SAELens's
-in float32 must give the same gradients. TopK is also trained --long steps by both, and the
-explained variance of a held-out batch stands in the rows' names.
+in float32 must give the same gradients, and steps recorded as a CUDA graph must move the parameters
+as the same steps do one by one. Steps with AuxK have a quarter of the latents dead, whose biases
+are so low that they stay so. TopK is also trained --long steps by both, and the explained variance
+of a held-out batch stands in the rows' names.
 """
 
 import tempfile
@@ -86,7 +88,25 @@ def saelens(spec, args, autocast: bool = True):
         lr_end=args.lr, device="cuda", autocast=autocast, dead_feature_window=1000,
     )  # fmt: skip
     trainer = SAETrainer(config, sae, iter(()))
-    return sae, lambda x, _: trainer.step(x)
+
+    def step(x, _) -> None:
+        trainer.step(x)
+
+    step.trainer = trainer
+    return sae, step
+
+
+def with_dead(spec, args) -> dict:
+    """Both steps with a quarter of the latents dead, which AuxK then trains."""
+    n_dead = args.d_sae // 4
+    dictionary, step = ours(spec, args)
+    sae, theirs = saelens(spec, args)
+    trainer = theirs.trainer
+    for of in (dictionary.sae, sae):
+        of.b_enc.data[:n_dead] = -100.0
+    dictionary.silent[:n_dead] = 10**12
+    trainer.n_forward_passes_since_fired[:n_dead] = 1e9
+    return {"dead": step, "peer, dead": theirs}
 
 
 def sparsify(args):
@@ -110,23 +130,46 @@ def sparsify(args):
     return step
 
 
-def same_gradients(spec, args, x: torch.Tensor) -> None:
+def same_gradients(spec, args, x: torch.Tensor, n_dead: int = 0) -> None:
     """In float32 our step has the gradients of SAELens's, parameter by parameter."""
     from pipeline import sae_steps
     from pipeline.sae_sparse import Scratch
     from pipeline.sae_train import FAST
 
-    found = []
+    found, dead = [], torch.arange(args.d_sae, device="cuda") < n_dead
     for step in (FAST[spec.architecture], sae_steps.reference):
         dictionary, _ = ours(spec, args, "float32")
         sae = dictionary.sae
-        how = {"dead": None, "coefficients": dictionary.coefficients(0), "step": 0}
-        outcome = step(sae, x, **how, scratch=Scratch())
+        how = {"dead": dead if n_dead else None, "step": 0, "scratch": Scratch()}
+        if n_dead and step is not sae_steps.reference:
+            how["room"] = 2 * n_dead
+        outcome = step(sae, x, coefficients=dictionary.coefficients(0), **how)
         found.append({"loss": outcome.loss} | {n: p.grad for n, p in sae.named_parameters()})
     for name, want in found[1].items():
         off = float((found[0][name] - want).norm() / want.norm())
         if off > 1e-2:  # in float32 a score at the threshold may fall on either side
-            raise SystemExit(f"{spec.architecture}: {name} is off SAELens's by {off:.1e}")
+            raise SystemExit(f"{spec.architecture}, {n_dead} dead: {name} is off by {off:.1e}")
+
+
+def same_when_recorded(spec, args, pool: list[torch.Tensor], n_dead: int) -> None:
+    """Steps replayed as a CUDA graph move the parameters as steps taken kernel by kernel do."""
+    moved = []
+    for recorded in (True, False):
+        dictionary, step = ours(spec, args)
+        dictionary.static = recorded
+        dictionary.silent[:n_dead] = 10**12
+        began = {n: p.detach().clone() for n, p in dictionary.trained.items()}
+        for i in range(8):
+            step(pool[i], i)
+        if recorded != bool(dictionary.replays):
+            raise SystemExit(f"{spec.architecture}: no step of ours was recorded")
+        moved.append({n: p.detach() - began[n] for n, p in dictionary.trained.items()})
+    for name, want in moved[1].items():
+        off = float((moved[0][name] - want).norm() / want.norm())
+        print(f"{spec.architecture}, {n_dead} dead: recorded, {name} moves with a difference of "
+              f"{off:.1e}")  # fmt: skip
+        if off > 0.1:  # Adam's first steps have a gradient's sign, however small: rounding shows
+            raise SystemExit(f"{spec.architecture}: {name} moves otherwise in recorded steps")
 
 
 def floor(args, x: torch.Tensor):
@@ -230,7 +273,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(CASES), help="architectures")
     parser.add_argument("--long", type=int, default=1500, help="steps of the comparison of quality")
     args = parser.parse_args()
-    from pipeline.sae_train import FAST
+    from pipeline.sae_train import FAST, STATIC
 
     pool = batches(args)
     rows, name = [], torch.cuda.get_device_name()
@@ -239,10 +282,16 @@ def main() -> None:
         spec = spec_of(architecture, args, **({"k": args.k} | options))
         if architecture in FAST:
             same_gradients(spec, args, pool[0])
+        if FAST.get(architecture) in STATIC:
+            same_gradients(spec, args, pool[0], args.d_sae // 4)
+            for n_dead in (0, args.d_sae // 4):
+                same_when_recorded(spec, args, pool, n_dead)
         steps = {"ours": ours(spec, args)[1], "peer": saelens(spec, args)[1]}
         if architecture == "topk":
             steps |= {"floor": floor(args, pool[0]), "float32": ours(spec, args, "float32")[1]}
             steps |= {"sparsify": sparsify(args)} if find_spec("sparsify") else {}
+        if FAST.get(architecture) in STATIC:
+            steps |= with_dead(spec, args)
         found = measured(args, steps, pool)
         rate = {n: median(runs) for n, runs in found.items()}
         row = Row(architecture, rate["ours"], "rows/s", peer=rate["peer"], target=target,
@@ -264,6 +313,10 @@ def main() -> None:
                             runs={"epochs": epochs}))  # fmt: skip
         else:
             rows.append(row)
+        if "dead" in rate:
+            case = f"{architecture}, a quarter of the latents dead"
+            rows.append(Row(case, rate["dead"], "rows/s", peer=rate["peer, dead"],
+                            peer_name="SAELens, autocast"))  # fmt: skip
         torch.cuda.empty_cache()
     report("sae_gpu", rows, args.out, name)
 

@@ -1,0 +1,123 @@
+"""Steps that wait for nothing, as a GPU takes them, against the plain ones; here on the CPU."""
+
+import pytest
+import torch
+from test_sae import one_thread  # noqa: F401
+from test_sae_steps import BATCH, SHAPES, dictionary_at
+
+from pipeline import sae_train
+from pipeline.sae_sparse import Scratch
+from pipeline.sae_train import FAST, STATIC, Dictionary, build
+from pipeline.spec_sae import SaeSpec, SaeTraining
+
+NAMES = ["topk", "batchtopk", "matryoshka_batchtopk"]
+
+
+def gradients(step, sae, x, dead, **more):
+    """What a step says and leaves."""
+    sae.zero_grad(set_to_none=True)
+    out = step(sae, x, dead=dead, coefficients={}, step=0, scratch=Scratch(), **more)
+    return {"loss": out.loss} | {n: p.grad for n, p in sae.named_parameters()}
+
+
+def test_these_are_the_steps_that_wait_for_nothing():
+    assert {FAST[name] for name in NAMES} == STATIC
+
+
+@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("dead_share", [0.0, 0.02, 0.3, 1.0])
+@pytest.mark.parametrize("room", [0.3, 0.6, 1.0])
+def test_room_for_more_latents_than_are_dead_changes_nothing(name, shape, dead_share, room):
+    batch, d_in, d_sae = shape
+    sae = dictionary_at(name, d_in, d_sae, "float64", 0.0, **BATCH)
+    x = torch.randn(batch, d_in, dtype=torch.float64)
+    dead = torch.zeros(d_sae, dtype=torch.bool)
+    dead[torch.randperm(d_sae)[: int(dead_share * d_sae)]] = True
+    want = gradients(FAST[name], sae, x, dead)
+    got = gradients(FAST[name], sae, x, dead, room=max(int(room * d_sae), int(dead.sum())))
+    for key, value in want.items():
+        torch.testing.assert_close(got[key], value, rtol=1e-11, atol=1e-12)
+
+
+class Recorded:
+    """A recording without a GPU: it calls the function that it was made of."""
+
+    made = 0
+
+    def __init__(self, step, x, others):
+        Recorded.made += 1
+        self.step = step
+
+    def __call__(self, x):
+        return self.step(x)
+
+
+def started(name: str, n_steps: int) -> Dictionary:
+    spec = SaeSpec(architecture=name, d_sae=64, k=4)
+    training = SaeTraining(n_rows=n_steps * 16, batch_size=16, lr=3e-3, dead_rows=160)
+    return Dictionary(name, build(spec, 12).double(), training, n_steps)
+
+
+@pytest.fixture
+def small(monkeypatch):
+    """As on a GPU, in small."""
+    monkeypatch.setattr(sae_train, "Replay", Recorded)
+    monkeypatch.setattr(sae_train, "LOOK_EVERY", 4)
+    monkeypatch.setattr(sae_train, "LEAST_ROOM", 4)
+    monkeypatch.setattr(Recorded, "made", 0)
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_a_training_that_waits_for_nothing_is_the_plain_one(name, small):
+    """Rows from few directions: latents die, and AuxK revives them."""
+    random = torch.Generator().manual_seed(0)
+    basis = torch.randn(8, 12, generator=random, dtype=torch.float64)
+    plain, unwaited = started(name, 60), started(name, 60)
+    unwaited.static, rooms, scratch = True, set(), Scratch()
+    for step in range(60):
+        x = torch.randn(16, 8, generator=random, dtype=torch.float64) @ basis
+        n_dead = int(unwaited.dead.sum())
+        want, got = (d.step(x, step, scratch) for d in (plain, unwaited))
+        assert unwaited.room >= n_dead
+        rooms.add(unwaited.room)
+        torch.testing.assert_close(got.loss, want.loss)
+    assert 0 in rooms and len(rooms) >= 3 and Recorded.made >= 2
+    for key, value in plain.tensors().items():
+        torch.testing.assert_close(unwaited.tensors()[key], value, rtol=1e-6, atol=1e-8)
+
+
+def test_the_room_is_part_of_a_checkpoint(small):
+    """A resumed run asks when an undisturbed one does."""
+    whole, half = started("topk", 40), started("topk", 40)
+    whole.static = half.static = True
+    rows = torch.randn(40, 16, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
+    rows[:, :, 2:] = 0
+    scratch = Scratch()
+    for step in range(40):
+        whole.step(rows[step], step, scratch)
+    for step in range(18):
+        half.step(rows[step], step, scratch)
+    again = started("topk", 40)
+    again.static = True
+    again.restore({n: t.clone() for n, t in half.tensors().items()})
+    assert again.room == half.room
+    for step in range(18, 40):
+        again.step(rows[step], step, scratch)
+    for key, value in whole.tensors().items():
+        assert torch.equal(value, again.tensors()[key]), key
+
+
+def test_where_recording_fails_steps_are_taken_one_by_one(small, monkeypatch, caplog):
+    def fail(*_):
+        raise RuntimeError("capture failed")
+
+    monkeypatch.setattr(sae_train, "Replay", fail)
+    plain, unwaited = started("topk", 10), started("topk", 10)
+    unwaited.static = True
+    x = torch.randn(16, 12, dtype=torch.float64)
+    for step in range(8):
+        plain.step(x, step, Scratch())
+        unwaited.step(x, step, Scratch())
+    assert not unwaited.recording and not unwaited.replays
+    assert torch.equal(plain.sae.W_enc, unwaited.sae.W_enc)
