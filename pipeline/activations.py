@@ -312,16 +312,18 @@ def run(hf: Any, plan: Plan, blocks: Blocks, folder: Path, made: dict, key: dict
     ahead = AHEAD.get(device.type, 0)
     fit = 4 * BUFFER_BYTES // (size["rows"] * row_bytes(plan.spec, plan.widths)) if left else 0
     n_buffers = min(max(2 + ahead, min(1 + writers + ahead, fit)), len(left))
-    free = [Buffers.like(**size, device=device) for _ in range(n_buffers)]
+    # made when they are wanted: page-locked memory takes time, in which a GPU has work already
+    unused = (Buffers.like(**size, device=device) for _ in range(n_buffers))
     writing: deque[tuple[Future, Buffers]] = deque()
     digests: dict[str, str] = {}
 
     def spare() -> Buffers:
-        if not free:
-            future, written = writing.popleft()
-            digests.update(future.result())
-            free.append(written)
-        return free.pop()
+        written = writing and writing[0][0].done()
+        if not written and (new := next(unused, None)):
+            return new
+        future, buffers = writing.popleft()
+        digests.update(future.result())
+        return buffers
 
     told = lambda n: progress.at(n * plan.n_ctx)  # noqa: E731
     with ThreadPoolExecutor(writers) as pool:

@@ -70,7 +70,7 @@ class Sparse:
         latents: int64 [n], the column of each entry.
         rows: int64 [n], the row of each entry, ascending.
         shape: (batch, d_sae).
-        half: weights of `decode` in bfloat16, its sums in float32; on a GPU alone.
+        half: what is gathered in bfloat16, its sums in float32; on a GPU alone.
     """
 
     def __init__(
@@ -129,7 +129,7 @@ class Sparse:
     def gather(self, values: Tensor, x: Tensor) -> Tensor:
         """values' @ x: [d_sae d_in] from n values and [batch d_in]."""
         order, rows, starts = self.by_latent
-        return _bags(rows, starts, values[order], x)
+        return _bags(rows, starts, values[order], x.bfloat16() if self.half else x)
 
     def spread(self, of_latent: Tensor) -> Tensor:
         """What each entry's latent has of [d_sae]."""

@@ -43,9 +43,8 @@ CLIP_NORM = 1.0  # SAELens's SAETrainer, which has no option for it
 # Before a step is recorded: kernels are compiled in them, and the scratch that all dictionaries
 # share grows to its last size, since a recording keeps its address.
 EAGER_STEPS = 3
-LOOK_EVERY = (
-    64  # steps after which a GPU is asked how many latents may be dead before the next time
-)
+# Steps after which a GPU is asked, at the latest, how many latents may be dead by the next time.
+LOOK_EVERY = 64
 LEAST_ROOM = 256  # for dead latents; above it a power of two, so that few sizes are recorded
 N_RECORDS = 100  # entries of a history, about
 STATIC = sae_steps.STATIC | sae_steps_batch.STATIC
@@ -179,6 +178,8 @@ class Dictionary:
         self.eager_steps: Counter[int] = Counter()  # of each room
         self.silent = torch.zeros(sae.cfg.d_sae, dtype=torch.int64, device=device)
         self.dead_rows = min(training.dead_rows, n_steps * training.batch_size)
+        # few of the latents that fire within three quarters of the time may die in the fourth
+        self.look_every = max(1, min(LOOK_EVERY, self.dead_rows // (4 * training.batch_size)))
         self.shown = self.none_dead_before = 0  # rows since this object was made
         self.history: list[list[float]] = []
         self.unchecked: list[tuple[int, Tensor]] = []
@@ -256,8 +257,8 @@ class Dictionary:
         """
         if not self.sae.cfg.aux_loss_coefficient:
             return 0
-        if self.room is None or step % LOOK_EVERY == 0:
-            before = self.dead_rows - LOOK_EVERY * batch_size
+        if self.room is None or step % self.look_every == 0:
+            before = self.dead_rows - self.look_every * batch_size
             n, d_sae = int((self.silent >= before).sum()), len(self.silent)
             self.room = min(max(LEAST_ROOM, 1 << (n - 1).bit_length()), d_sae) if n else 0
         return self.room

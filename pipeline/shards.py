@@ -18,7 +18,7 @@ from typing import Literal
 import numpy as np
 from pydantic import BaseModel, Field, ValidationError
 
-from pipeline import provenance, tables
+from pipeline import flat_parquet, provenance, tables
 from pipeline.errors import RetraceError, nearest
 from pipeline.spec_base import Dtype, Inside, sentence
 
@@ -178,6 +178,7 @@ class Rows:
             raw, cols = self._shard(i)
             part = slice(at - self.starts[i], to - self.starts[i])
             acts.append(raw[part])
+            flat_parquet.read_ahead(acts[-1])
             columns.append({c: cols[c][part] for c in COLUMNS})
             at = to
         if len(acts) == 1:

@@ -121,3 +121,14 @@ def test_where_recording_fails_steps_are_taken_one_by_one(small, monkeypatch, ca
         unwaited.step(x, step, Scratch())
     assert not unwaited.recording and not unwaited.replays
     assert torch.equal(plain.sae.W_enc, unwaited.sae.W_enc)
+
+
+def test_a_short_window_of_dead_latents_asks_for_no_room_for_the_living():
+    """Else AuxK is computed over all of them: a step of 2 ms took 9 on an H100."""
+    training = SaeTraining(n_rows=4096 * 100, batch_size=4096, dead_rows=100_000)
+    spec = SaeSpec(architecture="topk", d_sae=1024, k=4)
+    dictionary = Dictionary("short", build(spec, 12), training, 100)
+    assert dictionary.look_every * 4096 <= 25_000
+    assert dictionary._room_of_dead(0, 4096) == 0
+    dictionary.silent[:3] = 90_000
+    assert dictionary._room_of_dead(dictionary.look_every, 4096) == sae_train.LEAST_ROOM
