@@ -120,7 +120,8 @@ class Replay:
         self.x, self.graph = x.clone(), torch.cuda.CUDAGraph()
         pool = others[0].pool() if others else None
         torch.cuda.synchronize()
-        with torch.cuda.graph(self.graph, pool=pool):
+        # thread_local: other threads read the next rows into page-locked memory meanwhile
+        with torch.cuda.graph(self.graph, pool=pool, capture_error_mode="thread_local"):
             self.outcome = step(self.x)
         others.append(self.graph)
 
