@@ -14,7 +14,7 @@ from torch import Tensor
 WIDEST = 4096  # columns of `largest`: a row is held in registers, and wider ones spill
 BLOCK = 256  # columns of a bag's block
 ENTRIES = 8  # of a bag, loaded at a time
-LONG = 128  # entries of a bag that gets eight warps
+LONG = 128  # entries from which on a bag is summed in pieces of so many
 
 
 @triton.jit
@@ -57,40 +57,105 @@ def largest(scores: Tensor, k: int) -> Tensor:
 
 
 @triton.jit
+def _sum(index, values, weights, d, at, first, last, BLOCK: tl.constexpr, ENTRIES: tl.constexpr):
+    """Sum of values[i] weights[index[i]] over entries first to last - 1, one block of columns."""
+    total = tl.zeros([BLOCK], tl.float32)
+    for e in range(first, last, ENTRIES):
+        entry = e + tl.arange(0, ENTRIES)
+        there = entry < last
+        rows = tl.load(index + entry, mask=there, other=0).to(tl.int64)
+        value = tl.load(values + entry, mask=there, other=0.0).to(tl.float32)
+        mask = there[:, None] & (at < d)[None, :]
+        w = tl.load(weights + rows[:, None] * d + at[None, :], mask=mask, other=0.0)
+        total += tl.sum(w.to(tl.float32) * value[:, None], 0)
+    return total
+
+
+@triton.jit
 def _bags(
-    index, starts, values, weights, out, d, least, most, BLOCK: tl.constexpr, ENTRIES: tl.constexpr
-):
-    """One block of columns of one bag, if it has `least` to `most` - 1 entries."""
+    index, starts, values, weights, out, d, LONG: tl.constexpr, BLOCK: tl.constexpr,
+    ENTRIES: tl.constexpr,
+):  # fmt: skip
+    """One block of columns of one bag, unless it is long."""
     bag, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
     first, last = tl.load(starts + bag), tl.load(starts + bag + 1)
-    if (last - first >= least) & (last - first < most):
-        total = tl.zeros([BLOCK], tl.float32)
-        for e in range(first, last, ENTRIES):
-            entry = e + tl.arange(0, ENTRIES)
-            there = entry < last
-            rows = tl.load(index + entry, mask=there, other=0).to(tl.int64)
-            value = tl.load(values + entry, mask=there, other=0.0).to(tl.float32)
-            mask = there[:, None] & (at < d)[None, :]
-            w = tl.load(weights + rows[:, None] * d + at[None, :], mask=mask, other=0.0)
-            total += tl.sum(w.to(tl.float32) * value[:, None], 0)
+    if last - first < LONG:
+        total = _sum(index, values, weights, d, at, first, last, BLOCK, ENTRIES)
         tl.store(out + bag * d + at, total, mask=at < d)
+
+
+@triton.jit
+def _bag_of(starts, n_bags, entry, STEPS: tl.constexpr):
+    """The bag of an entry, by bisection."""
+    low, high = n_bags * 0, n_bags
+    for _ in range(STEPS):
+        middle = (low + high) // 2
+        begun = tl.load(starts + middle) <= entry
+        low, high = tl.where(begun, middle, low), tl.where(begun, high, middle)
+    return low
+
+
+@triton.jit
+def _pieces(
+    index, starts, values, weights, pieces, n, n_bags, d, STEPS: tl.constexpr, LONG: tl.constexpr,
+    BLOCK: tl.constexpr, ENTRIES: tl.constexpr,
+):  # fmt: skip
+    """What LONG entries in a row add to the long bags: there are two at most, as many pieces."""
+    chunk, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    first = chunk * LONG
+    last = tl.minimum(first + LONG, n)
+    before = tl.full([], -1, tl.int64)
+    for side in tl.static_range(2):
+        bag = _bag_of(starts, n_bags, last - 1 if side else first, STEPS).to(tl.int64)
+        begin, end = tl.load(starts + bag), tl.load(starts + bag + 1)
+        if (end - begin >= LONG) & (bag != before):
+            low, high = tl.maximum(begin, first), tl.minimum(end, last)
+            total = _sum(index, values, weights, d, at, low, high, BLOCK, ENTRIES)
+            tl.store(pieces + (2 * chunk + side) * d + at, total, mask=at < d)
+        before = bag
+
+
+@triton.jit
+def _join(
+    starts, pieces, out, n, n_bags, d, STEPS: tl.constexpr, LONG: tl.constexpr, BLOCK: tl.constexpr
+):
+    """The long bags that begin among LONG entries in a row, out of their pieces."""
+    chunk, at = tl.program_id(0).to(tl.int64), tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
+    first = chunk * LONG
+    last = tl.minimum(first + LONG, n)
+    before = tl.full([], -1, tl.int64)
+    for side in tl.static_range(2):
+        bag = _bag_of(starts, n_bags, last - 1 if side else first, STEPS).to(tl.int64)
+        begin, end = tl.load(starts + bag), tl.load(starts + bag + 1)
+        if (end - begin >= LONG) & (begin >= first) & (bag != before):
+            total = tl.load(pieces + (2 * chunk + side) * d + at, mask=at < d)
+            for next_chunk in range(chunk + 1, tl.cdiv(end, LONG)):
+                total += tl.load(pieces + 2 * next_chunk * d + at, mask=at < d)
+            tl.store(out + bag * d + at, total, mask=at < d)
+        before = bag
 
 
 def bags(index: Tensor, starts: Tensor, values: Tensor, weights: Tensor) -> Tensor:
     """Sum of values[i] weights[index[i]] over each bag: float32 [bags d].
+
+    A latent that is active on every row has a thousand times the entries of others. Long bags are
+    summed in pieces of LONG entries, cut where the list of all entries is cut, and then joined.
 
     Args:
         index, values: [n].
         starts: int64 [bags + 1], where each bag begins, and n.
         weights: [rows d], contiguous.
     """
-    n_bags, d = len(starts) - 1, weights.shape[1]
+    n, n_bags, d = len(index), len(starts) - 1, weights.shape[1]
     out = torch.empty(n_bags, d, device=weights.device)
-    grid = (n_bags, triton.cdiv(d, BLOCK))
-    given = (index, starts, values, weights.contiguous(), out, d)
-    _bags[grid](*given, 0, LONG, BLOCK, ENTRIES, num_warps=1)
-    # what one warp would take a millisecond for: a latent that is active on every row
-    _bags[grid](*given, LONG, 2**31 - 1, BLOCK, 8 * ENTRIES, num_warps=8)
+    blocks, given = triton.cdiv(d, BLOCK), (index, starts, values, weights.contiguous())
+    _bags[(n_bags, blocks)](*given, out, d, LONG, BLOCK, ENTRIES, num_warps=1)
+    if n >= LONG:
+        chunks, steps = triton.cdiv(n, LONG), n_bags.bit_length()
+        pieces = torch.empty(chunks, 2, d, device=weights.device)
+        how = (n, n_bags, d, steps, LONG, BLOCK)
+        _pieces[(chunks, blocks)](*given, pieces, *how, 4 * ENTRIES, num_warps=4)
+        _join[(chunks, blocks)](starts, pieces, out, *how, num_warps=1)
     return out
 
 

@@ -44,6 +44,23 @@ def test_bags_are_weighted_sums_of_rows(d):
     torch.testing.assert_close(got, matrix @ weights, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("seed", range(12))
+def test_long_bags_are_joined_out_of_their_pieces(seed, monkeypatch):
+    """Bags that begin and end at the cuts, one long bag after another, and empty ones between."""
+    monkeypatch.setattr(sae_kernels, "LONG", 8)
+    random = torch.Generator().manual_seed(seed)
+    lengths = torch.tensor([0, 1, 7, 8, 9, 16, 17, 40])
+    lengths = lengths[torch.randint(0, len(lengths), (14,), generator=random)]
+    starts = torch.cat([torch.zeros(1, dtype=torch.int64), lengths.cumsum(0)])
+    n = int(starts[-1])
+    index, values = torch.randint(0, 5, (n,), generator=random), torch.randn(n, generator=random)
+    weights, matrix = drawn(5, 24).cpu(), torch.zeros(14, 5)
+    bags = torch.repeat_interleave(torch.arange(14), lengths)
+    matrix.index_put_((bags, index), values, accumulate=True)
+    got = sae_kernels.bags(*(t.to(DEVICE) for t in (index, starts, values, weights)))
+    torch.testing.assert_close(got.cpu(), matrix @ weights, rtol=1e-5, atol=1e-5)
+
+
 @pytest.mark.parametrize("d", [24, 300])
 def test_dots_are_entries_of_a_product(d):
     left, weights = drawn(3, d), drawn(4, d)
