@@ -24,11 +24,10 @@ class Sums:
 
     def add(self, x: Tensor) -> None:
         """Add rows [rows d]; a row of zeros adds nothing."""
-        wide = x.double()
-        squares = wide.square().sum(-1)
-        self.norm += squares.sqrt().sum()
-        self.square += squares.sum()
-        self.total += wide.sum(0)
+        norms = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64)
+        self.norm += norms.sum()
+        self.square += norms.square().sum()
+        self.total += x.sum(0, dtype=torch.float64)
 
     def told(self, rows: int) -> dict[str, Any]:
         """mean_norm, mean_square (of |x|) and mean [d], for the shard's metadata."""

@@ -13,7 +13,7 @@ from torch import Tensor
 
 WIDEST = 4096  # columns of `largest`: a row is held in registers, and wider ones spill
 BLOCK = 256  # columns of a bag's block
-ENTRIES = 8  # of a bag, loaded at a time
+ENTRIES, LONG_ENTRIES = 8, 32  # of a bag, and of a piece, loaded at a time
 LONG = 128  # entries from which on a bag is summed in pieces of so many
 
 
@@ -135,7 +135,9 @@ def _join(
         before = bag
 
 
-def bags(index: Tensor, starts: Tensor, values: Tensor, weights: Tensor) -> Tensor:
+def bags(
+    index: Tensor, starts: Tensor, values: Tensor, weights: Tensor, most: int | None = None
+) -> Tensor:
     """Sum of values[i] weights[index[i]] over each bag: float32 [bags d].
 
     A latent that is active on every row has a thousand times the entries of others. Long bags are
@@ -145,17 +147,41 @@ def bags(index: Tensor, starts: Tensor, values: Tensor, weights: Tensor) -> Tens
         index, values: [n].
         starts: int64 [bags + 1], where each bag begins, and n.
         weights: [rows d], contiguous.
+        most: entries that a bag has at most, where that is known.
     """
     n, n_bags, d = len(index), len(starts) - 1, weights.shape[1]
     out = torch.empty(n_bags, d, device=weights.device)
     blocks, given = triton.cdiv(d, BLOCK), (index, starts, values, weights.contiguous())
     _bags[(n_bags, blocks)](*given, out, d, LONG, BLOCK, ENTRIES, num_warps=1)
-    if n >= LONG:
+    if min(n, n if most is None else most) >= LONG:
         chunks, steps = triton.cdiv(n, LONG), n_bags.bit_length()
         pieces = torch.empty(chunks, 2, d, device=weights.device)
         how = (n, n_bags, d, steps, LONG, BLOCK)
-        _pieces[(chunks, blocks)](*given, pieces, *how, 4 * ENTRIES, num_warps=4)
+        _pieces[(chunks, blocks)](*given, pieces, *how, LONG_ENTRIES, num_warps=4)
         _join[(chunks, blocks)](starts, pieces, out, *how, num_warps=1)
+    return out
+
+
+@triton.jit
+def _scaled(weights, scale, out, d, WIDTH: tl.constexpr):
+    """One row."""
+    row, at = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
+    w = tl.load(weights + row * d + at, mask=at < d, other=0.0) * tl.load(scale + row)
+    tl.store(out + row * d + at, w.to(out.dtype.element_ty), mask=at < d)
+
+
+def scaled(weights: Tensor, scale: Tensor) -> Tensor:
+    """weights * scale[:, None] in bfloat16, rounded once: [rows d].
+
+    PyTorch's kernel, which broadcasts and converts value by value, takes twice as long.
+
+    Args:
+        weights: [rows d], contiguous.
+        scale: [rows].
+    """
+    out = torch.empty_like(weights, dtype=torch.bfloat16)
+    rows, d = weights.shape
+    _scaled[(rows,)](weights, scale, out, d, triton.next_power_of_2(d), num_warps=4)
     return out
 
 

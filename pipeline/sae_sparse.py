@@ -56,11 +56,18 @@ class Scratch:
         """
         out = self.matrix("acts", len(x), W_enc.shape[1], x)
         if scale is not None:
-            scaled = torch.empty_like(W_enc, dtype=out.dtype)
-            W_enc, b_enc = torch.mul(W_enc, scale, out=scaled), b_enc * scale
+            W_enc, b_enc = self._scaled(W_enc, scale), b_enc * scale
         if b_enc is None:
             return torch.mm(self.cast(x), self.cast(W_enc), out=out)
         return torch.addmm(self.cast(b_enc), self.cast(x), self.cast(W_enc), out=out)
+
+    def _scaled(self, W_enc: Tensor, scale: Tensor) -> Tensor:
+        if self.half and W_enc.is_cuda and W_enc.T.is_contiguous():
+            from pipeline.sae_kernels import scaled
+
+            return scaled(W_enc.T, scale).T
+        dtype = torch.bfloat16 if self.half else W_enc.dtype
+        return torch.mul(W_enc, scale, out=torch.empty_like(W_enc, dtype=dtype))
 
 
 class Sparse:
@@ -71,6 +78,7 @@ class Sparse:
         rows: int64 [n], the row of each entry, ascending.
         shape: (batch, d_sae).
         half: what is gathered in bfloat16, its sums in float32; on a GPU alone.
+        most: entries of a row at most, where that is known.
     """
 
     def __init__(
@@ -79,8 +87,9 @@ class Sparse:
         rows: Tensor,
         shape: tuple[int, int],
         half: bool = False,
+        most: int | None = None,
     ) -> None:
-        self.latents, self.rows, self.half = latents, rows, half
+        self.latents, self.rows, self.half, self.most = latents, rows, half, most
         self.batch, self.d_sae = shape
 
     @cached_property
@@ -124,7 +133,7 @@ class Sparse:
             g = dots(self.latents, self.row_starts, d, weights)
             return g if offset is None else g + offset[self.latents]
 
-        return _bags(self.latents, self.row_starts, values, weights), pull
+        return _bags(self.latents, self.row_starts, values, weights, self.most), pull
 
     def gather(self, values: Tensor, x: Tensor) -> Tensor:
         """values' @ x: [d_sae d_in] from n values and [batch d_in]."""
@@ -200,12 +209,14 @@ def _starts(ascending: Tensor, n: int) -> Tensor:
     return torch.searchsorted(ascending, every)
 
 
-def _bags(index: Tensor, starts: Tensor, values: Tensor, weights: Tensor) -> Tensor:
+def _bags(
+    index: Tensor, starts: Tensor, values: Tensor, weights: Tensor, most: int | None = None
+) -> Tensor:
     """Sum of values[i] * weights[index[i]] over each bag, from starts[bag] to starts[bag + 1]."""
     if values.is_cuda:
         from pipeline.sae_kernels import bags
 
-        return bags(index, starts, values, weights)
+        return bags(index, starts, values, weights, most)
     return F.embedding_bag(
         index, weights, starts, mode="sum", per_sample_weights=values, include_last_offset=True
     )

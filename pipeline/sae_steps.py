@@ -156,7 +156,8 @@ def topk(
     values, latents = largest(scores, k)
     at = latents.flatten()
     acts = values.flatten().relu() / norm[at]
-    support = Sparse(at, torch.arange(len(at), device=x.device) // k, shape, scratch.half)
+    rows = torch.arange(len(at), device=x.device) // k
+    support = Sparse(at, rows, shape, scratch.half, most=k)
     grads = Gradients(sae, support, acts, x)
     loss = grads.mse
     if sae.cfg.aux_loss_coefficient:

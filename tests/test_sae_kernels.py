@@ -62,6 +62,17 @@ def test_long_bags_are_joined_out_of_their_pieces(seed, monkeypatch):
 
 
 @pytest.mark.parametrize("d", [24, 300])
+def test_scaled_is_the_product_rounded_once(d):
+    weights, scale = drawn(5, d), drawn(5)
+    got, want = sae_kernels.scaled(weights, scale), weights * scale[:, None]
+    assert got.dtype == torch.bfloat16
+    if DEVICE == "cuda":
+        assert torch.equal(got, want.bfloat16())
+    else:  # the interpreter cuts off the bits that a GPU rounds
+        torch.testing.assert_close(got.float(), want, rtol=2**-7, atol=0)
+
+
+@pytest.mark.parametrize("d", [24, 300])
 def test_dots_are_entries_of_a_product(d):
     left, weights = drawn(3, d), drawn(4, d)
     rows = torch.tensor([0, 0, 2, 2, 2, 2, 2], device=DEVICE)
