@@ -12,9 +12,9 @@ import triton.language as tl
 from torch import Tensor
 
 WIDEST = 4096  # columns of `largest`: a row is held in registers, and wider ones spill
-BLOCK = 256  # columns of a bag's block
-ENTRIES, LONG_ENTRIES = 8, 32  # of a bag, and of a piece, loaded at a time
-LONG = 128  # entries from which on a bag is summed in pieces of so many
+BLOCK = 512  # columns of a bag's block
+ENTRIES, LONG_ENTRIES = 8, 16  # of a bag, and of a piece, loaded at a time
+LONG = 64  # entries from which on a bag is summed in pieces of so many
 
 
 @triton.jit
@@ -157,7 +157,7 @@ def bags(
         chunks, steps = triton.cdiv(n, LONG), n_bags.bit_length()
         pieces = torch.empty(chunks, 2, d, device=weights.device)
         how = (n, n_bags, d, steps, LONG, BLOCK)
-        _pieces[(chunks, blocks)](*given, pieces, *how, LONG_ENTRIES, num_warps=4)
+        _pieces[(chunks, blocks)](*given, pieces, *how, LONG_ENTRIES, num_warps=2)
         _join[(chunks, blocks)](starts, pieces, out, *how, num_warps=1)
     return out
 
