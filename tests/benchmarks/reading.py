@@ -90,9 +90,10 @@ def child(given: dict) -> dict:
     half = device == "cuda"
     rows = Rows(given["manifest"], HOOK)
     n_steps = rows.n_rows // batch
-    training = SaeTraining(
-        n_rows=n_steps * batch, batch_size=batch, precision="bfloat16" if half else "float32"
-    )
+    training = SaeTraining(  # no latent dies: AuxK would hide waiting
+        n_rows=n_steps * batch, batch_size=batch, precision="bfloat16" if half else "float32",
+        dead_rows=n_steps * batch,
+    )  # fmt: skip
     stream = Stream(
         rows, batch_size=batch, buffer_rows=training.buffer_rows, seed=0, normalize=True,
         device=device,
