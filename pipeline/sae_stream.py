@@ -8,16 +8,16 @@
 4. Rows are scaled to a mean norm of sqrt(d_in) (Conerly et al. 2024, "April update"), so that one
    learning rate and one L1 coefficient fit all layers and models.
 
-The store is read in chunks, never row by row, and `buffer_rows` rows at most are in memory. The
-chunks of a buffer are read in the order of the store, so that a shard is opened once a buffer. With
-a GPU a few threads read the next buffers into pinned memory and copy them while one is used.
+The store is read in chunks, never row by row. The chunks of a buffer are read in the order of the
+store, so that a shard is opened once a buffer. While one buffer is used a thread reads the next, so
+two are in memory. With a GPU a few threads read further ahead, into pinned memory, and copy it.
 """
 
 import math
 import os
 from collections import deque
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
@@ -28,7 +28,7 @@ from pipeline.errors import RetraceError
 from pipeline.shards import Pairs, Rows
 
 CHUNKS = 64  # chunks mixed at a time; by default a chunk is a thousand rows, about a megabyte
-READERS = 4  # threads, with a GPU
+READERS = {"cuda": 4}  # threads, each a buffer ahead; on a CPU one
 CONSTANT = 1e-10  # rounding leaves constant float32 rows a variance of 1e-14 of their mean square
 
 
@@ -79,7 +79,7 @@ class Stream:
     def batches(self, first: int, last: int) -> Iterator[Tensor]:
         """Batches first to last - 1: [batch d_in], or [batch d_in + d_out]; float32, scaled."""
         parts, need, left = [], self.batch_size, last - first
-        for buffer, order in self._buffers(first * self.batch_size):
+        for buffer, order in self._buffers(first * self.batch_size, last * self.batch_size):
             at = 0
             while at < len(order) and left:
                 taken = order[at : at + need]
@@ -89,9 +89,7 @@ class Stream:
                     x = parts[0] if len(parts) == 1 else torch.cat(parts)
                     yield self._scaled(x)
                     parts, need, left = [], self.batch_size, left - 1
-            if not left:
-                return
-            del buffer  # before the next is read: one in memory at a time
+            del buffer  # before the one after the next is read: two in memory at a time
 
     def sample(self, n: int) -> Tensor:
         """The first rows of the stream, at most n and a buffer: as a batch.
@@ -99,7 +97,7 @@ class Stream:
         Raises:
             RetraceError: they do not vary, or hold NaN or infinity.
         """
-        buffer, order = next(self._buffers(0))
+        buffer, order = self._load(*next(self._plans(0, 1)))
         x = self._scaled(buffer[order[:n]])
         where = f"{self.rows.manifest}: activations at {self.rows.hook}"
         if not torch.isfinite(x).all():
@@ -109,33 +107,37 @@ class Stream:
                 raise RetraceError(f"{where} do not vary; check the hook and the model")
         return x
 
-    def _buffers(self, position: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Buffers from a position of the stream on, without end.
+    def _buffers(self, position: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Buffers from a position of the stream to another.
 
         Yields:
             rows in the order of the store [rows d_in], stored dtype; and the order in which to
             show them, int64, less those before `position`.
         """
-        plans = self._plans(position)
-        if self.device.type != "cuda":
-            yield from (self._load(*plan) for plan in plans)
-            return
-        side, readers = torch.cuda.Stream(self.device), min(READERS, os.cpu_count() or 1)
-        with ThreadPoolExecutor(readers) as pool:
-            ahead = deque()
-            for plan in plans:
-                ahead.append(pool.submit(self._load_ahead, side, *plan))
-                if len(ahead) <= readers:
-                    continue
-                loaded, ready = ahead.popleft().result()
+        side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        readers = min(READERS.get(self.device.type, 1), os.cpu_count() or 1)
+        ahead: deque[Future] = deque()
+
+        def first() -> tuple[Tensor, Tensor]:
+            loaded, copied = ahead.popleft().result()
+            if copied is not None:
                 here = torch.cuda.current_stream(self.device)
-                here.wait_event(ready)
+                here.wait_event(copied)
                 for tensor in loaded:
                     tensor.record_stream(here)
-                yield loaded
-                del loaded
+            return loaded
 
-    def _plans(self, position: int) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        with ThreadPoolExecutor(readers) as pool:
+            for plan in self._plans(position, stop):
+                ahead.append(pool.submit(self._load_ahead, side, *plan))
+                if len(ahead) > readers:
+                    yield first()
+            while ahead:
+                yield first()
+
+    def _plans(
+        self, position: int, stop: int
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
         """Of each buffer the chunks' first rows and ends, and the order in which to show rows."""
         epoch, skip = divmod(position, self.rows.n_rows)
         while True:
@@ -146,8 +148,11 @@ class Stream:
                 stops = np.minimum(chunks + self.chunk_rows, self.rows.n_rows)
                 n = int((stops - chunks).sum())
                 if skip < n:
+                    if position >= stop:
+                        return
                     order = np.random.default_rng([self.seed, epoch, i]).permutation(n)
                     yield chunks, stops, order[skip:]
+                    position += n - skip
                 skip = max(skip - n, 0)
             epoch += 1
 
@@ -160,7 +165,7 @@ class Stream:
         rows = torch.empty(n, self.rows.d_model, dtype=dtype, pin_memory=pinned)
         raw = rows.view(torch.int16).numpy() if dtype == torch.bfloat16 else rows.numpy()
         raw = raw.view(tables.NUMPY[self.rows.dtype])
-        reader = self.rows.again() if pinned else self.rows
+        reader = self.rows.again()  # other threads read, too
         at = 0
         for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
             raw[at : at + stop - start] = reader.read(start, stop)[0]
@@ -168,8 +173,10 @@ class Stream:
         move = lambda t: t.to(self.device, non_blocking=True)  # noqa: E731
         return move(rows), move(torch.from_numpy(order))
 
-    def _load_ahead(self, side: "torch.cuda.Stream", *plan: np.ndarray) -> tuple:
-        """What `_load` gives, copied on the stream `side`; and the event after the copy."""
+    def _load_ahead(self, side: "torch.cuda.Stream | None", *plan: np.ndarray) -> tuple:
+        """What `_load` gives, copied on the stream `side`, and the event after the copy if any."""
+        if side is None:
+            return self._load(*plan), None
         with torch.cuda.stream(side):
             loaded = self._load(*plan)
             return loaded, side.record_event()

@@ -432,11 +432,11 @@ def test_buffers_of_pairs_stay_small(activations):
         Rows(activations, HOOK), batch_size=10, buffer_rows=640, seed=0, normalize=False,
         target=Rows(activations, OUT),
     )  # fmt: skip
-    assert max(len(b) for b, _ in zip_first(stream._buffers(0), 10)) <= 640
+    assert max(len(b) for b, _ in zip_first(stream._buffers(0, 10**6), 10)) <= 640
 
 
 def test_memory_of_the_stream_does_not_grow_with_the_store(tmp_path, monkeypatch):
-    """Over an epoch of a store and of one four times as long: one buffer, and what Python holds.
+    """Over an epoch of a store and of one four times as long: two buffers, and what Python holds.
 
     The latter grows by the order of the chunks, two numbers a chunk of 20 rows (by default a
     thousand).
@@ -454,7 +454,7 @@ def test_memory_of_the_stream_does_not_grow_with_the_store(tmp_path, monkeypatch
         buffers, load, most = [], stream._load, 0
 
         def watched(*plan, load=load, buffers=buffers):
-            assert not any(ref() is not None for ref in buffers)  # the one before is gone
+            assert sum(ref() is not None for ref in buffers) <= 1  # the one that is used
             rows, order = load(*plan)
             buffers.append(weakref.ref(rows))
             return rows, order
@@ -465,5 +465,5 @@ def test_memory_of_the_stream_does_not_grow_with_the_store(tmp_path, monkeypatch
             most = max(most, sum(ref().shape[0] for ref in buffers if ref() is not None))
         peaks.append(tracemalloc.get_traced_memory()[1])
         tracemalloc.stop()
-        assert most == 1280 and len(buffers) == math.ceil(n_rows / 1280)
+        assert 1280 <= most <= 2 * 1280 and len(buffers) == math.ceil(n_rows / 1280)
     assert peaks[1] - peaks[0] < 0.02 * 12_000 * 64 * 4

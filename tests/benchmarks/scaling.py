@@ -3,6 +3,7 @@
     python tests/benchmarks/scaling.py                         ten minutes on two quiet cores
     python tests/benchmarks/scaling.py --axes tokens --steps 3
     python tests/benchmarks/scaling.py --figure scaling.png    or .svg; needs Chromium
+    python tests/benchmarks/scaling.py --of scaling.json --figure scaling.png    nothing is measured
 
 ours     the exponent p of size^p, by least squares over the sizes but the smallest, of the seconds
          that a stage takes for its own work: what its log calls work less the imports in it
@@ -14,12 +15,14 @@ is random words, the model a random Llama. Papers are the calls of growth.py, in
 """
 
 import json
+import math
 import os
 import random
 import re
 import subprocess
 import sys
 import tempfile
+from collections import defaultdict
 from pathlib import Path
 
 from harness import ROOT, Row, arguments, report
@@ -142,6 +145,28 @@ def exponent(sizes: list[int], values: list[float]) -> float:
     return float(np.polyfit(np.log(sizes[few]), np.log(values[few]), 1)[0])
 
 
+def kept(path: Path) -> dict:
+    """What `--out` kept: axis -> stage -> sizes, (seconds, GiB) of each."""
+    found: dict[str, dict] = defaultdict(dict)
+    runs = [
+        (row["case"].split(" against "), row["runs"])
+        for row in json.loads(path.read_text())["rows"]
+    ]
+    for ((stage, axis), time), (_, memory) in zip(runs[::2], runs[1::2], strict=True):
+        found[axis][stage] = time["sizes"], list(zip(time["seconds"], memory["gib"], strict=True))
+    return found
+
+
+def sizes_of(stages: dict) -> list[int]:
+    """The sizes of an axis."""
+    return next(iter(stages.values()))[0]
+
+
+def shortened(n: int) -> str:
+    """A number as a tick says it."""
+    return f"{n / 1000:.0f}k" if n >= 10_000 else str(n)
+
+
 def drawn(found: dict, path: Path) -> None:
     """The figure: seconds above, memory below, an axis a column."""
     from plotly.subplots import make_subplots
@@ -149,28 +174,55 @@ def drawn(found: dict, path: Path) -> None:
     from pipeline import figures, theme
 
     axes = list(found)
-    figure = make_subplots(rows=2, cols=len(axes), shared_xaxes=True, horizontal_spacing=0.06)
+    figure = make_subplots(
+        rows=2, cols=len(axes), shared_xaxes=True, shared_yaxes=True, horizontal_spacing=0.05,
+        vertical_spacing=0.08,
+    )  # fmt: skip
     names = sorted({stage for stages in found.values() for stage in stages})
-    shown = set()
+    shown, ends = set(), defaultdict(list)
     for column, axis in enumerate(axes, 1):
         for stage, (sizes, costs) in found[axis].items():
             for row in (1, 2):
                 values = [c[row - 1] for c in costs]
+                power, colour = exponent(sizes, values), theme.colour(names.index(stage))
                 figure.add_scatter(
                     x=sizes, y=values, name=stage, legendgroup=stage,
                     showlegend=row == 1 and stage not in shown,
-                    line={"color": theme.colour(names.index(stage))}, mode="lines+markers",
-                    hovertemplate=f"{stage}, exponent {exponent(sizes, values):.2f}<br>%{{x}}: "
-                    "%{y}<extra></extra>", row=row, col=column,
+                    line={"color": colour}, mode="lines+markers",
+                    hovertemplate=f"{stage}, exponent {power:.2f}<br>%{{x}}: %{{y}}<extra></extra>",
+                    row=row, col=column,
                 )  # fmt: skip
+                ends[row, column].append((values[-1], f"{power:.2f}", colour))
             shown.add(stage)
-        figure.update_xaxes(theme.axis(axis, log=True), row=2, col=column)
-        figure.update_xaxes(type="log", dtick="D2", row=1, col=column)
-    figure.update_yaxes(type="log")
-    figure.update_yaxes(theme.axis("time", "s", log=True), row=1, col=1)
-    figure.update_yaxes(theme.axis("peak memory", "GiB", log=True), row=2, col=1)
+        texts = [shortened(n) if i % 2 == 0 else "" for i, n in enumerate(sizes)]
+        ticks = {"type": "log", "tickvals": sizes, "ticktext": texts, "tickangle": 0}
+        ticks["range"] = [math.log10(0.8 * sizes[0]), math.log10(2.2 * sizes[-1])]
+        figure.update_xaxes(ticks, col=column)
+        figure.update_xaxes(title=axis, row=2, col=column)
+    for (row, column), labels in ends.items():
+        height = -math.inf
+        for value, text, colour in sorted(labels):  # apart by a line's height
+            height = max(math.log10(value), height + (0.18 if row == 1 else 0.11))
+            figure.add_annotation(
+                x=math.log10(sizes_of(found[axes[column - 1]])[-1]), y=height, text=text,
+                font={"color": colour}, showarrow=False, xanchor="left", xshift=8,
+                row=row, col=column,
+            )  # fmt: skip
+    for row, title, ticks in (
+        (1, "time (s)", [0.2, 0.5, 1, 2, 5, 10]),
+        (2, "peak memory (GiB)", [0.1, 0.2, 0.5, 1]),
+    ):
+        every = [c[row - 1] for s in found.values() for _, costs in s.values() for c in costs]
+        figure.update_yaxes(
+            type="log", tickvals=ticks, ticktext=[f"{t:g}" for t in ticks], row=row,
+            range=[math.log10(0.7 * min(every)), math.log10(1.6 * max(every))],
+        )  # fmt: skip
+        figure.update_yaxes(title=title, row=row, col=1)
     title = "Time and memory of each stage as the work grows"
-    caption = "Own work of a stage, its imports left out; memory is the whole process's."
+    caption = (
+        "Own work of a stage, its imports left out; memory is the whole process's. Beside each "
+        "line the exponent p of size^p, without the smallest size: 1 is linear."
+    )
     page = path.with_suffix(".html")
     page.write_text(figures.page("scaling", title, caption, figures.plain(figure), "figures.js"))
     draw = ROOT / "pipeline/templates/draw.js"
@@ -187,7 +239,10 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="sizes, each twice the one before")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--figure", type=Path, help="a .png or .svg; its page goes beside it")
+    parser.add_argument("--of", type=Path, help="what --out kept; nothing is measured")
     args = parser.parse_args()
+    if args.of:
+        return drawn(kept(args.of), args.figure.resolve())
     base = {axis: smallest * 2 for axis, (smallest, _) in AXES.items()}
     found: dict[str, dict] = {}
     with tempfile.TemporaryDirectory() as folder:
