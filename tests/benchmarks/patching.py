@@ -147,6 +147,8 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--peer-python", help="python of a venv with EAP-IG's code, see edges.py")
     args = parser.parse_args()
+    if args.peer_python and not Path(args.peer_python).exists():
+        parser.error(f"--peer-python: no file '{args.peer_python}'; edges.py says how to make it")
     args.work.mkdir(parents=True, exist_ok=True)
     made = random_gpt2(args.work / "gpt2") if args.random else smollm2(args.work / "model")
     with torch.no_grad():

@@ -11,9 +11,9 @@ Model and prompts are read from the folder: checkpoint/ is a Hugging Face GPT-2,
 HookedTransformer by TransformerLens's own conversion, unfolded; task.json has clean, corrupt
 (lists of token ids of one length), answer, foil, ig_steps, and the edges that `exact` patches.
 
-Two things of eap 2.0.0 are replaced, of which neither takes time off ours: its tokenizer, by a
-look-up, since both sides get token ids, and the device 'cuda' that it writes into its code where it
-makes the table of scores. Making its graph of edges is not timed.
+Two things of eap 2.0.0 are replaced, both to no cost of the peer's: its tokenizer, since both sides
+get token ids, and the device 'cuda' that its code names where it makes the table of scores. Else it
+runs as in its notebooks, whose parameters take gradients. Making its graph of edges is not timed.
 """
 
 import argparse
