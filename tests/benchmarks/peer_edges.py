@@ -11,7 +11,7 @@ Model and prompts are read from the folder: checkpoint/ is a Hugging Face GPT-2,
 HookedTransformer by TransformerLens's own conversion, unfolded; task.json has clean, corrupt
 (lists of token ids of one length), answer, foil, ig_steps, and the edges that `exact` patches.
 
-Two things of eap 2.0.0 are replaced, both to no cost of the peer's: its tokenizer, since both sides
+Two things of eap 2.0.0 are replaced, neither to its disadvantage: its tokenizer, since both sides
 get token ids, and the device 'cuda' that its code names where it makes the table of scores. Else it
 runs as in its notebooks, whose parameters take gradients. Making its graph of edges is not timed.
 """
