@@ -33,7 +33,7 @@ STEPS = 5  # as in the peer's notebooks
 N_EXACT = 12  # edges, of which the peer takes seconds each
 # The largest difference, over the largest score of edges into the same kind of input (q, k, v, mlp,
 # logits); of exact effects, over the largest of all, as m itself is rounded. Rounding in float32
-# leaves 1e-5; midpoints of the steps instead of right ends would make 0.2.
+# leaves about 1e-5; midpoints of the steps instead of right ends would make 0.2.
 TOLERANCE = 1e-4
 
 
@@ -119,7 +119,11 @@ def rows(args: argparse.Namespace, folder: Path) -> list[Row]:
 
     torch.manual_seed(0)
     device, n = torch.device(args.device), args.prompts
-    hf = GPT2LMHeadModel(GPT2Config(**SHAPE)).eval().requires_grad_(False)
+    hf = (
+        GPT2LMHeadModel(GPT2Config(**SHAPE, bos_token_id=None, eos_token_id=None))
+        .eval()
+        .requires_grad_(False)
+    )
     hf.save_pretrained(folder / "checkpoint")
     hf.to(device)
     ids = torch.randint(5, SHAPE["vocab_size"], (2, n, 16)).tolist()
