@@ -9,12 +9,16 @@ equal    the largest difference of an effect between the two, logits
 
 The second row is pipeline.eap.attribution_patching of every head, MLP and stream at every position
 (both runs, one backward pass) over one bare forward pass of the same batch. Loading is not timed.
+
+Edge attribution and exact patching of edges follow; with `--peer-python` beside EAP-IG's own code
+(edges.py, which says how to install it).
 """
 
 import json
 import tempfile
 from pathlib import Path
 
+import edges
 from activations import stage
 from harness import ROOT, Row, arguments, interleaved, median, report
 
@@ -132,6 +136,8 @@ def compared(args, model_json: Path) -> list[Row]:
 
 
 def main() -> None:
+    import torch
+
     parser = arguments(__doc__)
     parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "retrace_bench")
     parser.add_argument("--random", action="store_true", help="a random GPT-2 small, no download")
@@ -139,10 +145,15 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=8)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--peer-python", help="python of a venv with EAP-IG's code, see edges.py")
     args = parser.parse_args()
+    if args.peer_python and not Path(args.peer_python).exists():
+        parser.error(f"--peer-python: no file '{args.peer_python}'; edges.py says how to make it")
     args.work.mkdir(parents=True, exist_ok=True)
     made = random_gpt2(args.work / "gpt2") if args.random else smollm2(args.work / "model")
-    report("patching", compared(args, made), args.out, args.device)
+    with torch.no_grad():
+        of_edges = edges.rows(args, args.work / "edges")
+    report("patching", compared(args, made) + of_edges, args.out, args.device)
 
 
 if __name__ == "__main__":
