@@ -232,7 +232,11 @@ class _Fill(ast.NodeTransformer):
 
 def _filled(tree: ast.AST, values: dict[str, float]) -> str:
     """The expression with the mean of each metric in its place."""
-    return ast.unparse(_Fill(values).visit(copy.deepcopy(tree)))
+    filled = _Fill(values).visit(copy.deepcopy(tree))
+    if isinstance(filled, ast.BoolOp) and all(isinstance(v, ast.Compare) for v in filled.values):
+        word = " and " if isinstance(filled.op, ast.And) else " or "
+        return word.join(map(ast.unparse, filled.values))  # unparse puts the third in brackets
+    return ast.unparse(filled)
 
 
 def main() -> None:

@@ -59,10 +59,11 @@ class Job:
         device = torch.device(name)
         if name.startswith("cuda:"):
             torch.cuda.set_device(device)  # graphs and streams are made on the current one
+        n = torch.get_num_threads()
         self.hardware = (
             torch.cuda.get_device_name(device)
             if device.type == "cuda"
-            else f"{device.type}, {torch.get_num_threads()} threads"
+            else f"{device.type}, {n} thread{'s' * (n > 1)}"
         )
         return device
 

@@ -126,8 +126,8 @@ def attribution(tables: dict[str, Any], options: dict[str, Any]) -> tuple[Any, A
     if n > 1:
         fig.update_layout(updatemenus=[theme.selector(choices)])
     fig.update_layout(
-        xaxis=theme.axis("exact change of the logit difference"),
-        yaxis=theme.axis("estimated change"),
+        xaxis=theme.axis("exact change of the logit difference", "logits"),
+        yaxis=theme.axis("estimated change", "logits"),
     )
     return fig, frame[list(dict.fromkeys(["prompt", "latent", "position", "token", x, y]))]
 
@@ -185,7 +185,7 @@ def completeness(tables: dict[str, Any], options: dict[str, Any]) -> tuple[Any, 
     if len(choices) > 1:
         fig.update_layout(updatemenus=[theme.selector(choices)])
     fig.update_layout(
-        barmode="group", xaxis=theme.axis("prompt"), yaxis=theme.axis("logit difference")
+        barmode="group", xaxis=theme.axis("prompt"), yaxis=theme.axis("logit difference", "logits")
     )
     return fig, pd.concat(out.values(), ignore_index=True)
 

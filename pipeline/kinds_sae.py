@@ -239,6 +239,11 @@ def dead(tables: dict[str, Any], options: dict[str, Any]) -> tuple[Any, Any]:
             name=text,
             marker={"color": theme.colour(i)},
             customdata=[[theme.literal(s)] for s in g["sae"]],
+            texttemplate="%{y:.1~%}",  # no bar is a share of 0 or a dictionary that was not trained
+            textposition="outside",
+            textfont={"size": 11},
+            constraintext="none",
+            cliponaxis=False,
             hovertemplate="%{customdata[0]}<br>%{y:.2%}",
         )
     order = {"categoryorder": "array", "categoryarray": list(dict.fromkeys(labels))}

@@ -80,11 +80,11 @@ def number(value: Any, digits: int = 4) -> str:
     return f"{x:.{digits}g}".replace("-", "−")
 
 
-def breakable(text: str) -> Any:
-    """A dotted name that may break after its dots and underscores."""
+def breakable(text: str, after: str = "._") -> Any:
+    """A dotted name, or a path, that may break after some of its characters."""
     from markupsafe import Markup, escape
 
-    return Markup(re.sub(r"([._])", r"\1<wbr>", str(escape(text))))
+    return Markup(re.sub(rf"([{after}])", r"\1<wbr>", str(escape(text))))
 
 
 def prose(text: str) -> Any:

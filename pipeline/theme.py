@@ -47,6 +47,7 @@ def template() -> dict[str, Any]:
             "yaxis": axis,
             "legend": {
                 "orientation": "h",
+                "tracegroupgap": 0,
                 "x": 0,
                 "y": 1.02,
                 "yanchor": "bottom",

@@ -386,12 +386,13 @@ def upstream_of(wildcards):
     paper = paper_of(wildcards)
     arms = paper.spec.arm_names() if STORAGE else []
     stores = [told(RUN.store, paper.name, paper.scale, arm) for arm in arms]
-    certified = {"model": "model.json", "corpus": "tokens.parquet"}
+    certified = {"model": ["model.json"], "corpus": ["tokens.parquet", "documents.parquet"]}
     return sorted(
         {
-            f"results/store/{i.stage}/{i.id}/{certified.get(i.stage, 'manifest.json')}"
+            f"results/store/{i.stage}/{i.id}/{name}"
             for store in stores
             for i in store.values()
+            for name in certified.get(i.stage, ["manifest.json"])
         }
     )
 

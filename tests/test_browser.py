@@ -3,9 +3,14 @@
 import json
 import shutil
 import time
+from itertools import pairwise
 from pathlib import Path
 
+import plotly.graph_objects as go
 import pytest
+from plotly.subplots import make_subplots
+
+from pipeline import figures, theme
 
 CHROMIUM = next((c for n in ("chromium", "chromium-browser") if (c := shutil.which(n))), None)
 CHROMEDRIVER = shutil.which("chromedriver")
@@ -140,6 +145,46 @@ def test_every_plot_is_drawn(browser, made_up, dark):
     assert all(drawn.values()), drawn
     ticks = browser.js("return getComputedStyle(document.querySelector('.xtick text')).fill")
     assert luminance(ticks) > 0.7 if dark else luminance(ticks) < 0.05
+
+
+def crowded() -> go.Figure:
+    """Panels that are narrow on a phone, on linear and on log axes."""
+    figure = make_subplots(rows=2, cols=3, horizontal_spacing=0.1)
+    for col in (1, 2, 3):
+        figure.add_scatter(x=[-1, 1], y=[0, 1], row=1, col=col)
+        figure.add_scatter(x=[0.012, 9], y=[1e-6, 10], row=2, col=col)
+    figure.update_xaxes(**theme.axis("loss", log=True, exponentformat="power"), row=2)
+    figure.update_yaxes(**theme.axis("rate", log=True), row=2)
+    return figure
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_tick_labels_are_upright_and_apart(browser, tmp_path, width):
+    shutil.copy(browser.base / "figures.js", tmp_path)
+    plot = figures.plain(crowded())
+    page = figures.page("crowded", "Crowded", "Narrow panels.", plot, "figures.js")
+    (tmp_path / "crowded.html").write_text(page)
+    Browser(browser.driver, tmp_path).open("crowded.html", width=width)
+    assert browser.errors() == []
+    for n in range(1, 7):
+        for side, ends in (("x", ("left", "right")), ("y", ("top", "bottom"))):
+            ticks = browser.js(
+                "return [...document.querySelectorAll(arguments[0])].map(e => {"
+                "const r = e.getBoundingClientRect();"
+                "return [r[arguments[1]], r[arguments[2]], e.getAttribute('transform')]})",
+                f".{side}{n if n > 1 else ''}tick text",
+                *ends,
+            )
+            ticks.sort()
+            assert len(ticks) >= 2, (side, n)
+            assert all(a[1] < b[0] for a, b in pairwise(ticks)), (side, n, ticks)
+            assert not any("rotate(9" in t[2] or "rotate(3" in t[2] for t in ticks)
+
+
+def test_a_table_of_costs_fits_a_phone(browser):
+    browser.open(REPORT, width=390)
+    box = "document.querySelector('#cost .scroll')"
+    assert browser.js(f"return {box}.scrollWidth <= {box}.clientWidth")
 
 
 def test_a_change_of_scheme_redraws(browser):

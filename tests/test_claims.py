@@ -149,6 +149,19 @@ def test_the_row_shows_the_numbers_in_the_expression_and_spares_its_functions():
     assert row["ours"] == "abs(0.5 - 2) < 3"
 
 
+@pytest.mark.parametrize(
+    "holds, ours",
+    [
+        ("a < b and b < c and c < 9", "1 < 2 and 2 < 3 and 3 < 9"),
+        ("a > b or b > c or c < 9", "1 > 2 or 2 > 3 or 3 < 9"),
+        ("(a > b or b < c) and c < 9", "(1 > 2 or 2 < 3) and 3 < 9"),
+    ],
+)
+def test_the_row_has_brackets_only_where_they_say_something(holds, ours):
+    metrics = {"a": metric(1), "b": metric(2), "c": metric(3)}
+    assert judge(order_claim(holds), metrics, "smoke")["ours"] == ours
+
+
 def test_the_row_counts_the_seeds_that_hold():
     metrics = {"a.ev": metric(0.25), "a.ev2": metric(0.5, 0.75)}
     row = judge(order_claim("a.ev < a.ev2"), metrics, "smoke")

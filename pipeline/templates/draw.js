@@ -77,7 +77,11 @@
   function height(layout, data, width) {
     const named = data.filter((t) => t.name && t.showlegend !== false && t.visible !== false);
     const base = layout.height ?? 440;
-    if (named.length < 2 || layout.showlegend === false) return width < narrow ? Math.min(base, 380) : base;
+    if (named.length < 2 || layout.showlegend === false) {
+      const axes = Object.keys(layout).filter((key) => /^yaxis/.test(key));
+      const panels = new Set(axes.map((key) => layout[key].domain?.[0] ?? 0)).size;  // one below the other
+      return width < narrow ? Math.min(base, Math.max(380, 230 * panels)) : base;
+    }
     const chars = named.reduce((sum, t) => sum + 8 + String(t.name).length, 0);
     const widest = Math.max(...named.map((t) => 8 + String(t.name).length)) * 7.5;
     const columns = Math.max(1, Math.floor((width - 70) / widest));
@@ -113,6 +117,31 @@
     if (at) title.text = `${text.slice(0, at)}<br>${text.slice(at + 1)}`;
   }
 
+  // tick labels that touch or lean: fewer of them, upright
+  async function uncrowded(box, rounds = 4) {
+    const change = {};
+    for (const [key, axis] of Object.entries(box._fullLayout)) {
+      if (!/^[xy]axis\d*$/.test(key) || axis.tickmode === "array") continue;
+      const labels = [...box.querySelectorAll(`.${axis._id}tick text`)];
+      const leans = labels.some((e) => /rotate\(-?[1-9]/.test(e.getAttribute("transform")));
+      const [from, to] = key[0] === "x" ? ["left", "right"] : ["top", "bottom"];
+      const places = labels.map((e) => e.getBoundingClientRect()).sort((a, b) => a[from] - b[from]);
+      if (!leans && !places.some((p, i) => i && p[from] < places[i - 1][to] + 3)) continue;
+      if (axis.type !== "log" && axis.type !== "linear") continue;
+      const widest = Math.max(...places.map((p) => (key[0] === "x" ? Math.max(p.width, p.height) : p.height)));
+      const least = Math.abs(axis.range[1] - axis.range[0]) * (widest + 6) / axis._length;
+      const ten = 10 ** Math.floor(Math.log10(least));
+      const round = [1, 2, 5, 10].map((n) => n * ten).find((step) => step >= least);
+      // without their 2 and 5 the labels of decades are shorter: one step at a time
+      change[`${key}.dtick`] = axis.type !== "log" ? round : Number(axis.dtick) + 1 || 1;
+      change[`${key}.tick0`] = 0;
+      change[`${key}.tickangle`] = 0;
+    }
+    if (!Object.keys(change).length) return;
+    await Plotly.relayout(box, change);
+    if (rounds > 1) await uncrowded(box, rounds - 1);
+  }
+
   async function draw(figure, onDark) {
     const plot = read(figure, onDark);
     const { updatemenus = [], sliders = [], ...rest } = plot.layout;
@@ -141,6 +170,7 @@
       toImageButtonOptions: { format: "svg", filename: name },
     };
     await Plotly.react(box, plot.data, layout, config);
+    await uncrowded(box);
     for (const [c, control] of [...updatemenus, ...sliders].entries()) {
       const i = chosen.get(figure)?.[c] ?? control.active ?? 0;
       if (i !== (control.active ?? 0)) await apply(figure, control, i);

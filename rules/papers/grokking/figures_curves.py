@@ -29,7 +29,7 @@ def grokking(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure
         cols=2,
         shared_xaxes=True,
         shared_yaxes=True,
-        horizontal_spacing=0.04,
+        horizontal_spacing=0.09,
         vertical_spacing=0.06,
         subplot_titles=["weight decay", "none", "", ""],  # short: a phone has room for no more
     )
@@ -92,7 +92,8 @@ def progress(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure
         shapes = shades(common.model(phases, arm, seed).iloc[0])
         which = list(range(len(columns)))
         choices[f"seed {seed}, {common.ARMS[arm]}"] = [changes, {"shapes": shapes}, which]
-    for name, colour in common.PHASES:
+    phased = any(layout["shapes"] for _, layout, _ in choices.values())
+    for name, colour in common.PHASES if phased else ():
         figure.add_trace(common.legend_square(name, rgba(colour, 0.4)), row=1, col=1)
     figure.update_layout(
         shapes=next(iter(choices.values()))[1]["shapes"],

@@ -32,14 +32,14 @@ def neurons(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure,
     table = tables["fourier/neurons"]
     first, last = table["step"].min(), table["step"].max()
     looks = {
-        "trained": ("decay", last, common.TEST),
+        "trained": ("decay", last, common.EXCLUDED),  # no colour of a frequency
         "trained without weight decay": ("no_decay", last, common.RESTRICTED),
         "before training": ("decay", first, PALETTE[6]),
     }
     figure = make_subplots(
         rows=2,
         cols=1,
-        vertical_spacing=0.2,
+        vertical_spacing=0.24,
         row_heights=[0.55, 0.45],
         subplot_titles=["all neurons of all seeds", "neurons of one frequency (> 85 %)"],
     )
@@ -81,7 +81,7 @@ def neurons(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure,
     figure.update_xaxes(**best, row=1, col=1)
     figure.update_yaxes(**axis("share of neurons", "%"), row=1, col=1)
     figure.update_xaxes(**axis("frequency k"), row=2, col=1)
-    figure.update_yaxes(**axis("neurons"), row=2, col=1)
+    figure.update_yaxes(**axis("neurons", rangemode="tozero"), row=2, col=1)
     figure.update_layout(
         updatemenus=[selector(choices)],
         height=620,
@@ -142,7 +142,7 @@ def ablation(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure
     )
     p = 2 * int(table["frequency"].max()) + 1
     figure.add_vline(x=np.log(p), line=line, row=2, col=1)
-    note = {"text": "ln p", "showarrow": False, "yanchor": "bottom", "font": {"size": 11}}
+    note = {"text": "ln p", "showarrow": False, "yanchor": "top", "xanchor": "left", "xshift": 2}
     figure.add_annotation(x=np.log10(np.log(p)), y=1, yref="y2 domain", xref="x2", **note)
     for i, what in enumerate(EDITS.values()):  # above their points: beside them they would take
         label = {"text": what, "x": 0, "xref": "x2 domain", "y": i, "yref": "y2"}  # half a phone

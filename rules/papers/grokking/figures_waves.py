@@ -76,7 +76,8 @@ def circle(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure, 
     key = strongest(tables["fourier/frequencies"], table)
     if not key:
         note = {"text": "no key frequency", "showarrow": False, "font": {"size": 14}}
-        return go.Figure(layout={"annotations": [note]}), table
+        bare = {"annotations": [note], "height": 160}
+        return go.Figure(layout=bare | {"xaxis_visible": False, "yaxis_visible": False}), table
     p = int(table["value"].max()) + 1
     figure = make_subplots(
         rows=2,

@@ -109,7 +109,8 @@ def signs(figure: go.Figure, heads: pd.DataFrame) -> None:
         )
     square = {"range": [-1.1, 1.1], "zeroline": True}
     figure.update_xaxes(**square, **axis("QK Σλ / Σ|λ|"), row=1, col=4)
-    figure.update_yaxes(**square, **axis("OV"), row=1, col=4)
+    right = {"side": "right"}  # on the left a phone has no room for it
+    figure.update_yaxes(**square, **axis("OV Σλ / Σ|λ|"), **right, row=1, col=4)
 
 
 def ablation(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure, pd.DataFrame]:

@@ -27,7 +27,7 @@ def heads(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure, p
         cols=len(runs),
         shared_xaxes=True,
         shared_yaxes=True,
-        horizontal_spacing=0.03,
+        horizontal_spacing=0.06,
         vertical_spacing=0.06,
         subplot_titles=[name for _, name, _ in runs],
     )
@@ -83,7 +83,7 @@ def patterns(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure
         rows=2,
         cols=2,
         horizontal_spacing=0.1,
-        vertical_spacing=0.14,
+        vertical_spacing=0.2,
         subplot_titles=[titled(r) for r in rows],
     )
     frames = []
@@ -106,7 +106,8 @@ def patterns(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure
     for i in (1, 2):
         figure.update_xaxes(title={"text": "attended to"}, row=2, col=i)
         figure.update_yaxes(title={"text": "position"}, row=i, col=1)
-    bar = {"title": {"text": "attention"}, "thickness": 12, "outlinewidth": 0, "len": 0.5}
+    bar = {"title": {"text": "attention", "side": "top"}, "thickness": 12, "outlinewidth": 0}
+    bar |= {"orientation": "h", "y": -0.12, "yanchor": "top", "len": 0.6}
     shades = [[0, rgba(PALETTE[0], 0)], [0.15, rgba(PALETTE[0], 0.35)], [1, PALETTE[0]]]
     figure.update_layout(coloraxis={"colorscale": shades, "cmin": 0, "cmax": 1, "colorbar": bar})
     return common.headed(figure, 760), pd.concat(frames, ignore_index=True)

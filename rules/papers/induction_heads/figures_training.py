@@ -79,12 +79,13 @@ def loss_by_index(
         long = loss.rename_axis(index="tokens", columns="index").stack().rename("loss")
         frames.append(long.reset_index().assign(run=run))
     for row, col in ((1, 1), (1, 2), (2, 1)):
-        title = axis("training tokens", "millions")
+        title = axis("training tokens", "millions") if (row, col) != (1, 1) else {}
         figure.update_xaxes(showgrid=False, **title, row=row, col=col)
         named = axis("token index") if col == 1 else {}  # once a row: a phone has room for no more
         figure.update_yaxes(showgrid=False, **named, row=row, col=col)
     figure.update_xaxes(**axis("token index"), row=2, col=2)
-    figure.update_yaxes(**axis("loss", "nats", rangemode="tozero"), row=2, col=2)
+    right = {"side": "right", "rangemode": "tozero"}
+    figure.update_yaxes(**axis("loss", "nats"), **right, row=2, col=2)
     bar = {"title": {"text": "loss<br>(nats)"}, "len": 0.46, "y": 1, "yanchor": "top"}
     figure.update_layout(coloraxis={"colorbar": {**bar, "thickness": 12, "outlinewidth": 0}})
     return common.headed(figure, 680), pd.concat(frames, ignore_index=True)

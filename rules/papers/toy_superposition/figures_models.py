@@ -35,7 +35,7 @@ def intro(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure, p
         ignore_index=True,
     )
     drawn = {rank: arrows(frame[frame["fit"] == rank], shown) for rank in RANKS}
-    for i, (p, feature, data) in enumerate(drawn[RANKS[0]]):
+    for p, feature, data in drawn[RANKS[0]]:
         points = {k: v for k, v in data.items() if k != "marker.size"}
         panel = int(np.flatnonzero(shown == p)[0])
         colour = common.IMPORTANCE[feature % len(common.IMPORTANCE)]
@@ -51,20 +51,24 @@ def intro(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure, p
                     "line": {"width": 0},
                     "angleref": "previous",
                 },
-                name=f"feature {feature}, I = {0.9**feature:.2g}",
                 legendgroup=str(feature),
-                showlegend=i < frame["feature"].nunique(),
+                showlegend=False,
                 hovertemplate="feature %{meta[0]}, ‖W‖ %{meta[1]:.3f}, b %{meta[2]:.3f}"
                 "<extra></extra>",
             ),
             row=panel // columns + 1,
             col=panel % columns + 1,
         )
-    keys = ("x", "y", "meta", "marker.size")
+    keys, which = ("x", "y", "meta", "marker.size"), list(range(len(drawn[RANKS[0]])))
     choices = {
-        rank: [{k: [data[k] for _, _, data in traces] for k in keys}, {}]
+        rank: [{k: [data[k] for _, _, data in traces] for k in keys}, {}, which]
         for rank, traces in drawn.items()
     }
+    for feature in sorted(frame["feature"].unique().tolist()):  # an arrow's own marker may be tiny
+        line = {"color": common.IMPORTANCE[feature % len(common.IMPORTANCE)], "width": 3}
+        name = f"feature {feature}, I = {0.9**feature:.2g}"
+        entry = {"x": [None], "y": [None], "mode": "lines", "line": line, "name": name}
+        figure.add_trace(go.Scatter(**entry, legendgroup=str(feature)), row=1, col=1)
     figure.update_layout(updatemenus=[selector(choices)], margin={"t": 60, "l": 12, "b": 12})
     return common.headed(figure, 540), frame
 
