@@ -5,6 +5,7 @@
   const DARK = { "#1b1f24": "#e6e8eb", "#d9dde3": "#363c44", "#fefefe": "#1d2126" };
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const narrow = 520;
+  const thinned = new Map();  // canvas -> settings of its axes before `uncrowded` changed them
   const chosen = new Map();  // figure -> the place that the reader gave each control
 
   const figures = () => [...document.querySelectorAll(".retrace-figure")];
@@ -68,9 +69,13 @@
     return [control.currentvalue?.prefix ?? "", range, told];
   }
 
-  function apply(figure, control, i) {
+  async function apply(figure, control, i) {
     const { method, args } = (control.steps ?? control.buttons)[i];
-    return Plotly[method](canvas(figure), ...JSON.parse(JSON.stringify(args)));
+    const box = canvas(figure);
+    if (thinned.has(box)) await Plotly.relayout(box, thinned.get(box));
+    thinned.delete(box);
+    await Plotly[method](box, ...JSON.parse(JSON.stringify(args)));
+    await uncrowded(box);
   }
 
   // room for a legend that wraps: plotly takes it from the plot
@@ -138,6 +143,11 @@
       change[`${key}.tickangle`] = 0;
     }
     if (!Object.keys(change).length) return;
+    const before = Object.keys(change).map((path) => {
+      const [key, what] = path.split(".");
+      return [path, box.layout[key]?.[what] ?? null];
+    });
+    thinned.set(box, { ...Object.fromEntries(before), ...thinned.get(box) });
     await Plotly.relayout(box, change);
     if (rounds > 1) await uncrowded(box, rounds - 1);
   }
@@ -159,6 +169,7 @@
     if (width < narrow) {
       layout.font = { size: 11, ...layout.font };
       fitted(layout, width - 80);
+      for (const t of plot.data) if (t.type === "bar" && t.texttemplate) t.textangle = -90;
     }
     const name = figure.id.replace(/^figure-/, "") || "figure";
     const config = {
@@ -169,6 +180,7 @@
       modeBarButtonsToRemove: ["sendChartToCloud", "lasso2d", "select2d", "autoScale2d", "zoomIn2d", "zoomOut2d"],
       toImageButtonOptions: { format: "svg", filename: name },
     };
+    thinned.delete(box);
     await Plotly.react(box, plot.data, layout, config);
     await uncrowded(box);
     for (const [c, control] of [...updatemenus, ...sliders].entries()) {
