@@ -183,11 +183,11 @@ def test_tick_labels_are_upright_and_apart(browser, tmp_path, width):
 
 def test_what_is_chosen_has_tick_labels_of_its_own(browser, tmp_path):
     """Labels thinned for one choice are too many, or too few, for another."""
-    figure = make_subplots(rows=1, cols=3)
+    figure = make_subplots(rows=1, cols=3, horizontal_spacing=0.1)
     for col in (1, 2, 3):
-        figure.add_scatter(x=[0, 1000], y=[0, 1], row=1, col=col)
+        figure.add_scatter(x=[-1000, 1000], y=[0, 1], row=1, col=col)
     spans = {"wide": 1_000_000, "small": 0.5, "thousand": 1000}
-    choices = {name: [{"x": [[0, span]] * 3}, {}] for name, span in spans.items()}
+    choices = {name: [{"x": [[-span, span]] * 3}, {}] for name, span in spans.items()}
     figure.update_layout(updatemenus=[theme.selector({"first": choices["thousand"]} | choices)])
     shutil.copy(browser.base / "figures.js", tmp_path)
     page = figures.page("chosen", "Chosen", "Spans.", figures.plain(figure), "figures.js")

@@ -139,7 +139,9 @@
       const round = [1, 2, 5, 10].map((n) => n * ten).find((step) => step >= least);
       // without their 2 and 5 the labels of decades are shorter: one step at a time
       change[`${key}.dtick`] = axis.type !== "log" ? round : Number(axis.dtick) + 1 || 1;
-      change[`${key}.tick0`] = 0;
+      const [low, high] = [...axis.range].sort((a, b) => a - b);
+      const two = Math.floor(high / round) > Math.ceil(low / round);  // a lone label tells no scale
+      change[`${key}.tick0`] = two || axis.type === "log" ? 0 : Math.ceil(low / round * 2) * round / 2;
       change[`${key}.tickangle`] = 0;
     }
     if (!Object.keys(change).length) return;

@@ -60,7 +60,7 @@ def circuits(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure
     bar |= {"len": 0.42, "y": 0, "yanchor": "bottom"}
     colours = {"colorscale": scale(DIVERGING), "cmin": -reach, "cmax": reach, "colorbar": bar}
     figure.update_layout(coloraxis=colours)
-    return common.headed(figure, 720), shown
+    return common.headed(figure, 720, legend=38), shown
 
 
 def eigenvalues(figure: go.Figure, values: pd.DataFrame, heads: pd.DataFrame) -> pd.DataFrame:

@@ -107,7 +107,7 @@ def samples(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
         figure.update_layout(updatemenus=[selector(choices)])
     figure.update_layout(
         margin={"l": 4, "r": 4, "t": 8, "b": 4},
-        height=60 + 13 * longest,
+        height=round(60 + 14.5 * longest),
         meta={"min_width": round(len(writers) * (6.7 * width + 18))},  # a phone scrolls sideways
     )
     return figure, frame
