@@ -143,6 +143,7 @@
       const two = Math.floor(high / round) > Math.ceil(low / round);  // a lone label tells no scale
       change[`${key}.tick0`] = two || axis.type === "log" ? 0 : Math.ceil(low / round * 2) * round / 2;
       change[`${key}.tickangle`] = 0;
+      change[`${key}.tickmode`] = "linear";  // named, so that it is taken back with the rest
     }
     if (!Object.keys(change).length) return;
     const before = Object.keys(change).map((path) => {
