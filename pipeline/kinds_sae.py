@@ -250,6 +250,6 @@ def dead(tables: dict[str, Any], options: dict[str, Any]) -> tuple[Any, Any]:
     fig.update_layout(
         barmode="group",
         xaxis=theme.axis("active latents k, width", **order),
-        yaxis=theme.axis(title_of(y), tickformat=".0%", rangemode="tozero"),
+        yaxis=theme.axis(title_of(y), tickformat=".0%", range=[0, 1.2 * (frame[y].max() or 1)]),
     )
     return fig, frame.drop(columns="label")

@@ -7,6 +7,7 @@ the store a paper needs at a scale, under which digest, made from which spec.
 
 import json
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,6 +19,11 @@ from pipeline.source import file_code
 from pipeline.spec import SCALES, Config, CorpusSpec, PaperSpec
 from pipeline.yaml_files import load_yaml
 
+CERTIFIED = {  # files of an artefact that carry a certificate, where it is not manifest.json
+    "model": ["model.json"],
+    "tokenizer": ["model.json"],
+    "corpus": ["tokens.parquet", "documents.parquet"],
+}
 DIGEST_LENGTH = 12
 
 
@@ -136,6 +142,11 @@ class Item:
     id: str
     spec: dict
     inputs: dict[str, str]
+
+    def folders(self) -> dict[str, str]:
+        """Input -> '<stage>/<id>' of the artefact that it is, of those that are no files."""
+        stored = {k: v for k, v in self.inputs.items() if k not in ("data", "text")}
+        return {k: v if "/" in v else f"{k}/{v}" for k, v in stored.items()}
 
 
 def resolve(path: str, folder: Path, roots: list[Path], may_miss: bool = False) -> Path:
@@ -281,6 +292,16 @@ class Run:
         if (name, scale, arm) not in self._stores:
             self._stores[name, scale, arm] = self._store(name, scale, arm)
         return self._stores[name, scale, arm]
+
+    def upstream(self, items: Iterable[Item]) -> list[str]:
+        """Files with certificates of some artefacts and of all that they are made from, sorted."""
+        stack, files = list(items), set()
+        while stack:
+            item = stack.pop()
+            certified = CERTIFIED.get(item.stage, ["manifest.json"])
+            files |= {f"results/store/{item.stage}/{item.id}/{file}" for file in certified}
+            stack += [self.item(*folder.split("/")) for folder in item.folders().values()]
+        return sorted(files)
 
     def _store(self, name: str, scale: str, arm: str) -> dict[str, Item]:
         """`store`, made."""

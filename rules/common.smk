@@ -113,11 +113,8 @@ def item_input_of(stage, made_from, file):
     """Input: a file of the artefact that a store artefact is made from; [] where it needs none."""
 
     def path(wildcards):
-        found = told(RUN.item, stage, wildcards[stage]).inputs.get(made_from)
-        if found is None:
-            return []
-        folder = found if os.sep in found else f"{made_from}/{found}"
-        return f"results/store/{folder}/{file}"
+        folder = told(RUN.item, stage, wildcards[stage]).folders().get(made_from)
+        return f"results/store/{folder}/{file}" if folder else []
 
     return path
 
@@ -213,6 +210,13 @@ def models_of(file):
     return arms_of("model", file)
 
 
+def lent_store(paper, model):
+    """The store's artefacts of an arm that own.<section>.models names, of this paper or another."""
+    lender = told(RUN.paper, model.get("paper") or paper.name, paper.scale)
+    arm = known("arm", model.get("arm", "trained"), lender.spec.arm_names(), lender)
+    return told(RUN.store, lender.name, lender.scale, arm)
+
+
 def lent_of(section, stage, file):
     """Input: a file of `stage` for each model that own.<section>.models names, sorted by name.
 
@@ -225,13 +229,12 @@ def lent_of(section, stage, file):
         models = paper.spec.own[section]["models"]
         found = []
         for name, model in sorted(models.items()):
-            lender = told(RUN.paper, model.get("paper") or paper.name, paper.scale)
-            arm = known("arm", model.get("arm", "trained"), lender.spec.arm_names(), lender)
-            store = told(RUN.store, lender.name, lender.scale, arm)
+            store = lent_store(paper, model)
             if stage not in store:
                 sys.exit(
                     f"error: {paper.folder / 'paper.yaml'}: own.{section}.models.{name}: paper "
-                    f"{lender.name} has no {stage} at scale {lender.scale}; name another paper"
+                    f"{model.get('paper') or paper.name} has no {stage} at scale {paper.scale}; "
+                    f"name another paper"
                 )
             found.append(f"results/store/{stage}/{store[stage].id}/{file}")
         return found
@@ -384,17 +387,17 @@ def report_input(kind):
 def upstream_of(wildcards):
     """Input: the files whose certificates a page follows, where a storage has to bring them."""
     paper = paper_of(wildcards)
-    arms = paper.spec.arm_names() if STORAGE else []
-    stores = [told(RUN.store, paper.name, paper.scale, arm) for arm in arms]
-    certified = {"model": ["model.json"], "corpus": ["tokens.parquet", "documents.parquet"]}
-    return sorted(
-        {
-            f"results/store/{i.stage}/{i.id}/{name}"
-            for store in stores
-            for i in store.values()
-            for name in certified.get(i.stage, ["manifest.json"])
-        }
-    )
+    if not STORAGE:
+        return []
+    arms = paper.spec.arm_names()
+    items = [i for a in arms for i in told(RUN.store, paper.name, paper.scale, a).values()]
+    for own in paper.spec.own.values():
+        models = own.get("models")
+        for model in models.values() if isinstance(models, dict) else []:
+            if isinstance(model, dict) and "paper" in model:
+                store = lent_store(paper, model)
+                items += [store[stage] for stage in ("model", "corpus") if stage in store]
+    return told(RUN.upstream, items)
 
 
 def index_spec(wildcards):

@@ -181,6 +181,50 @@ def test_tick_labels_are_upright_and_apart(browser, tmp_path, width):
             assert not any("rotate(9" in t[2] or "rotate(3" in t[2] for t in ticks)
 
 
+def test_what_is_chosen_has_tick_labels_of_its_own(browser, tmp_path):
+    """Labels thinned for one choice are too many, or too few, for another."""
+    figure = make_subplots(rows=1, cols=3, horizontal_spacing=0.1)
+    for col in (1, 2, 3):
+        figure.add_scatter(x=[-1000, 1000], y=[0, 1], row=1, col=col)
+    spans = {"wide": 1_000_000, "small": 0.5, "thousand": 1000}
+    choices = {name: [{"x": [[-span, span]] * 3}, {}] for name, span in spans.items()}
+    figure.update_layout(updatemenus=[theme.selector({"first": choices["thousand"]} | choices)])
+    shutil.copy(browser.base / "figures.js", tmp_path)
+    page = figures.page("chosen", "Chosen", "Spans.", figures.plain(figure), "figures.js")
+    (tmp_path / "chosen.html").write_text(page)
+    here = Browser(browser.driver, tmp_path).open("chosen.html", width=390)
+    ticks = (
+        "const end = document.querySelector('.retrace-canvas')._fullLayout.xaxis.range[1];"
+        "const labels = [...document.querySelectorAll('.xtick text')].map(e => e.textContent);"
+        "return end >= arguments[0] && end < 1.5 * arguments[0] && labels.length > 1 &&"
+        "labels.length < 6 && labels"
+    )
+    first = here.until(ticks, 1000)
+    for name, span in spans.items():
+        here.choose("select", name)
+        again = here.until(ticks, span)
+    assert again == first and here.errors() == []
+
+
+@pytest.mark.parametrize("width", [1280, 390])
+def test_shares_above_bars_are_apart(browser, tmp_path, width):
+    figure = go.Figure(layout={"barmode": "group", "yaxis_range": [0, 0.6]})
+    for shift in (0, 0.01):
+        y = [0.3 + shift + 0.02 * (i % 3) for i in range(9)]
+        figure.add_bar(x=[f"k {i}" for i in range(9)], y=y, texttemplate="%{y:.1~%}")
+    figure.update_traces(textposition="outside", constraintext="none", cliponaxis=False)
+    shutil.copy(browser.base / "figures.js", tmp_path)
+    page = figures.page("bars", "Bars", "Shares.", figures.plain(figure), "figures.js")
+    (tmp_path / "bars.html").write_text(page)
+    Browser(browser.driver, tmp_path).open("bars.html", width=width)
+    labels = browser.js(
+        "return [...document.querySelectorAll('.bartext')].map(e => e.getBoundingClientRect())"
+        ".map(r => [r.left, r.right])"
+    )
+    labels.sort()
+    assert len(labels) == 18 and all(a[1] < b[0] + 1 for a, b in pairwise(labels))
+
+
 def test_a_table_of_costs_fits_a_phone(browser):
     browser.open(REPORT, width=390)
     box = "document.querySelector('#cost .scroll')"

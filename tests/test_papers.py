@@ -390,6 +390,29 @@ def test_corpora_of_one_text_share_its_tokenizer(home):
     assert tokenizer().id != tokenizer(whole_file=True).id
 
 
+def test_upstream_of_an_artefact_is_all_that_it_is_made_from(home):
+    run, corpus = of_url(home)
+    tokenizer = f"results/store/{corpus.inputs['tokenizer']}/model.json"
+    assert "/tokenizer/char-" in tokenizer
+    own = [f"results/store/corpus/{corpus.id}/{n}" for n in ("documents.parquet", "tokens.parquet")]
+    assert run.upstream([corpus]) == [*own, tokenizer]
+    sae = run.store("p", "laptop", "trained")["sae:blocks.8.hook_resid_post"]
+    above = run.upstream([sae])
+    assert [f.split("/")[2] for f in above] == [
+        "activations", "corpus", "corpus", "model", "sae", "tokenizer",
+    ]  # fmt: skip
+    assert set(run.upstream([corpus])) < set(above)
+
+
+def test_upstream_follows_the_raw_model_whose_tokenizer_made_the_tokens(home):
+    write(home, "p", CHAIN | {"model": {"processing": "compatibility"}})
+    run = run_of(home, "p")
+    store = run.store("p", "laptop", "trained")
+    raw = store["corpus"].inputs["tokenizer"]
+    assert raw != f"model/{store['model'].id}"
+    assert f"results/store/{raw}/model.json" in run.upstream(store.values())
+
+
 def test_a_large_file_is_hashed_anew_when_it_changes(home):
     folder = write(home, "p", CARD)
     big = folder / "big.txt"

@@ -5,6 +5,7 @@
   const DARK = { "#1b1f24": "#e6e8eb", "#d9dde3": "#363c44", "#fefefe": "#1d2126" };
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const narrow = 520;
+  const thinned = new Map();  // canvas -> settings of its axes before `uncrowded` changed them
   const chosen = new Map();  // figure -> the place that the reader gave each control
 
   const figures = () => [...document.querySelectorAll(".retrace-figure")];
@@ -68,9 +69,13 @@
     return [control.currentvalue?.prefix ?? "", range, told];
   }
 
-  function apply(figure, control, i) {
+  async function apply(figure, control, i) {
     const { method, args } = (control.steps ?? control.buttons)[i];
-    return Plotly[method](canvas(figure), ...JSON.parse(JSON.stringify(args)));
+    const box = canvas(figure);
+    if (thinned.has(box)) await Plotly.relayout(box, thinned.get(box));
+    thinned.delete(box);
+    await Plotly[method](box, ...JSON.parse(JSON.stringify(args)));
+    await uncrowded(box);
   }
 
   // room for a legend that wraps: plotly takes it from the plot
@@ -134,10 +139,18 @@
       const round = [1, 2, 5, 10].map((n) => n * ten).find((step) => step >= least);
       // without their 2 and 5 the labels of decades are shorter: one step at a time
       change[`${key}.dtick`] = axis.type !== "log" ? round : Number(axis.dtick) + 1 || 1;
-      change[`${key}.tick0`] = 0;
+      const [low, high] = [...axis.range].sort((a, b) => a - b);
+      const two = Math.floor(high / round) > Math.ceil(low / round);  // a lone label tells no scale
+      change[`${key}.tick0`] = two || axis.type === "log" ? 0 : Math.ceil(low / round * 2) * round / 2;
       change[`${key}.tickangle`] = 0;
+      change[`${key}.tickmode`] = "linear";  // named, so that it is taken back with the rest
     }
     if (!Object.keys(change).length) return;
+    const before = Object.keys(change).map((path) => {
+      const [key, what] = path.split(".");
+      return [path, box.layout[key]?.[what] ?? null];
+    });
+    thinned.set(box, { ...Object.fromEntries(before), ...thinned.get(box) });
     await Plotly.relayout(box, change);
     if (rounds > 1) await uncrowded(box, rounds - 1);
   }
@@ -159,6 +172,7 @@
     if (width < narrow) {
       layout.font = { size: 11, ...layout.font };
       fitted(layout, width - 80);
+      for (const t of plot.data) if (t.type === "bar" && t.texttemplate) t.textangle = -90;
     }
     const name = figure.id.replace(/^figure-/, "") || "figure";
     const config = {
@@ -169,6 +183,7 @@
       modeBarButtonsToRemove: ["sendChartToCloud", "lasso2d", "select2d", "autoScale2d", "zoomIn2d", "zoomOut2d"],
       toImageButtonOptions: { format: "svg", filename: name },
     };
+    thinned.delete(box);
     await Plotly.react(box, plot.data, layout, config);
     await uncrowded(box);
     for (const [c, control] of [...updatemenus, ...sliders].entries()) {

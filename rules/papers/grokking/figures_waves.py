@@ -103,7 +103,7 @@ def circle(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure, 
     figure.update_layout(
         sliders=[slider(shown, "step ", active=len(steps) - 1)],
         height=520,
-        margin={"t": 40, "b": 64, "r": 8},
+        margin={"t": 56, "b": 64, "r": 8},
         coloraxis={
             "colorscale": scale(cyclical.Phase),
             "cmin": 0,

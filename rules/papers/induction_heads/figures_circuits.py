@@ -60,7 +60,7 @@ def circuits(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure
     bar |= {"len": 0.42, "y": 0, "yanchor": "bottom"}
     colours = {"colorscale": scale(DIVERGING), "cmin": -reach, "cmax": reach, "colorbar": bar}
     figure.update_layout(coloraxis=colours)
-    return common.headed(figure, 720), shown
+    return common.headed(figure, 720, legend=38), shown
 
 
 def eigenvalues(figure: go.Figure, values: pd.DataFrame, heads: pd.DataFrame) -> pd.DataFrame:
@@ -139,7 +139,8 @@ def ablation(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure
         for column, (what, title, form) in SHOWN.items()
     }
     figure.update_layout(barmode="group", boxmode="group", updatemenus=[selector(choices)])
-    figure.update_xaxes(categoryorder="array", categoryarray=places, tickangle=0)
+    figure.update_xaxes(categoryorder="array", categoryarray=places)
+    figure.update_xaxes(autotickangles=[0, -90])  # on a phone
     _, title, form = SHOWN["left"]
     figure.update_yaxes(title={"text": title}, tickformat=form)
     kept = ["member", "seed", "patterns", "removed", "layer", "head", "role", "place", "icl"]

@@ -83,7 +83,7 @@ def patterns(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure
         rows=2,
         cols=2,
         horizontal_spacing=0.1,
-        vertical_spacing=0.2,
+        vertical_spacing=0.24,
         subplot_titles=[titled(r) for r in rows],
     )
     frames = []
@@ -106,11 +106,13 @@ def patterns(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure
     for i in (1, 2):
         figure.update_xaxes(title={"text": "attended to"}, row=2, col=i)
         figure.update_yaxes(title={"text": "position"}, row=i, col=1)
-    bar = {"title": {"text": "attention", "side": "top"}, "thickness": 12, "outlinewidth": 0}
-    bar |= {"orientation": "h", "y": -0.12, "yanchor": "top", "len": 0.6}
+    bar = {"orientation": "h", "thickness": 12, "outlinewidth": 0, "len": 0.6}
+    bar |= {"y": 0, "yref": "container", "yanchor": "bottom"}
+    bar |= {"tickvals": [0, 0.5, 1], "ticktext": ["0", "attention", "1"]}
     shades = [[0, rgba(PALETTE[0], 0)], [0.15, rgba(PALETTE[0], 0.35)], [1, PALETTE[0]]]
     figure.update_layout(coloraxis={"colorscale": shades, "cmin": 0, "cmax": 1, "colorbar": bar})
-    return common.headed(figure, 760), pd.concat(frames, ignore_index=True)
+    common.headed(figure, 760).update_layout(margin={"b": 88})  # the bar below the axes' titles
+    return figure, pd.concat(frames, ignore_index=True)
 
 
 def titled(row: pd.Series) -> str:

@@ -51,29 +51,29 @@ def loss(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     uniform = float(tables["language/text"]["ln_vocab"].iloc[0])
     for name, value in lines.items():
         recipe = list(runs).index(name.removeprefix("README, "))
-        level(figure, value, f"{name}: {value:g}", colour(recipe))
-    level(figure, uniform, f"uniform guess: {uniform:.3f}", PALETTE[-1])
+        level(figure, value, f"{name}: {value:g}", colour(recipe), "bottom left")
+    level(figure, uniform, f"uniform guess: {uniform:.3f}", PALETTE[-1], "top right")
     every = [*frame["loss"], *lines.values(), uniform]
-    ends = [min(every) - 0.08, max(every) + 0.2]  # room for the names of the dotted lines
+    ends = [min(every) - 0.2, max(every) + 0.2]  # room for the names of the dotted lines
     figure.update_layout(xaxis=axis("step"), yaxis=axis("loss", "nats a character", range=ends))
     columns = ["recipe", "member", "seed", "step", "tokens", "set", "loss", "accuracy"]
     return figure, frame[columns]
 
 
-def level(figure: go.Figure, value: float, text: str, line: str) -> None:
-    """A dotted line at a loss, with its name above its end."""
+def level(figure: go.Figure, value: float, text: str, line: str, where: str) -> None:
+    """A dotted line at a loss, with its name at an end that the falling curves leave free."""
     figure.add_hline(
         y=value,
         line={"color": line, "dash": "dot", "width": 1.2},
         annotation={"text": literal(text), "font": {"size": 11}, "bgcolor": "rgba(0,0,0,0)"},
-        annotation_position="top right",
+        annotation_position=where,
     )
 
 
 def samples(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     """What each arm writes, and held-out text, side by side; the reader chooses the sample.
 
-    Options: characters of each text (default 500), width of a column in characters (default 44).
+    Options: characters of each text (default 500), width of a column in characters (default 40).
     """
     frame = tables["language/samples"].copy()
     by_model = frame["writer"] == "model"
@@ -83,7 +83,7 @@ def samples(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     frame = frame.sort_values(
         "writer", key=lambda c: c.map([*order, "held out"].index), kind="stable"
     )
-    n, width = options.get("characters", 500), options.get("width", 44)
+    n, width = options.get("characters", 500), options.get("width", 40)
     shown = {
         int(i): [[as_lines(t[:n], width)] for t in rows["text"]]
         for i, rows in frame.groupby("sample")
@@ -105,7 +105,11 @@ def samples(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     choices = {f"sample {i + 1}": [{"cells.values": [v]}, {}] for i, v in shown.items()}
     if len(choices) > 1:
         figure.update_layout(updatemenus=[selector(choices)])
-    figure.update_layout(margin={"l": 4, "r": 4, "t": 8, "b": 4}, height=60 + 13 * longest)
+    figure.update_layout(
+        margin={"l": 4, "r": 4, "t": 8, "b": 4},
+        height=round(60 + 14.5 * longest),
+        meta={"min_width": round(len(writers) * (6.7 * width + 18))},  # a phone scrolls sideways
+    )
     return figure, frame
 
 
@@ -196,7 +200,9 @@ def excerpt(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     figure.update_layout(
         xaxis=axis("character read", tickangle=0, tickfont={"family": MONO}, **ticks),
         yaxis=axis("layers before the lens", dtick=1, range=depth),
-        height=120 + 38 * one["layer"].nunique(),
+        height=140 + 38 * one["layer"].nunique(),
+        margin={"t": 32},
+        meta={"min_width": 130 + 18 * len(top)},  # a phone scrolls sideways
     )
     return figure, table
 
