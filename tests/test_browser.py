@@ -225,6 +225,22 @@ def test_shares_above_bars_are_apart(browser, tmp_path, width):
     assert len(labels) == 18 and all(a[1] < b[0] + 1 for a, b in pairwise(labels))
 
 
+def test_square_panels_leave_no_gap_on_a_phone(browser, tmp_path):
+    figure = make_subplots(rows=2, cols=3).update_layout(height=560)
+    for i in range(6):
+        figure.add_scatter(x=[0, 1], y=[0, 1], name=f"one {i}", row=i // 3 + 1, col=i % 3 + 1)
+        figure.update_yaxes(
+            scaleanchor=f"x{i + 1}", constrain="domain", row=i // 3 + 1, col=i % 3 + 1
+        )
+    shutil.copy(browser.base / "figures.js", tmp_path)
+    page = figures.page("panels", "Panels", "Squares.", figures.plain(figure), "figures.js")
+    (tmp_path / "panels.html").write_text(page)
+    Browser(browser.driver, tmp_path).open("panels.html", width=390)
+    box = "return document.querySelector('.cartesianlayer').getBoundingClientRect().{}"
+    width, height = (browser.js(box.format(side)) for side in ("width", "height"))
+    assert height < width  # two rows of three squares and their labels
+
+
 def test_a_table_of_costs_fits_a_phone(browser):
     browser.open(REPORT, width=390)
     box = "document.querySelector('#cost .scroll')"

@@ -91,7 +91,16 @@
     const widest = Math.max(...named.map((t) => 8 + String(t.name).length)) * 7.5;
     const columns = Math.max(1, Math.floor((width - 70) / widest));
     const rows = chars * 7.5 < width - 70 ? 1 : Math.ceil(named.length / columns);
-    return Math.max(base, 300 + 20 * rows);
+    const room = Math.max(base, 300 + 20 * rows);
+    return width < narrow ? Math.min(room, square(layout, width) + 100 + 20 * rows) : room;
+  }
+
+  // how high a plot of so many pixels is where its panels are square; without such panels no bound
+  function square(layout, width) {
+    const span = (axis) => (axis?.domain ?? [0, 1]).reduce((from, to) => to - from);
+    const heights = Object.keys(layout).filter((key) => layout[key]?.scaleanchor)
+      .map((key) => (width - 60) * span(layout[`xaxis${key.slice(5)}`]) / span(layout[key]));
+    return heights.length ? Math.max(...heights) : Infinity;
   }
 
   // panels side by side on a phone: smaller titles, each within its own panel
