@@ -62,6 +62,7 @@ class Scratch:
         return torch.addmm(self.cast(b_enc), self.cast(x), self.cast(W_enc), out=out)
 
     def _scaled(self, W_enc: Tensor, scale: Tensor) -> Tensor:
+        """W_enc with its columns times `scale`, as an operand of a product."""
         if self.half and W_enc.is_cuda and W_enc.T.is_contiguous():
             from pipeline.sae_kernels import scaled
 
