@@ -70,8 +70,8 @@ class SaeSpec(Section):
     aux_loss_coefficient: float = Field(
         default=1.0,
         ge=0,
-        description="topk and its kin: of AuxK (default: SAELens's; Gao et al. 2024, App. A.2: 1/32); "
-        "0: none",
+        description="topk and its kin: of AuxK (default: SAELens's; Gao et al. 2024, App. A.2, "
+        "have 1/32); 0: none",
     )
     topk_threshold_lr: float = Field(
         default=0.01,
