@@ -5,7 +5,7 @@
 Snakemake stops at the first fault; here all are told, each in a sentence with file and remedy:
 
 1. unknown keys and wrong values, at every scale;
-2. claims without a source, a reason or an existing metric;
+2. claims without a source, a reason, a null arm, a budget or an existing metric;
 3. figures without a caption, or with a kind or a table that does not exist;
 4. own stages without code or rule, and reading code that imports torch.
 
@@ -24,12 +24,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pipeline import claims, figures, papers
+from pipeline import claims, expressions, figures, papers
 from pipeline.errors import RetraceError, nearest
 from pipeline.provenance import canonical
 from pipeline.source import tree
-from pipeline.spec import SCALES, PaperSpec
-from pipeline.spec_base import told
+from pipeline.spec import PaperSpec
+from pipeline.spec_base import SCALES, told
 
 HEAVY = {"torch", "transformers", "transformer_lens", "sae_lens"}
 STAND_IN = {"title": "-", "authors": "-", "year": 1, "url": "https://-"}
@@ -72,7 +72,7 @@ def at_scale(folder: Path, scale: str, data: dict) -> list[str]:
     if spec is None or not whole:
         return out
     paper = papers.Paper(folder.name, folder, scale, spec)
-    for check in (claims.faults, reasons, figures.faults, own_stages):
+    for check in (claims.faults, reasons, able_to_fail, figures.faults, own_stages):
         try:
             out += dict.fromkeys(check(paper))
         except RetraceError as e:
@@ -174,7 +174,7 @@ def reasons(paper: papers.Paper) -> Iterator[str]:
         if claim.kind != "order" or claim.reason:
             continue
         try:
-            nodes = list(ast.walk(claims.parse(claim.holds)))
+            nodes = list(ast.walk(expressions.parse(claim.holds)))
         except ValueError:
             continue  # told by claims.faults
         numbers = [n.value for n in nodes if isinstance(n, ast.Constant)]
@@ -183,6 +183,26 @@ def reasons(paper: papers.Paper) -> Iterator[str]:
                 f"{paper.folder / 'paper.yaml'}: claim '{claim.id}': holds compares with "
                 f"{', '.join(chosen)} and gives no reason; add reason: why that number"
             )
+
+
+def able_to_fail(paper: papers.Paper) -> Iterator[str]:
+    """An order of the paper names where it must not hold; a published value, its budget."""
+    spec = paper.spec
+    for claim in (c for c in spec.claims if c.of == "paper" and c.comparable):
+        where = f"{paper.folder / 'paper.yaml'}: claim '{claim.id}'"
+        if claim.kind == "order" and not (claim.null or claim.no_null):
+            yield (
+                f"{where}: could it fail? Add null: an arm or an expression on which it must not "
+                f"hold, or no_null: why there is none"
+            )
+        if claim.kind == "value" and not claim.scales and not spec.budget_of(claim):
+            if spec.budget:
+                yield f"{where}: rests on which budget? Add budget: one of {', '.join(spec.budget)}"
+            else:
+                yield (
+                    f"{where}: is compared with a run of the paper's budget, and budget: declares "
+                    f"none; add the paper's own and ours"
+                )
 
 
 def own_stages(paper: papers.Paper) -> Iterator[str]:

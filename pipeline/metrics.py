@@ -157,10 +157,15 @@ def definition(name: str, definitions: dict[str, str]) -> str | None:
 
 
 def summary(value: Any) -> dict[str, Any]:
-    """values, mean, sd (ddof 1; null for one value) and n of one metric over its seeds."""
+    """values, mean, sd (ddof 1; null for one value) and n of one metric over its seeds.
+
+    A seed in which the metric is undefined (NaN) keeps its place among the values and is left out
+    of mean and sd.
+    """
     values = [float(v) for v in np.atleast_1d(np.asarray(value, dtype=float))]
-    mean = float(np.mean(values)) if values else math.nan
-    sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    defined = [v for v in values if not math.isnan(v)]
+    mean = float(np.mean(defined)) if defined else math.nan
+    sd = float(np.std(defined, ddof=1)) if len(defined) > 1 else None
     return {"values": values, "mean": mean, "sd": sd, "n": len(values)}
 
 

@@ -347,9 +347,10 @@ def metrics_spec(wildcards):
 
 
 def claims_spec(wildcards):
-    """Params: the claims, the scale and whether a failed claim is an error."""
-    claims = [c.model_dump(mode="json") for c in paper_of(wildcards).spec.claims]
-    return papers.to_json({"claims": claims, "scale": wildcards.scale})
+    """Params: the claims with their null arms, the budgets and the scale."""
+    from pipeline.claims import for_the_job
+
+    return papers.to_json(for_the_job(paper_of(wildcards)))
 
 
 def figure_spec(wildcards):

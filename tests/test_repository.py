@@ -12,7 +12,7 @@ from packaging.requirements import Requirement
 
 import pipeline
 from pipeline import papers
-from pipeline.spec import SCALES
+from pipeline.spec_base import SCALES
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
