@@ -50,7 +50,7 @@ def check(paper: Any) -> None:
 
 
 def null_of(claim: Claim, arms: list[str]) -> str:
-    """The expression that must not hold: `null`, an arm's name put in place of the arms in `holds`.
+    """The expression that must not hold: `null`; for an arm's name, the claim on that arm.
 
     Raises:
         ValueError: no such arm, or it changes nothing.
@@ -63,12 +63,13 @@ def null_of(claim: Claim, arms: list[str]) -> str:
     arm = tree.id
     if arm not in arms:
         raise ValueError(f"null: unknown arm '{arm}'{nearest(arm, arms)}")
-    holds = expressions.parse(claim.holds)
+    stated = claim.holds or f"abs({claim.metric} - {claim.paper}) <= {claim.tolerance}"
+    holds = expressions.parse(stated)
     split = [name.partition(".") for name in expressions.names(holds)]
     moved = {"".join(p): f"{arm}.{p[2]}" for p in split if p[0] in arms}
     null = expressions.filled(holds, moved)
     if null == expressions.filled(holds, {}):
-        raise ValueError(f"null: '{arm}' is the arm that holds: speaks of; name another")
+        raise ValueError(f"null: '{arm}' is the arm that the claim speaks of; name another")
     return null
 
 

@@ -86,6 +86,8 @@ def judge(
     row |= order(claim.holds, metrics) if claim.kind == "order" else value(claim, metrics)
     if claim.null:
         row |= against_null(claim.null, metrics, row["verdict"])
+    elif claim.no_null:
+        row["null"] = f"none: {claim.no_null}"
     if why := not_comparable(claim, metrics, scale, spent):
         row |= {"verdict": "not comparable", "why": why}
     elif missing := needs.unmeasured(claim, metrics):
@@ -114,7 +116,8 @@ def against_null(null: str, metrics: dict, verdict: str) -> dict[str, Any]:
     """What the null arm does, and the verdict where the claim holds there as well."""
     found = order(null, metrics)
     if found["verdict"] == "not run":
-        return {"null": "not run"}
+        measured = names(parse(null)) <= metrics.keys()
+        return {"null": "undefined there: does not hold" if measured else "not run"}
     meets = found["verdict"] == "reproduced"
     text = f"{found['ours']}: {'holds' if meets else 'does not hold'}"
     if meets and verdict == "reproduced":
@@ -182,9 +185,8 @@ def order(holds: str, metrics: dict[str, dict]) -> dict[str, Any]:
     k = sum(h is True for h in held)
     row = {"paper_value": holds, "n": n, "held": k, "ours": shown(tree, metrics, wanted, k, n)}
     weakest = min(found, key=lambda c: (ORDER_OF_STATES.index(c.state), c.low))
-    if n > 1:
-        fields = ("margin", "low", "high", "confidence")
-        row |= {f: v for f in fields if math.isfinite(v := getattr(weakest, f))}
+    fields = ("margin", "low", "high", "confidence") if n > 1 else ("margin",)
+    row |= {f: v for f in fields if math.isfinite(v := getattr(weakest, f))}
     return row | verdict_of(state, row, weakest)
 
 

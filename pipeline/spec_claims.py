@@ -71,10 +71,10 @@ class Claim(Section):
     holds: str = Field(default="", description="kind order: e.g. a.ev < b.ev < c.ev")
     null: str = Field(
         default="",
-        description="kind order: where it must not hold: an arm, put in place of the arms in "
-        "holds, or an expression",
+        description="where it must not hold: an arm, put in place of the arms that the claim "
+        "names, or an expression",
     )
-    no_null: str = Field(default="", description="kind order: why there is no such arm")
+    no_null: str = Field(default="", description="why there is no such arm")
     needs: dict[Name, float | Need] = Field(
         default={}, description="what must hold before it is judged, e.g. {dead_share: 0.05}"
     )
@@ -103,8 +103,6 @@ class Claim(Section):
             raise ValueError(f"{where}: kind value needs metric, tolerance and its reason")
         if not self.comparable and not self.reason:
             raise ValueError(f"{where}: comparable: false needs a reason")
-        if self.kind == "value" and (self.null or self.no_null):
-            raise ValueError(f"{where}: null: only a claim of kind order has a null arm")
         if self.null and self.no_null:
             raise ValueError(f"{where}: has null: and no_null: both; keep one")
         for name, need in self.needs.items():

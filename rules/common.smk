@@ -304,10 +304,11 @@ def tables_of(kind=None):
 
 
 def figure_tables(paper, figure):
-    """Paths of the tables that a figure names; 'metrics' is metrics.json."""
+    """Paths of the tables that a figure names; 'metrics' is metrics.json, 'claims' claims.csv."""
     known("figure", figure, paper.spec.figures, paper)
-    metrics = {"metrics": f"results/{paper.scale}/{paper.name}/metrics.json"}
-    return [(paper.tables() | metrics)[t] for t in paper.spec.figures[figure].tables]
+    base = f"results/{paper.scale}/{paper.name}"
+    made = {"metrics": f"{base}/metrics.json", "claims": f"{base}/claims.csv"}
+    return [(paper.tables() | made)[t] for t in paper.spec.figures[figure].tables]
 
 
 def own_file_of(file):

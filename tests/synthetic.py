@@ -264,7 +264,10 @@ def draw(made: papers.Paper, name: str) -> Path:
     """One figure, as its rule calls it; returns its page."""
     base = Path("results") / made.scale / made.name
     spec = made.spec.figures[name].model_dump(mode="json")
-    paths = made.tables() | {"metrics": str(base / "metrics.json")}
+    paths = made.tables() | {
+        "metrics": str(base / "metrics.json"),
+        "claims": str(base / "claims.csv"),
+    }
     own = [str(made.folder / "figures.py")]
     call(
         "figures",

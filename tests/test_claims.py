@@ -4,13 +4,15 @@ import math
 import random
 import re
 
+import pandas as pd
 import pytest
 from scipy import stats
 
 from pipeline import claims
 from pipeline.errors import RetraceError
 from pipeline.expressions import evaluate, names, parse
-from pipeline.judge import interval_of_mean, interval_of_median, judge
+from pipeline.judge import COLUMNS, interval_of_mean, interval_of_median, judge
+from pipeline.kinds_verdicts import verdicts
 from pipeline.metrics import summary
 from pipeline.papers import Paper
 from pipeline.spec import Claim, PaperSpec
@@ -275,6 +277,21 @@ def test_a_claim_must_be_able_to_fail(x, null, verdict):
     assert row["null"].endswith(": holds") == (null[0] > 0.5 and null[-1] > 0.5)
 
 
+def test_a_value_has_a_null_arm_too():
+    claim = value_claim(metric="trained.ev", null="random")
+    null = claims.null_of(claim, ["trained", "random"])
+    assert null == "abs(random.ev - 0.5) <= 0.1"
+    metrics = {"trained.ev": metric(0.5), "random.ev": metric(0.55)}
+    row = judge(claim.model_copy(update={"null": null}), metrics, "laptop")
+    assert row["verdict"] == "says nothing"
+    undefined = judge(
+        claim.model_copy(update={"null": null}),
+        metrics | {"random.ev": metric(math.nan)},
+        "laptop",
+    )
+    assert (undefined["verdict"], undefined["null"][:15]) == ("reproduced", "undefined there")
+
+
 def test_a_null_arm_that_did_not_run_leaves_the_verdict():
     row = judge(order_claim("a < b", null="c < d"), {"a": metric(1), "b": metric(2)}, "laptop")
     assert (row["verdict"], row["null"]) == ("reproduced", "not run")
@@ -287,7 +304,7 @@ def test_a_null_arm_that_did_not_run_leaves_the_verdict():
         ("random", "random.topk.ev > random.l1.ev and other.ev > 0"),
         ("b.x > c.x", "b.x > c.x"),
         ("rando", "unknown arm 'rando' (did you mean 'random'?)"),
-        ("trained", "'trained' is the arm that holds: speaks of"),
+        ("trained", "'trained' is the arm that the claim speaks of"),
     ],
 )
 def test_an_arms_name_stands_for_the_order_on_it(null, found):
@@ -503,3 +520,36 @@ def test_a_value_claim_names_a_metric_that_exists(tmp_path):
     claim = value_claim(metric="nonsense").model_dump(exclude_defaults=True)
     with pytest.raises(RetraceError, match="no metric 'nonsense'"):
         claims.check(paper(tmp_path, claim))
+
+
+# --- the figure ------------------------------------------------------------------------------
+
+
+def test_the_figure_of_verdicts_has_each_judged_claim_in_the_unit_of_its_border():
+    found = {"a": metric(1, 2, 4), "z": metric(0), "m": metric(0.4, 0.5, 0.6), "one": metric(1)}
+    claimed = [
+        order_claim("a > z", id="grows"),
+        order_claim("z > a", id="falls"),
+        order_claim("one > z", id="single"),
+        value_claim(id="near"),
+        value_claim(id="unjudged", comparable=False),
+    ]
+    rows = pd.DataFrame([judge(c, found, "laptop") for c in claimed], columns=COLUMNS)
+    figure, frame = verdicts({"claims": rows}, {})
+    at = frame.set_index("id")[["at", "low", "high"]].round(6).to_dict("index")
+    assert at["grows"] == {"at": 0.5, "low": 0.25, "high": 1.0}
+    assert at["falls"] == {"at": -0.5, "low": -1.0, "high": -0.25}
+    assert at["single"]["at"] == 1 and math.isnan(at["single"]["low"])
+    half = 4.302653 * 0.1 / math.sqrt(3) / 0.1  # Student's t of two degrees of freedom
+    assert at["near"] == {"at": 0, "low": pytest.approx(-half), "high": pytest.approx(half)}
+    assert "unjudged" not in at
+    assert {t.name for t in figure.data} == {"reproduced", "not reproduced"}
+    assert sum(t.showlegend for t in figure.data) == 2
+
+
+def test_a_run_that_judges_nothing_has_an_empty_figure_of_verdicts():
+    rows = pd.DataFrame(
+        [judge(value_claim(comparable=False), {"m": metric(1)}, "laptop")], columns=COLUMNS
+    )
+    figure, frame = verdicts({"claims": rows}, {})
+    assert frame.empty and "no claim" in figure.layout.annotations[0].text
