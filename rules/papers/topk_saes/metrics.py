@@ -98,11 +98,8 @@ def of_seed(trained: pd.DataFrame, null: pd.Series) -> dict[str, float]:
 def metrics(tables: dict[str, pd.DataFrame]) -> dict[str, Any]:
     """See METRICS; one value a seed of the dictionaries' first weights."""
     trained, null = tables["evaluation/trained"], tables["evaluation/random"].set_index("seed")
-    found = [
-        of_seed(rows, null.loc[seed])
-        for seed, rows in trained.groupby("seed")
-        if seed in null.index
-    ]
+    seeds = trained[trained["seed"].isin(null.index)].groupby("seed")
+    found = [of_seed(rows, null.loc[seed]) for seed, rows in seeds]
     out = {name: np.array([f[name] for f in found]) for name in found[0]}
     checks = max(trained["splice_check"].max(), null["splice_check"].max())
     return out | {"splice_check.max": checks}
