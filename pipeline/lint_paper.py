@@ -59,6 +59,8 @@ def lint(folder: Path) -> list[str]:
         merged = papers.overlay(raw, scales.get(scale) or {})
         for fault in at_scale(folder, scale, merged):
             found.setdefault(fault, []).append(scale)
+    for fault in budgets_of_no_scale(folder, raw, scales):
+        found[fault] = list(SCALES)
     everywhere = len(SCALES)
     out += [f if len(s) == everywhere else f"{f} (at {', '.join(s)})" for f, s in found.items()]
     return out + list(reading_code(folder))
@@ -202,6 +204,23 @@ def able_to_fail(paper: papers.Paper) -> Iterator[str]:
                 yield (
                     f"{where}: is compared with a run of the paper's budget, and budget: declares "
                     f"none; add the paper's own and ours"
+                )
+
+
+def budgets_of_no_scale(folder: Path, raw: dict, scales: dict) -> Iterator[str]:
+    """A budget may rest on settings that only some scales have, and at least one must have them."""
+    specs = [validated(papers.overlay(raw, scales.get(s) or {}))[0] for s in SCALES]
+    for name, budget in next((s.budget for s in specs if s), {}).items():
+        try:
+            wanted = expressions.names(expressions.parse(budget.ours))
+        except ValueError:
+            continue  # told by claims.faults
+        for path in sorted(wanted):
+            section = path.partition(".")[0] in PaperSpec.model_fields
+            if section and all(s is None or claims.setting(s, path) is None for s in specs):
+                yield (
+                    f"{folder / 'paper.yaml'}: budget.{name}: ours: '{path}' is a number at no "
+                    f"scale; correct the path"
                 )
 
 

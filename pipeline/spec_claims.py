@@ -79,7 +79,8 @@ class Claim(Section):
         default={}, description="what must hold before it is judged, e.g. {dead_share: 0.05}"
     )
     budget: str = Field(
-        default="", description="the budget it rests on; default: the only one of this paper.yaml"
+        default="",
+        description="the budget it rests on, or none; default: the only one of this paper.yaml",
     )
     reason: str = Field(default="", description="why this tolerance, or why not comparable")
     scales: list[Scale] = Field(default=[], description="default: order all, value only paper")
