@@ -192,10 +192,10 @@ def able_to_fail(paper: papers.Paper) -> Iterator[str]:
     spec = paper.spec
     for claim in (c for c in spec.claims if c.of == "paper" and c.comparable):
         where = f"{paper.folder / 'paper.yaml'}: claim '{claim.id}'"
-        if claim.kind == "order" and not (claim.null or claim.no_null):
+        if claim.kind == "order" and not (claim.null_arm or claim.no_null_arm):
             yield (
-                f"{where}: could it fail? Add null: an arm or an expression on which it must not "
-                f"hold, or no_null: why there is none"
+                f"{where}: could it fail? Add null_arm: an arm or an expression on which it must "
+                f"not hold, or no_null_arm: why there is none"
             )
         if claim.kind == "value" and not claim.scales and not spec.budget_of(claim):
             if spec.budget:

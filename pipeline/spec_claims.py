@@ -69,12 +69,12 @@ class Claim(Section):
     paper: float | None = Field(default=None, description="kind value: the published number")
     tolerance: float | None = Field(default=None, ge=0, description="absolute, same unit")
     holds: str = Field(default="", description="kind order: e.g. a.ev < b.ev < c.ev")
-    null: str = Field(
+    null_arm: str = Field(
         default="",
         description="where it must not hold: an arm, put in place of the arms that the claim "
         "names, or an expression",
     )
-    no_null: str = Field(default="", description="why there is no such arm")
+    no_null_arm: str = Field(default="", description="why there is no such arm")
     needs: dict[Name, float | Need] = Field(
         default={}, description="what must hold before it is judged, e.g. {dead_share: 0.05}"
     )
@@ -104,8 +104,8 @@ class Claim(Section):
             raise ValueError(f"{where}: kind value needs metric, tolerance and its reason")
         if not self.comparable and not self.reason:
             raise ValueError(f"{where}: comparable: false needs a reason")
-        if self.null and self.no_null:
-            raise ValueError(f"{where}: has null: and no_null: both; keep one")
+        if self.null_arm and self.no_null_arm:
+            raise ValueError(f"{where}: has null_arm: and no_null_arm: both; keep one")
         for name, need in self.needs.items():
             _check_need(f"{where}: needs.{name}", name, need)
         return self

@@ -271,30 +271,30 @@ def test_a_need_that_was_not_measured_leaves_the_claim_not_run():
 )
 def test_a_claim_must_be_able_to_fail(x, null, verdict):
     metrics = {"trained.ev": metric(*x), "random.ev": metric(*null)}
-    row = judge(order_claim("trained.ev > 0.5", null="random.ev > 0.5"), metrics, "laptop")
+    row = judge(order_claim("trained.ev > 0.5", null_arm="random.ev > 0.5"), metrics, "laptop")
     assert row["verdict"] == verdict
     assert ("its null arm meets it" in (row["why"] or "")) == (verdict == "says nothing")
-    assert row["null"].endswith(": holds") == (null[0] > 0.5 and null[-1] > 0.5)
+    assert row["null_arm"].endswith(": holds") == (null[0] > 0.5 and null[-1] > 0.5)
 
 
 def test_a_value_has_a_null_arm_too():
-    claim = value_claim(metric="trained.ev", null="random")
+    claim = value_claim(metric="trained.ev", null_arm="random")
     null = claims.null_of(claim, ["trained", "random"])
     assert null == "abs(random.ev - 0.5) <= 0.1"
     metrics = {"trained.ev": metric(0.5), "random.ev": metric(0.55)}
-    row = judge(claim.model_copy(update={"null": null}), metrics, "laptop")
+    row = judge(claim.model_copy(update={"null_arm": null}), metrics, "laptop")
     assert row["verdict"] == "says nothing"
     undefined = judge(
-        claim.model_copy(update={"null": null}),
+        claim.model_copy(update={"null_arm": null}),
         metrics | {"random.ev": metric(math.nan)},
         "laptop",
     )
-    assert (undefined["verdict"], undefined["null"][:15]) == ("reproduced", "undefined there")
+    assert (undefined["verdict"], undefined["null_arm"][:15]) == ("reproduced", "undefined there")
 
 
 def test_a_null_arm_that_did_not_run_leaves_the_verdict():
-    row = judge(order_claim("a < b", null="c < d"), {"a": metric(1), "b": metric(2)}, "laptop")
-    assert (row["verdict"], row["null"]) == ("reproduced", "not run")
+    row = judge(order_claim("a < b", null_arm="c < d"), {"a": metric(1), "b": metric(2)}, "laptop")
+    assert (row["verdict"], row["null_arm"]) == ("reproduced", "not run")
 
 
 @pytest.mark.parametrize(
@@ -308,7 +308,7 @@ def test_a_null_arm_that_did_not_run_leaves_the_verdict():
     ],
 )
 def test_an_arms_name_stands_for_the_order_on_it(null, found):
-    claim = order_claim("trained.topk.ev > trained.l1.ev and other.ev > 0", null=null)
+    claim = order_claim("trained.topk.ev > trained.l1.ev and other.ev > 0", null_arm=null)
     if "'" not in found:
         assert claims.null_of(claim, ["trained", "random"]) == found
         return
@@ -325,7 +325,10 @@ def test_an_arms_name_stands_for_the_order_on_it(null, found):
         ({"needs": {"dead_share": -0.1}}, "needs a number from 0 on"),
         ({"needs": {"dead_share": {"of": ["x"]}}}, "needs a number from 0 on"),
         ({"needs": {"text": {"holds": "a > 0"}}}, "needs because: the same in words"),
-        ({"null": "a > 0", "no_null": "none exists"}, "has null: and no_null: both"),
+        (
+            {"null_arm": "a > 0", "no_null_arm": "none exists"},
+            "has null_arm: and no_null_arm: both",
+        ),
     ],
 )
 def test_what_a_claim_asks_for_is_checked(over, said):

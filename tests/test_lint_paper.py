@@ -139,9 +139,9 @@ def test_the_command(folder):
 @pytest.mark.parametrize(
     "over, said",
     [
-        ("    no_null: a law of geometry; there is no arm that could lack it # else `null:` names "
-         "one\n",
-         "claim 'falls_with_d': could it fail? Add null: an arm or an expression on which it"),
+        ("    no_null_arm: a law of geometry; there is no arm that could lack it # else "
+         "`null_arm:` names one\n",
+         "claim 'falls_with_d': could it fail? Add null_arm: an arm or an expression on which it"),
         ("    scales: [smoke, laptop, paper] # the number does not depend on the scale\n",
          "claim 'value_at_64': is compared with a run of the paper's budget, and budget: declares"),
     ],

@@ -225,6 +225,8 @@ def test_the_stage_its_metrics_and_figures(tmp_path):
     assert all(definition(name, metrics.METRICS) for name in found)
     figures = import_file(FOLDER / "figures.py")
     for name, figure in spec.figures.items():
+        if figure.kind == "verdicts":
+            continue  # a core kind, drawn from claims.csv
         drawn, numbers = getattr(figures, name)({t: frames[t] for t in figure.tables}, {})
         assert len(drawn.data) and len(numbers), name
 
