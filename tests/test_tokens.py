@@ -121,3 +121,46 @@ def test_a_broken_tokenizer_is_one_sentence(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(model.RetraceError, match="no tokenizer that transformers can load"):
         model._tokenizer_of(tmp_path)
+
+
+# --- what a reader sees --------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_texts_of_a_context_join_to_the_text(family):
+    made = FAMILIES[family]()
+    texts, ids = tokens.Texts(made), tokens.encode(made, TEXT)
+    shown = texts.context(ids)
+    assert "".join(shown).strip() == made.decode(ids).strip() == TEXT
+    for start in range(len(ids)):  # a context may begin inside a character
+        assert texts.context(ids[start:], ids[:start]) == shown[start:]
+    assert made.decode([i for i in ids if texts.alone(i) == " the"]).count("the") == (
+        0 if family == "byte-level" else 2
+    )
+
+
+@pytest.mark.parametrize("family", ["sentencepiece", "metaspace"])
+def test_a_token_keeps_the_space_before_it(family):
+    made = FAMILIES[family]()
+    texts, id_of = tokens.Texts(made), made.convert_tokens_to_ids
+    seen = {t: texts.alone(id_of(t)) for t in ("▁the", "the", "▁cat", "▁", "<0xC3>", "<0x41>")}
+    assert seen == {"▁the": " the", "the": "the", "▁cat": " cat", "▁": " ", "<0xC3>": "<0xC3>",
+                    "<0x41>": "A"}  # fmt: skip
+
+
+def test_bytes_that_are_no_character_are_shown_as_bytes():
+    made = byte_tokenizer()
+    texts, ids = tokens.Texts(made), tokens.encode(made, "é🎉")
+    assert [texts.alone(i) for i in ids[:2]] == ["<0xC3>", "<0xA9>"]
+    assert texts.context(ids) == ["", "é", "", "", "", "🎉"]
+    assert texts.context(ids[:1]) == ["<0xC3>"]  # the rest does not come
+    assert texts.context([ids[0], *tokens.encode(made, "a")]) == ["", "<0xC3>a"]
+    assert texts.alone(9999) == "" and texts.ids == list(range(260))
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_word_follows_a_prompt_as_it_stands_in_the_text(family):
+    made = FAMILIES[family]()
+    found = tokens.following(made, "the", " cat")
+    assert tokens.encode(made, "the") + found == tokens.encode(made, "the cat")
+    assert len(found) == (4 if family == "byte-level" else 1)
