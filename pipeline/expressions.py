@@ -31,6 +31,7 @@ def _defined(function: Callable) -> Callable:
 
 
 FUNCTIONS: dict[str, Callable] = {"abs": abs, "min": _defined(min), "max": _defined(max)}
+DEEPEST = 100  # levels of an expression; Python 3.13 parses 3,000, more than the walks here survive
 
 
 def dotted(node: ast.AST) -> str | None:
@@ -43,13 +44,19 @@ def dotted(node: ast.AST) -> str | None:
 
 
 def parse(expression: str) -> ast.expr:
-    """The syntax tree of an expression; ValueError where it is none."""
+    """The syntax tree of an expression of at most DEEPEST levels; ValueError where it is none."""
     try:
-        return ast.parse(expression.strip(), mode="eval").body
+        tree = ast.parse(expression.strip(), mode="eval").body
     except SyntaxError as e:
         raise ValueError(f"'{expression}' is not an expression ({e.msg})") from None
     except (ValueError, RecursionError, MemoryError):
         raise ValueError("it holds a null byte, or nests too deep to be an expression") from None
+    level = [tree]
+    for _ in range(DEEPEST):
+        level = [child for node in level for child in ast.iter_child_nodes(node)]
+    if level:
+        raise ValueError(f"it nests deeper than {DEEPEST} levels; split it into two claims")
+    return tree
 
 
 def names(node: ast.AST) -> set[str]:

@@ -486,6 +486,10 @@ def paper(tmp_path, *listed: dict, **card) -> Paper:
         ("1 < 2", "names no metric"),
         ("(" * 500 + "ev.topk" + ")" * 500 + " > 0", "too many nested parentheses"),
         ("-" * 3000 + "ev.topk > 0", "nest"),
+        ("-" * 150 + "ev.topk > 0", "nests deeper than 100 levels"),
+        ("ev.topk" + " + ev.topk" * 150 + " > 0", "nests deeper than 100 levels"),
+        ("ev.topk" + ".a" * 150 + " > 0", "nests deeper than 100 levels"),
+        ("ev.topk" + " + ev.topk" * 80 + " > 0", None),
     ],
 )
 def test_claims_are_checked_before_anything_runs(tmp_path, holds, said):
