@@ -76,6 +76,8 @@ def test_metrics_have_definitions(smoke, paper):
 def unhashed(job: dict) -> set[str]:
     """Functions of ours that a job called and that its code hash does not cover.
 
+    Left out are those of FRAME and what it calls, and the validators of pipeline/spec*.py.
+
     Args:
         job: argv and called, as tests/traced/sitecustomize.py writes them.
     """
@@ -85,18 +87,22 @@ def unhashed(job: dict) -> set[str]:
     frame = reach.Walk(source._module).run(
         (m, n) for m, names in reach.FRAME.items() for n in names
     )
+    covered = walk.reached.keys() | walk.soft | frame.reached.keys()
     left = set()
     for file, qualified in job["called"]:
-        parts = qualified.split(".<locals>")[0].split(".")
+        module, parts = f"pipeline.{Path(file).stem}", qualified.split(".<locals>")[0].split(".")
         if file.startswith("rules/"):
             left |= {file} - {str(f.absolute().relative_to(ROOT)) for f in files}
             continue
-        found = source._module(f"pipeline.{Path(file).stem}") or {"defs": {}, "classes": {}}
-        names = [n for n in (".".join(parts[:2]), parts[0]) if n in found["defs"]]
-        body = qualified in found["classes"]  # runs when the module is imported
-        key = (f"pipeline.{Path(file).stem}", names[0] if names else qualified)
-        covered = key in walk.reached or key in walk.soft or key in frame.reached
-        if file.endswith(".py") and parts[0][0] != "<" and not body and not covered:
+        found = source._module(module)
+        if found is None or not file.endswith(".py") or qualified in found["classes"]:
+            continue  # a template; the body of a class, which runs when its module is imported
+        if parts[0][0] == "<":  # the module itself
+            continue
+        names = [n for n in (".".join(parts[:2]), parts[0]) if n in found["defs"]] or [""]
+        validator = reach.is_spec(module) and len(parts) > len(names[0].split("."))
+        framed = parts[0] in reach.FRAME.get(module, ())
+        if (module, names[0]) not in covered and not (validator or framed):
             left.add(f"{file}: {qualified}")
     return left
 
