@@ -340,9 +340,9 @@ def test_the_stage_has_the_method(ablation):
     )
     with torch.no_grad():
         task = Task(tiny("native"), Pairs.of(PROMPTS, 0, "cpu"))
-        frames = circuits.measure(task, spec)
+        frames = circuits.measure(task, spec, 0)
     edges, (row,) = frames["edges"], frames["methods"].to_dict("records")
-    assert list(edges.columns) == circuits.EDGES and set(edges["method"]) == {"acdc"}
+    assert list(edges.columns) == [*circuits.EDGES, "seed"] and set(edges["method"]) == {"acdc"}
     sizes = [(rows["score"] >= tau).sum() for tau, rows in edges.groupby("threshold")]
     assert sizes[0] > sizes[1] > 0
     assert (edges.groupby("threshold").size() == len(edges) / 2).all()

@@ -270,7 +270,7 @@ def test_the_stage_has_atp_star_and_edges_drawn_at_random():
     methods = ["activation_patching", "attribution_patching", "atp_star", "eap"]
     spec = CircuitsSpec(prompts="p", methods=methods, n_exact=4, n_drawn=30)
     with torch.no_grad():
-        frames = circuits.measure(Task(tiny("llama"), Pairs.of(PROMPTS, 0, "cpu")), spec)
+        frames = circuits.measure(Task(tiny("llama"), Pairs.of(PROMPTS, 0, "cpu")), spec, 0)
     nodes, edges = frames["nodes"], frames["edges"]
     star = nodes[nodes["method"] == "atp_star"]
     assert len(star) == 15 and (star["score"] >= 0).all() and star["score"].max() > 1e-3
