@@ -141,14 +141,12 @@ def of_seed(part: dict[str, Any], judged: dict[str, Any]) -> dict[str, float]:
 
 def metrics(tables: dict[str, Any]) -> dict[str, list[float]]:
     """See METRICS; one value a seed. What no seed has is left out."""
-    at = lambda name, seed: tables[f"circuit/{name}"].query("seed == @seed")  # noqa: E731
-    found = [
-        of_seed(
-            {name: at(name, seed) for name in ("behaviour", "heads", "scatter")},
-            {name: at(name, seed) for name in ("cases", "minimality")},
-        )
-        for seed in tables["circuit/behaviour"]["seed"].unique()
-    ]
+    parts, judged = ("behaviour", "heads", "scatter"), ("cases", "minimality")
+    given = {name: tables[f"circuit/{name}"] for name in (*parts, *judged)}
+    found = []
+    for seed in given["behaviour"]["seed"].unique():
+        here = {name: frame[frame["seed"] == seed] for name, frame in given.items()}
+        found.append(of_seed({n: here[n] for n in parts}, {n: here[n] for n in judged}))
     names = dict.fromkeys(name for one in found for name in one)
     every = {name: [one.get(name, np.nan) for one in found] for name in names}
     return {name: values for name, values in every.items() if np.isfinite(values).any()}
