@@ -81,6 +81,9 @@ CIRCUITS = {  # of a method of the section circuits
     "acdc: of all edges when they had their turn, with each edge cut alone; "
     "path_patching, itself exact: with the whole head's; atp_star, which has no sign and no sum: "
     "with the size of the exact effect",
+    "spearman": "the same of ranks",
+    "correlation_without_largest": "Pearson's without the one part whose leaving out changes it "
+    "the most; the column largest of the table methods names it",
     "sign_agreement": "share of those whose score has the sign of the exact effect",
 }
 
@@ -212,9 +215,10 @@ def core(tables: dict[str, Any]) -> dict[str, Any]:
                 out |= {f"attribution.{row['prompt']}.{m}": row[m] for m in ATTRIBUTION}
             out |= {f"attribution.mean.{m}": table[m].mean() for m in ATTRIBUTION}
         if stage == "circuits" and part.endswith("_methods"):
-            for row in table.to_dict("records"):
-                named = f"circuits.{part.removesuffix('_methods')}.{row['method']}"
-                out |= {f"{named}.{m}": row[m] for m in CIRCUITS if np.isfinite(row[m])}
+            for method, rows in table.groupby("method", sort=False):
+                named = f"circuits.{part.removesuffix('_methods')}.{method}"
+                found = {m: rows[m].to_numpy(float) for m in CIRCUITS}  # one value for each seed
+                out |= {f"{named}.{m}": v for m, v in found.items() if np.isfinite(v).any()}
     return out
 
 
