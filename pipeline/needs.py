@@ -104,8 +104,8 @@ def metrics_of(claim: Claim, known: Any) -> set[str]:
             found = owners(claim, name, need, known)
             if not found:
                 raise ValueError(
-                    f"needs.{name}: no metric of this claim has a {metric_of(name, need)} beside it; name "
-                    f"what it is asked of under of:"
+                    f"needs.{name}: no metric of this claim has a {metric_of(name, need)} beside "
+                    f"it; name what it is asked of under of:"
                 )
             out |= {f"{o}.{metric_of(name, need)}" for o in found}
     return out

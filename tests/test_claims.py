@@ -188,7 +188,8 @@ def test_an_order_is_judged_at_every_scale_unless_it_names_some():
 # --- needs, budgets, null arms ---------------------------------------------------------------
 
 NEEDED = {"x.ev": metric(0.9), "y.ev": metric(0.5), "x.dead_share": metric(0.02, 0.04),
-          "y.dead_share": metric(0.4), "x.l0": metric(25.1), "y.l0": metric(27.2), "y.l0_off": metric(0.0, 0.088),
+          "y.dead_share": metric(0.4), "x.l0": metric(25.1), "y.l0": metric(27.2),
+          "y.l0_off": metric(0.0, 0.088),
           "x.unread": metric(0.4), "y.unread": metric(1.2), "x.past_minimum": metric(0.0),
           "y.past_minimum": metric(0.35), "text.same": metric(1, 0),
           "seen": metric(2e7)}  # fmt: skip
