@@ -23,6 +23,7 @@ from torch import Tensor
 
 from pipeline import cli, splice, tables, tokens
 from pipeline import model as models
+from pipeline.agreement import correlation
 from pipeline.errors import RetraceError
 from pipeline.evaluation import load_saes
 from pipeline.spec import AttributionSpec, Prompt
@@ -130,13 +131,6 @@ def exact_effects(
             ablated[torch.arange(len(some)), at] -= some
             out.append(before - site.metric(what, ablated, whole))
     return torch.cat(out)
-
-
-def correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Pearson correlation; NaN where either is constant."""
-    if len(a) < 2 or np.std(a) == 0 or np.std(b) == 0:
-        return float("nan")
-    return float(np.corrcoef(a, b)[0, 1])
 
 
 def attribute(
