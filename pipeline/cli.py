@@ -10,8 +10,11 @@ import json
 import logging
 import os
 import resource
+import stat
 import sys
+import tempfile
 import time
+import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -19,7 +22,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from pipeline import gpus, intact, provenance, source, spec
-from pipeline.errors import RetraceError
+from pipeline.errors import TRACE, RetraceError, unexpected
 
 log = logging.getLogger("retrace")
 
@@ -114,8 +117,11 @@ def run(stage: str, args: argparse.Namespace, work: Callable[[Job], None]) -> No
         _fail(stage, str(e))
     except OSError as e:
         full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        remedy = "free some space, then run snakemake again" if full else "see the log"
+        trace = "" if full else _keep_trace(stage)
+        remedy = "free some space, then run snakemake again" if full else f"full trace: {trace}"
         _fail(stage, f"{e.filename or 'a file'}: {e.strerror or e}; {remedy}")
+    except Exception as e:
+        _fail(stage, unexpected(e, _keep_trace(stage)))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     took = time.monotonic() - started
     log.info("done: %.1f s of work, %.1f s to start, peak %.2f GiB", took, startup, peak)
@@ -124,6 +130,23 @@ def run(stage: str, args: argparse.Namespace, work: Callable[[Job], None]) -> No
 def _fail(stage: str, sentence: str) -> None:
     print(f"error in stage {stage}: {sentence}", file=sys.stderr)
     sys.exit(1)
+
+
+def _keep_trace(stage: str) -> str:
+    """Write the trace of the exception at hand to the log; where that is.
+
+    A job of snakemake has its log as stderr. Called by hand, a stage leaves the terminal to the
+    sentence and writes a file of its own.
+    """
+    lines = "".join(f"{TRACE}{line}\n" for line in traceback.format_exc().splitlines())
+    if stat.S_ISREG(os.fstat(2).st_mode):
+        print(lines, end="", file=sys.stderr)
+        link = Path("/proc/self/fd/2")
+        return str(link.readlink() if link.is_symlink() else "the log")
+    with tempfile.NamedTemporaryFile("w", prefix=f"retrace-{stage}-", suffix=".log",
+                                     encoding="utf-8", delete=False) as f:  # fmt: skip
+        f.write(lines)
+    return f.name
 
 
 def _seconds_since_start() -> float:

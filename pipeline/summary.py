@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import TRACE
+
 VERDICTS = (
     "reproduced",
     "not reproduced",
@@ -194,8 +196,21 @@ def read_lines(log: Path) -> list[str]:
 
 
 def tail(log: Path, most: int = 6) -> list[str]:
-    """The last lines of a log, without the sentence that `said` gives."""
-    return [line for line in read_lines(log) if not line.startswith("error in stage")][-most:]
+    """The last lines of a log, without the sentence that `said` gives and without a trace."""
+    lines = [x for x in read_lines(log) if not x.startswith(("error in stage", TRACE))]
+    return without_traces(lines)[-most:]
+
+
+def without_traces(lines: list[str]) -> list[str]:
+    """Lines but for tracebacks, such as a library's own thread or a stage's import may print."""
+    out, inside = [], False
+    for line in lines:
+        if line.lstrip().startswith("Traceback (most recent call last)"):
+            inside = True
+        elif not (inside and line.startswith((" ", "\t"))):
+            out += [] if inside else [line]
+            inside = False
+    return out
 
 
 def said(rule: str, log: Path) -> str:
