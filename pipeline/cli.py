@@ -152,8 +152,10 @@ def _keep_trace(stage: str) -> str:
 def _seconds_since_start() -> float:
     """How long this process has lived; 0 where the system does not tell."""
     try:
-        ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
-        uptime = float(Path("/proc/uptime").read_text().split()[0])
+        ticks = int(
+            Path("/proc/self/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[19]
+        )
+        uptime = float(Path("/proc/uptime").read_text(encoding="utf-8").split()[0])
         return uptime - ticks / os.sysconf("SC_CLK_TCK")
     except OSError:
         return 0.0

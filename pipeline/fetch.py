@@ -140,7 +140,9 @@ def _pip_download(requirement: str, folder: Path) -> Path:
     command += ["--disable-pip-version-check", "--no-input", "--progress-bar", "off"]
     command += ["--retries", "1", "--timeout", str(PIP_TIMEOUT)]
     command += [] if requirement in SDISTS else ["--only-binary", ":all:"]
-    done = subprocess.run([str(c) for c in command], capture_output=True, text=True)
+    done = subprocess.run(
+        [str(c) for c in command], capture_output=True, text=True, errors="replace"
+    )
     if "No module named pip" in done.stderr:
         raise RetraceError(
             f"package {requirement}: {sys.executable} has no pip (a venv made by uv has none); run "

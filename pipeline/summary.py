@@ -163,7 +163,7 @@ def print_failure(log: str | list[str], command: str = "") -> None:
     """
     for path in [log] if isinstance(log, str) else log:
         try:
-            text = Path(path).read_text(errors="replace")
+            text = Path(path).read_text(errors="replace", encoding="utf-8")
         except OSError:
             continue
         for failed in failures(text):
@@ -189,7 +189,7 @@ def failures(text: str) -> list[Failure]:
 def read_lines(log: Path) -> list[str]:
     """The lines of a log that are not blank; none where it is not there."""
     try:
-        lines = log.read_text(errors="replace").splitlines()
+        lines = log.read_text(errors="replace", encoding="utf-8").splitlines()
     except OSError:
         return []
     return [line for line in lines if line.strip()]

@@ -31,6 +31,12 @@ def test_ruff(command):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_every_text_file_is_utf8():
+    """No file is read or written in the encoding of somebody's locale."""
+    done = run(str(BIN / "ruff"), "check", "--preview", "--select", "PLW1514", "pipeline", "rules")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_snakefmt():
     done = run(str(BIN / "snakefmt"), "--check", "Snakefile", "rules", "pipeline/templates_paper")
     assert done.returncode == 0, done.stdout + done.stderr

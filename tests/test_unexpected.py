@@ -5,6 +5,7 @@ import sys
 
 import pytest
 from conftest import environment
+from snake import snakemake, toy_project
 
 from pipeline import summary
 
@@ -83,3 +84,48 @@ def test_traces_of_libraries_stay_in_the_log_too():
     lines = ["10:00:00 begun", "Traceback (most recent call last):", '  File "a.py", line 1',
              "    x()", "ValueError: no", "last"]  # fmt: skip
     assert summary.without_traces(lines) == ["10:00:00 begun", "last"]
+
+
+# --- a locale that is not UTF-8 ------------------------------------------------------------
+
+ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+ROUND = r"""
+import locale, pathlib, sys
+from pipeline import documents, scaffold, tables, yaml_files
+assert locale.getpreferredencoding().upper() not in ("UTF-8", "UTF8")
+here = pathlib.Path(sys.argv[1])
+assert yaml_files.load_yaml(here / "paper.yaml") == {"title": "Caf\u00e9 \u2013 \U0001f389"}
+(found,) = documents.read(here / "a.jsonl", documents.Fields("text"))
+assert found.text == "caf\u00e9"
+tables.write_json(here / "out.json", {"name": found.text}, {})
+assert tables.read_json(here / "out.json")["name"] == found.text
+scaffold.scaffold("my_paper", here)
+print(found.text)
+"""
+
+
+def test_files_are_utf8_in_any_locale(tmp_path):
+    """Both ways; and what a terminal cannot show is written with escapes, not a traceback."""
+    (tmp_path / "paper.yaml").write_bytes("title: Café – 🎉\n".encode())
+    (tmp_path / "a.jsonl").write_bytes('{"text": "café"}\n'.encode())
+    done = subprocess.run(
+        [sys.executable, "-c", ROUND, str(tmp_path)], env=environment() | ASCII, text=True,
+        capture_output=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "caf\\xe9\n"
+    there = (tmp_path / "my_paper" / "paper.yaml").read_bytes()
+    assert there.decode("utf-8") and (tmp_path / "out.json").read_bytes().decode("utf-8")
+
+
+@pytest.mark.workflow
+def test_a_run_in_a_locale_that_is_not_utf8(tmp_path, monkeypatch):
+    for name, value in ASCII.items():
+        monkeypatch.setenv(name, value)
+    project = toy_project(tmp_path / "project")
+    card = project / "rules" / "papers" / "toy" / "paper.yaml"
+    text = card.read_text("utf-8")
+    card.write_text(text.replace("title:", "title: Café –", 1), "utf-8")
+    done = snakemake(cwd=project)
+    assert "Traceback" not in done.said and "rule claims" in done.said
+    assert "Café –" in (project / "results/smoke/toy/report.html").read_text("utf-8")
