@@ -90,13 +90,19 @@ def bridge(model_json: str | Path, device: Any = "cpu", dtype: Any = None) -> An
     from pipeline import native
 
     folder = checkpoint_of(model_json)
+    folded = tables.read_json(model_json)["processing"] == "compatibility"
+    if folded and native.is_native(folder):
+        raise RetraceError(
+            f"{model_json}: processing: compatibility, but a model that was trained here has "
+            f"nothing to fold; write raw"
+        )
     if native.is_native(folder):
         hf = native.from_folder(folder, dtype or torch.float32).to(device)
         return native.to_bridge(hf).eval().requires_grad_(False)
     out = TransformerBridge.boot_transformers(
         str(folder), device=str(device), dtype=dtype or torch.float32
     )
-    if tables.read_json(model_json)["processing"] == "compatibility":
+    if folded:
         out.enable_compatibility_mode()
     out.eval().requires_grad_(False)
     return out
