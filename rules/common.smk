@@ -242,11 +242,6 @@ def lent_of(section, stage, file):
     return paths
 
 
-def models_of(file):
-    """Input: a file of every arm's model."""
-    return arms_of("model", file)
-
-
 def sae_input_of(section, file):
     """Input: the file of the SAE job that trained the dictionary a section or wildcard names."""
 
