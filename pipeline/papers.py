@@ -451,6 +451,11 @@ def _slug(model_id: str) -> str:
     return model_id.rsplit("-", 1)[0]
 
 
+def flow(value: Any) -> str:
+    """A setting as --config takes it: [a, b] without spaces."""
+    return f"[{','.join(map(str, value))}]" if isinstance(value, list) else str(value)
+
+
 def to_json(section: Any) -> str:
     """A section as canonical JSON, for a rule's params; ASCII, since a command line carries it
     through any locale."""

@@ -359,7 +359,12 @@ def report_spec(wildcards):
     """Params: the whole card, and where it came from."""
     paper = paper_of(wildcards)
     card = paper.spec.model_dump(mode="json", exclude_unset=True)
-    return papers.to_json({"paper": paper.name, "scale": wildcards.scale, "card": card})
+    # What a command that is read on the page needs to find the same paper again.
+    given = workflow.config_settings.overwrite_config
+    found = [f"{k}={papers.flow(given[k])}" for k in ("papers_dirs", "roots", "hub") if k in given]
+    found += [f"papers=[{paper.name}]"] if "papers_dirs" in given else []
+    called = {"config": found} if found else {}
+    return papers.to_json({"paper": paper.name, "scale": wildcards.scale, "card": card} | called)
 
 
 def report_input(kind):
