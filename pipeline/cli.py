@@ -120,7 +120,9 @@ def run(stage: str, args: argparse.Namespace, work: Callable[[Job], None]) -> No
         trace = "" if full else _keep_trace(stage)
         remedy = "free some space, then run snakemake again" if full else f"full trace: {trace}"
         _fail(stage, f"{e.filename or 'a file'}: {e.strerror or e}; {remedy}")
-    except Exception as e:
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:  # a panic of tokenizers' Rust is no Exception
         _fail(stage, unexpected(e, _keep_trace(stage)))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     took = time.monotonic() - started

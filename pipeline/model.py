@@ -117,16 +117,23 @@ def _from_folder(folder: Path, dtype: Any) -> Any:
     from transformers import AutoModelForCausalLM
 
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, local_files_only=True, use_safetensors=True,
-            trust_remote_code=False,
+            trust_remote_code=False, output_loading_info=True,
         )  # fmt: skip
-    except (OSError, ValueError, KeyError) as e:
-        said = str(e).strip().splitlines()[0]
+    except Exception as e:  # of the config's classes, of safetensors, of torch: any of theirs
+        said = (str(e).strip().splitlines() or [type(e).__name__])[0]
         raise RetraceError(
             f"{folder}: not a causal LM that transformers can load from safetensors ({said}); give "
             f"a folder with config.json, model.safetensors and tokenizer.json"
         ) from e
+    if missing := sorted(found["missing_keys"]):
+        raise RetraceError(
+            f"{folder}: {len(missing)} tensors that its config.json asks for are not in its "
+            f"safetensors, such as {missing[0]}; transformers would draw them at random: give the "
+            f"whole checkpoint of this config"
+        )
+    return model
 
 
 # --- the stage -----------------------------------------------------------------------------

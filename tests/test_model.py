@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import tarfile
@@ -17,10 +18,12 @@ import numpy as np
 import pytest
 import torch
 from conftest import byte_tokenizer, environment, stage
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from pipeline import fetch, gguf_llama, model, provenance, tables
 from pipeline.errors import RetraceError
+from pipeline.spec import ModelSpec
 
 # --- GGUF ----------------------------------------------------------------------------------
 
@@ -470,6 +473,33 @@ def test_pickled_weights_are_refused(tiny_model, tmp_path):
     torch.save(state, tmp_path / "pytorch_model.bin")
     with pytest.raises(RetraceError, match="safetensors"):
         model._from_folder(tmp_path, "auto")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (lambda t: t.pop("model.layers.0.mlp.down_proj.weight"),
+         "1 tensors that its config.json asks for .* model.layers.0.mlp.down_proj.weight"),
+        (lambda t: t.update({"model.norm.weight": torch.ones(5)}), "not a causal LM"),
+    ],
+)  # fmt: skip
+def test_weights_that_are_not_there_are_not_drawn_at_random(change, said, tiny_model, tmp_path):
+    shutil.copytree(tiny_model, tmp_path / "m")
+    file = tmp_path / "m" / "model.safetensors"
+    found = load_file(file)
+    change(found)
+    save_file(found, file, {"format": "pt"})
+    with pytest.raises(RetraceError, match=said) as e:
+        model._from_folder(tmp_path / "m", "auto")
+    assert "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("kind", ["bloom", "mamba", "gemma3", "opt", ["llama"], None])
+def test_a_folder_of_a_type_without_hooks_is_told_before_it_is_read(kind, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, "text_config": {}}))
+    spec = ModelSpec(source="folder", path=str(tmp_path))
+    with pytest.raises(RetraceError, match=r"model type .* has no hooks here; supported are llama"):
+        model.open_source(spec, tmp_path / "download", None)
 
 
 def test_a_folder_without_a_model(tmp_path):
