@@ -12,9 +12,7 @@ import os
 import resource
 import stat
 import sys
-import tempfile
 import time
-import traceback
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,7 +20,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from pipeline import gpus, intact, provenance, source, spec
-from pipeline.errors import TRACE, RetraceError, unexpected
+from pipeline.errors import RetraceError, trace_file, trace_lines, unexpected
 
 log = logging.getLogger("retrace")
 
@@ -140,15 +138,11 @@ def _keep_trace(stage: str) -> str:
     A job of snakemake has its log as stderr. Called by hand, a stage leaves the terminal to the
     sentence and writes a file of its own.
     """
-    lines = "".join(f"{TRACE}{line}\n" for line in traceback.format_exc().splitlines())
-    if stat.S_ISREG(os.fstat(2).st_mode):
-        print(lines, end="", file=sys.stderr)
-        link = Path("/proc/self/fd/2")
-        return str(link.readlink() if link.is_symlink() else "the log")
-    with tempfile.NamedTemporaryFile("w", prefix=f"retrace-{stage}-", suffix=".log",
-                                     encoding="utf-8", delete=False) as f:  # fmt: skip
-        f.write(lines)
-    return f.name
+    if not stat.S_ISREG(os.fstat(2).st_mode):
+        return trace_file(stage)
+    print(trace_lines(), end="", file=sys.stderr)
+    link = Path("/proc/self/fd/2")
+    return str(link.readlink() if link.is_symlink() else "the log")
 
 
 def _seconds_since_start() -> float:

@@ -3,6 +3,7 @@
 import difflib
 import inspect
 import sysconfig
+import tempfile
 import traceback
 from collections.abc import Iterable
 from pathlib import Path
@@ -49,6 +50,20 @@ def unexpected(e: BaseException, trace: str | Path) -> str:
         "input is sound: report it with the trace"
     )
     return f"{fault}{doing}{what}; full trace: {trace}; {remedy}"
+
+
+def trace_lines() -> str:
+    """The trace of the exception at hand, each line marked as one."""
+    return "".join(f"{TRACE}{line}\n" for line in traceback.format_exc().splitlines())
+
+
+def trace_file(name: str) -> str:
+    """Write the trace of the exception at hand to a file of its own; its path."""
+    with tempfile.NamedTemporaryFile(
+        "w", prefix=f"retrace-{name}-", suffix=".log", encoding="utf-8", delete=False
+    ) as f:
+        f.write(trace_lines())
+    return f.name
 
 
 def _is_ours(file: str) -> bool:

@@ -15,7 +15,7 @@ os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(4 << 30))
 os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(8 << 30))
 
 from pipeline import gpus, papers, source, summary
-from pipeline.errors import RetraceError, nearest
+from pipeline.errors import RetraceError, nearest, trace_file, unexpected
 
 PYTHON = sys.executable
 
@@ -26,6 +26,8 @@ def told(function, *args):
         return function(*args)
     except RetraceError as e:
         sys.exit(f"error: {e}")
+    except Exception as e:
+        sys.exit(f"error: {unexpected(e, trace_file('rules'))}")
 
 
 # Folders that a relative path of config.yaml is looked up in: beside the main Snakefile (a
