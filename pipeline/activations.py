@@ -295,9 +295,11 @@ def resume(folder: Path, plan: Plan, key: dict) -> int:
         key: what the shards' bytes depend on; the folder is emptied where it holds another.
     """
     note = folder / KEY
-    if not note.exists() or note.read_text() != provenance.canonical(key):
+    if not note.exists() or note.read_text(encoding="utf-8") != provenance.canonical(key):
         shutil.rmtree(folder, ignore_errors=True)
-        tables.atomically(note, lambda to: to.write_text(provenance.canonical(key)) and None)
+        tables.atomically(
+            note, lambda to: to.write_text(provenance.canonical(key), encoding="utf-8") and None
+        )
     for left in folder.rglob("*.tmp"):
         left.unlink()
     whole = takewhile(lambda shard: is_whole(folder, plan, shard), plan.shards)

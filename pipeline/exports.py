@@ -218,7 +218,7 @@ def neuronpedia(job: cli.Job, export: Export) -> None:
     with _whole(job.args.out) as out:
         for one in details:
             file = out / f"{one.index}.json"
-            file.write_text(one.model_dump_json())
+            file.write_text(one.model_dump_json(), encoding="utf-8")
             files[file.name] = provenance.sha256_file(file)
         tables.write_json(out / "provenance.json", {"files": files}, made)
 

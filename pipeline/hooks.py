@@ -65,13 +65,22 @@ FAMILIES = {
 
 def family(hf: nn.Module) -> Family:
     """The family of a model; RetraceError for one that has no entry here."""
-    kind = hf.config.model_type
+    check_type(hf.config.model_type)
+    return FAMILIES[hf.config.model_type]
+
+
+def check_type(kind: str, where: str = "") -> None:
+    """RetraceError for a model type that has no entry here.
+
+    Args:
+        where: the file that names it, if one does.
+    """
     if kind not in FAMILIES:
         raise RetraceError(
-            f"model type '{kind}'{nearest(kind, FAMILIES)} has no hooks here; supported are "
-            f"{', '.join(FAMILIES)}; add an entry to FAMILIES in pipeline/hooks.py"
+            f"{where and where + ': '}model type '{kind}'{nearest(kind, FAMILIES)} has no hooks "
+            f"here; supported are {', '.join(FAMILIES)}; add an entry to FAMILIES in "
+            f"pipeline/hooks.py"
         )
-    return FAMILIES[kind]
 
 
 def hook_names(hf: nn.Module) -> list[str]:

@@ -146,7 +146,7 @@ def members(file: Path, but: str = "") -> list[str]:
     """
     if file.suffix != ".json":
         return []
-    files = json.loads(file.read_text()).get("files", {})
+    files = json.loads(file.read_text(encoding="utf-8")).get("files", {})
     for name in files:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             return [f"{file}: lists {name}, which lies outside its folder"]
@@ -186,7 +186,11 @@ def check(path: Path) -> int:
     check_alone(path)
     if found := members(path, but="shards"):
         raise RetraceError(f"{found[0]}; delete {path.parent}, then run snakemake again")
-    listed = json.loads(path.read_text()).get("files", {}) if path.suffix == ".json" else {}
+    listed = (
+        json.loads(path.read_text(encoding="utf-8")).get("files", {})
+        if path.suffix == ".json"
+        else {}
+    )
     read = [path, *(path.parent / n for n in listed if Path(n).parts[0] != "shards")]
     return sum(p.stat().st_size for p in read)
 

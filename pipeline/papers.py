@@ -207,11 +207,11 @@ def _cached_sha256(file: Path) -> str:
     key = digest([str(file), stat.st_size, stat.st_mtime_ns], 24)
     note = Path("results/store/.digests") / key
     if note.exists():
-        return note.read_text()
+        return note.read_text(encoding="utf-8")
     sha = sha256_file(file)
     if stat.st_size > 1 << 20:
         note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(sha)
+        note.write_text(sha, encoding="utf-8")
     return sha
 
 
@@ -451,6 +451,13 @@ def _slug(model_id: str) -> str:
     return model_id.rsplit("-", 1)[0]
 
 
+def flow(value: Any) -> str:
+    """A setting as --config takes it: [a, b] without spaces."""
+    return f"[{','.join(map(str, value))}]" if isinstance(value, list) else str(value)
+
+
 def to_json(section: Any) -> str:
-    """A section as canonical JSON, for a rule's params."""
-    return canonical(json.loads(json.dumps(section, default=str)))
+    """A section as canonical JSON, for a rule's params; ASCII, since a command line carries it
+    through any locale."""
+    plain = json.loads(canonical(section))
+    return json.dumps(plain, sort_keys=True, separators=(",", ":"))

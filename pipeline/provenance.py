@@ -62,7 +62,7 @@ def git_state(root: str) -> dict[str, Any]:
 
     def git(*args: str) -> str:
         return subprocess.run(
-            ["git", "-C", root, *args], capture_output=True, text=True, check=True
+            ["git", "-C", root, *args], capture_output=True, text=True, errors="replace", check=True
         ).stdout.strip()
 
     try:
@@ -169,7 +169,7 @@ def _read(path: Path) -> Any:
         found = _header(path).get("__metadata__", {}).get(KEY)
         return json.loads(found) if found else None
     if path.suffix == ".json":
-        loaded = json.loads(path.read_text())
+        loaded = json.loads(path.read_text(encoding="utf-8"))
         return loaded.get("provenance") if isinstance(loaded, dict) else None
     if path.suffix in MARKS:
         found = MARKS[path.suffix].search(path.read_bytes())
@@ -204,7 +204,7 @@ def content_digest(path: str | Path) -> str:
             f.seek(8 + int.from_bytes(f.read(8), "little"))
             return hashlib.file_digest(f, "sha256").hexdigest()
     if path.suffix == ".json":
-        loaded = json.loads(path.read_text())
+        loaded = json.loads(path.read_text(encoding="utf-8"))
         return digest({k: v for k, v in loaded.items() if k != "provenance"})
     if path.suffix in MARKS:
         return hashlib.sha256(MARKS[path.suffix].sub(b"", path.read_bytes())).hexdigest()
@@ -305,7 +305,7 @@ def _members(file: Path) -> list[str]:
     """Faults of the files that a manifest lists under `files` (name -> sha256)."""
     if file.suffix != ".json":
         return []
-    files = json.loads(file.read_text()).get("files", {})
+    files = json.loads(file.read_text(encoding="utf-8")).get("files", {})
     for name in files:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             return [f"{file}: lists {name}, which lies outside its folder"]

@@ -2,9 +2,9 @@
 
 import math
 from itertools import product
-from typing import ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from pipeline.errors import nearest
 from pipeline.spec_base import Name, Section, sentence
@@ -48,6 +48,19 @@ class SaeTraining(Section):
                 f"or lower batch_size"
             )
         return self
+
+
+def _number(value: Any) -> Any:
+    """One sentence in place of pydantic's two for a value that is neither float nor int."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(
+            f"only numbers vary in a grid, got {str(value)[:80]!r}; write a dictionary of its own "
+            f"for each such value"
+        )
+    return value
+
+
+InGrid = Annotated[float | int, BeforeValidator(_number)]
 
 
 class SaeSpec(Section):
@@ -114,7 +127,7 @@ class SaeSpec(Section):
         default=False, description="null arm: decoder directions stay as drawn; the encoder trains"
     )
     seed: int = Field(default=0, ge=0, description="of the initial weights")
-    grid: dict[str, list[float | int]] = Field(default={}, description="field -> values")
+    grid: dict[str, list[InGrid]] = Field(default={}, description="field -> values")
 
     SHORT: ClassVar = {
         "d_sae": "d", "l1_coefficient": "c", "l0_coefficient": "l0", "aux_loss_coefficient": "aux",
