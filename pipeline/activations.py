@@ -405,6 +405,7 @@ def main() -> None:
         os.replace(partial, shards)
         (shards / KEY).unlink()
         facts = {"skip_first": spec.skip_first, "n_ctx": blocks.n_ctx}
+        facts["prepend_bos"] = blocks.prepend_bos
         facts |= {k: provenance.name_of(getattr(args, k)) for k in ("model", "corpus")}
         tables.write_json(args.out, listed | facts, made)
 

@@ -35,9 +35,19 @@ class SaeLensMetadata(BaseModel):
 
     model_name: str = Field(min_length=1)
     hook_name: str = Field(min_length=1)
+    hook_name_bridge: str = Field(min_length=1)
+    hook_name_out: str | None = Field(default=None, min_length=1)
+    hook_name_out_bridge: str | None = Field(default=None, min_length=1)
     context_size: int = Field(ge=1)
+    prepend_bos: bool
     dataset_path: str = Field(min_length=1)
-    seqpos_slice: list[int | None] = Field(min_length=1)
+    seqpos_slice: list[int | None] = Field(description="slice(*this) is what was trained on")
+
+    @model_validator(mode="after")
+    def _slice(self) -> "SaeLensMetadata":
+        if len(self.seqpos_slice) != 2 or (self.seqpos_slice[0] or 0) < 0:
+            raise ValueError(f"seqpos_slice is {self.seqpos_slice}, and not [first position, null]")
+        return self
 
 
 class SaeLensConfig(BaseModel):
