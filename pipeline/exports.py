@@ -122,6 +122,20 @@ def core_metrics(row: dict[str, Any], n_ctx: int, weights: dict) -> dict[str, di
     }
 
 
+def quantile_values(histogram: np.ndarray, largest: float) -> list[float]:
+    """The 1st to 100th percentile of a latent's non-zero activations; none of a silent latent.
+
+    Args:
+        histogram: counts in bins of equal width from 0 to `largest`; inside a bin the activations
+            count as evenly spread, so a percentile is right to within a bin.
+    """
+    counts = np.concatenate([[0], np.cumsum(histogram)])
+    if not counts[-1]:
+        return []
+    edges = np.linspace(0, largest, len(counts))
+    return np.interp(np.arange(1, 101) / 100 * counts[-1], counts, edges).tolist()
+
+
 def feature_details(row: dict[str, Any], sae: str) -> dict[str, Any]:
     """Neuronpedia's details of a latent, out of a row of the features table."""
     return {
@@ -145,7 +159,7 @@ def feature_details(row: dict[str, Any], sae: str) -> dict[str, Any]:
         "bottom_logits": [pair["token"] for pair in row["bottom_logits"]],
         "act_min": 0.0,
         "act_max": row["max_act"],
-        "quantile_values": [],
+        "quantile_values": quantile_values(row["histogram"], row["max_act"]),
         "histogram": [float(n) for n in row["histogram"]],
         "activation_frequency": row["density"],
     }

@@ -218,6 +218,9 @@ def test_neuronpedia_gets_every_latent(made, tmp_path):
         assert one["index"] == i and one["transcoder_id"] == "toy-trained-topk"
         assert one["act_max"] == pytest.approx(row["max_act"])
         assert one["activation_frequency"] == row["density"]
+        fires = sum(row["histogram"]) > 0
+        assert len(one["quantile_values"]) == 100 * fires
+        assert not fires or one["quantile_values"][-1] == pytest.approx(one["act_max"])
         assert one["top_logits"] == [p["token"] for p in row["top_logits"]]
         examples = one["examples_quantiles"][0]["examples"]
         assert len(examples) == len(row["examples"])
@@ -225,6 +228,17 @@ def test_neuronpedia_gets_every_latent(made, tmp_path):
             assert got["tokens"] == list(want["tokens"])
             assert got["train_token_ind"] == want["peak"]
     assert provenance.verify(out) == []
+
+
+@pytest.mark.parametrize("n", [1, 7, 1000])
+def test_percentiles_are_right_to_within_a_bin_of_the_histogram(n):
+    acts = np.random.default_rng(0).gamma(2, 3, n)
+    counts, edges = np.histogram(acts, 25, (0, acts.max()))
+    found = exports.quantile_values(counts, float(acts.max()))
+    exact = np.percentile(acts, range(1, 101), method="inverted_cdf")
+    assert np.abs(np.array(found) - exact).max() <= edges[1] + 1e-9
+    assert found[-1] == pytest.approx(acts.max())
+    assert exports.quantile_values(counts * 0, 0.0) == []
 
 
 @pytest.mark.parametrize(

@@ -89,7 +89,7 @@ class Structure:
         return {k: v.item() if torch.is_tensor(v) else v for k, v in row.items()} | self.example()
 
     def example(self) -> dict[str, Any]:
-        """The first of the prompts that circuits are found on."""
+        """The first of the prompts that circuits are found on, and P(answer | answer or foil)."""
         pairs, word = self.found.task.pairs, lambda i: self.loaded.tokenizer.decode([i])
         answer, foil = int(pairs.answer[0]), int(pairs.foil[0])
         return {
@@ -98,6 +98,7 @@ class Structure:
             "answer": word(answer),
             "foil": word(foil),
             "answer_id": answer,
+            "p_answer": self.found.task.before[0].sigmoid().item(),
         }
 
     def measured(self, manifest: str) -> dict[str, Any]:
