@@ -50,26 +50,26 @@ def check(paper: Any) -> None:
 
 
 def null_of(claim: Claim, arms: list[str]) -> str:
-    """The expression that must not hold: `null`; for an arm's name, the claim on that arm.
+    """The expression that must not hold: `null_arm`; for an arm's name, the claim on that arm.
 
     Raises:
         ValueError: no such arm, or it changes nothing.
     """
-    if not claim.null:
+    if not claim.null_arm:
         return ""
-    tree = expressions.parse(claim.null)
+    tree = expressions.parse(claim.null_arm)
     if not isinstance(tree, ast.Name):
-        return claim.null
+        return claim.null_arm
     arm = tree.id
     if arm not in arms:
-        raise ValueError(f"null: unknown arm '{arm}'{nearest(arm, arms)}")
+        raise ValueError(f"null_arm: unknown arm '{arm}'{nearest(arm, arms)}")
     stated = claim.holds or f"abs({claim.metric} - {claim.paper}) <= {claim.tolerance}"
     holds = expressions.parse(stated)
     split = [name.partition(".") for name in expressions.names(holds)]
     moved = {"".join(p): f"{arm}.{p[2]}" for p in split if p[0] in arms}
     null = expressions.filled(holds, moved)
     if null == expressions.filled(holds, {}):
-        raise ValueError(f"null: '{arm}' is the arm that the claim speaks of; name another")
+        raise ValueError(f"null_arm: '{arm}' is the arm that the claim speaks of; name another")
     return null
 
 
@@ -106,14 +106,15 @@ def _budget_faults(paper: Any, known: Any) -> Iterator[tuple[str, str]]:
             yield name, f"ours: {e}"
             continue
         for wanted in sorted(expressions.names(tree)):
-            if setting(paper.spec, wanted) is None and not known(wanted):
+            here = wanted.partition(".")[0] in type(paper.spec).model_fields  # at another scale
+            if setting(paper.spec, wanted) is None and not known(wanted) and not here:
                 yield name, f"ours: '{wanted}' is neither a number of paper.yaml nor a metric"
 
 
 def for_the_job(paper: Any) -> dict[str, Any]:
     """What the stage needs of a paper: its claims with their null arms and budgets, the scale."""
     spec = paper.spec
-    update = lambda c: {"null": null_of(c, spec.arm_names()), "budget": spec.budget_of(c)}  # noqa: E731
+    update = lambda c: {"null_arm": null_of(c, spec.arm_names()), "budget": spec.budget_of(c)}  # noqa: E731
     claims = [c.model_copy(update=update(c)).model_dump(mode="json") for c in spec.claims]
     return {"claims": claims, "budgets": budgets(paper), "scale": paper.scale}
 

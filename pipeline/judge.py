@@ -40,7 +40,7 @@ from pipeline.spec_claims import Claim
 
 COLUMNS = (
     "id text of source kind paper_value ours sd n held margin low high confidence tolerance reason "
-    "verdict why budget share null discussion scale provenance_kind"
+    "verdict why budget share null_arm discussion scale provenance_kind"
 ).split()
 JUDGED = ("reproduced", "not reproduced", "undecided", "says nothing")
 CONFIDENCE = 0.95
@@ -84,10 +84,10 @@ def judge(
     spent = needs.spent(budgets.get(claim.budget), metrics)
     row |= {"budget": needs.told_of(spent), "share": spent.share if spent else None}
     row |= order(claim.holds, metrics) if claim.kind == "order" else value(claim, metrics)
-    if claim.null:
-        row |= against_null(claim.null, metrics, row["verdict"])
-    elif claim.no_null:
-        row["null"] = f"none: {claim.no_null}"
+    if claim.null_arm:
+        row |= against_null(claim.null_arm, metrics, row["verdict"])
+    elif claim.no_null_arm:
+        row["null_arm"] = f"none: {claim.no_null_arm}"
     if why := not_comparable(claim, metrics, scale, spent):
         row |= {"verdict": "not comparable", "why": why}
     elif missing := needs.unmeasured(claim, metrics):
@@ -117,16 +117,16 @@ def against_null(null: str, metrics: dict, verdict: str) -> dict[str, Any]:
     found = order(null, metrics)
     if found["verdict"] == "not run":
         measured = names(parse(null)) <= metrics.keys()
-        return {"null": "undefined there: does not hold" if measured else "not run"}
+        return {"null_arm": "undefined there: does not hold" if measured else "not run"}
     meets = found["verdict"] == "reproduced"
     text = f"{found['ours']}: {'holds' if meets else 'does not hold'}"
     if meets and verdict == "reproduced":
         return {
-            "null": text,
+            "null_arm": text,
             "verdict": "says nothing",
             "why": f"its null arm meets it, too: {text}",
         }
-    return {"null": text}
+    return {"null_arm": text}
 
 
 # --- values --------------------------------------------------------------------------------

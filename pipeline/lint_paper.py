@@ -59,6 +59,8 @@ def lint(folder: Path) -> list[str]:
         merged = papers.overlay(raw, scales.get(scale) or {})
         for fault in at_scale(folder, scale, merged):
             found.setdefault(fault, []).append(scale)
+    for fault in budgets_of_no_scale(folder, raw, scales):
+        found[fault] = list(SCALES)
     everywhere = len(SCALES)
     out += [f if len(s) == everywhere else f"{f} (at {', '.join(s)})" for f, s in found.items()]
     return out + list(reading_code(folder))
@@ -190,10 +192,10 @@ def able_to_fail(paper: papers.Paper) -> Iterator[str]:
     spec = paper.spec
     for claim in (c for c in spec.claims if c.of == "paper" and c.comparable):
         where = f"{paper.folder / 'paper.yaml'}: claim '{claim.id}'"
-        if claim.kind == "order" and not (claim.null or claim.no_null):
+        if claim.kind == "order" and not (claim.null_arm or claim.no_null_arm):
             yield (
-                f"{where}: could it fail? Add null: an arm or an expression on which it must not "
-                f"hold, or no_null: why there is none"
+                f"{where}: could it fail? Add null_arm: an arm or an expression on which it must "
+                f"not hold, or no_null_arm: why there is none"
             )
         if claim.kind == "value" and not claim.scales and not spec.budget_of(claim):
             if spec.budget:
@@ -202,6 +204,23 @@ def able_to_fail(paper: papers.Paper) -> Iterator[str]:
                 yield (
                     f"{where}: is compared with a run of the paper's budget, and budget: declares "
                     f"none; add the paper's own and ours"
+                )
+
+
+def budgets_of_no_scale(folder: Path, raw: dict, scales: dict) -> Iterator[str]:
+    """A budget may rest on settings that only some scales have, and at least one must have them."""
+    specs = [validated(papers.overlay(raw, scales.get(s) or {}))[0] for s in SCALES]
+    for name, budget in next((s.budget for s in specs if s), {}).items():
+        try:
+            wanted = expressions.names(expressions.parse(budget.ours))
+        except ValueError:
+            continue  # told by claims.faults
+        for path in sorted(wanted):
+            section = path.partition(".")[0] in PaperSpec.model_fields
+            if section and all(s is None or claims.setting(s, path) is None for s in specs):
+                yield (
+                    f"{folder / 'paper.yaml'}: budget.{name}: ours: '{path}' is a number at no "
+                    f"scale; correct the path"
                 )
 
 

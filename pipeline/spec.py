@@ -398,7 +398,7 @@ class PaperSpec(Section):
         if twice := {i for i in ids if ids.count(i) > 1}:
             raise ValueError(f"claim id '{sorted(twice)[0]}' stands twice")
         for claim in self.claims:
-            if claim.budget and claim.budget not in self.budget:
+            if claim.budget not in ("", "none", *self.budget):
                 raise ValueError(
                     f"claim '{claim.id}': no budget '{claim.budget}'"
                     f"{nearest(claim.budget, self.budget)}; declare it under budget:"
@@ -489,7 +489,9 @@ class PaperSpec(Section):
 
     def budget_of(self, claim: Claim) -> str:
         """The name of the budget that a claim rests on; an empty string where none is meant."""
-        return claim.budget or (next(iter(self.budget)) if len(self.budget) == 1 else "")
+        if claim.budget:
+            return claim.budget.replace("none", "")
+        return next(iter(self.budget)) if len(self.budget) == 1 else ""
 
     def arm_names(self) -> list[str]:
         """The arms, 'trained' where the paper declares none."""

@@ -45,7 +45,9 @@ class Need(Section):
     """What must hold in a run before a claim is judged."""
 
     bound: float | None = Field(default=None, description="of a core need, e.g. 0.05")
-    target: float | None = Field(default=None, gt=0, description="need l0: the L0 asked for")
+    target: float | None = Field(
+        default=None, gt=0, description="need l0: the L0 asked for; default: by the metric l0_off"
+    )
     of: list[str] = Field(
         default=[],
         description="what it is asked of, e.g. trained.topk; default: all that the claim names",
@@ -69,17 +71,18 @@ class Claim(Section):
     paper: float | None = Field(default=None, description="kind value: the published number")
     tolerance: float | None = Field(default=None, ge=0, description="absolute, same unit")
     holds: str = Field(default="", description="kind order: e.g. a.ev < b.ev < c.ev")
-    null: str = Field(
+    null_arm: str = Field(
         default="",
         description="where it must not hold: an arm, put in place of the arms that the claim "
         "names, or an expression",
     )
-    no_null: str = Field(default="", description="why there is no such arm")
+    no_null_arm: str = Field(default="", description="why there is no such arm")
     needs: dict[Name, float | Need] = Field(
         default={}, description="what must hold before it is judged, e.g. {dead_share: 0.05}"
     )
     budget: str = Field(
-        default="", description="the budget it rests on; default: the only one of this paper.yaml"
+        default="",
+        description="the budget it rests on, or none; default: the only one of this paper.yaml",
     )
     reason: str = Field(default="", description="why this tolerance, or why not comparable")
     scales: list[Scale] = Field(default=[], description="default: order all, value only paper")
@@ -103,8 +106,8 @@ class Claim(Section):
             raise ValueError(f"{where}: kind value needs metric, tolerance and its reason")
         if not self.comparable and not self.reason:
             raise ValueError(f"{where}: comparable: false needs a reason")
-        if self.null and self.no_null:
-            raise ValueError(f"{where}: has null: and no_null: both; keep one")
+        if self.null_arm and self.no_null_arm:
+            raise ValueError(f"{where}: has null_arm: and no_null_arm: both; keep one")
         for name, need in self.needs.items():
             _check_need(f"{where}: needs.{name}", name, need)
         return self
@@ -131,5 +134,3 @@ def _check_need(where: str, name: str, need: float | Need) -> None:
         raise ValueError(
             f"{where}: an interval needs at least 2 seeds, and {need.bound:g} is asked"
         )
-    if name == "l0" and need.target is None:
-        raise ValueError(f"{where}: needs target: the L0 that was asked for")

@@ -189,6 +189,7 @@ def test_an_order_is_judged_at_every_scale_unless_it_names_some():
 
 NEEDED = {"x.ev": metric(0.9), "y.ev": metric(0.5), "x.dead_share": metric(0.02, 0.04),
           "y.dead_share": metric(0.4), "x.l0": metric(25.1), "y.l0": metric(27.2),
+          "y.l0_off": metric(0.0, 0.088),
           "x.unread": metric(0.4), "y.unread": metric(1.2), "x.past_minimum": metric(0.0),
           "y.past_minimum": metric(0.35), "text.same": metric(1, 0),
           "seen": metric(2e7)}  # fmt: skip
@@ -205,6 +206,7 @@ NEEDED = {"x.ev": metric(0.9), "y.ev": metric(0.5), "x.dead_share": metric(0.02,
         ("x.ev > 0", {"l0": {"bound": 0.01, "target": 25}}, None),
         ("x.ev > y.ev", {"l0": {"bound": 0.01, "target": 25}},
          "asks for an L0 within 1 % of 25, and y has 27.2"),
+        ("y.ev > 0", {"l0": 0.01}, "asks for an L0 within 1 % of its target, and y is 8.8 % off"),
         ("x.ev > 0", {"unread": 1}, None),
         ("y.ev > 0", {"unread": 1},
          "asks for a lens that beats a constant (unread below 1), and y leaves 1.2"),
@@ -271,30 +273,30 @@ def test_a_need_that_was_not_measured_leaves_the_claim_not_run():
 )
 def test_a_claim_must_be_able_to_fail(x, null, verdict):
     metrics = {"trained.ev": metric(*x), "random.ev": metric(*null)}
-    row = judge(order_claim("trained.ev > 0.5", null="random.ev > 0.5"), metrics, "laptop")
+    row = judge(order_claim("trained.ev > 0.5", null_arm="random.ev > 0.5"), metrics, "laptop")
     assert row["verdict"] == verdict
     assert ("its null arm meets it" in (row["why"] or "")) == (verdict == "says nothing")
-    assert row["null"].endswith(": holds") == (null[0] > 0.5 and null[-1] > 0.5)
+    assert row["null_arm"].endswith(": holds") == (null[0] > 0.5 and null[-1] > 0.5)
 
 
 def test_a_value_has_a_null_arm_too():
-    claim = value_claim(metric="trained.ev", null="random")
+    claim = value_claim(metric="trained.ev", null_arm="random")
     null = claims.null_of(claim, ["trained", "random"])
     assert null == "abs(random.ev - 0.5) <= 0.1"
     metrics = {"trained.ev": metric(0.5), "random.ev": metric(0.55)}
-    row = judge(claim.model_copy(update={"null": null}), metrics, "laptop")
+    row = judge(claim.model_copy(update={"null_arm": null}), metrics, "laptop")
     assert row["verdict"] == "says nothing"
     undefined = judge(
-        claim.model_copy(update={"null": null}),
+        claim.model_copy(update={"null_arm": null}),
         metrics | {"random.ev": metric(math.nan)},
         "laptop",
     )
-    assert (undefined["verdict"], undefined["null"][:15]) == ("reproduced", "undefined there")
+    assert (undefined["verdict"], undefined["null_arm"][:15]) == ("reproduced", "undefined there")
 
 
 def test_a_null_arm_that_did_not_run_leaves_the_verdict():
-    row = judge(order_claim("a < b", null="c < d"), {"a": metric(1), "b": metric(2)}, "laptop")
-    assert (row["verdict"], row["null"]) == ("reproduced", "not run")
+    row = judge(order_claim("a < b", null_arm="c < d"), {"a": metric(1), "b": metric(2)}, "laptop")
+    assert (row["verdict"], row["null_arm"]) == ("reproduced", "not run")
 
 
 @pytest.mark.parametrize(
@@ -308,7 +310,7 @@ def test_a_null_arm_that_did_not_run_leaves_the_verdict():
     ],
 )
 def test_an_arms_name_stands_for_the_order_on_it(null, found):
-    claim = order_claim("trained.topk.ev > trained.l1.ev and other.ev > 0", null=null)
+    claim = order_claim("trained.topk.ev > trained.l1.ev and other.ev > 0", null_arm=null)
     if "'" not in found:
         assert claims.null_of(claim, ["trained", "random"]) == found
         return
@@ -321,11 +323,13 @@ def test_an_arms_name_stands_for_the_order_on_it(null, found):
     [
         ({"needs": {"dead_shar": 0.1}}, "unknown need (did you mean 'dead_share'?)"),
         ({"needs": {"seeds": 1}}, "an interval needs at least 2 seeds, and 1 is asked"),
-        ({"needs": {"l0": 0.01}}, "needs target: the L0 that was asked for"),
         ({"needs": {"dead_share": -0.1}}, "needs a number from 0 on"),
         ({"needs": {"dead_share": {"of": ["x"]}}}, "needs a number from 0 on"),
         ({"needs": {"text": {"holds": "a > 0"}}}, "needs because: the same in words"),
-        ({"null": "a > 0", "no_null": "none exists"}, "has null: and no_null: both"),
+        (
+            {"null_arm": "a > 0", "no_null_arm": "none exists"},
+            "has null_arm: and no_null_arm: both",
+        ),
     ],
 )
 def test_what_a_claim_asks_for_is_checked(over, said):
@@ -338,11 +342,8 @@ def test_what_a_claim_asks_for_is_checked(over, said):
     [
         ({}, {}, None),
         ({"unit": "token"}, {}, "'token' is no unit of a budget (did you mean 'tokens'?)"),
-        (
-            {"ours": "own.train.stepz"},
-            {},
-            "'own.train.stepz' is neither a number of paper.yaml nor",
-        ),
+        ({"ours": "train.stepz"}, {}, "'train.stepz' is neither a number of paper.yaml nor a"),
+        ({"ours": "own.other.steps"}, {}, None),  # a setting of another scale
         ({"ours": "own.train.steps +"}, {}, "is not an expression"),
         ({"paper": 0}, {}, "greater than 0"),
         ({}, {"budget": "runs"}, "no budget 'runs' (did you mean 'run'?)"),
@@ -363,7 +364,8 @@ def test_a_budget_is_checked_before_anything_runs(tmp_path, budget, claim, said)
         return
     assert said is None
     job = claims.for_the_job(made)
-    assert job["budgets"] == {"run": {"unit": "steps", "paper": 100.0, "ours": "2 * 50"}}
+    ours = budget.get("ours", "2 * 50")
+    assert job["budgets"] == {"run": {"unit": "steps", "paper": 100.0, "ours": ours}}
     assert job["claims"][0]["budget"] == "run"
 
 

@@ -8,10 +8,11 @@ import math
 import re
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import synthetic
 
-from pipeline import costs, embed, pages, provenance, report
+from pipeline import costs, embed, pages, provenance, report, tables
 from pipeline.errors import RetraceError
 from pipeline.summary import tally
 
@@ -130,7 +131,9 @@ def test_a_card_without_claims_figures_or_features(made_up):
         card = bare.model_dump(mode="json", exclude_unset=True)
         for optional in ("summary", "deviations", "contributions", "use_of_ai"):
             card.pop(optional)
-        (root / "empty.csv").write_text("id,verdict\n")
+        nothing = pd.DataFrame(columns=["id", "verdict"])
+        made = provenance.certificate("claims", {}, "0" * 64, [])
+        tables.write_csv(root / "empty.csv", nothing, made)
         synthetic.call(
             "report",
             {"paper": "made_up", "scale": "laptop", "card": card},

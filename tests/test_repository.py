@@ -121,5 +121,5 @@ def test_published_verdicts_are_those_of_the_claims_and_rules_of_today(folder):
     published = {r["id"]: r for r in read_claims(folder / "claims.csv")}
     assert published.keys() == {r["id"] for r in judged}
     for row in judged:
-        for key in ("verdict", "why", "of", "null", "budget", "discussion"):
+        for key in ("verdict", "why", "of", "null_arm", "budget", "discussion"):
             assert (row[key] or "") == published[row["id"]][key], (row["id"], key)
