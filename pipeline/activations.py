@@ -425,6 +425,7 @@ def main() -> None:
         (shards / KEY).unlink()
         shutil.rmtree(shards / NOTES)
         facts = {"skip_first": spec.skip_first, "n_ctx": blocks.n_ctx}
+        facts["prepend_bos"] = blocks.prepend_bos
         facts |= {k: provenance.name_of(getattr(args, k)) for k in ("model", "corpus")}
         tables.write_json(args.out, listed | facts, made)
 

@@ -44,10 +44,13 @@ SAE = {
     "kl_spliced": "mean over positions of KL(model || spliced) of the next-token distributions, "
     "nats, held-out blocks",
     "kl_zero": "the same with x replaced by zero at the hook",
+    "kl_zero_all": "the same with x replaced by zero at every position, the first of a block too",
     "loss_model": "mean next-token cross-entropy of the model, nats, held-out blocks",
     "loss_spliced": "the same with x replaced by x_hat at the hook",
     "loss_zero": "the same with x replaced by zero at the hook, on the tokens that dictionaries "
-    "are trained on (SAELens and SAEBench: on all tokens, the first of a block too)",
+    "are trained on",
+    "loss_zero_all": "the same at every position, the first of a block too: SAELens's and "
+    "SAEBench's ablation",
     "loss_mean": "the same with x replaced by the held-out mean at the hook",
     "delta_loss": "loss_spliced - loss_model, nats",
     "loss_recovered_zero": "(loss_zero - loss_spliced) / (loss_zero - loss_model)",

@@ -90,7 +90,7 @@ class Structure:
         return {k: v.item() if torch.is_tensor(v) else v for k, v in row.items()} | self.example()
 
     def example(self) -> dict[str, Any]:
-        """The first of the prompts that circuits are found on."""
+        """The first of the prompts that circuits are found on, and P(answer | answer or foil)."""
         pairs, texts = self.found.task.pairs, Texts(self.loaded.tokenizer)
         answer, foil = int(pairs.answer[0]), int(pairs.foil[0])
         return {
@@ -99,6 +99,7 @@ class Structure:
             "answer": texts.alone(answer),
             "foil": texts.alone(foil),
             "answer_id": answer,
+            "p_answer": self.found.task.before[0].sigmoid().item(),
         }
 
     def measured(self, manifest: str) -> dict[str, Any]:
