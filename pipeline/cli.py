@@ -39,7 +39,8 @@ class Job:
         given = [v for k, v in vars(self.args).items() if k not in ("spec", "code", "device")]
         files, size = intact.check_inputs(given, self.stage)
         took = time.monotonic() - started
-        log.info("checked: %d files, %.1f MiB in %.2f s", files, size / 2**20, took)
+        if files:
+            log.info("checked: %d files, %.1f MiB in %.2f s", files, size / 2**20, took)
 
     def section(self, key: str, cls: type[BaseModel]) -> Any:
         """The section `key` of --spec, validated."""

@@ -11,10 +11,12 @@ a file that was replaced as a whole, certificate and all: that is what `verify` 
 of later results for.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -28,6 +30,8 @@ FORMAT = 2  # of certificates: those with a seal
 SEAL = re.compile(rb'\bseal\\?": ?\\?"([0-9a-f]{64})\\?"')  # also inside a string of JSON
 # Kinds of files that carry a certificate, unless a manifest lists them.
 KINDS = {".parquet", ".safetensors", ".json", ".html", ".csv", ".js"}
+NOTED = 1 << 20  # bytes of a file above which its digest is worth a note
+RACY = 2.0  # seconds; file systems keep dates to 2 s (FAT) or better
 AGAIN = "delete it, then run snakemake again"
 
 
@@ -115,6 +119,38 @@ def broken(path: Path, certificate: dict[str, Any] | None = None) -> str:
     if value != told or _sha256(path, start) != value:
         return f"{path}: changed since stage {(certificate or {}).get('stage', 'release')} wrote it"
     return ""
+
+
+def noted_sha256(file: Path, notes: Path) -> str:
+    """sha256 of a file; that of a large one is remembered in the folder `notes`.
+
+    A note holds the file's stamp and a digest of itself. It is not used where the stamp is another,
+    where it is damaged, or where the file had changed less than RACY seconds before it was read: a
+    second change might then have left the stamp as it is.
+    """
+    stamp = stamp_of(file)
+    note = notes / provenance.digest(str(file.absolute()), 24)
+    if known := _noted(note, stamp):
+        return known
+    sha = provenance.sha256_file(file)
+    if stamp[2] > NOTED and time.time() - max(stamp[3:]) / 1e9 > RACY and stamp == stamp_of(file):
+        with contextlib.suppress(OSError):  # then it is computed again
+            notes.mkdir(parents=True, exist_ok=True)
+            about = {"file": list(stamp), "sha256": sha}
+            temporary = note.with_name(f".{note.name}.{os.getpid()}.tmp")
+            temporary.write_text(json.dumps({**about, "note": provenance.digest(about)}))
+            temporary.replace(note)
+    return sha
+
+
+def _noted(note: Path, stamp: tuple) -> str:
+    """The digest that a note holds; blank where it is not of this stamp, or damaged."""
+    try:
+        about = json.loads(note.read_text())
+        whole = about.pop("note") == provenance.digest(about)
+        return about["sha256"] if whole and tuple(about["file"]) == stamp else ""
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return ""
 
 
 # --- what is wrong with a file -------------------------------------------------------------

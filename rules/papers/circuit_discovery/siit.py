@@ -24,7 +24,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from pipeline import cli, hooks, tables
+from pipeline import cli, hooks, provenance, tables
 from pipeline.heads import Heads
 from pipeline.native import NativeForCausalLM
 from pipeline.paired import Node
@@ -197,6 +197,8 @@ def main() -> None:
         folder = Path(job.args.checkpoint)
         hf.cpu().save_pretrained(folder)
         tables.stamp_safetensors(folder / "model.safetensors", certificate)
+        files = {file.name: provenance.sha256_file(file) for file in sorted(folder.iterdir())}
+        tables.write_json(folder / "provenance.json", {"files": files}, certificate)
         for name, frame in made.items():
             tables.write_table(getattr(job.args, name), frame, certificate)
 
