@@ -33,14 +33,17 @@ class Job:
         self.code = source.job_code(stage, args.code)
         self.hardware = ""
 
-    def check_inputs(self) -> None:
-        """RetraceError where a file that is to be read is not as it was written."""
+    def check_inputs(self) -> str:
+        """What was read to check the job's inputs, and how long it took.
+
+        Raises:
+            RetraceError: a file that is to be read is not as it was written.
+        """
         started = time.monotonic()
         given = [v for k, v in vars(self.args).items() if k not in ("spec", "code", "device")]
         files, size = intact.check_inputs(given, self.stage)
         took = time.monotonic() - started
-        if files:
-            log.info("checked: %d files, %.1f MiB in %.2f s", files, size / 2**20, took)
+        return f"{took:.2f} s to check {files} files of {size / 2**20:.1f} MiB"
 
     def section(self, key: str, cls: type[BaseModel]) -> Any:
         """The section `key` of --spec, validated."""
@@ -110,7 +113,7 @@ def run(stage: str, args: argparse.Namespace, work: Callable[[Job], None]) -> No
     )
     try:
         job = Job(stage, args)
-        job.check_inputs()
+        checked = job.check_inputs()
         work(job)
     except RetraceError as e:
         _fail(stage, str(e))
@@ -120,7 +123,9 @@ def run(stage: str, args: argparse.Namespace, work: Callable[[Job], None]) -> No
         _fail(stage, f"{e.filename or 'a file'}: {e.strerror or e}; {remedy}")
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     took = time.monotonic() - started
-    log.info("done: %.1f s of work, %.1f s to start, peak %.2f GiB", took, startup, peak)
+    log.info(
+        "done: %.1f s of work, %.1f s to start, peak %.2f GiB; %s", took, startup, peak, checked
+    )
 
 
 def _fail(stage: str, sentence: str) -> None:

@@ -30,6 +30,7 @@ FORMAT = 2  # of certificates: those with a seal
 SEAL = re.compile(rb'\bseal\\?": ?\\?"([0-9a-f]{64})\\?"')  # also inside a string of JSON
 # Kinds of files that carry a certificate, unless a manifest lists them.
 KINDS = {".parquet", ".safetensors", ".json", ".html", ".csv", ".js"}
+MEASURED = {"costs.html"}  # pages of what no two runs share; they carry none
 NOTED = 1 << 20  # bytes of a file above which its digest is worth a note
 RACY = 2.0  # seconds; file systems keep dates to 2 s (FAT) or better
 AGAIN = "delete it, then run snakemake again"
@@ -156,6 +157,11 @@ def _noted(note: Path, stamp: tuple) -> str:
 # --- what is wrong with a file -------------------------------------------------------------
 
 
+def is_certified(file: Path) -> bool:
+    """Whether files of this kind carry a certificate, unless a manifest lists them."""
+    return file.suffix in KINDS and file.name not in MEASURED
+
+
 def certified(file: Path) -> Path:
     """The file that a certificate speaks of: for the twin of a CSV, the CSV."""
     return file.with_suffix("") if file.name.endswith(".csv.json") else file
@@ -245,6 +251,6 @@ def check_inputs(values: Iterable[Any], stage: str) -> tuple[int, int]:
     listed = [v for value in values for v in (value if isinstance(value, list) else [value])]
     paths = [Path(v) for v in dict.fromkeys(listed) if isinstance(v, str) and v]
     inside = [f for p in paths if p.is_dir() for f in sorted(p.rglob("*.safetensors"))]
-    files = [p for p in paths if p.suffix in KINDS and p.is_file()] + inside
+    files = [p for p in paths if is_certified(p) and p.is_file()] + inside
     mine = [f for f in files if (provenance.read(f) or {}).get("stage") != stage]
     return len(mine), sum(map(check, mine))

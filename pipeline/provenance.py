@@ -224,18 +224,19 @@ def chain(path: str | Path, base: str | Path = "") -> Iterator[tuple[int, Path, 
         base: the folder that input paths are relative to; default: `home` of the file.
     """
     base = base or home(path)
-    seen, stack = set(), [(0, Path(path))]
+    seen, outside, stack = set(), set(), [(0, Path(path))]
     while stack:
         depth, file = stack.pop()
         if file in seen:
             continue
         seen.add(file)
-        cert = read(file) if is_file(file) else None
+        # a name that leads out of the base is told, and never opened
+        cert = read(file) if file not in outside and is_file(file) else None
         yield depth, file, cert
-        if cert:
-            stack += [
-                (depth + 1, Path(base) / p) for p in sorted(cert.get("inputs", {}), reverse=True)
-            ]
+        for name in sorted((cert or {}).get("inputs", {}), reverse=True):
+            if Path(name).is_absolute():
+                outside.add(Path(name))
+            stack.append((depth + 1, Path(base) / name))
 
 
 def is_file(path: Path) -> bool:

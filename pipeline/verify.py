@@ -25,7 +25,6 @@ from pipeline import intact, provenance
 from pipeline.errors import RetraceError
 
 UNCERTIFIED = {"logs", "benchmarks"}  # folders of what snakemake writes, and of measurements
-MEASURED = {"costs.html"}  # pages of what no two runs share
 UNSUMMED = {"release.json", "README.md"}  # what release.json does not list
 BROKEN = (ValueError, TypeError, LookupError, AttributeError, OSError, RecursionError)
 
@@ -100,8 +99,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _is_certified(file: Path) -> bool:
-    measured = file.name in MEASURED or UNCERTIFIED & set(file.parts)
-    return file.suffix in intact.KINDS and not measured
+    return intact.is_certified(file) and not UNCERTIFIED & set(file.parts)
 
 
 def provenance_of(file: Path) -> dict | None:

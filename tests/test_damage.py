@@ -1,6 +1,8 @@
 """Every kind of file x {one bit, cut, empty, deleted}: verify and the next stage tell it."""
 
+import contextlib
 import json
+import os
 import random
 import shutil
 from pathlib import Path
@@ -212,8 +214,13 @@ def next_stage(given: str) -> str:
     """What a stage says that is given a file; blank where it goes to work."""
     args = cli.parser("next", "", given="a file").parse_args(["--spec", "{}", "--given", given])
     reached, said = [], []
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(cli, "_fail", lambda stage, sentence: said.append(sentence))
+
+    def fail(stage: str, sentence: str) -> None:
+        said.append(sentence)
+        raise SystemExit
+
+    with pytest.MonkeyPatch.context() as patch, contextlib.suppress(SystemExit):
+        patch.setattr(cli, "_fail", fail)
         cli.run("next", args, reached.append)
     if "activations" in given and not said:
         try:
@@ -258,3 +265,132 @@ def test_a_bit_anywhere_is_told(here, forgetful, name):
         changed[at // 8] ^= 1 << at % 8
         file.write_bytes(changed)
         assert examined(KINDS[name] or "results").faults, f"bit {at} of {name}"
+
+
+# --- what verify says besides --------------------------------------------------------------
+
+
+def test_a_verdict_that_does_not_follow_from_the_metrics_is_told(here, monkeypatch):
+    frame = pd.read_csv(f"{PAPER}/claims.csv")
+    frame["verdict"] = "not reproduced"
+    certificate = provenance.read(f"{PAPER}/claims.csv")
+    tables.write_csv(f"{PAPER}/claims.csv", frame, certificate)  # table and twin fit each other
+    said = f"{PAPER}/claims.csv: the verdict on half does not follow from {PAPER}/metrics.json"
+    found = examined(f"{PAPER}/claims.csv")
+    assert found.faults == [] and said in found.notes[0]  # judged by other code: a note
+    monkeypatch.setattr("pipeline.source.job_code", lambda stage: certificate["code"])
+    assert examined(f"{PAPER}/claims.csv").faults == [said]
+
+
+def test_the_root_changes_with_every_file_and_with_nothing_else(here):
+    before = examined("results").root
+    shutil.copytree("results", "elsewhere/results")
+    assert examined("elsewhere/results", "elsewhere").root == before
+    table(f"{STORE}/training/s-0/more.parquet", made("training"))
+    assert examined("results").root != before
+
+
+@pytest.mark.parametrize("folder", ["empty", "results/benchmarks"])
+def test_a_folder_without_certificates_is_not_verified(here, folder):
+    Path(folder).mkdir(parents=True)
+    (Path(folder) / "seconds.tsv").write_text("s\n1.5\n")
+    assert "nothing was verified" in examined(folder).faults[0]
+
+
+@pytest.mark.parametrize(
+    "name", ["t.parquet", "m.json", "c.csv", "w.safetensors", "p.html", "f.js"]
+)
+def test_a_file_without_its_certificate_is_told(tmp_path, name):
+    from safetensors.numpy import save_file
+
+    file = tmp_path / name
+    if name == "t.parquet":
+        pd.DataFrame({"x": [1]}).to_parquet(file)
+    elif name == "w.safetensors":
+        save_file({"w": np.ones(3)}, file)
+    else:
+        file.write_text("{}")
+    assert examined(tmp_path).faults == [
+        f"{file}: carries no certificate, though files of its kind do"
+    ]
+    assert "carries no certificate" in next_stage(str(file))
+
+
+def test_an_input_outside_the_base_is_named_and_not_opened(here, tmp_path, monkeypatch):
+    secret = tmp_path / "secret.json"
+    secret.write_text("{}")
+    tables.write_json("out.json", {"x": 1}, made("metrics", str(secret)))
+    opened = []
+    read = provenance.read
+    monkeypatch.setattr(provenance, "read", lambda p: opened.append(p) or read(p))
+    found = examined("out.json")
+    assert found.faults == [] and found.absent == [secret] and secret not in opened
+    assert str(secret) in provenance.show("out.json") and secret not in opened
+
+
+def test_a_certificate_cannot_command_a_terminal(here, capsys, monkeypatch):
+    tables.write_json("out.json", {"x": 1}, made("metrics\x1b[2J\x07", device="\x9b31m"))
+    for verb in ("show", "verify"):
+        monkeypatch.setattr("sys.argv", ["provenance", verb, "out.json"])
+        if verb == "verify":
+            Path("out.json").write_text(Path("out.json").read_text().replace("1", "2", 1))
+            with pytest.raises(SystemExit):
+                provenance.main()
+        else:
+            provenance.main()
+        said = capsys.readouterr().out
+        assert r"\x1b[2J" in said and not {"\x1b", "\x07", "\x9b"} & set(said)
+
+
+def test_a_release_that_was_packed_anew_with_another_file_is_told(here):
+    import zipfile
+
+    with zipfile.ZipFile(f"{PAPER}/release.zip") as z:
+        content = [(n, z.read(n)) for n in z.namelist()]
+    content[0] = (content[0][0], content[0][1].replace(b"0.55", b"0.65"))
+    release.write(f"{PAPER}/release.zip", [*content, ("more.txt", b"more")])
+    said = " ".join(examined(f"{PAPER}/release.zip").faults)
+    assert "metrics.json changed since it was packed" in said
+    assert "more.txt is not listed in its release.json" in said
+
+
+# --- digests of large files that are remembered --------------------------------------------
+
+
+@pytest.fixture
+def large(tmp_path, monkeypatch):
+    """A file above the size for which notes are kept, and the folder of notes."""
+    monkeypatch.setattr(intact, "NOTED", 10)
+    monkeypatch.setattr(intact, "RACY", -1.0)
+    file = tmp_path / "weights.bin"
+    file.write_bytes(b"a" * 100)
+    return file, tmp_path / "notes"
+
+
+def test_other_bytes_of_the_same_size_and_date_have_another_digest(large):
+    file, notes = large
+    before, stat = intact.noted_sha256(file, notes), file.stat()
+    assert len(list(notes.iterdir())) == 1
+    file.write_bytes(b"b" * 100)
+    os.utime(file, ns=(stat.st_atime_ns, stat.st_mtime_ns))
+    assert file.stat().st_mtime_ns == stat.st_mtime_ns
+    assert intact.noted_sha256(file, notes) == provenance.sha256_file(file) != before
+
+
+@pytest.mark.parametrize("damage", [one_bit, cut, empty, lambda f: f.write_text("0" * 64)])
+def test_a_damaged_note_is_not_believed(large, damage):
+    file, notes = large
+    want = intact.noted_sha256(file, notes)
+    (note,) = notes.iterdir()
+    damage(note)
+    assert intact.noted_sha256(file, notes) == want
+
+
+def test_a_note_is_used_and_a_fresh_file_gets_none(large, monkeypatch):
+    file, notes = large
+    want = intact.noted_sha256(file, notes)
+    monkeypatch.setattr(provenance, "sha256_file", lambda _: "read again")
+    assert intact.noted_sha256(file, notes) == want
+    shutil.rmtree(notes)
+    monkeypatch.setattr(intact, "RACY", 60.0)
+    assert intact.noted_sha256(file, notes) == "read again" and not notes.exists()
