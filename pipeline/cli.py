@@ -40,7 +40,7 @@ class Job:
             RetraceError: a file that is to be read is not as it was written.
         """
         started = time.monotonic()
-        given = [v for k, v in vars(self.args).items() if k not in ("spec", "code", "device")]
+        given = {k: v for k, v in vars(self.args).items() if k not in ("spec", "code", "device")}
         files, size = intact.check_inputs(given, self.stage)
         took = time.monotonic() - started
         return f"{took:.2f} s to check {files} files of {size / 2**20:.1f} MiB"

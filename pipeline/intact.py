@@ -188,11 +188,11 @@ def faults(path: Path, certificate: dict[str, Any] | None) -> list[str]:
     return []
 
 
-def members(file: Path, but: str = "") -> list[str]:
+def members(file: Path, wanted: Iterable[str] | None = None) -> list[str]:
     """Faults of the files that a manifest lists under `files` (name -> sha256).
 
     Args:
-        but: files below this folder are not looked at.
+        wanted: names of those that are looked at, shards left out; None for all, shards as well.
     """
     if file.suffix != ".json":
         return []
@@ -200,20 +200,20 @@ def members(file: Path, but: str = "") -> list[str]:
     for name in files:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             return [f"{file}: lists {name}, which lies outside its folder"]
-    if not any((file.parent / name).is_file() for name in files):
-        folders = {Path(name).parts[0] for name in files}
-        if folders == {"shards"}:
-            return []  # keep_activations: false
-    wanted = {n: s for n, s in files.items() if not (but and Path(n).parts[0] == but)}
-    present = {n: s for n, s in wanted.items() if (file.parent / n).is_file()}
-    out = [
-        f"{file.parent / n}: missing, though {file} lists it" for n in wanted if n not in present
-    ]
-    return out + [
+    gone = {n for n in files if not (file.parent / n).is_file()}
+    if gone == set(files) and all(map(_is_shard, files)):
+        return []  # keep_activations: false
+    names = list(files) if wanted is None else [n for n in wanted if not _is_shard(n)]
+    return [f"{file.parent / n}: missing, though {file} lists it" for n in names if n in gone] + [
         f"{file.parent / n}: changed since {file} was written"
-        for n, sha in present.items()
-        if sha256_once(file.parent / n) != sha
+        for n in names
+        if n not in gone and sha256_once(file.parent / n) != files[n]
     ]
+
+
+def _is_shard(name: str) -> bool:
+    """Whether a manifest's file is a shard of activations, which `shards.Rows` checks."""
+    return Path(name).parts[0] == "shards"
 
 
 def check_alone(path: str | Path) -> None:
@@ -227,30 +227,40 @@ def _check_alone(name: str, stamp: tuple) -> None:
         raise RetraceError(f"{found[0]}; {AGAIN}")
 
 
-def check(path: Path) -> int:
+def check(path: Path, weights: bool = True) -> int:
     """Compare a file and those that it lists with their digests; the bytes that were read for it.
+
+    Args:
+        weights: False for a job that reads a model's tokenizer and not its weights.
 
     Raises:
         RetraceError: the file, or one that it lists, is not as it was written.
     """
     check_alone(path)
-    if found := members(path, but="shards"):
+    if path.suffix != ".json":
+        return path.stat().st_size
+    listed = json.loads(path.read_text()).get("files", {})
+    wanted = [n for n in listed if weights or not n.endswith(".safetensors")]
+    if found := members(path, wanted):
         raise RetraceError(f"{found[0]}; delete {path.parent}, then run snakemake again")
-    listed = json.loads(path.read_text()).get("files", {}) if path.suffix == ".json" else {}
-    read = [path, *(path.parent / n for n in listed if Path(n).parts[0] != "shards")]
+    read = [path, *(path.parent / n for n in wanted if not _is_shard(n))]
     return sum(p.stat().st_size for p in read)
 
 
-def check_inputs(values: Iterable[Any], stage: str) -> tuple[int, int]:
+def check_inputs(given: dict[str, Any], stage: str) -> tuple[int, int]:
     """Check every certified file among a job's arguments: the number of files, and of bytes.
 
     Args:
-        values: paths, lists of paths, and whatever else the command line held.
+        given: option -> a path, a list of paths, or whatever else the command line held.
         stage: files of this stage are outputs, made by an earlier call; they are left out.
     """
-    listed = [v for value in values for v in (value if isinstance(value, list) else [value])]
-    paths = [Path(v) for v in dict.fromkeys(listed) if isinstance(v, str) and v]
-    inside = [f for p in paths if p.is_dir() for f in sorted(p.rglob("*.safetensors"))]
-    files = [p for p in paths if is_certified(p) and p.is_file()] + inside
-    mine = [f for f in files if (provenance.read(f) or {}).get("stage") != stage]
-    return len(mine), sum(map(check, mine))
+    files: dict[Path, bool] = {}
+    for option, value in given.items():
+        for name in value if isinstance(value, list) else [value]:
+            path = Path(name) if isinstance(name, str) and name else None
+            if path and path.is_dir():
+                files |= dict.fromkeys(sorted(path.rglob("*.safetensors")), True)
+            elif path and is_certified(path) and path.is_file():
+                files[path] = files.get(path, False) or option != "tokenizer"
+    mine = {f: w for f, w in files.items() if (provenance.read(f) or {}).get("stage") != stage}
+    return len(mine), sum(check(file, weights) for file, weights in mine.items())
