@@ -30,7 +30,7 @@ FORMAT = 2  # of certificates: those with a seal
 SEAL = re.compile(rb'\bseal\\?": ?\\?"([0-9a-f]{64})\\?"')  # also inside a string of JSON
 # Kinds of files that carry a certificate, unless a manifest lists them.
 KINDS = {".parquet", ".safetensors", ".json", ".html", ".csv", ".js"}
-MEASURED = {"costs.html"}  # pages of what no two runs share; they carry none
+MEASURED = {"costs.html", "run.json"}  # what a run took, which no two share; they carry none
 NOTED = 1 << 20  # bytes of a file above which its digest is worth a note
 RACY = 2.0  # seconds; file systems keep dates to 2 s (FAT) or better
 AGAIN = "delete it, then run snakemake again"
@@ -181,6 +181,8 @@ def faults(path: Path, certificate: dict[str, Any] | None) -> list[str]:
             return [fault]
         if holder == certified(holder):
             return []
+    if not certified(path).is_file():
+        return [f"{certified(path)}: missing, though its certificate {path.name} is here"]
     said = certificate.get("content")  # certificates of before seals, and CSV
     if not said or said != provenance.content_digest(certified(path)):
         stage = certificate.get("stage")

@@ -146,12 +146,12 @@ def _followed(
         for name, sha in (certificate or {}).get("inputs", {}).items():
             if Path(name).is_absolute():
                 out.absent.append(Path(name))
-            elif (there := locate(name, sha, start, top, base)) is None:
-                gone = base / name
-                if _of_the_store(gone) and not gone.parent.exists():
-                    out.absent.append(gone)
-                else:
-                    found.append(f"{gone}: missing, and a result was made from it")
+                continue
+            gone, there = base / name, locate(name, sha, start, top, base)
+            if there is None and (_is_published(start, base) or _is_without_store(gone)):
+                out.absent.append(gone)
+            elif there is None:
+                found.append(f"{gone}: missing, and a result was made from it")
             else:
                 if intact.sha256_once(there) != sha:
                     found.append(f"{there}: changed since a result was made from it")
@@ -160,14 +160,14 @@ def _followed(
 
 
 def locate(name: str, sha: str, start: Path, top: Path, base: Path) -> Path | None:
-    """The input of that name: below the base, else with its digest beside the file at hand.
+    """The input of that name: with its digest beside the file at hand, else below the base.
+
+    The base of published results holds another run, if any, whose files are not theirs.
 
     Args:
         start: the file whose chain is followed.
         top: the folder, or the file, that is verified.
     """
-    if provenance.is_file(base / name):
-        return base / name
     parts = Path(name).parts
     for folder in start.parents:
         for i in range(1, len(parts)):
@@ -176,12 +176,20 @@ def locate(name: str, sha: str, start: Path, top: Path, base: Path) -> Path | No
                 return there
         if folder == top or folder.name == "results":
             break
+    if provenance.is_file(base / name) and not _is_published(start, base):
+        return base / name
     return None
 
 
-def _of_the_store(file: Path) -> bool:
-    """Whether a file is results/store/<stage>/<artefact>/<file>."""
-    return file.parts[-4:-3] == ("store",)
+def _is_published(start: Path, base: Path) -> bool:
+    """Whether a file lies elsewhere than where a run wrote it: in results/reference, or a copy."""
+    start, results = start.resolve(), base.resolve()
+    return not start.is_relative_to(results) or start.is_relative_to(results / "results/reference")
+
+
+def _is_without_store(file: Path) -> bool:
+    """Whether a file is results/store/<stage>/<artefact>/<file>, and the artefact is not here."""
+    return file.parts[-4:-3] == ("store",) and not file.parent.exists()
 
 
 def _of_one(file: Path, listed: set[Path], base: Path, out: Report) -> list[str]:

@@ -17,6 +17,8 @@ from pipeline.shards import Rows
 from pipeline.spec import Claim
 from pipeline.verify import examined
 
+ROOT = Path(__file__).parent.parent
+REFERENCE = ROOT / "results/reference"
 STORE, PAPER = "results/store", "results/smoke/toy"
 HOOK = "blocks.0.hook_resid_post"
 CLAIM = {
@@ -288,6 +290,24 @@ def test_the_root_changes_with_every_file_and_with_nothing_else(here):
     assert examined("elsewhere/results", "elsewhere").root == before
     table(f"{STORE}/training/s-0/more.parquet", made("training"))
     assert examined("results").root != before
+
+
+def test_published_results_verify_from_the_files_beside_them(here):
+    """Inputs of results/reference are found by digest; those of another run are not theirs."""
+    published = Path("results/reference/toy/smoke")
+    shutil.copytree(PAPER, published)
+    table(f"{PAPER}/evaluation/trained.parquet", made("evaluation", spec={"another": "run"}))
+    found = examined(published)
+    assert found.faults == [] and len(found.sums) > 8
+    assert {str(p) for p in found.absent} >= {f"{STORE}/sae/s-0/manifest.json"}
+    one_bit(published / "evaluation/trained.parquet")
+    assert str(published / "evaluation/trained.parquet") in " ".join(examined(published).faults)
+    assert examined("results/smoke").faults  # where that run is, its results no longer fit
+
+
+@pytest.mark.parametrize("paper", sorted(p.parent.name for p in REFERENCE.glob("*/laptop")))
+def test_what_is_published_verifies_as_published(paper):
+    assert examined(REFERENCE / paper, ROOT).faults == []
 
 
 @pytest.mark.parametrize("folder", ["empty", "results/benchmarks"])

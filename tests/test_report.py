@@ -130,7 +130,8 @@ def test_a_card_without_claims_figures_or_features(made_up):
         card = bare.model_dump(mode="json", exclude_unset=True)
         for optional in ("summary", "deviations", "contributions", "use_of_ai"):
             card.pop(optional)
-        tables.write_csv("empty.csv", pd.DataFrame(columns=["id", "verdict"]), {"stage": "claims"})
+        none = pd.DataFrame(columns=["id", "verdict"])
+        tables.write_csv("empty.csv", none, provenance.certificate("claims", {}, "0" * 64, []))
         synthetic.call(
             "report",
             {"paper": "made_up", "scale": "smoke", "card": card},
