@@ -116,10 +116,11 @@ def _from_folder(folder: Path, dtype: Any) -> Any:
         return native.from_folder(folder, dtype)
     from transformers import AutoModelForCausalLM
 
+    check_index(folder)
     try:
         model, found = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, local_files_only=True, use_safetensors=True,
-            trust_remote_code=False, output_loading_info=True,
+            trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
     except Exception as e:  # of the config's classes, of safetensors, of torch: any of theirs
         said = (str(e).strip().splitlines() or [type(e).__name__])[0]
@@ -127,13 +128,53 @@ def _from_folder(folder: Path, dtype: Any) -> Any:
             f"{folder}: not a causal LM that transformers can load from safetensors ({said}); give "
             f"a folder with config.json, model.safetensors and tokenizer.json"
         ) from e
-    if missing := sorted(found["missing_keys"]):
-        raise RetraceError(
-            f"{folder}: {len(missing)} tensors that its config.json asks for are not in its "
-            f"safetensors, such as {missing[0]}; transformers would draw them at random: give the "
-            f"whole checkpoint of this config"
-        )
+    check_loaded(folder, found)
     return model
+
+
+def check_loaded(folder: Path, found: dict[str, Any]) -> None:
+    """Every tensor of the model came from the files, and every tensor of the files is used.
+
+    transformers draws what is missing at random and leaves out what is not expected.
+
+    Args:
+        found: the loading info of `from_pretrained`.
+
+    Raises:
+        RetraceError: names of tensors that are missing, unexpected, or have another shape.
+    """
+    names = {
+        "missing": sorted(found["missing_keys"]),
+        "unexpected": sorted(found["unexpected_keys"]),
+        "of another shape": sorted(str(key[0]) for key in found["mismatched_keys"]),
+    }
+    told = "; ".join(
+        f"{kind}: {', '.join(some[:5])}{f' and {len(some) - 5} more' if len(some) > 5 else ''}"
+        for kind, some in names.items()
+        if some
+    )
+    if told:
+        raise RetraceError(
+            f"{folder}: its weights do not fit its config.json ({told}); correct config.json, or "
+            f"give all weights of the model"
+        )
+
+
+def check_index(folder: Path) -> None:
+    """RetraceError where an index of weights names anything but safetensors files beside it."""
+    for index in sorted(folder.glob("*.index.json")):
+        files = tables.read_json(index).get("weight_map")
+        if not isinstance(files, dict) or not files:
+            raise RetraceError(f"{index}: has no weight_map; give a whole copy of the model")
+        for tensor, name in files.items():
+            plain = isinstance(name, str) and Path(name).name == name
+            if not (plain and name.endswith(".safetensors")):
+                raise RetraceError(
+                    f"{index}: weight_map takes {tensor} from {name!r}; only .safetensors files "
+                    f"beside it are read"
+                )
+            if not (folder / name).is_file():
+                raise RetraceError(f"{index}: weight_map names {name}, which is not there")
 
 
 # --- the stage -----------------------------------------------------------------------------

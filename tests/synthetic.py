@@ -297,5 +297,6 @@ def report(made: papers.Paper, benchmarks: str = "results/benchmarks") -> Path:
         yaml=made.folder / "paper.yaml",
         benchmarks=benchmarks,
         out=base / "report.html",
+        costs=base / "costs.html",
     )
     return base / "report.html"

@@ -17,7 +17,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 import torch
-from conftest import HOOK, environment, stage
+from conftest import HOOK, environment, rewrite, stage
 
 from pipeline import activations, buffers, hooks, model, provenance, tables
 from pipeline.errors import RetraceError
@@ -62,8 +62,7 @@ def files(folder: Path) -> dict[str, bytes]:
 def compatible(tiny_model_json, tmp_path_factory) -> Path:
     """model.json of the tiny model with processing: compatibility."""
     folder = tmp_path_factory.mktemp("compatible")
-    info = json.loads(tiny_model_json.read_text()) | {"processing": "compatibility"}
-    (folder / "model.json").write_text(json.dumps(info))
+    rewrite(tiny_model_json, folder / "model.json", processing="compatibility")
     (folder / "checkpoint").symlink_to(tiny_model_json.parent / "checkpoint")
     return folder / "model.json"
 
@@ -333,8 +332,14 @@ def test_the_key_names_all_that_bytes_depend_on(tmp_path):
     for field in key:
         activations.resume(tmp_path / "p", plan, key)
         (tmp_path / "p" / HOOK).mkdir()
-        (tmp_path / "p" / activations.part(HOOK, plan.shards[0])).write_bytes(b"x")
+        name = activations.part(HOOK, plan.shards[0])
+        (tmp_path / "p" / name).write_bytes(b"x")
+        assert activations.resume(tmp_path / "p", plan, key) == 0  # written by nobody
+        noted = {"files": {name: provenance.sha256_file(tmp_path / "p" / name)}}
+        tables.write_json(activations.note_of(tmp_path / "p", plan.shards[0]), noted, {})
         assert activations.resume(tmp_path / "p", plan, key) == 1
+        (tmp_path / "p" / name).write_bytes(b"y")
+        assert activations.resume(tmp_path / "p", plan, key) == 0
         assert activations.resume(tmp_path / "p", plan, key | {field: 9}) == 0
         assert not (tmp_path / "p" / HOOK).exists()
         shutil.rmtree(tmp_path / "p")

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import rewrite
 from synthetic import call, features
 from test_sae_jobs import HOOK, OUT, SPARSITY, TRANSCODERS, job, pairs, paths, specs, store
 
@@ -112,9 +113,10 @@ def test_a_folder_that_is_not_saelens_is_refused_and_nothing_is_written(
 ):
     shutil.copytree(made / "sae", tmp_path / "sae")
     file = tmp_path / "sae/saes/topk/cfg.json"
-    config = json.loads(file.read_text()) | {key: value}
-    del config["provenance"]  # with it, the change itself is what is told
-    file.write_text(json.dumps(config))
+    rewrite(file, **{key: value})
+    manifest = tmp_path / "sae/manifest.json"
+    files = tables.read_json(manifest)["files"]
+    rewrite(manifest, files=files | {"saes/topk/cfg.json": provenance.sha256_file(file)})
     with pytest.raises(RetraceError, match=said):
         exports.dictionary(tmp_path / "sae/manifest.json", "topk")
     with pytest.raises(SystemExit):

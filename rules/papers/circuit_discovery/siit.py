@@ -26,7 +26,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from pipeline import cli, hooks, tables
+from pipeline import cli, hooks, provenance, tables
 from pipeline.heads import Heads
 from pipeline.native import NativeForCausalLM
 from pipeline.paired import Node
@@ -197,16 +197,20 @@ def main() -> None:
     def work(job: cli.Job) -> None:
         options = job.section("own.siit", Options)
         made: dict[str, list[pd.DataFrame]] = {"history": [], "checks": []}
+        root, files = Path(job.args.checkpoint), {}
         for seed in options.seeds:
             hf, history = train(options, seed, job.device())
             with torch.no_grad():
                 made["checks"].append(checks(hf, seed + 1).assign(seed=seed))
             made["history"].append(history.assign(seed=seed))
-            folder = Path(job.args.checkpoint) / str(seed)
+            folder = root / str(seed)
             hf.cpu().save_pretrained(folder)
             certificate = job.certificate([], seed=seed)
             tables.stamp_safetensors(folder / "model.safetensors", certificate)
+            written = sorted(f for f in folder.iterdir() if f.is_file())
+            files |= {str(f.relative_to(root)): provenance.sha256_file(f) for f in written}
         certificate = job.certificate([])
+        tables.write_json(root / "provenance.json", {"files": files}, certificate)
         for name, frames in made.items():
             frame = pd.concat(frames, ignore_index=True)
             tables.write_table(getattr(job.args, name), frame, certificate)
