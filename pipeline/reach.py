@@ -30,7 +30,7 @@ FRAME = {
     "pipeline": {"__version__"},
     "pipeline.cli": {"run", "parser", "log", "Progress"},
     "pipeline.errors": {"nearest", "RetraceError"},
-    "pipeline.provenance": {"certificate", "git_state", "versions"},
+    "pipeline.provenance": {"certificate", "git_state", "paper_state", "versions"},
     "pipeline.source": {"job_code"},
 }
 # Bases of other packages that call no method of a class by a name of its own.

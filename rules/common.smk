@@ -315,6 +315,11 @@ def own_file_of(file):
     return lambda wildcards: [ancient(unstored(f)) for f in paper_of(wildcards).code_files(file)]
 
 
+def card_of(wildcards):
+    """Input: paper.yaml, for its place in git alone; what it says stands in the param `spec`."""
+    return ancient(unstored(str(paper_of(wildcards).folder / "paper.yaml")))
+
+
 def export_spec(format):
     """Params: which dictionary is exported."""
 
