@@ -16,7 +16,8 @@ from pipeline import spec
 from pipeline.errors import RetraceError, nearest
 from pipeline.provenance import canonical, digest, sha256_file
 from pipeline.source import files_code
-from pipeline.spec import SCALES, Config, CorpusSpec, PaperSpec
+from pipeline.spec import Config, CorpusSpec, PaperSpec
+from pipeline.spec_base import SCALES
 from pipeline.yaml_files import load_yaml
 
 CERTIFIED = {  # files of an artefact that carry a certificate, where it is not manifest.json
