@@ -18,7 +18,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from pipeline import gpus, intact, provenance, source, spec
+from pipeline import gpus, intact, kills, provenance, source, spec
 from pipeline.errors import RetraceError
 
 log = logging.getLogger("retrace")
@@ -108,6 +108,7 @@ def parser(stage: str, doc: str | None, **paths: str) -> argparse.ArgumentParser
 
 def run(stage: str, args: argparse.Namespace, work: Callable[[Job], None]) -> None:
     """Do a stage's work; log what it cost; turn a fault into one sentence and exit code 1."""
+    kills.end_with_parent()
     started = time.monotonic()
     startup = _seconds_since_start()
     logging.basicConfig(

@@ -108,6 +108,15 @@ def _sha256_of(path: str, stamp: tuple) -> str:
     return provenance.sha256_file(path)
 
 
+def broken(path: Path, certificate: dict[str, Any] | None = None) -> str:
+    """What is wrong with a sealed file; blank where nothing is."""
+    start, value = _place(path)
+    told = (certificate or {}).get("seal", value)
+    if value != told or _sha256(path, start) != value:
+        return f"{path}: changed since stage {(certificate or {}).get('stage', 'release')} wrote it"
+    return ""
+
+
 # --- what is wrong with a file -------------------------------------------------------------
 
 
@@ -126,9 +135,8 @@ def faults(path: Path, certificate: dict[str, Any] | None) -> list[str]:
         return [f"{path}: carries no certificate, though files of its kind do"]
     holder = path.with_name(f"{path.name}.json") if path.suffix == ".csv" else path
     if "seal" in certificate or "certificate" in certificate:
-        start, value = _place(holder)
-        if value != certificate.get("seal") or _sha256(holder, start) != value:
-            return [f"{holder}: changed since stage {certificate.get('stage')} wrote it"]
+        if fault := broken(holder, {"seal": "", **certificate}):
+            return [fault]
         if holder == certified(holder):
             return []
     said = certificate.get("content")  # certificates of before seals, and CSV

@@ -6,6 +6,7 @@ the same bytes; seconds and peak memory stand in the job's benchmark and log.
 
     python -m pipeline.provenance show PATH      the chain from a file back to weights and text
     python -m pipeline.provenance verify PATH    recompute every digest; name the file that changed
+                                                 (see verify.py)
 
 Where a certificate stands: Parquet, schema metadata; safetensors, `__metadata__`; JSON, the key
 `provenance`; HTML, a JSON script element; figures.js, its last comment; CSV, the twin
@@ -50,6 +51,11 @@ def canonical(obj: Any) -> str:
 def digest(obj: Any, length: int = 64) -> str:
     """sha256 of the canonical JSON, in hex, shortened to `length` digits."""
     return hashlib.sha256(canonical(obj).encode()).hexdigest()[:length]
+
+
+def sha256_bytes(data: bytes) -> str:
+    """sha256 of bytes, in hex."""
+    return hashlib.sha256(data).hexdigest()
 
 
 def sha256_file(path: str | Path) -> str:
@@ -267,7 +273,7 @@ def locate(name: str, near: Path, base: str | Path = "") -> Path | None:
     if held is None or near.resolve().is_relative_to((Path(base) / "results" / parts[1]).resolve()):
         return there  # an index, or another file that stands beside the papers
     found = held.joinpath(*parts[3:])
-    return found if _is_file(found) else None
+    return found if is_file(found) else None
 
 
 def chain(path: str | Path, base: str | Path = "") -> Iterator[tuple[int, Path, dict | None]]:
@@ -283,14 +289,14 @@ def chain(path: str | Path, base: str | Path = "") -> Iterator[tuple[int, Path, 
         if file in seen:
             continue
         seen.add(file)
-        cert = read(file) if _is_file(file) else None
+        cert = read(file) if is_file(file) else None
         yield depth, file, cert
         if cert:
             for name in sorted(cert.get("inputs", {}), reverse=True):
                 stack.append((depth + 1, locate(name, file, base) or Path(base) / name))
 
 
-def _is_file(path: Path) -> bool:
+def is_file(path: Path) -> bool:
     """Whether there is such a file; a device is none, since to read it might never end."""
     try:
         return path.is_file()
@@ -299,87 +305,17 @@ def _is_file(path: Path) -> bool:
 
 
 def verify(path: str | Path, base: str | Path = ".") -> list[str]:
-    """The faults of `examined`: one sentence each, none if all is as it was made."""
-    return examined(path, base)[0]
+    """The faults that `verify.examined` finds: one sentence each, none if all is as it was made."""
+    from pipeline.verify import examined
+
+    return examined(path, base).faults
 
 
-def examined(path: str | Path, base: str | Path = ".") -> tuple[list[str], list[Path]]:
-    """Recompute the digests of a file and of all that it was made from.
-
-    Args:
-        path: a file with a certificate, or a folder of such files.
-        base: the folder that input paths are relative to, where snakemake ran.
-
-    Returns:
-        One sentence a fault, and the inputs whose artefacts of the store are not on this machine:
-        published tables come without weights. Shards that were removed because keep_activations
-        is false are not a fault.
-    """
-    path, faults, absent = Path(path), [], []
-    if not path.exists():
-        return [f"{path}: does not exist"], []
-    starts = [p for p in sorted(path.rglob("*")) if p.is_file()] if path.is_dir() else [path]
-    expected: dict[Path, str] = {}
-    done: set[Path] = set()
-    for start in starts:
-        try:
-            for _, file, cert in chain(start, base):
-                if file in done:
-                    continue
-                done.add(file)
-                if cert is None:
-                    continue
-                if cert.get("content") and cert["content"] != content_digest(_certified(file)):
-                    faults.append(
-                        f"{file}: content changed since stage {cert.get('stage')} wrote it"
-                    )
-                for name, sha in cert.get("inputs", {}).items():
-                    if (there := locate(name, file, base)) is not None:
-                        expected[there] = sha
-                    else:
-                        absent.append(Path(base) / name)
-                faults += _members(file)
-        except RetraceError as e:
-            faults.append(str(e))
-        except (ValueError, TypeError, AttributeError, OSError, RecursionError) as e:
-            faults.append(f"{start}: cannot be verified ({e}); it or its inputs are damaged")
-    for file, sha in expected.items():
-        if _of_the_store(file) and not file.parent.exists():
-            absent.append(file)
-        elif not _is_file(file):
-            faults.append(f"{file}: missing, and a result was made from it")
-        elif sha256_file(file) != sha:
-            faults.append(f"{file}: changed since a result was made from it")
-    return list(dict.fromkeys(faults)), sorted(set(absent))
-
-
-def _of_the_store(file: Path) -> bool:
-    """Whether a file is results/store/<stage>/<artefact>/<file>."""
-    return file.parts[-4:-3] == ("store",)
-
-
-def _certified(file: Path) -> Path:
-    """The file that a certificate speaks of: for the twin of a CSV, the CSV."""
-    return file.with_suffix("") if file.name.endswith(".csv.json") else file
-
-
-def _members(file: Path) -> list[str]:
-    """Faults of the files that a manifest lists under `files` (name -> sha256)."""
-    if file.suffix != ".json":
-        return []
-    files = json.loads(file.read_text()).get("files", {})
-    for name in files:
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            return [f"{file}: lists {name}, which lies outside its folder"]
-    present = {n: s for n, s in files.items() if _is_file(file.parent / n)}
-    if files and not present:
-        return []  # keep_activations: false
-    faults = [f"{file.parent / n}: missing" for n in files.keys() - present.keys()]
-    return faults + [
-        f"{file.parent / n}: changed since {file} was written"
-        for n, sha in present.items()
-        if sha256_file(file.parent / n) != sha
-    ]
+def printable(text: str) -> str:
+    """Text whose control characters are escaped, so that it cannot command a terminal."""
+    return "".join(
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
+    )
 
 
 def show(path: str | Path, base: str | Path = ".") -> str:
@@ -404,21 +340,31 @@ def main() -> None:
     parser.add_argument("path")
     parser.add_argument("--base", default=".", help="folder in which snakemake ran")
     args = parser.parse_args()
-    if args.command == "show":
-        if not Path(args.path).exists():
-            sys.exit(f"{args.path}: does not exist; run snakemake to make it")
-        try:
-            print(show(args.path, args.base))
-        except RetraceError as e:
-            sys.exit(f"error: {e}")
-        except (LookupError, TypeError, ValueError) as e:
-            sys.exit(f"error: {args.path}: a certificate is damaged ({e!r})")
-        return
-    faults, absent = examined(args.path, args.base)
-    print("\n".join(faults) or f"{args.path}: verified")
-    if absent:
-        print(f"not on this machine, so not checked: {', '.join(map(str, absent))}")
-    sys.exit(1 if faults else 0)
+    if args.command == "verify":
+        sys.exit(_verify(args.path, args.base))
+    if not Path(args.path).exists():
+        sys.exit(printable(f"{args.path}: does not exist; run snakemake to make it"))
+    try:
+        print(printable(show(args.path, args.base)))
+    except RetraceError as e:
+        sys.exit(printable(f"error: {e}"))
+    except (LookupError, TypeError, ValueError) as e:
+        sys.exit(printable(f"error: {args.path}: a certificate is damaged ({e!r})"))
+
+
+def _verify(path: str, base: str) -> int:
+    """Print what `verify.examined` finds; the exit code."""
+    from pipeline.verify import examined
+
+    found = examined(path, base)
+    lines = found.faults + found.notes
+    if found.absent:
+        lines.append(f"not on this machine, so not checked: {', '.join(map(str, found.absent))}")
+    bare = f", {found.bare} without certificate" if found.bare else ""
+    lines.append(f"{path}: {len(found.sums)} files verified{bare}; {len(found.faults)} faults")
+    lines.append(f"root sha256:{found.root} (certificates are not signed: quote this)")
+    print("\n".join(map(printable, lines)))
+    return 1 if found.faults else 0
 
 
 if __name__ == "__main__":

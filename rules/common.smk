@@ -14,7 +14,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.g
 os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(4 << 30))
 os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(8 << 30))
 
-from pipeline import gpus, papers, source, summary
+from pipeline import gpus, kills, papers, source, summary
 from pipeline.errors import RetraceError, nearest
 
 PYTHON = sys.executable
@@ -42,6 +42,11 @@ elif workflow.nodes is None:  # one machine; a cluster counts its GPUs itself
     workflow.global_resources.setdefault("gpu", (os.cpu_count() or 1) if SMOKE else gpus.count())
 # Where results lie in an object storage, a job has its inputs beside it and nothing else.
 STORAGE = workflow.storage_settings.default_storage_provider
+# Stages end with this process. The first of two runs works; what a killed one left is taken up.
+kills.name_parent()
+if workflow.is_main_process and not kills.only_reads(sys.argv[1:]):
+    if told(kills.own, Path(".snakemake" if STORAGE else "results/store") / ".owner"):
+        kills.clear_locks()
 # Snakemake formats every shell command with the globals of the main Snakefile, a module's, too.
 workflow.modifier_stack[0].globals.update(PYTHON=PYTHON, DEVICE=DEVICE)
 
@@ -90,6 +95,15 @@ def code_of(stage, *own):
     return code
 
 
+def remake_incomplete():
+    """Have outputs that a killed run was writing made again, as `--rerun-incomplete` would.
+
+    Input functions call it: the settings come after the Snakefile, and before they are asked for.
+    """
+    if workflow.dag_settings is not None:
+        workflow.dag_settings.force_incomplete = True
+
+
 # --- the store -----------------------------------------------------------------------------
 
 
@@ -113,6 +127,7 @@ def item_input_of(stage, made_from, file):
     """Input: a file of the artefact that a store artefact is made from; [] where it needs none."""
 
     def path(wildcards):
+        remake_incomplete()
         folder = told(RUN.item, stage, wildcards[stage]).folders().get(made_from)
         return f"results/store/{folder}/{file}" if folder else []
 
@@ -123,6 +138,7 @@ def text_of(stage):
     """Input: the local copy of a text of a URL, where there is one; its coming reruns the job."""
 
     def path(wildcards):
+        remake_incomplete()
         text = told(RUN.item, stage, wildcards[stage]).inputs.get("text")
         return [ancient(unstored(text))] if text else []
 
@@ -131,6 +147,7 @@ def text_of(stage):
 
 def training_data(wildcards):
     """Input: the paper's data.py that a training run learns from, if it does."""
+    remake_incomplete()
     data = told(RUN.item, "training", wildcards.training).inputs.get("data")
     return [ancient(unstored(data))] if data else []
 
@@ -170,6 +187,7 @@ def trainings_of(file, made_from="training"):
 
 def paper_of(wildcards):
     """The validated paper at the scale that the wildcards name."""
+    remake_incomplete()
     return told(RUN.paper, wildcards.paper, wildcards.scale)
 
 
@@ -319,6 +337,13 @@ def own_file_of(file):
 def card_of(wildcards):
     """Input: paper.yaml, for its place in git alone; what it says stands in the param `spec`."""
     return ancient(unstored(str(paper_of(wildcards).folder / "paper.yaml")))
+
+
+def drawing_code(wildcards):
+    """Input: our code that figures.js holds beside plotly.js."""
+    remake_incomplete()
+    files = [ROOT / f"pipeline/templates/{name}.js" for name in ("walk", "draw")]
+    return [unstored(str(papers.near(f))) for f in files]
 
 
 def export_spec(format):

@@ -4,10 +4,7 @@ from importlib.metadata import version
 # plotly.js and our drawing code, once a scale, for figures that are opened by themselves.
 rule figures_js:
     input:
-        [
-            unstored(str(papers.near(ROOT / f"pipeline/templates/{name}.js")))
-            for name in ("walk", "draw")
-        ],
+        drawing_code,
     output:
         "results/{scale}/figures.js",
     log:

@@ -416,7 +416,7 @@ EXACTLY = {  # definition -> the stages that an edit of it must rerun, and no ot
     "spec_training:TrainingSpec.evaluated": "training",
     "spec_training:TrainingSpec._fits": "",  # what it lets pass stands in --spec
     "spec_sae:SaeSpec.widths": "sae",
-    "spec:Claim.judged_at": "claims",
+    "spec_claims:Claim.judged_at": "claims",
     "spec:PaperSpec.arm_names": "",
     "team:Team.step": "training",
     "team:Team.learning_rate": "training",
@@ -430,10 +430,10 @@ EXACTLY = {  # definition -> the stages that an edit of it must rerun, and no ot
     "sae_train:train": "sae",
     "activations:compute": "activations",
     "gguf_llama:load": "model",
-    "claims:judge": "claims",
+    "judge:judge": "claims",
     "theme:template": "figures",
     "pages:render": "report index feature_page",
-    "provenance:verify": "",
+    "verify:examined": "",
     "provenance:git_state": "",
     "summary:print_claims": "",
 }
