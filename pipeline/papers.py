@@ -253,6 +253,13 @@ class Run:
             self._papers[name, scale] = load(folder, scale, self._raw[folder], self.config.hub)
         return self._papers[name, scale]
 
+    def card(self, name: str, fields: Iterable[str]) -> dict[str, Any]:
+        """Fields of a paper.yaml as they stand there, '' where one is missing; nothing is checked."""
+        folder = find(name, self.dirs)
+        if folder not in self._raw:
+            self._raw[folder] = load_yaml(folder / "paper.yaml")
+        return {f: self._raw[folder].get(f, "") for f in fields}
+
     def item(self, stage: str, id: str) -> Item:
         """The store's artefact with this id."""
         if id not in self._items.get(stage, {}):

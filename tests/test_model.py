@@ -481,7 +481,6 @@ UP = "model.layers.1.mlp.up_proj.weight"
 @pytest.fixture
 def copied(tiny_model, tmp_path):
     """A copy of the tiny model's folder, and a function that replaces its tensors."""
-    from safetensors.torch import load_file, save_file
 
     folder = Path(shutil.copytree(tiny_model, tmp_path / "copied"))
 
@@ -527,7 +526,6 @@ def test_an_index_of_weights_stays_in_its_folder(copied, name, said):
 
 
 def test_weights_in_two_files_are_read(copied):
-    from safetensors.torch import load_file, save_file
 
     folder = copied[0]
     want = model._from_folder(folder, "auto").state_dict()
@@ -544,7 +542,6 @@ def test_weights_in_two_files_are_read(copied):
 
 
 def test_a_native_model_that_lacks_a_tensor_is_told(tmp_path):
-    from safetensors.torch import load_file, save_file
 
     from pipeline import untrained
     from pipeline.spec_training import Architecture
