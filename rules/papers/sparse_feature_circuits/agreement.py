@@ -13,7 +13,7 @@ any other site the coordinates of x, as in the paper.
 """
 
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
@@ -25,7 +25,7 @@ from pipeline import model as models
 from pipeline.latent_circuits import Ablation
 from pipeline.paired import Pairs, Task
 from pipeline.source import import_file
-from pipeline.spec_base import Section
+from pipeline.spec_base import Section, Seeds
 
 HERE = Path(__file__).parent
 prompts = import_file(HERE / "prompts.py")
@@ -49,9 +49,8 @@ class Options(Section):
     graph_nodes: int = Field(default=48, ge=1)
     graph_edges: int = Field(default=160, ge=1)
     n_label_rows: int = Field(default=8192, ge=1, description="held-out rows read for labels")
-    seeds: list[Annotated[int, Field(ge=0)]] = Field(
+    seeds: Seeds = Field(
         default=[0],
-        min_length=1,
         description="of prompts, directions and orders drawn; the first has the graphs",
     )
 
