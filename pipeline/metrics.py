@@ -67,6 +67,11 @@ ATTRIBUTION = {
     "ablation_correlation": "Pearson correlation of gradient x activation and exact ablation over "
     "the ablated latents, those of largest attribution",
     "ablation_correlation_ig": "the same for integrated gradients",
+    "ablation_spearman": "the same as ablation_correlation, of ranks",
+    "ablation_spearman_ig": "the same for integrated gradients",
+    "ablation_correlation_without_largest": "the same as ablation_correlation, without the one "
+    "latent whose leaving out changes it the most",
+    "ablation_correlation_without_largest_ig": "the same for integrated gradients",
     "sign_agreement": "share of the ablated latents whose gradient x activation has the sign of "
     "the exact effect",
     "sign_agreement_ig": "the same for integrated gradients",

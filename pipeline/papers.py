@@ -254,7 +254,7 @@ class Run:
         return self._papers[name, scale]
 
     def card(self, name: str, fields: Iterable[str]) -> dict[str, Any]:
-        """Fields of a paper.yaml as they stand there, '' where one is missing; nothing is checked."""
+        """Fields of a paper.yaml as they stand there, empty where one is missing; unchecked."""
         folder = find(name, self.dirs)
         if folder not in self._raw:
             self._raw[folder] = load_yaml(folder / "paper.yaml")

@@ -67,7 +67,9 @@ def sha256_file(path: str | Path) -> str:
 
 def _git(root: str, *args: str) -> str:
     command = ["git", "-C", root, *args]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(
+        command, capture_output=True, text=True, errors="replace", check=True
+    ).stdout.strip()
 
 
 @cache

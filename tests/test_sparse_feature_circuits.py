@@ -182,11 +182,12 @@ def test_curves_begin_at_none_and_end_at_the_model(made):
     curves = frames["agreement/curves"]
     kinds = set(curves["kind"])
     assert kinds == set(drawing.KINDS)
-    for (_, kind), rows in curves.groupby(["structure", "kind"]):
+    assert set(curves["seed"]) == {0, 1} and set(frames["agreement/graph_nodes"]["seed"]) == {0}
+    for (_, _, kind), rows in curves.groupby(["seed", "structure", "kind"]):
         assert rows["n_nodes"].min() == 0 and rows["faithfulness"].iloc[0] == 0
         if kind in ("latents", "neurons", "random", "random_nodes", "attribution"):
             assert rows["n_nodes"].max() > 16
-    for _, rows in curves.groupby("structure"):
+    for _, rows in curves.groupby(["seed", "structure"]):
         none = rows.loc[rows["n_nodes"] == 0]
         assert none["m"].max() - none["m"].min() < 1e-4
         m, whole = none["m"].iloc[0], none["m_without"].iloc[0]
@@ -215,6 +216,8 @@ def test_nodes_are_patched_and_edges_lead_upwards(made):
 def test_metrics_claims_and_figures(made):
     paper, frames, _ = made
     found = compute(dict(frames), known(parts(paper)), FOLDER / "metrics.py")
+    assert all(m["n"] == 2 for m in found.values())
+    assert len(set(found["latents.area.mean"]["values"])) == 2  # other prompts
     wanted = {n for c in paper.spec.claims for n in claims._wanted(c)}
     assert {n for n in wanted if not n.startswith("circuits.")} <= set(found)
     for name, figure in paper.spec.figures.items():

@@ -124,6 +124,8 @@ def test_a_whole_paper_is_valid():
         ("attribution.prompts", {}, "attribution.prompts: "),
         ("circuits", {"prompts": "p", "methods": ["epa"]}, "circuits.methods.0: Input should be"),
         ("circuits", {"prompts": "p", "methods": ["eap", "eap"]}, "methods: 'eap' stands twice"),
+        ("circuits", {"prompts": "p", "seeds": [1, 2, 1]}, "circuits.seeds: seed 1 stands twice"),
+        ("circuits", {"prompts": "p", "seed": 3}, "unknown key 'seed' (did you mean 'seeds'?)"),
         ("circuits", {"prompts": "p", "without": ["rnd"]}, "circuits.without: unknown arm 'rnd'"),
         ("circuits", {"propmts": "p"}, "unknown key 'propmts' (did you mean 'prompts'?)"),
         ("corpus", None, "section activations needs a section corpus"),

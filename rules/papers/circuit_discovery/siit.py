@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import pandas as pd
@@ -30,7 +29,7 @@ from pipeline import cli, hooks, provenance, tables
 from pipeline.heads import Heads
 from pipeline.native import NativeForCausalLM
 from pipeline.paired import Node
-from pipeline.spec_base import Section
+from pipeline.spec_base import Section, Seeds
 from pipeline.spec_training import Architecture
 
 X = 3  # the id of x, as in the compiled vocabulary
@@ -46,9 +45,7 @@ class Options(Section):
     steps: int = Field(ge=1)
     batch_size: int = Field(ge=2, description="pairs of sequences a step")
     lr: float = Field(gt=0, description="Adam; falls to 0 along a cosine")
-    seeds: list[Annotated[int, Field(ge=0)]] = Field(
-        min_length=1, description="a network each: of its weights and of its training pairs"
-    )
+    seeds: Seeds = Field(description="a network each: of its weights and of its training pairs")
 
 
 def every_sequence() -> Tensor:
