@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BATCH_SCORES = 1 << 26  # attention scores of a layer at a time
+OFFSETS = tuple(range(-3, 4))  # places after the earlier occurrence; 1 is prefix matching
+LAGS = (1, 2, 3)  # places before the present token; 1 is previous-token attention
 Head = tuple[int, int]  # layer, head
 
 
@@ -66,7 +68,7 @@ def common(tokens: Tensor) -> Tensor:
     return ids[order[cut : len(ids) - cut]].sort().values
 
 
-def prefix_matching(pattern: Tensor, length: int, times: int) -> Tensor:
+def prefix_matching(pattern: Tensor, length: int, times: int, offset: int = 1) -> Tensor:
     """Attention to the tokens that followed the present one in earlier repeats, [n_heads].
 
     Summed over the earlier repeats, averaged over the tokens of all repeats but the first and over
@@ -74,17 +76,32 @@ def prefix_matching(pattern: Tensor, length: int, times: int) -> Tensor:
 
     Args:
         pattern: [batch n_heads query key].
+        offset: places after the earlier occurrence; neither BOS nor the future counts.
     """
     found = []
     for query in range(1 + length, 1 + times * length):
-        keys = list(range(query - length + 1, 1, -length))
+        keys = [k + offset for k in range(query - length, 0, -length)]
+        keys = [k for k in keys if 1 <= k <= query]
         found.append(pattern[..., query, keys].sum(-1))
     return torch.stack(found).mean(0).mean(0)
 
 
-def previous_token(pattern: Tensor) -> Tensor:
-    """Mean attention of a token to the one before, [n_heads]; pattern [batch n_heads pos pos]."""
-    return pattern.diagonal(-1, -2, -1).mean(-1).mean(0)
+def by_place(pattern: Tensor, length: int, times: int) -> list[dict[str, list[float]]]:
+    """What each head of a layer looks at, where it is not the token of an induction head.
+
+    Returns:
+        a dict a head: by_offset [OFFSETS], `prefix_matching` at each offset; by_lag [LAGS], mean
+        attention to the token so many places back.
+    """
+    offsets = torch.stack([prefix_matching(pattern, length, times, k) for k in OFFSETS], 1)
+    lags = torch.stack([previous_token(pattern, k) for k in LAGS], 1)
+    pairs = zip(offsets.tolist(), lags.tolist(), strict=True)
+    return [{"by_offset": offset, "by_lag": lag} for offset, lag in pairs]
+
+
+def previous_token(pattern: Tensor, lag: int = 1) -> Tensor:
+    """Mean attention of a token to the one `lag` before, [n_heads]; [batch n_heads pos pos]."""
+    return pattern.diagonal(-lag, -2, -1).mean(-1).mean(0)
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:
