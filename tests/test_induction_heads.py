@@ -146,8 +146,14 @@ def test_scores_of_known_patterns():
         assert by_offset[offset + 3] == pytest.approx(np.mean(there))
         assert int(np.argmax(by_offset)) == offset + 3
     for lag in attention.LAGS:
-        found = attention.by_place(torch.eye(n).roll(-lag, 1)[None, None], length, times)
-        assert found[0]["by_lag"] == [float(k == lag) for k in attention.LAGS]
+        back = torch.eye(n).roll(-lag, 1)
+        found = attention.by_place(back[None, None], length, times)[0]
+        assert found["by_lag"] == [float(k == lag) for k in attention.LAGS]
+        assert found["to_bos"] == pytest.approx((lag > 0) / (n - 1))  # of one token
+    resting = torch.zeros(1, 1, n, n)
+    resting[..., 0] = 1
+    found = attention.by_place(resting, length, times)[0]
+    assert found["to_bos"] == 1 and not any(found["by_offset"]) and not any(found["by_lag"])
     before = torch.eye(n).roll(-1, 1)[None, None]
     assert attention.previous_token(before).item() == 1
     assert attention.previous_token(torch.eye(n)[None, None]).item() == 0
@@ -386,7 +392,7 @@ def two_seeds() -> dict[str, pd.DataFrame]:
         )
         for step, layer in itertools.product((0, 9), (0, 1)):
             match = step and layer and not seed
-            looks = np.eye(7)[3 + 1 + seed], np.eye(3)[seed]
+            looks = np.eye(7)[3 + 1 + seed], np.eye(9)[1 + seed]
             scores = {"copying": 1.0, "matching": 1.0, "own_key": np.nan, "previous_token": 0.9}
             scores |= {"prefix_matching": 0.9 if match else 0.0, "head": 0, "layer": layer}
             scores |= {"role": "induction" if match else "other", "step": step}

@@ -18,7 +18,7 @@ from torch import Tensor
 
 BATCH_SCORES = 1 << 26  # attention scores of a layer at a time
 OFFSETS = tuple(range(-3, 4))  # places after the earlier occurrence; 1 is prefix matching
-LAGS = (1, 2, 3)  # places before the present token; 1 is previous-token attention
+LAGS = tuple(range(9))  # places before the present token; 1 is previous-token attention
 Head = tuple[int, int]  # layer, head
 
 
@@ -91,12 +91,16 @@ def by_place(pattern: Tensor, length: int, times: int) -> list[dict[str, list[fl
 
     Returns:
         a dict a head: by_offset [OFFSETS], `prefix_matching` at each offset; by_lag [LAGS], mean
-        attention to the token so many places back.
+        attention to the token so many places back, of tokens that have one; to_bos, mean attention
+        to BOS of the tokens further on.
     """
     offsets = torch.stack([prefix_matching(pattern, length, times, k) for k in OFFSETS], 1)
-    lags = torch.stack([previous_token(pattern, k) for k in LAGS], 1)
-    pairs = zip(offsets.tolist(), lags.tolist(), strict=True)
-    return [{"by_offset": offset, "by_lag": lag} for offset, lag in pairs]
+    body = pattern[..., 1:, 1:]  # without BOS, which is a place of rest and no lag
+    lags = torch.stack([previous_token(body, k) for k in LAGS], 1)
+    bos = pattern[..., 1:, 0].mean((0, 2))
+    names = ("by_offset", "by_lag", "to_bos")
+    columns = zip(offsets.tolist(), lags.tolist(), bos.tolist(), strict=True)
+    return [dict(zip(names, values, strict=True)) for values in columns]
 
 
 def previous_token(pattern: Tensor, lag: int = 1) -> Tensor:

@@ -24,7 +24,7 @@ METRICS = {  # the first pattern that fits a name counts: those of more parts st
     "3; prefix matching is k = 1",
     "*.match.offset": "its k",
     "*.lag.any": "largest mean attention of a head of the first layer to the token k places back, "
-    "k from 1 to 3, same sequences",
+    "k from 1 to 8, same sequences",
     "*.lag.places": "its k",
     "*.tokens_seen": "tokens trained on, million, repeats counted",
     "*.passes": "how often a token of the corpus is shown: tokens seen over those of the corpus; 1 "
@@ -130,8 +130,8 @@ def places(rows: Any) -> dict[str, float]:
     return {
         "match.any": offset.max(),
         "match.offset": offset.max(0).argmax() - offset.shape[1] // 2,
-        "lag.any": lag.max(),
-        "lag.places": 1 + lag.max(0).argmax(),
+        "lag.any": lag[:, 1:].max(),
+        "lag.places": 1 + lag[:, 1:].max(0).argmax(),
     }
 
 
