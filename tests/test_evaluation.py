@@ -221,6 +221,13 @@ def test_a_perfect_dictionary_recovers_all_and_the_mean_recovers_nothing(splicer
         assert row["splice_check"] < 1e-5
 
 
+@pytest.mark.parametrize("loss, warned", [(26.2, True), (10.92, False), (3.2, False)])
+def test_a_model_worse_than_uniform_is_told(loss, warned, caplog):
+    with caplog.at_level("WARNING"):
+        evaluation.warn_unless_neutral(loss, 49_152, "model.json")
+    assert ("weights: init gives a neutral null arm" in caplog.text) == warned
+
+
 def test_tokens_that_no_dictionary_has_seen_keep_their_stream(splicer):
     norms = torch.cat(splicer.streams).norm(dim=-1)
     none_known = evaluation.Splicer(
