@@ -177,6 +177,24 @@ def made(tmp_path_factory) -> tuple[papers.Paper, dict[str, pd.DataFrame], Path]
     return paper, {f"agreement/{t}": tables.read_table(f) for t, f in files.items()}, out
 
 
+@pytest.mark.parametrize("none, share", [(1.0, 0.5), (3.0, np.nan), (4.0, np.nan)])
+def test_no_share_of_a_metric_that_no_circuit_has_to_restore(none, share):
+    """m is 3 of the whole model; where it is as much or more of none, nothing is left to explain."""
+
+    class Ablation:
+        class sites:  # noqa: N801
+            class task:  # noqa: N801
+                before = torch.tensor([3.0])
+
+        def metric(self, circuits, complement=False):
+            return torch.tensor([[none if not c else (none + 3) / 2] for c in circuits])
+
+    curves = import_file(FOLDER / "curves.py")
+    rows = curves.curves([curves.Kind("random", Ablation(), [0])])
+    assert rows[-1]["faithfulness"] == pytest.approx(share, nan_ok=True)
+    assert rows[0]["faithfulness"] == pytest.approx(0 if none < 3 else np.nan, nan_ok=True)
+
+
 def test_curves_begin_at_none_and_end_at_the_model(made):
     _, frames, _ = made
     curves = frames["agreement/curves"]
