@@ -41,8 +41,10 @@ def crossing(n: np.ndarray, values: np.ndarray, level: float) -> float:
     """Where values first reach a level from below, interpolated in log n; the last n if never.
 
     Args:
-        n: rising, from 1; values: of the same length.
+        n: rising, from 1; values: of the same length. nan where they are undefined.
     """
+    if np.isnan(values).any():
+        return float("nan")
     above = np.flatnonzero(values >= level)
     if not len(above):
         return float(n[-1])
@@ -74,7 +76,7 @@ def of_curves(rows: Any) -> dict[str, float]:
         out[f"{kind}.n_half"] = crossing(n, faithful, HALF)
         out[f"{kind}.area"] = area(n, faithful, last)
         out[f"{kind}.last"] = float(faithful[-1])
-        if np.isfinite(without).all():
+        if kind in ("latents", "neurons"):  # the kinds that are taken out, too
             out[f"{kind}.n_lost"] = crossing(n, -without, -HALF)
             out[f"{kind}.completeness"] = float(
                 np.interp(np.log(out[f"{kind}.n_half"]), np.log(n), without)
@@ -134,4 +136,4 @@ def metrics(tables: dict[str, Any]) -> dict[str, float]:
     curves = part["curves"].groupby("structure", sort=False)
     out |= over_structures({s: of_curves(own) for s, own in curves})
     out |= of_estimates(part["nodes"], part["sites"])
-    return {k: float(v) for k, v in out.items() if np.isfinite(v)}
+    return {k: float(v) for k, v in out.items()}  # nan: undefined in this run
