@@ -184,7 +184,13 @@ def test_transfer_against_single_measures(gpt2):
         one = lens.measure(
             gpt2, READ, NEXT, {"t": lens.tuned_lens(gpt2, swapped)}, first=1
         ).set_index("layer")
+        plain = lens.measure(gpt2, READ, NEXT, {"l": lens.logit_lens(gpt2)}, first=1).set_index(
+            "layer"
+        )
         for b in range(LAYERS):
+            assert got.loc[(a, b), "bias"] == pytest.approx(one.loc[b, "bias"], rel=1e-4)
+            for m in ("loss", "kl", "bias"):
+                assert got.loc[(a, b), f"{m}_logit"] == pytest.approx(plain.loc[b, m], rel=1e-4)
             assert got.loc[(a, b), "loss"] == pytest.approx(one.loc[b, "loss"], rel=1e-5)
             assert got.loc[(a, b), "kl"] == pytest.approx(one.loc[b, "kl"], rel=1e-4)
             own = got.loc[(b, b), "loss"]
@@ -293,7 +299,7 @@ def made(tiny_model_json, tiny_corpus, tmp_path_factory) -> Path:
     """A folder with all tables of a Llama of two layers, by the stages' own processes."""
     out = tmp_path_factory.mktemp("lenses")
     spec = {
-        "own.tuning": {"tables": ["history"], "models": {
+        "own.tuning": {"tables": ["history"], "seeds": [0, 1], "models": {
             "smollm2": {"steps": 20, "tokens_per_step": 320, "skip_first": 1}}},
         "own.lenses": {"tables": list(lenses.TABLES), "n_tokens": {"smollm2": 300},
                        "texts": {"smollm2": ["the cat sat on <b>", "two dogs"]}, "n_shown": 8,
@@ -326,11 +332,14 @@ def test_the_stages_on_a_llama(made, frames):
     layers = frames["lenses/layers"]
     assert sorted(layers["layer"].unique()) == [0, 1, 2] and set(layers["model"]) == {"smollm2"}
     got = metrics.metrics(frames)
-    assert got["smollm2.kl_gain"] > 0 and got["attribution.smollm2.gap"] < 1e-4
+    assert min(got["smollm2.kl_gain"]) > 0 and max(got["attribution.smollm2.gap"]) < 1e-4
     history = tables.read_table(made / "history.parquet")
-    assert len(history) == 20 * 2 and history["kl"].notna().all()
+    assert len(history) == 20 * 2 * 2 and history["kl"].notna().all()
     last, first = (history[history["step"] == s]["kl"].to_numpy() for s in (20, 1))
     assert (last < first).all()
+    for name in ("smollm2.tuned.kl", "transfer.smollm2.near", "basis.smollm2.used"):
+        assert len(set(got[name])) == 2, name  # of other batches, on other text
+    assert {len(values) for name, values in got.items() if "attribution" not in name} == {2}
     assert not list(made.glob("*.partial"))
     trajectories = frames["lenses/trajectories"]
     assert trajectories["position"].min() == 1  # BOS is read and not shown
@@ -373,6 +382,26 @@ def test_numbers_of_transfer():
     assert got["rho_similarity"] == pytest.approx(-1)
 
 
+def test_similarities_that_differ_by_rounding_have_no_correlation():
+    rows = [{"translator": a, "layer": b, "penalty": abs(a - b) / 3, "similarity": 1 - 1e-7 * a}
+            for a in (0, 3, 6, 9) for b in (0, 3, 6, 9)]  # fmt: skip
+    assert math.isnan(metrics.transfer(pd.DataFrame(rows))["rho_similarity"])
+
+
+def test_numbers_of_the_farthest_translator():
+    """Three layers; each translator costs as many nats as it is layers away, the logit lens 1.5."""
+    rows = [{"translator": a, "layer": b, "kl": abs(a - b), "loss": 2 + abs(a - b), "bias": 0.0,
+             "kl_logit": 1.5, "loss_logit": 3.5, "bias_logit": 0.25}
+            for a in range(3) for b in range(3)]  # fmt: skip
+    got = metrics.swapped(pd.DataFrame(rows))
+    assert got == {"kl_gain": -0.5, "loss_gain": -0.5, "bias_gain": 0.25}
+
+
+def test_a_lens_of_a_model_that_always_says_the_same_leaves_nothing_unread():
+    table = layer_table([3, 4, 1, 0], [1, 0.5, 0.75, 0]).assign(kl_marginal=0.0)
+    assert math.isnan(metrics.layers(table)["unread"])
+
+
 def test_numbers_of_bases():
     rows = []
     for layer, order in ((0, [3.0, 2.0, 1.0]), (1, [1.0, 2.0, 3.0])):
@@ -386,9 +415,10 @@ def test_numbers_of_bases():
     got = metrics.basis(pd.DataFrame(rows))
     assert (got["rho_first"], got["rho_last"], got["rho"]) == pytest.approx((-1, 1, 0))
     assert got["alignment_gain"] == 0.25 and got["alignment_last"] == 0.75
-    assert got["used"] == pytest.approx(6 ** (1 / 3) / 0.1) and got["sensitivity"] == pytest.approx(
-        1
-    )
+    assert got["used"] == pytest.approx(6 ** (1 / 3) / 0.1)
+    for name in ("sensitivity", "sensitivity_first", "sensitivity_random"):
+        assert got[name] == pytest.approx(1)
+    assert got["alignment_gain_random"] == got["alignment_random_last"] == 0
 
 
 @pytest.mark.parametrize(
