@@ -416,8 +416,13 @@ def test_numbers_of_bases():
     assert (got["rho_first"], got["rho_last"], got["rho"]) == pytest.approx((-1, 1, 0))
     assert got["alignment_gain"] == 0.25 and got["alignment_last"] == 0.75
     assert got["used"] == pytest.approx(6 ** (1 / 3) / 0.1)
-    for name in ("sensitivity", "sensitivity_first", "sensitivity_random"):
+    for name in ("sensitivity", "sensitivity_most", "sensitivity_random"):
         assert got[name] == pytest.approx(1)
+    higher = pd.DataFrame(rows).assign(
+        influence_model=lambda t: t["influence_model"] * (t["layer"] * 3 + 1)
+    )
+    got = metrics.basis(higher)  # the second of two layers is the one three quarters up
+    assert got["sensitivity"] == pytest.approx(4) and got["sensitivity_least"] == pytest.approx(1)
     assert got["alignment_gain_random"] == got["alignment_random_last"] == 0
 
 
