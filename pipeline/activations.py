@@ -10,7 +10,8 @@
    The rest is rounded to the stored dtype, summed up, and handed to threads that write while the
    next shards are computed. A GPU is given the next shard before the last one is looked at.
 4. Shards land in `<shards>.partial/`, which is renamed when all are there. A killed job goes on
-   at its first missing shard; a partial folder of another spec, code or input is not used.
+   at its first missing or altered shard; a partial folder of another spec, code or input is not
+   used.
 
 Memory holds two shards of every hook, with a GPU a few, whatever the number of tokens.
 """
@@ -22,13 +23,14 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from itertools import takewhile
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 
-from pipeline import cli, hooks, model, provenance, tables
+from pipeline import cli, hooks, intact, model, provenance, tables
 from pipeline.buffers import Buffers, combined
 from pipeline.errors import RetraceError
 from pipeline.shards import Blocks
@@ -40,6 +42,7 @@ BUFFER_BYTES = 512 << 20  # of one shard of every hook; of all that are held fou
 WRITERS, AHEAD = {"cuda": 4}, {"cuda": 1}
 KEY = "key.json"
 SURE_ROWS = 10_000  # rows of a shard from which on its share of dropped rows is the corpus's
+NOTES = ".digests"  # folder of notes, below a partial folder
 
 
 class Shard(NamedTuple):
@@ -280,11 +283,27 @@ def write(
         digests[part(hook, shard)] = tables.write_shard(
             folder / part(hook, shard), acts, kept, plan.spec.dtype, {**made, **about}
         )
+    tables.write_json(note_of(folder, shard), {"files": digests}, {})
     return digests
 
 
+def note_of(folder: Path, shard: Shard) -> Path:
+    """Where a partial folder keeps the digests of a shard's files."""
+    return folder / NOTES / f"{shard.number:05d}.json"
+
+
+def is_whole(folder: Path, plan: Plan, shard: Shard) -> bool:
+    """Whether the files of a shard are in a partial folder as they were written."""
+    try:
+        noted = tables.read_json(note_of(folder, shard))["files"]
+        found = {name: intact.sha256_once(folder / name) for name in noted}
+    except (RetraceError, OSError, LookupError):
+        return False
+    return found == noted and set(noted) == {part(hook, shard) for hook in plan.spec.hooks}
+
+
 def resume(folder: Path, plan: Plan, key: dict) -> int:
-    """Number of leading shards that a killed job left in `folder`; 0, and an empty folder, if none.
+    """Number of leading whole shards that a killed job left in `folder`; where none, it is emptied.
 
     Args:
         key: what the shards' bytes depend on; the folder is emptied where it holds another.
@@ -295,10 +314,8 @@ def resume(folder: Path, plan: Plan, key: dict) -> int:
         tables.atomically(note, lambda to: to.write_text(provenance.canonical(key)) and None)
     for left in folder.rglob("*.tmp"):
         left.unlink()
-    for n, shard in enumerate(plan.shards):
-        if not all((folder / part(hook, shard)).exists() for hook in plan.spec.hooks):
-            return n
-    return len(plan.shards)
+    whole = takewhile(lambda shard: is_whole(folder, plan, shard), plan.shards)
+    return len(list(whole))
 
 
 def run(hf: Any, plan: Plan, blocks: Blocks, folder: Path, made: dict, key: dict) -> dict:
@@ -369,7 +386,7 @@ def manifest(folder: Path, plan: Plan, digests: dict[str, str]) -> dict[str, Any
         for shard in plan.shards:
             file, path = f"shards/{part(hook, shard)}", folder / part(hook, shard)
             stats.append(provenance.read(path))
-            files[file] = digests.get(part(hook, shard)) or provenance.sha256_file(path)
+            files[file] = digests.get(part(hook, shard)) or intact.sha256_once(path)
             entries.append(
                 {"file": file} | {k: stats[-1][k] for k in ("split", "rows", "mean_norm")}
             )
@@ -421,6 +438,7 @@ def main() -> None:
         shutil.rmtree(shards, ignore_errors=True)
         os.replace(partial, shards)
         (shards / KEY).unlink()
+        shutil.rmtree(shards / NOTES)
         facts = {"skip_first": spec.skip_first, "n_ctx": blocks.n_ctx}
         facts |= {k: provenance.name_of(getattr(args, k)) for k in ("model", "corpus")}
         tables.write_json(args.out, listed | facts, made)

@@ -18,7 +18,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from pipeline import gpus, provenance, source, spec
+from pipeline import gpus, intact, provenance, source, spec
 from pipeline.errors import RetraceError
 
 log = logging.getLogger("retrace")
@@ -32,6 +32,14 @@ class Job:
         self.spec: dict = json.loads(args.spec)
         self.code = source.job_code(stage, args.code)
         self.hardware = ""
+
+    def check_inputs(self) -> None:
+        """RetraceError where a file that is to be read is not as it was written."""
+        started = time.monotonic()
+        given = [v for k, v in vars(self.args).items() if k not in ("spec", "code", "device")]
+        files, size = intact.check_inputs(given, self.stage)
+        took = time.monotonic() - started
+        log.info("checked: %d files, %.1f MiB in %.2f s", files, size / 2**20, took)
 
     def section(self, key: str, cls: type[BaseModel]) -> Any:
         """The section `key` of --spec, validated."""
@@ -99,7 +107,9 @@ def run(stage: str, args: argparse.Namespace, work: Callable[[Job], None]) -> No
         level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
     )
     try:
-        work(Job(stage, args))
+        job = Job(stage, args)
+        job.check_inputs()
+        work(job)
     except RetraceError as e:
         _fail(stage, str(e))
     except OSError as e:

@@ -7,7 +7,7 @@ from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
-from pipeline import tables
+from pipeline import intact, tables
 
 # In JSON these stand only inside strings, so escaping them leaves the value alone; unescaped they
 # could end a script element, open a comment in one, or end a line in old parsers.
@@ -31,8 +31,9 @@ def _finite(obj: Any) -> Any:
 
 
 def stamp(page: str, certificate: dict) -> str:
-    """The page with its certificate before </body>; its digest is that of the page without."""
-    made = certificate | {"content": hashlib.sha256(page.encode()).hexdigest()}
+    """The page with its certificate, not yet sealed, before </body>; `content` is of the rest."""
+    content = hashlib.sha256(page.encode()).hexdigest()
+    made = intact.to_seal(certificate | {"content": content})
     mark = (
         f'<script type="application/json" class="retrace-provenance">{script_json(made)}</script>'
     )
@@ -44,7 +45,7 @@ def write_page(path: str | Path, page: str, certificate: dict) -> None:
     """Write an HTML page with its certificate, whole or not at all."""
     # a lone surrogate out of a broken corpus cannot be encoded
     page = page.encode("utf-8", "replace").decode()
-    tables.atomically(path, lambda to: to.write_text(stamp(page, certificate)) and None)
+    tables.write_sealed(path, stamp(page, certificate))
 
 
 def plotly_js() -> str:

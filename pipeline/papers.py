@@ -15,8 +15,9 @@ from typing import Any
 from pipeline import spec
 from pipeline.errors import RetraceError, nearest
 from pipeline.provenance import canonical, digest, sha256_file
-from pipeline.source import file_code
-from pipeline.spec import SCALES, Config, CorpusSpec, PaperSpec
+from pipeline.source import files_code
+from pipeline.spec import Config, CorpusSpec, PaperSpec
+from pipeline.spec_base import SCALES
 from pipeline.yaml_files import load_yaml
 
 CERTIFIED = {  # files of an artefact that carry a certificate, where it is not manifest.json
@@ -393,7 +394,7 @@ class Run:
                 f"{paper.folder / 'paper.yaml'}: training.{name}: source: own needs {data}, with "
                 f"a function '{run.data.function}'"
             )
-        identity = [section, file_code(data)]
+        identity = [section, files_code([data])]
         return self._item("training", name, section, {"data": str(data)}, identity)
 
     def _tokenizer(self, paper: Paper, job: dict, identity: dict, inputs: dict) -> Item:

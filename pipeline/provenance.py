@@ -8,7 +8,8 @@ the same bytes; seconds and peak memory stand in the job's benchmark and log.
     python -m pipeline.provenance verify PATH    recompute every digest; name the file that changed
 
 Where a certificate stands: Parquet, schema metadata; safetensors, `__metadata__`; JSON, the key
-`provenance`; HTML, a JSON script element; CSV, the twin `<file>.json`.
+`provenance`; HTML, a JSON script element; figures.js, its last comment; CSV, the twin
+`<file>.json`.
 """
 
 import hashlib
@@ -35,6 +36,8 @@ STORED = re.compile(r"(.*/)?\.snakemake/storage/.*?/(?=results/)")
 HTML_MARK = re.compile(
     rb'<script type="application/json" class="retrace-provenance">(.*?)</script>', re.S
 )
+JS_MARK = re.compile(rb"/\*retrace-provenance (.*?)\*/\n", re.S)
+MARKS = {".html": HTML_MARK, ".js": JS_MARK}
 
 
 def canonical(obj: Any) -> str:
@@ -159,7 +162,8 @@ def _read(path: Path) -> Any:
     if path.suffix == ".parquet":
         import pyarrow.parquet as pq
 
-        found = (pq.read_schema(path).metadata or {}).get(KEY.encode())
+        # of the file, not of its schema: Arrow's copy of that was written before the seal
+        found = (pq.read_metadata(path).metadata or {}).get(KEY.encode())
         return json.loads(found) if found else None
     if path.suffix == ".safetensors":
         found = _header(path).get("__metadata__", {}).get(KEY)
@@ -167,8 +171,8 @@ def _read(path: Path) -> Any:
     if path.suffix == ".json":
         loaded = json.loads(path.read_text())
         return loaded.get("provenance") if isinstance(loaded, dict) else None
-    if path.suffix == ".html":
-        found = HTML_MARK.search(path.read_bytes())
+    if path.suffix in MARKS:
+        found = MARKS[path.suffix].search(path.read_bytes())
         return json.loads(found[1]) if found else None
     twin = path.with_name(path.name + ".json")
     return _read(twin) if twin.exists() else None
@@ -202,8 +206,8 @@ def content_digest(path: str | Path) -> str:
     if path.suffix == ".json":
         loaded = json.loads(path.read_text())
         return digest({k: v for k, v in loaded.items() if k != "provenance"})
-    if path.suffix == ".html":
-        return hashlib.sha256(HTML_MARK.sub(b"", path.read_bytes())).hexdigest()
+    if path.suffix in MARKS:
+        return hashlib.sha256(MARKS[path.suffix].sub(b"", path.read_bytes())).hexdigest()
     return sha256_file(path)
 
 

@@ -1,13 +1,12 @@
 """A killed training resumes at its last checkpoint, and ends with the bytes of an undisturbed run.
 
-`<outputs>.partial/step-<n>/` holds one safetensors a trained thing (a dictionary, the members of
-a run) and the job's key. It is written under
-another name and renamed when all of it is on disk; the one before goes after that. The key is a
-digest of all that decides the result: spec, code, input, device and versions. A checkpoint with
-another key is never used.
+`<outputs>.partial/step-<n>/` holds one safetensors per trained thing (a dictionary, the members of
+a run) and checkpoint.json: the job's key, the step, and the sha256 of each file. The folder is
+written under another name and renamed when all of it is on disk; the previous one is removed after
+that. The key is a digest of all that decides the result: spec, code, input, device and versions.
+A checkpoint with another key, or with a file that has changed, is never used.
 """
 
-import json
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,7 +14,7 @@ from typing import Protocol
 
 from torch import Tensor
 
-from pipeline import cli, tables
+from pipeline import cli, intact, provenance, tables
 from pipeline.errors import RetraceError
 
 
@@ -50,10 +49,11 @@ class Checkpoints:
     Args:
         folder: `<outputs>.partial`.
         key: digest of all that decides the result.
+        beside: a folder of finished files that the job adds to, part of every checkpoint.
     """
 
-    def __init__(self, folder: Path, key: str) -> None:
-        self.folder, self.key = folder, key
+    def __init__(self, folder: Path, key: str, beside: Path | None = None) -> None:
+        self.folder, self.key, self.beside = folder, key, beside
 
     def save(self, step: int, things: Sequence[Trained]) -> None:
         """Keep the state after `step` steps, and drop the one before."""
@@ -62,8 +62,14 @@ class Checkpoints:
         shutil.rmtree(writing, ignore_errors=True)
         for thing in things:
             write_tensors(writing / f"{thing.name}.safetensors", thing.tensors())
-        note = json.dumps({"key": self.key, "step": step})
-        tables.atomically(writing / "checkpoint.json", lambda to: to.write_text(note) and None)
+        files = sorted(writing.iterdir())
+        kept = sorted(self.beside.glob("*.safetensors")) if self.beside else []
+        note = {
+            "step": step,
+            "files": {file.name: provenance.sha256_file(file) for file in files},
+            "beside": {file.name: intact.sha256_once(file) for file in kept},
+        }
+        tables.write_json(writing / "checkpoint.json", note, {"key": self.key})
         writing.rename(self.folder / f"step-{step:09d}")
         for path in old:
             shutil.rmtree(path)
@@ -75,12 +81,13 @@ class Checkpoints:
 
         for path in reversed(self._kept()):
             try:
-                note = json.loads((path / "checkpoint.json").read_text())
-                if note["key"] != self.key:
+                note = tables.read_json(path / "checkpoint.json")
+                if note["provenance"]["key"] != self.key:
                     cli.log.info("%s: of another spec, code, input or device; not used", path)
                     continue
+                self._check(path, note)
                 states = [load_file(path / f"{d.name}.safetensors") for d in things]
-            except (OSError, ValueError, SafetensorError) as e:
+            except (OSError, ValueError, LookupError, RetraceError, SafetensorError) as e:
                 cli.log.info("%s: not readable (%s); not used", path, e)
                 continue
             for thing, state in zip(things, states, strict=True):
@@ -88,6 +95,14 @@ class Checkpoints:
             cli.log.info("resumed at step %d from %s", note["step"], path)
             return note["step"]
         return 0
+
+    def _check(self, path: Path, note: dict) -> None:
+        """RetraceError where a file of a checkpoint, or one beside it, has changed."""
+        wanted = {path / name: sha for name, sha in note["files"].items()}
+        wanted |= {self.beside / name: sha for name, sha in note["beside"].items()}
+        for file, sha in wanted.items():
+            if not file.is_file() or provenance.sha256_file(file) != sha:
+                raise RetraceError(f"{file} is missing or has changed")
 
     def newest(self) -> int:
         """The step that `load` would go on from at most; 0 where there is no checkpoint."""

@@ -68,9 +68,10 @@ class SaeSpec(Section):
         "the mean: batchtopk, matryoshka_batchtopk",
     )  # fmt: skip
     aux_loss_coefficient: float = Field(
-        default=1 / 32,
+        default=1.0,
         ge=0,
-        description="topk and its kin: AuxK (Gao et al. 2024, App. A.2); 0: none",
+        description="topk and its kin: of AuxK (default: SAELens's; Gao et al. 2024, App. A.2, "
+        "have 1/32); 0: none",
     )
     topk_threshold_lr: float = Field(
         default=0.01,

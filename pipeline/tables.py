@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import flat_parquet, provenance
+from pipeline import flat_parquet, intact, provenance
 from pipeline.errors import RetraceError
 
 WRITTEN = 1 << 25  # bytes of a shard that are handed to the disk at a time
@@ -59,18 +59,20 @@ def write_table(
 
     def write(to: Path) -> None:
         pq.write_table(bare, to, compression="zstd", row_group_size=row_group_size)
-        made = certificate | {"content": provenance.parquet_digest(to)}
+        made = intact.to_seal(certificate | {"content": provenance.parquet_digest(to)})
         stamped = bare.replace_schema_metadata({provenance.KEY: provenance.canonical(made)})
         pq.write_table(stamped, to, compression="zstd", row_group_size=row_group_size)
+        intact.seal(to, ".parquet")
 
     atomically(path, write)
 
 
 def read_arrow(path: str | Path, columns: list[str] | None = None) -> Any:
-    """A Parquet file as an Arrow table."""
+    """A Parquet file as an Arrow table; RetraceError where it is not as it was written."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    _check(path)
     try:
         return pq.read_table(path, columns=columns, memory_map=True)
     except (pa.ArrowInvalid, OSError) as e:
@@ -80,11 +82,18 @@ def read_arrow(path: str | Path, columns: list[str] | None = None) -> Any:
         ) from e
 
 
+def _check(path: str | Path) -> None:
+    """A table that carries a certificate is as it was written; one made by hand carries none."""
+    if Path(path).is_file() and provenance.read(path) is not None:
+        intact.check_alone(path)
+
+
 def read_table(path: str | Path, columns: list[str] | None = None) -> Any:
     """A Parquet or CSV file as a pandas DataFrame."""
     import pandas as pd
 
     if Path(path).suffix == ".csv":
+        _check(path)
         return pd.read_csv(path)
     return read_arrow(path, columns).to_pandas()
 
@@ -92,12 +101,27 @@ def read_table(path: str | Path, columns: list[str] | None = None) -> Any:
 def write_json(path: str | Path, data: dict, certificate: dict) -> None:
     """Write a JSON object with its certificate under the key `provenance`."""
     made = certificate | {"content": provenance.digest(data)}
-    text = json.dumps({**data, "provenance": made}, indent=1, ensure_ascii=False)
-    atomically(path, lambda to: to.write_text(text + "\n") and None)
+    _write_sealed(path, {**data, "provenance": intact.to_seal(made)})
+
+
+def _write_sealed(path: str | Path, data: dict) -> None:
+    """Write JSON whose last key is a certificate with room for a seal."""
+    text = json.dumps(data, indent=1, ensure_ascii=False) + "\n"
+    write_sealed(path, text)
+
+
+def write_sealed(path: str | Path, text: str) -> None:
+    """Write text that holds a certificate with room for a seal, and fill in the seal."""
+
+    def write(to: Path) -> None:
+        to.write_text(text, "utf-8")
+        intact.seal(to, Path(path).suffix)
+
+    atomically(path, write)
 
 
 def read_json(path: str | Path) -> dict:
-    """A JSON object, its certificate included."""
+    """A JSON object, its certificate included; RetraceError where it is not as it was written."""
     try:
         found = json.loads(Path(path).read_text())
     except (OSError, ValueError, RecursionError) as e:
@@ -106,6 +130,8 @@ def read_json(path: str | Path) -> dict:
         ) from e
     if not isinstance(found, dict):
         raise RetraceError(f"{path}: must be a JSON object; delete it, run snakemake again")
+    if "provenance" in found:
+        intact.check_alone(path)
     return found
 
 
@@ -113,15 +139,12 @@ def write_csv(path: str | Path, frame: Any, certificate: dict) -> None:
     """Write a DataFrame as CSV, its certificate as the twin `<path>.json`."""
     atomically(path, lambda to: frame.to_csv(to, index=False))
     made = certificate | {"content": provenance.sha256_file(path)}
-    atomically(
-        f"{path}.json",
-        lambda to: to.write_text(json.dumps({"provenance": made}, indent=1) + "\n") and None,
-    )
+    _write_sealed(f"{path}.json", {"provenance": intact.to_seal(made)})
 
 
 def stamp_safetensors(path: str | Path, certificate: dict) -> None:
     """Write a certificate into `__metadata__` of a safetensors file; tensors stay as they are."""
-    made = certificate | {"content": provenance.content_digest(path)}
+    made = intact.to_seal(certificate | {"content": provenance.content_digest(path)})
     with open(path, "rb") as old:
         header = json.loads(old.read(int.from_bytes(old.read(8), "little")))
         kept = header.get("__metadata__", {})
@@ -133,6 +156,7 @@ def stamp_safetensors(path: str | Path, certificate: dict) -> None:
             with open(to, "wb") as new:
                 new.write(len(text).to_bytes(8, "little") + text)
                 shutil.copyfileobj(old, new, 1 << 20)
+            intact.seal(to, ".safetensors")
 
         atomically(path, write)
 

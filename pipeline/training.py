@@ -86,7 +86,7 @@ def work(job: cli.Job) -> None:
     inputs = [*args.data, *args.corpus, *args.tokenizer]
     given = [spec.model_dump(mode="json"), [provenance.sha256_file(p) for p in inputs]]
     made_by = [job.code, job.hardware, provenance.versions()]
-    states = Checkpoints(partial, provenance.digest([given, made_by]))
+    states = Checkpoints(partial, provenance.digest([given, made_by]), partial / "weights")
     forget_if_gone(spec, partial / "weights", states)
     cli.log.info(
         "%d members of %s parameters, %d steps",

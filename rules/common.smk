@@ -304,10 +304,11 @@ def tables_of(kind=None):
 
 
 def figure_tables(paper, figure):
-    """Paths of the tables that a figure names; 'metrics' is metrics.json."""
+    """Paths of the tables that a figure names; 'metrics' is metrics.json, 'claims' claims.csv."""
     known("figure", figure, paper.spec.figures, paper)
-    metrics = {"metrics": f"results/{paper.scale}/{paper.name}/metrics.json"}
-    return [(paper.tables() | metrics)[t] for t in paper.spec.figures[figure].tables]
+    base = f"results/{paper.scale}/{paper.name}"
+    made = {"metrics": f"{base}/metrics.json", "claims": f"{base}/claims.csv"}
+    return [(paper.tables() | made)[t] for t in paper.spec.figures[figure].tables]
 
 
 def own_file_of(file):
@@ -347,9 +348,10 @@ def metrics_spec(wildcards):
 
 
 def claims_spec(wildcards):
-    """Params: the claims, the scale and whether a failed claim is an error."""
-    claims = [c.model_dump(mode="json") for c in paper_of(wildcards).spec.claims]
-    return papers.to_json({"claims": claims, "scale": wildcards.scale})
+    """Params: the claims with their null arms, the budgets and the scale."""
+    from pipeline.claims import for_the_job
+
+    return papers.to_json(for_the_job(paper_of(wildcards)))
 
 
 def figure_spec(wildcards):
