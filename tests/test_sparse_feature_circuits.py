@@ -195,6 +195,24 @@ def test_no_share_of_a_metric_that_no_circuit_has_to_restore(none, share):
     assert rows[0]["faithfulness"] == pytest.approx(0 if none < 3 else np.nan, nan_ok=True)
 
 
+def test_a_correlation_of_one_latent_alone_is_seen():
+    """IG has the one large effect right and no other; attribution has all others right."""
+    rest = np.array([0.1, -0.2, 0.3, -0.1, 0.2])
+    nodes = pd.DataFrame({
+        "number": range(6), "hook": "h", "structure": "simple",
+        "exact": [10, *rest], "ig": [9, *rest[::-1]], "attribution": [0, *rest],
+    })  # fmt: skip
+    sites = pd.DataFrame({"hook": ["h"], "ig": [1.0], "attribution": [1.0], "whole": [1.0],
+                          "errors": [0.0]})  # fmt: skip
+    got = metrics.of_estimates(nodes, sites)
+    assert got["correlation.ig"] > 0.99 > 0.1 > got["correlation.attribution"]
+    assert got["correlation_rest.attribution"] == pytest.approx(1)
+    assert got["correlation_rest.ig"] == pytest.approx(np.corrcoef(rest, rest[::-1])[0, 1])
+    assert got["spearman.attribution"] < 1 and got["largest_share"] == pytest.approx(
+        100 / (100 + (rest**2).sum())
+    )
+
+
 def test_curves_begin_at_none_and_end_at_the_model(made):
     _, frames, _ = made
     curves = frames["agreement/curves"]

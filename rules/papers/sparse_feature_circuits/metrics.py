@@ -28,6 +28,11 @@ METRICS = {  # the first pattern that fits a name counts
     "correlation.*.early": "the same of the first site",
     "correlation.*.late": "the same of the last site",
     "correlation.*": "the same, mean over sites and structures",
+    "spearman.*": "Spearman's correlation of the same, mean over sites and structures",
+    "correlation_rest.*": "correlation without the latent of the largest exact effect of each site "
+    "and structure, which holds nearly all of the sum of squares at some sites",
+    "largest_share": "share of the sum of squares of exact effects that the largest latent of a "
+    "site and structure has, mean over both",
     "gap.*": "|sum of estimates over all nodes of a site - exact effect of patching the site| over "
     "|exact|, mean over sites and structures",
     "error_share": "share of the sum of latent_ig over a site that is its error terms', mean over "
@@ -104,6 +109,13 @@ def over_structures(found: dict[str, dict[str, float]]) -> dict[str, float]:
     return out
 
 
+def correlation(pairs: list[Any]) -> float:
+    """Pearson correlation of the two columns of tables, mean over those where it is defined."""
+    found = [own.iloc[:, 0].corr(own.iloc[:, 1]) for own in pairs if len(own) > 2]
+    found = [c for c in found if np.isfinite(c)]
+    return float(np.mean(found)) if found else float("nan")
+
+
 def of_estimates(nodes: Any, sites: Any) -> dict[str, float]:
     """How right both estimates are."""
     out: dict[str, float] = {}
@@ -117,10 +129,16 @@ def of_estimates(nodes: Any, sites: Any) -> dict[str, float]:
         }
         out |= {f"correlation.{method}.site{i}": by_site[h] for i, h in enumerate(order)}
         out[f"correlation.{method}"] = float(np.mean(list(by_site.values())))
+        pairs = [rows[["exact", method]] for _, rows in nodes.groupby(["hook", "structure"])]
+        out[f"spearman.{method}"] = correlation([own.rank() for own in pairs])
+        rest = [own.drop(index=own["exact"].abs().idxmax()) for own in pairs if len(own)]
+        out[f"correlation_rest.{method}"] = correlation(rest)
         out[f"correlation.{method}.early"] = by_site[order[0]]
         out[f"correlation.{method}.late"] = by_site[order[-1]]
         gap = (sites[method] - sites["whole"]).abs() / sites["whole"].abs()
         out[f"gap.{method}"] = float(gap.mean())
+    squares = [rows["exact"] ** 2 for _, rows in nodes.groupby(["hook", "structure"])]
+    out["largest_share"] = float(np.mean([s.max() / s.sum() for s in squares if s.sum() > 0]))
     out["error_share"] = float((sites["errors"] / sites["ig"]).mean())
     return out
 
