@@ -14,7 +14,7 @@ from test_latents import TopK
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pipeline import attribution_graph, claims, figures, latents, papers, tables
+from pipeline import attribution_graph, figures, latents, needs, papers, provenance, tables
 from pipeline.errors import RetraceError
 from pipeline.latents import ERROR, Latents
 from pipeline.metrics import compute, known, parts
@@ -156,8 +156,9 @@ def made(tmp_path_factory) -> tuple[papers.Paper, dict[str, pd.DataFrame], Path]
     hf.save_pretrained(out / "checkpoint")
     TOKENIZER.save_pretrained(out / "checkpoint")
     about = {"processing": "raw", "bos_id": 0, "name": "tiny", "n_layers": 4}
-    (out / "model.json").write_text(json.dumps(about))
-    (out / "none.json").write_text("{}")
+    certificate = provenance.certificate("model", {}, "code", [])
+    tables.write_json(out / "model.json", about, certificate)
+    tables.write_json(out / "none.json", {}, certificate)
     units = {h: Latents(TopK(i), skip_first=1) for i, h in enumerate(HOOKS.values())}
     own = paper.spec.own["agreement"] | {"saes": list(HOOKS), "n_prompts": 6, "n_judged": 6}
     files = {t: out / f"{t}.parquet" for t in agreement.TABLES}
@@ -256,7 +257,7 @@ def test_nodes_are_patched_and_edges_lead_upwards(made):
 def test_metrics_claims_and_figures(made):
     paper, frames, _ = made
     found = compute(dict(frames), known(parts(paper)), FOLDER / "metrics.py")
-    wanted = {n for c in paper.spec.claims for n in claims._wanted(c)}
+    wanted = {n for c in paper.spec.claims for n in needs.wanted(c)}
     assert {n for n in wanted if not n.startswith("circuits.")} <= set(found)
     for name, figure in paper.spec.figures.items():
         if figure.kind == "verdicts":
