@@ -31,6 +31,7 @@ from pipeline.spec import EvaluationSpec
 N_OUTLIERS = 4  # SmolLM2: four dimensions hold 58 % of the variance at layer 8 (measured)
 BLOCKS_A_PASS = 8
 ROWS_A_PASS = 4096  # also the rows of a batch's mean in explained_variance_legacy
+NEUTRAL = 0.5  # nats above uniform that an untrained model may have (SmolLM2's draw: 0.1 to 0.5)
 TINY = 1e-12  # a row of zeros has a cosine and a ratio of zero
 SPEC_COLUMNS = (
     "architecture k d_sae l1_coefficient l0_coefficient aux_loss_coefficient frozen_decoder seed "
@@ -273,6 +274,18 @@ def spliced_losses(splicer: Splicer, saes: dict, mean: Tensor) -> dict[str, dict
     return out
 
 
+def warn_unless_neutral(loss: float, d_vocab: int, model: str) -> None:
+    """A word to the log where a model does worse than a uniform guess.
+
+    Its parts then do harm and ablation lowers the loss, so that it is no null arm for losses.
+    """
+    if loss > np.log(d_vocab) + NEUTRAL:
+        cli.log.warning(
+            "%s: its loss of %.2f nats is above that of a uniform guess, ln %d = %.2f; weights: "
+            "init gives a neutral null arm", model, loss, d_vocab, np.log(d_vocab),
+        )  # fmt: skip
+
+
 def eval_tokens(corpus: str | Path, n_blocks: int) -> Tensor:
     """The first `n_blocks` held-out blocks of a corpus, int64 [blocks pos]."""
     frame = tables.read_table(corpus, ["split", "tokens"])
@@ -317,6 +330,9 @@ def evaluate(job: cli.Job, manifest: str) -> list[dict]:
     splicer = Splicer(hf, hook, tokens, stored["skip_first"], max_norm, output_hook)
     mean = torch.tensor(moments.mean, dtype=torch.float32, device=device)
     losses = spliced_losses(splicer, saes, mean)
+    if losses:
+        loss_model = next(iter(losses.values()))["loss_model"]
+        warn_unless_neutral(loss_model, hf.config.vocab_size, job.args.model)
     return [
         {"sae": name}
         | {c: trained["saes"][name]["spec"].get(c) for c in SPEC_COLUMNS}

@@ -53,8 +53,10 @@ SAE = {
     "SAEBench's ablation",
     "loss_mean": "the same with x replaced by the held-out mean at the hook",
     "delta_loss": "loss_spliced - loss_model, nats",
-    "loss_recovered_zero": "(loss_zero - loss_spliced) / (loss_zero - loss_model)",
-    "loss_recovered_mean": "(loss_mean - loss_spliced) / (loss_mean - loss_model)",
+    "loss_recovered_zero": "(loss_zero - loss_spliced) / (loss_zero - loss_model); undefined where "
+    "the ablation does not raise the loss, so that there is nothing to recover",
+    "loss_recovered_mean": "(loss_mean - loss_spliced) / (loss_mean - loss_model); undefined as "
+    "loss_recovered_zero",
     "splice_check": "|loss with x replaced by x_hat + (x - x_hat) - loss_model|, nats; near zero "
     "if the splice is right",
 }
@@ -134,8 +136,16 @@ def density_shares(density: np.ndarray) -> dict[str, float]:
 
 
 def loss_recovered(loss_model: float, loss_spliced: float, loss_ablated: float) -> float:
-    """(L_ablated - L_spliced) / (L_ablated - L_model): 1 is lossless, 0 as bad as the ablation."""
-    return (loss_ablated - loss_spliced) / (loss_ablated - loss_model)
+    """(L_ablated - L_spliced) / (L_ablated - L_model): 1 is lossless, 0 as bad as the ablation.
+
+    nan where the ablation does not raise the loss, as it may not in a model with random weights.
+    """
+    return share(loss_ablated - loss_spliced, loss_ablated - loss_model)
+
+
+def share(part: float, whole: float) -> float:
+    """part / whole; nan where the whole is not above zero: it is no share of nothing."""
+    return part / whole if whole > 0 else math.nan
 
 
 def parts(paper: Any) -> dict[str, Any]:

@@ -4,7 +4,8 @@
    once (gguf_llama.py); `hub` downloads a pinned commit; `folder` reads a Hugging Face folder,
    or one of a native model (native.py), with or without a tokenizer; `training` takes a checkpoint
    of a run of the paper (training.py).
-2. `weights: reinit` redraws the weights: the null arm of Heap et al. (2025).
+2. Null arms, after Heap et al. (2025): `weights: init` is the architecture's own initial draw,
+   `reinit` and `reinit_keep_embeddings` redraw trained tensors with their mean and variance.
 3. The checkpoint is saved as safetensors, with model.json beside it.
 
 `load` and `bridge` give later stages the model. Pickled weights are never read, and no code that
@@ -328,6 +329,32 @@ def set_document_token(tokenizer: Any, folder: Any = "") -> int:
     return known[token]
 
 
+def initial(model: Any, seed: int) -> Any:
+    """A model of the same config as training would start from: transformers' `_init_weights`.
+
+    The variant "Step-0" of Heap et al. (2025) for a model of which no step 0 was published. It is
+    the neutral one. On held-out Wikipedia SmolLM2-135M, whose uniform loss is ln 49,152 = 10.80
+    nats, has a loss of 3.23 trained, 10.92 of this draw (two seeds), 25.6 and 26.4 with every
+    tensor redrawn and 21.3 and 25.3 with its embeddings kept (`redraw`): a redrawn model is
+    confidently wrong, so that removing parts of it lowers the loss.
+
+    A GGUF file does not hold the config's initializer_range, and transformers' 0.02 serves. With
+    the 1/24 of SmolLM2's published config the loss is 11.25 and 11.30.
+
+    Args:
+        model: a transformers model; it is not changed.
+        seed: of the draws. The state of torch's own generator is left as it was.
+    """
+    import torch
+
+    config = type(model.config).from_dict(model.config.to_dict())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        drawn = type(model)(config)
+    drawn.tie_weights()
+    return drawn.to(next(model.parameters()).dtype)
+
+
 def redraw(model: Any, seed: int, keep_embeddings: bool) -> None:
     """Replace every parameter by draws from a normal distribution with its mean and variance.
 
@@ -354,6 +381,15 @@ def redraw(model: Any, seed: int, keep_embeddings: bool) -> None:
             w = p.double()
             sd = w.std() if w.numel() > 1 else 0.0
             p.copy_(torch.randn(p.shape, generator=generator) * sd + w.mean())
+
+
+def null_arm(model: Any, spec: ModelSpec) -> Any:
+    """The model with the weights that the section asks for; it may be changed in place."""
+    if spec.weights == "init":
+        return initial(model, spec.seed)
+    if spec.weights != "trained":
+        redraw(model, spec.seed, spec.weights == "reinit_keep_embeddings")
+    return model
 
 
 def describe(model: Any, bos_id: int | None, spec: ModelSpec, licence: str) -> dict[str, Any]:
@@ -436,8 +472,7 @@ def main() -> None:
         try:
             model, tokenizer, licence = open_source(spec, partial / "download", job.args)
             bos_id = document_token(tokenizer, spec)
-            if spec.weights != "trained":
-                redraw(model, spec.seed, spec.weights == "reinit_keep_embeddings")
+            model = null_arm(model, spec)
             info = describe(model, bos_id, spec, licence)
             inputs = [*job.args.training, *job.args.tokenizer]
             made = job.certificate(inputs, source=info["source"], licence=licence, seed=spec.seed)

@@ -169,8 +169,9 @@ def test_rows_of_large_norm_are_dropped_and_the_rest_is_untouched(
     median = float(torch.from_numpy(norms[:first].copy()).median())
     ratio = float(np.quantile(norms, 0.9)) / median
     code, said = inline(
-        tmp_path, tiny_model_json, tiny_corpus, capsys, monkeypatch, max_norm_ratio=ratio
-    )
+        tmp_path, tiny_model_json, tiny_corpus, capsys, monkeypatch,
+        max_norm_ratio=ratio, max_dropped=0.5,
+    )  # fmt: skip
     assert code == 0, said
     fewer = Rows(tmp_path / "manifest.json", HOOK, "train")
     got, got_cols = fewer.read(0, fewer.n_rows)
@@ -182,6 +183,24 @@ def test_rows_of_large_norm_are_dropped_and_the_rest_is_untouched(
     for name, column in cols.items():
         np.testing.assert_array_equal(got_cols[name], column[keep])
     assert about["dropped"] >= (~keep).sum() and about["mean_norm"] < whole.mean_norm
+    kept = sum(about["rows"].values())
+    assert about["dropped_share"] == about["dropped"] / (kept + about["dropped"])
+
+
+@pytest.mark.parametrize("quantile, fails", [(0.9, True), (0.999, False)])
+def test_a_bound_that_cuts_more_than_sinks_is_an_error(
+    quantile, fails, tiny_activations, tiny_model_json, tiny_corpus, tmp_path, capsys, monkeypatch
+):
+    """A tenth of the rows is ordinary text; a thousandth may be sinks."""
+    acts, _ = Rows(tiny_activations, HOOK, "train").read(0, 10**9)
+    norms = np.linalg.norm(acts, axis=1)
+    ratio = float(np.quantile(norms, quantile) / np.median(norms))
+    code, said = inline(
+        tmp_path, tiny_model_json, tiny_corpus, capsys, monkeypatch, max_norm_ratio=ratio
+    )
+    assert code == int(fails), said
+    assert ("more than attention sinks are; raise it" in said) == fails
+    assert (tmp_path / "manifest.json").exists() != fails
 
 
 def test_a_bound_that_cuts_most_rows_is_an_error(
@@ -248,6 +267,7 @@ def test_the_order_of_work_on_a_gpu_leaves_the_bytes_as_they_are(
 ):
     """Several shards on their way and several written at a time."""
     small = {"hooks": [HOOK, "blocks.1.hook_mlp_out"], "shard_rows": 150, "max_norm_ratio": bound}
+    small["max_dropped"] = 0.5
     for name in ("plain", "gpu"):
         if name == "gpu":
             given_as_a_gpu_is(monkeypatch)

@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -702,3 +703,36 @@ def test_redrawing_is_seeded(trained):
     same = lambda a, b: all(map(torch.equal, a.parameters(), b.parameters()))  # noqa: E731
     assert same(first, second)
     assert not same(first, third)
+
+
+def test_the_initial_draw_is_the_configs(trained):
+    drawn = model.initial(trained, seed=5)
+    sd = trained.config.initializer_range
+    for name, p in drawn.named_parameters():
+        if "norm" in name:
+            assert torch.equal(p, torch.ones_like(p)), name
+        else:  # five standard errors of a standard deviation, sd/sqrt(2n)
+            assert abs(p.std().item() - sd) < 5 * sd / (2 * p.numel()) ** 0.5, name
+    assert drawn.lm_head.weight is drawn.model.embed_tokens.weight
+    assert not torch.equal(drawn.lm_head.weight, trained.lm_head.weight)
+
+
+def test_the_initial_draw_is_neutral_and_redrawn_weights_are_not(trained):
+    tokens = torch.arange(32)[None] % trained.config.vocab_size
+    loss = lambda hf: hf(input_ids=tokens, labels=tokens).loss.item()  # noqa: E731
+    uniform = math.log(trained.config.vocab_size)
+    trained.config.initializer_range = 0.02  # transformers' default, as SmolLM2's GGUF has it
+    redrawn = clone(trained)
+    model.redraw(redrawn, seed=0, keep_embeddings=False)
+    assert abs(loss(model.initial(trained, seed=0)) - uniform) < 0.2
+    assert loss(redrawn) > uniform + 1
+
+
+def test_the_initial_draw_is_seeded_and_leaves_torchs_generator(trained):
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    first, second, third = (model.initial(trained, s) for s in (1, 1, 2))
+    assert torch.equal(torch.rand(1), expected)
+    assert torch.equal(first.lm_head.weight, second.lm_head.weight)
+    assert not torch.equal(first.lm_head.weight, third.lm_head.weight)

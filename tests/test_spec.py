@@ -94,6 +94,11 @@ def test_a_whole_paper_is_valid():
         ("model", {"source": "hub", "repo": "a/b", "revision": "main"}, "revision 'main' is not"),
         ("model", {"source": "hub"}, "source: hub needs repo"),
         ("model", {"source": "folder"}, "source: folder needs path"),
+        (
+            "model",
+            {"source": "training", "run": "tiny", "weights": "init"},
+            "weights: init of run 'tiny' is the model before its first step; write step: 0",
+        ),
         ("model", {"name": "../up"}, "model.name: "),
         ("model", {"file": "../../x.gguf"}, "'../../x.gguf' leads out of the package"),
         ("corpus", {"file": "/etc/passwd"}, "'/etc/passwd' leads out of the package"),

@@ -33,6 +33,8 @@ METRICS = {  # the first pattern that fits a name counts
     "spearman.*": "the same as correlation, of ranks",
     "correlation_without_largest.*": "the same as correlation, without the one latent of each site "
     "and structure whose leaving out changes it the most",
+    "largest_share": "share of the sum of squares of exact effects that the largest latent of a "
+    "site and structure has, mean over both",
     "gap.*": "|sum of estimates over all nodes of a site - exact effect of patching the site| over "
     "|exact|, mean over sites and structures",
     "error_share": "share of the sum of latent_ig over a site that is its error terms', mean over "
@@ -46,8 +48,10 @@ def crossing(n: np.ndarray, values: np.ndarray, level: float) -> float:
     """Where values first reach a level from below, interpolated in log n; the last n if never.
 
     Args:
-        n: rising, from 1; values: of the same length.
+        n: rising, from 1; values: of the same length. nan where they are undefined.
     """
+    if np.isnan(values).any():
+        return float("nan")
     above = np.flatnonzero(values >= level)
     if not len(above):
         return float(n[-1])
@@ -79,7 +83,7 @@ def of_curves(rows: Any) -> dict[str, float]:
         out[f"{kind}.n_half"] = crossing(n, faithful, HALF)
         out[f"{kind}.area"] = area(n, faithful, last)
         out[f"{kind}.last"] = float(faithful[-1])
-        if np.isfinite(without).all():
+        if kind in ("latents", "neurons"):  # the kinds that are taken out, too
             out[f"{kind}.n_lost"] = crossing(n, -without, -HALF)
             out[f"{kind}.completeness"] = float(
                 np.interp(np.log(out[f"{kind}.n_half"]), np.log(n), without)
@@ -131,6 +135,8 @@ def of_estimates(nodes: Any, sites: Any) -> dict[str, float]:
             out[f"{name}.{method}.late"] = by_site[order[-1]]
         gap = (sites[method] - sites["whole"]).abs() / sites["whole"].abs()
         out[f"gap.{method}"] = float(gap.mean())
+    squares = [rows["exact"] ** 2 for _, rows in nodes.groupby(["hook", "structure"])]
+    out["largest_share"] = float(np.mean([s.max() / s.sum() for s in squares if s.sum() > 0]))
     out["error_share"] = float((sites["errors"] / sites["ig"]).mean())
     return out
 
