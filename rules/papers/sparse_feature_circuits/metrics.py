@@ -154,12 +154,11 @@ def of_seed(part: dict[str, Any]) -> dict[str, float]:
 
 
 def metrics(tables: dict[str, Any]) -> dict[str, list[float]]:
-    """See METRICS; one value a seed, NaN where a seed has none. What no seed has is left out."""
+    """See METRICS; one value a seed, NaN where a seed has none."""
     part = {name: tables[f"agreement/{name}"] for name in ("behaviour", "curves", "nodes", "sites")}
     found = [
         of_seed({name: frame[frame["seed"] == seed] for name, frame in part.items()})
         for seed in part["behaviour"]["seed"].unique()
     ]
     names = dict.fromkeys(name for one in found for name in one)
-    every = {name: [float(one.get(name, np.nan)) for one in found] for name in names}
-    return {name: values for name, values in every.items() if np.isfinite(values).any()}
+    return {name: [float(one.get(name, np.nan)) for one in found] for name in names}
