@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import resource
+import stat
 import sys
 import time
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from pipeline import gpus, intact, kills, provenance, source, spec
-from pipeline.errors import RetraceError
+from pipeline.errors import RetraceError, trace_file, trace_lines, unexpected
 
 log = logging.getLogger("retrace")
 
@@ -33,13 +34,17 @@ class Job:
         self.code = source.job_code(stage, args.code)
         self.hardware = ""
 
-    def check_inputs(self) -> None:
-        """RetraceError where a file that is to be read is not as it was written."""
+    def check_inputs(self) -> str:
+        """What was read to check the job's inputs, and how long it took.
+
+        Raises:
+            RetraceError: a file that is to be read is not as it was written.
+        """
         started = time.monotonic()
-        given = [v for k, v in vars(self.args).items() if k not in ("spec", "code", "device")]
+        given = {k: v for k, v in vars(self.args).items() if k not in ("spec", "code", "device")}
         files, size = intact.check_inputs(given, self.stage)
         took = time.monotonic() - started
-        log.info("checked: %d files, %.1f MiB in %.2f s", files, size / 2**20, took)
+        return f"{took:.2f} s to check {files} files of {size / 2**20:.1f} MiB"
 
     def section(self, key: str, cls: type[BaseModel]) -> Any:
         """The section `key` of --spec, validated."""
@@ -116,17 +121,24 @@ def run(stage: str, args: argparse.Namespace, work: Callable[[Job], None]) -> No
     )
     try:
         job = Job(stage, args)
-        job.check_inputs()
+        checked = job.check_inputs()
         work(job)
     except RetraceError as e:
         _fail(stage, str(e))
     except OSError as e:
         full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        remedy = "free some space, then run snakemake again" if full else "see the log"
+        trace = "" if full else _keep_trace(stage)
+        remedy = "free some space, then run snakemake again" if full else f"full trace: {trace}"
         _fail(stage, f"{e.filename or 'a file'}: {e.strerror or e}; {remedy}")
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:  # a panic of tokenizers' Rust is no Exception
+        _fail(stage, unexpected(e, _keep_trace(stage)))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     took = time.monotonic() - started
-    log.info("done: %.1f s of work, %.1f s to start, peak %.2f GiB", took, startup, peak)
+    log.info(
+        "done: %.1f s of work, %.1f s to start, peak %.2f GiB; %s", took, startup, peak, checked
+    )
 
 
 def _fail(stage: str, sentence: str) -> None:
@@ -134,11 +146,26 @@ def _fail(stage: str, sentence: str) -> None:
     sys.exit(1)
 
 
+def _keep_trace(stage: str) -> str:
+    """Write the trace of the exception at hand to the log; where that is.
+
+    A job of snakemake has its log as stderr. Called by hand, a stage leaves the terminal to the
+    sentence and writes a file of its own.
+    """
+    if not stat.S_ISREG(os.fstat(2).st_mode):
+        return trace_file(stage)
+    print(trace_lines(), end="", file=sys.stderr)
+    link = Path("/proc/self/fd/2")
+    return str(link.readlink() if link.is_symlink() else "the log")
+
+
 def _seconds_since_start() -> float:
     """How long this process has lived; 0 where the system does not tell."""
     try:
-        ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
-        uptime = float(Path("/proc/uptime").read_text().split()[0])
+        ticks = int(
+            Path("/proc/self/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[19]
+        )
+        uptime = float(Path("/proc/uptime").read_text(encoding="utf-8").split()[0])
         return uptime - ticks / os.sysconf("SC_CLK_TCK")
     except OSError:
         return 0.0

@@ -4,15 +4,19 @@
    once (gguf_llama.py); `hub` downloads a pinned commit; `folder` reads a Hugging Face folder,
    or one of a native model (native.py), with or without a tokenizer; `training` takes a checkpoint
    of a run of the paper (training.py).
-2. `weights: reinit` redraws the weights: the null arm of Heap et al. (2025).
+2. Null arms, after Heap et al. (2025): `weights: init` is the architecture's own initial draw,
+   `reinit` and `reinit_keep_embeddings` redraw trained tensors with their mean and variance.
 3. The checkpoint is saved as safetensors, with model.json beside it.
 
 `load` and `bridge` give later stages the model. Pickled weights are never read, and no code that
 a repository brings is run.
 """
 
+import fnmatch
+import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +27,11 @@ from pipeline.spec import ModelSpec
 
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when huggingface_hub is imported
 
-# What a transformers model folder may need; weights as safetensors only.
-PATTERNS = ["*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*.json",
-            "vocab*", "merges.txt", "*.model", "special_tokens_map.json"]  # fmt: skip
+# What a transformers model folder may need beside its weights.
+BESIDE = ["config.json", "tokenizer*.json", "vocab*", "merges.txt", "*.model",
+          "special_tokens_map.json"]  # fmt: skip
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -85,13 +91,19 @@ def bridge(model_json: str | Path, device: Any = "cpu", dtype: Any = None) -> An
     from pipeline import native
 
     folder = checkpoint_of(model_json)
+    folded = tables.read_json(model_json)["processing"] == "compatibility"
+    if folded and native.is_native(folder):
+        raise RetraceError(
+            f"{model_json}: processing: compatibility, but a model that was trained here has "
+            f"nothing to fold; write raw"
+        )
     if native.is_native(folder):
         hf = native.from_folder(folder, dtype or torch.float32).to(device)
         return native.to_bridge(hf).eval().requires_grad_(False)
     out = TransformerBridge.boot_transformers(
         str(folder), device=str(device), dtype=dtype or torch.float32
     )
-    if tables.read_json(model_json)["processing"] == "compatibility":
+    if folded:
         out.enable_compatibility_mode()
     out.eval().requires_grad_(False)
     return out
@@ -105,17 +117,65 @@ def _from_folder(folder: Path, dtype: Any) -> Any:
         return native.from_folder(folder, dtype)
     from transformers import AutoModelForCausalLM
 
+    check_index(folder)
     try:
-        return AutoModelForCausalLM.from_pretrained(
+        model, found = AutoModelForCausalLM.from_pretrained(
             folder, dtype=dtype, local_files_only=True, use_safetensors=True,
-            trust_remote_code=False,
+            trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
-    except (OSError, ValueError, KeyError) as e:
-        said = str(e).strip().splitlines()[0]
+    except Exception as e:  # of the config's classes, of safetensors, of torch: any of theirs
+        said = (str(e).strip().splitlines() or [type(e).__name__])[0]
         raise RetraceError(
             f"{folder}: not a causal LM that transformers can load from safetensors ({said}); give "
             f"a folder with config.json, model.safetensors and tokenizer.json"
         ) from e
+    check_loaded(folder, found)
+    return model
+
+
+def check_loaded(folder: Path, found: dict[str, Any]) -> None:
+    """Every tensor of the model came from the files, and every tensor of the files is used.
+
+    transformers draws what is missing at random and leaves out what is not expected.
+
+    Args:
+        found: the loading info of `from_pretrained`.
+
+    Raises:
+        RetraceError: names of tensors that are missing, unexpected, or have another shape.
+    """
+    names = {
+        "missing": sorted(found["missing_keys"]),
+        "unexpected": sorted(found["unexpected_keys"]),
+        "of another shape": sorted(str(key[0]) for key in found["mismatched_keys"]),
+    }
+    told = "; ".join(
+        f"{kind}: {', '.join(some[:5])}{f' and {len(some) - 5} more' if len(some) > 5 else ''}"
+        for kind, some in names.items()
+        if some
+    )
+    if told:
+        raise RetraceError(
+            f"{folder}: its weights do not fit its config.json ({told}); correct config.json, or "
+            f"give all weights of the model"
+        )
+
+
+def check_index(folder: Path) -> None:
+    """RetraceError where an index of weights names anything but safetensors files beside it."""
+    for index in sorted(folder.glob("*.index.json")):
+        files = tables.read_json(index).get("weight_map")
+        if not isinstance(files, dict) or not files:
+            raise RetraceError(f"{index}: has no weight_map; give a whole copy of the model")
+        for tensor, name in files.items():
+            plain = isinstance(name, str) and Path(name).name == name
+            if not (plain and name.endswith(".safetensors")):
+                raise RetraceError(
+                    f"{index}: weight_map takes {tensor} from {name!r}; only .safetensors files "
+                    f"beside it are read"
+                )
+            if not (folder / name).is_file():
+                raise RetraceError(f"{index}: weight_map names {name}, which is not there")
 
 
 # --- the stage -----------------------------------------------------------------------------
@@ -142,11 +202,84 @@ def open_source(spec: ModelSpec, folder: Path, args: Any) -> tuple[Any, Any, str
         return model, tokenizer, info.get("general.license", "")
     path, licence = Path(spec.path), ""
     if spec.source == "hub":
-        path, licence = fetch.from_hub(spec.repo, spec.revision, PATTERNS, folder, "model")
+        path, licence = fetch.from_hub(spec.repo, spec.revision, [], folder, "model", hub_files)
+    else:
+        check_config(path / "config.json", str(path))
     from pipeline import native
 
     bare = native.is_native(path) and not (path / "tokenizer.json").exists()
     return _from_folder(path, "auto"), None if bare else _tokenizer_of(path), licence
+
+
+def hub_files(names: list[str], read: Callable[[str], Path]) -> list[str]:
+    """The files of a repository that a model is made of: those that transformers would read.
+
+    Not consolidated.safetensors (the same weights once more), onnx/ and the like.
+
+    Args:
+        names: all files of the repository.
+        read: name -> that file; only small ones are read.
+
+    Raises:
+        RetraceError: a model type without hooks, pickled weights alone, or no tokenizer.
+    """
+    top = [n for n in names if "/" not in n]
+    if "config.json" not in top:
+        raise RetraceError("holds no config.json, so it is no model of transformers")
+    kind = check_config(read("config.json"), "its config.json")
+    if WEIGHTS in top:
+        weights = [WEIGHTS]
+    elif INDEX in top:
+        weights = [INDEX, *_shards(read(INDEX), top)]
+    else:
+        others = [n for n in top if n.endswith((".bin", ".pt", ".pth", ".safetensors", ".gguf"))]
+        raise RetraceError(
+            f"holds no {WEIGHTS}, only {', '.join(others) or 'no weights at all'}; pickled weights "
+            f"are never read: take a commit with safetensors, or convert it to a folder"
+        )
+    if kind != "retrace_native" and not any(n in top for n in TOKENIZERS):
+        raise RetraceError(
+            f"holds no tokenizer ({', '.join(TOKENIZERS)}); download it to a folder, add the "
+            f"tokenizer.json that it was trained with, and use source: folder"
+        )
+    return weights + [n for n in top if any(fnmatch.fnmatchcase(n, p) for p in BESIDE)]
+
+
+def check_config(file: Path, where: str) -> str:
+    """The model type of a config.json, told before weights are fetched or read.
+
+    Raises:
+        RetraceError: a type that no stage knows the hooks of.
+    """
+    from pipeline import hooks
+
+    if not file.is_file():
+        return ""
+    kind = str(_json(file).get("model_type", ""))
+    hooks.check_type(kind, where)
+    return kind
+
+
+def _shards(index: Path, names: list[str]) -> list[str]:
+    """The files that an index of weights names, each once; RetraceError where one is not there."""
+    found = _json(index).get("weight_map")
+    shards = dict.fromkeys(map(str, found.values())) if isinstance(found, dict) else {}
+    if missing := [s for s in shards or ["weight_map"] if s not in names]:
+        raise RetraceError(
+            f"its {INDEX} names {missing[0]}, which is not there; take another commit"
+        )
+    return list(shards)
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """A JSON object of another's making."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise RetraceError(f"{file}: not valid JSON ({e}); fetch it again") from e
+    if not isinstance(found, dict):
+        raise RetraceError(f"{file}: must be a JSON object; fetch it again")
+    return found
 
 
 def _tokenizer_of(folder: Path) -> Any:
@@ -196,6 +329,32 @@ def set_document_token(tokenizer: Any, folder: Any = "") -> int:
     return known[token]
 
 
+def initial(model: Any, seed: int) -> Any:
+    """A model of the same config as training would start from: transformers' `_init_weights`.
+
+    The variant "Step-0" of Heap et al. (2025) for a model of which no step 0 was published. It is
+    the neutral one. On held-out Wikipedia SmolLM2-135M, whose uniform loss is ln 49,152 = 10.80
+    nats, has a loss of 3.23 trained, 10.92 of this draw (two seeds), 25.6 and 26.4 with every
+    tensor redrawn and 21.3 and 25.3 with its embeddings kept (`redraw`): a redrawn model is
+    confidently wrong, so that removing parts of it lowers the loss.
+
+    A GGUF file does not hold the config's initializer_range, and transformers' 0.02 serves. With
+    the 1/24 of SmolLM2's published config the loss is 11.25 and 11.30.
+
+    Args:
+        model: a transformers model; it is not changed.
+        seed: of the draws. The state of torch's own generator is left as it was.
+    """
+    import torch
+
+    config = type(model.config).from_dict(model.config.to_dict())
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        drawn = type(model)(config)
+    drawn.tie_weights()
+    return drawn.to(next(model.parameters()).dtype)
+
+
 def redraw(model: Any, seed: int, keep_embeddings: bool) -> None:
     """Replace every parameter by draws from a normal distribution with its mean and variance.
 
@@ -222,6 +381,15 @@ def redraw(model: Any, seed: int, keep_embeddings: bool) -> None:
             w = p.double()
             sd = w.std() if w.numel() > 1 else 0.0
             p.copy_(torch.randn(p.shape, generator=generator) * sd + w.mean())
+
+
+def null_arm(model: Any, spec: ModelSpec) -> Any:
+    """The model with the weights that the section asks for; it may be changed in place."""
+    if spec.weights == "init":
+        return initial(model, spec.seed)
+    if spec.weights != "trained":
+        redraw(model, spec.seed, spec.weights == "reinit_keep_embeddings")
+    return model
 
 
 def describe(model: Any, bos_id: int | None, spec: ModelSpec, licence: str) -> dict[str, Any]:
@@ -304,8 +472,7 @@ def main() -> None:
         try:
             model, tokenizer, licence = open_source(spec, partial / "download", job.args)
             bos_id = document_token(tokenizer, spec)
-            if spec.weights != "trained":
-                redraw(model, spec.seed, spec.weights == "reinit_keep_embeddings")
+            model = null_arm(model, spec)
             info = describe(model, bos_id, spec, licence)
             inputs = [*job.args.training, *job.args.tokenizer]
             made = job.certificate(inputs, source=info["source"], licence=licence, seed=spec.seed)

@@ -235,24 +235,38 @@ class NativeForCausalLM(nn.Module):
         fields = ["d_vocab", "model_type", *Architecture.model_fields]
         fields += ["bidirectional"] * self.config.bidirectional
         kept = {k: v for k, v in vars(self.config).items() if k in fields}
-        (folder / "config.json").write_text(json.dumps(kept, indent=1) + "\n")
+        (folder / "config.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
         save_file(self.state_dict(), folder / "model.safetensors")
 
 
 def from_folder(folder: Path, dtype: torch.dtype | str = torch.float32) -> NativeForCausalLM:
-    """The model that `save_pretrained` wrote."""
+    """The model that `save_pretrained` wrote.
+
+    Raises:
+        RetraceError: a tensor is missing, unexpected or of another shape, or a file is damaged.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
-    config = json.loads((folder / "config.json").read_text())
-    out = NativeForCausalLM({k: v for k, v in config.items() if k != "model_type"})
-    out.load_state_dict(load_file(folder / "model.safetensors"))
+    from pipeline.errors import RetraceError
+
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    try:
+        out = NativeForCausalLM({k: v for k, v in config.items() if k != "model_type"})
+        out.load_state_dict(load_file(folder / "model.safetensors"))
+    except (OSError, RuntimeError, LookupError, TypeError, ValueError, SafetensorError) as e:
+        said = "; ".join(line.strip() for line in str(e).splitlines()[1:3]) or repr(e)
+        raise RetraceError(f"{folder}: its weights do not fit its config.json ({said})") from e
     return out if dtype == "auto" else out.to(dtype)
 
 
 def is_native(folder: Path) -> bool:
     """Whether a model folder holds one of these."""
     file = folder / "config.json"
-    return file.is_file() and json.loads(file.read_text()).get("model_type") == MODEL_TYPE
+    return (
+        file.is_file()
+        and json.loads(file.read_text(encoding="utf-8")).get("model_type") == MODEL_TYPE
+    )
 
 
 def to_bridge(hf: NativeForCausalLM, tokenizer: Any = None) -> Any:

@@ -1,15 +1,17 @@
-"""One offline HTML page a paper: claims, figures, deviations, costs, provenance and the card.
+"""One offline HTML page per paper: claims, figures, deviations, provenance and the card.
 
-1. Read claims.csv, metrics.json, the figures' pages and snakemake's benchmarks.
+1. Read claims.csv, metrics.json and the figures' pages.
 2. Follow the certificates from the verdicts back to weights and text (`provenance.chain`).
 3. Fill templates/report.html; plotly.js goes in once and draws every figure.
 
-The page carries wall times, so unlike all else that a run writes, its bytes differ from run to run.
+What the jobs took, from snakemake's benchmarks, stands in costs.html beside it: unlike all else
+that a run writes, the bytes of that page differ from run to run.
 """
 
 import json
 import math
 import re
+import shlex
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -27,8 +29,13 @@ SECOND_HAND = {  # where the paper's number was read, if not in the paper: a tag
 SHORT = 12  # digits of a digest that a page shows
 
 
-def figure(path: str | Path, card: dict[str, Any], scale: str, paper: str) -> dict[str, Any]:
+def figure(
+    path: str | Path, card: dict[str, Any], scale: str, paper: str, config: list[str] | None = None
+) -> dict[str, Any]:
     """A figure for the page: its plot, text, command, and how it was made.
+
+    Args:
+        config: what the command needs behind --config to find the paper.
 
     Raises:
         RetraceError: the file is not a figure.
@@ -43,7 +50,10 @@ def figure(path: str | Path, card: dict[str, Any], scale: str, paper: str) -> di
         "title": card["title"],
         "caption": card["caption"],
         "plot": json.loads(found[1]),
-        "command": f"snakemake -c1 results/{scale}/{paper}/figures/{path.name}",
+        "command": shlex.join(
+            ["snakemake", "-c1", f"results/{scale}/{paper}/figures/{path.name}"]
+            + (["--config", *config] if config else [])
+        ),
         "made": how(certificate) if certificate else None,
     }
 
@@ -188,8 +198,6 @@ def context(job: Any) -> dict[str, Any]:
     rows = list(chain([args.claims, *args.tables]))
     certificates = [r.pop("certificate") for r in rows]
     certificates = [c for c in certificates if c]
-    files = [r["file"] for r in rows]
-    found, total = cost_rows(costs.of_paper(args.benchmarks, spec["scale"], spec["paper"], files))
     cards = spec["card"].get("figures", {})
     return {
         "title": f"{card['title']} · Retrace",
@@ -200,14 +208,13 @@ def context(job: Any) -> dict[str, Any]:
         "count": tally(claims),
         "second_hand": SECOND_HAND,
         "figures": [
-            figure(f, cards[Path(f).stem], spec["scale"], spec["paper"]) for f in args.figures
+            figure(f, cards[Path(f).stem], spec["scale"], spec["paper"], spec.get("config"))
+            for f in args.figures
         ],
         "pages": [Path(p).stem for p in args.pages],
         "n_metrics": len(metrics),
         "grids": grids(metrics),
         "definitions": definitions(metrics),
-        "costs": found,
-        "total": total,
         "chain": rows,
         "origin": origin(certificates),
         "licences": licences(certificates),
@@ -216,8 +223,26 @@ def context(job: Any) -> dict[str, Any]:
     }
 
 
+def cost_page(job: Any) -> str:
+    """costs.html: what the jobs behind the tables took. It carries no certificate."""
+    from pipeline import __version__
+
+    args, spec = job.args, job.spec
+    files = [row["file"] for row in chain([args.claims, *args.tables])]
+    found, total = cost_rows(costs.of_paper(args.benchmarks, spec["scale"], spec["paper"], files))
+    return pages.render(
+        "costs.html",
+        title=f"Cost of {spec['card']['title']} · Retrace",
+        paper=spec["paper"],
+        scale=spec["scale"],
+        costs=found,
+        total=total,
+        version=__version__,
+    )
+
+
 def main() -> None:
-    from pipeline import cli, embed
+    from pipeline import cli, embed, tables
 
     parser = cli.parser(
         "report",
@@ -230,12 +255,15 @@ def main() -> None:
         yaml="paper.yaml",
         benchmarks="folder of snakemake's benchmarks",
         out="report.html",
+        costs="costs.html",
     )
 
     def work(job: cli.Job) -> None:
         args = job.args
         page = pages.render("report.html", **context(job))
         inputs = [args.claims, args.metrics, *args.figures, *args.tables, args.yaml]
+        costs_of_run = cost_page(job)
+        tables.atomically(args.costs, lambda to: to.write_text(costs_of_run, "utf-8") and None)
         embed.write_page(args.out, page, job.certificate(inputs))
 
     cli.run("report", parser.parse_args(), work)

@@ -15,6 +15,7 @@ quote, so that others can tell whether they have the same files.
 
 import json
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -69,8 +70,10 @@ def examined(path: str | Path, base: str | Path = ".") -> Report:
     for start in starts:
         if start.suffix == ".zip":
             found = _guarded(archive, start)
-        elif start in listed or not (_is_certified(start) or provenance_of(start)):
-            out.bare += start not in listed
+        elif start in listed:
+            found = []  # its manifest answers for it, and is among the starts
+        elif not (_is_certified(start) or provenance_of(start)):
+            out.bare += 1
             continue
         else:
             found = _guarded(_followed, start, base, listed, done, out)
@@ -79,6 +82,8 @@ def examined(path: str | Path, base: str | Path = ".") -> Report:
             name = start.relative_to(path) if path.is_dir() else start.name
             out.sums[str(name)] = intact.sha256_once(start)
     out.faults = list(dict.fromkeys(out.faults))
+    told = {fault.split(": ")[0] for fault in out.faults}
+    out.sums = {name: sha for name, sha in out.sums.items() if str(path / name) not in told}
     out.absent = sorted(set(out.absent))
     if not out.sums and not out.faults:
         out.faults.append(f"{path}: holds no file with a certificate, so nothing was verified")
@@ -95,7 +100,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _is_certified(file: Path) -> bool:
-    return file.suffix in intact.KINDS and not UNCERTIFIED & set(file.parts)
+    return intact.is_certified(file) and not UNCERTIFIED & set(file.parts)
 
 
 def provenance_of(file: Path) -> dict | None:
@@ -111,7 +116,7 @@ def _listed(file: Path) -> list[Path]:
     if file.suffix != ".json":
         return []
     try:
-        files = json.loads(file.read_text()).get("files", {})
+        files = json.loads(file.read_text(encoding="utf-8")).get("files", {})
         return [file.parent / name for name in files]
     except BROKEN:
         return []
@@ -142,7 +147,8 @@ def _followed(
         for name, sha in (certificate or {}).get("inputs", {}).items():
             if Path(name).is_absolute():
                 out.absent.append(Path(name))
-            elif (there := provenance.locate(name, file, base)) is None:
+                continue
+            if (there := provenance.locate(name, file, base)) is None:
                 out.absent.append(base / name)  # not published with the rest
             elif _of_the_store(there) and not there.parent.exists():
                 out.absent.append(there)
@@ -236,12 +242,11 @@ def archive(path: Path) -> list[str]:
     """Faults of a release.zip: it is whole, and holds what its release.json lists."""
     try:
         with zipfile.ZipFile(path) as z:
-            sealed = z.comment != b""
+            if z.comment and (broken := intact.broken(path)):  # archives of before seals have none
+                return [broken]
             content = {name: z.read(name) for name in z.namelist()}
-    except (zipfile.BadZipFile, NotImplementedError, EOFError, *BROKEN) as e:
+    except (zipfile.BadZipFile, zlib.error, RuntimeError, EOFError, *BROKEN) as e:
         return [f"{path}: not a whole archive ({e}); {intact.AGAIN}"]
-    if sealed and (broken := intact.broken(path)):
-        return [broken]
     about = [name for name in content if name.endswith("release.json")]
     if len(about) != 1:
         return [f"{path}: holds no release.json, so nothing tells what it should hold"]

@@ -397,7 +397,8 @@ def test_a_fault_is_one_sentence_and_leaves_nothing(
 ):
     done = run(tmp_path / "out", tiny_model_json, False, **{"path": str(tiny_text), **fields})
     assert done.returncode == 1
-    (line,) = done.stderr.splitlines()
+    *before, line = done.stderr.splitlines()
+    assert len(before) <= 1 and "checked: " in "".join(before)
     assert re.search(says, line), line
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
 
@@ -526,3 +527,16 @@ def test_the_fallback_serves_where_there_is_no_network(play, tmp_path, monkeypat
 def test_faults_of_a_section(fields, says):
     with pytest.raises(RetraceError, match=says):
         parse(CorpusSpec, fields, "paper.yaml")
+
+
+@pytest.mark.parametrize("largest, fits", [(9, True), (10, False)])
+def test_tokens_that_the_model_does_not_know_are_refused(largest, fits):
+    ids = np.array([1, largest], np.int32)
+    streams = {
+        "train": corpus.Stream(ids, ids * 0, {}),
+        "eval": corpus.Stream(ids[:0], ids[:0], {}),
+    }
+    if fits:
+        return corpus.check_fits(streams, {"d_vocab": 10}, "model.json")
+    with pytest.raises(RetraceError, match="gives token 10, but the model's vocabulary ends at 9"):
+        corpus.check_fits(streams, {"d_vocab": 10}, "model.json")
