@@ -19,7 +19,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import embed, matching, pages, provenance, source
+from pipeline import embed, matching, pages, papers, provenance, source
 from pipeline.errors import RetraceError
 from pipeline.published import Results, flat, opened, pairs
 from pipeline.summary import cut, short, tally, width
@@ -32,19 +32,59 @@ SECTIONS = (
     "model arms corpus tokenizer training activations sae evaluation features attribution own"
 ).split()
 ABSENT = "–"
+PAPERS = Path(__file__).parent.parent / "rules/papers"
 
 
 # --- settings and environment --------------------------------------------------------------
 
 
-def settings(run: Results) -> dict[str, Any]:
-    """Every setting that shaped a result: of each file's stage, and of the card in report.html."""
-    out: dict[str, Any] = {}
+def settings(run: Results) -> dict[str, dict[str, Any]]:
+    """Every setting that shaped a result, by place: each file's stage, and the card.
+
+    The card is that of report.html, defaults filled in. Published tables come without a report:
+    theirs is the paper.yaml of this checkout at their scale, where it has that paper.
+    """
+    out: dict[str, dict[str, Any]] = {}
     for name, made in run.certificates.items():
         if made["stage"] not in OF_NO_RESULT:
-            out |= flat(made["spec"], name.removesuffix(".parquet").removesuffix(" manifest.json"))
-    card = run.certificates.get("report.html", {}).get("spec", {}).get("card", {})
-    return out | flat({s: card[s] for s in SECTIONS if s in card}, "card")
+            place = name.removesuffix(".parquet").removesuffix(" manifest.json")
+            out[place] = flat(made["spec"])
+    return out | {"card": card(run)}
+
+
+def card(run: Results) -> dict[str, Any]:
+    """The sections of a paper at its scale that decide a result; {} where nothing tells them."""
+    from pipeline.spec import PaperSpec, parse
+
+    report = run.certificates.get("report.html")
+    try:
+        if report:
+            stated = report["spec"]["card"]
+            spec = parse(PaperSpec, stated, run.folder / "report.html")
+        else:
+            spec = papers.load(PAPERS / run.paper, run.scale).spec
+    except RetraceError:  # a card of another version, or a paper that is not here
+        found = report["spec"]["card"] if report else {}
+    else:
+        found = spec.model_dump(mode="json")
+    return flat({s: found[s] for s in SECTIONS if found.get(s) is not None})
+
+
+def settings_differing(a: Results, b: Results) -> list[dict[str, str]]:
+    """Rows name, a, b of the settings that differ, over all that either side states.
+
+    Of a place that only one side has (a file, or the card) there is nothing to compare; of one
+    that both have, what one side does not state is ABSENT there.
+    """
+    ours, theirs = settings(a), settings(b)
+    sides: list[dict[str, Any]] = [{}, {}]
+    for place in ours.keys() & theirs.keys():
+        if not (ours[place] and theirs[place]):
+            continue
+        every = ours[place].keys() | theirs[place].keys()
+        for side, known in zip(sides, (ours[place], theirs[place]), strict=True):
+            side |= {f"{place}.{key}": known.get(key, ABSENT) for key in every}
+    return different(*sides)
 
 
 def environment(certificates: Iterable[dict[str, Any]]) -> dict[str, str]:
@@ -226,7 +266,7 @@ def compare(a: Results, b: Results) -> dict[str, Any]:
         "a": a.name,
         "b": b.name,
         "counts": [tally(r.claims) for r in (a, b)],
-        "settings": different(settings(a), settings(b)),
+        "settings": settings_differing(a, b),
         "environment": different(
             *(environment(r.certificates[name] for name in both) for r in (a, b))
         ),

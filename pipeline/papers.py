@@ -111,12 +111,49 @@ def load(folder: Path, scale: str, raw: dict | None = None, hub: bool = False) -
     merged = overlay(raw, scales.get(scale) or {})
     if not hub and isinstance(merged, dict):
         merged = _without_hub(merged)
-    paper = Paper(folder.name, folder, scale, spec.parse(PaperSpec, merged, f"{file} ({scale})"))
+    parsed = spec.parse(PaperSpec, merged, f"{file} ({scale})")
+    paper = Paper(folder.name, folder, scale, filled(parsed, f"{file} ({scale})"))
     from pipeline import claims, figures  # they read papers, too
 
     claims.check(paper)
     figures.check(paper)
     return paper
+
+
+PLACE = re.compile(r"\{(\w+(?:\.\w+)+)\}")
+
+
+def filled(paper: PaperSpec, where: str) -> PaperSpec:
+    """The paper with the numbers of its scale in the text of its deviations and captions.
+
+    '{sae.training.dead_rows}' is that setting at this scale, with commas: '100,000'.
+
+    Raises:
+        RetraceError: there is no such setting, or it is no number and no word.
+    """
+    texts = [*paper.deviations, *(f.caption for f in paper.figures.values())]
+    if not any(PLACE.search(text) for text in texts):
+        return paper
+    settings = paper.model_dump(mode="json")
+
+    def value(found: re.Match) -> str:
+        at: Any = settings
+        for key in found[1].split("."):
+            at = at.get(key) if isinstance(at, dict) else None
+        if isinstance(at, (int, float)) and not isinstance(at, bool):
+            return f"{at:,}"
+        if isinstance(at, str):
+            return at
+        raise RetraceError(
+            f"{where}: no setting '{found[1]}' for the text '{found[0]}'; correct it"
+        )
+
+    figures = {
+        name: f.model_copy(update={"caption": PLACE.sub(value, f.caption)})
+        for name, f in paper.figures.items()
+    }
+    deviations = [PLACE.sub(value, text) for text in paper.deviations]
+    return paper.model_copy(update={"deviations": deviations, "figures": figures})
 
 
 def _without_hub(raw: dict) -> dict:

@@ -1,5 +1,6 @@
 """Two runs side by side: what differs and what does not, z-scores, matched latents, the page."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -214,7 +215,7 @@ def test_a_setting_is_told_once_under_the_stage_that_takes_it_first():
 
 def test_settings_come_from_stages_and_from_the_card(made_up):
     found = compare.settings(published.read(made_up[0] / BASE))
-    assert found["card.attribution.sae"] and not [n for n in found if "claims" in n]
+    assert found["card"]["attribution.sae"] and not [n for n in found["card"] if "claims" in n]
 
 
 def test_versions_of_several_certificates_are_joined(made_up):
@@ -279,3 +280,34 @@ def test_text_of_a_run_does_not_become_markup(two, tmp_path):
     (b / "claims.csv").write_text(claims.replace("wrong_way", nasty))
     assert call(a, b, "--out", tmp_path / "out.html").returncode == 0
     assert nasty not in (tmp_path / "out.html").read_text()
+
+
+def test_settings_that_one_side_leaves_to_their_defaults_are_told(made_up):
+    """A card that states less is compared with its defaults filled in, over the union."""
+    run = published.read(made_up[0] / BASE)
+    report = run.certificates["report.html"]
+    stated = json.loads(json.dumps(report))
+    section = stated["spec"]["card"]["corpus"]
+    section |= {"shuffle": "tokens", "n_tokens": 123_456}
+    other = dataclasses.replace(run, certificates=run.certificates | {"report.html": stated})
+    rows = {r["name"]: (r["a"], r["b"]) for r in compare.settings_differing(run, other)}
+    assert rows["card.corpus.n_tokens"][1] == "123456"
+    assert rows["card.corpus.shuffle"][1] == "tokens"
+    assert rows["card.corpus.shuffle"][0] != compare.ABSENT  # its default
+
+
+def test_what_one_card_does_not_know_is_named(made_up):
+    run = published.read(made_up[0] / BASE)
+    report = json.loads(json.dumps(run.certificates["report.html"]))
+    report["spec"]["card"]["sae"]["of_another_version"] = 1
+    other = dataclasses.replace(run, certificates=run.certificates | {"report.html": report})
+    rows = {r["name"]: (r["a"], r["b"]) for r in compare.settings_differing(run, other)}
+    assert rows["card.sae.of_another_version"] == (compare.ABSENT, "1")
+
+
+def test_published_results_are_compared_by_tokens_rows_and_widths():
+    reference = Path(__file__).parent.parent / "results/reference/topk_saes"
+    a, b = (published.read(reference / scale) for scale in ("laptop", "paper"))
+    names = {r["name"] for r in compare.settings_differing(a, b)}
+    wanted = {"corpus.n_tokens", "sae.training.n_rows", "sae.dictionaries.topk.grid.d_sae"}
+    assert {f"card.{n}" for n in wanted} <= names

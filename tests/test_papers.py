@@ -461,3 +461,21 @@ def test_tables_of_a_paper(home):
             "features/topk",
         )
     }
+
+
+def test_texts_state_the_numbers_of_their_scale():
+    """A caption that names a setting shows what it is at the scale of the page."""
+    folder = Path(__file__).parent.parent / "rules/papers/topk_saes"
+    for scale in ("smoke", "laptop", "paper"):
+        spec = papers.load(folder, scale).spec
+        wanted = f"last {spec.sae.training.dead_rows:,} training rows"
+        assert any(wanted in " ".join(f.caption.split()) for f in spec.figures.values())
+        assert f"after {spec.sae.training.dead_rows:,} silent rows" in " ".join(spec.deviations)
+
+
+@pytest.mark.parametrize("place", ["sae.training.no_rows", "model.nothing", "sae.training", "a.b"])
+def test_a_text_that_names_no_setting_is_told(place):
+    spec = papers.load(Path(__file__).parent.parent / "rules/papers/topk_saes", "smoke").spec
+    wrong = spec.model_copy(update={"deviations": [f"after {{{place}}} rows, {{k}} of {{}}"]})
+    with pytest.raises(RetraceError, match=f"no setting '{place}'"):
+        papers.filled(wrong, "paper.yaml (smoke)")
