@@ -4,7 +4,8 @@ All of them say which edges of an `EdgeGraph` an output needs, by a loss L >= 0 
 whole graph: the KL divergence of the next token, or the squared distance of the outputs.
 
     acdc      edges are cut one by one, from the logits down; a cut that raises L by less than a
-              threshold tau stays (Conmy et al. 2023, 2304.14997, Algorithm 1)
+              threshold tau stays (Conmy et al. 2023, 2304.14997, Algorithm 1). What is cut depends
+              on the order, of which Algorithm 1 admits many: `drawn_order` gives others
     exact     L when this edge alone is cut
     EAP       (a_u' - a_u) . dm/d(input of v) in the whole graph (Syed et al. 2023, 2310.10348)
     EAP-IG    the same with L for m and the gradient averaged over embeddings between clean and
@@ -14,8 +15,9 @@ L has no gradient at the whole graph, its minimum. So m of EAP is linear: the ch
 along the direction in which cutting everything moves them.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
+import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -67,8 +69,34 @@ def towards_cut(graph: EdgeGraph, first: int = 0, n_outputs: int | None = None) 
     return lambda y: ((view(y) - clean) * d).sum(-1).mean(-1)
 
 
+def drawn_order(graph: EdgeGraph, rng: np.random.Generator) -> list[int]:
+    """An order of the edges that Algorithm 1 admits, drawn at random.
+
+    The readers (a query, key or value and its input, an MLP, the logits) come in a reverse
+    topological order, one drawn among those whose own readers are all done at a time; the edges
+    into one reader follow each other in any order. `graph.edges` is one such order, that of the
+    authors' code.
+    """
+    group_of = [(e.target, e.slot, e.source.kind == "input") for e in graph.edges]
+    groups: dict[tuple, list[int]] = {}
+    for i, group in enumerate(group_of):
+        groups.setdefault(group, []).append(i)
+    waits = {g: {group_of[j] for j in graph.carriers(some[0])} - {g} for g, some in groups.items()}
+    order: list[int] = []
+    while waits:
+        ready = [g for g, others in waits.items() if others.isdisjoint(waits)]
+        group = ready[rng.integers(len(ready))]
+        del waits[group]
+        order += rng.permutation(groups[group]).tolist()
+    return order
+
+
 def acdc(
-    graph: EdgeGraph, loss: Loss, thresholds: list[float], told: Callable[[int], None] | None = None
+    graph: EdgeGraph,
+    loss: Loss,
+    thresholds: list[float],
+    told: Callable[[int], None] | None = None,
+    order: Sequence[int] | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Which edges stay at each threshold, bool [thresholds edges], and the rises of L, likewise.
 
@@ -78,11 +106,12 @@ def acdc(
 
     Args:
         told: called with the number of edges done so far.
+        order: the edges in the order of their turns, as `drawn_order` gives it; None: graph.edges.
     """
     tau = torch.tensor(thresholds, dtype=torch.float64, device=graph.tokens.device)
     kept = graph.everything(len(thresholds))
     current, rises = loss(graph.run(kept)), torch.zeros_like(kept)
-    for i in range(len(graph.edges)):
+    for done, i in enumerate(range(len(graph.edges)) if order is None else order, 1):
         if not kept[:, graph.carriers(i)].any():
             kept[:, i] = 0
             continue
@@ -94,7 +123,7 @@ def acdc(
         kept[gone, i] = 0
         current = torch.where(gone, after, current)
         if told:
-            told(i + 1)
+            told(done)
     return kept.bool(), rises
 
 

@@ -10,15 +10,17 @@ in two cases (Kramár, Lieberum, Shah & Nanda 2024, 2403.00745, Sec. 3):
 
 1. QK fix (`qk_fix`): the pattern A' with the patched queries, or keys, is computed, and only what
    follows is linear: the effect is sum (A' - A) dm/dA, with dm/dA = dm/dz . v.
-2. GradDrop (`atp_star`): one backward pass a layer, in which what that layer writes passes no
-   gradient on. The score is the sum of the absolute estimates over n_layers - 1: a node's own
-   layer is one of those dropped, and gives 0.
+2. GradDrop (`atp_star`): one backward pass per layer, in which what that layer writes passes no
+   gradient on. The score is the mean of the absolute estimates over these passes, times
+   n_layers / (n_layers - 1), since the pass that drops a node's own layer gives exactly 0. A stream
+   belongs to no layer: none of its estimates is 0 by construction, and its score is the plain mean.
 
 Patched queries and keys are those of all positions at once; the paper has a node a position.
 """
 
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -99,22 +101,30 @@ def qk_fix(task: Task, nodes: list[Node]) -> Tensor:
 
 
 def dropped(task: Task) -> Iterator[Taps]:
-    """Gradients of m on the base run, once for each layer whose attention and MLP pass none on."""
+    """Gradients of m on the base run, once for each layer whose attention and MLP pass none on.
+
+    What a layer writes is tapped before the gate that drops it. A hook on the tapped tensor itself
+    would come too late: autograd.grad captures the gradient of an inner tensor before its hooks.
+    """
     n_layers, layer = task.heads.n_layers, -1
     embed = hooks.run_to(task.hf, task.pairs.base, ["hook_embed"])["hook_embed"]
     x = embed.requires_grad_(True)
-    with (
-        torch.enable_grad(),
-        eap.tapped(task) as taps,
-        hooks.edited(task.hf, "hook_embed", lambda _: x),
-    ):
+
+    def gate(i: int, out: Tensor) -> Tensor:
+        out = out.clone()
+        out.register_hook(lambda g: torch.zeros_like(g) if i == layer else None)
+        return out
+
+    with torch.enable_grad(), eap.tapped(task) as taps, ExitStack() as stack:
+        stack.enter_context(hooks.edited(task.hf, "hook_embed", lambda _: x))
+        for i in range(n_layers):
+            for part in ("attn", "mlp"):
+                name = f"blocks.{i}.hook_{part}_out"
+                stack.enter_context(hooks.edited(task.hf, name, partial(gate, i)))
         task.hf.base_model(input_ids=task.pairs.base, use_cache=False)
         m = task.metric(task.at_end(taps.end[0])).sum()
-    for i in range(n_layers):
-        for written in (taps.attn[i], taps.mlp[i]):
-            written.register_hook(lambda g, i=i: torch.zeros_like(g) if i == layer else None)
     wanted = [*taps.pre, *taps.z, *taps.mlp, *taps.attn, *taps.inputs.values()]
-    for layer in range(n_layers):  # the hooks above read it
+    for layer in range(n_layers):  # the gates read it
         found = iter(torch.autograd.grad(m, wanted, retain_graph=layer < n_layers - 1))
         take = lambda old: [next(found) for _ in old]  # noqa: B023, E731
         grads = Taps(pre=take(taps.pre), z=take(taps.z), mlp=take(taps.mlp), attn=take(taps.attn))
@@ -126,4 +136,6 @@ def atp_star(task: Task, nodes: list[Node]) -> Tensor:
     """How much each node matters, never below 0, [nodes n]: both remedies."""
     turns = turned(task)
     total = sum(with_fix(task, nodes, grads, turns).abs() for grads in dropped(task))
-    return total / max(task.heads.n_layers - 1, 1)
+    n_layers = task.heads.n_layers
+    passes = [n_layers if n.kind == "resid" else max(n_layers - 1, 1) for n in nodes]
+    return total / torch.tensor(passes, dtype=total.dtype, device=total.device)[:, None]

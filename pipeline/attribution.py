@@ -21,8 +21,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from pipeline import cli, splice, tables
+from pipeline import cli, splice, tables, tokens
 from pipeline import model as models
+from pipeline.agreement import correlation
 from pipeline.errors import RetraceError
 from pipeline.evaluation import load_saes
 from pipeline.spec import AttributionSpec, Prompt
@@ -49,17 +50,28 @@ def task(prompt: Prompt, loaded: Any, device: torch.device) -> Task:
     Raises:
         RetraceError: the answer or the foil is not a single token.
     """
-    encode = lambda text: loaded.tokenizer(text, add_special_tokens=False)["input_ids"]  # noqa: E731
-    for text in (prompt.answer, prompt.foil):
-        if len(encode(text)) != 1:
-            raise RetraceError(
-                f"attribution.prompts: '{text}' is {len(encode(text))} tokens of this model, not "
-                f"one; choose a shorter word, with its leading space"
-            )
+    ids = tokens.encode(loaded.tokenizer, prompt.prompt)
+    answer, foil = (
+        _single(loaded.tokenizer, prompt.prompt, t) for t in (prompt.answer, prompt.foil)
+    )
     front = [] if loaded.bos_id is None else [loaded.bos_id]
-    ids = [*front, *encode(prompt.prompt)]
-    return Task(
-        torch.tensor([ids], device=device), encode(prompt.answer)[0], encode(prompt.foil)[0]
+    return Task(torch.tensor([[*front, *ids]], device=device), answer, foil)
+
+
+def _single(tokenizer: Any, prompt: str, word: str) -> int:
+    """The token that `word` is behind a prompt."""
+    ids = tokens.following(tokenizer, prompt, word)
+    if len(ids) == 1:
+        return ids[0]
+    if not ids:
+        raise RetraceError(
+            f"attribution.prompts: '{word}' melts into the last token of '{prompt}'; let the "
+            f"prompt end without a space and the word begin with one"
+        )
+    texts = " + ".join(repr(t) for t in tokens.Texts(tokenizer).context(ids))
+    raise RetraceError(
+        f"attribution.prompts: '{word}' is {len(ids)} tokens of this model behind '{prompt}', "
+        f"{texts}, not one; choose a shorter word, with its leading space where it begins a word"
     )
 
 
@@ -119,13 +131,6 @@ def exact_effects(
             ablated[torch.arange(len(some)), at] -= some
             out.append(before - site.metric(what, ablated, whole))
     return torch.cat(out)
-
-
-def correlation(a: np.ndarray, b: np.ndarray) -> float:
-    """Pearson correlation; NaN where either is constant."""
-    if len(a) < 2 or np.std(a) == 0 or np.std(b) == 0:
-        return float("nan")
-    return float(np.corrcoef(a, b)[0, 1])
 
 
 def attribute(
@@ -196,13 +201,13 @@ def work(job: cli.Job) -> None:
     stored = tables.read_json(args.activations)
     hook = manifest["hook"]
     site = Site(loaded.hf, hook, stored["skip_first"], stored["hooks"][hook]["max_norm"])
-    rows, frames = [], []
+    rows, frames, texts = [], [], tokens.Texts(loaded.tokenizer)
     for name, prompt in section.prompts.items():
         what = task(prompt, loaded, device)
         row, columns = attribute(site, what, sae, section.n_ablate, section.ig_steps)
         card = {"prompt": name, "text": prompt.prompt, "answer": prompt.answer, "foil": prompt.foil}
         rows.append(card | row)
-        text = [loaded.tokenizer.decode([i]) for i in what.tokens[0].tolist()]
+        text = texts.context(what.tokens[0].tolist())
         frame = pd.DataFrame(columns).assign(token=lambda f, t=text: [t[p] for p in f["position"]])
         frame.insert(0, "prompt", name)
         frames.append(frame)

@@ -20,6 +20,9 @@ For pairs of prompts out of the paper's prompts.py, and for each method that pap
 All methods share the columns of one schema; scores are means over prompts, in float32 logits. A cut
 is a set of parts through which all of the difference flows: the embeddings of the tokens that
 differ, or what is written to the logits.
+
+Every seed is a draw of prompts of its own, and has its own rows. ACDC cuts edges in its canonical
+order at the first seed, and in another that is drawn at each of the others.
 """
 
 from typing import Any
@@ -31,7 +34,7 @@ from torch import Tensor
 
 from pipeline import acdc, atp_star, cli, direct_logit, eap, latents, tables
 from pipeline import model as models
-from pipeline.attribution import correlation
+from pipeline.agreement import agreement
 from pipeline.edge_graph import EdgeGraph
 from pipeline.errors import RetraceError
 from pipeline.inputs import many_edges
@@ -47,8 +50,9 @@ EDGES = (
     "score exact threshold"
 ).split()
 METHODS = (
-    "method unit n total cut completeness_gap correlation sign_agreement n_compared".split()
-)  # fmt: skip
+    "method unit n total cut completeness_gap correlation spearman correlation_without_largest "
+    "largest sign_agreement n_compared"
+).split()
 
 
 def parts(task: Task) -> list[Node]:
@@ -80,7 +84,7 @@ def edge_rows(
     """Rows of the table edges, of scores [edges] and exact effects [edges], NaN where not known.
 
     Args:
-        threshold: of ACDC, whose circuit are the edges of a score not below it.
+        threshold: ACDC's; its circuit is every edge whose score is at least the threshold.
     """
     name = {"resid": "embed"}
     rows = [
@@ -92,20 +96,36 @@ def edge_rows(
     return frame.assign(score=score, exact=exact, threshold=threshold)
 
 
+def named(part: Node | Edge) -> str:
+    """How a node or an edge is called in a table: "mlp 0", "head 9.6 → logits"."""
+    if isinstance(part, Edge):
+        slot = f" {part.slot}" if part.slot else ""
+        return f"{named(part.source)} → {named(part.target)}{slot}"
+    if part.kind == "logits":
+        return "logits"
+    head = f".{part.head}" if part.head >= 0 else ""
+    return f"{part.kind} {part.layer}{head}" + (f" at {part.position}" if part.position else "")
+
+
 def quality(
-    method: str, unit: str, n: int, total: float, cut: float, scores: Tensor, exact: Tensor
-) -> dict[str, Any]:
+    method: str, unit: str, n: int, sums: tuple[float, float], parts: list, scores: Tensor,
+    exact: Tensor,
+) -> dict[str, Any]:  # fmt: skip
     """A row of the table methods.
 
     Args:
         n: nodes or edges scored.
-        total, cut: what the cut should sum to, and what it sums to.
-        scores, exact: estimates and exact effects of the same parts, [compared].
+        sums: what the cut should sum to, and what it sums to.
+        parts: what is compared: nodes, edges or latents.
+        scores, exact: their estimates and exact effects, [compared].
     """
+    total, cut = sums
     a, b = scores.cpu().numpy().astype(float), exact.cpu().numpy().astype(float)
     same = float(np.mean(np.sign(a) == np.sign(b))) if len(a) else float("nan")
     gap = (cut - total) / abs(total) if total else float("nan")
-    values = (method, unit, n, total, cut, gap, correlation(a, b), same, len(a))
+    found = agreement(a, b)
+    largest = named(parts[found.largest]) if found.largest >= 0 else ""
+    values = (method, unit, n, total, cut, gap, *found[:3], largest, same, len(a))
     return dict(zip(METHODS, values, strict=True))
 
 
@@ -128,15 +148,14 @@ def node_methods(task: Task, spec: CircuitsSpec) -> tuple[list[pd.DataFrame], li
             continue
         frames.append(node_rows(method, shown, scores))
         made = scores[: len(nodes)].mean(-1)
-        rows.append(
-            quality(method, "node", len(shown), total, float(sums.mean(-1).sum()), made, exact)
-        )
+        both = (total, float(sums.mean(-1).sum()))
+        rows.append(quality(method, "node", len(shown), both, nodes, made, exact))
     if "atp_star" in spec.methods:
         scores = atp_star.atp_star(task, shown)
         frames.append(node_rows("atp_star", shown, scores))
         made, whole = scores[: len(nodes)].mean(-1), effects[: len(nodes)].abs().mean(-1)
         nan = float("nan")  # sizes have no sign, and sum to no change
-        row = quality("atp_star", "node", len(shown), nan, nan, made, whole)
+        row = quality("atp_star", "node", len(shown), (nan, nan), nodes, made, whole)
         rows.append(row | {"sign_agreement": nan})
     if "direct_logit" in spec.methods:
         clean = task.base if spec.direction == "noising" else task.source
@@ -146,7 +165,8 @@ def node_methods(task: Task, spec: CircuitsSpec) -> tuple[list[pd.DataFrame], li
         frames.append(node_rows("direct_logit", nodes, torch.stack([found[n] for n in nodes])))
         a, b = (direct_logit.direct_logit(task, r, task.base) for r in (task.source, task.base))
         change = torch.stack([(a[n] - b[n]).mean() for n in nodes])
-        rows.append(quality("direct_logit", "node", len(nodes), m, whole, change, exact))
+        both = (m, whole)
+        rows.append(quality("direct_logit", "node", len(nodes), both, nodes, change, exact))
     return frames, rows, exact
 
 
@@ -155,12 +175,15 @@ def drawn(n: int, wanted: int, seed: int) -> list[int]:
     return np.random.default_rng(seed).permutation(n)[:wanted].tolist()
 
 
-def edge_methods(task: Task, spec: CircuitsSpec, exact: Tensor | None) -> tuple[list, list[dict]]:
+def edge_methods(
+    task: Task, spec: CircuitsSpec, exact: Tensor | None, seed: int
+) -> tuple[list, list[dict]]:
     """Rows of edges and methods.
 
     Args:
-        exact: of `node_methods`; path patching is compared with the effect of the whole head, the
-            others need none.
+        exact: effects from `node_methods`, used only to compare path patching with patching the
+            whole head.
+        seed: of the edges that are drawn, and of ACDC's order.
     """
     frames, rows, total = [], [], float(task.total.mean())
     if "path_patching" in spec.methods:
@@ -171,29 +194,31 @@ def edge_methods(task: Task, spec: CircuitsSpec, exact: Tensor | None) -> tuple[
         whole = torch.stack(
             [e for n, e in zip(parts(task), exact, strict=True) if n.kind == "head"]
         )
-        cut = float(effects.sum())
-        rows.append(quality("path_patching", "edge", len(edges), total, cut, effects, whole))
+        both = (total, float(effects.sum()))
+        rows.append(quality("path_patching", "edge", len(edges), both, edges, effects, whole))
     for method, alphas in (("eap", [0.0]), ("eap_ig", eap.midpoints(spec.ig_steps))):
         if method not in spec.methods:
             continue
         edges, scores = eap.edges(task, alphas)
         top = scores.abs().argsort(descending=True, stable=True)[: spec.n_exact].tolist()
-        known = sorted({*top, *drawn(len(edges), spec.n_drawn, spec.seed)})
+        known = sorted({*top, *drawn(len(edges), spec.n_drawn, seed)})
         true = torch.full_like(scores, torch.nan)
         true[known] = many_edges(task, [edges[i] for i in known]).mean(-1)
         frames.append(edge_rows(method, edges, scores, true))
         last = [i for i, e in enumerate(edges) if e.target.kind == "logits"]
-        cut = float(scores[last].sum())
-        rows.append(quality(method, "edge", len(edges), total, cut, scores[top], true[top]))
+        both, largest = (total, float(scores[last].sum())), [edges[i] for i in top]
+        rows.append(quality(method, "edge", len(edges), both, largest, scores[top], true[top]))
     if "acdc" in spec.methods:
-        found, row = acdc_rows(task, spec)
+        found, row = acdc_rows(task, spec, seed)
         frames, rows = frames + found, [*rows, row]
     return frames, rows
 
 
-def acdc_rows(task: Task, spec: CircuitsSpec) -> tuple[list[pd.DataFrame], dict[str, Any]]:
-    """Rows of edges, at each threshold the rise of the loss when an edge had its turn; and a row of
-    methods.
+def acdc_rows(
+    task: Task, spec: CircuitsSpec, seed: int
+) -> tuple[list[pd.DataFrame], dict[str, Any]]:
+    """One row per edge and threshold: how much the loss rose when ACDC tested that edge; and one
+    row for the table methods.
 
     The loss is KL(whole model || circuit) of the token behind each prompt, as in the paper. The row
     is of the lowest threshold: the rises of what was cut sum to the loss of what is left.
@@ -202,7 +227,9 @@ def acdc_rows(task: Task, spec: CircuitsSpec) -> tuple[list[pd.DataFrame], dict[
     graph = EdgeGraph(task.hf, pairs.base, None if own.ablation == "zero" else pairs.source)
     loss = acdc.kl_divergence(graph.clean, pairs.end)
     progress = cli.Progress("ACDC", len(graph.edges), "edges")
-    kept, rises = acdc.acdc(graph, loss, own.thresholds, progress.at)
+    first = seed == spec.seeds[0]
+    order = None if first else acdc.drawn_order(graph, np.random.default_rng(seed))
+    kept, rises = acdc.acdc(graph, loss, own.thresholds, progress.at, order)
     alone = acdc.exact(graph, loss)
     frames = [
         edge_rows("acdc", graph.edges, rise, alone, tau)
@@ -210,8 +237,9 @@ def acdc_rows(task: Task, spec: CircuitsSpec) -> tuple[list[pd.DataFrame], dict[
     ]
     low = own.thresholds.index(min(own.thresholds))
     left = float(acdc.losses(graph, loss, kept[low : low + 1].to(rises.dtype)))
-    cut = float(rises[low][~kept[low]].sum())
-    return frames, quality("acdc", "edge", len(graph.edges), left, cut, rises[low], alone)
+    both = (left, float(rises[low][~kept[low]].sum()))
+    n = len(graph.edges)
+    return frames, quality("acdc", "edge", n, both, graph.edges, rises[low], alone)
 
 
 def latent_methods(
@@ -242,15 +270,15 @@ def latent_methods(
         cut = float(sum(e.latents.sum() + e.error.sum() for e in effects.values()))
         n = sum(u.n + 1 for u in units.values())
         cut /= len(task.before)
-        rows.append(quality(method, "latent", n, total, cut, made.mean(-1), exact))
+        rows.append(quality(method, "latent", n, (total, cut), shown, made.mean(-1), exact))
     frames.append(node_rows("latent_patching", shown, exact[:, None]))
     return frames, rows
 
 
 def measure(
-    task: Task, spec: CircuitsSpec, units: dict[str, latents.Units] | None = None
+    task: Task, spec: CircuitsSpec, seed: int, units: dict[str, latents.Units] | None = None
 ) -> dict[str, pd.DataFrame]:
-    """All tables of one model.
+    """All tables of one model on the prompts of one seed.
 
     Args:
         units: hook -> what is scored by latent_attribution and latent_ig.
@@ -260,7 +288,7 @@ def measure(
     if set(spec.methods) - {*LATENT_METHODS, *ONLY_EDGES}:
         nodes, rows, exact = node_methods(task, spec)
     if set(spec.methods) - set(LATENT_METHODS):
-        edges, more = edge_methods(task, spec, exact)
+        edges, more = edge_methods(task, spec, exact, seed)
     if units:
         frames, found = latent_methods(task, spec, units)
         nodes, rows = nodes + frames, rows + found
@@ -270,17 +298,18 @@ def measure(
         for k, (v, c) in frames.items()
     }
     order = {m: i for i, m in enumerate(spec.methods)}
-    return out | {"methods": pd.DataFrame(sorted(rows + more, key=lambda r: order[r["method"]]))}
+    out["methods"] = pd.DataFrame(sorted(rows + more, key=lambda r: order[r["method"]]))
+    return {name: frame.assign(seed=seed) for name, frame in out.items()}
 
 
-def pairs_of(file: str, spec: CircuitsSpec, loaded: models.Loaded, device: Any) -> Pairs:
-    """The pairs that the paper's prompts.py makes for this model's tokenizer."""
+def pairs_of(file: str, spec: CircuitsSpec, loaded: models.Loaded, seed: int, device: Any) -> Pairs:
+    """The pairs that the paper's prompts.py makes for this model's tokenizer and a seed."""
     function = getattr(import_file(file), spec.prompts, None)
     if function is None:
         raise RetraceError(
             f"circuits.prompts: {file} has no function '{spec.prompts}'; write it, or name another"
         )
-    prompts = function(spec.options, loaded.tokenizer, spec.n_prompts, spec.seed)
+    prompts = function(spec.options, loaded.tokenizer, spec.n_prompts, seed)
     return Pairs.of(prompts, loaded.bos_id, device, spec.direction == "denoising")
 
 
@@ -290,10 +319,14 @@ def work(job: cli.Job) -> None:
     loaded = models.load(args.model, device)
     with torch.no_grad():
         units = latents.load(args.saes, spec.saes, args.activations[0], device) if spec.saes else {}
-        task = Task(loaded.hf, pairs_of(args.prompts, spec, loaded, device))
-        frames = measure(task, spec, units)
-    certificate = job.certificate([args.model, *args.activations, *args.saes])
-    for name, frame in frames.items():
+        found = []
+        for seed in spec.seeds:
+            task = Task(loaded.hf, pairs_of(args.prompts, spec, loaded, seed, device))
+            found.append(measure(task, spec, seed, units))
+    inputs = [args.model, *args.activations, *args.saes]
+    certificate = job.certificate(inputs, seed=spec.seeds)
+    for name in found[0]:
+        frame = pd.concat([frames[name] for frames in found], ignore_index=True)
         tables.write_table(getattr(args, name), frame, certificate)
 
 

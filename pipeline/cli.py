@@ -50,7 +50,13 @@ class Job:
         return spec.parse(cls, self.spec[key], f"--spec of stage {self.stage}")
 
     def certificate(self, inputs: list, **more: Any) -> dict:
-        """A birth certificate, see `provenance.certificate`."""
+        """A birth certificate, see `provenance.certificate`.
+
+        With the state of the paper's folder, where a file of it takes part.
+        """
+        yaml = getattr(self.args, "paper", "") or getattr(self.args, "yaml", "")
+        if own := [*filter(None, [yaml]), *self.args.code]:
+            more["paper"] = provenance.paper_state(str(Path(own[0]).resolve().parent))
         return provenance.certificate(
             self.stage, self.spec, self.code, inputs, self.hardware, **more
         )
@@ -99,6 +105,7 @@ def parser(stage: str, doc: str | None, **paths: str) -> argparse.ArgumentParser
         out.add_argument(f"--{name.replace('_', '-')}", help=text.rstrip("*"), **many)
     out.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     out.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
+    out.add_argument("--paper", default="", help="paper.yaml, of whose folder git is asked")
     out.add_argument("--code", nargs="*", default=[], help="the paper's own .py files, if any")
     return out
 

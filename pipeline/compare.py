@@ -54,6 +54,8 @@ def environment(certificates: Iterable[dict[str, Any]]) -> dict[str, str]:
         git = made["git"]
         facts = {"retrace": made["retrace"], "device": made["device"]}
         facts["commit"] = git["commit"][:12] + ("+" if git["dirty"] else "")
+        if made.get("paper"):
+            facts["commit of the paper"] = provenance.commits({"git": made["paper"]})
         facts |= made["versions"] | {f"code of {made['stage']}": made["code"][:12]}
         for key, value in facts.items():
             if value:
@@ -96,10 +98,11 @@ def z_score(a: dict[str, Any], b: dict[str, Any]) -> float | None:
     gap = b["mean"] - a["mean"]
     if not spread or not math.isfinite(gap):
         return None
+    counts = [sum(map(math.isfinite, m["values"])) for m in spread]  # seeds that have the metric
     if len(spread) == 2:
-        variance = sum(m["sd"] ** 2 / m["n"] for m in spread)
+        variance = sum(m["sd"] ** 2 / n for m, n in zip(spread, counts, strict=True))
     else:
-        variance = spread[0]["sd"] ** 2 * (1 + 1 / spread[0]["n"])
+        variance = spread[0]["sd"] ** 2 * (1 + 1 / counts[0])
     if variance == 0:
         return math.copysign(math.inf, gap) if gap else 0.0
     return gap / math.sqrt(variance)

@@ -168,8 +168,27 @@ def _documents(
         text = record[fields.text]
         if not isinstance(text, str | None):
             raise RetraceError(f"{where}: field '{fields.text}' is {text!r:.40}, but must be text")
-        title, label = (str(record.get(f) or "") if f else "" for f in fields[1:])
-        yield Document(text or "", title or key, label)
+        title, label = (_said(record.get(f) if f else None) for f in fields[1:])
+        document = Document(text or "", title or key, label)
+        _check_characters(where, document)
+        yield document
+
+
+def _said(value: Any) -> str:
+    """A title or label as text: 0 and false are values, only null is missing."""
+    return "" if value is None else str(value)
+
+
+def _check_characters(where: str, document: Document) -> None:
+    """RetraceError where JSON's escapes give half a pair of surrogates, which no UTF-8 holds."""
+    for name, value in zip(Document._fields, document, strict=True):
+        try:
+            value.encode()
+        except UnicodeEncodeError as e:
+            raise RetraceError(
+                f"{where}: its {name} holds \\u{ord(value[e.start]):04x} at character {e.start}, "
+                f"half a pair of surrogates and no character; write it whole or replace it"
+            ) from None
 
 
 def _missing(where: Any, field: str, names: Iterable[str]) -> RetraceError:

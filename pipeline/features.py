@@ -5,8 +5,8 @@
 2. A latent's top contexts are its largest activations, at most one a document, with the tokens
    around them and the latent's activation on each (Bricken et al. 2023, "feature dashboard").
 3. The logits that it raises and lowers are what its decoder row writes into the residual stream,
-   scaled by the final norm's gain, times the unembedding: the direct path, which leaves the layers
-   between out (Elhage et al. 2021).
+   centred where the final norm is a layer norm, scaled by its gain, times the unembedding: the
+   direct path, which leaves the layers between out (Elhage et al. 2021).
 4. How topical and how token-bound it is: the document label whose share of the latent's activation
    exceeds its base rate most, and the entropy of the tokens it fires on (Heap et al. 2025).
 """
@@ -21,7 +21,7 @@ import torch
 from scipy import sparse
 from torch import Tensor
 
-from pipeline import cli, hooks, shards, splice, tables
+from pipeline import cli, hooks, shards, splice, tables, tokens
 from pipeline import model as models
 from pipeline.errors import RetraceError
 from pipeline.evaluation import load_saes
@@ -49,7 +49,8 @@ class Scan:
     @cached_property
     def apart(self) -> np.ndarray:
         """What examples of a latent must differ in: documents, or blocks of a single one; [rows]"""
-        single = self.at["document"].min() == self.at["document"].max()
+        found = self.at["document"][self.at["document"] >= 0]  # a BOS has none
+        single = len(found) == 0 or found.min() == found.max()
         return self.at["block" if single else "document"]
 
     def column(self, latent: int) -> tuple[np.ndarray, np.ndarray]:
@@ -102,16 +103,23 @@ def top_rows(rows: np.ndarray, values: np.ndarray, documents: np.ndarray, n: int
 
 
 def example(
-    scanned: Scan, latent: int, row: int, tokens: np.ndarray, context: tuple[int, int]
+    scanned: Scan,
+    latent: int,
+    row: int,
+    corpus: np.ndarray,
+    context: tuple[int, int],
+    lead: int = tokens.CUT,
 ) -> dict[str, Any]:
     """The tokens around a row and the latent's activation on each.
 
     Args:
-        tokens: [blocks n_ctx], the corpus.
+        corpus: tokens, [blocks n_ctx].
         context: tokens before and after.
+        lead: tokens before those, which may hold the first bytes of a character.
 
     Returns:
-        tokens (ids), acts, peak (index of the row's token), document.
+        tokens (ids), before (ids before them, see `tokens.Texts`), acts, peak (index of the row's
+        token), document.
     """
     block, position = int(scanned.at["block"][row]), int(scanned.at["position"][row])
     there = scanned.row_at[block]
@@ -122,7 +130,8 @@ def example(
     found = np.minimum(np.searchsorted(rows, window), len(rows) - 1)
     acts = np.where(rows[found] == window, values[found], 0).astype(np.float32)
     return {
-        "tokens": tokens[block, start:stop],
+        "tokens": corpus[block, start:stop],
+        "before": corpus[block, max(start - lead, 0) : start],
         "acts": acts,
         "peak": position - start,
         "document": int(scanned.at["document"][row]),
@@ -142,33 +151,46 @@ def label_excess(labels: np.ndarray, values: np.ndarray, base: np.ndarray) -> tu
         labels: [active] label index of each active row.
         values: [active] activations.
         base: [n_labels] share of all rows.
+
+    Returns:
+        the label's index and the share; (0, 0.0) where nothing is active.
     """
+    if len(values) == 0:
+        return 0, 0.0
     share = np.bincount(labels, values, len(base)) / values.sum()
     best = int(np.argmax(share - base))
     return best, float(share[best])
 
 
-def logit_weights(hf: torch.nn.Module, W_dec: Tensor, n: int) -> tuple[Tensor, Tensor]:
+def logit_weights(
+    hf: torch.nn.Module, W_dec: Tensor, n: int, ids: list[int] | None = None
+) -> tuple[Tensor, Tensor]:
     """Logits that each latent raises and lowers by the direct path.
 
     Args:
         W_dec: what each latent writes into the residual stream, [d_sae d_model].
-        n: how many of each.
+        n: how many of each, at most as many as there are tokens.
+        ids: those that are tokens, ascending; default all. Rows that only pad the vocabulary to a
+            round size (Pythia, Qwen) are no token and take no part.
 
     Returns:
         values [d_sae 2n] (largest first, then smallest first) and token ids [d_sae 2n]. Each
         latent's mean logit is subtracted: softmax does not see it.
     """
-    gain = getattr(splice.final_norm(hf), "weight", 1.0)
     W_U = hf.get_output_embeddings().weight  # [d_vocab d_model]
-    values, ids = [], []
+    known = torch.arange(len(W_U), device=W_U.device)
+    if ids is not None:
+        known = known[[i for i in ids if i < len(W_U)]]
+        W_U = W_U[known]
+    n = min(n, len(known))
+    values, found = [], []
     for rows in W_dec.split(256):
-        logits = (rows * gain) @ W_U.T
+        logits = splice.normed(hf, rows) @ W_U.T
         logits -= logits.mean(-1, keepdim=True)
         high, low = logits.topk(n), (-logits).topk(n)
         values.append(torch.cat([high.values, -low.values], -1))
-        ids.append(torch.cat([high.indices, low.indices], -1))
-    return torch.cat(values), torch.cat(ids)
+        found.append(known[torch.cat([high.indices, low.indices], -1)])
+    return torch.cat(values), torch.cat(found)
 
 
 def describe(
@@ -197,7 +219,9 @@ def describe(
             "token_entropy": 0.0,
             "token_share": 0.0,
         }
-    best, share = label_excess(of_document[scanned.at["document"][rows]], values, base)
+    document = scanned.at["document"][rows]
+    there = document >= 0  # a BOS is of no document
+    best, share = label_excess(of_document[document[there]], values[there], base)
     _, counts = np.unique(scanned.at["token"][rows], return_counts=True)
     top = top_rows(rows, values, scanned.apart, section.n_examples)
     return out | {
@@ -205,7 +229,7 @@ def describe(
         "mean_act": float(values.mean()),
         "histogram": np.histogram(values, N_BINS, (0, float(values.max())))[0].tolist(),
         "examples": [example(scanned, latent, int(r), tokens, section.context) for r in top],
-        "top_label": names[best],
+        "top_label": names[best] if there.any() else "",
         "label_share": share,
         "token_entropy": entropy_bits(counts),
         "token_share": float(counts.max() / counts.sum()),
@@ -213,27 +237,34 @@ def describe(
 
 
 def label_table(documents: Any, at: dict[str, np.ndarray]) -> tuple:
-    """Label index by document number, label names, and each label's share of the rows."""
+    """Label index by document number, label names, and each label's share of the rows.
+
+    A BOS stands in front of a block and belongs to no document: its rows are left out.
+    """
     names, index = np.unique(documents["label"].fillna("").astype(str), return_inverse=True)
     of_document = np.zeros(documents["document"].max() + 1, np.int64)
     of_document[documents["document"]] = index
-    base = np.bincount(of_document[at["document"]], minlength=len(names)) / len(at["document"])
+    rows = at["document"][at["document"] >= 0]
+    base = np.bincount(of_document[rows], minlength=len(names)) / max(len(rows), 1)
     return of_document, names.tolist(), base
 
 
-def decoded(rows: list[dict], logits: tuple, documents: Any, tokenizer: Any, n: int) -> list[dict]:
-    """Token ids -> strings, titles and logits added."""
-    text = np.array([tokenizer.decode([i]) for i in range(len(tokenizer))], dtype=object)
+def decoded(rows: list[dict], logits: tuple, documents: Any, texts: tokens.Texts) -> list[dict]:
+    """Token ids -> strings, titles and logits added.
+
+    Args:
+        logits: values and ids [rows 2n] of `logit_weights`.
+    """
     once = documents.drop_duplicates("document")  # split: tail may cut one in two
     titles = once.set_index("document")["title"].fillna("").astype(str)
-    values, ids = logits[0].cpu().numpy(), logits[1].cpu().numpy()
+    values, ids = logits[0].tolist(), logits[1].tolist()
     for row, v, i in zip(rows, values, ids, strict=True):
-        pairs = [{"token": text[t], "value": float(x)} for t, x in zip(i, v, strict=True)]
+        pairs = [{"token": texts.alone(t), "value": x} for t, x in zip(i, v, strict=True)]
+        n = len(pairs) // 2
         row["top_logits"], row["bottom_logits"] = pairs[:n], pairs[n:]
-        row["examples"] = [
-            e | {"tokens": text[e["tokens"]].tolist(), "title": titles.loc[e["document"]]}
-            for e in row["examples"]
-        ]
+        for e in row["examples"]:
+            e["tokens"] = texts.context(e["tokens"], e.pop("before"))
+            e["title"] = titles.get(e["document"], "")
     return rows
 
 
@@ -250,12 +281,13 @@ def work(job: cli.Job) -> None:
         raise RetraceError(f"{args.sae}: no latent of '{name}' fires on any stored row; retrain it")
     documents = tables.read_table(args.documents)
     blocks = tables.read_table(args.corpus, ["tokens"])["tokens"]
-    tokens, labels = np.stack(blocks.tolist()), label_table(documents, scanned.at)
-    rows = [describe(scanned, i, tokens, labels, section) for i in range(sae.cfg.d_sae)]
+    corpus, labels = np.stack(blocks.tolist()), label_table(documents, scanned.at)
+    rows = [describe(scanned, i, corpus, labels, section) for i in range(sae.cfg.d_sae)]
+    texts = tokens.Texts(loaded.tokenizer)
     with torch.no_grad():
         written = splice.written(loaded.hf, hook, sae.W_dec)
-        logits = logit_weights(loaded.hf, written, section.n_logits)
-    rows = decoded(rows, logits, documents, loaded.tokenizer, section.n_logits)
+        logits = logit_weights(loaded.hf, written, section.n_logits, texts.ids)
+    rows = decoded(rows, logits, documents, texts)
     inputs = [args.model, args.corpus, args.documents, args.activations, args.sae]
     tables.write_table(args.out, pd.DataFrame(rows), job.certificate(inputs))
 

@@ -47,7 +47,7 @@ max-width: 56rem; margin: 2rem auto; padding: 0 1rem }}</style></head>
 def faults(paper: Any) -> Iterator[str]:
     """A sentence for every figure without a function or table: the value and the nearest one."""
     own = functions(paper.folder / "figures.py")
-    tables = [*paper.tables(), "metrics"]
+    tables = [*paper.tables(), "metrics", "claims"]
     for name, figure in paper.spec.figures.items():
         where = f"{paper.folder / 'paper.yaml'}: figures.{name}"
         wanted = figure.kind or name
@@ -123,6 +123,8 @@ def read(path: str | Path) -> Any:
 
     from pipeline import tables
 
+    if Path(path).suffix == ".csv":
+        return pd.read_csv(path)
     if Path(path).suffix == ".json":
         metrics = tables.read_json(path)["metrics"]
         rows = [{"name": n, **{k: m[k] for k in ("mean", "sd", "n")}} for n, m in metrics.items()]

@@ -14,6 +14,7 @@ from pipeline import theme
 from pipeline.errors import RetraceError
 from pipeline.kinds_common import named, need, title_of
 from pipeline.kinds_sae import dead, pareto, scaling
+from pipeline.kinds_verdicts import verdicts
 
 
 def training(tables: dict[str, Any], options: dict[str, Any]) -> tuple[Any, Any]:
@@ -207,5 +208,6 @@ def _parts(frame: Any, suffix: str, table: str) -> Any:
 
 
 KINDS = {
-    f.__name__: f for f in (pareto, scaling, training, density, attribution, completeness, dead)
+    f.__name__: f
+    for f in (pareto, scaling, training, density, attribution, completeness, dead, verdicts)
 }

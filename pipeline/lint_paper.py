@@ -5,7 +5,7 @@
 Snakemake stops at the first fault; here all are told, each in a sentence with file and remedy:
 
 1. unknown keys and wrong values, at every scale;
-2. claims without a source, a reason or an existing metric;
+2. claims without a source, a reason, a null arm, a budget or an existing metric;
 3. figures without a caption, or with a kind or a table that does not exist;
 4. own stages without code or rule, and reading code that imports torch.
 
@@ -24,12 +24,12 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pipeline import claims, figures, papers
+from pipeline import claims, expressions, figures, papers
 from pipeline.errors import RetraceError, nearest
 from pipeline.provenance import canonical
 from pipeline.source import tree
-from pipeline.spec import SCALES, PaperSpec
-from pipeline.spec_base import told
+from pipeline.spec import PaperSpec
+from pipeline.spec_base import SCALES, told
 
 HEAVY = {"torch", "transformers", "transformer_lens", "sae_lens"}
 STAND_IN = {"title": "-", "authors": "-", "year": 1, "url": "https://-"}
@@ -59,6 +59,8 @@ def lint(folder: Path) -> list[str]:
         merged = papers.overlay(raw, scales.get(scale) or {})
         for fault in at_scale(folder, scale, merged):
             found.setdefault(fault, []).append(scale)
+    for fault in budgets_of_no_scale(folder, raw, scales):
+        found[fault] = list(SCALES)
     everywhere = len(SCALES)
     out += [f if len(s) == everywhere else f"{f} (at {', '.join(s)})" for f, s in found.items()]
     return out + list(reading_code(folder))
@@ -72,7 +74,7 @@ def at_scale(folder: Path, scale: str, data: dict) -> list[str]:
     if spec is None or not whole:
         return out
     paper = papers.Paper(folder.name, folder, scale, spec)
-    for check in (claims.faults, reasons, figures.faults, own_stages):
+    for check in (claims.faults, reasons, able_to_fail, figures.faults, own_stages):
         try:
             out += dict.fromkeys(check(paper))
         except RetraceError as e:
@@ -174,7 +176,7 @@ def reasons(paper: papers.Paper) -> Iterator[str]:
         if claim.kind != "order" or claim.reason:
             continue
         try:
-            nodes = list(ast.walk(claims.parse(claim.holds)))
+            nodes = list(ast.walk(expressions.parse(claim.holds)))
         except ValueError:
             continue  # told by claims.faults
         numbers = [n.value for n in nodes if isinstance(n, ast.Constant)]
@@ -183,6 +185,43 @@ def reasons(paper: papers.Paper) -> Iterator[str]:
                 f"{paper.folder / 'paper.yaml'}: claim '{claim.id}': holds compares with "
                 f"{', '.join(chosen)} and gives no reason; add reason: why that number"
             )
+
+
+def able_to_fail(paper: papers.Paper) -> Iterator[str]:
+    """An order of the paper names where it must not hold; a published value, its budget."""
+    spec = paper.spec
+    for claim in (c for c in spec.claims if c.of == "paper" and c.comparable):
+        where = f"{paper.folder / 'paper.yaml'}: claim '{claim.id}'"
+        if claim.kind == "order" and not (claim.null_arm or claim.no_null_arm):
+            yield (
+                f"{where}: could it fail? Add null_arm: an arm or an expression on which it must "
+                f"not hold, or no_null_arm: why there is none"
+            )
+        if claim.kind == "value" and not claim.scales and not spec.budget_of(claim):
+            if spec.budget:
+                yield f"{where}: rests on which budget? Add budget: one of {', '.join(spec.budget)}"
+            else:
+                yield (
+                    f"{where}: is compared with a run of the paper's budget, and budget: declares "
+                    f"none; add the paper's own and ours"
+                )
+
+
+def budgets_of_no_scale(folder: Path, raw: dict, scales: dict) -> Iterator[str]:
+    """A budget may rest on settings that only some scales have, and at least one must have them."""
+    specs = [validated(papers.overlay(raw, scales.get(s) or {}))[0] for s in SCALES]
+    for name, budget in next((s.budget for s in specs if s), {}).items():
+        try:
+            wanted = expressions.names(expressions.parse(budget.ours))
+        except ValueError:
+            continue  # told by claims.faults
+        for path in sorted(wanted):
+            section = path.partition(".")[0] in PaperSpec.model_fields
+            if section and all(s is None or claims.setting(s, path) is None for s in specs):
+                yield (
+                    f"{folder / 'paper.yaml'}: budget.{name}: ours: '{path}' is a number at no "
+                    f"scale; correct the path"
+                )
 
 
 def own_stages(paper: papers.Paper) -> Iterator[str]:

@@ -81,7 +81,18 @@ CIRCUITS = {  # of a method of the section circuits
     "acdc: of all edges when they had their turn, with each edge cut alone; "
     "path_patching, itself exact: with the whole head's; atp_star, which has no sign and no sum: "
     "with the size of the exact effect",
+    "spearman": "the same of ranks",
+    "correlation_without_largest": "Pearson's without the one part whose leaving out changes it "
+    "the most; the column largest of the table methods names it",
     "sign_agreement": "share of those whose score has the sign of the exact effect",
+}
+
+TRAINING = {  # of a training run; training.<run>.<arm>.* where it has arms
+    "steps": "updates when training ended, one value a seed",
+    "tokens": "training tokens that were shown until then, repeats counted, one value a seed",
+    "val_last": "loss of the evaluation set val when training ended, nats, one value a seed",
+    "val_best": "the smallest such loss at any evaluation",
+    "past_minimum": "val_last / val_best - 1: how far training ran past the best held-out loss",
 }
 
 
@@ -123,14 +134,15 @@ def parts(paper: Any) -> dict[str, Any]:
     """What the names of a paper's metrics are made of, small enough for a command's argument.
 
     own: METRICS of its metrics.py; saes: arm -> names; prompts: of attribution; circuits: arms and
-    methods.
+    methods; training: names of runs.
     """
     spec = paper.spec
     out: dict[str, Any] = {"own": dict(literal(paper.folder / "metrics.py", "METRICS"))}
     out["saes"] = {a: list(spec.saes_of(a)) for a in spec.arm_names()} if spec.sae else {}
     out["prompts"] = list(spec.attribution.prompts) if spec.attribution else []
     arms = spec.circuit_arms() if spec.circuits else []
-    return out | {"circuits": {arm: list(spec.circuits.methods) for arm in arms}}
+    out["circuits"] = {arm: list(spec.circuits.methods) for arm in arms}
+    return out | {"training": list(spec.training)}
 
 
 def known(parts: dict[str, Any]) -> dict[str, str]:
@@ -146,6 +158,9 @@ def known(parts: dict[str, Any]) -> dict[str, str]:
     for arm, methods in parts["circuits"].items():
         for method in methods:
             out |= {f"circuits.{arm}.{method}.{m}": t for m, t in CIRCUITS.items()}
+    for run in parts["training"]:
+        out |= {f"training.{run}.{m}": text for m, text in TRAINING.items()}
+        out |= {f"training.{run}.*.{m}": text for m, text in TRAINING.items()}
     return out
 
 
@@ -157,18 +172,41 @@ def definition(name: str, definitions: dict[str, str]) -> str | None:
 
 
 def summary(value: Any) -> dict[str, Any]:
-    """values, mean, sd (ddof 1; null for one value) and n of one metric over its seeds."""
+    """values, mean, sd (ddof 1; null for one value) and n of one metric over its seeds.
+
+    A seed in which the metric is undefined (NaN) keeps its place among the values and is left out
+    of mean and sd.
+    """
     values = [float(v) for v in np.atleast_1d(np.asarray(value, dtype=float))]
-    mean = float(np.mean(values)) if values else math.nan
-    sd = float(np.std(values, ddof=1)) if len(values) > 1 else None
+    defined = [v for v in values if not math.isnan(v)]
+    mean = float(np.mean(defined)) if defined else math.nan
+    sd = float(np.std(defined, ddof=1)) if len(defined) > 1 else None
     return {"values": values, "mean": mean, "sd": sd, "n": len(values)}
 
 
+def training(run: str, table: Any) -> dict[str, list[float]]:
+    """The metrics of a training run, see TRAINING; those of val where it has such a set."""
+    out: dict[str, list[float]] = {}
+    for arm, rows in table.groupby("arm"):
+        name = f"training.{run}.{arm}" if arm else f"training.{run}"
+        for _, seed in rows.sort_values(["seed", "step"]).groupby("seed"):
+            found = {m: seed[c].max() for m, c in (("steps", "step"), ("tokens", "tokens"))}
+            val = seed.loc[seed["set"] == "val", "loss"]
+            if len(val):
+                last, best = val.iloc[-1], val.min()
+                found |= {"val_last": last, "val_best": best, "past_minimum": last / best - 1}
+            for metric, value in found.items():
+                out.setdefault(f"{name}.{metric}", []).append(float(value))
+    return out
+
+
 def core(tables: dict[str, Any]) -> dict[str, Any]:
-    """The metrics that every paper with SAEs, attribution or circuits has."""
+    """The metrics that every paper with training runs, SAEs, attribution or circuits has."""
     out: dict[str, Any] = {}
     for name, table in tables.items():
         stage, _, part = name.partition("/")
+        if stage == "training":
+            out |= training(part, table)
         if stage == "evaluation" and not part.endswith("_history"):
             for row in table.to_dict("records"):
                 out |= {f"{part}.{row['sae']}.{m}": row[m] for m in SAE if m in row}
@@ -177,9 +215,10 @@ def core(tables: dict[str, Any]) -> dict[str, Any]:
                 out |= {f"attribution.{row['prompt']}.{m}": row[m] for m in ATTRIBUTION}
             out |= {f"attribution.mean.{m}": table[m].mean() for m in ATTRIBUTION}
         if stage == "circuits" and part.endswith("_methods"):
-            for row in table.to_dict("records"):
-                named = f"circuits.{part.removesuffix('_methods')}.{row['method']}"
-                out |= {f"{named}.{m}": row[m] for m in CIRCUITS if np.isfinite(row[m])}
+            for method, rows in table.groupby("method", sort=False):
+                named = f"circuits.{part.removesuffix('_methods')}.{method}"
+                found = {m: rows[m].to_numpy(float) for m in CIRCUITS}  # one value for each seed
+                out |= {f"{named}.{m}": v for m, v in found.items() if np.isfinite(v).any()}
     return out
 
 

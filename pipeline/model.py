@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import cli, fetch, provenance, tables
+from pipeline import cli, fetch, provenance, tables, tokens
 from pipeline.errors import RetraceError
 from pipeline.spec import ModelSpec
 
@@ -73,7 +73,8 @@ def load_tokenizer(model_json: str | Path) -> Any:
     """The model's fast tokenizer; torch is not imported."""
     from transformers import PreTrainedTokenizerFast
 
-    return PreTrainedTokenizerFast.from_pretrained(checkpoint_of(model_json), local_files_only=True)
+    folder = checkpoint_of(model_json)
+    return tokens.plain(PreTrainedTokenizerFast.from_pretrained(folder, local_files_only=True))
 
 
 def bridge(model_json: str | Path, device: Any = "cpu", dtype: Any = None) -> Any:
@@ -197,18 +198,25 @@ def open_source(spec: ModelSpec, folder: Path, args: Any) -> tuple[Any, Any, str
 
 
 def _tokenizer_of(folder: Path) -> Any:
-    from transformers import AutoTokenizer
+    """The tokenizer of a folder, as its tokenizer.json has it.
 
+    transformers 5 builds the classes that are named after models anew around the vocabulary, with
+    a pre-tokenizer and added tokens of their own: SmolLM2's digits, which its file splits, would be
+    joined. Such a class only serves where there is no tokenizer.json.
+    """
+    from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+    whole = (folder / "tokenizer.json").exists()
     try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            folder, local_files_only=True, trust_remote_code=False, use_fast=True
+        tokenizer = (PreTrainedTokenizerFast if whole else AutoTokenizer).from_pretrained(
+            folder, local_files_only=True, trust_remote_code=False
         )
-    except (OSError, ValueError, KeyError, ImportError) as e:
+    except Exception as e:  # beside OSError and ValueError what the Rust side raises: Exception
         said = str(e).strip().splitlines()[0]
         raise RetraceError(f"{folder}: no tokenizer that transformers can load ({said})") from e
     if not tokenizer.is_fast:
         raise RetraceError(f"{folder}: has only a slow tokenizer; add its tokenizer.json")
-    return tokenizer
+    return tokens.plain(tokenizer)
 
 
 def document_token(tokenizer: Any, spec: ModelSpec) -> int | None:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.embed import plotly_js, script_json
+from pipeline.summary import MEANINGS, OTHERS
 
 TEMPLATES = Path(__file__).parent / "templates"
 POLICY = "@POLICY@"  # stands in base.html until the page's scripts are known
@@ -33,7 +34,7 @@ def environment() -> Any:
     )
     env.filters |= {"script_json": safe_json, "number": number, "id": anchor}
     env.filters |= {"breakable": breakable, "prose": prose}
-    env.globals["source"] = source
+    env.globals |= {"source": source, "others": OTHERS, "meanings": MEANINGS}
     return env
 
 

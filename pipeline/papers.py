@@ -15,8 +15,9 @@ from typing import Any
 from pipeline import intact, spec
 from pipeline.errors import RetraceError, nearest
 from pipeline.provenance import canonical, digest
-from pipeline.source import file_code
-from pipeline.spec import SCALES, Config, CorpusSpec, PaperSpec
+from pipeline.source import files_code
+from pipeline.spec import Config, CorpusSpec, PaperSpec
+from pipeline.spec_base import SCALES
 from pipeline.yaml_files import load_yaml
 
 CERTIFIED = {  # files of an artefact that carry a certificate, where it is not manifest.json
@@ -252,6 +253,13 @@ class Run:
             self._papers[name, scale] = load(folder, scale, self._raw[folder], self.config.hub)
         return self._papers[name, scale]
 
+    def card(self, name: str, fields: Iterable[str]) -> dict[str, Any]:
+        """Fields of a paper.yaml as they stand there, unchecked; '' where one is missing."""
+        folder = find(name, self.dirs)
+        if folder not in self._raw:
+            self._raw[folder] = load_yaml(folder / "paper.yaml")
+        return {f: self._raw[folder].get(f, "") for f in fields}
+
     def item(self, stage: str, id: str) -> Item:
         """The store's artefact with this id."""
         if id not in self._items.get(stage, {}):
@@ -380,7 +388,7 @@ class Run:
                 f"{paper.folder / 'paper.yaml'}: training.{name}: source: own needs {data}, with "
                 f"a function '{run.data.function}'"
             )
-        identity = [section, file_code(data)]
+        identity = [section, files_code([data])]
         return self._item("training", name, section, {"data": str(data)}, identity)
 
     def _tokenizer(self, paper: Paper, job: dict, identity: dict, inputs: dict) -> Item:

@@ -21,6 +21,7 @@ from pydantic import Field
 
 from pipeline.errors import RetraceError
 from pipeline.spec_base import Section
+from pipeline.tokens import encode, following
 
 # {0} and {1} are the names in the order of the variant, {S} the subject again.
 TEMPLATES = (
@@ -94,13 +95,9 @@ class Prompts:
         return {name: getattr(self, name) for name in names}
 
 
-def encode(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
 def single(tokenizer: Any, words: list[str]) -> dict[str, int]:
     """word -> id, of the words that are one token behind a space."""
-    ids = {w: encode(tokenizer, f" {w}") for w in words}
+    ids = {w: following(tokenizer, "so", f" {w}") for w in words}
     return {w: i[0] for w, i in ids.items() if len(i) == 1}
 
 

@@ -33,6 +33,8 @@ PACKAGES = (
     "torch transformers transformer-lens sae-lens tokenizers safetensors gguf numpy "
     "pandas pyarrow plotly pydantic scipy"
 ).split()
+NOWHERE = "in no repository"
+RESULTS = ("metrics.json", "claims.csv")  # a folder of results holds one of them
 # Where Snakemake keeps its copies of results that lie in an object storage.
 STORED = re.compile(r"(.*/)?\.snakemake/storage/.*?/(?=results/)")
 HTML_MARK = re.compile(
@@ -63,20 +65,49 @@ def sha256_file(path: str | Path) -> str:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def _git(root: str, *args: str) -> str:
+    command = ["git", "-C", root, *args]
+    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+
+
 @cache
 def git_state(root: str) -> dict[str, Any]:
     """Commit and dirty flag of the checkout that holds `root`; 'unknown' outside one."""
-
-    def git(*args: str) -> str:
-        return subprocess.run(
-            ["git", "-C", root, *args], capture_output=True, text=True, check=True
-        ).stdout.strip()
-
     try:
-        dirty = git("status", "--porcelain", "--untracked-files=no", "--", "pipeline", "rules")
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(dirty)}
+        dirty = _git(
+            root, "status", "--porcelain", "--untracked-files=no", "--", "pipeline", "rules"
+        )
+        return {"commit": _git(root, "rev-parse", "HEAD"), "dirty": bool(dirty)}
     except (OSError, subprocess.CalledProcessError):
         return {"commit": "unknown", "dirty": None}
+
+
+@cache
+def paper_state(folder: str) -> dict[str, Any]:
+    """The same of a paper's folder, which may lie in a repository of its own, or in none.
+
+    Dirty is a folder with a change, or with a file, that was not committed.
+    """
+    try:
+        commit = _git(folder, "rev-parse", "HEAD")
+        dirty = _git(folder, "status", "--porcelain", "--untracked-files=all", "--", ".")
+        tracked = _git(folder, "ls-files", "--", ".")  # none: the whole folder is ignored
+        return {"commit": commit, "dirty": bool(dirty) or not tracked}
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": NOWHERE, "dirty": None}
+
+
+def commits(certificate: dict[str, Any]) -> str:
+    """'0123456789ab+': the commit, and a + where code was not committed.
+
+    Where the paper's folder stood at another one: '0123456789ab, paper ba9876543210'.
+    """
+    states = [certificate["git"], certificate.get("paper") or certificate["git"]]
+    ours, paper = (
+        NOWHERE if s["commit"] == NOWHERE else s["commit"][:12] + "+" * bool(s["dirty"])
+        for s in states
+    )
+    return ours if paper == ours else f"{ours}, paper {paper}"
 
 
 def versions() -> dict[str, str]:
@@ -218,6 +249,34 @@ def content_digest(path: str | Path) -> str:
     return sha256_file(path)
 
 
+def locate(name: str, near: Path, base: str | Path = "") -> Path | None:
+    """Where an input lies: below the base; of published results, in the folder that holds them.
+
+    Results that were moved or published (results/reference, an unpacked release) name files of
+    the run that made them, results/<scale>/<paper>/.... A run of the same paper that lies below
+    the base is another run, and its files are not theirs.
+
+    Args:
+        name: of the input, in a certificate.
+        near: the file that carries the certificate.
+        base: the folder that names are relative to.
+
+    Returns:
+        The path; None of an input that was not published with them.
+    """
+    there, parts = Path(base) / name, Path(name).parts
+    run = Path(base, *parts[:3])
+    if len(parts) < 4 or parts[0] != "results" or parts[1] == "store":
+        return there
+    if near.resolve().is_relative_to(run.resolve()):
+        return there
+    held = next((f for f in near.parents if any((f / n).is_file() for n in RESULTS)), None)
+    if held is None or near.resolve().is_relative_to((Path(base) / "results" / parts[1]).resolve()):
+        return there  # an index, or another file that stands beside the papers
+    found = held.joinpath(*parts[3:])
+    return found if is_file(found) else None
+
+
 def chain(path: str | Path, base: str | Path = "") -> Iterator[tuple[int, Path, dict | None]]:
     """(depth, file, certificate) of a file and of all it was made from, each file once.
 
@@ -237,7 +296,7 @@ def chain(path: str | Path, base: str | Path = "") -> Iterator[tuple[int, Path, 
         for name in sorted((cert or {}).get("inputs", {}), reverse=True):
             if Path(name).is_absolute():
                 outside.add(Path(name))
-            stack.append((depth + 1, Path(base) / name))
+            stack.append((depth + 1, locate(name, file, base) or Path(base) / name))
 
 
 def is_file(path: Path) -> bool:
@@ -272,11 +331,7 @@ def show(path: str | Path, base: str | Path = ".") -> str:
         if cert is None:
             lines.append(f"{'  ' * depth}{file}  (no certificate)")
             continue
-        git = cert["git"]
-        facts = [
-            f"stage {cert['stage']}",
-            f"commit {git['commit'][:12]}{'+' if git['dirty'] else ''}",
-        ]
+        facts = [f"stage {cert['stage']}", f"commit {commits(cert)}"]
         facts += [f"code {cert['code'][:12]}"]
         facts += [f"{k} {cert[k]}" for k in ("device", "seed", "source", "licence") if cert.get(k)]
         lines.append(f"{'  ' * depth}{file}  " + ", ".join(facts))

@@ -16,7 +16,7 @@ from typing import Any
 
 from pipeline import provenance, tables
 from pipeline.errors import RetraceError
-from pipeline.spec import SCALES
+from pipeline.spec_base import SCALES
 from pipeline.summary import read_claims
 
 STORE = "results/store/"

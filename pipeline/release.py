@@ -53,9 +53,8 @@ def order(file: Path) -> tuple[int, str]:
 
 def commits(files: list[Path]) -> str:
     """The commits that these files come from; a + where code stood there that was not committed."""
-    found = [made["git"] for f in files if (made := provenance.read(f))]
-    names = {g["commit"][:12] + ("+" if g["dirty"] else "") for g in found}
-    return ", ".join(sorted(names))
+    found = [made for f in files if (made := provenance.read(f))]
+    return ", ".join(sorted({provenance.commits(c) for c in found}))
 
 
 def readme(spec: dict, files: list[Path]) -> str:

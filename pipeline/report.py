@@ -63,9 +63,8 @@ def how(certificate: dict[str, Any]) -> dict[str, Any]:
 
 
 def commit(certificate: dict[str, Any]) -> str:
-    """The commit; a + where code stood there that was not committed."""
-    git = certificate["git"]
-    return git["commit"][:SHORT] + ("+" if git["dirty"] else "")
+    """The commit; a + where code stood there that was not committed; see `provenance.commits`."""
+    return provenance.commits(certificate)
 
 
 def chain(starts: Iterable[str | Path]) -> Iterator[dict[str, Any]]:

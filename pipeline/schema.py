@@ -17,7 +17,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from pipeline.spec import SCALES, Config, PaperSpec
+from pipeline.spec import Config, PaperSpec
+from pipeline.spec_base import SCALES
 
 FOLDER = Path(__file__).parent / "schema"
 DIALECT = "https://json-schema.org/draft/2020-12/schema"

@@ -4,36 +4,39 @@ Snakemake does not see an edit in a module that a stage imports. Every rule ther
 stage's code hash to snakemake as a parameter, so that a job reruns when what it does has changed,
 and only then. The hash covers
 
-1. the syntax tree of the stage's module without docstrings: comments and layout do not count;
-2. the same of every `pipeline` module that it imports, directly or not, but for FRAME;
-3. the paper's own .py files that take part, and what they import from `pipeline`.
+1. the syntax tree, docstrings left out, of every definition of ours that the job can reach
+   (pipeline/reach.py): comments, layout, and the module where a definition stands do not count;
+2. the paper's own .py files that take part, those that they load, and what they reach;
+3. the templates that its pages are made of;
+4. the versions of the packages in KEYED that it uses.
 """
 
 import ast
 import contextlib
 import functools
 import hashlib
+import importlib.metadata
 import importlib.util
 import json
 import os
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+from pipeline import definitions, reach
 from pipeline.errors import RetraceError
 from pipeline.provenance import digest
 
 PIPELINE = Path(__file__).parent
 NOTE = Path("results/store/.digests/code.json")  # below the working directory
-# Modules that hand a stage its arguments and compute nothing. All that spec.py decides stands in
-# the stage's --spec, defaults included, and that is a parameter of its own: a new section for one
-# stage must not retrain what another has made.
-FRAME = {"pipeline.cli", "pipeline.errors", "pipeline.source", "pipeline.spec",
-         "pipeline.spec_base", "pipeline.spec_circuits", "pipeline.spec_sae",
-         "pipeline.spec_training"}  # fmt: skip
-TEMPLATES_OF = "pipeline.pages"  # the module that fills the files of pipeline/templates
+REMEMBERED = 4000  # files and jobs; beyond it the note starts anew
+# Packages whose release decides numbers or pictures, by their import names. Those that only read
+# and write files (pyarrow, safetensors) or check settings (pydantic) decide none.
+KEYED = (
+    "torch triton transformers transformer_lens sae_lens tokenizers gguf numpy scipy pandas plotly"
+).split()
+PAGES = (".html", ".css", ".js")  # files of templates/; an editor's swap file is none
 
 
 @functools.cache
@@ -92,29 +95,29 @@ def import_file(path: str | Path) -> ModuleType:
 
 
 @functools.cache
-def _facts(file: Path) -> tuple[str, tuple[str, ...]]:
-    """sha256 over a file's syntax tree without docstrings, and the pipeline modules it imports.
+def _facts(file: Path) -> dict[str, Any]:
+    """`definitions.facts` of a file and the digest of its whole tree, remembered under its bytes.
 
-    Remembered under the file's bytes: snakemake asks for every module on every call.
+    Snakemake asks for every module on every call.
     """
     try:
-        key = hashlib.sha256(file.read_bytes() + sys.version.encode()).hexdigest()
+        key = hashlib.sha256(file.read_bytes() + definitions.python().encode()).hexdigest()
     except OSError as e:
         raise RetraceError(f"{file}: cannot be read ({e.strerror})") from e
     if key not in _remembered():
         _remembered()[key] = _read_facts(file)
         _remembered()["new"] = True
-    code, found = _remembered()[key]
-    return code, tuple(found)
+    return _remembered()[key]
 
 
 @functools.cache
 def _remembered() -> dict[str, Any]:
     """What `_facts` found in earlier calls; a note that is not readable is as good as none."""
     try:
-        return json.loads(NOTE.read_text())
+        found = json.loads(NOTE.read_text())
     except (OSError, ValueError):
         return {}
+    return found if isinstance(found, dict) and len(found) < REMEMBERED else {}
 
 
 def _remember() -> None:
@@ -128,55 +131,77 @@ def _remember() -> None:
         temporary.replace(NOTE)
 
 
-def _read_facts(file: Path) -> list[Any]:
-    """The facts of a file, out of one parse."""
-    bare = _parsed(file)  # a tree of its own: the one of `tree` stays whole
-    found: list[str] = []
-    for node in ast.walk(bare):
-        body = getattr(node, "body", None)
-        if isinstance(body, list) and body and _is_text(body[0]):
-            node.body = body[1:] or [ast.Pass()]
-        if isinstance(node, ast.ImportFrom) and (node.module or "").split(".")[0] == "pipeline":
-            found += [node.module, *(f"{node.module}.{a.name}" for a in node.names)]
-        elif isinstance(node, ast.Import):
-            found += [a.name for a in node.names if a.name.split(".")[0] == "pipeline"]
-    return [digest(ast.dump(bare)), found]
+def _read_facts(file: Path) -> dict[str, Any]:
+    _parsed(file)  # the sentence of a file that is no Python
+    text = file.read_text()
+    return definitions.facts(text) | {"code": definitions.file_hash(text)}
 
 
 def file_code(file: str | Path) -> str:
     """sha256 over a file's syntax tree without docstrings."""
-    return _facts(Path(file))[0]
-
-
-def imported(file: Path) -> tuple[str, ...]:
-    """The pipeline modules that a file imports, imports inside functions included."""
-    return _facts(Path(file))[1]
-
-
-def _is_text(node: ast.stmt) -> bool:
-    """Whether a statement is nothing but a string."""
-    value = getattr(node, "value", None)
-    return isinstance(node, ast.Expr) and isinstance(getattr(value, "value", None), str)
+    return _facts(Path(file))["code"]
 
 
 @functools.cache
-def _module_file(module: str) -> Path:
-    return PIPELINE.joinpath(*module.split(".")[1:]).with_suffix(".py")
+def _module(name: str) -> dict[str, Any] | None:
+    """The facts of a module of ours, or of a paper's own file, by its path; None: there is none."""
+    if name.endswith(".py"):
+        return _facts(Path(name))
+    first, *rest = name.split(".")
+    if first != "pipeline":
+        return None
+    file = PIPELINE.joinpath(*rest)
+    file = file / "__init__.py" if file.is_dir() else file.with_suffix(".py")
+    return _facts(file) if file.is_file() else None
 
 
-@functools.cache
-def reached(start: tuple[str, ...]) -> dict[str, str]:
-    """Module -> hash of the modules in `start` and of all that they import, FRAME left out."""
-    seen: dict[str, str] = {}
-    stack = list(start)
+def with_loaded(files: Iterable[str | Path]) -> list[Path]:
+    """A paper's own files and those that they load with import_file, sorted.
+
+    A call that does not say which file it loads is held to load any of its folder.
+    """
+    seen: set[Path] = set()
+    stack = [Path(f) for f in files]
     while stack:
-        name = stack.pop()
-        file = _module_file(name)
-        if name in seen or name in FRAME or not file.is_file():
+        file = stack.pop()
+        if file in seen:
             continue
-        seen[name] = file_code(file)
-        stack += imported(file)
-    return seen
+        seen.add(file)
+        for name in _loads(_facts(file)):
+            named = file.parent / name
+            found = [named] if named.is_file() else file.parent.glob("*.py")
+            stack += [f for f in found if not f.name.startswith("test_")]
+    return sorted(seen)
+
+
+def _loads(found: dict[str, Any]) -> set[str]:
+    """Names of the files that a file loads; '*' for one that is not written down."""
+    out: set[str] = set()
+    for made in found["defs"].values():
+        for name in made.get("loads", []):
+            constant = found["defs"].get(name[1:], {}) if name[0] == "=" else {}
+            out |= set(constant.get("files", [])) or {"*" if name[0] == "=" else name}
+    return out
+
+
+def files_code(files: Iterable[str | Path]) -> list[list[str]]:
+    """[name, hash] of a paper's own files and of all that they load."""
+    return [[f.name, file_code(f)] for f in with_loaded(files)]
+
+
+@functools.cache
+def reached(stage: str, own: tuple[str, ...] = ()) -> reach.Walk:
+    """All that a stage's job reaches; see `reach.Walk`.
+
+    Args:
+        own: paths of the paper's own files, which count whole.
+    """
+    module = f"pipeline.{stage}"
+    starts = [(file, name) for file in own for name in _module(file)["defs"]]
+    if found := _module(module):
+        first = [n for n in ("main", definitions.MAIN) if n in found["defs"]]
+        starts += [(module, n) for n in first or found["defs"]]
+    return reach.Walk(_module).run(starts)
 
 
 def job_code(stage: str, files: Iterable[str | Path] = ()) -> str:
@@ -186,20 +211,41 @@ def job_code(stage: str, files: Iterable[str | Path] = ()) -> str:
         stage: `pipeline.<stage>` is hashed where there is such a module.
         files: the paper's own .py files that take part.
     """
-    own = sorted({Path(f) for f in files})
-    start = {f"pipeline.{stage}"} | {m for f in own for m in imported(f)}
-    modules = reached(tuple(sorted(start)))
-    templates = _templates() if TEMPLATES_OF in modules else {}
-    files_code = [[f.name, file_code(f)] for f in own]
+    own = with_loaded(files)
+    walk = reached(stage, tuple(map(str, own)))
+    ours = [code for (module, _), code in walk.reached.items() if not module.endswith(".py")]
+    templates = _templates(frozenset(walk.templates))
     _remember()
-    return digest([modules, files_code, templates])
+    return digest([sorted(ours), files_code(own), templates, packages(walk.packages)])
+
+
+def packages(used: Iterable[str]) -> dict[str, str]:
+    """Releases of the packages in KEYED that are used; without what follows '+', the build.
+
+    Beside torch, pandas only carries tables, and its release decides nothing.
+    """
+    used = set(used) - ({"pandas"} if "torch" in used else set())
+    return {n: v.split("+")[0] for n in KEYED if n in used and (v := _version(n))}
 
 
 @functools.cache
-def _templates() -> dict[str, str]:
-    folder = PIPELINE / "templates"
-    return {
-        str(p.relative_to(folder)): hashlib.sha256(p.read_bytes()).hexdigest()
-        for p in sorted(folder.rglob("*"))
-        if p.is_file()
-    }
+def _version(name: str) -> str:
+    try:
+        return importlib.metadata.version(name.replace("_", "-"))
+    except importlib.metadata.PackageNotFoundError:
+        return ""
+
+
+@functools.cache
+def _templates(pages: frozenset[str]) -> dict[str, str]:
+    """Name -> sha256 of some templates, and of all whose names stand in them in quotes."""
+    folder, out, stack = PIPELINE / "templates", {}, sorted(pages)
+    every = {p.name: p for p in sorted(folder.glob("*")) if p.suffix in PAGES}
+    while stack:
+        name = stack.pop()
+        if name in out or name not in every:
+            continue
+        data = every[name].read_bytes()
+        out[name] = hashlib.sha256(data).hexdigest()
+        stack += [other for other in every if f'"{other}"'.encode() in data]
+    return out

@@ -11,14 +11,13 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from pipeline.errors import RetraceError, nearest
-from pipeline.spec_base import Dtype, Inside, Name, Requirement, Section, sentence
+from pipeline.spec_base import Dtype, Inside, Name, Requirement, Scale, Section, sentence
 from pipeline.spec_circuits import CircuitsSpec
+from pipeline.spec_claims import Budget, Claim
 from pipeline.spec_sae import SaeSection, SaeSpec
 from pipeline.spec_training import TrainingSpec
 
-SCALES = ("smoke", "laptop", "paper")
 T = TypeVar("T", bound=BaseModel)
-Scale = Literal["smoke", "laptop", "paper"]
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 Hook = Annotated[str, Field(pattern=r"^(hook_embed|blocks\.\d+\.[a-z_.]+)$")]
 
@@ -319,48 +318,6 @@ class Figure(Section):
     options: dict[str, Any] = {}
 
 
-class Claim(Section):
-    """One number or ordering that the paper states."""
-
-    id: Name
-    text: str = Field(min_length=1, description="what the paper says, in our words")
-    source: str = Field(min_length=1, description="where in the paper")
-    kind: Literal["value", "order"]
-    metric: str = Field(default="", description="kind value: the metric compared")
-    paper: float | None = Field(default=None, description="kind value: the published number")
-    tolerance: float | None = Field(default=None, ge=0, description="absolute, same unit")
-    holds: str = Field(default="", description="kind order: e.g. a.ev < b.ev < c.ev")
-    reason: str = Field(default="", description="why this tolerance, or why not comparable")
-    comparable_if: str = Field(
-        default="", description="an expression over metrics; where false, not comparable"
-    )
-    scales: list[Scale] = Field(default=[], description="default: order all, value only paper")
-    comparable: bool = Field(default=True, description="false: holds only on the paper's model")
-    provenance_kind: Literal["R", "R-copy", "N", "M"] = Field(
-        default="R", description="R: read in the primary source; N: second-hand; M: from memory"
-    )
-
-    @model_validator(mode="after")
-    def _complete(self) -> "Claim":
-        if self.kind == "order" and not self.holds:
-            raise ValueError(f"claim '{self.id}': kind order needs holds: an expression")
-        if self.kind == "value" and self.paper is None:
-            raise ValueError(f"claim '{self.id}': kind value needs paper: the published number")
-        judged = self.metric and self.tolerance is not None and self.reason
-        if self.kind == "value" and self.comparable and not judged:
-            raise ValueError(
-                f"claim '{self.id}': kind value needs metric, tolerance and its reason"
-            )
-        if not self.comparable and not self.reason:
-            raise ValueError(f"claim '{self.id}': comparable: false needs a reason")
-        if self.comparable_if and not self.reason:
-            raise ValueError(f"claim '{self.id}': comparable_if needs a reason")
-        return self
-
-    def judged_at(self, scale: str) -> bool:
-        return scale in (self.scales or (SCALES if self.kind == "order" else ["paper"]))
-
-
 class PaperSpec(Section):
     """paper.yaml: declaration and card in one file."""
 
@@ -389,6 +346,9 @@ class PaperSpec(Section):
     circuits: CircuitsSpec | None = None
     own: dict[Name, dict[str, Any]] = Field(default={}, description="the paper's own stages")
     figures: dict[Name, Figure] = {}
+    budget: dict[Name, Budget] = Field(
+        default={}, description="the paper's own budget beside ours, by a name that claims use"
+    )
     claims: list[Claim] = []
 
     @model_validator(mode="after")
@@ -437,6 +397,17 @@ class PaperSpec(Section):
         ids = [c.id for c in self.claims]
         if twice := {i for i in ids if ids.count(i) > 1}:
             raise ValueError(f"claim id '{sorted(twice)[0]}' stands twice")
+        for claim in self.claims:
+            if claim.budget not in ("", "none", *self.budget):
+                raise ValueError(
+                    f"claim '{claim.id}': no budget '{claim.budget}'"
+                    f"{nearest(claim.budget, self.budget)}; declare it under budget:"
+                )
+            if "budget" in claim.needs and not self.budget_of(claim):
+                raise ValueError(
+                    f"claim '{claim.id}': needs.budget: name one of this paper.yaml's budgets "
+                    f"under budget:"
+                )
         self._check_saes()
         return self
 
@@ -515,6 +486,12 @@ class PaperSpec(Section):
                 raise ValueError(f"{key}: SAE '{name}' is not trained on arm '{arm}'")
             if key != "features.saes" and saes[name].output_hook:
                 raise ValueError(f"{key}: '{name}' is a transcoder; name one without output_hook")
+
+    def budget_of(self, claim: Claim) -> str:
+        """The name of the budget that a claim rests on; an empty string where none is meant."""
+        if claim.budget:
+            return claim.budget.replace("none", "")
+        return next(iter(self.budget)) if len(self.budget) == 1 else ""
 
     def arm_names(self) -> list[str]:
         """The arms, 'trained' where the paper declares none."""

@@ -21,6 +21,8 @@ def inside(path: str) -> str:
 
 Inside = Annotated[str, AfterValidator(inside)]
 Dtype = Literal["float32", "float16", "bfloat16"]
+SCALES = ("smoke", "laptop", "paper")
+Scale = Literal["smoke", "laptop", "paper"]
 
 
 class Section(BaseModel):

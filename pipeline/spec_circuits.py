@@ -30,7 +30,12 @@ class CircuitsSpec(Section):
     prompts: Name = Field(description="a function of the paper's prompts.py")
     options: dict[str, Any] = Field(default={}, description="handed to that function")
     n_prompts: int = Field(default=16, ge=1, description="pairs of prompts")
-    seed: int = Field(default=0, ge=0, description="of the prompts")
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(
+        default=[0],
+        min_length=1,
+        description="a draw of prompts each, and of the edges of n_drawn; every measure has one "
+        "value for each",
+    )
     without: list[Name] = Field(default=[], description="arms that are left out")
     methods: list[Method] = Field(
         default=["direct_logit", "activation_patching", "attribution_patching"], min_length=1
@@ -63,9 +68,10 @@ class CircuitsSpec(Section):
 
     @model_validator(mode="after")
     def _once(self) -> "CircuitsSpec":
-        for method in self.methods:
-            if self.methods.count(method) > 1:
-                raise ValueError(f"methods: '{method}' stands twice; name it once")
+        for key in ("methods", "seeds"):
+            for value in (given := getattr(self, key)):
+                if given.count(value) > 1:
+                    raise ValueError(f"{key}: '{value}' stands twice; name it once")
         wants = [m for m in self.methods if m in LATENT_METHODS]
         if bool(wants) != bool(self.saes):
             raise ValueError(

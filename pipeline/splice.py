@@ -15,6 +15,8 @@ from torch import Tensor, nn
 from pipeline import hooks, native
 from pipeline.errors import RetraceError
 
+PROBE = 1e3  # size of the coordinates that a norm is measured with; its epsilon vanishes beside it
+
 
 def stream(hf: nn.Module, hook: str, tokens: Tensor) -> Tensor:
     """x at `hook`, [batch pos d], of tokens [batch pos]; layers above the hook do not run."""
@@ -112,6 +114,25 @@ def written(hf: nn.Module, hook: str, directions: Tensor) -> Tensor:
         return directions
     last, _ = hooks.site(hf, hook)
     return last(directions) - last(torch.zeros_like(directions[:1]))
+
+
+def normed(hf: nn.Module, rows: Tensor) -> Tensor:
+    """Directions [n d_model] of the stream as the unembedding reads them, but for the norm's scale.
+
+    Behind the final norm x is g * c(x) / s(x) + b: c takes the mean of the coordinates away in a
+    layer norm and nothing in an RMS norm, s(x) is one number a token. This gives g * c(row).
+    g and c are measured, since models write the gain in several ways (Gemma's is 1 + its weight).
+    """
+    norm, d = final_norm(hf), rows.shape[-1]
+    if isinstance(norm, nn.Identity):
+        return rows
+    n = (d + 1) // 2
+    probe = torch.full((1, d), PROBE, dtype=rows.dtype, device=rows.device)
+    probe[:, n:] *= -n / max(d - n, 1)  # mean 0, and no coordinate is
+    scale = probe.square().mean().sqrt()
+    gain = (norm(probe) - norm(-probe)) / 2 * scale / probe
+    centres = torch.allclose(norm(probe), norm(probe + PROBE), rtol=1e-3)
+    return gain * (rows - rows.mean(-1, keepdim=True) if centres else rows)
 
 
 def final_norm(hf: nn.Module) -> nn.Module:

@@ -10,8 +10,26 @@ import shutil
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-VERDICTS = ("reproduced", "not reproduced", "not comparable", "not run")
+VERDICTS = (
+    "reproduced",
+    "not reproduced",
+    "undecided",
+    "says nothing",
+    "not comparable",
+    "not run",
+    "plumbing",
+)
+JUDGED = VERDICTS[:4]
+OTHERS = {"control": "controls", "ours": "own observations"}  # whose claims are no paper's
+MEANINGS = {
+    "undecided": "the seeds disagree, and their interval holds both answers.",
+    "says nothing": "the order holds on its null arm as well.",
+    "not comparable": "this run cannot judge the claim; the reason stands beside it.",
+    "not run": "the metric was not measured in this run.",
+    "plumbing": "a smoke run shows that everything runs; its numbers judge nothing.",
+}
 
 
 def read_claims(path: str | Path) -> list[dict[str, str]]:
@@ -21,9 +39,20 @@ def read_claims(path: str | Path) -> list[dict[str, str]]:
 
 
 def tally(rows: list[dict[str, str]]) -> dict[str, int]:
-    """How many claims have each verdict, and how many were judged."""
-    count = {v: sum(r["verdict"] == v for r in rows) for v in VERDICTS}
-    return count | {"judged": count["reproduced"] + count["not reproduced"]}
+    """How many claims of papers have each verdict, how many were judged, and what stands beside.
+
+    second_hand: the judged ones whose source was not read itself; spread: the judged ones over
+    three seeds or more; control, ours: (reproduced, judged) of claims that are no paper's.
+    """
+    mine = [r for r in rows if r.get("of", "paper") == "paper"]
+    count: dict[str, Any] = {v: sum(r["verdict"] == v for r in mine) for v in VERDICTS}
+    judged = [r for r in mine if r["verdict"] in JUDGED]
+    count |= {"judged": len(judged), "spread": sum(float(r.get("n") or 1) >= 3 for r in judged)}
+    count["second_hand"] = sum(r.get("provenance_kind", "R") != "R" for r in judged)
+    for whose in OTHERS:
+        found = [r["verdict"] for r in rows if r.get("of") == whose and r["verdict"] in JUDGED]
+        count[whose] = (found.count("reproduced"), len(found))
+    return count
 
 
 def print_claims(base: str, papers: list[str], benchmarks: str = "results/benchmarks") -> list[str]:
@@ -50,11 +79,12 @@ def print_claims(base: str, papers: list[str], benchmarks: str = "results/benchm
 
 
 def headline(count: dict[str, int]) -> str:
-    """'5 of 6 claims judged at this scale are reproduced; 2 not comparable'."""
-    if not sum(count[v] for v in VERDICTS):
-        return "no claims"
-    text = f"{count['reproduced']} of {count['judged']} claims judged at this scale are reproduced"
+    """'5 of 6 claims of the paper judged at this scale are reproduced; 2 not comparable'."""
     rest = [f"{count[v]} {v}" for v in VERDICTS[2:] if count[v]]
+    rest += [f"{OTHERS[w]} {count[w][0]} of {count[w][1]}" for w in OTHERS if count[w][1]]
+    if not count["judged"]:
+        return "; ".join(["no claim is judged at this scale" if rest else "no claims", *rest])
+    text = f"{count['reproduced']} of {count['judged']} claims judged at this scale are reproduced"
     return "; ".join([text, *rest])
 
 

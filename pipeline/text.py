@@ -4,7 +4,7 @@ The text comes out of a package, a hub dataset, a URL or a local file or folder,
 digest where the spec has one, and with `books` out of more packages; documents.py reads it.
 `source: url` reads a local copy where there is one, and may name a packaged text that serves where
 neither can be had: `published` is false of that one, so that a claim about the published text is
-not held against it (comparable_if).
+not held against it (`needs:` of a claim).
 """
 
 import shutil

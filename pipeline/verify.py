@@ -24,7 +24,8 @@ from typing import Any
 from pipeline import intact, provenance
 from pipeline.errors import RetraceError
 
-UNCERTIFIED = {"logs", "benchmarks"}  # folders of what snakemake writes, and of measurements
+# Folders of what snakemake writes and of measurements, and what a published run took.
+UNCERTIFIED = {"logs", "benchmarks", "run.json"}
 UNSUMMED = {"release.json", "README.md"}  # what release.json does not list
 BROKEN = (ValueError, TypeError, LookupError, AttributeError, OSError, RecursionError)
 
@@ -75,7 +76,7 @@ def examined(path: str | Path, base: str | Path = ".") -> Report:
             out.bare += 1
             continue
         else:
-            found = _guarded(_followed, start, path, base, listed, done, out)
+            found = _guarded(_followed, start, base, listed, done, out)
         out.faults += found
         if not found:
             name = start.relative_to(path) if path.is_dir() else start.name
@@ -132,7 +133,7 @@ def _guarded(function: Any, *args: Any) -> list[str]:
 
 
 def _followed(
-    start: Path, top: Path, base: Path, listed: set[Path], done: set[Path], out: Report
+    start: Path, base: Path, listed: set[Path], done: set[Path], out: Report
 ) -> list[str]:
     """Faults of a file and of all that it was made from, each file once."""
     found, stack = [], [start]
@@ -146,12 +147,12 @@ def _followed(
         for name, sha in (certificate or {}).get("inputs", {}).items():
             if Path(name).is_absolute():
                 out.absent.append(Path(name))
-                continue
-            gone, there = base / name, locate(name, sha, start, top, base)
-            if there is None and (_is_published(start, base) or _is_without_store(gone)):
-                out.absent.append(gone)
-            elif there is None:
-                found.append(f"{gone}: missing, and a result was made from it")
+            elif (there := provenance.locate(name, file, base)) is None:
+                out.absent.append(base / name)  # not published with the rest
+            elif _of_the_store(there) and not there.parent.exists():
+                out.absent.append(there)
+            elif not provenance.is_file(there):
+                found.append(f"{there}: missing, and a result was made from it")
             else:
                 if intact.sha256_once(there) != sha:
                     found.append(f"{there}: changed since a result was made from it")
@@ -159,37 +160,9 @@ def _followed(
     return found
 
 
-def locate(name: str, sha: str, start: Path, top: Path, base: Path) -> Path | None:
-    """The input of that name: with its digest beside the file at hand, else below the base.
-
-    The base of published results holds another run, if any, whose files are not theirs.
-
-    Args:
-        start: the file whose chain is followed.
-        top: the folder, or the file, that is verified.
-    """
-    parts = Path(name).parts
-    for folder in start.parents:
-        for i in range(1, len(parts)):
-            there = folder.joinpath(*parts[i:])
-            if provenance.is_file(there) and intact.sha256_once(there) == sha:
-                return there
-        if folder == top or folder.name == "results":
-            break
-    if provenance.is_file(base / name) and not _is_published(start, base):
-        return base / name
-    return None
-
-
-def _is_published(start: Path, base: Path) -> bool:
-    """Whether a file lies elsewhere than where a run wrote it: in results/reference, or a copy."""
-    start, results = start.resolve(), base.resolve()
-    return not start.is_relative_to(results) or start.is_relative_to(results / "results/reference")
-
-
-def _is_without_store(file: Path) -> bool:
-    """Whether a file is results/store/<stage>/<artefact>/<file>, and the artefact is not here."""
-    return file.parts[-4:-3] == ("store",) and not file.parent.exists()
+def _of_the_store(file: Path) -> bool:
+    """Whether a file is results/store/<stage>/<artefact>/<file>."""
+    return file.parts[-4:-3] == ("store",)
 
 
 def _of_one(file: Path, listed: set[Path], base: Path, out: Report) -> list[str]:
@@ -240,9 +213,9 @@ def _claims(file: Path, certificate: dict, base: Path, out: Report) -> list[str]
     from pipeline import claims, source, tables
     from pipeline.spec import Claim
 
-    name, sha = next(iter(certificate["inputs"].items()))
-    metrics = locate(name, sha, file, file, base)
-    if metrics is None:
+    name = next(iter(certificate["inputs"]))
+    metrics = provenance.locate(name, file, base)
+    if metrics is None or not provenance.is_file(metrics):
         return []
     spec = certificate["spec"]
     try:

@@ -14,7 +14,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.g
 os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(4 << 30))
 os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(8 << 30))
 
-from pipeline import gpus, kills, papers, source, summary
+from pipeline import gpus, kills, papers, provenance, source, summary
 from pipeline.errors import RetraceError, nearest
 
 PYTHON = sys.executable
@@ -77,6 +77,25 @@ def target(name):
     if workflow.is_rule(name):
         sys.exit(f"error: config.yaml: papers: '{name}' is the name of a rule; rename its folder")
     return name
+
+
+def products_of(*names):
+    """Input: all that the reports of papers rest on, so that what was deleted is made again."""
+
+    def paths(wildcards):
+        found = []
+        for name in names:
+            paper = told(RUN.paper, name, RUN.config.scale)
+            base = f"results/{paper.scale}/{name}"
+            figures = [f"{base}/figures/{f}" for f in paper.spec.figures]
+            latents = paper.spec.features.saes if paper.spec.features else []
+            found += [f"{base}/{f}" for f in ("report.html", "claims.csv", "metrics.json")]
+            found += [f"{f}.{kind}" for f in figures for kind in ("html", "csv")]
+            found += [f"{base}/features/{s}.html" for s in latents]
+            found += paper.tables().values()
+        return found
+
+    return paths
 
 
 def targets():
@@ -322,15 +341,21 @@ def tables_of(kind=None):
 
 
 def figure_tables(paper, figure):
-    """Paths of the tables that a figure names; 'metrics' is metrics.json."""
+    """Paths of the tables that a figure names; 'metrics' is metrics.json, 'claims' claims.csv."""
     known("figure", figure, paper.spec.figures, paper)
-    metrics = {"metrics": f"results/{paper.scale}/{paper.name}/metrics.json"}
-    return [(paper.tables() | metrics)[t] for t in paper.spec.figures[figure].tables]
+    base = f"results/{paper.scale}/{paper.name}"
+    made = {"metrics": f"{base}/metrics.json", "claims": f"{base}/claims.csv"}
+    return [(paper.tables() | made)[t] for t in paper.spec.figures[figure].tables]
 
 
 def own_file_of(file):
     """Input: a paper's own .py files that fit a name; the param `code` says when they changed."""
     return lambda wildcards: [ancient(unstored(f)) for f in paper_of(wildcards).code_files(file)]
+
+
+def card_of(wildcards):
+    """Input: paper.yaml, for its place in git alone; what it says stands in the param `spec`."""
+    return [ancient(unstored(str(paper_of(wildcards).folder / "paper.yaml")))]
 
 
 def drawing_code(wildcards):
@@ -372,9 +397,10 @@ def metrics_spec(wildcards):
 
 
 def claims_spec(wildcards):
-    """Params: the claims, the scale and whether a failed claim is an error."""
-    claims = [c.model_dump(mode="json") for c in paper_of(wildcards).spec.claims]
-    return papers.to_json({"claims": claims, "scale": wildcards.scale})
+    """Params: the claims with their null arms, the budgets and the scale."""
+    from pipeline.claims import for_the_job
+
+    return papers.to_json(for_the_job(paper_of(wildcards)))
 
 
 def figure_spec(wildcards):
@@ -425,16 +451,25 @@ def upstream_of(wildcards):
     return told(RUN.upstream, items)
 
 
+def others_made(wildcards):
+    """Params: claims.csv of papers that this call does not ask for and that have results.
+
+    No input: the index shows them as they lie there, and makes none of them again.
+    """
+    made = {f.parent.name: str(f) for f in Path(f"results/{wildcards.scale}").glob("*/claims.csv")}
+    return [made[p] for p in RUN.available if p in made and p not in RUN.config.papers]
+
+
 def index_spec(wildcards):
-    """Params: name and title of every paper."""
-    cards = [told(RUN.paper, name, wildcards.scale) for name in RUN.config.papers]
+    """Params: name and title of every paper with results at this scale, and what the claims are
+    of those that are no inputs."""
     fields = ("title", "authors", "year", "url", "summary")
-    return papers.to_json(
-        {
-            "scale": wildcards.scale,
-            "papers": {c.name: {f: getattr(c.spec, f) for f in fields} for c in cards},
-        }
-    )
+    asked = [told(RUN.paper, name, wildcards.scale) for name in RUN.config.papers]
+    cards = {c.name: {f: getattr(c.spec, f) for f in fields} for c in asked}
+    claims = {Path(f).parent.name: f for f in others_made(wildcards)}
+    cards |= {name: told(RUN.card, name, fields) for name in claims}
+    shas = {name: provenance.sha256_file(f) for name, f in claims.items()}
+    return papers.to_json({"scale": wildcards.scale, "papers": cards, "claims": shas})
 
 
 def print_claims():

@@ -22,6 +22,7 @@ rule figures:
         tables=tables_of("figure"),
         own=own_file_of("figures*.py"),  # figures.py, and what it may be split into
         script="results/{scale}/figures.js",
+        yaml=card_of,
     output:
         html=report(
             "results/{scale}/{paper}/figures/{figure}.html",
@@ -38,5 +39,5 @@ rule figures:
         code=code_of("figures", "figures*.py"),
     shell:
         "{PYTHON:q} -m pipeline.figures --spec {params.spec:q} --tables {input.tables:q}"
-        " --own {input.own:q} --code {input.own:q} --script {input.script:q}"
+        " --own {input.own:q} --paper {input.yaml:q} --code {input.own:q} --script {input.script:q}"
         " --out {output.html:q} --csv {output.csv:q} 2> {log:q}"

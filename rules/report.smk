@@ -43,9 +43,10 @@ rule index:
         "results/logs/{scale}/index.log",
     params:
         spec=index_spec,
+        others=others_made,
         code=code_of("index"),
     shell:
-        "{PYTHON:q} -m pipeline.index --spec {params.spec:q} --claims {input.claims:q}"
+        "{PYTHON:q} -m pipeline.index --spec {params.spec:q} --claims {input.claims:q} {params.others:q}"
         " --out {output:q} 2> {log:q}"
 
 

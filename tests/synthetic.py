@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from pipeline import papers, provenance, tables
+from pipeline import claims, papers, provenance, tables
 from pipeline.metrics import parts
 from pipeline.spec import PaperSpec
 
@@ -172,7 +172,7 @@ def attributions(spec: PaperSpec, rng: np.random.Generator) -> tuple[pd.DataFram
 
 
 def paper(
-    root: Path, name: str = "made_up", n_latents: int = 60, scale: str = "smoke"
+    root: Path, name: str = "made_up", n_latents: int = 60, scale: str = "laptop"
 ) -> papers.Paper:
     """Write a paper folder, its tables, benchmarks, figures, claims, report and feature page.
 
@@ -233,9 +233,7 @@ def run_stages(made: papers.Paper) -> None:
     paths = made.tables()
     spec = {"tables": list(paths), "parts": parts(made)}
     call("metrics", spec, tables=list(paths.values()), out=base / "metrics.json")
-    claims = [c.model_dump(mode="json") for c in made.spec.claims]
-    spec = {"claims": claims, "scale": made.scale}
-    call("claims", spec, metrics=base / "metrics.json", out=base / "claims.csv")
+    call("claims", claims.for_the_job(made), metrics=base / "metrics.json", out=base / "claims.csv")
     script = base.parent / "figures.js"
     figures_js(script)
     for name in made.spec.figures:
@@ -266,7 +264,10 @@ def draw(made: papers.Paper, name: str) -> Path:
     """One figure, as its rule calls it; returns its page."""
     base = Path("results") / made.scale / made.name
     spec = made.spec.figures[name].model_dump(mode="json")
-    paths = made.tables() | {"metrics": str(base / "metrics.json")}
+    paths = made.tables() | {
+        "metrics": str(base / "metrics.json"),
+        "claims": str(base / "claims.csv"),
+    }
     own = [str(made.folder / "figures.py")]
     call(
         "figures",

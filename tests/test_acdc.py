@@ -1,5 +1,7 @@
 """ACDC and its graph: against plain code, against edge patching and EAP, and on paper."""
 
+from itertools import pairwise
+
 import numpy as np
 import pytest
 import torch
@@ -82,10 +84,10 @@ class Naive:
             made[Node("mlp", i)] = layer.mlp(layer.ln2(read(Node("mlp", i), "")))
         return body.head(body.ln_out(read(LOGITS, ""))), made, used
 
-    def acdc(self, loss, tau):
+    def acdc(self, loss, tau, order=None):
         """Algorithm 1: the edges that stay."""
         cut, current = set(), loss(self.forward(self.tokens, set())[0])
-        for edge in self.edges:
+        for edge in order or self.edges:
             after = loss(self.forward(self.tokens, cut | {edge})[0])
             if after - current < tau:
                 cut, current = cut | {edge}, after
@@ -151,6 +153,51 @@ def test_acdc_is_algorithm_1(pair, kind):
     for row, tau in zip(kept, taus, strict=True):
         assert row.tolist() == naive.acdc(plain, tau)
     assert torch.equal(kept, rises >= torch.tensor(taus)[:, None].double())
+
+
+def readers_are_done(edges: list[Edge]) -> bool:
+    """Whether all that reads what an edge's target writes stands before the edge.
+
+    A head writes to all edges out of it; its query is read by the gate of the query.
+    """
+    for i, edge in enumerate(edges):
+        later, node = edges[i:], edge.target
+        whole = edge.source.kind == "input" or node.kind == "mlp"
+        gate = Edge(Node("input", node.layer, node.head), node, edge.slot)
+        if whole and node in {e.source for e in later}:
+            return False
+        if not whole and node.kind == "head" and gate in later:
+            return False
+    return True
+
+
+def test_drawn_orders_are_those_that_algorithm_1_admits(pair):
+    graph, _ = pair
+    assert readers_are_done(graph.edges) and not readers_are_done(graph.edges[::-1])
+    drawn = [acdc.drawn_order(graph, np.random.default_rng(seed)) for seed in range(5)]
+    assert len({tuple(order) for order in drawn}) == 5
+    assert drawn[3] == acdc.drawn_order(graph, np.random.default_rng(3))
+    for order in drawn:
+        assert sorted(order) == list(range(len(graph.edges)))
+        edges = [graph.edges[i] for i in order]
+        assert readers_are_done(edges)
+        into = [(e.target, e.slot, e.source.kind == "input") for e in edges]
+        runs = sum(a != b for a, b in pairwise(into)) + 1
+        assert runs == len(set(into))  # the edges into one reader follow each other
+
+
+@pytest.mark.parametrize("seed", [0, 1])
+def test_acdc_in_another_order_is_algorithm_1(pair, seed):
+    graph, naive = pair
+    order = acdc.drawn_order(graph, np.random.default_rng(seed))
+    loss, taus = acdc.squared_distance(graph.clean), [0.3, 0.02]
+    kept, rises = acdc.acdc(graph, loss, taus, order=order)
+    edges = [graph.edges[i] for i in order]
+    plain = lambda logits: float(((logits - graph.clean) ** 2).mean())  # noqa: E731
+    for row, tau in zip(kept, taus, strict=True):
+        assert row.tolist() == naive.acdc(plain, tau, edges)  # edge by edge of graph.edges
+    assert torch.equal(kept, rises >= torch.tensor(taus)[:, None].double())
+    assert not torch.equal(kept, acdc.acdc(graph, loss, taus)[0])  # the order matters
 
 
 def test_a_threshold_does_not_depend_on_those_beside_it(pair):
@@ -293,9 +340,9 @@ def test_the_stage_has_the_method(ablation):
     )
     with torch.no_grad():
         task = Task(tiny("native"), Pairs.of(PROMPTS, 0, "cpu"))
-        frames = circuits.measure(task, spec)
+        frames = circuits.measure(task, spec, 0)
     edges, (row,) = frames["edges"], frames["methods"].to_dict("records")
-    assert list(edges.columns) == circuits.EDGES and set(edges["method"]) == {"acdc"}
+    assert list(edges.columns) == [*circuits.EDGES, "seed"] and set(edges["method"]) == {"acdc"}
     sizes = [(rows["score"] >= tau).sum() for tau, rows in edges.groupby("threshold")]
     assert sizes[0] > sizes[1] > 0
     assert (edges.groupby("threshold").size() == len(edges) / 2).all()

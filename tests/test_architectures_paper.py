@@ -313,6 +313,8 @@ def test_twins_are_in_the_grid_at_every_scale():
 def test_every_figure_can_be_drawn(made_up, scale):
     paper = papers.load(FOLDER, scale)
     for name, figure in paper.spec.figures.items():
+        if figure.kind == "verdicts":
+            continue  # a core kind, drawn from claims.csv
         frames = {t: made_up[t] for t in figure.tables}
         spec = figure.model_dump() | ({"options": {}} if name == "training" else {})
         drawn, frame = core.make(name, spec, frames, FOLDER / "figures.py")

@@ -5,8 +5,9 @@ from contextlib import ExitStack
 import pytest
 import torch
 from test_patching import CLOSE, KINDS, PROMPTS, logit_diff, small_step, tiny
+from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from pipeline import atp_star, circuits, eap
+from pipeline import atp_star, circuits, eap, hooks
 from pipeline.inputs import input_nodes, input_patching, many_edges
 from pipeline.native import NativeForCausalLM
 from pipeline.paired import Node, Pairs, Task, mean_rows
@@ -111,20 +112,80 @@ def detached(task: Task, layer: int, nodes: list[Node]) -> torch.Tensor:
 
 
 def test_dropped_gradients_are_those_of_detached_layers(task):
-    nodes = [n for n in circuits.parts(task) if n.kind == "head"]
+    nodes = [Node(kind, i) for i in range(3) for kind in ("attn", "mlp")]
+    nodes += [n for n in circuits.parts(task) if n.kind == "head"]
+    nodes += [n for n in input_nodes(task) if n.kind == "v"]
     nodes += [Node("resid", i, -1, "late") for i in range(3)]
     for layer, grads in enumerate(atp_star.dropped(task)):
         found = eap.scored(task, nodes, eap.by_part(task, grads))
-        torch.testing.assert_close(found, detached(task, layer, nodes), **CLOSE)
-        own = [i for i, n in enumerate(nodes) if n.kind == "head" and n.layer == layer]
-        assert not found[own].any()
+        own = [i for i, n in enumerate(nodes) if n.kind != "resid" and n.layer == layer]
+        other = [i for i in range(len(nodes)) if i not in own]
+        assert not found[own].any() and found[other].any(-1).sum() > len(other) / 2
+        # the detached model has the gradient of m by what the layer writes, not past it
+        inside = [i for i in own if nodes[i].kind not in ("attn", "mlp")]
+        at = [*other, *inside]
+        want = detached(task, layer, [nodes[i] for i in at])
+        torch.testing.assert_close(found[at], want, **CLOSE)
 
 
-def test_atp_star_is_the_mean_of_dropped_estimates(task):
-    nodes = [Node("head", 1, 2), Node("mlp", 0), Node("v", 1, 0), Node("resid", 2, -1, "late")]
+def frozen(task: Task, layer: int, node: Node, by: float) -> torch.Tensor:
+    """m where the node moves by this part of its change and `layer` writes what it wrote, [n].
+
+    Whole forward passes; the layer's output is put back behind the change of the node.
+    """
+    mask = task.pairs.mask(node.position)[..., None]
+    stream = {"attn": "hook_attn_out", "mlp": "hook_mlp_out", "resid": "hook_resid_pre"}
+    with ExitStack() as stack:
+        if node.kind == "head":
+            at = slice(node.head * task.heads.d_head, (node.head + 1) * task.heads.d_head)
+            change = (task.source.z[node.layer] - task.base.z[node.layer]) * mask
+
+            def moved(z: torch.Tensor) -> torch.Tensor:
+                z = z.clone()
+                z[..., at] += by * change[..., at]
+                return z
+
+            stack.enter_context(task.heads.z_edited(node.layer, moved))
+        else:
+            name = f"blocks.{node.layer}.{stream[node.kind]}"
+            change = task.changed_by(node)
+            stack.enter_context(hooks.edited(task.hf, name, lambda x: x + by * change))
+        for part in ("attn", "mlp"):
+            kept = getattr(task.base, part)(layer)
+            name = f"blocks.{layer}.hook_{part}_out"
+            stack.enter_context(hooks.edited(task.hf, name, lambda _, kept=kept: kept))
+        return logit_diff(task.hf(task.pairs.base).logits, task.pairs)
+
+
+def test_atp_star_is_the_papers_formula(task, monkeypatch):
+    """GradDrop, Eq. 11: L/(L-1) times the mean over layers l of |slope of m along the node's
+    change where l writes what it wrote|; by central differences of whole passes in float64."""
+
+    def exact_norm(norm: LlamaRMSNorm, x: torch.Tensor) -> torch.Tensor:  # its own is in float32
+        return torch.nn.functional.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
+
+    monkeypatch.setattr(LlamaRMSNorm, "forward", exact_norm)
+    task, h = Task(task.hf.double(), task.pairs), 1e-5
+    nodes = [Node("head", i, j) for i in range(3) for j in (0, 3)]
+    nodes += [Node(kind, i) for i in range(3) for kind in ("attn", "mlp")]
+    nodes += [Node("mlp", 1, -1, "late"), *(Node("resid", i, -1, "late") for i in range(3))]
     found = atp_star.atp_star(task, nodes)
-    several = [eap.scored(task, nodes, eap.by_part(task, g)).abs() for g in atp_star.dropped(task)]
-    torch.testing.assert_close(found, sum(several) / 2, **CLOSE)
+    for node, score in zip(nodes, found, strict=True):
+        slopes = [
+            (frozen(task, i, node, h) - frozen(task, i, node, -h)).abs() / (2 * h) for i in range(3)
+        ]
+        want = sum(slopes) / (3 if node.kind == "resid" else 2)
+        torch.testing.assert_close(score, want, atol=1e-7, rtol=1e-6)
+
+
+def test_inert_layers_change_no_score_of_a_stream():
+    """Where layers write nothing a drop changes nothing: a stream's score is its plain estimate."""
+    with torch.no_grad():
+        task = on(blank(), [1, 2], [1, 0])  # the last token is the foil: m falls by 1
+        nodes = [Node("resid", i, -1, p) for i in range(2) for p in ("@0", "@1")]
+        want = torch.tensor([[0.0], [1.0], [0.0], [1.0]])
+        torch.testing.assert_close(eap.attribution_patching(task, nodes), -want)
+        torch.testing.assert_close(atp_star.atp_star(task, nodes), want)
 
 
 # --- on paper ------------------------------------------------------------------------------
@@ -209,7 +270,7 @@ def test_the_stage_has_atp_star_and_edges_drawn_at_random():
     methods = ["activation_patching", "attribution_patching", "atp_star", "eap"]
     spec = CircuitsSpec(prompts="p", methods=methods, n_exact=4, n_drawn=30)
     with torch.no_grad():
-        frames = circuits.measure(Task(tiny("llama"), Pairs.of(PROMPTS, 0, "cpu")), spec)
+        frames = circuits.measure(Task(tiny("llama"), Pairs.of(PROMPTS, 0, "cpu")), spec, 0)
     nodes, edges = frames["nodes"], frames["edges"]
     star = nodes[nodes["method"] == "atp_star"]
     assert len(star) == 15 and (star["score"] >= 0).all() and star["score"].max() > 1e-3

@@ -6,6 +6,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from test_tokens import sentencepiece
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline import attribution
@@ -104,15 +105,21 @@ def test_latents_are_ordered_by_size_of_attribution(model):
     assert frame["position"].min() >= 1
 
 
-def test_an_answer_of_two_tokens_is_an_error():
-    ids = {"hi": [1], " a": [2], " long": [3, 4]}
-    loaded = SimpleNamespace(
-        tokenizer=lambda text, add_special_tokens: {"input_ids": ids[text]}, bos_id=0
+def test_an_answer_is_a_token_where_it_stands():
+    """Encoded alone, " cat" is "▁" and "▁cat" of a Llama tokenizer; behind a word it is "▁cat"."""
+    loaded = SimpleNamespace(tokenizer=sentencepiece(), bos_id=1)
+    id_of = loaded.tokenizer.convert_tokens_to_ids
+    ask = lambda **over: attribution.task(  # noqa: E731
+        Prompt(**{"prompt": "the cat", "answer": " cat", "foil": " sat", **over}), loaded, "cpu"
     )
-    good = attribution.task(Prompt(prompt="hi", answer=" a", foil=" a"), loaded, "cpu")
-    assert good.tokens.tolist() == [[0, 1]]
-    with pytest.raises(RetraceError, match="' long' is 2 tokens"):
-        attribution.task(Prompt(prompt="hi", answer=" long", foil=" a"), loaded, "cpu")
+    good = ask()
+    assert good.tokens.tolist() == [[1, id_of("▁the"), id_of("▁cat")]]
+    assert (good.answer, good.foil) == (id_of("▁cat"), id_of("▁sat"))
+    assert ask(answer="the").answer == id_of("the")
+    with pytest.raises(RetraceError, match=r"' se' is 3 tokens .*, ' ' . 's' . 'e', not one"):
+        ask(answer=" se")
+    with pytest.raises(RetraceError, match="'cat' melts into the last token of 'the '"):
+        ask(prompt="the ", answer="cat")
 
 
 @pytest.mark.parametrize(

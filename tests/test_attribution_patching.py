@@ -13,7 +13,7 @@ import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pipeline import claims, papers, tables
+from pipeline import claims, papers, summary, tables
 from pipeline import prompts_ioi as names
 from pipeline.errors import RetraceError
 from pipeline.metrics import compute, known, parts
@@ -118,6 +118,7 @@ def test_faults_of_options_are_told(options, n_ctx, said):
 
 def rows_of(score: list[float], exact: list[float]) -> pd.DataFrame:
     frame = pd.DataFrame({"score": score, "exact_score": exact})
+    frame = frame.assign(kind="head", layer=range(len(frame)), head=1, position="")
     return frame.assign(size=frame["score"].abs(), exact_size=frame["exact_score"].abs())
 
 
@@ -126,7 +127,9 @@ def test_a_right_estimate_and_one_that_misses():
     found = compared.right(rows_of(exact, exact), "eap", total=10)
     want = {"n": 20, "correlation": 1, "error": 0, "recall": 1, "effort": 5 / 20, "matter": 5,
             "missed": 0, "sign": 1}  # fmt: skip
-    assert found == pytest.approx(want)
+    # the first has the largest influence, but leaving it out changes nothing: they agree
+    want |= {"spearman": 1, "correlation_without_largest": 1}
+    assert found.pop("largest").startswith("head ") and found == pytest.approx(want)
     blind = [0.0, 4.0, 3.0, 2.0, -1.0, 0.1, *[0.001] * 14]  # the first is missed, the second turned
     found = compared.right(rows_of(blind, exact), "eap", total=10)
     assert found["missed"] == pytest.approx(1 / 5) and found["sign"] == pytest.approx(3 / 5)
@@ -134,6 +137,21 @@ def test_a_right_estimate_and_one_that_misses():
     assert found["recall"] == pytest.approx(4 / 5) and found["effort"] == pytest.approx(1)
     sized = compared.right(rows_of(np.abs(exact), exact), "atp_star", total=10)
     assert sized["correlation"] == pytest.approx(1) and np.isnan(sized["sign"])
+
+
+def test_one_node_that_makes_an_estimate_wrong_is_named():
+    exact = [0.1 * i for i in range(20)]
+    rows = rows_of([50.0, *exact[1:]], exact).assign(kind="mlp", head=-1)
+    found = compared.right(rows, "attribution_patching", total=10)
+    assert found["largest"] == "mlp 0" and found["correlation"] < 0
+    assert found["correlation_without_largest"] == pytest.approx(1)
+    # ranks: the first moves by 19 places, the other 19 by one
+    assert found["spearman"] == pytest.approx(1 - 6 * (19**2 + 19) / (20 * (20**2 - 1)))
+    edge = {"source_kind": "head", "source_layer": 2, "source_head": 4, "target_kind": "head",
+            "target_layer": 3, "target_head": 1, "target_input": "q"}  # fmt: skip
+    assert compared.named(pd.Series(edge)) == "head 2.4 → head 3.1 q"
+    last = {"target_kind": "logits", "target_layer": -1, "target_head": -1, "target_input": ""}
+    assert compared.named(pd.Series(edge | last)) == "head 2.4 → logits"
 
 
 def test_a_search_ends_when_all_is_found():
@@ -188,7 +206,7 @@ def made(tmp_path_factory) -> tuple[papers.Paper, dict]:
             arms[arm] = saved(model.eval(), out / arm, None)
         else:
             arms[arm] = saved(LlamaForCausalLM(llama), out / arm, 0)
-    own = json.loads(json.dumps(paper.spec.own["estimates"]))
+    own = json.loads(json.dumps(paper.spec.own["estimates"])) | {"seeds": [10, 20]}
     for task in own["tasks"].values():
         task |= {"n_prompts": 2, "n_edges": min(task.get("n_edges", 0), 30)}
     spec = json.dumps({"own.estimates": own, "arms": paper.spec.arms})
@@ -211,6 +229,8 @@ def test_every_node_and_edge_has_an_estimate_and_an_effect(made):
     cases = {("ioi", "smollm2"), ("greater_than", "random"), ("greater_than", "smollm2"),
              ("lookup", "small"), ("lookup", "small_random")}  # fmt: skip
     assert set(zip(nodes["task"], nodes["arm"], strict=True)) == cases
+    assert not np.allclose(*(rows["score"] for _, rows in nodes.groupby("seed")))
+    every, (nodes, edges) = frames, (f[f["seed"] == 20] for f in (nodes, edges))
     small = nodes[nodes["arm"] == "small"]
     one = small[small["method"] == "atp_star"]
     # 2 layers: 4 heads and an MLP; 5 places in the stream; queries, keys, values of 4 heads
@@ -226,8 +246,8 @@ def test_every_node_and_edge_has_an_estimate_and_an_effect(made):
     assert len(of_small) == of_small["n_edges"].iloc[0] == 12 + 5 + 6 * 12 + 10 + 11
     assert (edges[edges["task"] == "ioi"].groupby(["arm", "method"]).size() == 30).all()
     assert np.isfinite(edges[["score", "exact"]]).all().all()
-    costs = frames["estimates/costs"]
-    assert (costs["seconds"] > 0).all() and len(costs) == 5 * (5 + 3)
+    costs = every["estimates/costs"]
+    assert (costs["seconds"] > 0).all() and len(costs) == 2 * 5 * (5 + 3)
     exact = costs[(costs["method"] == "activation_patching") & (costs["unit"] == "node")]
     assert (exact["forwards"] == exact["n"] + 2).all()
 
@@ -235,13 +255,15 @@ def test_every_node_and_edge_has_an_estimate_and_an_effect(made):
 def test_metrics_claims_and_figures(made):
     paper, frames = made
     found = compute(frames, known(parts(paper)), FOLDER / "metrics.py")
-    assert all(m["definition"] for m in found.values())
+    assert all(m["definition"] and m["n"] == 2 for m in found.values())
     for claim in paper.spec.claims:
         verdict = claims.judge(claim, found, "laptop")["verdict"]
         if claim.id != "saturated":  # no head of the tiny models is
-            assert verdict in ("reproduced", "not reproduced"), claim.id
+            assert verdict in summary.JUDGED, claim.id
     figures = import_file(FOLDER / "figures.py")
     for name, figure in paper.spec.figures.items():
+        if figure.kind == "verdicts":
+            continue  # a core kind, drawn from claims.csv
         drawn, numbers = getattr(figures, name)({t: frames[t] for t in figure.tables}, {})
         assert len(drawn.data) and len(numbers), name
 

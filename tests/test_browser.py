@@ -91,7 +91,7 @@ def browser(made_up, tmp_path_factory):
         options.add_argument(flag)
     options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     driver = webdriver.Chrome(options=options, service=Service(CHROMEDRIVER))
-    yield Browser(driver, made_up[0] / "results/smoke")
+    yield Browser(driver, made_up[0] / "results/laptop")
     driver.quit()
 
 

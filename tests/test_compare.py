@@ -16,7 +16,7 @@ from pipeline import compare, matching, provenance, published, tables
 from pipeline.errors import RetraceError
 
 ROOT = Path(__file__).parent.parent
-BASE = Path("results/smoke/made_up")
+BASE = Path("results/laptop/made_up")
 
 
 @pytest.fixture
@@ -56,7 +56,8 @@ def metric(*values: float) -> dict:
         ((1.0, 1.0), (2.0, 2.0), math.inf),
         ((2.0, 2.0), (1.0, 1.0), -math.inf),
         ((1.0, 1.0), (1.0, 1.0), 0.0),
-        ((math.nan, 1.0), (1.0, 2.0), None),
+        ((math.nan, 1.0), (1.0, 2.0), 0.5 / math.sqrt(0.5 * 1.5)),  # one seed has it: one draw
+        ((math.nan, math.nan), (1.0, 2.0), None),
     ],
 )
 def test_z_is_the_difference_in_standard_errors(a, b, z):

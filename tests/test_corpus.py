@@ -262,6 +262,32 @@ def test_null_labels_are_empty(tmp_path):
     assert found == [Document("a", "", ""), Document("b", "", "y")]
 
 
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "parquet"])
+@pytest.mark.parametrize(
+    ("values", "texts"),
+    [
+        ([0, 1, 2], ["0", "1", "2"]),
+        ([False, True], ["False", "True"]),
+        ([0.0, 0.5], ["0.0", "0.5"]),
+        (["", "a", None], ["", "a", ""]),
+    ],
+)
+def test_only_null_is_missing(values, texts, suffix, tmp_path):
+    """Class 0 is a class: it is told from documents without a label."""
+    file = tmp_path / f"x.{suffix}"
+    frame = pd.DataFrame({"text": ["a"] * len(values), "class": values})
+    if suffix == "parquet":
+        frame.to_parquet(file)
+    else:
+        frame.to_json(file, orient="records", lines=suffix == "jsonl")
+    for fields in (Fields("text", label="class"), Fields("text", title="class")):
+        found = documents.read(file, fields)
+        assert [d.label or d.title for d in found] == texts
+    (tmp_path / "y.jsonl").write_text('{"text": "a", "c": null}\n{"text": "b", "c": 0}\n')
+    found = documents.read(tmp_path / "y.jsonl", Fields("text", "c", "c"))
+    assert found == [Document("a", "", ""), Document("b", "0", "0")]
+
+
 @pytest.mark.parametrize("name", ["list.json", "mapping.json", "lines.jsonl", "table.parquet"])
 def test_a_missing_field_names_the_nearest(name, tmp_path):
     as_files(tmp_path)
@@ -285,6 +311,12 @@ def test_a_missing_field_names_the_nearest(name, tmp_path):
         ("a.json", b"[7]", r"a\.json: record 0: is 7, but must be a mapping"),
         ("a.json", b'[{"text": 7}]', "record 0: field 'text' is 7, but must be text"),
         ("a.jsonl", b'{"text": "a"}\n{"text": ', r"a\.jsonl:2: not valid JSON"),
+        ("a.json", b'{"\\udc00": "a"}', "record 0: its title holds .udc00 at character 0"),
+        (
+            "a.jsonl",
+            b'{"text": "a"}\n{"text": "b\\ud83d"}',
+            r"a\.jsonl: record 1: its text holds \\ud83d at character 1, half a pair",
+        ),
         ("a.parquet", b"PAR1", "not a complete Parquet file"),
         ("a.csv", b"text\na", r"a\.csv: cannot be read; give one of \.txt"),
     ],

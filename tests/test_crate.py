@@ -12,7 +12,7 @@ import synthetic
 from pipeline import crate, provenance
 
 ROOT = Path(__file__).parent.parent
-BASE = Path("results/smoke/made_up")
+BASE = Path("results/laptop/made_up")
 
 
 @pytest.fixture(scope="module")
@@ -24,7 +24,7 @@ def released(made_up, tmp_path_factory) -> Path:
     with synthetic.inside(root):
         files = [p for p in BASE.rglob("*") if p.is_file()]
         own = [Path("rules/papers/made_up/paper.yaml"), Path("rules/papers/made_up/figures.py")]
-        spec = {"paper": "made_up", "scale": "smoke", "card": card}
+        spec = {"paper": "made_up", "scale": "laptop", "card": card}
         synthetic.call("release", spec, files=files, own=own, out=out)
     return out
 

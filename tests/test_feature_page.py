@@ -109,7 +109,7 @@ def test_a_missing_column_is_one_sentence():
 
 def test_the_page_holds_no_markup_of_the_corpus(made_up):
     root, _ = made_up
-    path = root / "results/smoke/made_up/features/topk_k32_d4608.html"
+    path = root / "results/laptop/made_up/features/topk_k32_d4608.html"
     text = path.read_text()
     assert "<script>window.hacked" not in text and "<img" not in text
     assert "Corpus: CC BY-SA 4.0." in text

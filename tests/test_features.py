@@ -4,9 +4,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import byte_tokenizer
 from scipy import sparse
 
-from pipeline import features
+from pipeline import features, tokens
 from pipeline.spec import FeaturesSpec
 
 # Two blocks of four positions, position 0 (BOS) not stored: rows 0-2 are block 0, rows 3-5 block 1.
@@ -51,18 +52,13 @@ def test_examples_of_a_single_document_are_of_different_blocks():
 
 def test_a_document_cut_in_two_has_one_title():
     documents = pd.DataFrame({"document": [0, 0], "title": ["play", "play"]})
-    rows = [{"examples": [{"tokens": np.array([1]), "document": 0}]}]
+    rows = [{"examples": [{"tokens": np.array([5]), "before": np.array([]), "document": 0}]}]
     logits = (torch.zeros(1, 2), torch.zeros(1, 2, dtype=torch.long))
-
-    class Letters:
-        def decode(self, ids):
-            return "ab"[ids[0]]
-
-        def __len__(self):
-            return 2
-
-    (row,) = features.decoded(rows, logits, documents, Letters(), 1)
-    assert row["examples"][0]["title"] == "play" and row["examples"][0]["tokens"] == ["b"]
+    texts = tokens.Texts(byte_tokenizer())
+    (row,) = features.decoded(rows, logits, documents, texts)
+    assert row["examples"][0]["title"] == "play" and row["examples"][0]["tokens"] == [
+        texts.alone(5)
+    ]
 
 
 def test_an_example_aligns_tokens_and_activations():
@@ -121,3 +117,117 @@ def test_logit_weights_are_the_direct_path():
         order = plain[latent].argsort(descending=True)
         assert ids[latent].tolist() == [*order[:3].tolist(), *order.flip(0)[:3].tolist()]
         torch.testing.assert_close(values[latent], plain[latent][ids[latent]])
+
+
+def random_lm(kind: str, d_vocab: int = 23):
+    """A causal LM of one block of each family, its final norm's gain and bias drawn."""
+    import transformers as t
+
+    torch.manual_seed(0)
+    size = {"vocab_size": d_vocab, "num_hidden_layers": 1, "num_attention_heads": 2}
+    wide = {"hidden_size": 20, "intermediate_size": 8}
+    hf = (
+        {
+            "gpt2": lambda: t.GPT2LMHeadModel(
+                t.GPT2Config(vocab_size=d_vocab, n_embd=20, n_layer=1, n_head=2, n_positions=8)
+            ),
+            "gpt_neox": lambda: t.GPTNeoXForCausalLM(t.GPTNeoXConfig(**size, **wide)),
+            "llama": lambda: t.LlamaForCausalLM(t.LlamaConfig(**size, **wide)),
+            "gemma": lambda: t.GemmaForCausalLM(
+                t.GemmaConfig(**size, **wide, num_key_value_heads=1, head_dim=10)
+            ),
+        }[kind]()
+        .requires_grad_(False)
+        .eval()
+    )
+    for p in features.splice.final_norm(hf).parameters():
+        p.copy_(torch.randn_like(p) + 1)
+    return hf
+
+
+def centred(rows):
+    return rows - rows.mean(-1, keepdim=True)
+
+
+@pytest.mark.parametrize(
+    ("kind", "through"),
+    [
+        ("gpt2", lambda rows, w: centred(rows) * w),
+        ("gpt_neox", lambda rows, w: centred(rows) * w),
+        ("llama", lambda rows, w: rows * w),
+        ("gemma", lambda rows, w: rows * (1 + w)),
+    ],
+)
+def test_logits_pass_the_final_norm_of_every_family(kind, through):
+    """A layer norm takes the mean away, an RMS norm does not; Gemma's gain is 1 + its weight."""
+    hf, W_dec = random_lm(kind), torch.randn(4, 20) + 0.5
+    norm = features.splice.final_norm(hf)
+    logits = through(W_dec, norm.weight) @ hf.get_output_embeddings().weight.T
+    want = centred(logits).sort(descending=True)
+    values, ids = features.logit_weights(hf, W_dec, 3)
+    assert ids.tolist() == torch.cat([want.indices[:, :3], want.indices.flip(1)[:, :3]], 1).tolist()
+    torch.testing.assert_close(
+        values, torch.cat([want.values[:, :3], want.values.flip(1)[:, :3]], 1), rtol=1e-4, atol=1e-5
+    )
+    level = torch.full((1, 20), 2.0)  # what a layer norm cannot see raises no logit
+    moved = norm(3 * W_dec + level) - norm(3 * W_dec)
+    seen = features.logit_weights(hf, level, 3)[0].abs().max()
+    assert (seen < 1e-4) == (moved.abs().max() < 1e-4) == kind.startswith("gpt")
+
+
+def test_rows_that_pad_a_vocabulary_are_no_tokens():
+    """320 rows of which 260 are tokens give what the 260 rows give, whatever the others hold."""
+    torch.manual_seed(0)
+    padded, whole = random_lm("llama", 320), random_lm("llama", 260)
+    rows = padded.get_output_embeddings().weight
+    rows[260:] *= 100
+    whole.get_output_embeddings().weight.copy_(rows[:260])
+    features.splice.final_norm(whole).load_state_dict(
+        features.splice.final_norm(padded).state_dict()
+    )
+    W_dec = torch.randn(4, 20)
+    got = features.logit_weights(padded, W_dec, 5, list(range(260)))
+    want = features.logit_weights(whole, W_dec, 5)
+    assert got[1].tolist() == want[1].tolist() and got[1].max() < 260
+    torch.testing.assert_close(got[0], want[0])
+    few = features.logit_weights(padded, W_dec, 5, [7, 300, 400])  # 400 has no row
+    assert {*few[1].ravel().tolist()} == {7, 300}
+
+
+def test_a_bos_belongs_to_no_document():
+    """skip_first: 0 stores BOS, whose document is -1: it counts to no label and has no title."""
+    at = AT | {"document": np.array([-1, 0, 1, -1, 2, 2], np.int32)}
+    documents = pd.DataFrame(
+        {"document": [0, 1, 2], "title": ["A", "B", "C"], "label": ["x", "y", "y"]}
+    )
+    labels = features.label_table(documents, at)
+    assert labels[1] == ["x", "y"] and labels[2].tolist() == [1 / 4, 3 / 4]
+    scanned = features.Scan(SCAN.acts, at)
+    got = features.describe(scanned, 0, TOKENS, labels, SECTION)  # rows 1, 3 (BOS) and 4: 2, 5, 4
+    assert got["density"] == 0.5 and got["max_act"] == 5
+    assert got["top_label"] == "x" and got["label_share"] == pytest.approx(2 / 6)
+    only = features.Scan(sparse.csc_matrix(np.eye(6)[:, [0]]), at)
+    (row,) = (features.describe(only, 0, TOKENS, labels, SECTION),)
+    assert (row["top_label"], row["label_share"]) == ("", 0.0)
+    pair = (torch.zeros(1, 2), torch.zeros(1, 2, dtype=torch.long))
+    (row,) = features.decoded([row], pair, documents, tokens.Texts(byte_tokenizer()))
+    assert row["examples"][0]["title"] == ""
+
+
+def test_contexts_are_text_that_can_be_read():
+    """José as bytes: both halves of é, and the half that stands before the window."""
+    texts = tokens.Texts(byte_tokenizer())
+    ids = np.array([tokens.encode(byte_tokenizer(), "hé José")])
+    n = ids.shape[1]
+    at = {c: np.zeros(n, np.int32) for c in ("block", "token", "document")}
+    scanned = features.Scan(
+        sparse.csc_matrix(np.eye(n)), at | {"position": np.arange(n, dtype=np.int32)}
+    )
+    rows = [{"examples": [features.example(scanned, 5, r, ids, (3, 3))]} for r in (5, n - 1)]
+    pair = (torch.zeros(2, 2), torch.tensor([[ids[0, 1], 0], [ids[0, 0], 0]]))
+    documents = pd.DataFrame({"document": [0], "title": ["A"]})
+    first, last = features.decoded(rows, pair, documents, texts)
+    assert "".join(first["examples"][0]["tokens"]) == "é José"
+    assert first["examples"][0]["tokens"][0] == "é"  # its first byte lies outside the window
+    assert last["examples"][0]["tokens"] == ["o", "s", "", "é"]
+    assert first["top_logits"][0]["token"] == "<0xC3>" and last["top_logits"][0]["token"] == "h"

@@ -266,14 +266,14 @@ def test_a_figure_keeps_no_other_template():
 def test_files_are_small(made_up, name):
     """About 10 KB each: the limit leaves room for twice the points of this card."""
     root, paper = made_up
-    page = root / f"results/smoke/{paper.name}/figures/{name}.html"
+    page = root / f"results/laptop/{paper.name}/figures/{name}.html"
     assert page.stat().st_size < 20_000
     assert "Plotly=" not in page.read_text()
 
 
 def test_a_file_is_deterministic_certified_and_escaped(made_up):
     root, paper = made_up
-    page = root / f"results/smoke/{paper.name}/figures/pareto.html"
+    page = root / f"results/laptop/{paper.name}/figures/pareto.html"
     with synthetic.inside(root):
         synthetic.draw(paper, "pareto")  # the certificate names the packages imported by now
         before = page.read_bytes(), page.with_suffix(".csv").read_bytes()
@@ -290,7 +290,7 @@ def test_a_file_is_deterministic_certified_and_escaped(made_up):
 
 def test_the_csv_holds_what_is_plotted(made_up):
     root, paper = made_up
-    base = root / f"results/smoke/{paper.name}/figures"
+    base = root / f"results/laptop/{paper.name}/figures"
     frame = pd.read_csv(base / "own_bars.csv")
     (trace,) = plot_of(base / "own_bars.html")["data"]
     assert trace["x"] == frame["name"].tolist()
@@ -331,7 +331,7 @@ def test_a_figure_needs_no_torch(made_up):
     code = (
         f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
         "from pathlib import Path; import synthetic; from pipeline import papers\n"
-        "made = papers.load(Path('rules/papers/made_up'), 'smoke')\n"
+        "made = papers.load(Path('rules/papers/made_up'), 'laptop')\n"
         "synthetic.draw(made, 'own_bars')\n"
         "heavy = {'torch', 'transformers', 'sae_lens', 'jinja2'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"

@@ -165,12 +165,53 @@ def test_the_search_finds_what_the_circuit_lacks():
         and f["no head", "nothing"] == 0
     )
     assert f["model", "name_mover"] == 3.5 and f["circuit", "name_mover"] == 1
-    worth = {
-        node: a - b
-        for _, node, *pair in judged.minimality(parts)
-        for a, b in [judged.measure(pair, knockout)]
+
+
+def test_a_head_is_worth_what_it_is_worth_without_the_heads_that_back_it_up():
+    """Name movers 0.0 and 0.1 do the same work: 2 logits while one of them is there. 1.0, negative,
+    writes 1 logit, and 1.1, a backup of both, nothing."""
+    weights = {(0, 0, ""): 0.0, (0, 1, ""): 0.25, (1, 0, ""): 1.0, (1, 1, ""): 0.5}
+    knockout = Additive(weights)
+    roles = {"name_mover": [(0, 0), (0, 1)], "negative": [(1, 0)], "backup": [(1, 1)]}
+    found = judged.minimality(roles, dict.fromkeys(roles, ""))
+    worth = {}
+    for one in found:
+        a, b = judged.measure([one.kept, one.lost], knockout)
+        worth[one.node, one.kept.removed] = a - b
+    assert worth == {
+        ((0, 0, ""), "stronger"): 0.0,  # K is empty: 0.1 takes over
+        ((0, 0, ""), "class"): 2.0,
+        ((0, 1, ""), "stronger"): 2.25,
+        ((0, 1, ""), "class"): 2.25,
+        ((1, 0, ""), "rest"): 1.0,
+        ((1, 0, ""), "class"): 1.0,
+        ((1, 1, ""), "movers"): 0.5,
+        ((1, 1, ""), "class"): 0.5,
     }
-    assert worth == {(0, 0, ""): 2.0, (1, 0, ""): 1.0}
+    (backup,) = (w for w in found if (w.role, w.kept.removed) == ("backup", "movers"))
+    assert backup.kept.gone == {(0, 0, ""), (0, 1, "")}
+
+
+def test_the_rule_of_the_sets_is_that_of_the_papers():
+    """Every K of the paper's is a set of `companions`, where heads come in the paper's order."""
+    backups = [*discovery._BACKUPS, (9, 0), (11, 9)]
+    roles = discovery.PUBLISHED | {"name_mover": discovery._MOVERS, "backup": backups}
+    assert {k: sorted(v) for k, v in roles.items()} == {
+        k: sorted(v) for k, v in discovery.PUBLISHED.items()
+    }
+    given = judged.minimality(discovery.PUBLISHED, discovery.PLACE, discovery.PUBLISHED_K)
+    by_rule: dict[tuple, list] = {}
+    for one in judged.minimality(roles, discovery.PLACE):
+        if one.kept.removed != "class":
+            by_rule.setdefault(one.node, []).append(one.kept.gone)
+    published = {w.node: w.kept.gone for w in given if w.kept.removed == "published"}
+    assert len(published) == 26 and published[9, 9, "END"] == frozenset()
+    assert published[5, 8, "S2"] == {(10, 7, "END"), (11, 10, "END")}
+    pair = {(9, 0, "END"), (11, 9, "END")}  # the paper has them back up each other
+    for node, gone in published.items():
+        assert gone in by_rule[node] or node in pair
+    for one in given:
+        assert one.lost.gone == one.kept.gone | {one.node} and one.node not in one.kept.gone
 
 
 # --- a planted head ------------------------------------------------------------------------
@@ -276,19 +317,23 @@ def test_both_arms_go_through_every_step(made):
     _, frames = made
     assert set(frames["circuit/behaviour"]["arm"]) == {"gpt2", "random", "smollm2"}
     heads = frames["circuit/heads"].groupby("arm").size()
-    assert heads.to_dict() == {"gpt2": 144, "smollm2": 12}
+    assert heads.to_dict() == {"gpt2": 2 * 144, "smollm2": 2 * 12}
     cases = frames["circuit/cases"]
     assert set(zip(cases["arm"], cases["source"], strict=True)) == {
         ("gpt2", "found"), ("gpt2", "published"), ("smollm2", "found"),
     }  # fmt: skip
     published = cases[cases["source"] == "published"].set_index(["circuit", "removed"])
-    assert published.loc[("circuit", "nothing"), "n_heads"] == 26
+    assert (published.loc[("circuit", "nothing"), "n_heads"] == 26).all()
     minimality = frames["circuit/minimality"]
-    assert (minimality["source"] == "published").sum() == 26
+    counted = minimality[minimality["set"] == "published"].groupby(["seed", "source"]).size()
+    assert counted.to_dict() == dict.fromkeys(((s, "published") for s in (10, 20)), 26)
     for arm in ("gpt2", "smollm2"):
         methods = frames[f"circuits/{arm}_methods"].set_index("method")
-        assert abs(methods.loc["direct_logit", "completeness_gap"]) < 1e-3
-        assert methods.loc["activation_patching", "correlation"] == pytest.approx(1)
+        assert methods.loc["direct_logit", "seed"].tolist() == [10, 20]
+        assert (methods.loc["direct_logit", "completeness_gap"].abs() < 1e-3).all()
+        for kind in ("correlation", "spearman", "correlation_without_largest"):
+            assert methods.loc["activation_patching", kind].tolist() == pytest.approx([1] * 2)
+        assert methods.loc["attribution_patching", "largest"].str.match(r"(head|mlp) \d").all()
 
 
 def test_metrics_claims_and_figures(made):
@@ -297,6 +342,9 @@ def test_metrics_claims_and_figures(made):
     assert {
         f"gpt2.{m}" for m in ("demo.logit_diff", "published.recovered", "look.s2")
     } <= found.keys()
+    assert all(v["n"] == 2 for v in found.values())
+    values = found["circuits.smollm2.attribution_patching.correlation"]["values"]
+    assert len(set(values)) == 2  # other prompts
     flipped, demo = (found[f"gpt2.{m}.logit_diff"]["mean"] for m in ("flipped", "demo"))
     assert flipped == pytest.approx(-demo, abs=1e-4)
     verdicts = {c.id: claims.judge(c, found, "laptop")["verdict"] for c in paper.spec.claims}
@@ -309,6 +357,8 @@ def test_metrics_claims_and_figures(made):
             assert row["verdict"] == "not run" and "hub=true" in row["reason"]
     figures = import_file(FOLDER / "figures.py")
     for name, figure in paper.spec.figures.items():
+        if figure.kind == "verdicts":
+            continue  # a core kind, drawn from claims.csv
         drawn, numbers = getattr(figures, name)({t: frames[t] for t in figure.tables}, {})
         assert len(drawn.data) and len(numbers), name
 

@@ -352,7 +352,7 @@ def test_the_stage_scores_latents_beside_exact_patching():
     units = units_of(HOOKS[1:3])
     with torch.no_grad():
         task = Task(tiny(), Pairs.of(PAIRS, 0, "cpu"))
-        frames = circuits.measure(task, spec, units)
+        frames = circuits.measure(task, spec, 0, units)
         sites = Sites(task, list(units))
         top = latents.strongest(
             {h: latents.effects(sites, h, u, [0.0]) for h, u in units.items()}, 1, False

@@ -134,3 +134,39 @@ def test_the_command(folder):
     edit(folder / "paper.yaml", ("figures:\n", "figurs:\n"))
     done = call()
     assert done.returncode == 1 and done.stdout.count("\n") == 1 and done.stderr == ""
+
+
+@pytest.mark.parametrize(
+    "over, said",
+    [
+        ("    no_null_arm: a law of geometry; there is no arm that could lack it # else "
+         "`null_arm:` names one\n",
+         "claim 'falls_with_d': could it fail? Add null_arm: an arm or an expression on which it"),
+        ("    scales: [smoke, laptop, paper] # the number does not depend on the scale\n",
+         "claim 'value_at_64': is compared with a run of the paper's budget, and budget: declares"),
+    ],
+)  # fmt: skip
+def test_a_claim_can_fail_and_a_published_value_has_a_budget(folder, over, said):
+    edit(folder / "paper.yaml", (over, ""))
+    (found,) = lint(folder)
+    assert said in found and str(folder) in found
+
+
+@pytest.mark.parametrize(
+    "ours, said",
+    [
+        ("own.measure.n_pairs", None),
+        ("own.measure.pairs", "budget.all: ours: 'own.measure.pairs' is a number at no scale"),
+        (
+            "measure.pairs",
+            "budget.all: ours: 'measure.pairs' is neither a number of paper.yaml nor",
+        ),
+    ],
+)
+def test_a_budget_rests_on_numbers_that_some_scale_has(folder, ours, said):
+    budget = (
+        f"budget:\n  all: {{unit: samples, paper: 1000, ours: {ours}, source: none}}\n\nclaims:\n"
+    )
+    edit(folder / "paper.yaml", ("claims:\n", budget))
+    found = lint(folder)
+    assert found == [] if said is None else len(found) == 1 and said in found[0]

@@ -199,3 +199,26 @@ def test_faults_of_metrics_py_are_told_before_anything_runs(tmp_path, code, said
     with pytest.raises(RetraceError, match=said) as e:
         metrics.parts(paper(tmp_path))
     assert "metrics.py" in str(e.value)
+
+
+def test_a_training_run_says_what_it_saw_and_how_far_it_ran_past_its_best():
+    rows = [
+        {"arm": "", "seed": s, "step": t, "tokens": 10 * t, "set": kind, "loss": loss + s}
+        for s in (0, 1)
+        for t, loss in ((0, 4.0), (5, 2.0), (9, 3.0))
+        for kind in ("train", "val")
+    ]
+    found = metrics.training("text", pd.DataFrame(rows))
+    assert found == {
+        "training.text.steps": [9, 9],
+        "training.text.tokens": [90, 90],
+        "training.text.val_last": [3, 4],
+        "training.text.val_best": [2, 3],
+        "training.text.past_minimum": [0.5, pytest.approx(1 / 3)],
+    }
+    arms = metrics.training("text", pd.DataFrame(rows).query("set == 'train'").assign(arm="wide"))
+    assert arms == {"training.text.wide.steps": [9, 9], "training.text.wide.tokens": [90, 90]}
+    definitions = metrics.known(
+        {"own": {}, "saes": {}, "prompts": [], "circuits": {}, "training": ["text"]}
+    )
+    assert all(metrics.definition(name, definitions) for name in found | arms)

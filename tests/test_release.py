@@ -159,7 +159,9 @@ def test_published_tables_alone_are_enough_for_their_figures(tmp_path, scale):
         base = clone / f"results/{scale}/{name}"
         shutil.copytree(folder, base)
         paper = papers.load(ROOT / "rules/papers" / name, scale)
-        paths = paper.tables() | {"metrics": f"results/{scale}/{name}/metrics.json"}
+        made = {"metrics": "metrics.json", "claims": "claims.csv"}
+        made = {k: f"results/{scale}/{name}/{file}" for k, file in made.items()}
+        paths = paper.tables() | made
         for figure, spec in paper.spec.figures.items():
             if all((clone / paths[t]).exists() for t in spec.tables):
                 figures.append(f"results/{scale}/{name}/figures/{figure}.html")

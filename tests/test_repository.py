@@ -1,9 +1,7 @@
 """What the repository says of itself holds: README, the lock file, versions."""
 
-import csv
 import re
 import tomllib
-from collections import Counter
 from pathlib import Path
 
 import pytest
@@ -11,11 +9,15 @@ import yaml
 from packaging.requirements import Requirement
 
 import pipeline
-from pipeline import papers
-from pipeline.spec import SCALES
+from pipeline import claims, papers, tables
+from pipeline.judge import judge
+from pipeline.spec_base import SCALES
+from pipeline.spec_claims import Claim
+from pipeline.summary import OTHERS, VERDICTS, read_claims, tally
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
+PUBLISHED = sorted(f.parent for f in (ROOT / "results/reference").glob("*/*/claims.csv"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LOCK = [
     Requirement(line)
@@ -84,13 +86,40 @@ def test_one_version():
     assert citation["version"] == pipeline.__version__
 
 
-def test_readme_counts_verdicts_as_the_tables_do():
-    told = re.findall(r"\[(\d+) of (\d+)\]\((results/reference/\S+/claims\.csv)\)([^|]*)\|", README)
-    assert len(told) > 10
-    for reproduced, judged, path, rest in told:
-        with open(ROOT / path) as file:
-            found = Counter(row["verdict"] for row in csv.DictReader(file))
-        assert found["reproduced"] == int(reproduced), path
-        assert found["reproduced"] + found["not reproduced"] == int(judged), path
-        named = {v: int(n) for n, v in re.findall(r"(\d+) (not comparable|not run)", rest)}
-        assert named == {v: found[v] for v in ("not comparable", "not run") if found[v]}, path
+def cell(path: str) -> str:
+    """What README's first table says of a table of claims."""
+    count = tally(read_claims(ROOT / path))
+    rest = [f"{count[v]} {v}" for v in VERDICTS[1:] if count[v]]
+    rest += [f"{OTHERS[w]} {count[w][0]} of {count[w][1]}" for w in OTHERS if count[w][1]]
+    if count["second_hand"]:
+        rest.append(f"{count['second_hand']} second-hand")
+    return "; ".join([f"[{count['reproduced']} of {count['judged']}]({path})", *rest])
+
+
+@pytest.mark.parametrize("folder", PUBLISHED, ids=lambda f: "-".join(f.parts[-2:]))
+def test_readme_counts_verdicts_as_the_tables_do(folder):
+    said = cell(f"{folder.relative_to(ROOT)}/claims.csv")
+    assert f"| {said} |" in README, f"write into README's first table: {said}"
+
+
+@pytest.mark.parametrize("folder", PUBLISHED, ids=lambda f: "-".join(f.parts[-2:]))
+def test_what_is_not_reproduced_is_discussed(folder):
+    """In the card, and so in every report: what was tried, and what is thought to be the reason."""
+    for row in read_claims(folder / "claims.csv"):
+        if row["verdict"] in ("not reproduced", "undecided"):
+            assert len(row["discussion"]) > 40, row["id"]
+
+
+@pytest.mark.parametrize("folder", PUBLISHED, ids=lambda f: "-".join(f.parts[-2:]))
+def test_published_verdicts_are_those_of_the_claims_and_rules_of_today(folder):
+    """Judged again from the published metrics, every claim has the published row."""
+    paper = papers.load(ROOT / "rules/papers" / folder.parent.name, folder.name)
+    job = claims.for_the_job(paper)
+    metrics = tables.read_json(folder / "metrics.json")["metrics"]
+    listed = [Claim.model_validate(c) for c in job["claims"]]
+    judged = [judge(c, metrics, folder.name, job["budgets"]) for c in listed]
+    published = {r["id"]: r for r in read_claims(folder / "claims.csv")}
+    assert published.keys() == {r["id"] for r in judged}
+    for row in judged:
+        for key in ("verdict", "why", "of", "null_arm", "budget", "discussion"):
+            assert (row[key] or "") == published[row["id"]][key], (row["id"], key)

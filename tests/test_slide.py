@@ -16,7 +16,7 @@ from pipeline.errors import RetraceError
 ROOT = Path(__file__).parent.parent
 CHROMIUM = next(filter(None, map(shutil.which, slide.NAMES)), None)
 drawn = pytest.mark.skipif(CHROMIUM is None, reason="needs chromium (a Debian package)")
-BASE = Path("results/smoke/made_up")
+BASE = Path("results/laptop/made_up")
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import copy
 
 import pytest
 
-from pipeline import spec
+from pipeline import spec, spec_base
 from pipeline.errors import RetraceError
 from pipeline.spec import Config, PaperSpec
 from pipeline.spec_sae import SaeSpec
@@ -209,9 +209,9 @@ def test_sections_are_immutable():
 )
 def test_where_an_order_is_judged(over, judged):
     claim = spec.Claim.model_validate(ORDER | over)
-    assert [claim.judged_at(s) for s in spec.SCALES] == judged
+    assert [claim.judged_at(s) for s in spec_base.SCALES] == judged
 
 
 def test_a_value_is_judged_at_the_papers_scale_alone():
     claim = spec.Claim.model_validate(VALUE)
-    assert [claim.judged_at(s) for s in spec.SCALES] == [False, False, True]
+    assert [claim.judged_at(s) for s in spec_base.SCALES] == [False, False, True]

@@ -18,13 +18,13 @@ ROW = {"id": "c", "paper_value": "0.5", "ours": "0.51234567", "sd": "", "verdict
 def test_claims_are_printed_with_costs_and_the_index(made_up, capsys):
     root, _ = made_up
     with synthetic.inside(root):
-        failed = summary.print_claims("results/smoke", ["made_up", "not_there"])
+        failed = summary.print_claims("results/laptop", ["made_up", "not_there"])
     out = capsys.readouterr().out
     assert failed == ["made_up.wrong_way"]
     assert "made_up: 2 of 3 claims judged at this scale are reproduced; 1 not comparable" in out
     assert "made in 3 min 14 s of jobs; the longest: evaluation_trained 2 min 05 s" in out
-    assert str(root / "results/smoke/made_up/report.html") in out
-    assert out.strip().endswith(str(root / "results/smoke/index.html"))
+    assert str(root / "results/laptop/made_up/report.html") in out
+    assert out.strip().endswith(str(root / "results/laptop/index.html"))
 
 
 @pytest.mark.parametrize("columns", [40, 80, 120, 400])

@@ -52,13 +52,90 @@ def test_dimensionality_of_a_polytope_is_its_fraction(W, fraction, rank, length)
     np.testing.assert_allclose(found["interference"], length**2 * (1 / fraction - 1), atol=1e-12)
     np.testing.assert_allclose(measures.dimensions_per_feature(length * W), m / n / length**2)
     size = 1 if fraction == 1 else n
-    assert [a.tolist() for a in measures.groups(W)] == [[size] * n, [rank] * n]
+    found_size, found_rank, _ = measures.groups(W)
+    assert [found_size.tolist(), found_rank.tolist()] == [[size] * n, [rank] * n]
+
+
+def rotation(m: int, seed: int) -> np.ndarray:
+    return np.linalg.qr(np.random.default_rng(seed).standard_normal((m, m)))[0]
+
+
+def built(*figures: np.ndarray) -> np.ndarray:
+    """Figures [n_i, m_i] in orthogonal subspaces: [Σ n_i, Σ m_i]."""
+    W = np.zeros(np.sum([f.shape for f in figures], axis=0))
+    row, column = 0, 0
+    for figure in figures:
+        n, m = figure.shape
+        W[row : row + n, column : column + m] = figure
+        row, column = row + n, column + m
+    return W
+
+
+def counted(W: np.ndarray) -> dict[str, int]:
+    """Features of each polytope, as members.* counts them."""
+    names, counts = np.unique(measures.groups(W)[2].astype(str), return_counts=True)
+    return {str(k): int(v) for k, v in zip(names, counts, strict=True) if k}
+
+
+SIZES = {"antipodal": 2, "triangle": 3, "tetrahedron": 4, "pentagon": 5, "antiprism": 8}
+CUBE = np.array([[x, y, z] for x in (1, -1) for y in (1, -1) for z in (1, -1)]) / np.sqrt(3)
+
+
+@pytest.mark.parametrize("name", SIZES)
+@pytest.mark.parametrize("noise", [0, 0.01])
+def test_each_polytope_is_known_in_any_rotation(name, noise):
+    vertices = measures.POLYTOPES[name]
+    n, m = vertices.shape
+    assert n == SIZES[name] and m / n == pytest.approx(metrics.FRACTIONS[name])
+    D = measures.feature_measures(vertices)["dimensionality"]
+    np.testing.assert_allclose(D, m / n)  # a tight frame: the article's fraction
+    short = np.full((6, m + 4), 0.02)  # not represented
+    for seed in range(5):
+        W = 1.1 * built(vertices, np.zeros((6, 4))) @ rotation(m + 4, seed)
+        W[n:] = short
+        W += noise * np.random.default_rng(seed).standard_normal(W.shape)
+        assert counted(W) == {name: n}
+
+
+@pytest.mark.parametrize("noise", [0, 0.01])
+def test_a_mixture_is_counted_part_by_part(noise):
+    many = [v for v in measures.POLYTOPES.values() for _ in range(2)]
+    W = built(*many, np.eye(3))  # and three features with dimensions of their own
+    W = W[np.random.default_rng(1).permutation(len(W))] @ rotation(W.shape[1], 2)
+    W += noise * np.random.default_rng(3).standard_normal(W.shape)
+    assert counted(W) == {name: 2 * n for name, n in SIZES.items()}
+    size, rank, _ = measures.groups(W)
+    assert ((size == 1) & (rank == 1)).sum() == 3
+
+
+@pytest.mark.parametrize(
+    "W",
+    [
+        np.eye(4),
+        polygon(6)[:3],  # 0°, 60°, 120°: size, rank and D_i of a triangle, but all on one side
+        polygon(7),
+        CUBE,  # size, rank and D_i of an antiprism
+        built(ANTIPODAL) @ [[1.0, 0.0]] + [[0, 0.4], [0, 0.4]],  # a bent digon
+    ],
+    ids=["basis", "half a hexagon", "heptagon", "cube", "bent"],
+)
+def test_other_figures_are_no_polytopes(W):
+    assert counted(W) == {}
+
+
+def test_short_features_do_not_lower_the_dimensionality_of_long_ones():
+    rng = np.random.default_rng(0)
+    W = np.concatenate([built(polygon(3), np.eye(1)), 0.1 * rng.standard_normal((90, 3))])
+    D = measures.represented_dimensionality(W)
+    np.testing.assert_allclose(D, [2 / 3] * 3 + [1] + [0] * 90)
+    assert (measures.feature_measures(W)["dimensionality"][:4] < D[:4] - 0.05).all()
+    assert counted(W) == {"triangle": 3}
 
 
 def test_groups_are_the_orthogonal_factors():
     W = np.zeros((8, 4))  # a digon, a triangle, a dedicated feature, two that are not represented
     W[:2, :1], W[2:5, 1:3], W[5, 3] = ANTIPODAL, polygon(3), 1
-    size, rank = measures.groups(W)
+    size, rank, _ = measures.groups(W)
     assert size.tolist() == [2, 2, 3, 3, 3, 1, 0, 0]
     assert rank.tolist() == [1, 1, 2, 2, 2, 1, 0, 0]
     D = measures.feature_measures(W)["dimensionality"]
@@ -192,6 +269,7 @@ def smoke(**changes) -> dict:
         ({"intro": {"n_feature": 5}}, "did you mean 'n_features'"),
         ({"intro": {"densities": [1.5]}}, "intro.densities"),
         ({"phase": {"training": {"stepz": 1}}}, "did you mean 'steps'"),
+        ({"intro": {"densities": {"levels": 3, "lowest": 0.9, "highest": 0.9}}}, "is not below"),
     ],
 )
 def test_a_bad_section_names_the_key(changes, said):
@@ -225,6 +303,8 @@ def test_the_stage_its_metrics_and_figures(tmp_path):
     assert all(definition(name, metrics.METRICS) for name in found)
     figures = import_file(FOLDER / "figures.py")
     for name, figure in spec.figures.items():
+        if figure.kind == "verdicts":
+            continue  # a core kind, drawn from claims.csv
         drawn, numbers = getattr(figures, name)({t: frames[t] for t in figure.tables}, {})
         assert len(drawn.data) and len(numbers), name
 

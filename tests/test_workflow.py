@@ -145,7 +145,7 @@ def layout(project: Path) -> None:
         "measure(options: Options)",
         "measure(\n    options: Options,\n)",
     )
-    edit(project / "pipeline/claims.py", "def judge(claim: Claim,", "def judge(\n    claim: Claim,")
+    edit(project / "pipeline/judge.py", "def median(sizes:", "def median(\n    sizes:")
 
 
 def frame(project: Path) -> None:
@@ -153,7 +153,7 @@ def frame(project: Path) -> None:
     edit(project / "pipeline" / "errors.py", "cutoff=0.6", "cutoff=0.7")
     edit(project / "pipeline" / "cli.py", "if now - self.told < 5", "if now - self.told < 6")
     edit(
-        project / "pipeline" / "spec.py",
+        project / "pipeline" / "spec_claims.py",
         "def judged_at(self",
         "def spare(self): ...\n\n    def judged_at(self",
     )

@@ -164,7 +164,7 @@
       const shown = visible(D.words[D.token[t]]);
       const word = t === a ? shown.trimStart() || shown : shown;
       if (!level && !peak) { p.append(word); continue; }
-      const bare = word.trimStart() || word;
+      const bare = word.trimStart() || word || "⋯";  // first bytes of the character that follows
       const span = make("span", peak ? "t peak" : "t", bare);
       span.style.backgroundColor = `rgb(var(--heat) / ${(0.1 + 0.8 * level / 255).toFixed(2)})`;
       span.title = `activation ${brief(D.max_act[i] * level / 255)}`;

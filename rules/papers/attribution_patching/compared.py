@@ -9,6 +9,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from pipeline.agreement import agreement
+
 UNSIGNED = "atp_star"
 SHARE, LEAST = 0.05, 5  # what matters most: this share of the nodes, at least so many
 MATTERS = 0.01  # of the task's change of logit difference
@@ -33,10 +35,20 @@ def signed(method: str) -> str:
     return "size" if method == UNSIGNED else "score"
 
 
-def correlation(x: Any, y: Any) -> float:
-    """Pearson's; NaN where one of them does not vary."""
-    x, y = np.asarray(x, float), np.asarray(y, float)
-    return float(np.corrcoef(x, y)[0, 1]) if len(x) > 1 and x.std() and y.std() else float("nan")
+def part(kind: str, layer: int, head: int) -> str:
+    """ "head 2.4", "mlp 0", "logits"."""
+    number = f" {layer}" + (f".{head}" if head >= 0 else "")
+    return kind + (number if layer >= 0 else "")
+
+
+def named(row: Any) -> str:
+    """How a node or an edge is called: "mlp 0", "q 3.1", "head 2.4 → mlp 7"."""
+    if "source_kind" not in row:
+        at = f" at {row['position']}" if row["position"] else ""
+        return part(row["kind"], row["layer"], row["head"]) + at
+    ends = ("source", "target")
+    source, target = (part(*(row[f"{e}_{k}"] for k in ("kind", "layer", "head"))) for e in ends)
+    return f"{source} → {target} {row['target_input']}".rstrip()
 
 
 def missed(rows: pd.DataFrame, total: float) -> tuple[int, int]:
@@ -59,12 +71,15 @@ def search(rows: pd.DataFrame) -> pd.DataFrame:
     return pd.DataFrame({"checked": np.flatnonzero(rises) + 1, "found": share[rises]})
 
 
-def right(rows: pd.DataFrame, method: str, total: float) -> dict[str, float]:
+def right(rows: pd.DataFrame, method: str, total: float) -> dict[str, Any]:
     """How right one estimate of some nodes, or edges, is; metrics.py says what the names mean."""
     column, k = signed(method), most(len(rows))
     made, exact = rows[column], rows[f"exact_{column}"]
     n, lost = missed(rows, total)
-    out = {"n": float(len(rows)), "correlation": correlation(made, exact)}
+    found = agreement(made, exact)
+    out = {"n": float(len(rows)), "correlation": found.pearson, "spearman": found.spearman}
+    out["correlation_without_largest"] = found.without_largest
+    out["largest"] = named(rows.iloc[found.largest]) if found.largest >= 0 else ""
     out["error"] = float((made - exact).abs().sum() / exact.abs().sum())
     out["recall"] = len(top(rows["size"], k) & top(rows["exact_size"], k)) / k
     out["effort"] = float((np.argmax(checked(rows) >= FOUND) + 1) / len(rows))

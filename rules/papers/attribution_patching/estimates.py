@@ -1,6 +1,6 @@
 """Stage `estimates`: cheap attribution beside exact patching, of every node and of edges. [torch]
 
-For every task, and every model that it is put to:
+For every task, every model that it is put to, and every seed, which draws prompts and edges anew:
 
 1. nodes    heads, MLPs, queries, keys and values at all positions at once, and the stream at named
             positions: the exact effect of each, and what it is by each estimate.
@@ -23,7 +23,7 @@ Estimates of nodes (Nanda 2023; Kramár et al. 2024) and of edges (Syed et al. 2
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import pandas as pd
 import torch
@@ -64,7 +64,9 @@ class Options(Section):
     tables: list[str]
     tasks: dict[Name, TaskOptions]
     ig_steps: int = Field(default=5, ge=1, description="points between the two prompts")
-    seed: int = Field(default=0, ge=0, description="of prompts, and of which edges are drawn")
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(
+        default=[0], min_length=1, description="of prompts, and of which edges are drawn"
+    )
 
 
 class Clock:
@@ -148,7 +150,7 @@ def nodes_of(task: Task, positions: list[str], ig_steps: int, clock: Clock) -> p
     return pd.concat(frames, ignore_index=True)
 
 
-def edges_of(task: Task, wanted: int, options: Options, clock: Clock) -> pd.DataFrame:
+def edges_of(task: Task, wanted: int, options: Options, seed: int, clock: Clock) -> pd.DataFrame:
     """Rows of the edges that are drawn, by each estimate, with the exact effect beside it."""
     steps = options.ig_steps
     methods = {"eap": ((0, 1), [0.0]), "eap_ig": ((steps, steps), eap.midpoints(steps))}
@@ -157,7 +159,7 @@ def edges_of(task: Task, wanted: int, options: Options, clock: Clock) -> pd.Data
         for method, (passes, alphas) in methods.items()
     }
     every = found["eap"][0]
-    chosen = drawn(len(every), wanted or len(every), options.seed)
+    chosen = drawn(len(every), wanted or len(every), seed)
     some, bar = [every[i] for i in chosen], cli.Progress("exact patching", len(chosen), "edges")
     patched = lambda: many_edges(task, some, bar.at)  # noqa: E731
     exact = clock("activation_patching", "edge", (len(some), 0), patched).mean(-1)
@@ -171,10 +173,12 @@ def edges_of(task: Task, wanted: int, options: Options, clock: Clock) -> pd.Data
     return pd.concat(frames, ignore_index=True)
 
 
-def measure(task: Task, what: TaskOptions, options: Options, clock: Clock) -> dict[str, Any]:
-    """Rows of every table, of one model on one task."""
+def measure(
+    task: Task, what: TaskOptions, options: Options, seed: int, clock: Clock
+) -> dict[str, Any]:
+    """Rows of every table, of one model on one task at one seed."""
     nodes = nodes_of(task, what.positions, options.ig_steps, clock)
-    edges = edges_of(task, what.n_edges, options, clock)
+    edges = edges_of(task, what.n_edges, options, seed, clock)
     sums = edges.groupby("method")["into_logits"].first()
     totals = {"n_prompts": len(task.before), "clean": float(task.before.mean())}
     totals |= {"corrupt": float((task.before + task.total).mean())}
@@ -222,15 +226,17 @@ def main() -> None:
             for name, what in options.tasks.items():
                 if arm not in what.arms:
                     continue
-                cli.log.info("%s on %s", name, arm)
-                with torch.no_grad():
-                    task = Task(loaded.hf, given(name, what, loaded, options.seed, device))
-                    made = measure(task, what, options, Clock(device))
-                for table, frame in made.items():
-                    frame.insert(0, "arm", arm)
-                    frame.insert(1, "task", name)
-                    frames[table].append(frame)
-        certificate = job.certificate(args.models, seed=options.seed)
+                for seed in options.seeds:
+                    cli.log.info("%s on %s, seed %d", name, arm, seed)
+                    with torch.no_grad():
+                        task = Task(loaded.hf, given(name, what, loaded, seed, device))
+                        made = measure(task, what, options, seed, Clock(device))
+                    for table, frame in made.items():
+                        key = {"arm": arm, "task": name, "seed": seed}
+                        for place, (column, value) in enumerate(key.items()):
+                            frame.insert(place, column, value)
+                        frames[table].append(frame)
+        certificate = job.certificate(args.models, seed=options.seeds)
         for table, some in frames.items():
             tables.write_table(
                 getattr(args, table), pd.concat(some, ignore_index=True), certificate

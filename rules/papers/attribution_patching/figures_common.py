@@ -41,6 +41,11 @@ def cases(frame: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     return [(named(*k), rows) for k, rows in sorted(groups, key=key)]
 
 
+def first(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the first seed."""
+    return frame[frame["seed"] == frame["seed"].min()]
+
+
 def chosen(figure: go.Figure, shown: list[int], names: list[str]) -> go.Figure:
     """A list of the cases above the figure, of which the first is shown.
 

@@ -18,9 +18,18 @@ GROUPS = {"head": "heads", "mlp": "MLPs", "q": "queries", "k": "keys", "v": "val
 OF_EDGES = {"eap": "attribution_patching", "eap_ig": "attribution_ig"}
 
 
+def spread(rows: pd.DataFrame, keys: list[str], columns: list[str]) -> pd.DataFrame:
+    """Means over seeds of all numbers, with the least and the most of some columns."""
+    groups = rows.groupby(keys, sort=False)
+    out = groups.mean(numeric_only=True)
+    for column in columns:
+        out[f"{column}_least"], out[f"{column}_most"] = groups[column].min(), groups[column].max()
+    return out.reset_index().drop(columns="seed")
+
+
 def search(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure, pd.DataFrame]:
     """Share of the nodes that matter most against nodes patched exactly, best first."""
-    (table,) = tables.values()
+    table = common.first(next(iter(tables.values())))
     nodes = table[table["unit"] == "node"]
     found, shown, figure = common.cases(nodes), [], go.Figure()
     for number, (_, case) in enumerate(found):
@@ -57,9 +66,13 @@ def search(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure, 
 
 
 def kinds(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure, pd.DataFrame]:
-    """Two panels of points, a row a kind: correlation, and false negatives."""
+    """Two panels of points, a row a kind: correlation, and false negatives.
+
+    Points are means over seeds, and lines run from the least to the most.
+    """
     (table,) = tables.values()
     rows = table[table["group"].isin(GROUPS)]
+    rows = spread(rows, ["arm", "task", "method", "group"], ["correlation", "missed"])
     rows = rows.assign(shown=rows["method"].replace(OF_EDGES))
     found, shown = common.cases(rows), []
     columns = {"correlation": "correlation with the exact effect", "missed": "share missed"}
@@ -80,6 +93,13 @@ def kinds(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure, p
                         legendgroup=method,
                         showlegend=i == 1,
                         marker={"color": shade, "size": 10, "opacity": 0.85},
+                        error_x={
+                            "array": some[f"{column}_most"] - some[column],
+                            "arrayminus": some[column] - some[f"{column}_least"],
+                            "thickness": 1,
+                            "width": 2,
+                            "color": shade,
+                        },
                         customdata=some["matter" if column == "missed" else "n"],
                         hovertemplate="%{y}: %{x:.3~g}, of %{customdata:.0f}",
                     ),
@@ -128,14 +148,16 @@ def cost(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure, pd
     """A point a method: seconds, and correlation over all nodes; exact patching is right."""
     costs, quality = tables["estimates/costs"], tables["estimates/quality"]
     keys = ["arm", "task", "method"]
-    whole = quality[quality["group"] == "all"][[*keys, "correlation"]]
-    frame = costs[costs["unit"] == "node"].merge(whole, on=keys, how="left")
+    by_case = quality[quality["group"] == "all"].groupby(keys, sort=False)
+    of_nodes = costs[costs["unit"] == "node"].groupby(keys, sort=False)
+    seen = of_nodes[["seconds", "forwards", "backwards"]].mean().reset_index()
+    frame = seen.merge(by_case["correlation"].mean().reset_index(), on=keys, how="left")
     frame.loc[frame["method"] == "activation_patching", "correlation"] = 1.0  # with itself
     found, shown, figure = common.cases(frame), [], go.Figure()
     for number, (_, case) in enumerate(found):
         for row in case.itertuples():
             label, shade = common.METHODS[row.method]
-            told = f"{row.forwards} forward, {row.backwards} backward"
+            told = f"{row.forwards:.0f} forward, {row.backwards:.0f} backward"
             slowest = row.seconds == case["seconds"].max()
             figure.add_scatter(
                 x=[row.seconds],

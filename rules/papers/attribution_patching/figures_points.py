@@ -39,7 +39,7 @@ def named(rows: pd.DataFrame) -> list[str]:
 
 def estimates(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure, pd.DataFrame]:
     """Four panels, a method each; AtP*, which has no sign, against the size of the effect."""
-    (table,) = tables.values()
+    table = common.first(next(iter(tables.values())))
     found, shown = common.cases(table), []
     figure = panels(list(NODES), 2)
     for number, (_, case) in enumerate(found):
@@ -76,7 +76,7 @@ def estimates(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figur
 
 def edges(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure, pd.DataFrame]:
     """Two panels; colours are what an edge ends in."""
-    (table,) = tables.values()
+    table = common.first(next(iter(tables.values())))
     found, shown = common.cases(table), []
     methods = ["eap", "eap_ig"]
     figure = panels(methods, 2)
@@ -121,7 +121,7 @@ def edges(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure, p
 
 def saturation(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure, pd.DataFrame]:
     """Queries and keys that matter: share of the effect that an estimate sees, by attention."""
-    nodes, totals = tables["estimates/nodes"], tables["estimates/totals"]
+    nodes, totals = (common.first(tables[f"estimates/{t}"]) for t in ("nodes", "totals"))
     total = totals.set_index(["arm", "task"])["total"].abs()
     inputs = nodes[nodes["kind"].isin(["q", "k"])]
     whole = np.array([total[key] for key in zip(inputs["arm"], inputs["task"], strict=True)])

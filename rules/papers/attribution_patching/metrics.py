@@ -13,6 +13,9 @@ import numpy as np
 METRICS = {
     "*.correlation": "Pearson correlation of estimate and exact effect, mean over prompts; of "
     "atp_star and the mean absolute effect",
+    "*.spearman": "the same of ranks",
+    "*.correlation_without_largest": "Pearson's without the one node or edge whose leaving out "
+    "changes it the most; the column largest of the table quality names it",
     "*.sign": "share of nodes or edges that matter (exact effect at least 1 % of the task's change "
     "of logit difference) whose estimate has the sign of the exact effect",
     "*.error": "sum of |estimate - exact| over the sum of |exact|",
@@ -38,11 +41,13 @@ METRICS = {
     "*.right": "share of clean prompts with m > 0",
     "*.kept": "m on the corrupt prompts over m on the clean ones",
 }
-COLUMNS = "correlation sign error recall effort matter missed".split()
+COLUMNS = (
+    "correlation spearman correlation_without_largest sign error recall effort matter missed"
+).split()
 
 
-def metrics(tables: dict[str, Any]) -> dict[str, float]:
-    """See METRICS; what is not a number is left out."""
+def of_seed(tables: dict[str, Any]) -> dict[str, float]:
+    """Every metric at one seed, out of the tables' rows of that seed."""
     out: dict[str, float] = {}
     for row in tables["estimates/totals"].to_dict("records"):
         key, total = f"{row['arm']}.{row['task']}", row["total"]
@@ -57,4 +62,16 @@ def metrics(tables: dict[str, Any]) -> dict[str, float]:
     for row in tables["estimates/costs"].to_dict("records"):
         key = f"{row['arm']}.{row['task']}.{row['method']}.{row['unit']}s"
         out |= {f"{key}.{name}": row[name] for name in ("seconds", "forwards", "backwards")}
-    return {name: float(x) for name, x in out.items() if np.isfinite(x)}
+    return out
+
+
+def metrics(tables: dict[str, Any]) -> dict[str, list[float]]:
+    """See METRICS; one value a seed, NaN where a seed has none. What no seed has is left out."""
+    wanted = {name: tables[f"estimates/{name}"] for name in ("totals", "quality", "costs")}
+    found = [
+        of_seed({f"estimates/{name}": f[f["seed"] == seed] for name, f in wanted.items()})
+        for seed in wanted["totals"]["seed"].unique()
+    ]
+    names = dict.fromkeys(name for one in found for name in one)
+    every = {name: [float(one.get(name, np.nan)) for one in found] for name in names}
+    return {name: values for name, values in every.items() if np.isfinite(values).any()}

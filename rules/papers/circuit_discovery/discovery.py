@@ -3,7 +3,9 @@
 For each task, for its weights and for a reset network, for zero and corrupt ablation and each seed:
 
 1. edges   ACDC at every threshold, EAP, EAP-IG and exact single cuts (pipeline/acdc.py): one row an
-           edge, and for ACDC one a threshold, score the rise of the loss at its turn.
+           edge, and for ACDC one a threshold, score the rise of the loss at its turn. ACDC runs
+           twice: in an order of the edges that is drawn, another one for each seed (acdc), and in
+           that of the authors' code (acdc_canonical), of which their published areas are.
 2. truth   which edges belong to the circuit, by three sources (truth.py).
 3. sets    the squared distance to the whole model's outputs of what each method keeps, by size.
 4. areas   under the ROC curves of edges and nodes (pipeline/roc.py), by truth; of edges in random
@@ -17,7 +19,7 @@ the model that was reset, as in the authors' runs.
 
 import copy
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -28,6 +30,7 @@ from torch import Tensor, nn
 from pipeline import acdc, circuits, cli, eap, native, roc, tables
 from pipeline import model as models
 from pipeline.edge_graph import EdgeGraph
+from pipeline.errors import RetraceError
 from pipeline.source import import_file
 from pipeline.spec_base import Name, Section
 
@@ -36,6 +39,7 @@ sequences = import_file(HERE / "sequences.py")
 truth = import_file(HERE / "truth.py")
 TABLES = "edges truth sets areas".split()
 N_RANDOM = 50
+ORDER = 1  # the stream of random numbers from which orders are drawn, apart from sequences
 
 
 class Task(Section):
@@ -63,7 +67,10 @@ class Options(Section):
     n_examples: int = Field(ge=2, description="sequences, where a task does not have all")
     ablations: list[Literal["zero", "corrupt"]]
     weights: list[Literal["trained", "reset"]]
-    seeds: list[int] = Field(min_length=1, description="of sequences, corruptions and resets")
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(
+        min_length=1,
+        description="of sequences, corruptions, resets, the order of ACDC and the trained network",
+    )
     ig_steps: int = Field(ge=1, description="EAP-IG: points between clean and cut embeddings")
 
 
@@ -87,17 +94,22 @@ def reset(model: nn.Module, seed: int) -> nn.Module:
 
 
 def found(
-    graph: EdgeGraph, clean: Tensor, task: Task, options: Options
+    graph: EdgeGraph, clean: Tensor, task: Task, options: Options, seed: int
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Rows of the tables edges and sets.
 
     Args:
         clean: [n pos d_vocab], the outputs that the loss is measured against.
+        seed: of the drawn order in which ACDC cuts edges.
     """
     where, t = {"first": 1, "n_outputs": task.n_outputs}, options.thresholds
     loss = acdc.squared_distance(clean, **where)
     taus = np.geomspace(t.highest, t.lowest, t.n).tolist()
-    kept, rises = acdc.acdc(graph, loss, taus)
+    orders = {
+        "acdc": acdc.drawn_order(graph, np.random.default_rng([seed, ORDER])),
+        "acdc_canonical": range(len(graph.edges)),
+    }
+    cut = {m: acdc.acdc(graph, loss, taus, order=order) for m, order in orders.items()}
     alone = acdc.exact(graph, loss) - loss(graph.clean[None])
     towards = acdc.towards_cut(graph, **where)
     scores = {
@@ -106,11 +118,12 @@ def found(
         "exact": alone,
     }
     rows = [
-        circuits.edge_rows("acdc", graph.edges, rise, alone, tau)
+        circuits.edge_rows(method, graph.edges, rise, alone, tau)
+        for method, (_, rises) in cut.items()
         for tau, rise in zip(taus, rises, strict=True)
     ]
     rows += [circuits.edge_rows(m, graph.edges, s, alone) for m, s in scores.items()]
-    sets = {"acdc": kept.cpu().numpy()}
+    sets = {m: kept.cpu().numpy() for m, (kept, _) in cut.items()}
     sets |= {m: roc.sets_of_scores(s.cpu().numpy()) for m, s in scores.items()}
     parts = []
     for method, some in sets.items():
@@ -150,13 +163,18 @@ def truth_rows(graph: EdgeGraph, model: str) -> pd.DataFrame:
 
 
 def measured(
-    name: str, task: Task, model: nn.Module, options: Options, told: Any
+    name: str, task: Task, models: dict[int, nn.Module], options: Options, told: Any
 ) -> dict[str, list[pd.DataFrame]]:
-    """All rows of a task."""
+    """All rows of a task.
+
+    Args:
+        models: the network of each seed; a compiled model is the same for all.
+    """
     out: dict[str, list[pd.DataFrame]] = {t: [] for t in TABLES}
-    device = next(model.parameters()).device
     draw = sequences.SEQUENCES[task.sequences]
     for seed in options.seeds:
+        model = models[seed]
+        device = next(model.parameters()).device
         drawn = draw(options.n_examples, np.random.default_rng(seed))
         clean, corrupt = (tokens.to(device) for tokens in drawn)
         wanted = model(clean).logits
@@ -168,7 +186,7 @@ def measured(
             for ablation in options.ablations:
                 graph = EdgeGraph(hf, clean, None if ablation == "zero" else corrupt, True)
                 key = {"task": name, "weights": weights, "ablation": ablation, "seed": seed}
-                edges, sets = found(graph, wanted, task, options)
+                edges, sets = found(graph, wanted, task, options, seed)
                 out["edges"].append(edges.assign(**key))
                 out["sets"].append(sets.assign(**key))
                 out["areas"].append(areas(edges, known, seed).assign(**key))
@@ -176,10 +194,22 @@ def measured(
     return out
 
 
+def trained(folder: Path, seeds: list[int], device: torch.device) -> dict[int, nn.Module]:
+    """The trained network of each seed; RetraceError for a seed that siit.py did not train."""
+    for seed in seeds:
+        if not (folder / str(seed)).is_dir():
+            raise RetraceError(
+                f"own.discovery.seeds: {folder} has no network of seed {seed}; name it in "
+                f"own.siit.seeds, too"
+            )
+    read = {seed: native.from_folder(folder / str(seed)) for seed in seeds}
+    return {seed: hf.to(device).eval().requires_grad_(False) for seed, hf in read.items()}
+
+
 def main() -> None:
     parser = cli.parser(
         "discovery", __doc__, models="model.json of every arm, sorted by name*",
-        siit="folder of the model that siit.py trained",
+        siit="folder of the networks that siit.py trained",
         **{t: f"{t}.parquet" for t in TABLES},
     )  # fmt: skip
 
@@ -187,10 +217,10 @@ def main() -> None:
         args, options = job.args, job.section("own.discovery", Options)
         device = job.device()
         hfs = {
-            arm: models.load(file, device).hf
+            arm: dict.fromkeys(options.seeds, models.load(file, device).hf)
             for arm, file in zip(sorted(job.spec["arms"]), args.models, strict=True)
         }
-        hfs["siit"] = native.from_folder(Path(args.siit)).to(device).eval().requires_grad_(False)
+        hfs["siit"] = trained(Path(args.siit), options.seeds, device)
         frames: dict[str, list[pd.DataFrame]] = {t: [] for t in TABLES}
         each = len(options.seeds) * len(options.weights) * len(options.ablations)
         progress, done = cli.Progress("circuits", each * len(options.tasks), "graphs"), [0]
@@ -201,11 +231,10 @@ def main() -> None:
 
         with torch.no_grad():
             for name, task in options.tasks.items():
-                model = hfs[task.model]
-                for table, some in measured(name, task, model, options, told).items():
+                for table, some in measured(name, task, hfs[task.model], options, told).items():
                     frames[table] += some
-        trained = Path(args.siit) / "model.safetensors"
-        certificate = job.certificate([*args.models, trained])
+        networks = [Path(args.siit) / str(s) / "model.safetensors" for s in options.seeds]
+        certificate = job.certificate([*args.models, *networks])
         for table, some in frames.items():
             frame = pd.concat(some, ignore_index=True)
             tables.write_table(getattr(args, table), frame, certificate)

@@ -28,6 +28,10 @@ METHODS = {  # name, line; thinner lines lie on wider ones, as curves often coin
     "eap_ig": ("EAP-IG", {"color": PALETTE[2], "width": 2.5}),
     "exact": ("exact single cuts", {"color": PALETTE[4], "width": 1.5, "dash": "dot"}),
 }
+ORDERS = {  # ACDC in a drawn order of the edges, and in that of the authors' code
+    "acdc": METHODS["acdc"],
+    "acdc_canonical": ("ACDC, authors' order", {"color": PALETTE[3], "width": 5, "dash": "dash"}),
+}
 NOUGHT = 1e-20  # where 0 stands on a log scale
 
 

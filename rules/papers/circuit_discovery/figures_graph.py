@@ -113,7 +113,7 @@ def graph(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure, p
     for task, ablation, name in cases(edges, truth):
         rows = edges[(edges["task"] == task) & (edges["ablation"] == ablation)]
         own = truth[truth["task"] == task][name].to_numpy(bool)
-        table = edge_table(rows[rows["method"] == "acdc"], own)
+        table = edge_table(rows[rows["method"] == "acdc_canonical"], own)
         place = spots(sorted({*table["source"], *table["target"]}))
         circuit = table[table["known"]]
         for trace in [

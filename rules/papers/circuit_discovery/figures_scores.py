@@ -12,6 +12,7 @@ from pipeline.theme import INK, PALETTE, rgba, selector
 
 common = import_file(Path(__file__).with_name("figures_common.py"))
 KNOWN = {True: ("in the circuit", PALETTE[2]), False: ("not in it", PALETTE[1])}
+EVERY = common.ORDERS | common.METHODS
 Drawn = tuple[go.Figure, pd.DataFrame]
 # experiments/results/auc_tables.tex of the authors' repository: task, ablation -> edges, nodes.
 PUBLISHED = {
@@ -31,7 +32,7 @@ def roc(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
         for (task, ablation), at in place.items():
             own = truth[truth["task"] == task][name].to_numpy(bool)
             here = edges[(edges["task"] == task) & (edges["ablation"] == ablation)]
-            for method, (label, line) in common.METHODS.items() if own.any() else ():
+            for method, (label, line) in EVERY.items() if own.any() else ():
                 found = curves.found_sets(here[here["method"] == method])
                 fpr, tpr = curves.curve(found, own)
                 steps = go.Scatter(
@@ -73,7 +74,10 @@ def chosen(shown: list[int], always: int) -> dict:
 
 
 def areas(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
-    """A panel a task and ablation: bars of the methods, edges and nodes; a list chooses."""
+    """A panel a task and ablation: bars of the methods, edges and nodes; a list chooses.
+
+    Lines run from the least to the most over seeds, and so over orders of ACDC's edges.
+    """
     found = tables["discovery/areas"]
     trained = found[found["weights"] == "trained"]
     figure, place = common.panels(trained)
@@ -82,18 +86,18 @@ def areas(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
         for (task, ablation), at in place.items():
             is_here = (found["task"] == task) & (found["ablation"] == ablation)
             here = found[is_here & (found["truth"] == name)]
-            bars = [
-                (m, label, line["color"], "trained") for m, (label, line) in common.METHODS.items()
-            ]
+            bars = [(m, label, line["color"], "trained") for m, (label, line) in EVERY.items()]
             bars.append(("acdc", "ACDC on a reset network", PALETTE[5], "reset"))
             bars.append(("random", "random order", PALETTE[6], "trained"))
             for method, label, shade, weights in bars:
                 own = here[(here["method"] == method) & (here["weights"] == weights)]
                 if own.empty:
                     continue
+                mean = own[labels].mean()
+                least, most = mean - own[labels].min(), own[labels].max() - mean
                 bar = go.Bar(
-                    x=labels, y=own[labels].mean(), name=label, legendgroup=label,
-                    error_y={"array": own[labels].std().fillna(0), "thickness": 1, "width": 3},
+                    x=labels, y=mean, name=label, legendgroup=label,
+                    error_y={"array": most, "arrayminus": least, "thickness": 1, "width": 3},
                     marker={"color": rgba(shade, 0.85)}, visible=number == 0,
                     showlegend=at == {"row": 1, "col": 1},
                     hovertemplate=f"{label}, %{{x}}: %{{y:.3f}}<extra></extra>",
@@ -125,7 +129,7 @@ def distance(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     rows = []
     for (task, ablation), at in place.items():
         here = sets[(sets["task"] == task) & (sets["ablation"] == ablation)]
-        for method, (label, line) in common.METHODS.items():
+        for method, (label, line) in EVERY.items():
             own = here[here["method"] == method].groupby("n_edges", as_index=False)["loss"].min()
             steps = go.Scatter(
                 x=own["n_edges"], y=own["loss"], mode="lines+markers", name=label,

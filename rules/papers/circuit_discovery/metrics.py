@@ -1,13 +1,15 @@
 """Metrics of circuit discovery: what they mean, and how the tables give them.
 
 Names are <task>.<ablation>.<method>.<truth>.<unit>; a reset network's begin with <task>.reset. The
-truths are those of truth.py: wired, authors, swapped.
+truths are those of truth.py: wired, authors, swapped. ACDC's method is acdc where its edges were
+cut in an order that was drawn, one for each seed, and acdc_canonical in that of the authors' code.
 """
 
 from typing import Any
 
-import numpy as np
 import pandas as pd
+
+from pipeline.agreement import agreement
 
 METRICS = {  # the first pattern that fits a name counts
     "*.n.edges": "edges of the graph",
@@ -21,8 +23,15 @@ METRICS = {  # the first pattern that fits a name counts
     "(behaviour), with a part of the program swapped (interchange), with anything else (strict)",
     "*.correlation": "Pearson correlation of |score| and |rise of the loss when the edge alone is "
     "cut| over all edges",
-    "*.acdc.n_edges": "edges that ACDC keeps at the smallest threshold",
+    "*.spearman": "the same of their ranks",
+    "*.correlation_without_largest": "Pearson's without the one edge whose leaving out changes it "
+    "the most",
+    "*.acdc.n_edges": "edges that ACDC keeps at the smallest threshold, in a drawn order",
     "*.acdc.loss": "squared distance of that circuit's outputs to the model's",
+    "*.acdc_canonical.n_edges": "the same in the order of the authors' code",
+    "*.acdc_canonical.loss": "the same in the order of the authors' code",
+    "*.acdc.order_differs": "edges that one of the two orders keeps and the other cuts, at the "
+    "threshold where they are most",
 }
 KEYS = ["task", "weights", "ablation", "method"]
 TRUTHS = ("wired", "authors", "swapped")
@@ -33,10 +42,18 @@ def prefix(task: str, weights: str, ablation: str) -> str:
     return f"{task}.{ablation}" if weights == "trained" else f"{task}.{weights}.{ablation}"
 
 
-def correlation(a: pd.Series, b: pd.Series) -> float:
-    """Pearson's, of magnitudes; NaN where one does not vary."""
-    a, b = a.abs().to_numpy(), b.abs().to_numpy()
-    return float(np.corrcoef(a, b)[0, 1]) if a.std() and b.std() else float("nan")
+def order_differs(edges: pd.DataFrame) -> list[float]:
+    """Most edges, over thresholds, that the drawn and the canonical order do not both keep.
+
+    Args:
+        edges: the rows of ACDC of one graph, all seeds.
+    """
+    kept = edges.assign(kept=edges["score"] >= edges["threshold"])
+    sets = {m: rows["kept"].to_numpy() for m, rows in kept.groupby("method")}
+    here = kept[kept["method"] == "acdc"]
+    differs = pd.Series(sets["acdc"] != sets["acdc_canonical"], index=here.index)
+    each = differs.groupby([here["seed"], here["threshold"]], sort=False).sum()
+    return each.groupby(level=0, sort=False).max().astype(float).tolist()
 
 
 def metrics(tables: dict[str, Any]) -> dict[str, Any]:
@@ -45,7 +62,7 @@ def metrics(tables: dict[str, Any]) -> dict[str, Any]:
         tables[f"discovery/{t}"] for t in ("edges", "truth", "sets", "areas")
     )
     out: dict[str, Any] = {
-        f"siit.error.{check}": float(rows["error"].max())
+        f"siit.error.{check}": rows.groupby("seed", sort=False)["error"].max().tolist()
         for check, rows in tables["siit/checks"].groupby("check")
     }
     for (*key, method, name), rows in areas.groupby([*KEYS, "truth"], sort=False):
@@ -62,12 +79,19 @@ def metrics(tables: dict[str, Any]) -> dict[str, Any]:
         out[f"{task}.wired_authors"] = float((wired & authors).sum() / wired.sum())
     plain = edges[edges["threshold"].isna()]
     for (*key, method), rows in plain.groupby(KEYS, sort=False):
-        out[f"{prefix(*key)}.{method}.correlation"] = [
-            correlation(some["score"], some["exact"])
+        found = [
+            agreement(some["score"].abs(), some["exact"].abs())
             for _, some in rows.groupby("seed", sort=False)
         ]
-    last = sets[sets["method"] == "acdc"].groupby([*KEYS, "seed"], sort=False).last()
-    for key, rows in last.groupby(["task", "weights", "ablation"], sort=False):
-        out[f"{prefix(*key)}.acdc.n_edges"] = rows["n_edges"].astype(float).tolist()
-        out[f"{prefix(*key)}.acdc.loss"] = rows["loss"].tolist()
+        named = f"{prefix(*key)}.{method}"
+        out[f"{named}.correlation"] = [f.pearson for f in found]
+        out[f"{named}.spearman"] = [f.spearman for f in found]
+        out[f"{named}.correlation_without_largest"] = [f.without_largest for f in found]
+    for key, rows in edges[edges["threshold"].notna()].groupby(KEYS[:3], sort=False):
+        out[f"{prefix(*key)}.acdc.order_differs"] = order_differs(rows)
+    by_acdc = sets[sets["method"].isin(["acdc", "acdc_canonical"])]
+    last = by_acdc.groupby([*KEYS, "seed"], sort=False).last()
+    for (*key, method), rows in last.groupby(KEYS, sort=False):
+        out[f"{prefix(*key)}.{method}.n_edges"] = rows["n_edges"].astype(float).tolist()
+        out[f"{prefix(*key)}.{method}.loss"] = rows["loss"].tolist()
     return out

@@ -1,4 +1,4 @@
-# A small transformer trained to have a known circuit: a program's, and no other.
+# Small transformers trained to have a known circuit: a program's, and no other.
 rule circuit_discovery_siit:
     input:
         stage=own_file_of("siit.py"),

@@ -11,12 +11,14 @@ that is larger than needed: is_x is what MLP 0 writes, the share what one head o
 
 1. A step draws sequences in pairs, a part, and a node outside the circuit, and adds the three.
 2. checks: the three on all sequences with fresh partners, mean over nodes.
+3. Each seed is a network of its own: other weights at the start, and other pairs.
 """
 
 from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import pandas as pd
@@ -44,7 +46,9 @@ class Options(Section):
     steps: int = Field(ge=1)
     batch_size: int = Field(ge=2, description="pairs of sequences a step")
     lr: float = Field(gt=0, description="Adam; falls to 0 along a cosine")
-    seed: int = Field(ge=0)
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(
+        min_length=1, description="a network each: of its weights and of its training pairs"
+    )
 
 
 def every_sequence() -> Tensor:
@@ -136,10 +140,12 @@ def errors(
     return {name: (error**2).mean() for name, error in out.items()}
 
 
-def train(options: Options, device: torch.device) -> tuple[NativeForCausalLM, pd.DataFrame]:
+def train(
+    options: Options, seed: int, device: torch.device
+) -> tuple[NativeForCausalLM, pd.DataFrame]:
     """The model, and the three errors by step."""
-    torch.manual_seed(options.seed)
-    rng = np.random.default_rng(options.seed)
+    torch.manual_seed(seed)
+    rng = np.random.default_rng(seed)
     config = {"d_vocab": 6, **options.architecture.model_dump()}
     hf = NativeForCausalLM(config).to(device)
     model, every = Swapped(hf), every_sequence().to(device)
@@ -190,16 +196,21 @@ def main() -> None:
 
     def work(job: cli.Job) -> None:
         options = job.section("own.siit", Options)
-        hf, history = train(options, job.device())
-        with torch.no_grad():
-            made = {"history": history, "checks": checks(hf, options.seed + 1)}
-        certificate = job.certificate([], seed=options.seed)
-        folder = Path(job.args.checkpoint)
-        hf.cpu().save_pretrained(folder)
-        tables.stamp_safetensors(folder / "model.safetensors", certificate)
-        files = {file.name: provenance.sha256_file(file) for file in sorted(folder.iterdir())}
-        tables.write_json(folder / "provenance.json", {"files": files}, certificate)
-        for name, frame in made.items():
+        made: dict[str, list[pd.DataFrame]] = {"history": [], "checks": []}
+        for seed in options.seeds:
+            hf, history = train(options, seed, job.device())
+            with torch.no_grad():
+                made["checks"].append(checks(hf, seed + 1).assign(seed=seed))
+            made["history"].append(history.assign(seed=seed))
+            folder = Path(job.args.checkpoint) / str(seed)
+            hf.cpu().save_pretrained(folder)
+            certificate = job.certificate([], seed=seed)
+            tables.stamp_safetensors(folder / "model.safetensors", certificate)
+            files = {file.name: provenance.sha256_file(file) for file in sorted(folder.iterdir())}
+            tables.write_json(folder / "provenance.json", {"files": files}, certificate)
+        certificate = job.certificate([])
+        for name, frames in made.items():
+            frame = pd.concat(frames, ignore_index=True)
             tables.write_table(getattr(job.args, name), frame, certificate)
 
     cli.run("siit", parser.parse_args(), work)

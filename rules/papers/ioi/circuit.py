@@ -7,12 +7,14 @@
 4. cases       faithfulness and completeness of the circuits, and of the nulls (judged.py).
 5. minimality  what each head of a circuit is worth.
 
+All of it is done anew for each seed: other prompts, other reference prompts, a search of its own.
+
 GPT-2 small has two circuits, the published one and the one found here; other arms have theirs
 alone. The arm with redrawn weights is a null: its behaviour is measured and nothing else.
 """
 
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import pandas as pd
@@ -50,23 +52,29 @@ class Options(Section):
     most: int = Field(default=4, ge=1, description="heads of a class, at most")
     n_random: int = Field(default=2, ge=1, description="random circuits, and random sets K")
     greedy: tuple[int, int] = Field(default=(2, 6), description="steps, and candidates of a step")
-    seed: int = Field(default=0, ge=0, description="of prompts and random circuits")
+    seeds: list[Annotated[int, Field(ge=0)]] = Field(
+        default=[0],
+        min_length=1,
+        description="of prompts and random circuits; one takes the four numbers from it on",
+    )
     behaviour_only: list[Name] = Field(default=[], description="null arms")
     without_bos: list[Name] = Field(default=[], description="arms measured without BOS")
     published: Name = Field(default="gpt2", description="the arm that the paper's heads are of")
 
 
 class Arm:
-    """A model on prompts.
+    """A model on the prompts of one seed.
 
     Args:
         name: of the arm.
     """
 
-    def __init__(self, name: str, file: str, options: Options, device: Any) -> None:
-        self.name, self.options, self.device = name, options, device
-        self.loaded = models.load(file, device)
-        self.bos_id = None if name in options.without_bos else self.loaded.bos_id
+    def __init__(
+        self, name: str, loaded: models.Loaded, options: Options, seed: int, device: Any
+    ) -> None:
+        self.name, self.options, self.seed, self.device = name, options, seed, device
+        self.loaded = loaded
+        self.bos_id = None if name in options.without_bos else loaded.bos_id
         self._means: list[torch.Tensor] = []
 
     def pairs(self, drawn: Any, bos_id: int | None) -> Pairs:
@@ -78,7 +86,7 @@ class Arm:
 
     def behaviour(self) -> list[dict]:
         """Rows of the table behaviour."""
-        tokenizer, n, seed = self.loaded.tokenizer, self.options.n_behaviour, self.options.seed
+        tokenizer, n, seed = self.loaded.tokenizer, self.options.n_behaviour, self.seed
         drawn = prompts.draw(tokenizer, n, seed)
         pairs = self.pairs(drawn, self.bos_id)
         rows = self._rows("all", pairs, pairs.base, drawn.variant)
@@ -112,8 +120,8 @@ class Arm:
     def circuit(self) -> dict[str, list[dict]]:
         """Rows of the other tables."""
         options = self.options
-        task, drawn = self.task(options.n_patched, options.seed)
-        looks_task, _ = self.task(options.n_scatter, options.seed + 1)
+        task, drawn = self.task(options.n_patched, self.seed)
+        looks_task, _ = self.task(options.n_scatter, self.seed + 1)
         looks, patterns = measures.attention(looks_task)
         search = discovery.Search(task, looks, options.threshold, options.most)
         search.run()
@@ -133,7 +141,7 @@ class Arm:
         }
         circuits = {"found": search.roles}
         if self.name == options.published:
-            circuits["published"] = discovery.PUBLISHED
+            circuits["published"] = discovery.PUBLISHED  # with the paper's sets K, see judge
         for name, roles in circuits.items():
             for table, rows in self.judge(name, roles).items():
                 out[table] += rows
@@ -145,7 +153,7 @@ class Arm:
         Positions behind a template's end stand for nothing; there are as many as `like` has.
         """
         if not self._means:
-            n, seed = self.options.n_reference, self.options.seed + 2
+            n, seed = self.options.n_reference, self.seed + 2
             drawn = prompts.draw(self.loaded.tokenizer, n, seed)
             tokens = self.pairs(drawn, self.bos_id).source
             groups = torch.tensor(drawn.template, device=self.device)
@@ -169,14 +177,15 @@ class Arm:
 
     def judge(self, name: str, roles: dict) -> dict[str, list[dict]]:
         """Rows of cases and minimality of one circuit."""
-        options, rng = self.options, np.random.default_rng(self.options.seed)
-        task, drawn = self.task(options.n_judged, options.seed + 3)
+        options, rng = self.options, np.random.default_rng(self.seed)
+        task, drawn = self.task(options.n_judged, self.seed + 3)
         groups = torch.tensor(drawn.template, device=self.device)
         knockout = Knockout(task, self.means(task), groups)
         parts = discovery.placed(roles)
         cases = judged.cases(parts, roles, knockout, options.n_random, rng)
-        small = judged.minimality(parts)
-        every = cases + [c for _, _, *pair in small for c in pair]
+        given = discovery.PUBLISHED_K if name == "published" else None
+        small = judged.minimality(roles, discovery.PLACE, given)
+        every = cases + [c for worth in small for c in (worth.kept, worth.lost)]
         progress = cli.Progress(f"{self.name}: circuits", len(every), "circuits")
         values = judged.measure(every, knockout, progress.at)
         card = {"arm": self.name, "source": name}
@@ -190,16 +199,17 @@ class Arm:
                 row = {"circuit": which, "removed": f"greedy {len(gone)}", "n_heads": len(gone)}
                 rows.append({**card, **row, "f": f})
         less = []
-        for i, (role, node, *_) in enumerate(small):
+        for i, worth in enumerate(small):
             a, b = values[len(cases) + 2 * i : len(cases) + 2 * i + 2]
-            row = {"role": role, "layer": node[0], "head": node[1], "with": a, "without": b}
+            row = {"role": worth.role, "layer": worth.node[0], "head": worth.node[1]}
+            row |= {"set": worth.kept.removed, "with": a, "without": b}
             less.append({**card, **row})
         return {"cases": rows, "minimality": less}
 
 
 COLUMNS = {
-    "scatter": "arm layer head name prompt attention logit".split(),
-    "minimality": "arm source role layer head with without".split(),
+    "scatter": "arm layer head name prompt attention logit seed".split(),
+    "minimality": "arm source role layer head set with without seed".split(),
 }
 
 
@@ -215,12 +225,15 @@ def main() -> None:
         rows: dict[str, list[dict]] = {t: [] for t in TABLES}
         with torch.no_grad():
             for name, file in zip(sorted(job.spec["arms"]), args.models, strict=True):
-                arm = Arm(name, file, options, device)
-                rows["behaviour"] += arm.behaviour()
-                if name not in options.behaviour_only:
-                    for table, more in arm.circuit().items():
-                        rows[table] += more
-        certificate = job.certificate(args.models, seed=options.seed)
+                loaded = models.load(file, device)
+                for seed in options.seeds:
+                    arm = Arm(name, loaded, options, seed, device)
+                    made = {"behaviour": arm.behaviour()}
+                    if name not in options.behaviour_only:
+                        made |= arm.circuit()
+                    for table, more in made.items():
+                        rows[table] += [row | {"seed": seed} for row in more]
+        certificate = job.certificate(args.models, seed=options.seeds)
         for name, made in rows.items():
             frame = pd.DataFrame(made, columns=COLUMNS.get(name) if not made else None)
             tables.write_table(getattr(args, name), frame, certificate)

@@ -51,6 +51,17 @@ PUBLISHED: dict[str, list[Head]] = {
     "duplicate": [(0, 1), (0, 10), (3, 0)],
     "previous": [(2, 2), (4, 11)],
 }
+# The sets K of minimality of the thirteen heads whose K is not the rest of the class (App. K,
+# Fig. 20; read second-hand). Backups come in the order in which they take over.
+_MOVERS = [(9, 9), (10, 0), (9, 6)]
+_BACKUPS = [(11, 2), (10, 6), (10, 10), (10, 2), (9, 7), (10, 1)]
+PUBLISHED_K: dict[Head, list[Head]] = {
+    **{head: _MOVERS[:i] for i, head in enumerate(_MOVERS)},
+    **{head: _MOVERS + _BACKUPS[:i] for i, head in enumerate(_BACKUPS)},
+    (11, 9): [*_MOVERS, (9, 0)],
+    (9, 0): [*_MOVERS, (11, 9)],
+    **dict.fromkeys([(5, 8), (5, 9)], PUBLISHED["negative"]),
+}
 
 
 def clear(effects: Tensor, least: float, sign: int, most: int) -> list[int]:

@@ -29,7 +29,7 @@ FLOWS = {
 
 def movers(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure, pd.DataFrame]:
     """A point a prompt and name; a panel a head; a list chooses the arm."""
-    scatter, heads = tables["circuit/scatter"], tables["circuit/heads"]
+    scatter, heads = (common.first(tables[f"circuit/{t}"]) for t in ("scatter", "heads"))
     if scatter.empty:
         return nothing("no head moves names here"), scatter
     arm = common.arms_of(scatter)[0][0]
@@ -77,7 +77,7 @@ def nothing(why: str) -> go.Figure:
 
 def graph(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure, pd.DataFrame]:
     """Heads by class (across) and layer (upwards); lines are as wide as the sender's effect."""
-    (table,) = tables.values()
+    table = common.first(next(iter(tables.values())))
     arm, named = common.arms_of(table)[0]
     heads = table[(table["arm"] == arm) & (table["role"] != "")]
     if heads.empty:
@@ -186,8 +186,11 @@ def judged(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure, 
 
 
 def bars(rows: pd.DataFrame) -> list[go.Bar]:
-    """F of the model, the circuits, and the nulls."""
-    plain = rows[rows["removed"] == "nothing"]
+    """F of the model, the circuits, and the nulls: mean over seeds, from the least to the most."""
+    by_circuit = rows[rows["removed"] == "nothing"].groupby("circuit", sort=False)
+    plain = by_circuit[["f", "n_heads"]].mean().reset_index()
+    least, most = (getattr(by_circuit["f"], end)().to_numpy() for end in ("min", "max"))
+    spread = {"array": most - plain["f"], "arrayminus": plain["f"] - least, "thickness": 1}
     shades = {"model": GRID, "circuit": PALETTE[0], "naive": PALETTE[4]}
     return [
         go.Bar(
@@ -195,7 +198,8 @@ def bars(rows: pd.DataFrame) -> list[go.Bar]:
             y=plain["f"],
             marker={"color": [shades.get(c, PALETTE[6]) for c in plain["circuit"]]},
             customdata=plain["n_heads"],
-            hovertemplate="%{x}: %{y:.2f}, %{customdata} heads<extra></extra>",
+            error_y=spread,
+            hovertemplate="%{x}: %{y:.2f}, %{customdata:.0f} heads<extra></extra>",
             showlegend=False,
         )
     ]
@@ -203,7 +207,7 @@ def bars(rows: pd.DataFrame) -> list[go.Bar]:
 
 def points(rows: pd.DataFrame) -> list[go.Scatter]:
     """F without K, a point a set; on the line the circuit loses what the model loses."""
-    sets = rows[rows["removed"] != "nothing"]
+    sets = common.first(rows[rows["removed"] != "nothing"])
     wide = sets.pivot(index="removed", columns="circuit", values="f")
     wide = wide[[c for c in ("model", "circuit", "naive") if c in wide]]
     if wide.empty:
@@ -231,8 +235,12 @@ def points(rows: pd.DataFrame) -> list[go.Scatter]:
 
 
 def minimality(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure, pd.DataFrame]:
-    """A bar a head of the circuit: what F loses with it once the rest of its class is gone."""
-    (table,) = tables.values()
+    """A bar a head of the circuit: what F loses with it, at the set K where that is most."""
+    table = common.first(next(iter(tables.values())))
+    table = table[table["set"] != "class"]
+    size = (table["with"] - table["without"]).abs()
+    most = size.groupby([table[k] for k in ("arm", "source", "layer", "head")]).idxmax()
+    table = table.loc[sorted(most)]
     if table.empty:
         return nothing("no circuit was found here"), table
     keys = list(dict.fromkeys(zip(table["arm"], table["source"], strict=True)))
@@ -249,7 +257,9 @@ def minimality(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figu
                 name=label,
                 marker={"color": shade},
                 visible=number == 0,
-                hovertemplate=f"head %{{x}}, {label}<br>%{{y:.3~g}} logits<extra></extra>",
+                customdata=some["set"],
+                hovertemplate=f"head %{{x}}, {label}<br>%{{y:.3~g}} logits, K: %{{customdata}}"
+                "<extra></extra>",
             )
             shown.append(number)
     if len(keys) > 1:
@@ -265,7 +275,7 @@ def estimates(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figur
     """Scores against exact effects: of nodes by attribution patching, of edges by EAP."""
     nodes = next(f for name, f in tables.items() if name.endswith("_nodes"))
     edges = next(f for name, f in tables.items() if name.endswith("_edges"))
-    keys = ["kind", "layer", "head", "position"]
+    keys = ["kind", "layer", "head", "position", "seed"]
     whole = nodes[nodes["kind"].isin(["head", "mlp"])]
     by = {m: f.set_index(keys)["score"] for m, f in whole.groupby("method")}
     frames = []

@@ -29,6 +29,16 @@ def arms_of(frame: pd.DataFrame) -> list[tuple[str, str]]:
     return [(a, ARMS.get(a, a)) for a in sorted(there, key=lambda a: a != "smollm2")]
 
 
+def first(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the first seed."""
+    return frame[frame["seed"] == frame["seed"].min()]
+
+
+def over_seeds(frame: pd.DataFrame, keys: list[str], columns: list[str]) -> pd.DataFrame:
+    """Means of some columns over seeds, in the order of the rows."""
+    return frame.groupby(keys, sort=False, as_index=False, dropna=False)[columns].mean()
+
+
 def grid(rows: pd.DataFrame, column: str) -> np.ndarray:
     """[n_layers n_heads] of a column."""
     return rows.pivot(index="layer", columns="head", values=column).to_numpy(float)

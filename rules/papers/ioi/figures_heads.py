@@ -48,6 +48,7 @@ def attribution(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Fig
     """Every head by direct logit attribution, exact patching and its estimate."""
     (nodes,) = tables.values()
     heads = nodes[nodes["kind"] == "head"]
+    heads = common.over_seeds(heads, ["method", "layer", "head"], ["score", "sd"])
     methods = [m for m in METHODS if m in set(heads["method"])]
     figure = panels([METHODS[m] for m in methods], heads["layer"].nunique())
     for col, method in enumerate(methods, 1):
@@ -60,7 +61,7 @@ def attribution(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Fig
 
 def paths(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure, pd.DataFrame]:
     """The four steps; a list chooses the arm; heads that count have their class's ring."""
-    (table,) = tables.values()
+    table = common.first(next(iter(tables.values())))
     arms, n = common.arms_of(table), len(STEPS)
     figure = panels([title for title, _ in STEPS.values()], table["layer"].nunique())
     shown: list[int] = []
@@ -96,6 +97,7 @@ def streams(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure,
     """The stream before each layer, replaced at one position: exact, and by one gradient."""
     (nodes,) = tables.values()
     rows = nodes[(nodes["kind"] == "resid") & (nodes["position"] != "")]
+    rows = common.over_seeds(rows, ["method", "layer", "position"], ["score", "sd"])
     order = list(dict.fromkeys(rows["position"]))
     methods = [m for m in METHODS if m in set(rows["method"])]
     figure = panels([METHODS[m] for m in methods], rows["layer"].nunique())

@@ -9,7 +9,9 @@ The naive circuit has the paper's five classes, and suppressors (discovery.py).
                    the naive circuit and random circuits stand beside it.
 2. completeness    |F(C \\ K) - F(M \\ K)| over sets K of heads: each class, random sets, and a set
                    that grows by the head that widens the gap most (Sec. 4.2 and App. I).
-3. minimality      |F(C \\ (K + v)) - F(C \\ K)| over F(M) for each head v, K the rest of its class.
+3. minimality      |F(C \\ (K + v)) - F(C \\ K)| over F(M) for each head v, the largest over sets
+                   K that stand for v: "for every v there is a K" (Sec. 4.3). The paper names one K
+                   for each head of GPT-2 small (App. K); `companions` is the rule behind them.
 """
 
 from collections.abc import Callable
@@ -21,6 +23,7 @@ from pipeline import cli
 from pipeline.knockout import Circuit, Knockout
 
 EMPTY: Circuit = frozenset()
+WRITERS = ("name_mover", "suppressor", "writer")
 NAIVE = {
     "name_mover": 3,
     "suppressor": 3,
@@ -82,14 +85,64 @@ def cases(
     return out
 
 
-def minimality(parts: dict[str, Circuit]) -> list[tuple[str, tuple, Case, Case]]:
-    """For each head of the circuit: its class, the head, C \\ K and C \\ (K + v)."""
-    circuit, out = frozenset().union(*parts.values()), []
-    for role, part in parts.items():
-        for node in sorted(part):
-            others = part - {node}
-            less = Case("circuit", "others of the class", circuit, others)
-            out.append((role, node, less, Case("circuit", "class", circuit, part)))
+class Worth(NamedTuple):
+    """A head of the circuit, and C \\ K and C \\ (K + v) for one set K; kept.removed names K."""
+
+    role: str
+    node: tuple[int, int, str]
+    kept: Case
+    lost: Case
+
+
+def companions(role: str, i: int, roles: dict[str, list]) -> dict[str, list]:
+    """The sets K that stand for head i of a class, name -> heads, in the paper's ways (App. K).
+
+    rest      the rest of the class
+    stronger  of heads that write the answer: those of the class that do more. What is left of the
+              class takes over from a head that is lost, so the rest is not taken away before it
+    movers    of a backup head: all name movers, and the backups that do more
+    negative  of an induction head: the negative name movers, against which it acts, too
+    """
+    heads = roles[role]
+    before = [(role, h) for h in heads[:i]]
+    every = lambda name: [(name, h) for h in roles.get(name, [])]  # noqa: E731
+    if role in WRITERS:
+        return {"stronger": before}
+    if role == "backup":
+        return {"movers": every("name_mover") + before}
+    sets = {"rest": before + [(role, h) for h in heads[i + 1 :]]}
+    return sets | ({"negative": every("negative")} if role == "induction" else {})
+
+
+def minimality(
+    roles: dict[str, list], place: dict[str, str], given: dict[tuple, list] | None = None
+) -> list[Worth]:
+    """C \\ K and C \\ (K + v) for each head v of the circuit and each set K.
+
+    The set `class`, the rest of the class of v, is there for all; it is no set of the paper's.
+
+    Args:
+        roles: class -> heads, strongest first; place: class -> where its heads work.
+        given: a published circuit's K, head -> heads; heads that are not in it have the rest of
+            their class. None: `companions`.
+    """
+    role_of = {h: r for r, heads in roles.items() for h in heads}
+    node = lambda role, h: (*h, place[role])  # noqa: E731
+    circuit = frozenset(node(r, h) for h, r in role_of.items())
+    out = []
+    for role, heads in roles.items():
+        for i, head in enumerate(heads):
+            rest = [(role, h) for h in heads if h != head]
+            if given is None:
+                sets = companions(role, i, roles)
+            elif head in given:
+                sets = {"published": [(role_of[h], h) for h in given[head]]}
+            else:
+                sets = {"published": rest}
+            for name, some in (sets | {"class": rest}).items():
+                gone, v = frozenset(node(*one) for one in some), node(role, head)
+                pair = (Case("circuit", name, circuit, k) for k in (gone, gone | {v}))
+                out.append(Worth(role, v, *pair))
     return out
 
 

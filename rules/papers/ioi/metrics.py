@@ -1,7 +1,8 @@
 """Metrics of indirect object identification: what they mean, and how the tables give them.
 
 Names begin with an arm: smollm2, random (weights redrawn), gpt2 (only with --config hub=true).
-`found` is the circuit that path patching finds in the arm, `published` that of the paper.
+`found` is the circuit that path patching finds in the arm, `published` that of the paper. Every
+metric has one value a seed, NaN where the seed has none (no head of the class was found).
 """
 
 from typing import Any
@@ -36,8 +37,9 @@ METRICS = {  # the first pattern that fits a name counts: those of more parts st
     "over F(M)",
     "*.searched": "the same for the set K of the greedy search, in logits",
     "*.movers_knocked_out": "share of F(M) that is lost without the name movers",
-    "*.minimality": "least |F(C without K) - F(C without K and v)| / F(M) over heads v of the "
-    "circuit, K the rest of the class of v",
+    "*.minimality": "least over heads v of the circuit of |F(C without K) - F(C without K and v)| "
+    "/ F(M), the largest over the sets K that stand for v (judged.py, after the paper's App. K)",
+    "*.minimality_of_class": "the same with the rest of the class of v for K",
     "*.circuit_heads": "heads of the circuit",
     "*.logit_diff": "mean logit of IO minus logit of S at the last position",
     "*.io_gt_s": "share of prompts with a larger logit of IO than of S",
@@ -108,15 +110,19 @@ def circuits(cases: Any, minimality: Any) -> dict[str, float]:
     if "name_mover" in fixed.index:
         out["movers_knocked_out"] = 1 - fixed.loc["name_mover", "model"] / whole
     if len(minimality):
-        change = (minimality["with"] - minimality["without"]).abs()
-        out["minimality"] = change.min() / whole
+        change = (minimality["with"] - minimality["without"]).abs() / whole
+        plain, heads = minimality["set"] == "class", ["layer", "head"]
+        by_head = change[~plain].groupby([minimality[h] for h in heads]).max()
+        out |= {"minimality": by_head.min(), "minimality_of_class": change[plain].min()}
     return out
 
 
-def metrics(tables: dict[str, Any]) -> dict[str, float]:
-    """See METRICS; what an arm has not is left out."""
-    part = {name: tables[f"circuit/{name}"] for name in ("behaviour", "heads", "scatter")}
-    judged = {name: tables[f"circuit/{name}"] for name in ("cases", "minimality")}
+def of_seed(part: dict[str, Any], judged: dict[str, Any]) -> dict[str, float]:
+    """Every metric that the arms have at one seed.
+
+    Args:
+        part, judged: name -> the rows of a table at that seed.
+    """
     out: dict[str, float] = {}
     for arm, rows in part["behaviour"].groupby("arm"):
         found = behaviour(rows)
@@ -129,5 +135,18 @@ def metrics(tables: dict[str, Any]) -> dict[str, float]:
             small = judged["minimality"]
             small = small[(small["arm"] == arm) & (small["source"] == source)]
             found |= {f"{source}.{k}": v for k, v in circuits(some, small).items()}
-        out |= {f"{arm}.{k}": float(v) for k, v in found.items() if np.isfinite(v)}
+        out |= {f"{arm}.{k}": float(v) for k, v in found.items()}
     return out
+
+
+def metrics(tables: dict[str, Any]) -> dict[str, list[float]]:
+    """See METRICS; one value a seed. What no seed has is left out."""
+    parts, judged = ("behaviour", "heads", "scatter"), ("cases", "minimality")
+    given = {name: tables[f"circuit/{name}"] for name in (*parts, *judged)}
+    found = []
+    for seed in given["behaviour"]["seed"].unique():
+        here = {name: frame[frame["seed"] == seed] for name, frame in given.items()}
+        found.append(of_seed({n: here[n] for n in parts}, {n: here[n] for n in judged}))
+    names = dict.fromkeys(name for one in found for name in one)
+    every = {name: [one.get(name, np.nan) for one in found] for name in names}
+    return {name: values for name, values in every.items() if np.isfinite(values).any()}

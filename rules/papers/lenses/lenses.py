@@ -21,6 +21,7 @@ from pipeline import cli, lens, model, tables
 from pipeline.errors import RetraceError, nearest
 from pipeline.source import import_file
 from pipeline.spec_base import Name, Section
+from pipeline.tokens import Texts
 
 tuning = import_file(Path(__file__).with_name("tuning.py"))
 basis = import_file(Path(__file__).with_name("basis.py"))
@@ -129,7 +130,7 @@ def along(
     loaded: Any, ids: list[Tensor], lenses: dict[str, lens.Lens], layers: list[int]
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Trajectories and attribution of the example texts; BOS is read and not shown."""
-    decode: Callable[[int], str] = lambda i: loaded.tokenizer.decode([i])  # noqa: E731
+    decode: Callable[[int], str] = Texts(loaded.tokenizer).alone
     first = int(loaded.bos_id is not None)
     shown, added = [], []
     for number, tokens in enumerate(ids):

@@ -22,6 +22,7 @@ from pipeline.errors import RetraceError
 from pipeline.evaluation import load_saes
 from pipeline.source import import_file
 from pipeline.spec_base import Name, Section
+from pipeline.tokens import Texts
 
 matching = import_file(Path(__file__).with_name("matching.py"))
 splitting = import_file(Path(__file__).with_name("splitting.py"))
@@ -194,7 +195,8 @@ def main() -> None:
             )
         arms = {arm: Arm(*paths[arm], saes, device) for arm, saes in wanted.items()}
         tokenizer = model.load_tokenizer(args.model)
-        text = [tokenizer.decode([i]) for i in range(len(tokenizer))]
+        texts = Texts(tokenizer)
+        text = [texts.alone(i) for i in range(len(tokenizer))]
         made = {
             arm: tallies(arms[arm], options, len(text), plain=arm == options.arm)
             for arm in (options.arm, *nulls)

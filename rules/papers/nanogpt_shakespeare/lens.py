@@ -9,6 +9,7 @@ from torch import Tensor
 from pipeline import lens, training_data
 from pipeline.errors import RetraceError
 from pipeline.spec_base import Section
+from pipeline.tokens import Texts
 
 
 class Options(Section):
@@ -53,6 +54,6 @@ def of_model(loaded: Any, held_out: Tensor, options: Options) -> tuple[pd.DataFr
     n, at = max(1, options.n_tokens // n_ctx), options.window
     logit = {"logit": lens.logit_lens(loaded.hf)}
     over = lens.measure(loaded.hf, tokens[:n], targets[:n], logit).drop(columns="lens")
-    decode = lambda i: loaded.tokenizer.decode([i])  # noqa: E731
+    decode = Texts(loaded.tokenizer).alone
     behind = int(targets[at, -1])
     return over, excerpt(loaded.hf, tokens[at], behind, decode, options.n_shown)

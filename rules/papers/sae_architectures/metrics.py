@@ -22,6 +22,7 @@ METRICS = {
     "bias.*": "relative_bias of an architecture's densest and sparsest dictionary, as "
     "bias.<architecture>_dense and _sparse",
     "dead.*": "dead_share of an architecture, mean over its grid",
+    "grid.*.dead_share": "the largest dead_share in the grid of an architecture",
     "overlap.*.shared": "share of one-to-one matched decoder rows with a cosine of 0.7 or more "
     "between two seeds of an architecture, one value a pair of seeds",
     "overlap.*.cosine": "mean cosine of these matched rows",
@@ -119,6 +120,7 @@ def metrics(tables: dict[str, pd.DataFrame]) -> dict[str, Any]:
     for name, rows in by.items():
         out[f"bias.{name}_sparse"], out[f"bias.{name}_dense"] = rows["relative_bias"].iloc[[0, -1]]
         out[f"dead.{name}"] = rows["dead_share"].mean()
+        out[f"grid.{name}.dead_share"] = rows["dead_share"].max()
     for row in tables["entropy/summary"].to_dict("records"):
         where = f"{row['arm']}.{row['sae']}"
         out[f"entropy.{where}"] = row["mean"]

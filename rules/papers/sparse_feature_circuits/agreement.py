@@ -26,6 +26,7 @@ from pipeline.latent_circuits import Ablation
 from pipeline.paired import Pairs, Task
 from pipeline.source import import_file
 from pipeline.spec_base import Section
+from pipeline.tokens import Texts
 
 HERE = Path(__file__).parent
 prompts = import_file(HERE / "prompts.py")
@@ -90,13 +91,13 @@ class Structure:
 
     def example(self) -> dict[str, Any]:
         """The first of the prompts that circuits are found on."""
-        pairs, word = self.found.task.pairs, lambda i: self.loaded.tokenizer.decode([i])
+        pairs, texts = self.found.task.pairs, Texts(self.loaded.tokenizer)
         answer, foil = int(pairs.answer[0]), int(pairs.foil[0])
         return {
             "example": self.text[0],
-            "tokens": [word(i) for i in pairs.base[0].tolist()],
-            "answer": word(answer),
-            "foil": word(foil),
+            "tokens": texts.context(pairs.base[0].tolist()),
+            "answer": texts.alone(answer),
+            "foil": texts.alone(foil),
             "answer_id": answer,
         }
 
@@ -124,7 +125,8 @@ class Structure:
         for column in ("tokens", "logits"):
             nodes[column] = [said.get((n.hook, n.number), {}).get(column, "") for n in drawn]
         ids = self.found.task.pairs.base[0].tolist()
-        nodes["token"] = [self.loaded.tokenizer.decode([ids[n.position]]) for n in drawn]
+        shown = Texts(self.loaded.tokenizer).context(ids)
+        nodes["token"] = [shown[n.position] for n in drawn]
         return out | {"graph_nodes": nodes, "graph_edges": edges}
 
     def estimates(self, found: dict[str, dict]) -> tuple[list[dict], list[dict]]:

@@ -14,6 +14,7 @@ import torch
 from pipeline import features, hooks, shards
 from pipeline.latent_circuits import edges
 from pipeline.latents import ERROR, Effects, Latent, Latents, Sites, scores, strongest
+from pipeline.tokens import Texts
 
 N_LABEL = 5  # tokens and logits of a label
 ROWS_A_PASS = 4096
@@ -44,7 +45,8 @@ def labels(
     n_rows: int,
 ) -> dict[tuple[str, int], dict[str, str]]:  # fmt: skip
     """(hook, number) -> tokens and logits, as texts side by side."""
-    text = lambda ids: " ".join(repr(loaded.tokenizer.decode([i]))[1:-1] for i in ids)  # noqa: E731
+    texts = Texts(loaded.tokenizer)
+    text = lambda ids: " ".join(repr(texts.alone(i))[1:-1] for i in ids)  # noqa: E731
     device, out = sites.task.before.device, {}
     for hook in dict.fromkeys(n.hook for n in nodes):
         numbers = sorted({n.number for n in nodes if n.hook == hook} - {ERROR})
@@ -52,7 +54,7 @@ def labels(
             continue
         seen = top_tokens(manifest, units[hook], hook, numbers, n_rows, device)
         directions = sites.written(hook, units[hook].sae.W_dec[numbers])
-        _, ids = features.logit_weights(loaded.hf, directions, N_LABEL)
+        _, ids = features.logit_weights(loaded.hf, directions, N_LABEL, texts.ids)
         for number, row in zip(numbers, ids[:, :N_LABEL].tolist(), strict=True):
             out[hook, number] = {"tokens": text(seen[number]), "logits": text(row)}
     return out

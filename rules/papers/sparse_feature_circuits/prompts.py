@@ -18,6 +18,7 @@ from pydantic import Field
 
 from pipeline.errors import RetraceError
 from pipeline.spec_base import Section
+from pipeline.tokens import encode, following
 
 NOUNS = (
     "teacher athlete poet father mother farmer lawyer victim doctor singer friend author manager "
@@ -47,13 +48,9 @@ class Options(Section):
     structure: Structure = Field(default="across_rc", description="of the prompts")
 
 
-def encode(tokenizer: Any, text: str) -> list[int]:
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
-
-
 def single(tokenizer: Any, pairs: Any) -> list[tuple[str, str]]:
     """The (singular, plural) pairs whose forms are one token each behind a space."""
-    return [p for p in pairs if all(len(encode(tokenizer, f" {w}")) == 1 for w in p)]
+    return [p for p in pairs if all(len(following(tokenizer, "so", f" {w}")) == 1 for w in p)]
 
 
 def vocabulary(tokenizer: Any) -> dict[str, list[tuple[str, str]]]:
@@ -111,7 +108,9 @@ def draw(tokenizer: Any, structure: Structure, n: int, seed: int) -> dict[str, A
         out["text"].append(text)
         for key, value in (("clean", text), ("corrupt", corrupt)):
             out[key].append(encode(tokenizer, value))
-        answer, foil = (encode(tokenizer, f" {w}")[0] for w in (verb[number], verb[1 - number]))
+        answer, foil = (
+            following(tokenizer, "so", f" {w}")[0] for w in (verb[number], verb[1 - number])
+        )
         out["answer"].append(answer)
         out["foil"].append(foil)
     return out | {"positions": positions(out["clean"], out["corrupt"])}

@@ -1,5 +1,7 @@
 """The orderings of Gao et al. 2024 as single numbers, so that a claim holds on any grid."""
 
+from typing import Any
+
 import numpy as np
 import pandas as pd
 
@@ -47,12 +49,17 @@ def at_matched_l0(topk: pd.DataFrame, l1: pd.DataFrame, metric: str) -> np.ndarr
     return there - inside[metric].to_numpy()
 
 
-def metrics(tables: dict[str, pd.DataFrame]) -> dict[str, float]:
-    """See METRICS."""
-    trained, null = tables["evaluation/trained"], tables["evaluation/random"].iloc[0]
-    named = trained.set_index("sae")
-    is_grid = named.index.str.startswith("topk_")
-    grid, l1 = named[is_grid], named[named["architecture"] == "standard"]
+def of_seed(trained: pd.DataFrame, null: pd.Series) -> dict[str, float]:
+    """The metrics of the dictionaries of one seed.
+
+    Args:
+        trained: rows of evaluation/trained, of one seed.
+        null: the dictionary of the model with redrawn weights, of the same seed.
+    """
+    learned = trained[~trained["frozen_decoder"].astype(bool)]
+    l1 = learned[learned["architecture"] == "standard"]
+    topk = learned[learned["architecture"] == "topk"]
+    grid = topk[topk["aux_loss_coefficient"] > 0]
     out = {}
     for metric in ("explained_variance", "loss_recovered_mean"):
         out[f"step_k.{metric}"] = smallest_step(grid, "k", "d_sae", metric)
@@ -66,7 +73,13 @@ def metrics(tables: dict[str, pd.DataFrame]) -> dict[str, float]:
     ).min()
     out["topk_minus_l1.delta_loss"] = (gaps["delta_loss"] if n_matched else nothing).max()
     out["topk_minus_l1.n_matched"] = n_matched
-    without, frozen = named.loc["noaux"], named.loc["random_dictionary"]
+    (_, without), (_, frozen) = (
+        next(rows.iterrows())
+        for rows in (
+            topk[topk["aux_loss_coefficient"] == 0],
+            trained[trained["frozen_decoder"].astype(bool)],
+        )
+    )
     twin = grid[(grid["k"] == without["k"]) & (grid["d_sae"] == without["d_sae"])].iloc[0]
     matched = grid[(grid["k"] == frozen["k"]) & (grid["d_sae"] == frozen["d_sae"])].iloc[0]
     return out | {
@@ -79,5 +92,14 @@ def metrics(tables: dict[str, pd.DataFrame]) -> dict[str, float]:
         "null.random_weights": null["explained_variance"],
         "null.matched_loss_recovered": matched["loss_recovered_mean"],
         "null.random_dictionary_loss_recovered": frozen["loss_recovered_mean"],
-        "splice_check.max": max(trained["splice_check"].max(), null["splice_check"]),
     }
+
+
+def metrics(tables: dict[str, pd.DataFrame]) -> dict[str, Any]:
+    """See METRICS; one value a seed of the dictionaries' first weights."""
+    trained, null = tables["evaluation/trained"], tables["evaluation/random"].set_index("seed")
+    seeds = trained[trained["seed"].isin(null.index)].groupby("seed")
+    found = [of_seed(rows, null.loc[seed]) for seed, rows in seeds]
+    out = {name: np.array([f[name] for f in found]) for name in found[0]}
+    checks = max(trained["splice_check"].max(), null["splice_check"].max())
+    return out | {"splice_check.max": checks}

@@ -12,13 +12,12 @@ from pipeline.source import import_file
 from pipeline.theme import GRID, INK, PALETTE, axis, rgba, selector
 
 common = import_file(Path(__file__).with_name("figures_common.py"))
-# (size, rank) of a group of features -> its name; the article's polytopes
-POLYTOPES = {
-    (2, 1): "antipodal pair, 1/2",
-    (3, 2): "triangle, 2/3",
-    (4, 3): "tetrahedron, 3/4",
-    (5, 2): "pentagon, 2/5",
-    (8, 3): "square antiprism, 3/8",
+POLYTOPES = {  # the article's, as in measures.py
+    "antipodal": "antipodal pair, 1/2",
+    "triangle": "triangle, 2/3",
+    "tetrahedron": "tetrahedron, 3/4",
+    "pentagon": "pentagon, 2/5",
+    "antiprism": "square antiprism, 3/8",
 }
 LINES = {"1": 1, "3/4": 3 / 4, "2/3": 2 / 3, "1/2": 1 / 2, "2/5": 2 / 5, "3/8": 3 / 8, "0": 0}
 
@@ -116,22 +115,14 @@ def view_name(table: pd.DataFrame, view: Any) -> str:
     return f"{shape}, seed {view.seed}"
 
 
-def kind_of(size: int, rank: int, dimensionality: float) -> str:
-    """The polytope of a feature's group; an irregular one is an 'other group', as in metrics.py."""
-    if not size:
-        return "not represented"
-    regular = abs(dimensionality - rank / size) <= 0.03
-    return POLYTOPES.get((size, rank), "other group") if regular else "other group"
-
-
 def bubbles(table: pd.DataFrame) -> pd.DataFrame:
     """Features of one model, kind of group and D_i (to 1/200) counted together."""
-    columns = table[["group_size", "group_rank", "dimensionality"]].to_numpy(float)
-    kind = [kind_of(int(size), int(rank), D) for size, rank, D in columns]
+    named = table["polytope"].map(POLYTOPES).fillna("other group")
+    D = table["represented_dimensionality"].astype(float)
     binned = table.assign(
-        kind=kind,
+        kind=named.where(table["group_size"] > 0, "not represented"),
         inverse_density=1 / table["density"],
-        D=(table["dimensionality"].astype(float) * 200).round() / 200,
+        D=(D * 200).round() / 200,
     )
     keys = ["sweep", "arm", "seed", "inverse_density", "kind", "D"]
     return binned.groupby(keys, as_index=False).agg(

@@ -11,7 +11,11 @@ REPRESENTED = 0.5  # ‖W_i‖ above this: the feature is represented; norms clu
 SHARED = (
     0.25  # interference above this: it shares its dimension (0 dedicated, 1/2 triangle, 1 digon)
 )
-JOINED = 0.15  # |cos| above this: two represented features are of one group; else orthogonal
+# Two represented features interfere where (Ŵ_i · Ŵ_j)² exceeds this. The polytopes below hold
+# together by squared cosines of 1/9 (tetrahedron) or more; orthogonal features have 0.
+JOINED = 0.05
+SHAPE = 0.1  # each cosine of a polytope may be off by this: about 6° at a right angle
+FRACTION = 0.03  # and each dimensionality of its features by this
 STATES = ("not represented", "dedicated dimension", "superposition")
 
 
@@ -42,24 +46,79 @@ def state(norm: np.ndarray, interference: np.ndarray) -> np.ndarray:
     return np.where(norm <= REPRESENTED, 0, np.where(interference <= SHARED, 1, 2))
 
 
-def groups(W: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Size and rank of the group that each feature of one model is in; 0 where not represented.
+def represented_dimensionality(W: np.ndarray) -> np.ndarray:
+    """D_i among the represented features alone, 0 for the others: [..., n].
 
-    Represented features whose |cosine| exceeds JOINED are joined; groups are orthogonal to one
-    another (the factors of the paper's tegum product). A digon is (2, 1), a pentagon (5, 2).
+    The many features of a dense model that are not represented keep short weights, whose sum lowers
+    the D_i of the others by some percent, away from the fraction of their polytope.
+    """
+    W = np.asarray(W, np.float64)
+    long = np.linalg.norm(W, axis=-1, keepdims=True) > REPRESENTED
+    return feature_measures(np.where(long, W, 0))["dimensionality"]
+
+
+def _polygon(n: int) -> np.ndarray:
+    turn = 2 * np.pi * np.arange(n) / n
+    return np.stack([np.cos(turn), np.sin(turn)], 1)
+
+
+def _antiprism() -> np.ndarray:
+    """Two squares, one turned by 45°, at heights ±1/√3, where Σ_i v_i v_iᵀ is a multiple of 1."""
+    square = _polygon(8) * np.sqrt(2 / 3)
+    return np.c_[square, np.where(np.arange(8) % 2, 1, -1) / np.sqrt(3)]
+
+
+# Vertices [n, m] of the article's polytopes ("Why these geometric structures?"); D_i is m / n.
+POLYTOPES = {
+    "antipodal": np.array([[1.0], [-1.0]]),
+    "triangle": _polygon(3),
+    "tetrahedron": np.array([[1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]]) / np.sqrt(3),
+    "pentagon": _polygon(5),
+    "antiprism": _antiprism(),
+}
+
+
+def sorted_cosines(unit: np.ndarray) -> np.ndarray:
+    """Row i: the cosines of vertex i with the others, ascending; [n, n − 1]."""
+    others = ~np.eye(len(unit), dtype=bool)
+    return np.sort((unit @ unit.T)[others].reshape(len(unit), -1), axis=1)
+
+
+def polytope(unit: np.ndarray, rank: int) -> str:
+    """The polytope of one group of unit vectors [n, m]; "" for another figure.
+
+    Dimensions and size must be the polytope's, every vertex must see the others at its angles
+    (SHAPE), and every D_i must be its fraction (FRACTION). All are the same in any rotation.
+    """
+    D = feature_measures(unit)["dimensionality"]
+    for name, vertices in POLYTOPES.items():
+        n, m = vertices.shape
+        if (len(unit), rank) == (n, m) and (np.abs(D - m / n) <= FRACTION).all():
+            off = np.abs(sorted_cosines(unit) - sorted_cosines(vertices))
+            return name if off.max() <= SHAPE else ""
+    return ""
+
+
+def groups(W: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Size, rank and polytope of the group of each feature of one model.
+
+    A group is a connected component of the graph of interference: represented features, joined
+    where their squared cosine exceeds JOINED. Groups are the factors of the article's tegum
+    product ("two subgraphs are disconnected if and only if they are in different tegum factors").
 
     Args:
         W: [n, m].
 
     Returns:
-        size [n] and rank [n].
+        size [n] and rank [n], 0 where not represented; polytope [n], a key of POLYTOPES or "".
     """
     W = np.asarray(W, np.float64)
     norm = np.linalg.norm(W, axis=-1)
     size, rank = np.zeros(len(W), int), np.zeros(len(W), int)
-    left = set(np.flatnonzero(norm > REPRESENTED).tolist())
+    name = np.full(len(W), "", dtype=object)
     unit = W / np.maximum(norm, 1e-12)[:, None]
-    joined = np.abs(unit @ unit.T) > JOINED
+    joined = (unit @ unit.T) ** 2 > JOINED
+    left = set(np.flatnonzero(norm > REPRESENTED).tolist())
     while left:
         members, edge = set(), {left.pop()}
         while edge:
@@ -68,8 +127,9 @@ def groups(W: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             left -= edge
         rows = sorted(members)
         singular = np.linalg.svd(unit[rows], compute_uv=False)
-        size[rows], rank[rows] = len(rows), int((singular > 0.5 * singular[0]).sum())
-    return size, rank
+        found = int((singular > 0.5 * singular[0]).sum())
+        size[rows], rank[rows], name[rows] = len(rows), found, polytope(unit[rows], found)
+    return size, rank, name
 
 
 def theory(n_features: int, importance: np.ndarray, density: np.ndarray) -> dict[str, np.ndarray]:

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 REPRESENTED, SHARED = 0.5, 0.25  # as in measures.py
-POLYTOPES = {  # features and dimensions; D_i is dimensions / features (article, "Why these …?")
-    "tetrahedron": (4, 3),
-    "triangle": (3, 2),
-    "antipodal": (2, 1),
-    "pentagon": (5, 2),
-    "antiprism": (8, 3),
+FRACTIONS = {  # D_i of a feature: dimensions / features of its polytope (measures.POLYTOPES)
+    "tetrahedron": 3 / 4,
+    "triangle": 2 / 3,
+    "antipodal": 1 / 2,
+    "pentagon": 2 / 5,
+    "antiprism": 3 / 8,
 }
 
 METRICS = {
@@ -23,11 +23,14 @@ METRICS = {
     "intro.dense.top_norm": "smallest ‖W_i‖ of the m most important features at density 1",
     "intro.dense.rest_norm": "largest ‖W_i‖ of the other features at density 1",
     "intro.dense.cosine": "largest |cosine| between two of the m most important at density 1",
+    "intro.sparse.*": "the same three at the lowest density (null arm of the dense claims)",
     "basic.linear.top_norm": "linear model: smallest ‖W_i‖ of the m most important features, over "
     "all densities",
     "basic.linear.rest_norm": "linear model: largest ‖W_i‖ of the other features, all densities",
     "basic.relu.dense.top_norm": "ReLU model at density 1: smallest ‖W_i‖ of the m most important",
     "basic.relu.dense.rest_norm": "ReLU model at density 1: largest ‖W_i‖ of the other features",
+    "basic.relu.sparse.*": "the same two at the lowest density (null arm of the dense claims)",
+    "basic.linear.*": "linear model: as basic.relu.* of that name (null arm)",
     "basic.relu.represented.*": "ReLU model: features with ‖W_i‖ > 0.5 at this density",
     "basic.relu.first_shared.*": "ReLU model: index (0 the most important) of the first "
     "represented feature that shares its dimension (interference > 0.25) at this density; n if "
@@ -49,17 +52,21 @@ METRICS = {
     "geometry.*.dense_dims": "D* = m / ‖W‖_F² of the model at density 1",
     "geometry.*.sticky_one": "number of levels with |D* − 1| <= 0.03",
     "geometry.*.sticky_half": "number of levels with |D* − 1/2| <= 0.03",
-    "geometry.*.near.*": "features of all levels with |D_i − fraction| <= 0.005",
+    "geometry.*.sparse_dims": "D* of the model at the lowest density",
+    "geometry.*.levels": "number of densities of the sweep",
+    "geometry.*.near.*": "features of all levels with |D_i − fraction| <= 0.005, D_i among "
+    "represented features alone",
     "geometry.*.contrast.*": "near, divided by the larger of the counts within 0.005 of fraction − "
     "0.0125 and fraction + 0.0125 (at least 1)",
     "geometry.*.line.*": "1 where there is a line: near >= 10 and contrast >= 2, else 0",
     "geometry.*.other_lines": "number of lines at 3/4, 2/3, 2/5 and 3/8",
     "geometry.*.antipodal_half": "share of the features within 0.005 of 1/2 whose group is two "
     "features in one dimension",
-    "geometry.*.members.*": "features in a group of the polytope's size and rank whose D_i is "
-    "within 0.03 of its fraction, all levels; groups: represented features joined "
-    "by |cosine| > 0.15",
-    "geometry.*.packing": "Σ_i D_i / m, mean over the levels where some feature is represented",
+    "geometry.*.members.*": "features, all levels, whose group is the polytope: its size and rank, "
+    "every cosine within 0.1 of the polytope's and every D_i within 0.03 of its fraction; groups: "
+    "components of the graph of represented features joined by a squared cosine > 0.05",
+    "geometry.*.packing": "Σ_i D_i / m over all features, mean over the levels where some feature "
+    "is represented",
     "geometry.random.*": "the same for the null arm: every norm kept, every direction redrawn",
     "pentagon.angle_error": "largest deviation from 72° of the five angles between neighbours, "
     "degrees, lowest-loss fit, all densities equal; 72 where a feature is not represented",
@@ -72,6 +79,8 @@ METRICS = {
     "pentagon.sparsest.norm": "‖W_0‖ in the lowest-loss fit at the lowest density of feature 0",
     "pentagon.sparsest.antipodal": "features of that fit, of the other four, with a partner at a "
     "cosine below −0.95",
+    "pentagon.sparsest.dimensionality": "mean D_i of these four",
+    "pentagon.equal.*": "the same of the lowest-loss fit with all densities equal (null arm)",
 }
 
 
@@ -107,17 +116,17 @@ def top_and_rest(frame: Any, n_hidden: int) -> tuple[float, float]:
 def intro(table: Any) -> dict[str, list[float]]:
     out: dict[str, list[float]] = {}
     for rows in seeds_of(table):
-        dense = rows[rows["density"] == rows["density"].max()]
-        sparse = rows[rows["density"] == rows["density"].min()]
-        W = weights(dense)
-        top, rest = top_and_rest(dense, W.shape[1])
-        found = {
-            "represented.dense": (dense["norm"] > REPRESENTED).sum(),
-            "represented.sparse": (sparse["norm"] > REPRESENTED).sum(),
-            "dense.top_norm": top,
-            "dense.rest_norm": rest,
-            "dense.cosine": np.abs(cosines(W[: W.shape[1]])).max(),
-        }
+        found: dict[str, float] = {}
+        for end, density in (("dense", rows["density"].max()), ("sparse", rows["density"].min())):
+            model = rows[rows["density"] == density]
+            W = weights(model)
+            top, rest = top_and_rest(model, W.shape[1])
+            found |= {
+                f"represented.{end}": (model["norm"] > REPRESENTED).sum(),
+                f"{end}.top_norm": top,
+                f"{end}.rest_norm": rest,
+                f"{end}.cosine": np.abs(cosines(W[: W.shape[1]])).max(),
+            }
         for name, value in found.items():
             out.setdefault(f"intro.{name}", []).append(float(value))
     return out
@@ -132,12 +141,15 @@ def basic(table: Any) -> dict[str, list[float]]:
         add("linear.top_norm", top)
         add("linear.rest_norm", rest)
     for relu in seeds_of(table[table["arm"] == "relu"]):
-        top, rest = top_and_rest(relu[relu["density"] == relu["density"].max()], n_hidden)
-        add("relu.dense.top_norm", top)
-        add("relu.dense.rest_norm", rest)
-        for density, rows in relu.groupby("density"):
-            for name, value in superposed(rows).items():
-                add(f"relu.{name}.{key(density)}", value)
+        for end, density in (("dense", relu["density"].max()), ("sparse", relu["density"].min())):
+            top, rest = top_and_rest(relu[relu["density"] == density], n_hidden)
+            add(f"relu.{end}.top_norm", top)
+            add(f"relu.{end}.rest_norm", rest)
+    for arm in ("linear", "relu"):
+        for model in seeds_of(table[table["arm"] == arm]):
+            for density, rows in model.groupby("density"):
+                for name, value in superposed(rows).items():
+                    add(f"{arm}.{name}.{key(density)}", value)
     return out
 
 
@@ -208,22 +220,24 @@ def sweep_metrics(rows: Any) -> dict[str, float]:
         norm=("norm", "max"),
         m=("n_hidden", "first"),
     )
-    D = rows["dimensionality"].to_numpy(float)
-    of = lambda size, rank: ((rows["group_size"] == size) & (rows["group_rank"] == rank)).to_numpy()  # noqa: E731
+    D = rows["represented_dimensionality"].to_numpy(float)
+    polytope = rows["polytope"].to_numpy()
     half = np.abs(D - 0.5) <= 0.005
+    pair = ((rows["group_size"] == 2) & (rows["group_rank"] == 1)).to_numpy()
     packed = levels[levels["norm"] > REPRESENTED]
     out = {
         "dense_dims": levels["dims"].iloc[-1],
+        "sparse_dims": levels["dims"].iloc[0],
+        "levels": len(levels),
         "sticky_one": (np.abs(levels["dims"] - 1) <= 0.03).sum(),
         "sticky_half": (np.abs(levels["dims"] - 0.5) <= 0.03).sum(),
-        "antipodal_half": of(2, 1)[half].mean() if half.any() else np.nan,
+        "antipodal_half": pair[half].mean() if half.any() else np.nan,
         "packing": (packed["total"] / packed["m"]).mean(),
     }
-    for name, (size, rank) in POLYTOPES.items():
-        out |= {f"{k}.{name}": v for k, v in line(D, rank / size).items()}
-        near = np.abs(D - rank / size) <= 0.03
-        out[f"members.{name}"] = (of(size, rank) & near).sum()
-    out["other_lines"] = sum(out[f"line.{name}"] for name in POLYTOPES if name != "antipodal")
+    for name, fraction in FRACTIONS.items():
+        out |= {f"{k}.{name}": v for k, v in line(D, fraction).items()}
+        out[f"members.{name}"] = (polytope == name).sum()
+    out["other_lines"] = sum(out[f"line.{name}"] for name in FRACTIONS if name != "antipodal")
     return out
 
 
@@ -265,8 +279,18 @@ def pentagon_metrics(rows: Any) -> dict[str, float]:
         "gap.equal": gaps.get(equal["first"].iloc[0], np.nan),
         "gap.denser": gaps.get(max(best), np.nan),
         "gap.sparser": gaps[min(gaps)] if gaps else np.nan,
-        "sparsest.norm": last["norm"].iloc[0],
-        "sparsest.antipodal": (cosines(weights(last)).min(1)[1:] < -0.95).sum(),
+        **{f"sparsest.{name}": value for name, value in dropped(last).items()},
+        **{f"equal.{name}": value for name, value in dropped(equal).items()},
+    }
+
+
+def dropped(rows: Any) -> dict[str, float]:
+    """Norm of the first feature of a fit, and how the other four stand."""
+    others = cosines(weights(rows)).min(1)[1:]
+    return {
+        "norm": rows["norm"].iloc[0],
+        "antipodal": (others < -0.95).sum(),
+        "dimensionality": rows["dimensionality"].iloc[1:].mean(),
     }
 
 

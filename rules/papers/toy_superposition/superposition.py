@@ -20,7 +20,7 @@ from typing import Annotated
 
 import numpy as np
 import pandas as pd
-from pydantic import Field
+from pydantic import Discriminator, Field, Tag, model_validator
 
 from pipeline import cli, tables
 from pipeline.source import import_file
@@ -43,13 +43,33 @@ class Training(Section):
 
 
 class Levels(Section):
-    """Densities lowest^(k / (levels − 1)) for k = 0 … levels − 1: from 1 down to `lowest`."""
+    """Densities from `highest` down to `lowest`, evenly in log 1 / (1 − S), the article's axis.
+
+    The k-th of them, k = 0 … levels − 1, is highest (lowest / highest)^(k / (levels − 1)).
+    """
 
     levels: int = Field(ge=2)
     lowest: Density
+    highest: Density = 1.0
+
+    @model_validator(mode="after")
+    def _falling(self) -> "Levels":
+        if not self.lowest < self.highest:
+            raise ValueError(f"lowest {self.lowest:g} is not below highest {self.highest:g}")
+        return self
 
     def values(self) -> np.ndarray:
-        return self.lowest ** np.linspace(0, 1, self.levels)
+        return self.highest * (self.lowest / self.highest) ** np.linspace(0, 1, self.levels)
+
+
+def _form(given: object) -> str:
+    """Which of the two a section gives, so that a fault names its own keys."""
+    return "list" if isinstance(given, list | tuple) else "levels"
+
+
+Densities = Annotated[
+    Annotated[list[Density], Tag("list")] | Annotated[Levels, Tag("levels")], Discriminator(_form)
+]
 
 
 class Experiment(Section):
@@ -67,7 +87,7 @@ class Sweep(Experiment):
 
     n_features: int = Field(ge=2)
     n_hidden: int = Field(ge=1)
-    densities: list[Density] | Levels
+    densities: Densities
     decay: float = Field(default=1.0, gt=0, le=1, description="I_i = decay^i")
 
     def density(self) -> np.ndarray:
@@ -238,7 +258,7 @@ def theory(options: Options) -> pd.DataFrame:
 
 
 def geometry(options: Options, train: Trainer) -> pd.DataFrame:
-    """One row a feature, arms `trained` and `random`, with the size and rank of its group."""
+    """One row a feature, arms `trained` and `random`, with its group's size, rank and polytope."""
     frames = []
     for name, how in options.geometry.items():
         p = how.density()
@@ -248,9 +268,12 @@ def geometry(options: Options, train: Trainer) -> pd.DataFrame:
         for arm, weights in (("trained", W), ("random", redrawn(W, how.seeds))):
             models["dims_per_feature"] = measures.dimensions_per_feature(weights).reshape(-1)
             found = [measures.groups(w) for w in weights.reshape(-1, *W.shape[2:])]
-            size, rank = (np.concatenate(a).astype(np.int16) for a in zip(*found, strict=True))
+            size, rank, polytope = (np.concatenate(a) for a in zip(*found, strict=True))
+            own = measures.represented_dimensionality(weights).reshape(-1).astype(np.float32)
+            group = {"group_size": size.astype(np.int16), "group_rank": rank.astype(np.int16)}
+            group |= {"polytope": polytope, "represented_dimensionality": own}
             frame = per_feature(models.assign(arm=arm), weights, b, weights=False)
-            frames.append(frame.assign(group_size=size, group_rank=rank))
+            frames.append(frame.assign(**group))
     return pd.concat(frames, ignore_index=True)
 
 
