@@ -295,9 +295,11 @@ def resume(folder: Path, plan: Plan, key: dict) -> int:
         key: what the shards' bytes depend on; the folder is emptied where it holds another.
     """
     note = folder / KEY
-    if not note.exists() or note.read_text() != provenance.canonical(key):
+    if not note.exists() or note.read_text(encoding="utf-8") != provenance.canonical(key):
         shutil.rmtree(folder, ignore_errors=True)
-        tables.atomically(note, lambda to: to.write_text(provenance.canonical(key)) and None)
+        tables.atomically(
+            note, lambda to: to.write_text(provenance.canonical(key), encoding="utf-8") and None
+        )
     for left in folder.rglob("*.tmp"):
         left.unlink()
     whole = takewhile(lambda shard: is_whole(folder, plan, shard), plan.shards)
@@ -423,6 +425,7 @@ def main() -> None:
         (shards / KEY).unlink()
         shutil.rmtree(shards / NOTES)
         facts = {"skip_first": spec.skip_first, "n_ctx": blocks.n_ctx}
+        facts["prepend_bos"] = blocks.prepend_bos
         facts |= {k: provenance.name_of(getattr(args, k)) for k in ("model", "corpus")}
         tables.write_json(args.out, listed | facts, made)
 

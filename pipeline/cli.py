@@ -10,6 +10,7 @@ import json
 import logging
 import os
 import resource
+import stat
 import sys
 import time
 from collections.abc import Callable
@@ -19,7 +20,7 @@ from typing import Any
 from pydantic import BaseModel
 
 from pipeline import gpus, intact, kills, provenance, source, spec
-from pipeline.errors import RetraceError
+from pipeline.errors import RetraceError, trace_file, trace_lines, unexpected
 
 log = logging.getLogger("retrace")
 
@@ -126,8 +127,13 @@ def run(stage: str, args: argparse.Namespace, work: Callable[[Job], None]) -> No
         _fail(stage, str(e))
     except OSError as e:
         full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        remedy = "free some space, then run snakemake again" if full else "see the log"
+        trace = "" if full else _keep_trace(stage)
+        remedy = "free some space, then run snakemake again" if full else f"full trace: {trace}"
         _fail(stage, f"{e.filename or 'a file'}: {e.strerror or e}; {remedy}")
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:  # a panic of tokenizers' Rust is no Exception
+        _fail(stage, unexpected(e, _keep_trace(stage)))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     took = time.monotonic() - started
     log.info(
@@ -140,11 +146,26 @@ def _fail(stage: str, sentence: str) -> None:
     sys.exit(1)
 
 
+def _keep_trace(stage: str) -> str:
+    """Write the trace of the exception at hand to the log; where that is.
+
+    A job of snakemake has its log as stderr. Called by hand, a stage leaves the terminal to the
+    sentence and writes a file of its own.
+    """
+    if not stat.S_ISREG(os.fstat(2).st_mode):
+        return trace_file(stage)
+    print(trace_lines(), end="", file=sys.stderr)
+    link = Path("/proc/self/fd/2")
+    return str(link.readlink() if link.is_symlink() else "the log")
+
+
 def _seconds_since_start() -> float:
     """How long this process has lived; 0 where the system does not tell."""
     try:
-        ticks = int(Path("/proc/self/stat").read_text().rsplit(")", 1)[1].split()[19])
-        uptime = float(Path("/proc/uptime").read_text().split()[0])
+        ticks = int(
+            Path("/proc/self/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[19]
+        )
+        uptime = float(Path("/proc/uptime").read_text(encoding="utf-8").split()[0])
         return uptime - ticks / os.sysconf("SC_CLK_TCK")
     except OSError:
         return 0.0

@@ -287,6 +287,7 @@ def main() -> None:
         made = job.certificate(
             [args.tokenizer],
             n_ctx=spec.n_ctx,
+            prepend_bos=spec.prepend_bos,
             bos_id=info["bos_id"],
             seed=spec.seed,
             **found.certificate(),

@@ -25,7 +25,7 @@ class Cost:
 def read(path: Path, job: str, shared: bool) -> Cost | None:
     """The last run in a benchmark file; None where it holds none."""
     try:
-        with path.open(newline="") as f:
+        with path.open(newline="", encoding="utf-8") as f:
             rows = list(csv.DictReader(f, delimiter="\t"))
     except OSError:
         return None

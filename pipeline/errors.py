@@ -1,7 +1,13 @@
-"""The one exception that a user is meant to read."""
+"""The one exception that a user is meant to read, and a sentence on all others."""
 
 import difflib
+import inspect
+import sysconfig
+import tempfile
+import traceback
 from collections.abc import Iterable
+from pathlib import Path
+from types import FrameType
 
 
 class RetraceError(Exception):
@@ -15,3 +21,72 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """' (did you mean 'x'?)' for the closest of `known`, or an empty string."""
     match = difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.6)
     return f" (did you mean '{match[0]}'?)" if match else ""
+
+
+TRACE = "trace | "  # in front of each line of one in a log, so that the terminal shows none
+STDLIB = sysconfig.get_path("stdlib")
+NAMED = ("where", "file", "path", "name", "hook")  # locals that say what a function was at
+
+
+def unexpected(e: BaseException, trace: str | Path) -> str:
+    """One sentence on a fault that nobody foresaw: what failed, what was being done, on what.
+
+    What was being done stands in the docstring of the innermost function of ours, and what it was
+    done on in its variables, or in those of the functions that called it.
+
+    Args:
+        trace: where the whole trace lies.
+    """
+    said = (str(e).splitlines() or [""])[0][:200]
+    fault = f"{type(e).__name__}{f' ({said})' if said else ''}"
+    frames = [f for f, _ in traceback.walk_tb(e.__traceback__) if _is_ours(f.f_code.co_filename)]
+    doing = next(filter(None, map(_doing, reversed(frames))), "")
+    what = next(filter(None, map(_at, reversed(frames))), "")
+    memory = isinstance(e, MemoryError) or "OutOfMemory" in type(e).__name__
+    remedy = (
+        "lower the batch size of its section, or take a machine with more memory"
+        if memory
+        else "try it without what is unusual about that input; it is a fault of Retrace if the "
+        "input is sound: report it with the trace"
+    )
+    return f"{fault}{doing}{what}; full trace: {trace}; {remedy}"
+
+
+def trace_lines() -> str:
+    """The trace of the exception at hand, each line marked as one."""
+    return "".join(f"{TRACE}{line}\n" for line in traceback.format_exc().splitlines())
+
+
+def trace_file(name: str) -> str:
+    """Write the trace of the exception at hand to a file of its own; its path."""
+    with tempfile.NamedTemporaryFile(
+        "w", prefix=f"retrace-{name}-", suffix=".log", encoding="utf-8", delete=False
+    ) as f:
+        f.write(trace_lines())
+    return f.name
+
+
+def _is_ours(file: str) -> bool:
+    """Whether a file is code of this project or of a paper, and not of a library."""
+    return not file.startswith(("<", STDLIB)) and not {"site-packages", "dist-packages"} & {
+        *Path(file).parts
+    }
+
+
+def _doing(frame: FrameType) -> str:
+    """' in features.decoded (Token ids to strings)'; '' for a function without a docstring."""
+    code, module = frame.f_code, Path(frame.f_code.co_filename).stem
+    documented = (
+        code.co_consts and isinstance(code.co_consts[0], str) and code.co_name != "<module>"
+    )
+    doc = inspect.cleandoc(code.co_consts[0]).splitlines()[:1] if documented else []
+    return f" in {module}.{code.co_name} ({doc[0].rstrip('.')})" if doc and doc[0] else ""
+
+
+def _at(frame: FrameType) -> str:
+    """', at <file or record>', out of a function's variables."""
+    for name in NAMED:
+        value = frame.f_locals.get(name)
+        if isinstance(value, str | Path) and str(value):
+            return f", at {str(value)[:200]}"
+    return ""

@@ -6,12 +6,14 @@ what the model loses when its stream is replaced by the reconstruction.
    the definition is in metrics.py).
 2. On `evaluation.n_splice_blocks` held-out blocks the model runs from the hook on with x_hat, with
    zero and with the mean in place of x (Gao et al. 2024, Sec. 4.1, "downstream loss"). Tokens that
-   no dictionary has seen (positions below `skip_first`, norms above `max_norm`) keep x.
+   no dictionary has seen (positions below `skip_first`, norms above `max_norm`) keep x. One more
+   pass has zero at every position: that is the ablation of SAELens and SAEBench.
 3. A transcoder reads x at its hook and is judged by y at its output hook: y_hat against y, and
    spliced in there.
 4. The splice is checked: x_hat + (x - x_hat) must leave the loss as it was.
 """
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -188,6 +190,12 @@ class Splicer:
         self.d_in, self.d_out = seen[hook].shape[-1], seen[self.at].shape[-1]
         self.known = [splice.known(x, skip_first, max_norm) for x in self.streams]
 
+    def everywhere(self) -> "Splicer":
+        """This one, but replacing x at every position; what counts in the losses is as before."""
+        out = copy.copy(self)
+        out.known = [torch.ones_like(known) for known in self.known]
+        return out
+
     def given(self, x: Tensor) -> Tensor:
         """Of x [tokens d], what a dictionary is given."""
         return x[:, : self.d_in]
@@ -231,7 +239,8 @@ class Splicer:
 
 
 def spliced_losses(splicer: Splicer, saes: dict, mean: Tensor) -> dict[str, dict[str, float]]:
-    """loss_model, loss_zero, loss_mean, loss_spliced, what follows from them, KL and splice_check.
+    """loss_model, loss_zero, loss_zero_all, loss_mean, loss_spliced, what follows from them, KL and
+    splice_check.
 
     Args:
         mean: of the rows that are reconstructed, [d_out].
@@ -242,6 +251,8 @@ def spliced_losses(splicer: Splicer, saes: dict, mean: Tensor) -> dict[str, dict
     model, zero, average, *measured = splicer.measure([target, *ablations, *hats.values()])
     base = {"loss_model": model[0], "loss_zero": zero[0], "loss_mean": average[0]}
     base["kl_zero"] = zero[1]
+    _, whole = splicer.everywhere().measure([target, ablations[0]])
+    base["loss_zero_all"], base["kl_zero_all"] = whole
     first = splicer.loss(target, n_batches=1)
     out = {}
     for (name, hat), (spliced, kl) in zip(hats.items(), measured, strict=True):

@@ -10,6 +10,8 @@ A figure opened by itself draws with `figures.js`, written once a scale, two fol
 that file it says where the report is. report.py takes the same figure into its page.
 """
 
+import datetime
+import decimal
 import html
 import os
 from collections.abc import Iterator
@@ -83,14 +85,32 @@ def short(value: Any) -> Any:
             return short(value)
         return {k: short(v) for k, v in value.items()}
     if isinstance(value, np.ndarray):
-        return short(value.tolist())
+        return short(list(value) if value.dtype.kind in "Mm" else value.tolist())
     if isinstance(value, (list, tuple)):
         return [short(v) for v in value]
-    if isinstance(value, np.generic):
-        return short(value.item())
     if isinstance(value, float):
         return float(f"{value:.{DIGITS}g}") if abs(value) < 1e15 else value
-    return value
+    return value if value is None or isinstance(value, str | int) else _scalar(value)
+
+
+def _scalar(value: Any) -> Any:
+    """A number, date or duration of another library as plotly's JSON has it; missing: None."""
+    import numpy as np
+    import pandas as pd
+
+    if pd.api.types.is_scalar(value) and pd.isna(value):
+        return None
+    if isinstance(value, np.datetime64):
+        return str(value)  # ISO 8601
+    if isinstance(value, np.timedelta64):
+        return short(float(value / np.timedelta64(1, "ms")))
+    if isinstance(value, datetime.timedelta):
+        return short(value / datetime.timedelta(milliseconds=1))
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, decimal.Decimal):
+        return short(float(value))
+    return short(value.item()) if isinstance(value, np.generic) else value
 
 
 def _bytes(text: str) -> bytes:

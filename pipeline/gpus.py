@@ -36,7 +36,7 @@ def take(names: list[str], folder: Path | None = None) -> int:
     """
     folder = folder or Path(tempfile.gettempdir())
     for i, name in enumerate(names):
-        lock = open(folder / f"retrace-{os.getuid()}-{name}.lock", "w")  # noqa: SIM115
+        lock = open(folder / f"retrace-{os.getuid()}-{name}.lock", "w", encoding="utf-8")  # noqa: SIM115
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:

@@ -147,7 +147,7 @@ def noted_sha256(file: Path, notes: Path) -> str:
 def _noted(note: Path, stamp: tuple) -> str:
     """The digest that a note holds; blank where it is not of this stamp, or damaged."""
     try:
-        about = json.loads(note.read_text())
+        about = json.loads(note.read_text(encoding="utf-8"))
         whole = about.pop("note") == provenance.digest(about)
         return about["sha256"] if whole and tuple(about["file"]) == stamp else ""
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
@@ -198,7 +198,7 @@ def members(file: Path, wanted: Iterable[str] | None = None) -> list[str]:
     """
     if file.suffix != ".json":
         return []
-    files = json.loads(file.read_text()).get("files", {})
+    files = json.loads(file.read_text(encoding="utf-8")).get("files", {})
     for name in files:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             return [f"{file}: lists {name}, which lies outside its folder"]
@@ -241,7 +241,7 @@ def check(path: Path, weights: bool = True) -> int:
     check_alone(path)
     if path.suffix != ".json":
         return path.stat().st_size
-    listed = json.loads(path.read_text()).get("files", {})
+    listed = json.loads(path.read_text(encoding="utf-8")).get("files", {})
     wanted = [n for n in listed if weights or not n.endswith(".safetensors")]
     if found := members(path, wanted):
         raise RetraceError(f"{found[0]}; delete {path.parent}, then run snakemake again")

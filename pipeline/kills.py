@@ -74,7 +74,7 @@ def own(file: Path, patience: float = PATIENCE) -> bool:
 def _taken(file: Path) -> str:
     """Who works on a store, in one sentence."""
     try:
-        about = json.loads(file.read_text())
+        about = json.loads(file.read_text(encoding="utf-8"))
         who = "process {process} on {host}, called in {folder},".format(**about)
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         who = "another snakemake"
@@ -99,7 +99,7 @@ def ancestors() -> list[int]:
     found = [os.getppid()]
     while len(found) < DEEPEST and found[-1] > 1:
         try:
-            stat = Path(f"/proc/{found[-1]}/stat").read_text()
+            stat = Path(f"/proc/{found[-1]}/stat").read_text(encoding="utf-8")
         except OSError:
             break
         found.append(int(stat.rsplit(")", 1)[1].split()[1]))

@@ -227,7 +227,7 @@ def budgets_of_no_scale(folder: Path, raw: dict, scales: dict) -> Iterator[str]:
 def own_stages(paper: papers.Paper) -> Iterator[str]:
     """Every own stage has a file and a rule that writes its tables."""
     file = paper.folder / "rules.smk"
-    rules = file.read_text() if file.is_file() else ""
+    rules = file.read_text(encoding="utf-8") if file.is_file() else ""
     for stage, own in paper.spec.own.items():
         if not (paper.folder / f"{stage}.py").is_file():
             yield (

@@ -44,10 +44,13 @@ SAE = {
     "kl_spliced": "mean over positions of KL(model || spliced) of the next-token distributions, "
     "nats, held-out blocks",
     "kl_zero": "the same with x replaced by zero at the hook",
+    "kl_zero_all": "the same with x replaced by zero at every position, the first of a block too",
     "loss_model": "mean next-token cross-entropy of the model, nats, held-out blocks",
     "loss_spliced": "the same with x replaced by x_hat at the hook",
     "loss_zero": "the same with x replaced by zero at the hook, on the tokens that dictionaries "
-    "are trained on (SAELens and SAEBench: on all tokens, the first of a block too)",
+    "are trained on",
+    "loss_zero_all": "the same at every position, the first of a block too: SAELens's and "
+    "SAEBench's ablation",
     "loss_mean": "the same with x replaced by the held-out mean at the hook",
     "delta_loss": "loss_spliced - loss_model, nats",
     "loss_recovered_zero": "(loss_zero - loss_spliced) / (loss_zero - loss_model)",
@@ -64,6 +67,11 @@ ATTRIBUTION = {
     "ablation_correlation": "Pearson correlation of gradient x activation and exact ablation over "
     "the ablated latents, those of largest attribution",
     "ablation_correlation_ig": "the same for integrated gradients",
+    "ablation_spearman": "the same as ablation_correlation, of ranks",
+    "ablation_spearman_ig": "the same for integrated gradients",
+    "ablation_correlation_without_largest": "the same as ablation_correlation, without the one "
+    "latent whose leaving out changes it the most",
+    "ablation_correlation_without_largest_ig": "the same for integrated gradients",
     "sign_agreement": "share of the ablated latents whose gradient x activation has the sign of "
     "the exact effect",
     "sign_agreement_ig": "the same for integrated gradients",

@@ -11,8 +11,11 @@
 a repository brings is run.
 """
 
+import fnmatch
+import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,9 +26,11 @@ from pipeline.spec import ModelSpec
 
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when huggingface_hub is imported
 
-# What a transformers model folder may need; weights as safetensors only.
-PATTERNS = ["*.safetensors", "*.safetensors.index.json", "config.json", "tokenizer*.json",
-            "vocab*", "merges.txt", "*.model", "special_tokens_map.json"]  # fmt: skip
+# What a transformers model folder may need beside its weights.
+BESIDE = ["config.json", "tokenizer*.json", "vocab*", "merges.txt", "*.model",
+          "special_tokens_map.json"]  # fmt: skip
+TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
 @dataclass(frozen=True)
@@ -85,13 +90,19 @@ def bridge(model_json: str | Path, device: Any = "cpu", dtype: Any = None) -> An
     from pipeline import native
 
     folder = checkpoint_of(model_json)
+    folded = tables.read_json(model_json)["processing"] == "compatibility"
+    if folded and native.is_native(folder):
+        raise RetraceError(
+            f"{model_json}: processing: compatibility, but a model that was trained here has "
+            f"nothing to fold; write raw"
+        )
     if native.is_native(folder):
         hf = native.from_folder(folder, dtype or torch.float32).to(device)
         return native.to_bridge(hf).eval().requires_grad_(False)
     out = TransformerBridge.boot_transformers(
         str(folder), device=str(device), dtype=dtype or torch.float32
     )
-    if tables.read_json(model_json)["processing"] == "compatibility":
+    if folded:
         out.enable_compatibility_mode()
     out.eval().requires_grad_(False)
     return out
@@ -111,8 +122,8 @@ def _from_folder(folder: Path, dtype: Any) -> Any:
             folder, dtype=dtype, local_files_only=True, use_safetensors=True,
             trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
-    except (OSError, ValueError, KeyError) as e:
-        said = str(e).strip().splitlines()[0]
+    except Exception as e:  # of the config's classes, of safetensors, of torch: any of theirs
+        said = (str(e).strip().splitlines() or [type(e).__name__])[0]
         raise RetraceError(
             f"{folder}: not a causal LM that transformers can load from safetensors ({said}); give "
             f"a folder with config.json, model.safetensors and tokenizer.json"
@@ -190,11 +201,84 @@ def open_source(spec: ModelSpec, folder: Path, args: Any) -> tuple[Any, Any, str
         return model, tokenizer, info.get("general.license", "")
     path, licence = Path(spec.path), ""
     if spec.source == "hub":
-        path, licence = fetch.from_hub(spec.repo, spec.revision, PATTERNS, folder, "model")
+        path, licence = fetch.from_hub(spec.repo, spec.revision, [], folder, "model", hub_files)
+    else:
+        check_config(path / "config.json", str(path))
     from pipeline import native
 
     bare = native.is_native(path) and not (path / "tokenizer.json").exists()
     return _from_folder(path, "auto"), None if bare else _tokenizer_of(path), licence
+
+
+def hub_files(names: list[str], read: Callable[[str], Path]) -> list[str]:
+    """The files of a repository that a model is made of: those that transformers would read.
+
+    Not consolidated.safetensors (the same weights once more), onnx/ and the like.
+
+    Args:
+        names: all files of the repository.
+        read: name -> that file; only small ones are read.
+
+    Raises:
+        RetraceError: a model type without hooks, pickled weights alone, or no tokenizer.
+    """
+    top = [n for n in names if "/" not in n]
+    if "config.json" not in top:
+        raise RetraceError("holds no config.json, so it is no model of transformers")
+    kind = check_config(read("config.json"), "its config.json")
+    if WEIGHTS in top:
+        weights = [WEIGHTS]
+    elif INDEX in top:
+        weights = [INDEX, *_shards(read(INDEX), top)]
+    else:
+        others = [n for n in top if n.endswith((".bin", ".pt", ".pth", ".safetensors", ".gguf"))]
+        raise RetraceError(
+            f"holds no {WEIGHTS}, only {', '.join(others) or 'no weights at all'}; pickled weights "
+            f"are never read: take a commit with safetensors, or convert it to a folder"
+        )
+    if kind != "retrace_native" and not any(n in top for n in TOKENIZERS):
+        raise RetraceError(
+            f"holds no tokenizer ({', '.join(TOKENIZERS)}); download it to a folder, add the "
+            f"tokenizer.json that it was trained with, and use source: folder"
+        )
+    return weights + [n for n in top if any(fnmatch.fnmatchcase(n, p) for p in BESIDE)]
+
+
+def check_config(file: Path, where: str) -> str:
+    """The model type of a config.json, told before weights are fetched or read.
+
+    Raises:
+        RetraceError: a type that no stage knows the hooks of.
+    """
+    from pipeline import hooks
+
+    if not file.is_file():
+        return ""
+    kind = str(_json(file).get("model_type", ""))
+    hooks.check_type(kind, where)
+    return kind
+
+
+def _shards(index: Path, names: list[str]) -> list[str]:
+    """The files that an index of weights names, each once; RetraceError where one is not there."""
+    found = _json(index).get("weight_map")
+    shards = dict.fromkeys(map(str, found.values())) if isinstance(found, dict) else {}
+    if missing := [s for s in shards or ["weight_map"] if s not in names]:
+        raise RetraceError(
+            f"its {INDEX} names {missing[0]}, which is not there; take another commit"
+        )
+    return list(shards)
+
+
+def _json(file: Path) -> dict[str, Any]:
+    """A JSON object of another's making."""
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise RetraceError(f"{file}: not valid JSON ({e}); fetch it again") from e
+    if not isinstance(found, dict):
+        raise RetraceError(f"{file}: must be a JSON object; fetch it again")
+    return found
 
 
 def _tokenizer_of(folder: Path) -> Any:

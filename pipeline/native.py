@@ -235,7 +235,7 @@ class NativeForCausalLM(nn.Module):
         fields = ["d_vocab", "model_type", *Architecture.model_fields]
         fields += ["bidirectional"] * self.config.bidirectional
         kept = {k: v for k, v in vars(self.config).items() if k in fields}
-        (folder / "config.json").write_text(json.dumps(kept, indent=1) + "\n")
+        (folder / "config.json").write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
         save_file(self.state_dict(), folder / "model.safetensors")
 
 
@@ -250,7 +250,7 @@ def from_folder(folder: Path, dtype: torch.dtype | str = torch.float32) -> Nativ
 
     from pipeline.errors import RetraceError
 
-    config = json.loads((folder / "config.json").read_text())
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
     try:
         out = NativeForCausalLM({k: v for k, v in config.items() if k != "model_type"})
         out.load_state_dict(load_file(folder / "model.safetensors"))
@@ -263,7 +263,10 @@ def from_folder(folder: Path, dtype: torch.dtype | str = torch.float32) -> Nativ
 def is_native(folder: Path) -> bool:
     """Whether a model folder holds one of these."""
     file = folder / "config.json"
-    return file.is_file() and json.loads(file.read_text()).get("model_type") == MODEL_TYPE
+    return (
+        file.is_file()
+        and json.loads(file.read_text(encoding="utf-8")).get("model_type") == MODEL_TYPE
+    )
 
 
 def to_bridge(hf: NativeForCausalLM, tokenizer: Any = None) -> Any:

@@ -14,7 +14,7 @@ from typing import Any
 from pipeline.expressions import decisive, evaluate, filled, names, parse
 from pipeline.spec_claims import Claim, Need
 
-MEASURED = {"dead_share", "l0", "unread", "past_minimum"}  # core needs, each of `<of>.<its name>`
+MEASURED = {"dead_share", "l0", "unread", "past_minimum"}  # core needs, each of `<of>.<metric>`
 
 
 @dataclass(frozen=True)
@@ -77,6 +77,11 @@ def listed(claim: Claim) -> Iterator[tuple[str, Need]]:
         yield name, need if isinstance(need, Need) else Need(bound=need)
 
 
+def metric_of(name: str, need: Need) -> str:
+    """The metric that a core need bounds: its name; of l0 without a target, l0_off."""
+    return "l0_off" if name == "l0" and need.target is None else name
+
+
 def owners(claim: Claim, name: str, need: Need, known: Any) -> list[str]:
     """What a measured need is asked of: its `of`, else all that the claim names and that have it.
 
@@ -86,7 +91,7 @@ def owners(claim: Claim, name: str, need: Need, known: Any) -> list[str]:
     if need.of:
         return need.of
     prefixes = sorted({m.rpartition(".")[0] for m in wanted(claim)} - {""})
-    return [p for p in prefixes if known(f"{p}.{name}")]
+    return [p for p in prefixes if known(f"{p}.{metric_of(name, need)}")]
 
 
 def metrics_of(claim: Claim, known: Any) -> set[str]:
@@ -99,10 +104,10 @@ def metrics_of(claim: Claim, known: Any) -> set[str]:
             found = owners(claim, name, need, known)
             if not found:
                 raise ValueError(
-                    f"needs.{name}: no metric of this claim has a {name} beside it; name "
-                    f"what it is asked of under of:"
+                    f"needs.{name}: no metric of this claim has a {metric_of(name, need)} beside "
+                    f"it; name what it is asked of under of:"
                 )
-            out |= {f"{o}.{name}" for o in found}
+            out |= {f"{o}.{metric_of(name, need)}" for o in found}
     return out
 
 
@@ -131,7 +136,7 @@ def unmet(claim: Claim, metrics: dict[str, dict], found: Spent | None) -> Iterat
                 yield f"asks for {need.bound:g} seeds, and this run has {n}"
         else:
             for owner in owners(claim, name, need, metrics.__contains__):
-                values = metrics.get(f"{owner}.{name}", {}).get("values", [])
+                values = metrics.get(f"{owner}.{metric_of(name, need)}", {}).get("values", [])
                 if said := _bounded(name, need, [v for v in values if not math.isnan(v)], owner):
                     yield said
 
@@ -173,6 +178,12 @@ def _bounded(name: str, need: Need, values: list[float], owner: str) -> str:
                 f"asks for a validation loss at most {percent(bound)} above its minimum, and "
                 f"{owner} ended {percent(worst)} above"
             )
+        case "l0" if need.target is None:
+            if worst > bound:
+                return (
+                    f"asks for an L0 within {percent(bound)} of its target, and {owner} is "
+                    f"{percent(worst)} off"
+                )
         case "l0":
             worst = max(values, key=lambda v: abs(v / need.target - 1))
             if abs(worst / need.target - 1) > bound:

@@ -118,7 +118,8 @@ class Run:
     Attributes:
         pre, mid, post: the stream before attention, between attention and MLP, and behind.
         z: [n pos n_heads*d_head].
-        past: keys and values, [n n_key_heads pos d_head]; none of models trained here.
+        past: keys and values, [n n_key_heads pos d_head]; none of models trained here, nor where a
+            sliding window has dropped some: then a patched run computes all positions.
     """
 
     pre: list[Tensor]
@@ -158,6 +159,8 @@ def watched(heads: Heads, tokens: Tensor) -> Run:
             handle.remove()
     cache = getattr(out, "past_key_values", None)
     past = [(layer.keys, layer.values) for layer in cache.layers] if cache else []
+    if any(keys.shape[-2] != tokens.shape[1] for keys, _ in past):
+        past = []
     return Run(*([acts[n] for n in wanted[k]] for k in wanted), z=z, past=past)
 
 

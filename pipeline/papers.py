@@ -254,7 +254,7 @@ class Run:
         return self._papers[name, scale]
 
     def card(self, name: str, fields: Iterable[str]) -> dict[str, Any]:
-        """Fields of a paper.yaml as they stand there, unchecked; '' where one is missing."""
+        """Fields of a paper.yaml as they stand there, empty where one is missing; unchecked."""
         folder = find(name, self.dirs)
         if folder not in self._raw:
             self._raw[folder] = load_yaml(folder / "paper.yaml")
@@ -445,6 +445,13 @@ def _slug(model_id: str) -> str:
     return model_id.rsplit("-", 1)[0]
 
 
+def flow(value: Any) -> str:
+    """A setting as --config takes it: [a, b] without spaces."""
+    return f"[{','.join(map(str, value))}]" if isinstance(value, list) else str(value)
+
+
 def to_json(section: Any) -> str:
-    """A section as canonical JSON, for a rule's params."""
-    return canonical(json.loads(json.dumps(section, default=str)))
+    """A section as canonical JSON, for a rule's params; ASCII, since a command line carries it
+    through any locale."""
+    plain = json.loads(canonical(section))
+    return json.dumps(plain, sort_keys=True, separators=(",", ":"))

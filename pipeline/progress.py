@@ -133,7 +133,9 @@ def main() -> None:
     terminal = sys.stdout.isatty()
     try:
         while True:
-            found = state(newest(args.directory).read_text(errors="replace").splitlines())
+            found = state(
+                newest(args.directory).read_text(errors="replace", encoding="utf-8").splitlines()
+            )
             text = line(found, datetime.now(), args.directory)
             print(f"\r\x1b[K{text}" if terminal and args.every else text, end="", flush=True)
             if found.ended or not args.every:

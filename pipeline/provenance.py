@@ -67,7 +67,9 @@ def sha256_file(path: str | Path) -> str:
 
 def _git(root: str, *args: str) -> str:
     command = ["git", "-C", root, *args]
-    return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    return subprocess.run(
+        command, capture_output=True, text=True, errors="replace", check=True
+    ).stdout.strip()
 
 
 @cache
@@ -207,7 +209,7 @@ def _read(path: Path) -> Any:
         found = _header(path).get("__metadata__", {}).get(KEY)
         return json.loads(found) if found else None
     if path.suffix == ".json":
-        loaded = json.loads(path.read_text())
+        loaded = json.loads(path.read_text(encoding="utf-8"))
         return loaded.get("provenance") if isinstance(loaded, dict) else None
     if path.suffix in MARKS:
         found = MARKS[path.suffix].search(path.read_bytes())
@@ -242,7 +244,7 @@ def content_digest(path: str | Path) -> str:
             f.seek(8 + int.from_bytes(f.read(8), "little"))
             return hashlib.file_digest(f, "sha256").hexdigest()
     if path.suffix == ".json":
-        loaded = json.loads(path.read_text())
+        loaded = json.loads(path.read_text(encoding="utf-8"))
         return digest({k: v for k, v in loaded.items() if k != "provenance"})
     if path.suffix in MARKS:
         return hashlib.sha256(MARKS[path.suffix].sub(b"", path.read_bytes())).hexdigest()

@@ -11,6 +11,7 @@ that a run writes, the bytes of that page differ from run to run.
 import json
 import math
 import re
+import shlex
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -28,8 +29,13 @@ SECOND_HAND = {  # where the paper's number was read, if not in the paper: a tag
 SHORT = 12  # digits of a digest that a page shows
 
 
-def figure(path: str | Path, card: dict[str, Any], scale: str, paper: str) -> dict[str, Any]:
+def figure(
+    path: str | Path, card: dict[str, Any], scale: str, paper: str, config: list[str] | None = None
+) -> dict[str, Any]:
     """A figure for the page: its plot, text, command, and how it was made.
+
+    Args:
+        config: what the command needs behind --config to find the paper.
 
     Raises:
         RetraceError: the file is not a figure.
@@ -44,7 +50,10 @@ def figure(path: str | Path, card: dict[str, Any], scale: str, paper: str) -> di
         "title": card["title"],
         "caption": card["caption"],
         "plot": json.loads(found[1]),
-        "command": f"snakemake -c1 results/{scale}/{paper}/figures/{path.name}",
+        "command": shlex.join(
+            ["snakemake", "-c1", f"results/{scale}/{paper}/figures/{path.name}"]
+            + (["--config", *config] if config else [])
+        ),
         "made": how(certificate) if certificate else None,
     }
 
@@ -199,7 +208,8 @@ def context(job: Any) -> dict[str, Any]:
         "count": tally(claims),
         "second_hand": SECOND_HAND,
         "figures": [
-            figure(f, cards[Path(f).stem], spec["scale"], spec["paper"]) for f in args.figures
+            figure(f, cards[Path(f).stem], spec["scale"], spec["paper"], spec.get("config"))
+            for f in args.figures
         ],
         "pages": [Path(p).stem for p in args.pages],
         "n_metrics": len(metrics),

@@ -26,7 +26,7 @@ def files(name: str, parent: Path) -> dict[str, str]:
     """File name -> content of a new paper called `name`, to be written into `parent/name`."""
     schema = os.path.relpath(SCHEMA, parent / name)
     return {
-        p.name.replace(NAME, name): p.read_text()
+        p.name.replace(NAME, name): p.read_text(encoding="utf-8")
         .replace(NAME, name)
         .replace(f"$schema={os.path.relpath(SCHEMA, TEMPLATE)}", f"$schema={schema}")
         for p in sorted(TEMPLATE.iterdir())
@@ -49,7 +49,7 @@ def scaffold(name: str, parent: Path) -> Path:
         raise RetraceError(f"{folder}: exists already; take another name, or remove it")
     folder.mkdir(parents=True)
     for file, content in files(name, parent).items():
-        (folder / file).write_text(content)
+        (folder / file).write_text(content, encoding="utf-8")
     return folder
 
 

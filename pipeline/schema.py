@@ -104,7 +104,7 @@ def main() -> None:
     ).parse_args()
     FOLDER.mkdir(exist_ok=True)
     for name, content in files().items():
-        (FOLDER / name).write_text(content)
+        (FOLDER / name).write_text(content, encoding="utf-8")
         print(FOLDER / name)
 
 

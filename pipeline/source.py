@@ -52,7 +52,7 @@ def _parsed(file: Path) -> ast.Module:
         RetraceError: the file cannot be read, or is not Python.
     """
     try:
-        return ast.parse(file.read_text())
+        return ast.parse(file.read_text(encoding="utf-8"))
     except (SyntaxError, ValueError, OSError) as e:
         raise RetraceError(f"{file}: not valid Python ({e})") from e
 
@@ -114,7 +114,7 @@ def _facts(file: Path) -> dict[str, Any]:
 def _remembered() -> dict[str, Any]:
     """What `_facts` found in earlier calls; a note that is not readable is as good as none."""
     try:
-        found = json.loads(NOTE.read_text())
+        found = json.loads(NOTE.read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
     return found if isinstance(found, dict) and len(found) < REMEMBERED else {}
@@ -127,13 +127,13 @@ def _remember() -> None:
     temporary = NOTE.with_suffix(f".{os.getpid()}.tmp")
     with contextlib.suppress(OSError):
         NOTE.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(_remembered()))
+        temporary.write_text(json.dumps(_remembered()), encoding="utf-8")
         temporary.replace(NOTE)
 
 
 def _read_facts(file: Path) -> dict[str, Any]:
     _parsed(file)  # the sentence of a file that is no Python
-    text = file.read_text()
+    text = file.read_text(encoding="utf-8")
     return definitions.facts(text) | {"code": definitions.file_hash(text)}
 
 

@@ -113,6 +113,11 @@ class ModelSpec(Section):
             raise ValueError("source: folder needs path: a Hugging Face model folder")
         if self.source == "training" and not self.run:
             raise ValueError("source: training needs run: a run of the section training")
+        if self.source == "training" and self.processing == "compatibility":
+            raise ValueError(
+                "processing: compatibility is for models of a hub, folder or package; those that "
+                "are trained here have nothing to fold, so write raw"
+            )
         return self
 
 

@@ -45,7 +45,9 @@ class Need(Section):
     """What must hold in a run before a claim is judged."""
 
     bound: float | None = Field(default=None, description="of a core need, e.g. 0.05")
-    target: float | None = Field(default=None, gt=0, description="need l0: the L0 asked for")
+    target: float | None = Field(
+        default=None, gt=0, description="need l0: the L0 asked for; default: by the metric l0_off"
+    )
     of: list[str] = Field(
         default=[],
         description="what it is asked of, e.g. trained.topk; default: all that the claim names",
@@ -132,5 +134,3 @@ def _check_need(where: str, name: str, need: float | Need) -> None:
         raise ValueError(
             f"{where}: an interval needs at least 2 seeds, and {need.bound:g} is asked"
         )
-    if name == "l0" and need.target is None:
-        raise ValueError(f"{where}: needs target: the L0 that was asked for")

@@ -2,9 +2,9 @@
 
 import math
 from itertools import product
-from typing import ClassVar, Literal
+from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Field, ValidationError, model_validator
 
 from pipeline.errors import nearest
 from pipeline.spec_base import Name, Section, sentence
@@ -50,6 +50,19 @@ class SaeTraining(Section):
         return self
 
 
+def _number(value: Any) -> Any:
+    """One sentence in place of pydantic's two for a value that is neither float nor int."""
+    if isinstance(value, bool) or not isinstance(value, int | float):
+        raise ValueError(
+            f"only numbers vary in a grid, got {str(value)[:80]!r}; write a dictionary of its own "
+            f"for each such value"
+        )
+    return value
+
+
+InGrid = Annotated[float | int, BeforeValidator(_number)]
+
+
 class SaeSpec(Section):
     """One dictionary, or with grid: one for each combination, named name_k32_d4096."""
 
@@ -68,9 +81,10 @@ class SaeSpec(Section):
         "the mean: batchtopk, matryoshka_batchtopk",
     )  # fmt: skip
     aux_loss_coefficient: float = Field(
-        default=1 / 32,
+        default=1.0,
         ge=0,
-        description="topk and its kin: AuxK (Gao et al. 2024, App. A.2); 0: none",
+        description="topk and its kin: of AuxK (default: SAELens's; Gao et al. 2024, App. A.2, "
+        "have 1/32); 0: none",
     )
     topk_threshold_lr: float = Field(
         default=0.01,
@@ -113,7 +127,7 @@ class SaeSpec(Section):
         default=False, description="null arm: decoder directions stay as drawn; the encoder trains"
     )
     seed: int = Field(default=0, ge=0, description="of the initial weights")
-    grid: dict[str, list[float | int]] = Field(default={}, description="field -> values")
+    grid: dict[str, list[InGrid]] = Field(default={}, description="field -> values")
 
     SHORT: ClassVar = {
         "d_sae": "d", "l1_coefficient": "c", "l0_coefficient": "l0", "aux_loss_coefficient": "aux",

@@ -12,6 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import TRACE
+
 VERDICTS = (
     "reproduced",
     "not reproduced",
@@ -161,7 +163,7 @@ def print_failure(log: str | list[str], command: str = "") -> None:
     """
     for path in [log] if isinstance(log, str) else log:
         try:
-            text = Path(path).read_text(errors="replace")
+            text = Path(path).read_text(errors="replace", encoding="utf-8")
         except OSError:
             continue
         for failed in failures(text):
@@ -187,15 +189,28 @@ def failures(text: str) -> list[Failure]:
 def read_lines(log: Path) -> list[str]:
     """The lines of a log that are not blank; none where it is not there."""
     try:
-        lines = log.read_text(errors="replace").splitlines()
+        lines = log.read_text(errors="replace", encoding="utf-8").splitlines()
     except OSError:
         return []
     return [line for line in lines if line.strip()]
 
 
 def tail(log: Path, most: int = 6) -> list[str]:
-    """The last lines of a log, without the sentence that `said` gives."""
-    return [line for line in read_lines(log) if not line.startswith("error in stage")][-most:]
+    """The last lines of a log, without the sentence that `said` gives and without a trace."""
+    lines = [x for x in read_lines(log) if not x.startswith(("error in stage", TRACE))]
+    return without_traces(lines)[-most:]
+
+
+def without_traces(lines: list[str]) -> list[str]:
+    """Lines but for tracebacks, such as a library's own thread or a stage's import may print."""
+    out, inside = [], False
+    for line in lines:
+        if line.lstrip().startswith("Traceback (most recent call last)"):
+            inside = True
+        elif not (inside and line.startswith((" ", "\t"))):
+            out += [] if inside else [line]
+            inside = False
+    return out
 
 
 def said(rule: str, log: Path) -> str:

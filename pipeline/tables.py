@@ -129,7 +129,7 @@ def write_sealed(path: str | Path, text: str) -> None:
 def read_json(path: str | Path) -> dict:
     """A JSON object, its certificate included; RetraceError where it is not as it was written."""
     try:
-        found = json.loads(Path(path).read_text())
+        found = json.loads(Path(path).read_text(encoding="utf-8"))
     except (OSError, ValueError, RecursionError) as e:
         raise RetraceError(
             f"{path}: not readable JSON ({e}); delete it, run snakemake again"

@@ -116,7 +116,7 @@ def _listed(file: Path) -> list[Path]:
     if file.suffix != ".json":
         return []
     try:
-        files = json.loads(file.read_text()).get("files", {})
+        files = json.loads(file.read_text(encoding="utf-8")).get("files", {})
         return [file.parent / name for name in files]
     except BROKEN:
         return []
@@ -147,7 +147,8 @@ def _followed(
         for name, sha in (certificate or {}).get("inputs", {}).items():
             if Path(name).is_absolute():
                 out.absent.append(Path(name))
-            elif (there := provenance.locate(name, file, base)) is None:
+                continue
+            if (there := provenance.locate(name, file, base)) is None:
                 out.absent.append(base / name)  # not published with the rest
             elif _of_the_store(there) and not there.parent.exists():
                 out.absent.append(there)
@@ -210,7 +211,8 @@ def _sources(file: Path, certificate: dict, base: Path, out: Report) -> list[str
 
 def _claims(file: Path, certificate: dict, base: Path, out: Report) -> list[str]:
     """Faults of verdicts that do not follow from metrics.json."""
-    from pipeline import claims, source, tables
+    from pipeline import source, tables
+    from pipeline.judge import judge
     from pipeline.spec import Claim
 
     name = next(iter(certificate["inputs"]))
@@ -221,7 +223,8 @@ def _claims(file: Path, certificate: dict, base: Path, out: Report) -> list[str]
     try:
         values = tables.read_json(metrics)["metrics"]
         stated = [Claim.model_validate(c) for c in spec["claims"]]
-        found = [claims.judge(claim, values, spec["scale"]) for claim in stated]
+        budgets = spec.get("budgets", {})
+        found = [judge(claim, values, spec["scale"], budgets) for claim in stated]
     except (*BROKEN, RetraceError) as e:
         out.notes.append(f"{file}: not judged again ({str(e).splitlines()[0]})")
         return []

@@ -42,7 +42,7 @@ def load_yaml(path: Path) -> dict:
         RetraceError: naming the file and what is wrong.
     """
     try:
-        text = path.read_text()
+        text = path.read_text(encoding="utf-8")
         _check_depth(text)
         loaded = yaml.load(text, _OnceLoader)  # a SafeLoader: no code, no objects
         _check_plain(loaded)

@@ -15,7 +15,7 @@ os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(4 << 30))
 os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(8 << 30))
 
 from pipeline import gpus, kills, papers, provenance, source, summary
-from pipeline.errors import RetraceError, nearest
+from pipeline.errors import RetraceError, nearest, trace_file, unexpected
 
 PYTHON = sys.executable
 
@@ -26,6 +26,8 @@ def told(function, *args):
         return function(*args)
     except RetraceError as e:
         sys.exit(f"error: {e}")
+    except Exception as e:
+        sys.exit(f"error: {unexpected(e, trace_file('rules'))}")
 
 
 # Folders that a relative path of config.yaml is looked up in: beside the main Snakefile (a
@@ -279,11 +281,6 @@ def lent_of(section, stage, file):
     return paths
 
 
-def models_of(file):
-    """Input: a file of every arm's model."""
-    return arms_of("model", file)
-
-
 def sae_input_of(section, file):
     """Input: the file of the SAE job that trained the dictionary a section or wildcard names."""
 
@@ -413,7 +410,12 @@ def report_spec(wildcards):
     """Params: the whole card, and where it came from."""
     paper = paper_of(wildcards)
     card = paper.spec.model_dump(mode="json", exclude_unset=True)
-    return papers.to_json({"paper": paper.name, "scale": wildcards.scale, "card": card})
+    # What a command that is read on the page needs to find the same paper again.
+    given = workflow.config_settings.overwrite_config
+    found = [f"{k}={papers.flow(given[k])}" for k in ("papers_dirs", "roots", "hub") if k in given]
+    found += [f"papers=[{paper.name}]"] if "papers_dirs" in given else []
+    called = {"config": found} if found else {}
+    return papers.to_json({"paper": paper.name, "scale": wildcards.scale, "card": card} | called)
 
 
 def report_input(kind):

@@ -387,7 +387,7 @@ def test_memory_does_not_grow_with_the_tokens(tiny_model_json, tmp_path):
                 "documents": pa.array([[-1] + [0] * 31] * n_blocks, pa.list_(pa.int32())),
             }
         )
-        made = {"stage": "corpus", "inputs": {}, "n_ctx": 32, "bos_id": 0}
+        made = {"stage": "corpus", "inputs": {}, "n_ctx": 32, "bos_id": 0, "prepend_bos": True}
         corpus = tmp_path / f"{n_blocks}.parquet"
         tables.write_table(corpus, table, made, row_group_size=1024)
         out = tmp_path / str(n_blocks)

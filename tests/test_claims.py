@@ -189,6 +189,7 @@ def test_an_order_is_judged_at_every_scale_unless_it_names_some():
 
 NEEDED = {"x.ev": metric(0.9), "y.ev": metric(0.5), "x.dead_share": metric(0.02, 0.04),
           "y.dead_share": metric(0.4), "x.l0": metric(25.1), "y.l0": metric(27.2),
+          "y.l0_off": metric(0.0, 0.088),
           "x.unread": metric(0.4), "y.unread": metric(1.2), "x.past_minimum": metric(0.0),
           "y.past_minimum": metric(0.35), "text.same": metric(1, 0),
           "seen": metric(2e7)}  # fmt: skip
@@ -205,6 +206,7 @@ NEEDED = {"x.ev": metric(0.9), "y.ev": metric(0.5), "x.dead_share": metric(0.02,
         ("x.ev > 0", {"l0": {"bound": 0.01, "target": 25}}, None),
         ("x.ev > y.ev", {"l0": {"bound": 0.01, "target": 25}},
          "asks for an L0 within 1 % of 25, and y has 27.2"),
+        ("y.ev > 0", {"l0": 0.01}, "asks for an L0 within 1 % of its target, and y is 8.8 % off"),
         ("x.ev > 0", {"unread": 1}, None),
         ("y.ev > 0", {"unread": 1},
          "asks for a lens that beats a constant (unread below 1), and y leaves 1.2"),
@@ -321,7 +323,6 @@ def test_an_arms_name_stands_for_the_order_on_it(null, found):
     [
         ({"needs": {"dead_shar": 0.1}}, "unknown need (did you mean 'dead_share'?)"),
         ({"needs": {"seeds": 1}}, "an interval needs at least 2 seeds, and 1 is asked"),
-        ({"needs": {"l0": 0.01}}, "needs target: the L0 that was asked for"),
         ({"needs": {"dead_share": -0.1}}, "needs a number from 0 on"),
         ({"needs": {"dead_share": {"of": ["x"]}}}, "needs a number from 0 on"),
         ({"needs": {"text": {"holds": "a > 0"}}}, "needs because: the same in words"),

@@ -424,7 +424,7 @@ EXACTLY = {  # definition -> the stages that an edit of it must rerun, and no ot
     "metrics:SAE": "metrics",
     "metrics:loss_recovered": "evaluation",
     "metrics:density_shares": "evaluation",
-    "attribution:correlation": "attribution circuits",
+    "agreement:correlation": "attribution circuits",
     "evaluation:load_saes": "evaluation features attribution circuits",
     "evaluation:main": "evaluation",
     "sae_train:train": "sae",

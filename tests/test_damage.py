@@ -13,6 +13,7 @@ import pytest
 
 from pipeline import cli, embed, intact, papers, provenance, release, tables
 from pipeline.errors import RetraceError
+from pipeline.judge import judge
 from pipeline.shards import Rows
 from pipeline.spec import Claim
 from pipeline.verify import examined
@@ -101,9 +102,7 @@ def write_paper() -> None:
     table(own, made("evaluation", *inputs, f"{STORE}/corpus/c-0/documents.parquet"))
     value = {"mean": 0.55, "sd": 0.0, "n": 1, "values": [0.55]}
     tables.write_json(f"{PAPER}/metrics.json", {"metrics": {"ev": value}}, made("metrics", own))
-    from pipeline import claims
-
-    rows = [claims.judge(Claim.model_validate(CLAIM), {"ev": value}, "smoke")]
+    rows = [judge(Claim.model_validate(CLAIM), {"ev": value}, "smoke")]
     spec = {"claims": [CLAIM], "scale": "smoke"}
     certificate = made("claims", f"{PAPER}/metrics.json", spec=spec)
     tables.write_csv(f"{PAPER}/claims.csv", pd.DataFrame(rows), certificate)

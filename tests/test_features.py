@@ -4,10 +4,10 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from conftest import byte_tokenizer
+from conftest import byte_tokenizer, stage
 from scipy import sparse
 
-from pipeline import features, tokens
+from pipeline import features, tables, tokens
 from pipeline.spec import FeaturesSpec
 
 # Two blocks of four positions, position 0 (BOS) not stored: rows 0-2 are block 0, rows 3-5 block 1.
@@ -231,3 +231,58 @@ def test_contexts_are_text_that_can_be_read():
     assert first["examples"][0]["tokens"][0] == "é"  # its first byte lies outside the window
     assert last["examples"][0]["tokens"] == ["o", "s", "", "é"]
     assert first["top_logits"][0]["token"] == "<0xC3>" and last["top_logits"][0]["token"] == "h"
+
+
+@pytest.fixture(scope="module")
+def padded(tmp_path_factory, tiny_text) -> dict:
+    """A model of 320 rows and 260 tokens, its activations with BOS, and a dictionary on them."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    root = tmp_path_factory.mktemp("padded")
+    config = LlamaConfig(
+        vocab_size=320, hidden_size=16, intermediate_size=24, num_hidden_layers=1,
+        num_attention_heads=2, max_position_embeddings=32, initializer_range=0.2,
+    )  # fmt: skip
+    hf = LlamaForCausalLM(config).requires_grad_(False)
+    hf.get_output_embeddings().weight[260:] *= 50  # would be every latent's largest logits
+    hf.save_pretrained(root / "folder")
+    byte_tokenizer().save_pretrained(root / "folder")
+    at = {k: root / k / v for k, v in {
+        "model": "model.json", "corpus": "tokens.parquet", "documents": "documents.parquet",
+        "activations": "manifest.json", "sae": "manifest.json", "features": "features.parquet",
+    }.items()}  # fmt: skip
+    section = {"source": "folder", "path": str(root / "folder")}
+    stage("model", {"model": section}, out=at["model"], checkpoint=root / "model" / "checkpoint")
+    section = {"source": "local", "path": str(tiny_text), "label_field": "label", "n_ctx": 16,
+               "n_tokens": 1600, "n_eval_tokens": 320}  # fmt: skip
+    stage("corpus", {"corpus": section}, tokenizer=at["model"], out=at["corpus"],
+          documents=at["documents"])  # fmt: skip
+    section = {"hooks": ["blocks.0.hook_resid_post"], "dtype": "float32", "skip_first": 0}
+    given = {"model": at["model"], "corpus": at["corpus"], "device": "cpu", "threads": 1}
+    stage("activations", {"activations": section}, **given, out=at["activations"],
+          shards=root / "activations" / "shards")  # fmt: skip
+    training = {"n_rows": 6400, "batch_size": 64, "lr": 1e-2}
+    topk = {"architecture": "topk", "hook": section["hooks"][0], "d_sae": 24, "k": 4}
+    section = {"hook": topk["hook"], "training": training, "dictionaries": {"a": topk}}
+    return at | {"root": root, "sae_spec": {"sae": section}}
+
+
+def test_the_stage_on_a_padded_vocabulary_with_bos(padded):
+    """320 rows of 260 tokens and skip_first 0: no latent is shown a row that is no token."""
+    at = padded
+    same = {"device": "cpu", "threads": 1, "activations": at["activations"]}
+    stage("sae", at["sae_spec"], **same, out=at["sae"], saes=at["root"] / "sae" / "saes",
+          history=at["root"] / "sae" / "history.parquet")  # fmt: skip
+    named = {k: at[k] for k in ("model", "corpus", "documents", "sae")}
+    spec = {"features": {"saes": ["a"], "n_logits": 5}, "latents": "a"}
+    stage("features", spec, **same, **named, out=at["features"])
+    found = tables.read_table(at["features"])
+    live = found[~found["dead"]]
+    assert len(live) and set(live["top_label"]) <= {"animals", "places", "colours", ""}
+    for row in live.itertuples():
+        shown = {p["token"] for p in [*row.top_logits, *row.bottom_logits]}
+        assert len(shown) == 10 and "" not in shown
+        for example in row.examples:
+            assert len(example["tokens"]) == len(example["acts"])
+            assert all(example["tokens"])  # ASCII text: no token is part of a character

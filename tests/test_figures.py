@@ -4,6 +4,7 @@ import json
 import re
 import subprocess
 import sys
+from decimal import Decimal
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +14,7 @@ import pytest
 import synthetic
 import yaml
 
-from pipeline import figures, papers, provenance, theme
+from pipeline import embed, figures, papers, provenance, theme
 from pipeline.errors import RetraceError
 from pipeline.kinds import KINDS
 
@@ -252,6 +253,36 @@ def test_numbers_are_short_and_nothing_else_changes():
     assert np.isnan(data[0]["y"][1])  # null in the file, see embed.script_json
     assert data[1]["z"] == [[1, 2], [3, 4]] and data[1]["text"] == [["a", None]]
     assert figures.short(1234567) == 1234567 and figures.short(True) is True
+
+
+DAY, SECOND = pd.Timestamp("2026-01-02"), pd.Timedelta(seconds=1)
+
+
+@pytest.mark.parametrize(
+    ("x", "want"),
+    [
+        (pd.date_range(DAY, periods=2), ["2026-01-02T00:00:00", "2026-01-03T00:00:00"]),
+        ([DAY.date(), None], ["2026-01-02", None]),
+        ([DAY, pd.NaT], ["2026-01-02T00:00:00", None]),
+        (pd.Series([1, pd.NA, 3], dtype="Int64"), [1, None, 3]),
+        (pd.Series([0.5, pd.NA], dtype="Float64"), [0.5, None]),
+        (pd.Series([True, pd.NA], dtype="boolean"), [True, None]),
+        (pd.Series(["a", pd.NA], dtype="string"), ["a", None]),
+        (pd.Series(["a", None], dtype="category"), ["a", None]),
+        ([Decimal("0.25"), np.float32(0.5)], [0.25, 0.5]),
+        ([SECOND, np.timedelta64(2, "s")], [1000, 2000]),
+    ],
+)
+def test_dates_and_missing_values_draw(x, want):
+    """As plotly's own JSON has them, but for NaN, which a page has as null."""
+    figure = go.Figure(go.Scatter(x=x, y=[1] * len(want)))
+    (trace,) = json.loads(embed.script_json(figures.plain(figure)))["data"]
+    found = [v.split(".")[0] if isinstance(v, str) else v for v in trace["x"]]
+    assert found == want
+    if not isinstance(x, list):
+        own = json.loads(figure.to_json())["data"][0]["x"]
+        if isinstance(own, list):
+            assert [v.split(".")[0] if isinstance(v, str) else v for v in own] == want
 
 
 def test_a_figure_keeps_no_other_template():

@@ -17,8 +17,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import yaml
+from conftest import byte_tokenizer
 
-from pipeline import fetch, papers, provenance, shards, tables
+from pipeline import corpus, documents, fetch, model, papers, provenance, shards, tables
 from pipeline.errors import RetraceError
 
 OUTSIDE = "outside.parquet"  # lies beside the folder of a test, and must not be opened
@@ -234,5 +235,78 @@ def test_certified_files(home, n):
         (home / "b.json").write_bytes(text if rng.random() < 0.7 else damaged(text, rng))
         if faults := provenance.verify("b.json"):
             raise RetraceError(" ".join(faults))
+
+    try_all(n, once)
+
+
+RECORDS = [
+    {"text": "One fish.", "title": "A", "label": 0},
+    {"text": "Two\ud83d\ude00 fish", "title": None, "label": "y"},
+    {"text": "\u00e9", "title": 7, "label": False},
+]
+HALVES = ["\\ud83d", "\\udc00", "\\u0000", "NaN", "1e999", "\\u2028"]  # as JSON's text has them
+
+
+@pytest.mark.parametrize("n", SIZES)
+@pytest.mark.parametrize("suffix", ["json", "jsonl", "txt"])
+def test_documents(home, n, suffix):
+    """Every text that comes through can be encoded, and so can its title and label."""
+    fields = documents.Fields("text", "title", "label")
+
+    def once(rng):
+        records = changed(RECORDS, rng) if rng.random() < 0.7 else RECORDS
+        lines = records if suffix == "jsonl" and isinstance(records, list) else [records]
+        text = "\n".join(json.dumps(r) for r in lines)
+        if rng.random() < 0.3:
+            text = text.replace("fish", HALVES[rng.integers(len(HALVES))], 1)
+        content = text.encode()
+        file = home / f"a.{suffix}"
+        file.write_bytes(damaged(content, rng) if rng.random() < 0.5 else content)
+        for found in documents.read(file, fields):
+            assert all(isinstance(v, str) and v.encode() is not None for v in found)
+
+    try_all(n, once)
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_repositories_of_a_hub(home, n):
+    """config.json and the index of weights, before anything large is fetched."""
+    files = {
+        "config.json": {"model_type": "llama", "hidden_size": 16, "architectures": ["L"]},
+        "model.safetensors.index.json": {
+            "metadata": {"total_size": 8}, "weight_map": {"a": "m-1.safetensors"}
+        },
+    }  # fmt: skip
+    names = [*files, "m-1.safetensors", "tokenizer.json", "README.md", "onnx/model.safetensors"]
+
+    def once(rng):
+        for name, whole in files.items():
+            text = json.dumps(changed(whole, rng) if rng.random() < 0.5 else whole).encode()
+            (home / name).write_bytes(damaged(text, rng) if rng.random() < 0.3 else text)
+        there = [name for name in names if rng.random() < 0.95]
+        wanted = model.hub_files(there, lambda name: home / name)
+        assert set(wanted) <= set(there) and "onnx/model.safetensors" not in wanted
+
+    try_all(n, once)
+
+
+@pytest.mark.parametrize("n", [pytest.param(100, id="100"), SIZES[1]])
+def test_tokenizers(home, n):
+    """tokenizer.json and its settings: read as a whole tokenizer, or refused."""
+    byte_tokenizer().save_pretrained(home / "t")
+    file, settings = home / "t" / "tokenizer.json", home / "t" / "tokenizer_config.json"
+    whole, config = (json.loads(f.read_text("utf-8")) for f in (file, settings))
+    # its model's vocabulary apart, so that changes fall on all the rest
+    rest = {k: v for k, v in whole.items() if k != "model"}
+
+    def once(rng):
+        made = changed(rest, rng) if rng.random() < 0.8 else rest
+        text = json.dumps(made | {"model": whole["model"]} if isinstance(made, dict) else made)
+        content = text.encode()
+        file.write_bytes(damaged(content, rng) if rng.random() < 0.3 else content)
+        settings.write_text(json.dumps(changed(config, rng) if rng.random() < 0.3 else config))
+        found = model._tokenizer_of(home / "t")
+        (ids,) = corpus.encoder(found)(["a cat " * 40])
+        assert len(ids) >= 240 or found.backend_tokenizer.normalizer is not None
 
     try_all(n, once)

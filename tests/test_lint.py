@@ -1,9 +1,12 @@
 """The linters pass: ruff, snakefmt, and snakemake --lint but for what ALLOWED names."""
 
+import io
+import json
 import re
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -31,9 +34,56 @@ def test_ruff(command):
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+def test_every_text_file_is_utf8():
+    """No file is read or written in the encoding of somebody's locale."""
+    done = run(str(BIN / "ruff"), "check", "--preview", "--select", "PLW1514", "pipeline", "rules")
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 def test_snakefmt():
     done = run(str(BIN / "snakefmt"), "--check", "Snakefile", "rules", "pipeline/templates_paper")
     assert done.returncode == 0, done.stdout + done.stderr
+
+
+# What snakemake puts into the namespace of its files.
+GIVEN = "ancient config directory expand input multiext report rules shell temp workflow".split()
+
+
+def compiled() -> str:
+    """The Python that snakemake makes of its files, in the order in which they share names."""
+    from snakemake.parser import parse
+    from snakemake.sourcecache import infer_source_file
+
+    read = lambda f: Path(f.get_path_or_uri(secret_free=False)).read_text("utf-8")  # noqa: E731
+    cache = SimpleNamespace(open=lambda f: io.StringIO(read(f)))
+    files = [ROOT / "rules" / "common.smk", ROOT / "Snakefile"]
+    files += sorted({*(ROOT / "rules").glob("*.smk")} - {files[0]})
+    files += sorted((ROOT / "rules" / "papers").glob("*/*.smk"))
+    asked = SimpleNamespace(sourcecache=cache)
+    code = [parse(infer_source_file(f), asked, {})[0] for f in files]
+    return "\n".join(code)
+
+
+def test_rules_as_python(tmp_path):
+    """ruff on what snakemake makes of the rules: names defined twice or never, unused imports."""
+    file = tmp_path / "rules.py"
+    file.write_text(compiled(), encoding="utf-8")
+    config = f"builtins = {json.dumps(GIVEN)}"
+    done = run(
+        str(BIN / "ruff"), "check", "--isolated", "--no-cache", "--config", config, "--select",
+        "F,E7,E9,B006,B008,B023,PLW", "--ignore", "PLW2901", "--output-format", "concise", file,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+
+
+def test_every_helper_of_the_rules_is_used_and_named_once():
+    """A second definition would silently take the first one's place."""
+    text = (ROOT / "rules" / "common.smk").read_text("utf-8")
+    names = re.findall(r"^def (\w+)", text, re.M)
+    assert sorted(set(names)) == sorted(names)
+    everywhere = compiled()
+    unused = [n for n in names if len(re.findall(rf"\b{n}\b", everywhere)) < 2]
+    assert not unused
 
 
 def unexpected(said: str) -> list[str]:

@@ -5,6 +5,7 @@ import http.server
 import io
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -16,11 +17,13 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import byte_tokenizer, rewrite, stage
+from conftest import byte_tokenizer, environment, rewrite, stage
+from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from pipeline import fetch, gguf_llama, model, provenance, tables
 from pipeline.errors import RetraceError
+from pipeline.spec import ModelSpec
 
 # --- GGUF ----------------------------------------------------------------------------------
 
@@ -285,30 +288,51 @@ def test_a_hub_repository_out_of_the_cache(tmp_path):
 
 
 class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the hub's protocol as a download takes, on loopback: one model at one commit."""
+    """As much of the hub's protocol as a download takes, on loopback: models at one commit."""
 
-    files: dict[str, bytes] = {}  # noqa: RUF012
+    repos: dict[str, dict[str, bytes]] = {}  # noqa: RUF012
+    asked: list[str] = []  # noqa: RUF012
+    broken: set[str] = set()  # noqa: RUF012
     commit = "c" * 40
+    denied = {  # noqa: RUF012
+        "owner/missing": (404, "RepoNotFound"),
+        "owner/private": (401, ""),
+        "owner/gated": (403, "GatedRepo"),
+    }
 
     def do_GET(self) -> None:
         path = self.path.split("?")[0]
-        if path == f"/api/models/owner/tiny/revision/{self.commit}":
-            siblings = [{"rfilename": n, "size": len(b)} for n, b in self.files.items()]
-            about = {"id": "owner/tiny", "modelId": "owner/tiny", "sha": self.commit,
+        repo = "/".join(path.removeprefix("/api/models").split("/")[1:3])
+        files = self.repos.get(repo, {})
+        if repo in self.denied:
+            self.refuse(*self.denied[repo])
+        elif path == f"/api/models/{repo}/revision/{self.commit}":
+            siblings = [{"rfilename": n, "size": len(b)} for n, b in files.items()]
+            about = {"id": repo, "modelId": repo, "sha": self.commit,
                      "siblings": siblings, "cardData": {"license": "mit"}, "private": False,
                      "gated": False, "tags": [], "downloads": 0, "likes": 0}  # fmt: skip
             self.answer(json.dumps(about).encode(), "application/json")
-        elif path == f"/api/models/owner/tiny/tree/{self.commit}":
+        elif path == f"/api/models/{repo}/tree/{self.commit}":
             tree = [{"type": "file", "path": n, "size": len(b), "oid": "0" * 40}
-                    for n, b in self.files.items()]  # fmt: skip
+                    for n, b in files.items()]  # fmt: skip
             self.answer(json.dumps(tree).encode(), "application/json")
-        elif path.startswith(found := f"/owner/tiny/resolve/{self.commit}/"):
+        elif path.startswith(found := f"/{repo}/resolve/{self.commit}/"):
             name = path.removeprefix(found)
-            self.answer(self.files[name], "application/octet-stream", name)
+            if self.command == "GET" and name in self.broken:
+                return self.refuse(410, "")
+            if self.command == "GET":
+                self.asked.append(f"{repo}/{name}")
+            self.answer(files[name], "application/octet-stream", name)
         else:
-            self.send_error(404)
+            self.refuse(404, "RevisionNotFound")
 
     do_HEAD = do_GET
+
+    def refuse(self, status: int, code: str) -> None:
+        self.send_response(status)
+        self.send_header("X-Error-Code", code)
+        self.send_header("Content-Length", "0")
+        self.end_headers()
 
     def answer(self, body: bytes, kind: str, name: str = "") -> None:
         self.send_response(200)
@@ -325,26 +349,109 @@ class Hub(http.server.BaseHTTPRequestHandler):
         pass
 
 
-def test_a_model_of_a_hub_is_downloaded_at_its_commit(tiny_model, tmp_path, monkeypatch):
-    """The stage against a hub on loopback: what transformers needs, and nothing else."""
-    Hub.files = {p.name: p.read_bytes() for p in tiny_model.iterdir()}
-    Hub.files["pytorch_model.bin"] = b"pickle"
+@pytest.fixture
+def hub(tiny_model, tmp_path, monkeypatch):
+    """A hub on loopback with the tiny model as owner/tiny, and an empty cache."""
+    files = {p.name: p.read_bytes() for p in tiny_model.iterdir()}
+    Hub.repos, Hub.asked, Hub.broken = {"owner/tiny": files}, [], set()
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
         for name, value in {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
                             "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf"),
                             "HF_HUB_DISABLE_XET": "1"}.items():  # fmt: skip
             monkeypatch.setenv(name, value)
-        spec = {"source": "hub", "repo": "owner/tiny", "revision": Hub.commit}
-        out = tmp_path / "item"
-        stage("model", {"model": spec}, out=out / "model.json", checkpoint=out / "checkpoint")
+        yield Hub
         server.shutdown()
+
+
+FETCH = (  # names of repositories -> the folder and licence, or the sentence, of each
+    "import sys, pathlib; from pipeline import fetch, model\n"
+    "for name in sys.argv[1:]:\n"
+    "    at = f'owner/{name}', ('d' if name == 'other_commit' else 'c') * 40\n"
+    "    at = (at[0].replace('other_commit', 'tiny'), at[1])\n"
+    "    try: print(*fetch.from_hub(*at, [], pathlib.Path('x'), 'model', model.hub_files))\n"
+    "    except fetch.RetraceError as e: print(e)\n"
+)
+
+
+def fetched(*names: str, cwd: Path) -> list[str]:
+    """What from_hub gives for each repository, in a process that reads the environment anew."""
+    done = subprocess.run(
+        [sys.executable, "-c", FETCH, *names], env=environment(), cwd=cwd, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_a_model_of_a_hub_is_downloaded_once_at_its_commit(hub, tiny_model, tmp_path, monkeypatch):
+    """What transformers needs, and nothing else; another arm, without a network, finds it again."""
+    files = hub.repos["owner/tiny"]
+    extra = ("pytorch_model.bin", "consolidated.safetensors", "onnx/model.safetensors")
+    files |= dict.fromkeys(extra, b"not to be had") | {"README.md": b"---\nlicense: mit\n---\n"}
+    out = tmp_path / "item"
+    spec = {"source": "hub", "repo": "owner/tiny", "revision": Hub.commit}
+    stage("model", {"model": spec}, out=out / "model.json", checkpoint=out / "checkpoint")
+    wanted = {n for n in files if n not in extra and n != "generation_config.json"}
+    assert sorted(hub.asked) == sorted(f"owner/tiny/{n}" for n in wanted)  # each once
     info = tables.read_json(out / "model.json")
     assert info["source"]["revision"] == Hub.commit and info["licence"] == "mit"
-    assert not list(out.rglob("*.bin"))
     tokens = torch.arange(6)[None]
     want = AutoModelForCausalLM.from_pretrained(tiny_model)(tokens).logits
     assert torch.equal(model.load(out / "model.json").hf(tokens).logits, want)
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    (said,) = fetched("tiny", cwd=tmp_path)
+    assert said.endswith(f"snapshots/{Hub.commit} mit")
+    assert len(hub.asked) == len(wanted)
+
+
+def of_type(kind: str) -> bytes:
+    return json.dumps({"model_type": kind, "text_config": {}}).encode()
+
+
+def test_what_a_hub_refuses_is_told_before_weights_are_fetched(hub, tmp_path):
+    """Each fault has a sentence of its own, which names the repository and never a folder."""
+    tiny = hub.repos["owner/tiny"]
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    hub.repos |= {
+        "owner/pickled": {"config.json": of_type("llama"), "pytorch_model.bin": b"pickle"},
+        "owner/adapter": {"config.json": of_type("llama"), "adapter_model.safetensors": b"lora"},
+        "owner/bare": {k: tiny[k] for k in ("config.json", "model.safetensors")},
+        "owner/torn": {"config.json": of_type("llama"), "tokenizer.json": b"{}",
+                       "model.safetensors.index.json": json.dumps(index).encode()},
+        "owner/data": {"train.csv": b"x"},
+    }  # fmt: skip
+    kinds = ["bloom", "mamba", "gemma3", "mixtral"]
+    for kind in kinds:
+        hub.repos[f"owner/{kind}"] = {"config.json": of_type(kind), "model.safetensors": b"large"}
+    said = {
+        "missing": "the hub has no such model; correct its name, or, if it is private, `hf auth",
+        "private": "answers 401: there is no such repository, or it is private; .* `hf auth login`",
+        "gated": "gated; accept its terms on its page, then `hf auth login`",
+        "pickled": r"holds no model.safetensors, only pytorch_model.bin; pickled weights are never",
+        "adapter": r"holds no model.safetensors, only adapter_model.safetensors",
+        "bare": r"holds no tokenizer \(tokenizer.json",
+        "torn": "its model.safetensors.index.json names model-00001-of-00002.safetensors, which",
+        "data": "holds no config.json, so it is no model of transformers",
+        "other_commit": "the repository is there, but not its commit dddd",
+        **{k: f"its config.json: model type '{k}'.* has no hooks here; supported" for k in kinds},
+    }
+    sentences = fetched(*said, cwd=tmp_path)
+    for (name, pattern), sentence in zip(said.items(), sentences, strict=True):
+        name = name.replace("other_commit", "tiny")
+        assert re.search(f"^hub model owner/{name}@[cd]{{12}}: .*{pattern}", sentence), sentence
+        assert str(tmp_path) not in sentence
+    assert not [n for n in hub.asked if n.endswith((".safetensors", ".bin"))]
+
+
+def test_a_download_that_breaks_off_says_so(hub, tmp_path):
+    """Not that there is no network; and what had come is not fetched again."""
+    hub.broken = {"model.safetensors"}
+    (said,) = fetched("tiny", cwd=tmp_path)
+    assert "the download broke off" in said and "source: package" not in said
+    hub.broken = set()
+    assert f"snapshots/{Hub.commit}" in fetched("tiny", cwd=tmp_path)[0]
+    assert hub.asked.count("owner/tiny/config.json") == 1
 
 
 def test_a_folder_keeps_its_weights(tiny_model, tiny_model_json):
@@ -374,7 +481,6 @@ UP = "model.layers.1.mlp.up_proj.weight"
 @pytest.fixture
 def copied(tiny_model, tmp_path):
     """A copy of the tiny model's folder, and a function that replaces its tensors."""
-    from safetensors.torch import load_file, save_file
 
     folder = Path(shutil.copytree(tiny_model, tmp_path / "copied"))
 
@@ -420,7 +526,6 @@ def test_an_index_of_weights_stays_in_its_folder(copied, name, said):
 
 
 def test_weights_in_two_files_are_read(copied):
-    from safetensors.torch import load_file, save_file
 
     folder = copied[0]
     want = model._from_folder(folder, "auto").state_dict()
@@ -437,7 +542,6 @@ def test_weights_in_two_files_are_read(copied):
 
 
 def test_a_native_model_that_lacks_a_tensor_is_told(tmp_path):
-    from safetensors.torch import load_file, save_file
 
     from pipeline import untrained
     from pipeline.spec_training import Architecture
@@ -451,6 +555,14 @@ def test_a_native_model_that_lacks_a_tensor_is_told(tmp_path):
         model._from_folder(tmp_path, "auto")
 
 
+@pytest.mark.parametrize("kind", ["bloom", "mamba", "gemma3", "opt", ["llama"], None])
+def test_a_folder_of_a_type_without_hooks_is_told_before_it_is_read(kind, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind, "text_config": {}}))
+    spec = ModelSpec(source="folder", path=str(tmp_path))
+    with pytest.raises(RetraceError, match=r"model type .* has no hooks here; supported are llama"):
+        model.open_source(spec, tmp_path / "download", None)
+
+
 def test_a_folder_without_a_model(tmp_path):
     done = stage(
         "model",
@@ -460,8 +572,9 @@ def test_a_folder_without_a_model(tmp_path):
         checkpoint=tmp_path / "out" / "checkpoint",
     )
     assert done.returncode == 1
-    assert done.stderr.count("\n") == 1, done.stderr
-    assert f"error in stage model: {tmp_path}: not a causal LM" in done.stderr
+    *before, sentence = done.stderr.splitlines()
+    assert len(before) <= 1 and "checked: " in "".join(before)
+    assert f"error in stage model: {tmp_path}: not a causal LM" in sentence
     assert not list(tmp_path.glob("out/*"))
 
 

@@ -3,7 +3,14 @@
 import pytest
 import torch
 from conftest import byte_tokenizer
-from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
+from transformers import (
+    GPT2Config,
+    GPT2LMHeadModel,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+)
 
 from pipeline import direct_logit, eap, hooks
 from pipeline.errors import RetraceError
@@ -394,3 +401,45 @@ def test_faults_are_told():
     Other.config.model_type = "gpt_neox"
     with pytest.raises(RetraceError, match="has no heads here"):
         Heads(Other())
+
+
+def first(out):
+    """The stream of a module's output, which attention gives with its weights."""
+    return out[0] if isinstance(out, tuple) else out
+
+
+@pytest.mark.parametrize("length", [4, 5, 6, 7, 11])
+def test_a_sliding_window_is_the_models_own(length):
+    """Mistral with a window of 6: prompts shorter than it, as long, and longer."""
+    torch.manual_seed(0)
+    config = MistralConfig(
+        vocab_size=50, hidden_size=16, num_hidden_layers=3, num_attention_heads=4,
+        num_key_value_heads=2, intermediate_size=24, sliding_window=6, initializer_range=0.3,
+    )  # fmt: skip
+    hf = MistralForCausalLM(config).eval().requires_grad_(False)
+    draw = torch.Generator().manual_seed(1)
+    clean, corrupt = torch.randint(3, 50, (2, 2, length), generator=draw).tolist()
+    prompts = {"clean": clean, "corrupt": corrupt, "answer": [1, 2], "foil": [3, 4],
+               "positions": {"p": [1, 2]}}  # fmt: skip
+    nodes = [Node("resid", 1, position="p"), Node("attn", 1), Node("mlp", 0, position="p")]
+    modules = [hf.model.layers[0], hf.model.layers[1].self_attn, hf.model.layers[0].mlp]
+    with torch.no_grad():
+        pairs = Pairs.of(prompts, None, "cpu")
+        before = logit_diff(hf(pairs.base).logits, pairs)
+        found = activation_patching(Task(hf, pairs), nodes)
+        for node, module, got in zip(nodes, modules, found, strict=True):
+            kept = []
+            handle = module.register_forward_hook(lambda _, a, out, k=kept: k.append(first(out)))
+            hf(pairs.source)
+            handle.remove()
+            mask = pairs.mask(node.position)[..., None]
+
+            def replaced(_, args, out, new=kept[0], at=mask):
+                made = torch.where(at, new, first(out))
+                return (made, *out[1:]) if isinstance(out, tuple) else made
+
+            handle = module.register_forward_hook(replaced)
+            want = logit_diff(hf(pairs.base).logits, pairs) - before
+            handle.remove()
+            torch.testing.assert_close(got, want, **CLOSE)
+            assert want.abs().min() > 1e-3

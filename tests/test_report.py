@@ -130,8 +130,9 @@ def test_a_card_without_claims_figures_or_features(made_up):
         card = bare.model_dump(mode="json", exclude_unset=True)
         for optional in ("summary", "deviations", "contributions", "use_of_ai"):
             card.pop(optional)
-        none = pd.DataFrame(columns=["id", "verdict"])
-        tables.write_csv("empty.csv", none, provenance.certificate("claims", {}, "0" * 64, []))
+        nothing = pd.DataFrame(columns=["id", "verdict"])
+        made = provenance.certificate("claims", {}, "0" * 64, [])
+        tables.write_csv(root / "empty.csv", nothing, made)
         synthetic.call(
             "report",
             {"paper": "made_up", "scale": "laptop", "card": card},

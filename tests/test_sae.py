@@ -82,6 +82,7 @@ def store(folder: Path, x: np.ndarray, shard_rows: int = 700, dtype: str = "floa
     manifest = {
         "hooks": {HOOK: about},
         "skip_first": 1,
+        "prepend_bos": True,
         "n_ctx": 16,
         "model": "results/store/model/tiny-0123456789ab/model.json",
         "corpus": "results/store/corpus/made_up-0123456789ab/tokens.parquet",

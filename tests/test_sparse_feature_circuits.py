@@ -156,8 +156,8 @@ def made(tmp_path_factory) -> tuple[papers.Paper, dict[str, pd.DataFrame], Path]
     hf.save_pretrained(out / "checkpoint")
     TOKENIZER.save_pretrained(out / "checkpoint")
     about = {"processing": "raw", "bos_id": 0, "name": "tiny", "n_layers": 4}
-    (out / "model.json").write_text(json.dumps(about))
-    (out / "none.json").write_text("{}")
+    for name, data in (("model", about), ("none", {})):
+        tables.write_json(out / f"{name}.json", data, {"stage": "test"})
     units = {h: Latents(TopK(i), skip_first=1) for i, h in enumerate(HOOKS.values())}
     own = paper.spec.own["agreement"] | {"saes": list(HOOKS), "n_prompts": 6, "n_judged": 6}
     files = {t: out / f"{t}.parquet" for t in agreement.TABLES}
@@ -182,11 +182,12 @@ def test_curves_begin_at_none_and_end_at_the_model(made):
     curves = frames["agreement/curves"]
     kinds = set(curves["kind"])
     assert kinds == set(drawing.KINDS)
-    for (_, kind), rows in curves.groupby(["structure", "kind"]):
+    assert set(curves["seed"]) == {0, 1} and set(frames["agreement/graph_nodes"]["seed"]) == {0}
+    for (_, _, kind), rows in curves.groupby(["seed", "structure", "kind"]):
         assert rows["n_nodes"].min() == 0 and rows["faithfulness"].iloc[0] == 0
         if kind in ("latents", "neurons", "random", "random_nodes", "attribution"):
             assert rows["n_nodes"].max() > 16
-    for _, rows in curves.groupby("structure"):
+    for _, rows in curves.groupby(["seed", "structure"]):
         none = rows.loc[rows["n_nodes"] == 0]
         assert none["m"].max() - none["m"].min() < 1e-4
         m, whole = none["m"].iloc[0], none["m_without"].iloc[0]
@@ -215,6 +216,8 @@ def test_nodes_are_patched_and_edges_lead_upwards(made):
 def test_metrics_claims_and_figures(made):
     paper, frames, _ = made
     found = compute(dict(frames), known(parts(paper)), FOLDER / "metrics.py")
+    assert all(m["n"] == 2 for m in found.values())
+    assert len(set(found["latents.area.mean"]["values"])) == 2  # other prompts
     wanted = {n for c in paper.spec.claims for n in claims._wanted(c)}
     assert {n for n in wanted if not n.startswith("circuits.")} <= set(found)
     for name, figure in paper.spec.figures.items():
@@ -252,6 +255,24 @@ def test_the_graph_is_exported(made, structure):
     )
     assert len(made_of.nodes) == len(rows["graph_nodes"]) + 1
     assert len(made_of.links) == len(rows["graph_edges"]) > 0
+    said = rows["behaviour"][0]
+    assert made_of.nodes[-1].clerp == (
+        f'Output "{said["answer"]}" over "{said["foil"]}" (p={said["p_answer"]:.3f})'
+    )
+
+
+@pytest.mark.parametrize("structure", ["within_rc", "across_rc"])
+def test_the_probability_of_the_answer_is_a_softmax_of_two_logits(made, structure):
+    _, frames, out = made
+    table = frames["agreement/behaviour"].set_index("structure")
+    row = table.loc[structure]
+    hf = LlamaForCausalLM.from_pretrained(out / "checkpoint").eval()
+    text = prompts.draw(TOKENIZER, structure, 12, 0)
+    with torch.no_grad():
+        logits = hf(torch.tensor([[0, *text["clean"][0]]])).logits[0, -1]
+    two = logits[[text["answer"][0], text["foil"][0]]].softmax(0)
+    assert row["answer_id"] == text["answer"][0]
+    assert row["p_answer"] == pytest.approx(two[0].item(), rel=1e-4)
 
 
 class Stored:

@@ -124,6 +124,8 @@ def test_a_whole_paper_is_valid():
         ("attribution.prompts", {}, "attribution.prompts: "),
         ("circuits", {"prompts": "p", "methods": ["epa"]}, "circuits.methods.0: Input should be"),
         ("circuits", {"prompts": "p", "methods": ["eap", "eap"]}, "methods: 'eap' stands twice"),
+        ("circuits", {"prompts": "p", "seeds": [1, 2, 1]}, "circuits.seeds: seed 1 stands twice"),
+        ("circuits", {"prompts": "p", "seed": 3}, "unknown key 'seed' (did you mean 'seeds'?)"),
         ("circuits", {"prompts": "p", "without": ["rnd"]}, "circuits.without: unknown arm 'rnd'"),
         ("circuits", {"propmts": "p"}, "unknown key 'propmts' (did you mean 'prompts'?)"),
         ("corpus", None, "section activations needs a section corpus"),
@@ -215,3 +217,48 @@ def test_where_an_order_is_judged(over, judged):
 def test_a_value_is_judged_at_the_papers_scale_alone():
     claim = spec.Claim.model_validate(VALUE)
     assert [claim.judged_at(s) for s in spec_base.SCALES] == [False, False, True]
+
+
+@pytest.mark.parametrize(
+    ("grid", "said"),
+    [
+        ({"hook": ["blocks.0.hook_resid_post", "blocks.1.hook_resid_post"]},
+         "f: grid.hook.0: only numbers vary in a grid, got 'blocks.0.hook_resid_post'; write a"),
+        ({"k": 8}, "f: grid.k: Input should be a valid list, got '8'"),
+        ({"k": [True]}, "f: grid.k.0: only numbers vary in a grid, got 'True'"),
+        ([8, 16], "f: grid: Input should be a valid dictionary"),
+    ],
+)  # fmt: skip
+def test_a_grid_of_something_else_is_one_sentence(grid, said):
+    with pytest.raises(RetraceError) as e:
+        section = {"architecture": "topk", "hook": "h", "d_sae": 8, "k": 1, "grid": grid}
+        spec.parse(SaeSpec, section, "f")
+    assert said in str(e.value) and "\n" not in str(e.value) and "union" not in str(e.value)
+
+
+def test_nothing_of_a_model_trained_here_can_be_folded():
+    section = {"source": "training", "run": "r", "processing": "compatibility"}
+    with pytest.raises(RetraceError, match="trained here have nothing to fold, so write raw"):
+        spec.parse(spec.ModelSpec, section, "f")
+
+
+@pytest.mark.parametrize(
+    ("given", "want"),
+    [("false", False), ("true", True), ("False", False), ("0", False), ("no", False)],
+)
+def test_switches_of_the_command_line_mean_what_they_say(given, want):
+    """--config hub=false hands over the text 'false', which Python takes for true."""
+    from snakemake.cli import parse_config
+
+    raw = parse_config([f"{key}={given}" for key in ("hub", "strict", "keep_activations")])
+    config = spec.parse(spec.Config, {"papers": ["ioi"], **raw}, "config.yaml")
+    assert {config.hub, config.strict, config.keep_activations} == {want}
+
+
+@pytest.mark.parametrize("given", ["hub=maybe", "scale=12e45", "papers=[1]", "strict=", "papers="])
+def test_a_setting_of_the_command_line_that_is_none_is_one_sentence(given):
+    from snakemake.cli import parse_config
+
+    raw = {"papers": ["ioi"]} | parse_config([given])
+    with pytest.raises(RetraceError, match=rf"^config.yaml: {given.split('=')[0]}"):
+        spec.parse(spec.Config, raw, "config.yaml")

@@ -193,7 +193,7 @@ def options(**more):
     )  # fmt: skip
 
 
-JOB = SimpleNamespace(device=lambda: torch.device("cpu"), code="code", hardware="cpu")
+JOB = SimpleNamespace(torch_device=torch.device("cpu"), code="code", hardware="cpu")
 
 
 @pytest.fixture(scope="module")
@@ -283,18 +283,24 @@ class Recorded:
         self.one.whole = whole
         self.one.put_back(before)
 
+    def pool(self) -> None:
+        """Graphs of one dictionary share their memory."""
+
     def replay(self) -> None:
         """Writes where the first outcome lies, as a graph does."""
-        given, self.one.any_dead = self.one.any_dead, torch.tensor(self.with_dead)
+        given, self.one.room = self.one.room, self.room
         again = self.one.whole(self.one.x)
-        self.one.any_dead = given
+        self.one.room = given
         for name in ("loss", "mse", "l0", "fired"):
             getattr(self.outcomes[0], name).copy_(getattr(again, name))
 
 
 @pytest.mark.parametrize("broken", [False, True])
 def test_replayed_steps_are_the_plain_ones(truth, monkeypatch, broken):
-    """Two graphs, with AuxK and without, in turn; or none, where recording fails."""
+    """Two graphs, with AuxK and without, in turn; or none, where recording fails.
+
+    The room for dead latents is looked at after every step here: 3 steps of silence, a quarter.
+    """
     stream = world.Stream(world.Sampler(truth), batch_size=32, bulk=3, seed=0)
     given = options(dead_steps=3)
     pair = [
@@ -306,7 +312,7 @@ def test_replayed_steps_are_the_plain_ones(truth, monkeypatch, broken):
 
     def new_graph():
         made_graphs.append(Recorded(replayed, broken))
-        made_graphs[-1].with_dead = bool(replayed.any_dead)
+        made_graphs[-1].room = replayed.room
         return made_graphs[-1]
 
     aside = SimpleNamespace(wait_stream=lambda other: None)
@@ -315,10 +321,9 @@ def test_replayed_steps_are_the_plain_ones(truth, monkeypatch, broken):
         "current_stream": lambda: aside,
         "stream": lambda _: nullcontext(),
         "CUDAGraph": new_graph,
-        "graph": lambda g: g.graph(None),
+        "graph": lambda g, **_: g.graph(None),
     }.items():
         monkeypatch.setattr(torch.cuda, name, fake)
-    monkeypatch.setattr(recovery.learning, "AUX_EVERY", 2)
     for step, x in enumerate(stream.batches(0, 12)):
         if step in (6, 10):  # all alive again
             plain.silent.zero_(), replayed.silent.zero_()
@@ -326,43 +331,175 @@ def test_replayed_steps_are_the_plain_ones(truth, monkeypatch, broken):
         assert torch.equal(wanted.loss, got.loss) and torch.equal(wanted.fired, got.fired)
     for key, value in plain.tensors().items():
         assert torch.equal(value, replayed.tensors()[key]), key
-    assert [g.with_dead for g in made_graphs] == ([False] if broken else [False, True])
+    assert [g.room for g in made_graphs] == ([0] if broken else [0, 32])
     assert replayed.recording is not broken
 
 
-@pytest.mark.parametrize("name", ["batchtopk_true", "matryoshka_true"])
-def test_a_training_is_saelenss_on_the_same_samples(name, monkeypatch):
-    """SAELens's own trainer, AuxK included, ends at the same weights."""
-    monkeypatch.setattr(recovery.learning, "AUX_EVERY", 1)  # SAELens looks at every step
-    from sae_lens.config import LoggingConfig, SAETrainerConfig
-    from sae_lens.training.sae_trainer import SAETrainer
+AUTHORS = {  # released sweeps/common.py, sizes apart: SAELens's config class, and what is set in it
+    "batchtopk_true": ("BatchTopK", {"k": 4}),
+    "matryoshka_true": (
+        "MatryoshkaBatchTopK",
+        {"k": 4, "matryoshka_widths": [2, 8, 32, 64], "use_matryoshka_aux_loss": True},
+    ),
+    "matching_pursuit_true": (
+        "MatchingPursuit",
+        {"max_iterations": 4, "residual_threshold": 0, "decoder_init_norm": 1.0,
+         "stop_on_duplicate_support": False},
+    ),
+    "standard_true": ("Standard", {"l1_coefficient": 2.0}),
+    "jumprelu_true": (
+        "JumpReLU",
+        {"normalize_activations": "expected_average_only_in", "jumprelu_bandwidth": 1.0,
+         "jumprelu_init_threshold": 1.0, "decoder_init_norm": 0.5, "l0_coefficient": 1.0},
+    ),
+}  # fmt: skip
 
-    given = papers.load(FOLDER, "smoke").spec.model_dump(mode="json")["own"]["recovery"]
-    given |= {"dictionaries": {name: given["dictionaries"][name]}}
-    given |= {"dead_steps": 6}  # SAELens: more than 5 passes
-    options = recovery.Options.model_validate(given | {"n_samples": 60 * 128, "milestones": []})
-    how = {"batch_size": 128, "bulk": 4, "seed": 0}
-    stream = recovery.ground.Stream(
-        recovery.ground.Sampler(recovery.ground.build(options.world, torch.device("cpu"))), **how
+
+class Samples(torch.nn.Module):
+    """In the place of SAELens's FeatureDictionary, for samples that are drawn already."""
+
+    feature_vectors = torch.zeros(1)
+
+    def forward(self, x):
+        return x
+
+
+def recipe_of(name):
+    """A dictionary of the paper's scale with 64 latents, and without a controller."""
+    own = papers.load(FOLDER, "paper").spec.model_dump(mode="json")["own"]["recovery"]
+    small = {"d_sae": 64} | ({"k": 4} if "k" in own["dictionaries"][name] else {})
+    still = {n: 0 for n in ("target_l0", "start_share") if n in own["dictionaries"][name]}
+    return own["dictionaries"][name] | small | still
+
+
+def ran_by_saelens(name, batches, scaled_by, window):
+    """The weights after SAELens's own runner, on given batches.
+
+    Args:
+        scaled_by: batches that its estimate of the scale sees before.
+        window: steps of silence after which a latent is dead.
+    """
+    import sae_lens
+    from sae_lens.synthetic import SyntheticSAERunner, SyntheticSAERunnerConfig
+
+    kind, asked = AUTHORS[name]
+    config = getattr(sae_lens, f"{kind}TrainingSAEConfig")(d_in=32, d_sae=64, **asked)
+    first = scaled_by if config.normalize_activations != "none" else []
+    samples = iter([*first, *batches])
+    model = SimpleNamespace(
+        cfg=SimpleNamespace(hidden_dim=32),
+        feature_dict=Samples(),
+        activation_generator=lambda n: next(samples),
     )
-    ours, theirs = (recovery.learners(options, stream, options.world.d_model)[0] for _ in range(2))
-    rows = [x for i in range(15) for x in stream.draw(i)[0].split(128)]
-    seen_dead = []
-    for step, x in enumerate(rows):
-        seen_dead.append(int(ours.dead.sum()))
-        ours.step(x, step, None)
-    config = SAETrainerConfig(
-        total_training_samples=len(rows) * 128, train_batch_size_samples=128, device="cpu",
-        autocast=False, lr=options.lr, lr_end=options.lr, lr_scheduler_name="constant",
-        lr_warm_up_steps=0, lr_decay_steps=0, n_restart_cycles=1, adam_beta1=0.9, adam_beta2=0.999,
-        dead_feature_window=5, feature_sampling_window=1000, n_checkpoints=0,
-        save_final_checkpoint=False, checkpoint_path=None, logger=LoggingConfig(log_to_wandb=False),
+    given = SyntheticSAERunnerConfig(
+        synthetic_model="", sae=config, training_samples=len(batches) * 128, batch_size=128,
+        checkpoint_path=None, output_path=None, run_final_eval=False, dead_feature_window=window,
+        n_batches_for_norm_estimate=len(first), logger=sae_lens.LoggingConfig(log_to_wandb=False),
     )  # fmt: skip
-    SAETrainer(config, theirs.sae, iter(rows)).fit()
-    assert max(seen_dead) > 0  # AuxK was at work
-    for key, want in theirs.sae.state_dict().items():
-        off = ours.sae.state_dict()[key] - want
-        assert off.norm() <= 1e-5 * want.norm(), key
+    torch.manual_seed(0)
+    return SyntheticSAERunner(given, override_synthetic_model=model).run().sae.state_dict()
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", AUTHORS)
+def test_a_training_is_that_of_saelenss_runner(name):
+    """The authors' configs and SAELens's defaults on one side, our recipe on the other."""
+    smoke = papers.load(FOLDER, "smoke").spec.model_dump(mode="json")["own"]["recovery"]
+    options = recovery.Options.model_validate(
+        {
+            "tables": [], "world": smoke["world"], "n_samples": 60 * 128, "batch_size": 128,
+            "bulk": 4, "n_eval_samples": 1, "dead_steps": 5,
+            "dictionaries": {name: recipe_of(name)},
+        }
+    )  # fmt: skip
+    sampler = recovery.ground.Sampler(recovery.ground.build(options.world, torch.device("cpu")))
+    stream = recovery.ground.Stream(sampler, batch_size=128, bulk=4, seed=0)
+    (one,) = recovery.learners(options, stream, options.world.d_model)
+    rows = [x for i in range(15) for x in stream.draw(i)[0].split(128)]
+    most_dead = 0
+    for step, x in enumerate(rows):
+        most_dead = max(most_dead, int(one.dead.sum()))
+        one.step(x, step, None)
+    assert most_dead > 0 or ("topk" not in name and "matr" not in name)  # AuxK was at work
+    one.sae.fold_activation_norm_scaling_factor(one.scale)  # as the runner does at its end
+    want = ran_by_saelens(name, rows, rows[:4], window=5)
+    for key, theirs in want.items():
+        off = one.sae.state_dict()[key] - theirs
+        assert off.norm() <= 1e-5 * theirs.norm(), key
+
+
+def test_the_schedule_is_that_of_saelenss_runner():
+    from dataclasses import fields
+
+    from sae_lens.synthetic import SyntheticSAERunnerConfig
+
+    theirs = {f.name: f.default for f in fields(SyntheticSAERunnerConfig)}
+    ours = recovery.Options.model_fields
+    assert ours["lr"].default == theirs["lr"] and ours["batch_size"].default == theirs["batch_size"]
+    assert ours["dead_steps"].default == theirs["dead_feature_window"]
+    assert theirs["lr_scheduler_name"] == "constant" and theirs["lr_warm_up_steps"] == 0
+    own = papers.load(FOLDER, "paper").spec.model_dump(mode="json")["own"]["recovery"]
+    for name in ("lr", "batch_size", "dead_steps"):
+        assert own[name] == ours[name].default
+
+
+# --- parts ---------------------------------------------------------------------------------
+
+
+def few(**more):
+    """Three short dictionaries of two architectures, one of them with two seeds."""
+    some = {n: options().dictionaries[n] for n in ("batchtopk_true", "standard_true")}
+    parts = [
+        {"dictionaries": ["standard_true"], "seeds": [0]},
+        {"dictionaries": ["batchtopk_true"], "seeds": [0, 1]},
+    ]
+    given = {"n_samples": 320, "milestones": [], "dictionaries": some, "parts": parts} | more
+    return options(**{k: v if k != "dictionaries" else dict(v) for k, v in given.items()})
+
+
+def job_in(folder, given, train_only=False):
+    """A job of the stage with outputs in `folder`."""
+    paths = {t: str(folder / f"{t}.parquet") for t in recovery.TABLES}
+    args = SimpleNamespace(saes=str(folder / "saes"), train_only=train_only, **paths)
+    return SimpleNamespace(
+        args=args, code="code", hardware="cpu", device=lambda: torch.device("cpu"),
+        section=lambda *_: given, certificate=lambda *_, **more: {"stage": "recovery"} | more,
+    )  # fmt: skip
+
+
+def test_parts_joined_are_the_whole(tmp_path):
+    """Divided over two processes, of which one stops: the numbers of one job, seed by seed."""
+    both, seeds = few(), few(parts=[], seeds=[0, 1])
+    helper = job_in(tmp_path / "parts", both, train_only=True)
+    recovery.work(helper)
+    folder = tmp_path / "parts/saes.partial"
+    assert len(list(folder.glob("*/done"))) == 2 and not (tmp_path / "parts/saes").exists()
+    recovery.work(job_in(tmp_path / "parts", both))
+    recovery.work(job_in(tmp_path / "whole", seeds))
+    assert not folder.exists()
+    found, want = (
+        pd.read_parquet(tmp_path / n / "dictionaries.parquet") for n in ("parts", "whole")
+    )
+    order = ["dictionary", "seed"]
+    want = want[(want["dictionary"] != "standard_true") | (want["seed"] == 0)]
+    found, want = (t.sort_values(order).reset_index(drop=True) for t in (found, want))
+    pd.testing.assert_frame_equal(found, want)
+    saes = sorted(p.name for p in (tmp_path / "parts/saes").iterdir())
+    assert saes == ["batchtopk_true_seed0", "batchtopk_true_seed1", "standard_true_seed0"]
+
+
+def test_a_part_that_another_process_holds_is_left_alone(tmp_path):
+    import fcntl
+
+    given = few()
+    job = job_in(tmp_path, given, train_only=True)
+    first = tmp_path / "saes.partial" / recovery.key_of(given.divided()[0], job)[:12]
+    first.mkdir(parents=True)
+    with open(first / "lock", "w") as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        recovery.work(job)
+    done = [p.parent for p in (tmp_path / "saes.partial").glob("*/done")]
+    assert len(done) == 1 and done[0] != first
 
 
 # --- the card ------------------------------------------------------------------------------
@@ -375,6 +512,12 @@ def test_a_training_is_saelenss_on_the_same_samples(name, monkeypatch):
         ({"dictionaries": {"a": {"architecture": "topk", "k": 2, "d_sae": 8, "target_l0": 3}}},
          "topk takes its L0 from k"),
         ({"wrold": {}}, "did you mean 'world'"),
+        ({"parts": [{"dictionaries": ["gated_tru"]}]}, "did you mean 'gated_true'"),
+        ({"parts": [{"dictionaries": ["topk_true"]}]}, "none has dictionary"),
+        ({"parts": [{"dictionaries": ["topk_true"]}] * 2}, "none has dictionary"),
+        ({"dictionaries": {"a": {"architecture": "topk", "k": 2, "d_sae": 8}},
+          "parts": [{"dictionaries": ["a"]}, {"dictionaries": ["a"], "seeds": [1, 0]}]},
+         "'a' with seed 0 is in two"),
     ],
 )  # fmt: skip
 def test_bad_options_are_told_in_a_sentence(given, said):
@@ -383,30 +526,41 @@ def test_bad_options_are_told_in_a_sentence(given, said):
 
 
 def frame(rows):
-    base = dict.fromkeys(metrics.MEASURES, 0.5) | {"seed": 0, "true_l0": 3.0, "true_l0_first": 2.0}
-    columns = ("dictionary", "n_samples", "ended", "coefficient", "f1")
+    base = dict.fromkeys(metrics.MEASURES, 0.5) | {"true_l0": 3.0, "true_l0_first": 2.0}
+    columns = ("dictionary", "seed", "n_samples", "coefficient", "f1", "l0", "target_l0")
     return pd.DataFrame([base | dict(zip(columns, row, strict=True)) for row in rows])
 
 
-def test_dictionaries_are_compared_after_as_many_samples():
-    """The controller of `full` is not at its end where the others are."""
+def test_metrics_are_those_of_the_end_a_value_a_seed():
     nan = float("nan")
     table = frame(
         [
-            ("pursuit_true", 20, True, nan, 0.1),
-            ("batchtopk_true", 20, False, nan, 0.2),
-            ("batchtopk_true", 200, True, nan, 0.3),
-            ("full_true", 20, False, 1.0, 0.4),
-            ("full_true", 200, True, 1.0, 0.5),
-            ("standard_true", 20, True, 2.0, 0.6),
-            ("batchtopk_low", 200, True, nan, 0.7),
+            ("batchtopk_true", 1, 200, nan, 0.4, 25.0, 25.0),
+            ("batchtopk_true", 0, 20, nan, 0.2, 25.0, 25.0),
+            ("batchtopk_true", 0, 200, nan, 0.3, 25.0, 25.0),
+            ("standard_true", 0, 200, 2.0, 0.6, 27.2, 20.0),
         ]
     )
     found = metrics.metrics({"recovery/dictionaries": table})
-    assert found["batchtopk_true.f1"] == [0.3] and found["equal.batchtopk_true.f1"] == [0.2]
-    assert found["equal.pursuit_true.f1"] == [0.1] and found["equal.standard_true.f1"] == [0.6]
-    assert found["full_true.f1"] == [0.5] and found["equal.batchtopk_low.f1"] == [0.7]
-    assert "equal.full_true.f1" not in found and "batchtopk_true.coefficient" not in found
+    assert found["batchtopk_true.f1"].tolist() == [0.3, 0.4] and found["standard_true.f1"] == [0.6]
+    assert found["standard_true.l0_off"] == pytest.approx([0.36])
+    assert found["batchtopk_true.l0_off"].tolist() == [0, 0]
+    assert "batchtopk_true.coefficient" not in found and found["standard_true.coefficient"] == [2]
+
+
+def test_the_paper_scale_gives_every_dictionary_the_papers_samples():
+    """And three seeds to those that the paper is about, whose parts come first."""
+    own = papers.load(FOLDER, "paper").spec.model_dump(mode="json")["own"]["recovery"]
+    given = recovery.Options.model_validate(own)
+    assert {given.steps_of(r) for r in given.dictionaries.values()} == {200_000_000 // 1024}
+    seeds = {}
+    for part in given.parts:
+        for name in part.dictionaries:
+            seeds.setdefault(name, []).extend(part.seeds)
+    assert set(seeds) == set(given.dictionaries)
+    several = {n for n in seeds if sorted(seeds[n]) == [0, 1, 2]}
+    assert several >= {f"{n}_{l0}" for n in ("batchtopk", "matryoshka") for l0 in ("true", "low")}
+    assert set(given.parts[0].dictionaries) == {"batchtopk_true", "matryoshka_true"}
 
 
 def test_figure_and_claims_show_the_same_published_numbers():

@@ -95,7 +95,9 @@ def write(task: str, program: Any, vocabulary: set, folder: Path) -> None:
     folder = folder / task
     folder.mkdir(parents=True, exist_ok=True)
     save_file(weights(model, out), folder / "model.safetensors")
-    (folder / "config.json").write_text(json.dumps(config(model), indent=1) + "\n")
+    (folder / "config.json").write_text(
+        json.dumps(config(model), indent=1) + "\n", encoding="utf-8"
+    )
     tokens = sorted(model.input_encoder.encoding_map.items(), key=lambda item: item[1])
     about = {
         "task": task,
@@ -105,7 +107,7 @@ def write(task: str, program: Any, vocabulary: set, folder: Path) -> None:
         "made_with": {p: version(p) for p in PACKAGES},
         "sha256": provenance.sha256_file(folder / "model.safetensors"),
     }
-    (folder / "tracr.json").write_text(json.dumps(about, indent=1) + "\n")
+    (folder / "tracr.json").write_text(json.dumps(about, indent=1) + "\n", encoding="utf-8")
 
 
 def main() -> None:

@@ -5,8 +5,11 @@
    a CUDA graph and replayed: at 1,024 rows a step, launching its kernels one by one takes longer
    than running them. The first replay is held against the plain step, which is used where they
    differ or where nothing can be recorded.
-2. AuxK is left out while no latent is dead. The host looks every AUX_EVERY steps.
-3. `Tuner` moves the coefficient of standard, gated and jumprelu until L0 is what is asked for, as
+2. AuxK runs over as many latents as can be dead before the host looks again, a power of two, and
+   is left out while none can: one graph for each such room (pipeline/sae_train.py).
+3. Dictionaries may have CUDA streams of their own: a step's kernels are short, so those of several
+   dictionaries fill the GPU better than those of one. Their numbers do not depend on it.
+4. `Tuner` moves the coefficient of standard, gated and jumprelu until L0 is what is asked for, as
    the authors' released code does (synth-sae-bench-experiments, coefficient_autotuner).
 """
 
@@ -22,13 +25,12 @@ from pipeline import cli
 from pipeline.errors import RetraceError
 from pipeline.sae_sparse import Scratch
 from pipeline.sae_steps import Outcome
-from pipeline.sae_train import CLIP_NORM, Dictionary
+from pipeline.sae_train import Dictionary
 from pipeline.source import import_file
 from pipeline.spec import Section
 from pipeline.spec_sae import SaeTraining
 
 steps = import_file(Path(__file__).parent / "steps.py")
-AUX_EVERY = 100  # steps; a latent is dead after a thousand
 WARM_UP = 3  # plain steps before a graph is recorded, as PyTorch asks for
 # Of the norm of a parameter's change. Adam's first step has the sign of every gradient, however
 # small, so rounding shows; a step that is wrong is off by a half and more.
@@ -107,26 +109,33 @@ class Learner(Dictionary):
         self.device, self.scale = self.silent.device, scale
         self.tuner = Tuner(target, self.device) if target else None
         self.bad = torch.zeros((), dtype=torch.bool, device=self.device)
-        self.any_dead = torch.zeros((), dtype=torch.bool)
         self.own_step, self.scratch = own is not None, Scratch()
+        self.target_l0 = 0.0  # what the recipe asks for
         self.x: Tensor | None = None  # where every graph reads its batch
-        self.recorded: dict[bool, Any] = {}  # any_dead -> a graph and its Outcome, or None
+        self.stream: Any = None  # a CUDA stream of its own; None: the current one
+        self.recorded: dict[int, Any] = {}  # room of dead latents -> a graph and its Outcome
         self.recording = self.own_step and self.device.type == "cuda"
-        if self.recording:
-            self.adam.param_groups[0]["capturable"] = True
 
     def step(self, x: Tensor, step: int, scratch: Scratch) -> Outcome:
         """Train on one batch [batch d_in]; `step` counts from 0."""
-        if step % AUX_EVERY == 0:
-            self.any_dead = self.dead.any().cpu()
+        if self.stream is None:
+            return self._step(x, step)
+        self.stream.wait_stream(torch.cuda.current_stream())
+        x.record_stream(self.stream)  # its memory is not given away before it was read
+        with torch.cuda.stream(self.stream):
+            return self._step(x, step)
+
+    def _step(self, x: Tensor, step: int) -> Outcome:
+        if self.own_step and hasattr(self.sae.cfg, "aux_loss_coefficient"):
+            self._room_of_dead(step, len(x))
         if not self.recording:
             return self.whole(x)
-        with_dead = bool(self.any_dead)
-        if with_dead not in self.recorded:
-            self.recorded[with_dead] = self.record_graph(x)
+        room = self.room or 0
+        if room not in self.recorded:
+            self.recorded[room] = self.record_graph(x)
         if not self.recording:
             return self.whole(x)
-        graph, outcome = self.recorded[with_dead]
+        graph, outcome = self.recorded[room]
         self.x.copy_(x)
         graph.replay()
         return outcome
@@ -136,15 +145,17 @@ class Learner(Dictionary):
         given = {}
         for name in self.sae.get_coefficients():
             given[name] = self.tuner.coefficient() if self.tuner else self.coefficients(0)[name]
+        room = {"room": self.room} if self.own_step and self.room else {}
         outcome = self.gradients(
             self.sae,
             x * self.scale if self.scale != 1 else x,
-            dead=self.dead if bool(self.any_dead) or not self.own_step else None,
+            dead=self.dead if room or not self.own_step else None,
             coefficients=given,
             step=0,
             scratch=self.scratch,
+            **room,
         )
-        torch.nn.utils.clip_grad_norm_(self.trained.values(), CLIP_NORM)
+        self._clip()
         self.adam.step()
         if not self.own_step:
             self.adam.zero_grad()
@@ -170,7 +181,7 @@ class Learner(Dictionary):
         self.put_back(before)
         graph = torch.cuda.CUDAGraph()
         try:
-            with torch.cuda.graph(graph):
+            with torch.cuda.graph(graph, pool=self.pool(), stream=self.stream):
                 outcome = self.whole(self.x)
             graph.replay()
         except RuntimeError as e:
@@ -181,6 +192,10 @@ class Learner(Dictionary):
                 return self.without_graph(f"{name} is off by {off.item():.3g}", before)
         self.put_back(before)
         return graph, outcome
+
+    def pool(self) -> Any:
+        """The memory that this dictionary's graphs share; no two of them run at once."""
+        return next((graph.pool() for graph, _ in self.recorded.values()), None)
 
     def without_graph(self, why: str, before: dict[str, Tensor]) -> None:
         """Go on with plain steps."""
@@ -202,7 +217,9 @@ class Learner(Dictionary):
             tensor.copy_(before[name]) if name in before else tensor.zero_()
 
     def check(self) -> None:
-        """Raise where a loss was NaN or infinite."""
+        """Wait for the steps that were launched; raise where a loss was NaN or infinite."""
+        if self.stream is not None:
+            self.stream.synchronize()
         if self.bad:
             raise RetraceError(
                 f"dictionary '{self.name}': the loss is not finite; lower own.recovery.lr"
@@ -214,13 +231,20 @@ class Learner(Dictionary):
 
     def tensors(self) -> dict[str, Tensor]:
         """All that training changes, on the CPU, for a checkpoint."""
-        out = super().tensors() | {"any_dead": self.any_dead.clone(), "bad": self.bad.cpu()}
+        out = super().tensors() | {"bad": self.bad.cpu()}
         return out | ({"tuner": self.tuner.state.cpu()} if self.tuner else {})
 
     def restore(self, tensors: dict[str, Tensor]) -> None:
         """Take up what `tensors` gave."""
         super().restore(tensors)
-        self.any_dead = tensors["any_dead"].clone()
         self.bad.copy_(tensors["bad"])
         if self.tuner:
             self.tuner.state.copy_(tensors["tuner"])
+
+
+def overlap(some: list[Learner], n: int) -> None:
+    """Give dictionaries on a GPU one of n CUDA streams each, in turn; 1: they share the current."""
+    if n > 1 and some[0].device.type == "cuda":
+        streams = [torch.cuda.Stream() for _ in range(n)]
+        for i, one in enumerate(some):
+            one.stream = streams[i % n]

@@ -1,5 +1,4 @@
-"""Metrics of SynthSAEBench: `<dictionary>.<measure>` of a dictionary when its training ended, and
-`equal.<dictionary>.<measure>` where those of its L0 had all seen as many samples.
+"""Metrics of SynthSAEBench: `<dictionary>.<measure>` of a dictionary when its training ended.
 
 Names end in `_true` where L0 is that of the most frequent features, as many as there are latents
 (25 in the paper), and in `_low` where it is a fifth less (20). One value a seed.
@@ -12,9 +11,6 @@ import numpy as np
 METRICS = {
     "world.true_l0": "mean number of true features active in a sample",
     "world.true_l0_first": "the same of the first d_sae features, the most frequent ones",
-    "equal.*.n_samples": "training samples where dictionaries of one L0 are compared: the "
-    "milestone at which most of them can be, those left out whose coefficient is still to move",
-    "equal.*": "the measure of the name's end, after equal.<dictionary>.n_samples samples",
     "*.f1": "each latent is a classifier of its best feature (largest |cos| of decoder row and "
     "feature): F1 of 'the latent is not zero' against 'the feature is active' over all evaluation "
     "samples, 0 where neither is ever so; mean over latents",
@@ -27,13 +23,14 @@ METRICS = {
     "*.explained_variance": "1 - sum |x - x_hat|^2 / sum |x - mean|^2 over all evaluation samples",
     "*.shrinkage": "mean over samples of |x_hat| / |x|",
     "*.l0": "mean number of latents that are not zero in a sample",
+    "*.l0_off": "|l0 / target - 1|, the target being the L0 that the recipe asks for",
     "*.dead_share": "share of latents that no evaluation sample makes non-zero",
     "*.n_samples": "training samples",
     "*.coefficient": "of the sparsity penalty when training ended, where a controller moved it",
 }
 MEASURES = (
     "f1", "precision", "recall", "mcc", "uniqueness", "explained_variance", "shrinkage", "l0",
-    "dead_share", "n_samples", "coefficient",
+    "l0_off", "dead_share", "n_samples", "coefficient",
 )  # fmt: skip
 
 
@@ -43,7 +40,7 @@ def of_seeds(rows: Any) -> dict[str, np.ndarray]:
     Args:
         rows: one a seed.
     """
-    rows = rows.sort_values("seed")
+    rows = rows.sort_values("seed").assign(l0_off=(rows["l0"] / rows["target_l0"] - 1).abs())
     return {m: rows[m].to_numpy(float) for m in MEASURES if rows[m].notna().all()}
 
 
@@ -55,10 +52,4 @@ def metrics(tables: dict[str, Any]) -> dict[str, Any]:
     for name, rows in table.groupby("dictionary"):
         last = rows[rows["n_samples"] == rows["n_samples"].max()]
         out |= {f"{name}.{m}": v for m, v in of_seeds(last).items()}
-    fair = table[table["ended"] | table["coefficient"].isna()]  # a schedule is over where it ends
-    for _, level in fair.groupby(fair["dictionary"].str.rpartition("_")[2]):
-        there = level.groupby("n_samples")["dictionary"].nunique().sort_index()
-        chosen = there[there == there.max()].index[-1]
-        for name, rows in level[level["n_samples"] == chosen].groupby("dictionary"):
-            out |= {f"equal.{name}.{m}": v for m, v in of_seeds(rows).items()}
     return out

@@ -8,12 +8,16 @@ each recovers the true features (Chanin & Garriga-Alonso 2026).
    so those of equal training can be compared.
 4. Until all is done everything lies in `<saes>.partial/`, checkpoints and the tables of passed
    milestones among it: a killed job goes on there and ends with the same numbers.
+5. With `parts` the dictionaries are divided. A process takes the first part that no other holds;
+   several, one a GPU, may be started with the same arguments and --train-only. The one without
+   that flag waits for all parts and joins them.
 
 Tables: `dictionaries` has one row a dictionary, seed and milestone; `latents` one a latent of a
 finished dictionary, `features` one a true feature of it, `history` the batches of about a hundred
 steps. The folders in `saes` are SAELens's.
 """
 
+import fcntl
 import shutil
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -25,6 +29,7 @@ import pandas as pd
 from pydantic import Field, model_validator
 
 from pipeline import cli, provenance, tables
+from pipeline.errors import nearest
 from pipeline.source import import_file
 from pipeline.spec import Section
 from pipeline.spec_base import Name
@@ -38,7 +43,7 @@ TUNED = {"standard": "l1_coefficient", "gated": "l1_coefficient", "jumprelu": "l
 
 
 class Recipe(SaeSpec):
-    """One dictionary. The last five are options of SAELens that the paper sets."""
+    """One dictionary. The last are options of SAELens that the paper sets."""
 
     n_samples: int = Field(default=0, ge=0, description="0: as many as the stream has")
     target_l0: float = Field(
@@ -63,6 +68,16 @@ class Recipe(SaeSpec):
         return self
 
 
+class Part(Section):
+    """Dictionaries that share a process, its GPU and its stream; all parts draw the same samples.
+
+    Processes that are given the same folder divide the parts among them.
+    """
+
+    dictionaries: list[Name] = Field(min_length=1)
+    seeds: list[int] = Field(default=[0], min_length=1, description="of initial weights")
+
+
 class Options(Section):
     """Section own.recovery of paper.yaml."""
 
@@ -79,7 +94,13 @@ class Options(Section):
     seeds: list[int] = Field(default=[0], min_length=1, description="of initial weights")
     data_seed: int = Field(default=0, ge=0)
     dictionaries: dict[Name, Recipe] = Field(min_length=1)
-    checkpoint_seconds: float = Field(default=120.0, gt=0, exclude=True)
+    parts: list[Part] = Field(
+        default=[], description="in the order of their worth; default: one with all dictionaries"
+    )
+    checkpoint_seconds: float = Field(default=45.0, gt=0, exclude=True)
+    cuda_streams: int = Field(
+        default=1, ge=1, exclude=True, description="dictionaries whose steps may overlap on a GPU"
+    )
 
     @model_validator(mode="after")
     def _ends_in_order(self) -> "Options":
@@ -87,6 +108,28 @@ class Options(Section):
             if at > self.n_samples:
                 raise ValueError(f"{at} samples are more than the stream's {self.n_samples}")
         return self
+
+    @model_validator(mode="after")
+    def _parts_are_whole(self) -> "Options":
+        pairs = [(n, s) for part in self.parts for n in part.dictionaries for s in part.seeds]
+        names = {name for name, _ in pairs}
+        if wrong := sorted(names - set(self.dictionaries)):
+            known = list(self.dictionaries)
+            raise ValueError(f"parts: no dictionary '{wrong[0]}'{nearest(wrong[0], known)}")
+        if self.parts and (left := [n for n in self.dictionaries if n not in names]):
+            raise ValueError(f"parts: none has dictionary '{left[0]}'; name it in one")
+        if twice := {pair for pair in pairs if pairs.count(pair) > 1}:
+            name, seed = min(twice)
+            raise ValueError(f"parts: dictionary '{name}' with seed {seed} is in two; name it once")
+        return self
+
+    def divided(self) -> "list[Options]":
+        """One part each, in the order of their worth."""
+        rows = [
+            {"dictionaries": {n: self.dictionaries[n] for n in p.dictionaries}, "seeds": p.seeds}
+            for p in self.parts
+        ]
+        return [self.model_copy(update=row | {"parts": []}) for row in rows] or [self]
 
     def steps_of(self, recipe: Recipe) -> int:
         """Steps of a dictionary's whole training."""
@@ -117,7 +160,7 @@ def learners(options: Options, stream: Any, d_in: int) -> list[Any]:
             lr=options.lr,
             warmup_steps=0,
             decay_share=0,
-            dead_rows=options.dead_steps * options.batch_size,
+            dead_rows=(options.dead_steps + 1) * options.batch_size,  # silent for more than that
         )
         for seed in options.seeds:
             sae = build(
@@ -128,7 +171,9 @@ def learners(options: Options, stream: Any, d_in: int) -> list[Any]:
             ).to(stream.sampler.device)
             about = {"dictionary": name, "seed": seed, "architecture": recipe.architecture}
             own_scale = scale if recipe.normalize else 1.0
-            out.append(learning.Learner(about, sae, training, scale=own_scale, target=target))
+            one = learning.Learner(about, sae, training, scale=own_scale, target=target)
+            one.target_l0 = recipe.target_l0 or recipe.k
+            out.append(one)
     return out
 
 
@@ -162,7 +207,7 @@ def measured(some: list[Any], stream: Any, n: int, step: int) -> dict[str, pd.Da
     numbers, latents, features = [], [], []
     for one, recovery in zip(some, found, strict=True):
         key = {**one.about, "n_samples": n_samples}
-        ended = {"ended": one.n_steps == step}
+        ended = {"ended": one.n_steps == step, "target_l0": float(one.target_l0)}
         tuned = {} if one.tuner is None else {"coefficient": float(one.tuner.coefficient())}
         d_sae = len(recovery.matched)
         more = {"true_l0": rate.sum(), "true_l0_first": rate[:d_sae].sum(), "d_sae": d_sae}
@@ -195,6 +240,12 @@ def history(some: list[Any]) -> pd.DataFrame:
     return frame.astype({"step": "int64", "rows": "int64"})
 
 
+def key_of(options: Options, job: cli.Job) -> str:
+    """Digest of all that decides the result of a part."""
+    made_by = [job.code, job.hardware, provenance.versions()]
+    return provenance.digest([options.model_dump(mode="json"), made_by])
+
+
 def run(options: Options, job: cli.Job, partial: Path) -> tuple[list[Any], list[dict]]:
     """Train, or go on training, and measure: the learners, and the tables of every milestone."""
     import torch
@@ -202,15 +253,15 @@ def run(options: Options, job: cli.Job, partial: Path) -> tuple[list[Any], list[
     from pipeline.resume import Checkpoints
     from pipeline.sae_train import train
 
-    device = job.device()
+    device = job.torch_device
     torch.set_float32_matmul_precision("high")  # TF32, where the paper computes in bfloat16
     sampler = ground.Sampler(ground.build(options.world, device))
     how = {"batch_size": options.batch_size, "bulk": options.bulk, "seed": options.data_seed}
     stream = ground.Stream(sampler, **how)
     fresh = ground.Stream(sampler, **how, kind=ground.EVALUATION)
     some = learners(options, stream, options.world.d_model)
-    made_by = [job.code, job.hardware, provenance.versions()]
-    key = provenance.digest([options.model_dump(mode="json"), made_by])
+    learning.overlap(some, options.cuda_streams)
+    key = key_of(options, job)
     checkpoints, out = Checkpoints(partial, key), []
     done = checkpoints.load(some)
     total = options.ends()[-1] * options.batch_size
@@ -240,27 +291,80 @@ def finished(parts: list[dict], table: str) -> pd.DataFrame:
     return frame[frame["n_samples"] == last].drop(columns=["n_samples", "architecture"])
 
 
+def part(options: Options, job: cli.Job, folder: Path) -> None:
+    """Train and measure one part, and leave its tables and dictionaries in `folder`/done."""
+    from pipeline.sae import save
+
+    some, parts = run(options, job, folder)
+    made, writing = job.certificate([], seed=options.data_seed), folder / "writing-done"
+    shutil.rmtree(writing, ignore_errors=True)
+    found = {
+        "dictionaries": pd.concat([p["dictionaries"] for p in parts], ignore_index=True),
+        "latents": finished(parts, "latents"),
+        "features": finished(parts, "features"),
+        "history": history(some),
+    }
+    for name, frame in found.items():
+        tables.write_table(writing / f"{name}.parquet", frame, made)
+    for one in some:
+        save(one, writing / "saes" / one.name, one.scale, made)
+    writing.rename(folder / "done")
+    for old in folder.glob("step-*"):
+        shutil.rmtree(old)
+
+
+def take_part(options: Options, job: cli.Job, folder: Path, *, wait: bool) -> bool:
+    """Do one part, unless it is done or another process is at it; whether it is done now.
+
+    Args:
+        wait: for the other process.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with open(folder / "lock", "w") as lock:  # it ends with the process, killed or not
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            return False
+        if not (folder / "done").is_dir():
+            cli.log.info("part %s: %s", folder.name, ", ".join(options.dictionaries))
+            part(options, job, folder)
+    return True
+
+
+def join(folders: list[Path], job: cli.Job, made: dict) -> None:
+    """The stage's outputs out of all parts."""
+    for name in TABLES:
+        frames = [tables.read_table(f / "done" / f"{name}.parquet") for f in folders]
+        frame = pd.concat(frames, ignore_index=True)
+        tables.write_table(getattr(job.args, name), frame, made)
+    shutil.rmtree(job.args.saes, ignore_errors=True)
+    for folder in folders:
+        for one in sorted((folder / "done/saes").iterdir()):
+            shutil.copytree(one, Path(job.args.saes) / one.name)
+
+
+def work(job: cli.Job) -> None:
+    """The stage: every part, and with all of them done the outputs."""
+    options = job.section("own.recovery", Options)
+    job.torch_device = job.device()
+    partial = Path(f"{job.args.saes}.partial")
+    parts = [(one, partial / key_of(one, job)[:12]) for one in options.divided()]
+    for one, folder in parts:
+        take_part(one, job, folder, wait=False)
+    if job.args.train_only:
+        return
+    for one, folder in parts:
+        take_part(one, job, folder, wait=True)
+    join([f for _, f in parts], job, job.certificate([], seed=options.data_seed))
+    shutil.rmtree(partial, ignore_errors=True)
+
+
 def main() -> None:
     paths = {t: f"{t}.parquet" for t in TABLES} | {"saes": "folder of SAELens folders"}
     parser = cli.parser("recovery", __doc__, **paths)
-
-    def work(job: cli.Job) -> None:
-        from pipeline.sae import save
-
-        options = job.section("own.recovery", Options)
-        partial = Path(f"{job.args.saes}.partial")
-        some, parts = run(options, job, partial)
-        made = job.certificate([], seed=options.data_seed)
-        every = pd.concat([p["dictionaries"] for p in parts], ignore_index=True)
-        tables.write_table(job.args.dictionaries, every, made)
-        for name in ("latents", "features"):
-            tables.write_table(getattr(job.args, name), finished(parts, name), made)
-        tables.write_table(job.args.history, history(some), made)
-        shutil.rmtree(job.args.saes, ignore_errors=True)
-        for one in some:
-            save(one, Path(job.args.saes) / one.name, one.scale, made)
-        shutil.rmtree(partial, ignore_errors=True)
-
+    parser.add_argument(
+        "--train-only", action="store_true", help="do the parts that no process is at, no more"
+    )
     cli.run("recovery", parser.parse_args(), work)
 
 

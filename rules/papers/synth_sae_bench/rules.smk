@@ -1,10 +1,13 @@
-# All dictionaries of the paper, trained on one stream of samples and measured, in one job.
+# All dictionaries of the paper, trained on one stream of samples and measured, in one job. The job
+# takes one GPU; at the paper's scale, its command started once more a GPU, with --train-only added,
+# divides the work.
 rule synth_sae_bench_recovery:
     input:
         stage=own_file_of("recovery.py"),
         world=own_file_of("world.py"),
         learner=own_file_of("learner.py"),
         steps=own_file_of("steps.py"),
+        pursuit=own_file_of("pursuit.py"),
         measures=own_file_of("measures.py"),
     output:
         dictionaries="results/{scale}/{paper}/recovery/dictionaries.parquet",
@@ -25,7 +28,15 @@ rule synth_sae_bench_recovery:
         gpu=1,
     params:
         spec=spec_of("own.recovery"),
-        code=code_of("recovery", "recovery.py", "world.py", "learner.py", "steps.py", "measures.py"),
+        code=code_of(
+            "recovery",
+            "recovery.py",
+            "world.py",
+            "learner.py",
+            "steps.py",
+            "pursuit.py",
+            "measures.py",
+        ),
     shell:
         "{PYTHON:q} {input.stage:q} --spec {params.spec:q} --code {input:q}"
         " --dictionaries {output.dictionaries:q} --latents {output.latents:q}"

@@ -20,21 +20,29 @@ matching_pursuit  Takes the latent with the largest product with the residual, s
                 over; encoder and decoder are one (Costa et al. 2025).
 """
 
+from functools import cache
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from pipeline.sae_sparse import Dense, Scratch, Sparse
+from pipeline.sae_sparse import Dense, Scratch, Sparse, largest
 from pipeline.sae_steps import Gradients, Outcome
+from pipeline.source import import_file
 
 
 @torch.no_grad()
 def batchtopk(
-    sae: Any, x: Tensor, *, dead: Tensor | None, coefficients: dict, step: int, scratch: Scratch
-) -> Outcome:
-    """One batch of a BatchTopKTrainingSAE or a MatryoshkaBatchTopKTrainingSAE."""
+    sae: Any, x: Tensor, *, dead: Tensor | None, coefficients: dict, step: int, scratch: Scratch,
+    room: int | None = None,
+) -> Outcome:  # fmt: skip
+    """One batch of a BatchTopKTrainingSAE or a MatryoshkaBatchTopKTrainingSAE.
+
+    Args:
+        room: the most latents that may be dead; default: all of them.
+    """
     xc, norm = x - sae.b_dec, sae.W_dec.norm(dim=1)
     pre = torch.addmm(sae.b_enc, xc, sae.W_enc)
     scores = pre * norm
@@ -55,7 +63,7 @@ def batchtopk(
         own_level = getattr(sae.cfg, "use_matryoshka_aux_loss", False)
         parts = zip(levels, residuals, strict=True) if own_level else _last(sae, residuals)
         for level, r in parts:
-            loss = loss + _auxk(sae, pre, scores, r, dead, level, g, W_dec)
+            loss = loss + _auxk(sae, pre, scores, r, dead, level, g, W_dec, room)
     _store(sae, xc, g, W_dec, pulls[0])
     mse = residuals[-1].pow(2).sum() / len(x)
     return Outcome(loss, mse, kept.sum() / len(x), kept.any(0))
@@ -63,10 +71,11 @@ def batchtopk(
 
 def _batch_largest(sae: Any, scores: Tensor) -> Tensor:
     """The k B largest entries above zero: bool [batch d_sae]. Moves SAELens's running threshold."""
-    n = int(sae.cfg.k * len(scores))
-    least = scores.flatten().topk(n, sorted=False).values.min()
+    best = largest(scores.view(1, -1), int(sae.cfg.k * len(scores)))[0]
+    least = best.min().clamp(min=0)
+    # strictly above zero, and not below the smallest of the best
     kept = (scores >= least) & (scores > 0)
-    lowest = scores.masked_fill(~kept, torch.inf).min().double()
+    lowest = best.masked_fill(best <= 0, torch.inf).min().double()
     rate = sae.cfg.topk_threshold_lr
     moved = (1 - rate) * sae.topk_threshold + rate * lowest
     sae.topk_threshold.copy_(torch.where(lowest.isinf(), sae.topk_threshold, moved))
@@ -98,9 +107,12 @@ def _last(sae: Any, residuals: list[Tensor]) -> list[tuple[slice, Tensor]]:
 
 def _auxk(
     sae: Any, pre: Tensor, scores: Tensor, r: Tensor, dead: Tensor, level: slice, g: Tensor,
-    W_dec: Tensor,
+    W_dec: Tensor, room: int | None,
 ) -> Tensor:  # fmt: skip
     """AuxK's loss of one level (pipeline/sae_steps.py, 5); its gradients are added to g and W_dec.
+
+    The products run over `room` latents, the dead ones among them, so that a step costs what its
+    dead latents do and no shape depends on how many they are.
 
     Args:
         pre, scores, g: [batch d_sae].
@@ -109,16 +121,21 @@ def _auxk(
         W_dec: [d_sae d_in], a gradient.
     """
     k_aux, dead = r.shape[1] // 2, dead[level]
-    among = scores[:, level].masked_fill(~dead, -torch.inf)
-    best = among.topk(min(k_aux, len(dead)), sorted=False)
-    kept = torch.zeros_like(scores[:, level]).scatter_(1, best.indices, 1.0) * dead
-    acts = pre[:, level] * kept
+    at = (~dead).byte().sort(stable=True).indices[: min(room or len(dead), len(dead))]
+    on = dead[at]  # the others fill the room, with a value of zero
     share = (dead.sum() / k_aux).clamp(max=1.0)  # none dead in a level: no loss
+    at = at + level.start
+    acts, kept = pre[:, at], on.to(pre.dtype)
+    if len(at) > k_aux:
+        among = scores[:, at].masked_fill(~on, -torch.inf)
+        kept = torch.zeros_like(acts).scatter_(1, largest(among, k_aux)[1], 1.0) * kept
+    acts = acts * kept
+    weights = sae.W_dec[at]
     coefficient = sae.cfg.aux_loss_coefficient * share / len(pre)
-    error = torch.addmm(r, acts, sae.W_dec[level])
+    error = torch.addmm(r, acts, weights)
     d = error * (2 * coefficient)
-    W_dec[level] += acts.T @ d
-    g[:, level] += (d @ sae.W_dec[level].T) * kept
+    W_dec.index_add_(0, at, acts.T @ d)
+    g.index_add_(1, at, (d @ weights.T) * kept)
     return error.pow(2).sum() * coefficient
 
 
@@ -186,28 +203,41 @@ def matching_pursuit(
     |r_k|^2 / B, and back through a step, with G the gradient in r_(t+1) and a = -w_i . G where
     v_t > 0: w_i gets a r_t - v_t G, and r_t gets G + a w_i.
     """
-    r, steps = x - sae.b_dec, []
-    acts = torch.zeros(len(x), sae.cfg.d_sae, device=x.device)
-    for _ in range(sae.cfg.max_iterations):
-        at = (r @ sae.W_dec.T).argmax(1)
-        w = sae.W_dec[at]
+    xc, k = x - sae.b_dec, sae.cfg.max_iterations
+    given = pursuit().pursue(xc, sae.W_dec, k) if x.is_cuda else _pursue(xc, sae.W_dec, k)
+    at, values, r, terms, pull = given
+    acts = torch.zeros(len(x), sae.cfg.d_sae, device=x.device).scatter_add_(1, at, values)
+    entries = torch.arange(at.numel(), device=x.device)
+    support = Sparse(at.flatten(), entries, (at.numel(), sae.cfg.d_sae))
+    sae.W_dec.grad = support.gather(torch.ones_like(values).flatten(), terms.flatten(0, 1))
+    sae.b_dec.grad = -pull.sum(0)
+    on, mse = acts > 0, r.pow(2).sum() / len(x)
+    return Outcome(mse, mse, on.sum() / len(x), on.any(0))
+
+
+def _pursue(xc: Tensor, W_dec: Tensor, k: int) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    """`pursue` of pursuit.py in PyTorch: the same arguments, and what comes back."""
+    r, steps = xc, []
+    for _ in range(k):
+        at = (r @ W_dec.T).argmax(1)
+        w = W_dec[at]
         v = (r * w).sum(1, keepdim=True).relu()
-        acts.scatter_add_(1, at[:, None], v)
         steps.append((at, v, r))
         r = torch.addcmul(r, v, w, value=-1)
-    mse, G, terms = r.pow(2).sum() / len(x), r * (2 / len(x)), []
+    G, terms = r * (2 / len(xc)), []
     for at, v, before in reversed(steps):
-        w = sae.W_dec[at]
+        w = W_dec[at]
         a = -(w * G).sum(1, keepdim=True) * (v > 0)
         terms.append(a * before - v * G)
         G = torch.addcmul(G, a, w)
-    at, rows = torch.cat([at for at, _, _ in reversed(steps)]), torch.cat(terms)
-    entries = torch.arange(len(at), device=x.device)
-    support = Sparse(at, entries, (len(at), sae.cfg.d_sae))
-    sae.W_dec.grad = support.gather(torch.ones_like(rows[:, 0]), rows)
-    sae.b_dec.grad = -G.sum(0)
-    on = acts > 0
-    return Outcome(mse, mse, on.sum() / len(x), on.any(0))
+    latents, values, _ = zip(*steps, strict=True)
+    return torch.stack(latents, 1), torch.cat(values, 1), r, torch.stack(terms[::-1], 1), G
+
+
+@cache
+def pursuit() -> Any:
+    """The module of the kernels, which needs Triton."""
+    return import_file(Path(__file__).parent / "pursuit.py")
 
 
 STEPS = {
