@@ -211,7 +211,8 @@ def _sources(file: Path, certificate: dict, base: Path, out: Report) -> list[str
 
 def _claims(file: Path, certificate: dict, base: Path, out: Report) -> list[str]:
     """Faults of verdicts that do not follow from metrics.json."""
-    from pipeline import claims, source, tables
+    from pipeline import source, tables
+    from pipeline.judge import judge
     from pipeline.spec import Claim
 
     name = next(iter(certificate["inputs"]))
@@ -222,7 +223,8 @@ def _claims(file: Path, certificate: dict, base: Path, out: Report) -> list[str]
     try:
         values = tables.read_json(metrics)["metrics"]
         stated = [Claim.model_validate(c) for c in spec["claims"]]
-        found = [claims.judge(claim, values, spec["scale"]) for claim in stated]
+        budgets = spec.get("budgets", {})
+        found = [judge(claim, values, spec["scale"], budgets) for claim in stated]
     except (*BROKEN, RetraceError) as e:
         out.notes.append(f"{file}: not judged again ({str(e).splitlines()[0]})")
         return []
