@@ -44,6 +44,7 @@ rule all:
     default_target: True
     input:
         targets(),
+        products_of(*RUN.config.papers),
 
 
 for name in RUN.available:  # `snakemake -c2 grokking`
@@ -52,4 +53,4 @@ for name in RUN.available:  # `snakemake -c2 grokking`
         name:
             target(name)
         input:
-            f"results/{RUN.config.scale}/{name}/report.html",
+            products_of(name),

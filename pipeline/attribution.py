@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pipeline import cli, splice, tables, tokens
 from pipeline import model as models
-from pipeline.agreement import correlation
+from pipeline.agreement import agreement
 from pipeline.errors import RetraceError
 from pipeline.evaluation import load_saes
 from pipeline.spec import AttributionSpec, Prompt
@@ -180,11 +180,14 @@ def _quality(row: dict, frame: dict, nodes: dict, errors: dict) -> dict[str, flo
     for key, suffix in (("attribution", ""), ("attribution_ig", "_ig")):
         latents = float(nodes[key].sum())
         estimate, exact = frame[key][done], frame["exact"][done]
+        found = agreement(estimate, exact)
         out |= {
             f"sum_latents{suffix}": latents,
             f"error_term{suffix}": errors[key],
             f"completeness_gap{suffix}": (latents + errors[key] - change) / abs(change),
-            f"ablation_correlation{suffix}": correlation(estimate, exact),
+            f"ablation_correlation{suffix}": found.pearson,
+            f"ablation_spearman{suffix}": found.spearman,
+            f"ablation_correlation_without_largest{suffix}": found.without_largest,
             f"sign_agreement{suffix}": float(np.mean(np.sign(estimate) == np.sign(exact))),
         }
     return out

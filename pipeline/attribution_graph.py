@@ -4,8 +4,9 @@
 
 1. Nodes and edges of a graph's tables, with the tokens of one prompt, become `nodes` and `links`.
 2. All is checked against the format before it is written: what Neuronpedia's graph-schema.json
-   asks for (apps/webapp/app/api/graph), and beyond it that ids are unique, links join nodes, and
-   positions lie in the prompt.
+   asks for (apps/webapp/app/api/graph), and beyond it that ids are unique, links join nodes,
+   positions lie in the prompt, and a logit's label ends in its probability, without which
+   circuit-tracer's page (0.5.0) draws nothing.
 
 A graph of ours may have several sites in a layer, the format has one. So `feature` is the latent's
 number plus SITE times the place of its site in the layer, and error terms are -1, -2, …; the label
@@ -13,6 +14,7 @@ number plus SITE times the place of its site in the layer, and error terms are -
 that nodes as strong or stronger have. Latents have the type that readers draw as features.
 """
 
+import re
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -64,6 +66,13 @@ class GraphNode(Section):
     influence: float | None = Field(default=None, ge=0, le=1)
     activation: float | None = None
     is_target_logit: bool = False
+    token_prob: float | None = Field(default=None, ge=0, le=1)
+
+    @model_validator(mode="after")
+    def _label(self) -> "GraphNode":
+        if self.feature_type == LOGIT and not re.search(r"\(p=[01]\.\d{3}\)$", self.clerp):
+            raise ValueError(f"label '{self.clerp}' of a logit does not end in '(p=0.123)'")
+        return self
 
 
 class Link(Section):
@@ -121,7 +130,7 @@ def build(
     Args:
         nodes: rows with name, layer, kind, number, position, activation, effect, tokens, logits.
         edges: rows with source, target, effect; the target may be 'logits'.
-        prompt: example (text), tokens, answer, foil and answer_id of one prompt.
+        prompt: example (text), tokens, answer, foil, answer_id and p_answer of one prompt.
         model: model.json.
 
     Raises:
@@ -156,8 +165,10 @@ def build(
             "ctx_idx": last,
             "feature_type": LOGIT,
             "jsNodeId": f"L_{prompt['answer_id']}-{last}",
-            "clerp": f"logit of '{prompt['answer']}' minus logit of '{prompt['foil']}'",
+            "clerp": f'Output "{prompt["answer"]}" over "{prompt["foil"]}" '
+            f"(p={prompt['p_answer']:.3f})",
             "is_target_logit": True,
+            "token_prob": prompt["p_answer"],
         }
     )
     strongest = sorted(range(len(nodes)), key=lambda i: -abs(effects[i]))[:PINNED]
@@ -193,7 +204,9 @@ def metadata(
         "prompt": prompt["example"],
         "info": {
             "description": "A sparse feature circuit (Marks et al. 2024): effects and activations "
-            "are means over prompts of one template, of which this is the first. feature is the "
+            "are means over prompts of one template, of which this is the first. The logit node is "
+            "the answer's logit minus the foil's; its p is the answer's probability where only the "
+            "two can follow, on this prompt. feature is the "
             f"latent's number plus {SITE} times the place of its site among those of the layer.",
             "generator": {"name": "retrace", "version": version},
         },

@@ -19,7 +19,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from pipeline import gpus, intact, provenance, source, spec
+from pipeline import gpus, intact, kills, provenance, source, spec
 from pipeline.errors import RetraceError, trace_file, trace_lines, unexpected
 
 log = logging.getLogger("retrace")
@@ -34,20 +34,30 @@ class Job:
         self.code = source.job_code(stage, args.code)
         self.hardware = ""
 
-    def check_inputs(self) -> None:
-        """RetraceError where a file that is to be read is not as it was written."""
+    def check_inputs(self) -> str:
+        """What was read to check the job's inputs, and how long it took.
+
+        Raises:
+            RetraceError: a file that is to be read is not as it was written.
+        """
         started = time.monotonic()
-        given = [v for k, v in vars(self.args).items() if k not in ("spec", "code", "device")]
+        given = {k: v for k, v in vars(self.args).items() if k not in ("spec", "code", "device")}
         files, size = intact.check_inputs(given, self.stage)
         took = time.monotonic() - started
-        log.info("checked: %d files, %.1f MiB in %.2f s", files, size / 2**20, took)
+        return f"{took:.2f} s to check {files} files of {size / 2**20:.1f} MiB"
 
     def section(self, key: str, cls: type[BaseModel]) -> Any:
         """The section `key` of --spec, validated."""
         return spec.parse(cls, self.spec[key], f"--spec of stage {self.stage}")
 
     def certificate(self, inputs: list, **more: Any) -> dict:
-        """A birth certificate, see `provenance.certificate`."""
+        """A birth certificate, see `provenance.certificate`.
+
+        With the state of the paper's folder, where a file of it takes part.
+        """
+        yaml = getattr(self.args, "paper", "") or getattr(self.args, "yaml", "")
+        if own := [*filter(None, [yaml]), *self.args.code]:
+            more["paper"] = provenance.paper_state(str(Path(own[0]).resolve().parent))
         return provenance.certificate(
             self.stage, self.spec, self.code, inputs, self.hardware, **more
         )
@@ -96,12 +106,14 @@ def parser(stage: str, doc: str | None, **paths: str) -> argparse.ArgumentParser
         out.add_argument(f"--{name.replace('_', '-')}", help=text.rstrip("*"), **many)
     out.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
     out.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
+    out.add_argument("--paper", default="", help="paper.yaml, of whose folder git is asked")
     out.add_argument("--code", nargs="*", default=[], help="the paper's own .py files, if any")
     return out
 
 
 def run(stage: str, args: argparse.Namespace, work: Callable[[Job], None]) -> None:
     """Do a stage's work; log what it cost; turn a fault into one sentence and exit code 1."""
+    kills.end_with_parent()
     started = time.monotonic()
     startup = _seconds_since_start()
     logging.basicConfig(
@@ -109,7 +121,7 @@ def run(stage: str, args: argparse.Namespace, work: Callable[[Job], None]) -> No
     )
     try:
         job = Job(stage, args)
-        job.check_inputs()
+        checked = job.check_inputs()
         work(job)
     except RetraceError as e:
         _fail(stage, str(e))
@@ -124,7 +136,9 @@ def run(stage: str, args: argparse.Namespace, work: Callable[[Job], None]) -> No
         _fail(stage, unexpected(e, _keep_trace(stage)))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     took = time.monotonic() - started
-    log.info("done: %.1f s of work, %.1f s to start, peak %.2f GiB", took, startup, peak)
+    log.info(
+        "done: %.1f s of work, %.1f s to start, peak %.2f GiB; %s", took, startup, peak, checked
+    )
 
 
 def _fail(stage: str, sentence: str) -> None:

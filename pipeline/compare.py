@@ -54,6 +54,8 @@ def environment(certificates: Iterable[dict[str, Any]]) -> dict[str, str]:
         git = made["git"]
         facts = {"retrace": made["retrace"], "device": made["device"]}
         facts["commit"] = git["commit"][:12] + ("+" if git["dirty"] else "")
+        if made.get("paper"):
+            facts["commit of the paper"] = provenance.commits({"git": made["paper"]})
         facts |= made["versions"] | {f"code of {made['stage']}": made["code"][:12]}
         for key, value in facts.items():
             if value:

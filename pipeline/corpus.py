@@ -257,6 +257,16 @@ def _same_text(tokenizer: dict, found: text.Text, file: str) -> None:
         )
 
 
+def check_fits(streams: dict[str, Stream], info: dict, file: str) -> None:
+    """RetraceError where a token has no row in the embedding of the model that is to read it."""
+    largest = max((int(s.tokens.max()) for s in streams.values() if len(s.tokens)), default=0)
+    if largest >= info.get("d_vocab", largest + 1):
+        raise RetraceError(
+            f"{file}: its tokenizer gives token {largest}, but the model's vocabulary ends at "
+            f"{info['d_vocab'] - 1}; give the tokenizer that the model was trained with"
+        )
+
+
 def main() -> None:
     parser = cli.parser(
         "corpus", __doc__, tokenizer="model.json of the model or tokenizer that is used",
@@ -271,11 +281,13 @@ def main() -> None:
         found = text.read(spec, Path(f"{args.out}.partial"))
         _same_text(info, found, args.tokenizer)
         streams = split(found.texts, spec, encoder(tokenizer), eos_id, found.name)
+        check_fits(streams, info, args.tokenizer)
         if spec.shuffle:
             streams = shuffled(streams, spec.seed)
         made = job.certificate(
             [args.tokenizer],
             n_ctx=spec.n_ctx,
+            prepend_bos=spec.prepend_bos,
             bos_id=info["bos_id"],
             seed=spec.seed,
             **found.certificate(),

@@ -6,12 +6,14 @@ what the model loses when its stream is replaced by the reconstruction.
    the definition is in metrics.py).
 2. On `evaluation.n_splice_blocks` held-out blocks the model runs from the hook on with x_hat, with
    zero and with the mean in place of x (Gao et al. 2024, Sec. 4.1, "downstream loss"). Tokens that
-   no dictionary has seen (positions below `skip_first`, norms above `max_norm`) keep x.
+   no dictionary has seen (positions below `skip_first`, norms above `max_norm`) keep x. One more
+   pass has zero at every position: that is the ablation of SAELens and SAEBench.
 3. A transcoder reads x at its hook and is judged by y at its output hook: y_hat against y, and
    spliced in there.
 4. The splice is checked: x_hat + (x - x_hat) must leave the loss as it was.
 """
 
+import copy
 from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
@@ -29,6 +31,7 @@ from pipeline.spec import EvaluationSpec
 N_OUTLIERS = 4  # SmolLM2: four dimensions hold 58 % of the variance at layer 8 (measured)
 BLOCKS_A_PASS = 8
 ROWS_A_PASS = 4096  # also the rows of a batch's mean in explained_variance_legacy
+NEUTRAL = 0.5  # nats above uniform that an untrained model may have (SmolLM2's draw: 0.1 to 0.5)
 TINY = 1e-12  # a row of zeros has a cosine and a ratio of zero
 SPEC_COLUMNS = (
     "architecture k d_sae l1_coefficient l0_coefficient aux_loss_coefficient frozen_decoder seed "
@@ -188,6 +191,12 @@ class Splicer:
         self.d_in, self.d_out = seen[hook].shape[-1], seen[self.at].shape[-1]
         self.known = [splice.known(x, skip_first, max_norm) for x in self.streams]
 
+    def everywhere(self) -> "Splicer":
+        """This one, but replacing x at every position; what counts in the losses is as before."""
+        out = copy.copy(self)
+        out.known = [torch.ones_like(known) for known in self.known]
+        return out
+
     def given(self, x: Tensor) -> Tensor:
         """Of x [tokens d], what a dictionary is given."""
         return x[:, : self.d_in]
@@ -231,7 +240,8 @@ class Splicer:
 
 
 def spliced_losses(splicer: Splicer, saes: dict, mean: Tensor) -> dict[str, dict[str, float]]:
-    """loss_model, loss_zero, loss_mean, loss_spliced, what follows from them, KL and splice_check.
+    """loss_model, loss_zero, loss_zero_all, loss_mean, loss_spliced, what follows from them, KL and
+    splice_check.
 
     Args:
         mean: of the rows that are reconstructed, [d_out].
@@ -242,6 +252,8 @@ def spliced_losses(splicer: Splicer, saes: dict, mean: Tensor) -> dict[str, dict
     model, zero, average, *measured = splicer.measure([target, *ablations, *hats.values()])
     base = {"loss_model": model[0], "loss_zero": zero[0], "loss_mean": average[0]}
     base["kl_zero"] = zero[1]
+    _, whole = splicer.everywhere().measure([target, ablations[0]])
+    base["loss_zero_all"], base["kl_zero_all"] = whole
     first = splicer.loss(target, n_batches=1)
     out = {}
     for (name, hat), (spliced, kl) in zip(hats.items(), measured, strict=True):
@@ -260,6 +272,18 @@ def spliced_losses(splicer: Splicer, saes: dict, mean: Tensor) -> dict[str, dict
         }
         cli.log.info("%s: delta loss %.4f", name, out[name]["delta_loss"])
     return out
+
+
+def warn_unless_neutral(loss: float, d_vocab: int, model: str) -> None:
+    """A word to the log where a model does worse than a uniform guess.
+
+    Its parts then do harm and ablation lowers the loss, so that it is no null arm for losses.
+    """
+    if loss > np.log(d_vocab) + NEUTRAL:
+        cli.log.warning(
+            "%s: its loss of %.2f nats is above that of a uniform guess, ln %d = %.2f; weights: "
+            "init gives a neutral null arm", model, loss, d_vocab, np.log(d_vocab),
+        )  # fmt: skip
 
 
 def eval_tokens(corpus: str | Path, n_blocks: int) -> Tensor:
@@ -306,6 +330,9 @@ def evaluate(job: cli.Job, manifest: str) -> list[dict]:
     splicer = Splicer(hf, hook, tokens, stored["skip_first"], max_norm, output_hook)
     mean = torch.tensor(moments.mean, dtype=torch.float32, device=device)
     losses = spliced_losses(splicer, saes, mean)
+    if losses:
+        loss_model = next(iter(losses.values()))["loss_model"]
+        warn_unless_neutral(loss_model, hf.config.vocab_size, job.args.model)
     return [
         {"sae": name}
         | {c: trained["saes"][name]["spec"].get(c) for c in SPEC_COLUMNS}

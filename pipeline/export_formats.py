@@ -2,8 +2,8 @@
 
 * SAELens's folder (sae-lens 6.54): cfg.json and sae_weights.safetensors, shapes by architecture.
 * SAEBench's core result (sae-bench 0.6.0, evals/core/eval_output_schema_core.json).
-* Feature details as Neuronpedia's attribution graphs and circuit-tracer 0.1.0 read them
-  (circuit_tracer/frontend/feature_models.py).
+* Feature details as Neuronpedia's attribution graphs and circuit-tracer 0.5.0 read them
+  (circuit_tracer/frontend/feature_models.py; its page counts 100 quantile_values).
 """
 
 from typing import Annotated, Any, Literal
@@ -35,9 +35,19 @@ class SaeLensMetadata(BaseModel):
 
     model_name: str = Field(min_length=1)
     hook_name: str = Field(min_length=1)
+    hook_name_bridge: str = Field(min_length=1)
+    hook_name_out: str | None = Field(default=None, min_length=1)
+    hook_name_out_bridge: str | None = Field(default=None, min_length=1)
     context_size: int = Field(ge=1)
+    prepend_bos: bool
     dataset_path: str = Field(min_length=1)
-    seqpos_slice: list[int | None] = Field(min_length=1)
+    seqpos_slice: list[int | None] = Field(description="slice(*this) is what was trained on")
+
+    @model_validator(mode="after")
+    def _slice(self) -> "SaeLensMetadata":
+        if len(self.seqpos_slice) != 2 or (self.seqpos_slice[0] or 0) < 0:
+            raise ValueError(f"seqpos_slice is {self.seqpos_slice}, and not [first position, null]")
+        return self
 
 
 class SaeLensConfig(BaseModel):
@@ -210,6 +220,13 @@ class FeatureDetails(Section):
     bottom_logits: list[str]
     act_min: float
     act_max: float
-    quantile_values: list[float]
+    quantile_values: list[float] = Field(description="percentiles 1 to 100; none if silent")
     histogram: list[float]
     activation_frequency: Share
+
+    @model_validator(mode="after")
+    def _percentiles(self) -> "FeatureDetails":
+        values = self.quantile_values
+        if len(values) not in (0, 100) or values != sorted(values):
+            raise ValueError(f"quantile_values: {len(values)} values, not 100 that rise")
+        return self

@@ -4,10 +4,11 @@
     snakemake results/<scale>/<paper>/exports/<arm>.<dictionary>/saebench_core.json
     snakemake results/<scale>/<paper>/exports/<arm>.<dictionary>/neuronpedia
 
-* `saelens`: its folder, as `SAE.load_from_disk` reads it.
+* `saelens`: its folder, as `SAE.load_from_disk` reads it, and a card (export_card.py).
 * `saebench_core.json`: what stage evaluation measured, under SAEBench's names. `explained_variance`
   and `mse` are ours (metrics.py): SAEBench 0.6.0's own subtract the square of a mean square from
-  the variance, and divide by the number of tokens twice. Its time is the evaluation table's.
+  the variance, and divide by the number of tokens twice. Its ablation is SAEBench's: zero at every
+  position, those included that the reconstruction spares. Its time is the evaluation table's.
 * `neuronpedia`: one JSON a latent of stage features.
 
 All is checked against its format before it is written (export_formats.py).
@@ -24,8 +25,9 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ValidationError
 
-from pipeline import cli, provenance, tables
+from pipeline import cli, metrics, provenance, tables
 from pipeline.errors import RetraceError, nearest
+from pipeline.export_card import card
 from pipeline.export_formats import CoreResult, FeatureDetails, SaeLensConfig, check_weights
 from pipeline.spec_base import Section, sentence
 
@@ -82,13 +84,15 @@ def core_metrics(row: dict[str, Any], n_ctx: int, weights: dict) -> dict[str, di
     often = [f"{n}freq_over_{p}_percent" for n in ("", "normalized_") for p in (1, 10)]
     return {
         "model_behavior_preservation": {
-            "kl_div_score": (row["kl_zero"] - row["kl_spliced"]) / row["kl_zero"],
-            "kl_div_with_ablation": row["kl_zero"],
+            "kl_div_score": (row["kl_zero_all"] - row["kl_spliced"]) / row["kl_zero_all"],
+            "kl_div_with_ablation": row["kl_zero_all"],
             "kl_div_with_sae": row["kl_spliced"],
         },
         "model_performance_preservation": {
-            "ce_loss_score": row["loss_recovered_zero"],
-            "ce_loss_with_ablation": row["loss_zero"],
+            "ce_loss_score": metrics.loss_recovered(
+                row["loss_model"], row["loss_spliced"], row["loss_zero_all"]
+            ),
+            "ce_loss_with_ablation": row["loss_zero_all"],
             "ce_loss_with_sae": row["loss_spliced"],
             "ce_loss_without_sae": row["loss_model"],
         },
@@ -118,6 +122,20 @@ def core_metrics(row: dict[str, Any], n_ctx: int, weights: dict) -> dict[str, di
     }
 
 
+def quantile_values(histogram: np.ndarray, largest: float) -> list[float]:
+    """The 1st to 100th percentile of a latent's non-zero activations; none of a silent latent.
+
+    Args:
+        histogram: counts in bins of equal width from 0 to `largest`; inside a bin the activations
+            count as evenly spread, so a percentile is right to within a bin.
+    """
+    counts = np.concatenate([[0], np.cumsum(histogram)])
+    if not counts[-1]:
+        return []
+    edges = np.linspace(0, largest, len(counts))
+    return np.interp(np.arange(1, 101) / 100 * counts[-1], counts, edges).tolist()
+
+
 def feature_details(row: dict[str, Any], sae: str) -> dict[str, Any]:
     """Neuronpedia's details of a latent, out of a row of the features table."""
     return {
@@ -141,7 +159,7 @@ def feature_details(row: dict[str, Any], sae: str) -> dict[str, Any]:
         "bottom_logits": [pair["token"] for pair in row["bottom_logits"]],
         "act_min": 0.0,
         "act_max": row["max_act"],
-        "quantile_values": [],
+        "quantile_values": quantile_values(row["histogram"], row["max_act"]),
         "histogram": [float(n) for n in row["histogram"]],
         "activation_frequency": row["density"],
     }
@@ -166,11 +184,16 @@ def _whole(folder: str | Path) -> Iterator[Path]:
 
 
 def saelens(job: cli.Job, export: Export) -> None:
-    """Copy the folder, byte for byte; provenance.json names what it was copied from."""
-    folder, _, _ = dictionary(job.args.sae, export.sae)
-    made = job.certificate([job.args.sae, *sorted(folder.iterdir())])
-    with _whole(job.args.out) as out:
+    """Copy the folder, byte for byte, and add a card; provenance.json names what it is made of."""
+    args = job.args
+    folder, config, _ = dictionary(args.sae, export.sae)
+    made = job.certificate([args.sae, args.model, *sorted(folder.iterdir())])
+    named = {"paper": export.paper, "arm": export.arm, "sae": export.sae}
+    text = card(config, tables.read_json(args.model), folder=args.out, named=named)
+    with _whole(args.out) as out:
         copies = [Path(shutil.copy2(file, out)) for file in sorted(folder.iterdir())]
+        copies.append(out / "README.md")
+        copies[-1].write_text(text, encoding="utf-8")
         files = {copy.name: provenance.sha256_file(copy) for copy in copies}
         tables.write_json(out / "provenance.json", {"files": files}, made)
 
@@ -181,6 +204,7 @@ def saebench(job: cli.Job, export: Export) -> None:
     folder, config, weights = dictionary(args.sae, export.sae)
     row = tables.read_table(args.table).set_index("sae").loc[export.sae].to_dict()
     made, about = job.certificate([args.sae, args.table]), config.metadata
+    first = about.seqpos_slice[0] or 0
     result = {
         "eval_config": {
             "model_name": about.model_name,
@@ -190,7 +214,7 @@ def saebench(job: cli.Job, export: Export) -> None:
             "n_eval_sparsity_variance_batches": 1,
             "dataset": about.dataset_path,
             "context_size": about.context_size,
-            "exclude_special_tokens_from_reconstruction": about.seqpos_slice[0] > 0,
+            "exclude_special_tokens_from_reconstruction": about.prepend_bos and first > 0,
         },
         "eval_id": str(uuid.uuid5(uuid.NAMESPACE_URL, provenance.digest(made["inputs"]))),
         "datetime_epoch_millis": int(Path(args.table).stat().st_mtime * 1000),
@@ -200,7 +224,10 @@ def saebench(job: cli.Job, export: Export) -> None:
         "sae_lens_release_id": export.paper,
         "sae_lens_version": importlib.metadata.version("sae-lens"),
         "sae_cfg_dict": _without_certificate(folder / "cfg.json"),
-        "eval_result_unstructured": {},
+        "eval_result_unstructured": {
+            "tokens": f"Positions below {first} are neither reconstructed nor counted; every other "
+            "position is, where SAEBench leaves out BOS, EOS and padding wherever they stand."
+        },
     }
     checked = validated(CoreResult, result, f"{args.table}: {export.sae}")
     tables.write_json(args.out, checked.model_dump(mode="json"), made)
@@ -236,6 +263,7 @@ def main() -> None:
         out="folder or file to write",
     )
     parser.add_argument("--table", help="of evaluation (saebench) or of features (neuronpedia)")
+    parser.add_argument("--model", help="model.json (saelens)")
 
     def work(job: cli.Job) -> None:
         export = job.section("export", Export)

@@ -28,6 +28,16 @@ Side = Literal["input", "output"]
 # In the order in which a layer computes them.
 LAYER_HOOKS = ("hook_resid_pre", "hook_attn_out", "hook_resid_mid", "mlp.hook_post",
                "hook_mlp_out", "hook_resid_post")  # fmt: skip
+# What TransformerBridge calls a hook itself, every family alike; the names above are its aliases.
+BRIDGE_NAMES = {
+    "hook_embed": "embed.hook_out",
+    "hook_resid_pre": "hook_in",
+    "hook_attn_out": "attn.hook_out",
+    "hook_resid_mid": "ln2.hook_in",
+    "mlp.hook_post": "mlp.out.hook_in",
+    "hook_mlp_out": "mlp.hook_out",
+    "hook_resid_post": "hook_out",
+}
 
 
 @dataclass(frozen=True)
@@ -92,6 +102,15 @@ def hook_names(hf: nn.Module) -> list[str]:
     layer = [h for h in LAYER_HOOKS if h not in without]
     n_layers = len(hf.get_submodule(family(hf).layers))
     return ["hook_embed", *(f"blocks.{i}.{h}" for i in range(n_layers) for h in layer)]
+
+
+def bridge_name(hook: str) -> str:
+    """TransformerBridge's own name of a hook: blocks.8.hook_out for blocks.8.hook_resid_post.
+
+    SAELens's SAETransformerBridge (6.54) ignores aliases in run_with_hooks and run_with_cache.
+    """
+    layer, at = re.fullmatch(r"(blocks\.\d+\.|)(.+)", hook).groups()
+    return layer + BRIDGE_NAMES.get(at, at)
 
 
 def check(hf: nn.Module, hook: str) -> None:

@@ -11,10 +11,12 @@ a file that was replaced as a whole, certificate and all: that is what `verify` 
 of later results for.
 """
 
+import contextlib
 import hashlib
 import json
 import os
 import re
+import time
 from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
@@ -28,6 +30,9 @@ FORMAT = 2  # of certificates: those with a seal
 SEAL = re.compile(rb'\bseal\\?": ?\\?"([0-9a-f]{64})\\?"')  # also inside a string of JSON
 # Kinds of files that carry a certificate, unless a manifest lists them.
 KINDS = {".parquet", ".safetensors", ".json", ".html", ".csv", ".js"}
+MEASURED = {"costs.html", "run.json"}  # what a run took, which no two share; they carry none
+NOTED = 1 << 20  # bytes of a file above which its digest is worth a note
+RACY = 2.0  # seconds; file systems keep dates to 2 s (FAT) or better
 AGAIN = "delete it, then run snakemake again"
 
 
@@ -108,7 +113,53 @@ def _sha256_of(path: str, stamp: tuple) -> str:
     return provenance.sha256_file(path)
 
 
+def broken(path: Path, certificate: dict[str, Any] | None = None) -> str:
+    """What is wrong with a sealed file; blank where nothing is."""
+    start, value = _place(path)
+    told = (certificate or {}).get("seal", value)
+    if value != told or _sha256(path, start) != value:
+        return f"{path}: changed since stage {(certificate or {}).get('stage', 'release')} wrote it"
+    return ""
+
+
+def noted_sha256(file: Path, notes: Path) -> str:
+    """sha256 of a file; that of a large one is remembered in the folder `notes`.
+
+    A note holds the file's stamp and a digest of itself. It is not used where the stamp is another,
+    where it is damaged, or where the file had changed less than RACY seconds before it was read: a
+    second change might then have left the stamp as it is.
+    """
+    stamp = stamp_of(file)
+    note = notes / provenance.digest(str(file.absolute()), 24)
+    if known := _noted(note, stamp):
+        return known
+    sha = provenance.sha256_file(file)
+    if stamp[2] > NOTED and time.time() - max(stamp[3:]) / 1e9 > RACY and stamp == stamp_of(file):
+        with contextlib.suppress(OSError):  # then it is computed again
+            notes.mkdir(parents=True, exist_ok=True)
+            about = {"file": list(stamp), "sha256": sha}
+            temporary = note.with_name(f".{note.name}.{os.getpid()}.tmp")
+            temporary.write_text(json.dumps({**about, "note": provenance.digest(about)}))
+            temporary.replace(note)
+    return sha
+
+
+def _noted(note: Path, stamp: tuple) -> str:
+    """The digest that a note holds; blank where it is not of this stamp, or damaged."""
+    try:
+        about = json.loads(note.read_text(encoding="utf-8"))
+        whole = about.pop("note") == provenance.digest(about)
+        return about["sha256"] if whole and tuple(about["file"]) == stamp else ""
+    except (OSError, ValueError, LookupError, TypeError, AttributeError):
+        return ""
+
+
 # --- what is wrong with a file -------------------------------------------------------------
+
+
+def is_certified(file: Path) -> bool:
+    """Whether files of this kind carry a certificate, unless a manifest lists them."""
+    return file.suffix in KINDS and file.name not in MEASURED
 
 
 def certified(file: Path) -> Path:
@@ -126,11 +177,12 @@ def faults(path: Path, certificate: dict[str, Any] | None) -> list[str]:
         return [f"{path}: carries no certificate, though files of its kind do"]
     holder = path.with_name(f"{path.name}.json") if path.suffix == ".csv" else path
     if "seal" in certificate or "certificate" in certificate:
-        start, value = _place(holder)
-        if value != certificate.get("seal") or _sha256(holder, start) != value:
-            return [f"{holder}: changed since stage {certificate.get('stage')} wrote it"]
+        if fault := broken(holder, {"seal": "", **certificate}):
+            return [fault]
         if holder == certified(holder):
             return []
+    if not certified(path).is_file():
+        return [f"{certified(path)}: missing, though its certificate {path.name} is here"]
     said = certificate.get("content")  # certificates of before seals, and CSV
     if not said or said != provenance.content_digest(certified(path)):
         stage = certificate.get("stage")
@@ -138,11 +190,11 @@ def faults(path: Path, certificate: dict[str, Any] | None) -> list[str]:
     return []
 
 
-def members(file: Path, but: str = "") -> list[str]:
+def members(file: Path, wanted: Iterable[str] | None = None) -> list[str]:
     """Faults of the files that a manifest lists under `files` (name -> sha256).
 
     Args:
-        but: files below this folder are not looked at.
+        wanted: names of those that are looked at, shards left out; None for all, shards as well.
     """
     if file.suffix != ".json":
         return []
@@ -150,20 +202,20 @@ def members(file: Path, but: str = "") -> list[str]:
     for name in files:
         if Path(name).is_absolute() or ".." in Path(name).parts:
             return [f"{file}: lists {name}, which lies outside its folder"]
-    if not any((file.parent / name).is_file() for name in files):
-        folders = {Path(name).parts[0] for name in files}
-        if folders == {"shards"}:
-            return []  # keep_activations: false
-    wanted = {n: s for n, s in files.items() if not (but and Path(n).parts[0] == but)}
-    present = {n: s for n, s in wanted.items() if (file.parent / n).is_file()}
-    out = [
-        f"{file.parent / n}: missing, though {file} lists it" for n in wanted if n not in present
-    ]
-    return out + [
+    gone = {n for n in files if not (file.parent / n).is_file()}
+    if gone == set(files) and all(map(_is_shard, files)):
+        return []  # keep_activations: false
+    names = list(files) if wanted is None else [n for n in wanted if not _is_shard(n)]
+    return [f"{file.parent / n}: missing, though {file} lists it" for n in names if n in gone] + [
         f"{file.parent / n}: changed since {file} was written"
-        for n, sha in present.items()
-        if sha256_once(file.parent / n) != sha
+        for n in names
+        if n not in gone and sha256_once(file.parent / n) != files[n]
     ]
+
+
+def _is_shard(name: str) -> bool:
+    """Whether a manifest's file is a shard of activations, which `shards.Rows` checks."""
+    return Path(name).parts[0] == "shards"
 
 
 def check_alone(path: str | Path) -> None:
@@ -177,34 +229,40 @@ def _check_alone(name: str, stamp: tuple) -> None:
         raise RetraceError(f"{found[0]}; {AGAIN}")
 
 
-def check(path: Path) -> int:
+def check(path: Path, weights: bool = True) -> int:
     """Compare a file and those that it lists with their digests; the bytes that were read for it.
+
+    Args:
+        weights: False for a job that reads a model's tokenizer and not its weights.
 
     Raises:
         RetraceError: the file, or one that it lists, is not as it was written.
     """
     check_alone(path)
-    if found := members(path, but="shards"):
+    if path.suffix != ".json":
+        return path.stat().st_size
+    listed = json.loads(path.read_text(encoding="utf-8")).get("files", {})
+    wanted = [n for n in listed if weights or not n.endswith(".safetensors")]
+    if found := members(path, wanted):
         raise RetraceError(f"{found[0]}; delete {path.parent}, then run snakemake again")
-    listed = (
-        json.loads(path.read_text(encoding="utf-8")).get("files", {})
-        if path.suffix == ".json"
-        else {}
-    )
-    read = [path, *(path.parent / n for n in listed if Path(n).parts[0] != "shards")]
+    read = [path, *(path.parent / n for n in wanted if not _is_shard(n))]
     return sum(p.stat().st_size for p in read)
 
 
-def check_inputs(values: Iterable[Any], stage: str) -> tuple[int, int]:
+def check_inputs(given: dict[str, Any], stage: str) -> tuple[int, int]:
     """Check every certified file among a job's arguments: the number of files, and of bytes.
 
     Args:
-        values: paths, lists of paths, and whatever else the command line held.
+        given: option -> a path, a list of paths, or whatever else the command line held.
         stage: files of this stage are outputs, made by an earlier call; they are left out.
     """
-    listed = [v for value in values for v in (value if isinstance(value, list) else [value])]
-    paths = [Path(v) for v in dict.fromkeys(listed) if isinstance(v, str) and v]
-    inside = [f for p in paths if p.is_dir() for f in sorted(p.rglob("*.safetensors"))]
-    files = [p for p in paths if p.suffix in KINDS and p.is_file()] + inside
-    mine = [f for f in files if (provenance.read(f) or {}).get("stage") != stage]
-    return len(mine), sum(map(check, mine))
+    files: dict[Path, bool] = {}
+    for option, value in given.items():
+        for name in value if isinstance(value, list) else [value]:
+            path = Path(name) if isinstance(name, str) and name else None
+            if path and path.is_dir():
+                files |= dict.fromkeys(sorted(path.rglob("*.safetensors")), True)
+            elif path and is_certified(path) and path.is_file():
+                files[path] = files.get(path, False) or option != "tokenizer"
+    mine = {f: w for f, w in files.items() if (provenance.read(f) or {}).get("stage") != stage}
+    return len(mine), sum(check(file, weights) for file, weights in mine.items())

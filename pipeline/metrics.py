@@ -44,14 +44,19 @@ SAE = {
     "kl_spliced": "mean over positions of KL(model || spliced) of the next-token distributions, "
     "nats, held-out blocks",
     "kl_zero": "the same with x replaced by zero at the hook",
+    "kl_zero_all": "the same with x replaced by zero at every position, the first of a block too",
     "loss_model": "mean next-token cross-entropy of the model, nats, held-out blocks",
     "loss_spliced": "the same with x replaced by x_hat at the hook",
     "loss_zero": "the same with x replaced by zero at the hook, on the tokens that dictionaries "
-    "are trained on (SAELens and SAEBench: on all tokens, the first of a block too)",
+    "are trained on",
+    "loss_zero_all": "the same at every position, the first of a block too: SAELens's and "
+    "SAEBench's ablation",
     "loss_mean": "the same with x replaced by the held-out mean at the hook",
     "delta_loss": "loss_spliced - loss_model, nats",
-    "loss_recovered_zero": "(loss_zero - loss_spliced) / (loss_zero - loss_model)",
-    "loss_recovered_mean": "(loss_mean - loss_spliced) / (loss_mean - loss_model)",
+    "loss_recovered_zero": "(loss_zero - loss_spliced) / (loss_zero - loss_model); undefined where "
+    "the ablation does not raise the loss, so that there is nothing to recover",
+    "loss_recovered_mean": "(loss_mean - loss_spliced) / (loss_mean - loss_model); undefined as "
+    "loss_recovered_zero",
     "splice_check": "|loss with x replaced by x_hat + (x - x_hat) - loss_model|, nats; near zero "
     "if the splice is right",
 }
@@ -64,6 +69,11 @@ ATTRIBUTION = {
     "ablation_correlation": "Pearson correlation of gradient x activation and exact ablation over "
     "the ablated latents, those of largest attribution",
     "ablation_correlation_ig": "the same for integrated gradients",
+    "ablation_spearman": "the same as ablation_correlation, of ranks",
+    "ablation_spearman_ig": "the same for integrated gradients",
+    "ablation_correlation_without_largest": "the same as ablation_correlation, without the one "
+    "latent whose leaving out changes it the most",
+    "ablation_correlation_without_largest_ig": "the same for integrated gradients",
     "sign_agreement": "share of the ablated latents whose gradient x activation has the sign of "
     "the exact effect",
     "sign_agreement_ig": "the same for integrated gradients",
@@ -126,8 +136,16 @@ def density_shares(density: np.ndarray) -> dict[str, float]:
 
 
 def loss_recovered(loss_model: float, loss_spliced: float, loss_ablated: float) -> float:
-    """(L_ablated - L_spliced) / (L_ablated - L_model): 1 is lossless, 0 as bad as the ablation."""
-    return (loss_ablated - loss_spliced) / (loss_ablated - loss_model)
+    """(L_ablated - L_spliced) / (L_ablated - L_model): 1 is lossless, 0 as bad as the ablation.
+
+    nan where the ablation does not raise the loss, as it may not in a model with random weights.
+    """
+    return share(loss_ablated - loss_spliced, loss_ablated - loss_model)
+
+
+def share(part: float, whole: float) -> float:
+    """part / whole; nan where the whole is not above zero: it is no share of nothing."""
+    return part / whole if whole > 0 else math.nan
 
 
 def parts(paper: Any) -> dict[str, Any]:

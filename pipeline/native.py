@@ -240,12 +240,23 @@ class NativeForCausalLM(nn.Module):
 
 
 def from_folder(folder: Path, dtype: torch.dtype | str = torch.float32) -> NativeForCausalLM:
-    """The model that `save_pretrained` wrote."""
+    """The model that `save_pretrained` wrote.
+
+    Raises:
+        RetraceError: a tensor is missing, unexpected or of another shape, or a file is damaged.
+    """
+    from safetensors import SafetensorError
     from safetensors.torch import load_file
 
+    from pipeline.errors import RetraceError
+
     config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    out = NativeForCausalLM({k: v for k, v in config.items() if k != "model_type"})
-    out.load_state_dict(load_file(folder / "model.safetensors"))
+    try:
+        out = NativeForCausalLM({k: v for k, v in config.items() if k != "model_type"})
+        out.load_state_dict(load_file(folder / "model.safetensors"))
+    except (OSError, RuntimeError, LookupError, TypeError, ValueError, SafetensorError) as e:
+        said = "; ".join(line.strip() for line in str(e).splitlines()[1:3]) or repr(e)
+        raise RetraceError(f"{folder}: its weights do not fit its config.json ({said})") from e
     return out if dtype == "auto" else out.to(dtype)
 
 

@@ -12,9 +12,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import spec
+from pipeline import intact, spec
 from pipeline.errors import RetraceError, nearest
-from pipeline.provenance import canonical, digest, sha256_file
+from pipeline.provenance import canonical, digest
 from pipeline.source import files_code
 from pipeline.spec import Config, CorpusSpec, PaperSpec
 from pipeline.spec_base import SCALES
@@ -26,6 +26,7 @@ CERTIFIED = {  # files of an artefact that carry a certificate, where it is not 
     "corpus": ["tokens.parquet", "documents.parquet"],
 }
 DIGEST_LENGTH = 12
+NOTES = Path("results/store/.digests")  # below the working directory
 
 
 @dataclass(frozen=True)
@@ -198,21 +199,7 @@ def _no_way_out(path: Path, folder: Path, roots: list[Path]) -> None:
 def path_digest(path: Path) -> str:
     """Digest of a file's bytes, or of the names and bytes of a folder's files."""
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    return digest([[str(f.relative_to(path)), _cached_sha256(f)] for f in files])
-
-
-def _cached_sha256(file: Path) -> str:
-    """sha256 of a file, remembered under results/store/.digests while size and time stay."""
-    stat = file.stat()
-    key = digest([str(file), stat.st_size, stat.st_mtime_ns], 24)
-    note = Path("results/store/.digests") / key
-    if note.exists():
-        return note.read_text(encoding="utf-8")
-    sha = sha256_file(file)
-    if stat.st_size > 1 << 20:
-        note.parent.mkdir(parents=True, exist_ok=True)
-        note.write_text(sha, encoding="utf-8")
-    return sha
+    return digest([[str(f.relative_to(path)), intact.noted_sha256(f, NOTES)] for f in files])
 
 
 def near(path: Path) -> Path:
@@ -265,6 +252,13 @@ class Run:
                 self._raw[folder] = load_yaml(folder / "paper.yaml")
             self._papers[name, scale] = load(folder, scale, self._raw[folder], self.config.hub)
         return self._papers[name, scale]
+
+    def card(self, name: str, fields: Iterable[str]) -> dict[str, Any]:
+        """Fields of a paper.yaml as they stand there, empty where one is missing; unchecked."""
+        folder = find(name, self.dirs)
+        if folder not in self._raw:
+            self._raw[folder] = load_yaml(folder / "paper.yaml")
+        return {f: self._raw[folder].get(f, "") for f in fields}
 
     def item(self, stage: str, id: str) -> Item:
         """The store's artefact with this id."""

@@ -27,6 +27,7 @@ FINISHED = re.compile(r"^Finished jobid: (\d+)")
 FAILED = re.compile(r"^Error in (?:rule|group) (\w+):$")
 COUNTED = re.compile(r"^(\w+) +(\d+)$")
 STAGE = re.compile(r"(\S+ +\d+ %  .+ left)$")  # a line of cli.Progress
+BEGINS = ("Job stats:", "Nothing to be done")
 ENDS = ("Complete log(s):", "Nothing to be done", "Exiting because a job execution failed")
 
 
@@ -108,15 +109,16 @@ def told(job: Job, now: datetime, folder: Path) -> str:
 
 
 def newest(folder: Path) -> Path:
-    """Snakemake's newest log.
+    """The newest log of a run; --list-rules, --lint or --unlock leave logs, too, and run nothing.
 
     Raises:
         RetraceError: there is none.
     """
-    logs = sorted((folder / ".snakemake/log").glob("*.snakemake.log"))
-    if not logs:
-        raise RetraceError(f"{folder}: no run has a log in .snakemake/log; name --directory")
-    return logs[-1]
+    logs = sorted((folder / ".snakemake/log").glob("*.snakemake.log"), reverse=True)
+    for log in logs:
+        if any(text.startswith(BEGINS) for text in read_lines(log)):
+            return log
+    raise RetraceError(f"{folder}: no run has a log in .snakemake/log; name --directory")
 
 
 def main() -> None:

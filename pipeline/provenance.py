@@ -6,6 +6,7 @@ the same bytes; seconds and peak memory stand in the job's benchmark and log.
 
     python -m pipeline.provenance show PATH      the chain from a file back to weights and text
     python -m pipeline.provenance verify PATH    recompute every digest; name the file that changed
+                                                 (see verify.py)
 
 Where a certificate stands: Parquet, schema metadata; safetensors, `__metadata__`; JSON, the key
 `provenance`; HTML, a JSON script element; figures.js, its last comment; CSV, the twin
@@ -13,6 +14,7 @@ Where a certificate stands: Parquet, schema metadata; safetensors, `__metadata__
 """
 
 import hashlib
+import importlib
 import importlib.metadata
 import json
 import platform
@@ -31,6 +33,8 @@ PACKAGES = (
     "torch transformers transformer-lens sae-lens tokenizers safetensors gguf numpy "
     "pandas pyarrow plotly pydantic scipy"
 ).split()
+NOWHERE = "in no repository"
+RESULTS = ("metrics.json", "claims.csv")  # a folder of results holds one of them
 # Where Snakemake keeps its copies of results that lie in an object storage.
 STORED = re.compile(r"(.*/)?\.snakemake/storage/.*?/(?=results/)")
 HTML_MARK = re.compile(
@@ -50,26 +54,62 @@ def digest(obj: Any, length: int = 64) -> str:
     return hashlib.sha256(canonical(obj).encode()).hexdigest()[:length]
 
 
+def sha256_bytes(data: bytes) -> str:
+    """sha256 of bytes, in hex."""
+    return hashlib.sha256(data).hexdigest()
+
+
 def sha256_file(path: str | Path) -> str:
     """sha256 of a file's bytes, in hex."""
     with open(path, "rb") as f:
         return hashlib.file_digest(f, "sha256").hexdigest()
 
 
+def _git(root: str, *args: str) -> str:
+    command = ["git", "-C", root, *args]
+    return subprocess.run(
+        command, capture_output=True, text=True, errors="replace", check=True
+    ).stdout.strip()
+
+
 @cache
 def git_state(root: str) -> dict[str, Any]:
     """Commit and dirty flag of the checkout that holds `root`; 'unknown' outside one."""
-
-    def git(*args: str) -> str:
-        return subprocess.run(
-            ["git", "-C", root, *args], capture_output=True, text=True, errors="replace", check=True
-        ).stdout.strip()
-
     try:
-        dirty = git("status", "--porcelain", "--untracked-files=no", "--", "pipeline", "rules")
-        return {"commit": git("rev-parse", "HEAD"), "dirty": bool(dirty)}
+        dirty = _git(
+            root, "status", "--porcelain", "--untracked-files=no", "--", "pipeline", "rules"
+        )
+        return {"commit": _git(root, "rev-parse", "HEAD"), "dirty": bool(dirty)}
     except (OSError, subprocess.CalledProcessError):
         return {"commit": "unknown", "dirty": None}
+
+
+@cache
+def paper_state(folder: str) -> dict[str, Any]:
+    """The same of a paper's folder, which may lie in a repository of its own, or in none.
+
+    Dirty is a folder with a change, or with a file, that was not committed.
+    """
+    try:
+        commit = _git(folder, "rev-parse", "HEAD")
+        dirty = _git(folder, "status", "--porcelain", "--untracked-files=all", "--", ".")
+        tracked = _git(folder, "ls-files", "--", ".")  # none: the whole folder is ignored
+        return {"commit": commit, "dirty": bool(dirty) or not tracked}
+    except (OSError, subprocess.CalledProcessError):
+        return {"commit": NOWHERE, "dirty": None}
+
+
+def commits(certificate: dict[str, Any]) -> str:
+    """'0123456789ab+': the commit, and a + where code was not committed.
+
+    Where the paper's folder stood at another one: '0123456789ab, paper ba9876543210'.
+    """
+    states = [certificate["git"], certificate.get("paper") or certificate["git"]]
+    ours, paper = (
+        NOWHERE if s["commit"] == NOWHERE else s["commit"][:12] + "+" * bool(s["dirty"])
+        for s in states
+    )
+    return ours if paper == ours else f"{ours}, paper {paper}"
 
 
 def versions() -> dict[str, str]:
@@ -211,6 +251,34 @@ def content_digest(path: str | Path) -> str:
     return sha256_file(path)
 
 
+def locate(name: str, near: Path, base: str | Path = "") -> Path | None:
+    """Where an input lies: below the base; of published results, in the folder that holds them.
+
+    Results that were moved or published (results/reference, an unpacked release) name files of
+    the run that made them, results/<scale>/<paper>/.... A run of the same paper that lies below
+    the base is another run, and its files are not theirs.
+
+    Args:
+        name: of the input, in a certificate.
+        near: the file that carries the certificate.
+        base: the folder that names are relative to.
+
+    Returns:
+        The path; None of an input that was not published with them.
+    """
+    there, parts = Path(base) / name, Path(name).parts
+    run = Path(base, *parts[:3])
+    if len(parts) < 4 or parts[0] != "results" or parts[1] == "store":
+        return there
+    if near.resolve().is_relative_to(run.resolve()):
+        return there
+    held = next((f for f in near.parents if any((f / n).is_file() for n in RESULTS)), None)
+    if held is None or near.resolve().is_relative_to((Path(base) / "results" / parts[1]).resolve()):
+        return there  # an index, or another file that stands beside the papers
+    found = held.joinpath(*parts[3:])
+    return found if is_file(found) else None
+
+
 def chain(path: str | Path, base: str | Path = "") -> Iterator[tuple[int, Path, dict | None]]:
     """(depth, file, certificate) of a file and of all it was made from, each file once.
 
@@ -218,21 +286,22 @@ def chain(path: str | Path, base: str | Path = "") -> Iterator[tuple[int, Path, 
         base: the folder that input paths are relative to; default: `home` of the file.
     """
     base = base or home(path)
-    seen, stack = set(), [(0, Path(path))]
+    seen, outside, stack = set(), set(), [(0, Path(path))]
     while stack:
         depth, file = stack.pop()
         if file in seen:
             continue
         seen.add(file)
-        cert = read(file) if _is_file(file) else None
+        # a name that leads out of the base is told, and never opened
+        cert = read(file) if file not in outside and is_file(file) else None
         yield depth, file, cert
-        if cert:
-            stack += [
-                (depth + 1, Path(base) / p) for p in sorted(cert.get("inputs", {}), reverse=True)
-            ]
+        for name in sorted((cert or {}).get("inputs", {}), reverse=True):
+            if Path(name).is_absolute():
+                outside.add(Path(name))
+            stack.append((depth + 1, locate(name, file, base) or Path(base) / name))
 
 
-def _is_file(path: Path) -> bool:
+def is_file(path: Path) -> bool:
     """Whether there is such a file; a device is none, since to read it might never end."""
     try:
         return path.is_file()
@@ -241,83 +310,20 @@ def _is_file(path: Path) -> bool:
 
 
 def verify(path: str | Path, base: str | Path = ".") -> list[str]:
-    """The faults of `examined`: one sentence each, none if all is as it was made."""
-    return examined(path, base)[0]
+    """The faults that `verify.examined` finds: one sentence each, none if all is as it was made."""
+    return _verifier().examined(path, base).faults
 
 
-def examined(path: str | Path, base: str | Path = ".") -> tuple[list[str], list[Path]]:
-    """Recompute the digests of a file and of all that it was made from.
-
-    Args:
-        path: a file with a certificate, or a folder of such files.
-        base: the folder that input paths are relative to, where snakemake ran.
-
-    Returns:
-        One sentence a fault, and the inputs whose artefacts of the store are not on this machine:
-        published tables come without weights. Shards that were removed because keep_activations
-        is false are not a fault.
-    """
-    path, faults, absent = Path(path), [], []
-    if not path.exists():
-        return [f"{path}: does not exist"], []
-    starts = [p for p in sorted(path.rglob("*")) if p.is_file()] if path.is_dir() else [path]
-    expected: dict[Path, str] = {}
-    done: set[Path] = set()
-    for start in starts:
-        try:
-            for _, file, cert in chain(start, base):
-                if file in done:
-                    continue
-                done.add(file)
-                if cert is None:
-                    continue
-                if cert.get("content") and cert["content"] != content_digest(_certified(file)):
-                    faults.append(
-                        f"{file}: content changed since stage {cert.get('stage')} wrote it"
-                    )
-                expected |= {Path(base) / p: sha for p, sha in cert.get("inputs", {}).items()}
-                faults += _members(file)
-        except RetraceError as e:
-            faults.append(str(e))
-        except (ValueError, TypeError, AttributeError, OSError, RecursionError) as e:
-            faults.append(f"{start}: cannot be verified ({e}); it or its inputs are damaged")
-    for file, sha in expected.items():
-        if _of_the_store(file) and not file.parent.exists():
-            absent.append(file)
-        elif not _is_file(file):
-            faults.append(f"{file}: missing, and a result was made from it")
-        elif sha256_file(file) != sha:
-            faults.append(f"{file}: changed since a result was made from it")
-    return list(dict.fromkeys(faults)), absent
+def _verifier() -> Any:
+    """verify.py, in a way that no code hash follows: no stage's result depends on it."""
+    return importlib.import_module("pipeline.verify")
 
 
-def _of_the_store(file: Path) -> bool:
-    """Whether a file is results/store/<stage>/<artefact>/<file>."""
-    return file.parts[-4:-3] == ("store",)
-
-
-def _certified(file: Path) -> Path:
-    """The file that a certificate speaks of: for the twin of a CSV, the CSV."""
-    return file.with_suffix("") if file.name.endswith(".csv.json") else file
-
-
-def _members(file: Path) -> list[str]:
-    """Faults of the files that a manifest lists under `files` (name -> sha256)."""
-    if file.suffix != ".json":
-        return []
-    files = json.loads(file.read_text(encoding="utf-8")).get("files", {})
-    for name in files:
-        if Path(name).is_absolute() or ".." in Path(name).parts:
-            return [f"{file}: lists {name}, which lies outside its folder"]
-    present = {n: s for n, s in files.items() if _is_file(file.parent / n)}
-    if files and not present:
-        return []  # keep_activations: false
-    faults = [f"{file.parent / n}: missing" for n in files.keys() - present.keys()]
-    return faults + [
-        f"{file.parent / n}: changed since {file} was written"
-        for n, sha in present.items()
-        if sha256_file(file.parent / n) != sha
-    ]
+def printable(text: str) -> str:
+    """Text whose control characters are escaped, so that it cannot command a terminal."""
+    return "".join(
+        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
+    )
 
 
 def show(path: str | Path, base: str | Path = ".") -> str:
@@ -327,11 +333,7 @@ def show(path: str | Path, base: str | Path = ".") -> str:
         if cert is None:
             lines.append(f"{'  ' * depth}{file}  (no certificate)")
             continue
-        git = cert["git"]
-        facts = [
-            f"stage {cert['stage']}",
-            f"commit {git['commit'][:12]}{'+' if git['dirty'] else ''}",
-        ]
+        facts = [f"stage {cert['stage']}", f"commit {commits(cert)}"]
         facts += [f"code {cert['code'][:12]}"]
         facts += [f"{k} {cert[k]}" for k in ("device", "seed", "source", "licence") if cert.get(k)]
         lines.append(f"{'  ' * depth}{file}  " + ", ".join(facts))
@@ -346,21 +348,29 @@ def main() -> None:
     parser.add_argument("path")
     parser.add_argument("--base", default=".", help="folder in which snakemake ran")
     args = parser.parse_args()
-    if args.command == "show":
-        if not Path(args.path).exists():
-            sys.exit(f"{args.path}: does not exist; run snakemake to make it")
-        try:
-            print(show(args.path, args.base))
-        except RetraceError as e:
-            sys.exit(f"error: {e}")
-        except (LookupError, TypeError, ValueError) as e:
-            sys.exit(f"error: {args.path}: a certificate is damaged ({e!r})")
-        return
-    faults, absent = examined(args.path, args.base)
-    print("\n".join(faults) or f"{args.path}: verified")
-    if absent:
-        print(f"not on this machine, so not checked: {', '.join(map(str, absent))}")
-    sys.exit(1 if faults else 0)
+    if args.command == "verify":
+        sys.exit(_verify(args.path, args.base))
+    if not Path(args.path).exists():
+        sys.exit(printable(f"{args.path}: does not exist; run snakemake to make it"))
+    try:
+        print(printable(show(args.path, args.base)))
+    except RetraceError as e:
+        sys.exit(printable(f"error: {e}"))
+    except (LookupError, TypeError, ValueError) as e:
+        sys.exit(printable(f"error: {args.path}: a certificate is damaged ({e!r})"))
+
+
+def _verify(path: str, base: str) -> int:
+    """Print what `verify.examined` finds; the exit code."""
+    found = _verifier().examined(path, base)
+    lines = found.faults + found.notes
+    if found.absent:
+        lines.append(f"not on this machine, so not checked: {', '.join(map(str, found.absent))}")
+    bare = f", {found.bare} without certificate" if found.bare else ""
+    lines.append(f"{path}: {len(found.sums)} files verified{bare}; {len(found.faults)} faults")
+    lines.append(f"root sha256:{found.root} (certificates are not signed: quote this)")
+    print("\n".join(map(printable, lines)))
+    return 1 if found.faults else 0
 
 
 if __name__ == "__main__":

@@ -24,13 +24,14 @@ from typing import Any
 
 from pipeline.definitions import BODY, FIELDS, MAIN, canonical_hash
 
-# Definitions that hand a stage its arguments, report its progress, and describe the result in its
-# certificate. They decide nothing that a result holds; an edit of them reruns nothing.
+# Definitions that hand a stage its arguments, check its inputs, report its progress, and describe
+# the result in its certificate. They decide nothing that a result holds: an edit reruns nothing.
 FRAME = {
     "pipeline": {"__version__"},
     "pipeline.cli": {"run", "parser", "log", "Progress"},
+    "pipeline.intact": {"check_alone", "check_inputs", "seal", "to_seal"},
     "pipeline.errors": {"nearest", "RetraceError"},
-    "pipeline.provenance": {"certificate", "git_state", "versions"},
+    "pipeline.provenance": {"certificate", "git_state", "paper_state", "versions"},
     "pipeline.source": {"job_code"},
 }
 # Bases of other packages that call no method of a class by a name of its own.

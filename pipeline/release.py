@@ -15,7 +15,7 @@ import json
 import zipfile
 from pathlib import Path
 
-from pipeline import cli, provenance, tables
+from pipeline import cli, intact, provenance, tables
 
 EPOCH = (1980, 1, 1, 0, 0, 0)  # the first date that a zip can hold
 README = """\
@@ -53,9 +53,8 @@ def order(file: Path) -> tuple[int, str]:
 
 def commits(files: list[Path]) -> str:
     """The commits that these files come from; a + where code stood there that was not committed."""
-    found = [made["git"] for f in files if (made := provenance.read(f))]
-    names = {g["commit"][:12] + ("+" if g["dirty"] else "") for g in found}
-    return ", ".join(sorted(names))
+    found = [made for f in files if (made := provenance.read(f))]
+    return ", ".join(sorted({provenance.commits(c) for c in found}))
 
 
 def readme(spec: dict, files: list[Path]) -> str:
@@ -76,7 +75,7 @@ def readme(spec: dict, files: list[Path]) -> str:
 
 
 def write(path: str | Path, members: list[tuple[str, bytes]]) -> None:
-    """A zip of (name, content), in this order; equal members give equal bytes."""
+    """A zip of (name, content), in this order, sealed in its comment; a function of these."""
 
     def write_to(to: Path) -> None:
         with zipfile.ZipFile(to, "w", zipfile.ZIP_DEFLATED, compresslevel=6) as z:
@@ -84,6 +83,8 @@ def write(path: str | Path, members: list[tuple[str, bytes]]) -> None:
                 info = zipfile.ZipInfo(name, EPOCH)
                 info.create_system, info.external_attr = 3, 0o644 << 16  # Unix, rw-r--r--
                 z.writestr(info, content, zipfile.ZIP_DEFLATED)
+            z.comment = provenance.canonical(intact.to_seal({})).encode()
+        intact.seal(to, ".zip")
 
     tables.atomically(path, write_to)
 

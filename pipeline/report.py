@@ -1,10 +1,11 @@
-"""One offline HTML page a paper: claims, figures, deviations, costs, provenance and the card.
+"""One offline HTML page per paper: claims, figures, deviations, provenance and the card.
 
-1. Read claims.csv, metrics.json, the figures' pages and snakemake's benchmarks.
+1. Read claims.csv, metrics.json and the figures' pages.
 2. Follow the certificates from the verdicts back to weights and text (`provenance.chain`).
 3. Fill templates/report.html; plotly.js goes in once and draws every figure.
 
-The page carries wall times, so unlike all else that a run writes, its bytes differ from run to run.
+What the jobs took, from snakemake's benchmarks, stands in costs.html beside it: unlike all else
+that a run writes, the bytes of that page differ from run to run.
 """
 
 import json
@@ -71,9 +72,8 @@ def how(certificate: dict[str, Any]) -> dict[str, Any]:
 
 
 def commit(certificate: dict[str, Any]) -> str:
-    """The commit; a + where code stood there that was not committed."""
-    git = certificate["git"]
-    return git["commit"][:SHORT] + ("+" if git["dirty"] else "")
+    """The commit; a + where code stood there that was not committed; see `provenance.commits`."""
+    return provenance.commits(certificate)
 
 
 def chain(starts: Iterable[str | Path]) -> Iterator[dict[str, Any]]:
@@ -198,8 +198,6 @@ def context(job: Any) -> dict[str, Any]:
     rows = list(chain([args.claims, *args.tables]))
     certificates = [r.pop("certificate") for r in rows]
     certificates = [c for c in certificates if c]
-    files = [r["file"] for r in rows]
-    found, total = cost_rows(costs.of_paper(args.benchmarks, spec["scale"], spec["paper"], files))
     cards = spec["card"].get("figures", {})
     return {
         "title": f"{card['title']} · Retrace",
@@ -217,8 +215,6 @@ def context(job: Any) -> dict[str, Any]:
         "n_metrics": len(metrics),
         "grids": grids(metrics),
         "definitions": definitions(metrics),
-        "costs": found,
-        "total": total,
         "chain": rows,
         "origin": origin(certificates),
         "licences": licences(certificates),
@@ -227,8 +223,26 @@ def context(job: Any) -> dict[str, Any]:
     }
 
 
+def cost_page(job: Any) -> str:
+    """costs.html: what the jobs behind the tables took. It carries no certificate."""
+    from pipeline import __version__
+
+    args, spec = job.args, job.spec
+    files = [row["file"] for row in chain([args.claims, *args.tables])]
+    found, total = cost_rows(costs.of_paper(args.benchmarks, spec["scale"], spec["paper"], files))
+    return pages.render(
+        "costs.html",
+        title=f"Cost of {spec['card']['title']} · Retrace",
+        paper=spec["paper"],
+        scale=spec["scale"],
+        costs=found,
+        total=total,
+        version=__version__,
+    )
+
+
 def main() -> None:
-    from pipeline import cli, embed
+    from pipeline import cli, embed, tables
 
     parser = cli.parser(
         "report",
@@ -241,12 +255,15 @@ def main() -> None:
         yaml="paper.yaml",
         benchmarks="folder of snakemake's benchmarks",
         out="report.html",
+        costs="costs.html",
     )
 
     def work(job: cli.Job) -> None:
         args = job.args
         page = pages.render("report.html", **context(job))
         inputs = [args.claims, args.metrics, *args.figures, *args.tables, args.yaml]
+        costs_of_run = cost_page(job)
+        tables.atomically(args.costs, lambda to: to.write_text(costs_of_run, "utf-8") and None)
         embed.write_page(args.out, page, job.certificate(inputs))
 
     cli.run("report", parser.parse_args(), work)

@@ -21,7 +21,7 @@ import shutil
 from pathlib import Path
 from typing import Any
 
-from pipeline import cli, provenance, sae_steps, tables
+from pipeline import cli, hooks, provenance, sae_steps, tables
 from pipeline.errors import RetraceError
 from pipeline.resume import Checkpoints, write_tensors
 from pipeline.sae_stream import Stream, geometric_median
@@ -63,13 +63,19 @@ def check(job: SaeJob, rows: Rows) -> None:
 
 
 def metadata(activations: dict, hook: str, output_hook: str | None = None) -> dict[str, Any]:
-    """What SAELens records about the stream a dictionary was trained on."""
+    """What SAELens records about the stream a dictionary was trained on.
+
+    Its readers unpack `seqpos_slice` into a slice: [1] would be position 0 alone. They take hooks
+    by `hook_name`, and SAETransformerBridge those of `hook_name_bridge` (`hooks.bridge_name`).
+    """
+    named = {"hook_name": hook} | ({"hook_name_out": output_hook} if output_hook else {})
     return {
         "model_name": Path(activations["model"]).parent.name,
-        "hook_name": hook,
-        **({"hook_name_out": output_hook} if output_hook else {}),
+        **named,
+        **{f"{key}_bridge": hooks.bridge_name(name) for key, name in named.items()},
         "context_size": activations["n_ctx"],
-        "seqpos_slice": [activations["skip_first"]],
+        "prepend_bos": activations["prepend_bos"],
+        "seqpos_slice": [activations["skip_first"], None],
         "dataset_path": Path(activations["corpus"]).parent.name,
     }
 

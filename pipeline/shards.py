@@ -70,11 +70,12 @@ class Blocks:
         import pyarrow.parquet as pq
 
         certificate = provenance.read(path)
-        if not certificate or "n_ctx" not in certificate:
+        if not certificate or not {"n_ctx", "prepend_bos"} <= certificate.keys():
             raise RetraceError(
                 f"{path}: is not a corpus of ours; delete it and run snakemake again"
             )
         self.path, self.n_ctx, self.bos_id = path, certificate["n_ctx"], certificate["bos_id"]
+        self.prepend_bos = certificate["prepend_bos"]
         self._file = pq.ParquetFile(path, memory_map=True)
         self.split = self._file.read(["split"])["split"].to_numpy(zero_copy_only=False)
         sizes = (

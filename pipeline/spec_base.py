@@ -19,7 +19,16 @@ def inside(path: str) -> str:
     return path
 
 
+def once(seeds: list[int]) -> list[int]:
+    """Seeds as they are; ValueError where one stands twice and would count as two."""
+    for seed in seeds:
+        if seeds.count(seed) > 1:
+            raise ValueError(f"seed {seed} stands twice and would count as two; name it once")
+    return seeds
+
+
 Inside = Annotated[str, AfterValidator(inside)]
+Seeds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1), AfterValidator(once)]
 Dtype = Literal["float32", "float16", "bfloat16"]
 SCALES = ("smoke", "laptop", "paper")
 Scale = Literal["smoke", "laptop", "paper"]

@@ -4,7 +4,7 @@ from typing import Annotated, Any, Literal
 
 from pydantic import Field, model_validator
 
-from pipeline.spec_base import Name, Section
+from pipeline.spec_base import Name, Section, Seeds
 
 Method = Literal["direct_logit", "activation_patching", "attribution_patching", "path_patching",
                  "eap", "eap_ig", "atp_star", "acdc",
@@ -30,9 +30,8 @@ class CircuitsSpec(Section):
     prompts: Name = Field(description="a function of the paper's prompts.py")
     options: dict[str, Any] = Field(default={}, description="handed to that function")
     n_prompts: int = Field(default=16, ge=1, description="pairs of prompts")
-    seeds: list[Annotated[int, Field(ge=0)]] = Field(
+    seeds: Seeds = Field(
         default=[0],
-        min_length=1,
         description="a draw of prompts each, and of the edges of n_drawn; every measure has one "
         "value for each",
     )
@@ -68,10 +67,9 @@ class CircuitsSpec(Section):
 
     @model_validator(mode="after")
     def _once(self) -> "CircuitsSpec":
-        for key in ("methods", "seeds"):
-            for value in (given := getattr(self, key)):
-                if given.count(value) > 1:
-                    raise ValueError(f"{key}: '{value}' stands twice; name it once")
+        for method in self.methods:
+            if self.methods.count(method) > 1:
+                raise ValueError(f"methods: '{method}' stands twice; name it once")
         wants = [m for m in self.methods if m in LATENT_METHODS]
         if bool(wants) != bool(self.saes):
             raise ValueError(

@@ -1,7 +1,8 @@
 # Scalars against the paper's numbers -> verdicts.
 rule claims:
     input:
-        "results/{scale}/{paper}/metrics.json",
+        metrics="results/{scale}/{paper}/metrics.json",
+        yaml=card_of,
     output:
         table=report(
             "results/{scale}/{paper}/claims.csv",
@@ -16,5 +17,5 @@ rule claims:
         spec=claims_spec,
         code=code_of("claims"),
     shell:
-        "{PYTHON:q} -m pipeline.claims --spec {params.spec:q} --metrics {input:q}"
+        "{PYTHON:q} -m pipeline.claims --spec {params.spec:q} --metrics {input.metrics:q} --paper {input.yaml:q}"
         " --out {output.table:q} 2> {log:q}"

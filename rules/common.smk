@@ -14,7 +14,7 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.g
 os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(4 << 30))
 os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(8 << 30))
 
-from pipeline import gpus, papers, source, summary
+from pipeline import gpus, kills, papers, provenance, source, summary
 from pipeline.errors import RetraceError, nearest, trace_file, unexpected
 
 PYTHON = sys.executable
@@ -44,6 +44,11 @@ elif workflow.nodes is None:  # one machine; a cluster counts its GPUs itself
     workflow.global_resources.setdefault("gpu", (os.cpu_count() or 1) if SMOKE else gpus.count())
 # Where results lie in an object storage, a job has its inputs beside it and nothing else.
 STORAGE = workflow.storage_settings.default_storage_provider
+# Stages end with this process. The first of two runs works; what a killed one left is taken up.
+kills.name_parent()
+if workflow.is_main_process and not kills.only_reads(sys.argv[1:]):
+    if told(kills.own, Path(".snakemake" if STORAGE else "results/store") / ".owner"):
+        kills.clear_locks()
 # Snakemake formats every shell command with the globals of the main Snakefile, a module's, too.
 workflow.modifier_stack[0].globals.update(PYTHON=PYTHON, DEVICE=DEVICE)
 
@@ -76,6 +81,25 @@ def target(name):
     return name
 
 
+def products_of(*names):
+    """Input: all that the reports of papers rest on, so that what was deleted is made again."""
+
+    def paths(wildcards):
+        found = []
+        for name in names:
+            paper = told(RUN.paper, name, RUN.config.scale)
+            base = f"results/{paper.scale}/{name}"
+            figures = [f"{base}/figures/{f}" for f in paper.spec.figures]
+            latents = paper.spec.features.saes if paper.spec.features else []
+            found += [f"{base}/{f}" for f in ("report.html", "claims.csv", "metrics.json")]
+            found += [f"{f}.{kind}" for f in figures for kind in ("html", "csv")]
+            found += [f"{base}/features/{s}.html" for s in latents]
+            found += paper.tables().values()
+        return found
+
+    return paths
+
+
 def targets():
     """What a run makes by default."""
     base = f"results/{RUN.config.scale}"
@@ -90,6 +114,15 @@ def code_of(stage, *own):
         return told(source.job_code, stage, files)
 
     return code
+
+
+def remake_incomplete():
+    """Have outputs that a killed run was writing made again, as `--rerun-incomplete` would.
+
+    Input functions call it: the settings come after the Snakefile, and before they are asked for.
+    """
+    if workflow.dag_settings is not None:
+        workflow.dag_settings.force_incomplete = True
 
 
 # --- the store -----------------------------------------------------------------------------
@@ -115,6 +148,7 @@ def item_input_of(stage, made_from, file):
     """Input: a file of the artefact that a store artefact is made from; [] where it needs none."""
 
     def path(wildcards):
+        remake_incomplete()
         folder = told(RUN.item, stage, wildcards[stage]).folders().get(made_from)
         return f"results/store/{folder}/{file}" if folder else []
 
@@ -125,6 +159,7 @@ def text_of(stage):
     """Input: the local copy of a text of a URL, where there is one; its coming reruns the job."""
 
     def path(wildcards):
+        remake_incomplete()
         text = told(RUN.item, stage, wildcards[stage]).inputs.get("text")
         return [ancient(unstored(text))] if text else []
 
@@ -133,6 +168,7 @@ def text_of(stage):
 
 def training_data(wildcards):
     """Input: the paper's data.py that a training run learns from, if it does."""
+    remake_incomplete()
     data = told(RUN.item, "training", wildcards.training).inputs.get("data")
     return [ancient(unstored(data))] if data else []
 
@@ -172,6 +208,7 @@ def trainings_of(file, made_from="training"):
 
 def paper_of(wildcards):
     """The validated paper at the scale that the wildcards name."""
+    remake_incomplete()
     return told(RUN.paper, wildcards.paper, wildcards.scale)
 
 
@@ -313,6 +350,18 @@ def own_file_of(file):
     return lambda wildcards: [ancient(unstored(f)) for f in paper_of(wildcards).code_files(file)]
 
 
+def card_of(wildcards):
+    """Input: paper.yaml, for its place in git alone; what it says stands in the param `spec`."""
+    return [ancient(unstored(str(paper_of(wildcards).folder / "paper.yaml")))]
+
+
+def drawing_code(wildcards):
+    """Input: our code that figures.js holds beside plotly.js."""
+    remake_incomplete()
+    files = [ROOT / f"pipeline/templates/{name}.js" for name in ("walk", "draw")]
+    return [unstored(str(papers.near(f))) for f in files]
+
+
 def export_spec(format):
     """Params: which dictionary is exported."""
 
@@ -404,16 +453,25 @@ def upstream_of(wildcards):
     return told(RUN.upstream, items)
 
 
+def others_made(wildcards):
+    """Params: claims.csv of papers that this call does not ask for and that have results.
+
+    No input: the index shows them as they lie there, and makes none of them again.
+    """
+    made = {f.parent.name: str(f) for f in Path(f"results/{wildcards.scale}").glob("*/claims.csv")}
+    return [made[p] for p in RUN.available if p in made and p not in RUN.config.papers]
+
+
 def index_spec(wildcards):
-    """Params: name and title of every paper."""
-    cards = [told(RUN.paper, name, wildcards.scale) for name in RUN.config.papers]
+    """Params: name and title of every paper with results at this scale, and what the claims are
+    of those that are no inputs."""
     fields = ("title", "authors", "year", "url", "summary")
-    return papers.to_json(
-        {
-            "scale": wildcards.scale,
-            "papers": {c.name: {f: getattr(c.spec, f) for f in fields} for c in cards},
-        }
-    )
+    asked = [told(RUN.paper, name, wildcards.scale) for name in RUN.config.papers]
+    cards = {c.name: {f: getattr(c.spec, f) for f in fields} for c in asked}
+    claims = {Path(f).parent.name: f for f in others_made(wildcards)}
+    cards |= {name: told(RUN.card, name, fields) for name in claims}
+    shas = {name: provenance.sha256_file(f) for name, f in claims.items()}
+    return papers.to_json({"scale": wildcards.scale, "papers": cards, "claims": shas})
 
 
 def print_claims():

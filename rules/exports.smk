@@ -3,6 +3,7 @@ rule export_saelens:
     input:
         sae=sae_input_of(None, "manifest.json"),
         folders=sae_input_of(None, "saes"),
+        model=arm_input_of("model", "model.json"),
     output:
         directory("results/{scale}/{paper}/exports/{arm}.{latents}/saelens"),
     log:
@@ -12,7 +13,7 @@ rule export_saelens:
         code=code_of("exports"),
     shell:
         "{PYTHON:q} -m pipeline.exports --spec {params.spec:q} --sae {input.sae:q}"
-        " --out {output:q} 2> {log:q}"
+        " --model {input.model:q} --out {output:q} 2> {log:q}"
 
 
 rule export_saebench:

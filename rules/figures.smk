@@ -4,10 +4,7 @@ from importlib.metadata import version
 # plotly.js and our drawing code, once a scale, for figures that are opened by themselves.
 rule figures_js:
     input:
-        [
-            unstored(str(papers.near(ROOT / f"pipeline/templates/{name}.js")))
-            for name in ("walk", "draw")
-        ],
+        drawing_code,
     output:
         "results/{scale}/figures.js",
     log:
@@ -25,6 +22,7 @@ rule figures:
         tables=tables_of("figure"),
         own=own_file_of("figures*.py"),  # figures.py, and what it may be split into
         script="results/{scale}/figures.js",
+        yaml=card_of,
     output:
         html=report(
             "results/{scale}/{paper}/figures/{figure}.html",
@@ -41,5 +39,5 @@ rule figures:
         code=code_of("figures", "figures*.py"),
     shell:
         "{PYTHON:q} -m pipeline.figures --spec {params.spec:q} --tables {input.tables:q}"
-        " --own {input.own:q} --code {input.own:q} --script {input.script:q}"
+        " --own {input.own:q} --paper {input.yaml:q} --code {input.own:q} --script {input.script:q}"
         " --out {output.html:q} --csv {output.csv:q} 2> {log:q}"

@@ -3,6 +3,7 @@ rule metrics:
     input:
         tables=tables_of(),
         own=own_file_of("metrics.py"),
+        yaml=card_of,
     output:
         "results/{scale}/{paper}/metrics.json",
     log:
@@ -12,4 +13,4 @@ rule metrics:
         code=code_of("metrics", "metrics.py"),
     shell:
         "{PYTHON:q} -m pipeline.metrics --spec {params.spec:q} --tables {input.tables:q}"
-        " --own {input.own:q} --code {input.own:q} --out {output:q} 2> {log:q}"
+        " --own {input.own:q} --paper {input.yaml:q} --code {input.own:q} --out {output:q} 2> {log:q}"

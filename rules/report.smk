@@ -10,12 +10,13 @@ rule report_html:
         yaml=report_input("yaml"),
         upstream=upstream_of,
     output:
-        report(
+        page=report(
             "results/{scale}/{paper}/report.html",
             category="{paper}",
             subcategory="report",
             caption="captions/report.rst",
         ),
+        costs="results/{scale}/{paper}/costs.html",
     log:
         "results/logs/{scale}/{paper}/report.log",
     params:
@@ -25,7 +26,7 @@ rule report_html:
         "{PYTHON:q} -m pipeline.report --spec {params.spec:q} --figures {input.figures:q}"
         " --pages {input.pages:q} --claims {input.claims:q} --metrics {input.metrics:q}"
         " --tables {input.tables:q} --yaml {input.yaml:q} --benchmarks results/benchmarks"
-        " --out {output:q} 2> {log:q}"
+        " --out {output.page:q} --costs {output.costs:q} 2> {log:q}"
 
 
 rule index:
@@ -42,9 +43,10 @@ rule index:
         "results/logs/{scale}/index.log",
     params:
         spec=index_spec,
+        others=others_made,
         code=code_of("index"),
     shell:
-        "{PYTHON:q} -m pipeline.index --spec {params.spec:q} --claims {input.claims:q}"
+        "{PYTHON:q} -m pipeline.index --spec {params.spec:q} --claims {input.claims:q} {params.others:q}"
         " --out {output:q} 2> {log:q}"
 
 

@@ -165,6 +165,7 @@ def attributions(spec: PaperSpec, rng: np.random.Generator) -> tuple[pd.DataFram
         change = sum(parts.values()) * 0.9
         made = {"logit_diff": change + 0.5, "baseline_logit_diff": 0.5, **parts}
         made |= {"completeness_gap": 0.11, "ablation_correlation": 0.97, "sign_agreement": 0.95}
+        made |= {"ablation_spearman": 0.9, "ablation_correlation_without_largest": 0.95}
         integrated = [k for k in made if not k.endswith("logit_diff")]
         made |= {f"{k}_ig": 0.9 * made[k] for k in integrated}
         prompts.append(card | made)
@@ -297,5 +298,6 @@ def report(made: papers.Paper, benchmarks: str = "results/benchmarks") -> Path:
         yaml=made.folder / "paper.yaml",
         benchmarks=benchmarks,
         out=base / "report.html",
+        costs=base / "costs.html",
     )
     return base / "report.html"

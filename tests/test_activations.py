@@ -17,7 +17,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 import torch
-from conftest import HOOK, environment, stage
+from conftest import HOOK, environment, rewrite, stage
 
 from pipeline import activations, buffers, hooks, model, provenance, tables
 from pipeline.errors import RetraceError
@@ -62,8 +62,7 @@ def files(folder: Path) -> dict[str, bytes]:
 def compatible(tiny_model_json, tmp_path_factory) -> Path:
     """model.json of the tiny model with processing: compatibility."""
     folder = tmp_path_factory.mktemp("compatible")
-    info = json.loads(tiny_model_json.read_text()) | {"processing": "compatibility"}
-    (folder / "model.json").write_text(json.dumps(info))
+    rewrite(tiny_model_json, folder / "model.json", processing="compatibility")
     (folder / "checkpoint").symlink_to(tiny_model_json.parent / "checkpoint")
     return folder / "model.json"
 
@@ -170,8 +169,9 @@ def test_rows_of_large_norm_are_dropped_and_the_rest_is_untouched(
     median = float(torch.from_numpy(norms[:first].copy()).median())
     ratio = float(np.quantile(norms, 0.9)) / median
     code, said = inline(
-        tmp_path, tiny_model_json, tiny_corpus, capsys, monkeypatch, max_norm_ratio=ratio
-    )
+        tmp_path, tiny_model_json, tiny_corpus, capsys, monkeypatch,
+        max_norm_ratio=ratio, max_dropped=0.5,
+    )  # fmt: skip
     assert code == 0, said
     fewer = Rows(tmp_path / "manifest.json", HOOK, "train")
     got, got_cols = fewer.read(0, fewer.n_rows)
@@ -183,6 +183,24 @@ def test_rows_of_large_norm_are_dropped_and_the_rest_is_untouched(
     for name, column in cols.items():
         np.testing.assert_array_equal(got_cols[name], column[keep])
     assert about["dropped"] >= (~keep).sum() and about["mean_norm"] < whole.mean_norm
+    kept = sum(about["rows"].values())
+    assert about["dropped_share"] == about["dropped"] / (kept + about["dropped"])
+
+
+@pytest.mark.parametrize("quantile, fails", [(0.9, True), (0.999, False)])
+def test_a_bound_that_cuts_more_than_sinks_is_an_error(
+    quantile, fails, tiny_activations, tiny_model_json, tiny_corpus, tmp_path, capsys, monkeypatch
+):
+    """A tenth of the rows is ordinary text; a thousandth may be sinks."""
+    acts, _ = Rows(tiny_activations, HOOK, "train").read(0, 10**9)
+    norms = np.linalg.norm(acts, axis=1)
+    ratio = float(np.quantile(norms, quantile) / np.median(norms))
+    code, said = inline(
+        tmp_path, tiny_model_json, tiny_corpus, capsys, monkeypatch, max_norm_ratio=ratio
+    )
+    assert code == int(fails), said
+    assert ("more than attention sinks are; raise it" in said) == fails
+    assert (tmp_path / "manifest.json").exists() != fails
 
 
 def test_a_bound_that_cuts_most_rows_is_an_error(
@@ -249,6 +267,7 @@ def test_the_order_of_work_on_a_gpu_leaves_the_bytes_as_they_are(
 ):
     """Several shards on their way and several written at a time."""
     small = {"hooks": [HOOK, "blocks.1.hook_mlp_out"], "shard_rows": 150, "max_norm_ratio": bound}
+    small["max_dropped"] = 0.5
     for name in ("plain", "gpu"):
         if name == "gpu":
             given_as_a_gpu_is(monkeypatch)
@@ -333,8 +352,14 @@ def test_the_key_names_all_that_bytes_depend_on(tmp_path):
     for field in key:
         activations.resume(tmp_path / "p", plan, key)
         (tmp_path / "p" / HOOK).mkdir()
-        (tmp_path / "p" / activations.part(HOOK, plan.shards[0])).write_bytes(b"x")
+        name = activations.part(HOOK, plan.shards[0])
+        (tmp_path / "p" / name).write_bytes(b"x")
+        assert activations.resume(tmp_path / "p", plan, key) == 0  # written by nobody
+        noted = {"files": {name: provenance.sha256_file(tmp_path / "p" / name)}}
+        tables.write_json(activations.note_of(tmp_path / "p", plan.shards[0]), noted, {})
         assert activations.resume(tmp_path / "p", plan, key) == 1
+        (tmp_path / "p" / name).write_bytes(b"y")
+        assert activations.resume(tmp_path / "p", plan, key) == 0
         assert activations.resume(tmp_path / "p", plan, key | {field: 9}) == 0
         assert not (tmp_path / "p" / HOOK).exists()
         shutil.rmtree(tmp_path / "p")
@@ -382,7 +407,7 @@ def test_memory_does_not_grow_with_the_tokens(tiny_model_json, tmp_path):
                 "documents": pa.array([[-1] + [0] * 31] * n_blocks, pa.list_(pa.int32())),
             }
         )
-        made = {"stage": "corpus", "inputs": {}, "n_ctx": 32, "bos_id": 0}
+        made = {"stage": "corpus", "inputs": {}, "n_ctx": 32, "bos_id": 0, "prepend_bos": True}
         corpus = tmp_path / f"{n_blocks}.parquet"
         tables.write_table(corpus, table, made, row_group_size=1024)
         out = tmp_path / str(n_blocks)

@@ -274,6 +274,21 @@ def test_metrics_of_made_up_tables(made_up):
     assert got["settings.rows"] == 512
 
 
+def test_gaps_have_a_value_a_seed_whose_grids_are_whole(made_up):
+    """TopK and BatchTopK once more with seed 2, the gap there -0.02; a twin makes no curve."""
+    rows = made_up["evaluation/trained"]
+    again = rows[(rows["seed"] == 0) & rows["architecture"].isin(["topk", "batchtopk"])]
+    again = again[~again["frozen_decoder"]].assign(seed=2)
+    worse = again["architecture"] == "batchtopk"
+    again.loc[worse, "explained_variance"] -= 0.03
+    made_up["evaluation/trained"] = pd.concat([rows, again], ignore_index=True)
+    got = metrics.metrics(made_up)
+    found = got["gap.batchtopk_topk.explained_variance_min"]
+    np.testing.assert_allclose(found, [0.01, -0.02])
+    assert len(got["gap.gated_standard.n"]) == len(got["saving.gated_standard"]) == 1
+    assert len(got["dead.topk"]) == 2
+
+
 @pytest.mark.parametrize("scale", ["smoke", "laptop", "paper"])
 def test_every_metric_has_a_definition(made_up, scale):
     paper = papers.load(FOLDER, scale)

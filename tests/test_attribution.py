@@ -9,7 +9,7 @@ import torch
 from test_tokens import sentencepiece
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pipeline import attribution
+from pipeline import agreement, attribution
 from pipeline.errors import RetraceError
 from pipeline.spec import Prompt
 
@@ -66,7 +66,8 @@ def test_on_a_linear_metric_every_estimate_is_exact():
     row, frame = attribution.attribute(site, TASK, Dictionary(), n_ablate=1000, ig_steps=3)
     for key in ("completeness_gap", "completeness_gap_ig"):
         assert row[key] == pytest.approx(0, abs=1e-5)
-    assert row["ablation_correlation"] == pytest.approx(1, abs=1e-6)
+    for kind in ("correlation", "spearman", "correlation_without_largest"):
+        assert row[f"ablation_{kind}"] == pytest.approx(1, abs=1e-6)
     assert row["sign_agreement"] == 1
     np.testing.assert_allclose(frame["exact"], frame["attribution"], atol=1e-5)
     np.testing.assert_allclose(frame["attribution"], frame["attribution_ig"], atol=1e-5)
@@ -126,5 +127,5 @@ def test_an_answer_is_a_token_where_it_stands():
     ("a", "b", "want"), [([1, 2, 3], [2, 4, 6], 1), ([1, 2, 3], [3, 2, 1], -1)]
 )
 def test_correlation(a, b, want):
-    assert attribution.correlation(np.array(a), np.array(b)) == pytest.approx(want)
-    assert np.isnan(attribution.correlation(np.array(a), np.ones(3)))
+    assert agreement.correlation(np.array(a), np.array(b)) == pytest.approx(want)
+    assert np.isnan(agreement.correlation(np.array(a), np.ones(3)))

@@ -63,7 +63,7 @@ EDGES = [
     {"source": "resid_post 9/7 @3", "target": "logits", "effect": 0.1},
 ]
 PROMPT = {"example": "The girls that", "tokens": ["<|endoftext|>", "The", " girls", " that"],
-          "answer": " are", "foil": " is", "answer_id": 11}  # fmt: skip
+          "answer": " are", "foil": " is", "answer_id": 11, "p_answer": 0.8125}  # fmt: skip
 MODEL = {"name": "tiny", "n_layers": 12}
 EXPORT = Export(name="across_rc", paper="sparse_feature_circuits")
 
@@ -83,6 +83,8 @@ def test_the_graph_fits_the_schema_and_says_what_the_tables_say():
     assert first["clerp"] == "resid_post 4/7 @1 ·  girls boys · →  are"
     assert (first["layer"], first["ctx_idx"], first["activation"]) == ("4", 1, 2.0)
     assert (logits["feature_type"], logits["layer"], logits["ctx_idx"]) == ("logit", "13", 3)
+    assert logits["clerp"] == 'Output " are" over " is" (p=0.812)'
+    assert logits["token_prob"] == 0.8125
     assert [n["feature_type"] for n in graph["nodes"][2:4]] == ["mlp reconstruction error"] * 2
     by_id = {n["node_id"]: n for n in graph["nodes"]}
     ends = [
@@ -114,12 +116,20 @@ def test_influence_is_what_pruning_takes():
         ({"nodes": [NODES[0] | {"position": -1}], "edges": []}, "nodes.0.ctx_idx"),
         ({"prompt": PROMPT | {"tokens": [None, "a", "b", "c"]}}, "metadata.prompt_tokens.0"),
         ({"edges": [EDGES[0] | {"effect": float("nan")}]}, "links.0.weight"),
+        ({"prompt": PROMPT | {"p_answer": float("nan")}}, "nodes.5.token_prob"),
     ],
 )
 def test_what_does_not_fit_is_a_sentence(over, said):
     with pytest.raises(RetraceError, match="graph across_rc: not an attribution graph") as e:
         made(**over)
     assert said in str(e.value)
+
+
+def test_a_logit_without_its_probability_is_refused_as_circuit_tracers_page_would():
+    graph = made().model_dump()
+    graph["nodes"][-1]["clerp"] = "logit of ' are' minus logit of ' is'"
+    with pytest.raises(ValueError, match=r"of a logit does not end in '\(p=0\.123\)'"):
+        AttributionGraph.model_validate(graph)
 
 
 def test_links_join_nodes():

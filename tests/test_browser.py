@@ -242,7 +242,7 @@ def test_square_panels_leave_no_gap_on_a_phone(browser, tmp_path):
 
 
 def test_a_table_of_costs_fits_a_phone(browser):
-    browser.open(REPORT, width=390)
+    browser.open(REPORT.replace("report.html", "costs.html"), width=390)
     box = "document.querySelector('#cost .scroll')"
     assert browser.js(f"return {box}.scrollWidth <= {box}.clientWidth")
 

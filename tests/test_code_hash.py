@@ -433,7 +433,7 @@ EXACTLY = {  # definition -> the stages that an edit of it must rerun, and no ot
     "judge:judge": "claims",
     "theme:template": "figures",
     "pages:render": "report index feature_page",
-    "provenance:verify": "",
+    "verify:examined": "",
     "provenance:git_state": "",
     "summary:print_claims": "",
 }

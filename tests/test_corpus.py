@@ -527,3 +527,16 @@ def test_the_fallback_serves_where_there_is_no_network(play, tmp_path, monkeypat
 def test_faults_of_a_section(fields, says):
     with pytest.raises(RetraceError, match=says):
         parse(CorpusSpec, fields, "paper.yaml")
+
+
+@pytest.mark.parametrize("largest, fits", [(9, True), (10, False)])
+def test_tokens_that_the_model_does_not_know_are_refused(largest, fits):
+    ids = np.array([1, largest], np.int32)
+    streams = {
+        "train": corpus.Stream(ids, ids * 0, {}),
+        "eval": corpus.Stream(ids[:0], ids[:0], {}),
+    }
+    if fits:
+        return corpus.check_fits(streams, {"d_vocab": 10}, "model.json")
+    with pytest.raises(RetraceError, match="gives token 10, but the model's vocabulary ends at 9"):
+        corpus.check_fits(streams, {"d_vocab": 10}, "model.json")

@@ -214,11 +214,22 @@ def test_a_perfect_dictionary_recovers_all_and_the_mean_recovers_nothing(splicer
     mean = torch.cat(splicer.streams)[:, 1:].mean((0, 1))
     saes = {"same": Dictionary(lambda x: x), "mean": Dictionary(lambda x: mean.expand_as(x))}
     got = evaluation.spliced_losses(splicer, saes, mean)
-    assert got["same"]["delta_loss"] == 0 and got["same"]["loss_recovered_zero"] == 1
-    assert got["mean"]["loss_recovered_mean"] == pytest.approx(0, abs=1e-6)
+    assert got["same"]["delta_loss"] == 0
+    for row, ablation, ours in ((got["same"], "zero", 1), (got["mean"], "mean", 0)):
+        there_is_something = row[f"loss_{ablation}"] > row["loss_model"]  # the weights are random
+        wanted = ours if there_is_something else np.nan
+        found = row[f"loss_recovered_{ablation}"]
+        assert found == pytest.approx(wanted, abs=1e-6, nan_ok=True)
     assert got["mean"]["delta_loss"] != 0
     for row in got.values():  # x_hat + (x - x_hat) is x up to rounding
         assert row["splice_check"] < 1e-5
+
+
+@pytest.mark.parametrize("loss, warned", [(26.2, True), (10.92, False), (3.2, False)])
+def test_a_model_worse_than_uniform_is_told(loss, warned, caplog):
+    with caplog.at_level("WARNING"):
+        evaluation.warn_unless_neutral(loss, 49_152, "model.json")
+    assert ("weights: init gives a neutral null arm" in caplog.text) == warned
 
 
 def test_tokens_that_no_dictionary_has_seen_keep_their_stream(splicer):

@@ -8,6 +8,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from conftest import rewrite
 from synthetic import call, features
 from test_sae_jobs import HOOK, OUT, SPARSITY, TRANSCODERS, job, pairs, paths, specs, store
 
@@ -17,9 +18,14 @@ from pipeline.export_formats import CoreResult, FeatureDetails, SaeLensConfig, c
 
 ROW = dict.fromkeys(metrics.SAE, 0.5) | {
     "kl_zero": 4.0, "kl_spliced": 1.0, "loss_model": 2.0, "loss_spliced": 3.0, "loss_zero": 12.0,
+    "kl_zero_all": 8.0, "loss_zero_all": 7.0,
     "loss_recovered_zero": 0.9, "explained_variance": 0.75, "silent_share": 0.25, "l0": 8.0,
     "mse": 100.0, "splice_blocks": 20, "eval_rows": 600,
 }  # fmt: skip
+
+MODEL = {"name": "gpt2", "source": {"source": "hub", "repo": "openai-community/gpt2",
+         "revision": "607a30d"}, "weights": "trained", "processing": "raw",
+         "architecture": "GPT2LMHeadModel"}  # fmt: skip
 
 
 @pytest.fixture(scope="module")
@@ -31,6 +37,7 @@ def made(tmp_path_factory) -> Path:
     call("sae", job(specs(), n_rows=1280), **paths(out / "sae", acts))
     both = job(specs(*TRANSCODERS, output_hook=OUT), OUT, n_rows=1280)
     call("sae", both, **paths(out / "transcoder", acts))
+    tables.write_json(out / "model.json", MODEL, {"stage": "test"})
     frame = pd.DataFrame([ROW | {"sae": name} for name in SPARSITY])
     tables.write_table(out / "evaluation.parquet", frame, {"stage": "test"})
     described = features(10, np.random.default_rng(0))
@@ -42,7 +49,9 @@ def export(made: Path, format: str, out: Path, name: str = "topk", **over) -> Pa
     """The stage, in this process."""
     named = {"format": format, "arm": "trained", "sae": name, "paper": "toy"}
     given = {"sae": made / "sae/manifest.json", "out": out}
-    if format != "saelens":
+    if format == "saelens":
+        given["model"] = made / "model.json"
+    else:
         table = "features" if format == "neuronpedia" else "evaluation"
         given["table"] = made / f"{table}.parquet"
     call("exports", {"export": named}, **(given | over))
@@ -58,7 +67,7 @@ def test_saelens_loads_the_copy_and_reconstructs_as_from_the_store(made, tmp_pat
 
     out = export(made, "saelens", tmp_path / "a/saelens", name)
     assert sorted(p.name for p in out.iterdir()) == [
-        "cfg.json", "provenance.json", "sae_weights.safetensors"
+        "README.md", "cfg.json", "provenance.json", "sae_weights.safetensors"
     ]  # fmt: skip
     x = torch.from_numpy(pairs(50)[0])
     kept = SAE.load_from_disk(str(made / "sae/saes" / name))
@@ -104,7 +113,10 @@ def test_a_folder_that_is_not_saelens_is_refused_and_nothing_is_written(
 ):
     shutil.copytree(made / "sae", tmp_path / "sae")
     file = tmp_path / "sae/saes/topk/cfg.json"
-    file.write_text(json.dumps(json.loads(file.read_text()) | {key: value}))
+    rewrite(file, **{key: value})
+    manifest = tmp_path / "sae/manifest.json"
+    files = tables.read_json(manifest)["files"]
+    rewrite(manifest, files=files | {"saes/topk/cfg.json": provenance.sha256_file(file)})
     with pytest.raises(RetraceError, match=said):
         exports.dictionary(tmp_path / "sae/manifest.json", "topk")
     with pytest.raises(SystemExit):
@@ -141,9 +153,11 @@ def test_saebench_gets_what_evaluation_measured(made, tmp_path):
     CoreResult.model_validate(result)
     assert result["eval_type_id"] == "core" and result["sae_lens_id"] == "trained.topk"
     found = result["eval_result_metrics"]
-    assert found["model_behavior_preservation"]["kl_div_score"] == 0.75
+    assert found["model_behavior_preservation"] == {
+        "kl_div_score": 0.875, "kl_div_with_ablation": 8.0, "kl_div_with_sae": 1.0
+    }  # fmt: skip
     assert found["model_performance_preservation"] == {
-        "ce_loss_score": 0.9, "ce_loss_with_ablation": 12.0, "ce_loss_with_sae": 3.0,
+        "ce_loss_score": 0.8, "ce_loss_with_ablation": 7.0, "ce_loss_with_sae": 3.0,
         "ce_loss_without_sae": 2.0,
     }  # fmt: skip
     assert found["reconstruction_quality"]["explained_variance"] == 0.75
@@ -208,6 +222,9 @@ def test_neuronpedia_gets_every_latent(made, tmp_path):
         assert one["index"] == i and one["transcoder_id"] == "toy-trained-topk"
         assert one["act_max"] == pytest.approx(row["max_act"])
         assert one["activation_frequency"] == row["density"]
+        fires = sum(row["histogram"]) > 0
+        assert len(one["quantile_values"]) == 100 * fires
+        assert not fires or one["quantile_values"][-1] == pytest.approx(one["act_max"])
         assert one["top_logits"] == [p["token"] for p in row["top_logits"]]
         examples = one["examples_quantiles"][0]["examples"]
         assert len(examples) == len(row["examples"])
@@ -215,6 +232,17 @@ def test_neuronpedia_gets_every_latent(made, tmp_path):
             assert got["tokens"] == list(want["tokens"])
             assert got["train_token_ind"] == want["peak"]
     assert provenance.verify(out) == []
+
+
+@pytest.mark.parametrize("n", [1, 7, 1000])
+def test_percentiles_are_right_to_within_a_bin_of_the_histogram(n):
+    acts = np.random.default_rng(0).gamma(2, 3, n)
+    counts, edges = np.histogram(acts, 25, (0, acts.max()))
+    found = exports.quantile_values(counts, float(acts.max()))
+    exact = np.percentile(acts, range(1, 101), method="inverted_cdf")
+    assert np.abs(np.array(found) - exact).max() <= edges[1] + 1e-9
+    assert found[-1] == pytest.approx(acts.max())
+    assert exports.quantile_values(counts * 0, 0.0) == []
 
 
 @pytest.mark.parametrize(

@@ -410,6 +410,27 @@ def test_metrics_have_definitions_and_one_value_a_seed(tables):
     assert named <= found.keys()
 
 
+def test_the_end_is_a_median_that_one_spike_does_not_move():
+    steps = np.arange(0, 40_001, 200)
+    assert phases.ending(steps).tolist() == [*range(38_000, 40_001, 200)]
+    loss = np.full(len(steps), 1e-7)
+    loss[-1] = loss[-4] = 3.0  # a spike at the last checkpoint, too
+    found = metrics.at_the_end(pd.DataFrame({"step": steps[::-1], "test_loss": loss[::-1]}))
+    assert found["test_loss"] == 1e-7
+    late = np.where(steps < 38_000, 5.0, loss)  # and not of the time before
+    assert metrics.at_the_end(pd.DataFrame({"step": steps, "test_loss": late}))["test_loss"] == 1e-7
+    stage = import_file(FOLDER / "fourier.py")
+    frames = [pd.DataFrame({"edit": ["full"], "loss": [x]}) for x in (1.0, 9.0, 2.0)]
+    assert stage.medians(frames).to_dict("records") == [{"edit": "full", "loss": 2.0}]
+
+
+def test_the_null_arm_has_every_metric_of_the_other(tables):
+    found = metrics.metrics(tables)
+    own = {n for n in found if not n.startswith(("null.", "untrained."))}
+    assert {f"null.{n}" for n in own} <= found.keys()
+    assert np.isnan(found["null.phase.memorised"]).all()  # it does not generalise
+
+
 def test_figures_are_drawn(tables):
     figures = import_file(FOLDER / "figures.py")
     from pipeline.figures import plain

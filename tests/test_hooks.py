@@ -74,6 +74,24 @@ def test_every_hook_equals_the_bridges(name, mode, models, tmp_path):
         )
 
 
+@pytest.mark.parametrize("name", CONFIGS)
+def test_saelens_bridge_reads_every_hook_under_the_bridges_own_name(name, models, tmp_path):
+    """By TransformerLens's names, which are aliases, run_with_cache of this class gives nothing."""
+    from sae_lens.analysis.sae_transformer_bridge import SAETransformerBridge
+
+    models[name].save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    bridge = SAETransformerBridge.boot_transformers(str(tmp_path), device="cpu")
+    known = hooks.hook_names(models[name])
+    own = [hooks.bridge_name(hook) for hook in known]
+    with torch.no_grad():
+        _, cache = bridge.run_with_cache(TOKENS, names_filter=own)
+        acts = hooks.run_to(models[name], TOKENS, known)
+    assert set(cache.keys()) == set(own) and len(set(own)) == len(known)
+    for hook, theirs in zip(known, own, strict=True):
+        torch.testing.assert_close(acts[hook], cache[theirs], atol=2e-5, rtol=2e-5)
+
+
 def test_residual_stream_adds_up(hf):
     acts = hooks.run_to(hf, TOKENS, hooks.hook_names(hf))
     close = {"atol": 1e-5, "rtol": 1e-5}  # float32 sums in another order

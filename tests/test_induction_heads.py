@@ -1,5 +1,6 @@
 """Induction heads: data, a planted head, closed forms of every measure, the stage end to end."""
 
+import itertools
 import json
 import os
 import subprocess
@@ -7,6 +8,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
@@ -133,6 +135,25 @@ def test_scores_of_known_patterns():
     even = even.expand(2, 3, n, n)
     found = attention.prefix_matching(even, length, times)
     assert found.tolist() == pytest.approx([np.mean(counts)] * 3)
+    for offset in attention.OFFSETS:  # a head that looks k places after the earlier occurrence
+        shifted = torch.zeros(2, 1, n, n)
+        for row in range(2):
+            for query in range(1 + length, n):
+                found = [k for k in range(1, query) if x[row, k] == x[row, query]]
+                shifted[row, 0, query, max(found) + offset] = 1
+        by_offset = attention.by_place(shifted, length, times)[0]["by_offset"]
+        there = [q - length + offset >= 1 for q in range(1 + length, n)]
+        assert by_offset[offset + 3] == pytest.approx(np.mean(there))
+        assert int(np.argmax(by_offset)) == offset + 3
+    for lag in attention.LAGS:
+        back = torch.eye(n).roll(-lag, 1)
+        found = attention.by_place(back[None, None], length, times)[0]
+        assert found["by_lag"] == [float(k == lag) for k in attention.LAGS]
+        assert found["to_bos"] == pytest.approx((lag > 0) / (n - 1))  # of one token
+    resting = torch.zeros(1, 1, n, n)
+    resting[..., 0] = 1
+    found = attention.by_place(resting, length, times)[0]
+    assert found["to_bos"] == 1 and not any(found["by_offset"]) and not any(found["by_lag"])
     before = torch.eye(n).roll(-1, 1)[None, None]
     assert attention.previous_token(before).item() == 1
     assert attention.previous_token(torch.eye(n)[None, None]).item() == 0
@@ -295,8 +316,14 @@ def trained(monkeypatch, folder: Path, name: str, section: dict, *given: object)
 def text(folder: Path) -> tuple[Path, Path]:
     """Blocks of made-up text of 40 tokens, and what says how many there are."""
     ids = np.random.default_rng(0).zipf(1.5, (30, 48)) % 40
+    documents = np.arange(30 * 48).reshape(30, 48) // 60  # of 60 tokens each
+    documents[:, 0] = -1  # a BOS
     blocks = pa.table(
-        {"split": ["train"] * 20 + ["eval"] * 10, "tokens": list(ids.astype("int32"))}
+        {
+            "split": ["train"] * 20 + ["eval"] * 10,
+            "tokens": list(ids.astype("int32")),
+            "documents": list(documents.astype("int32")),
+        }
     )
     pq.write_table(blocks, folder / "tokens.parquet")
     (folder / "model.json").write_text('{"d_vocab": 40}')
@@ -314,6 +341,7 @@ def test_the_stage_its_metrics_and_figures(tmp_path, monkeypatch):
     section = papers.overlay(sections["two_layer"], {"data": {"source": "corpus", "function": ""}})
     given = ("--corpus", corpus, "--tokenizer", tokenizer)
     runs.append(trained(monkeypatch, tmp_path, "text_two_layer", section, *given))
+    batch_size = section["batch_size"]
     section = spec.own["heads"] | {"text_icl": {"early": [2, 5], "late": [30, 40]}}
     section["repeat"] = {"length": 10, "times": 2}
     given = [f for t in stage.TABLES for f in (f"--{t}", tmp_path / f"{t}.parquet")]
@@ -339,13 +367,57 @@ def test_the_stage_its_metrics_and_figures(tmp_path, monkeypatch):
     found = metrics.metrics(frames)
     assert all(definition(name, metrics.METRICS) for name in found)
     assert all(len(values) == 2 for values in found.values())
-    assert "text_two_layer.icl" in found and "text_two_layer.second_copy" not in found
+    assert np.isnan(found["text_two_layer.second_copy"]).all()  # random text has no copies
+    assert found["text_two_layer.document_length"] == [pytest.approx(20 * 47 / 16)] * 2
+    seen = 4 * batch_size * 48
+    assert found["text_two_layer.passes"] == [pytest.approx(seen / (20 * 48))] * 2
+    assert found["two_layer.passes"] == [1, 1] and found["two_layer.tokens_seen"][0] < 1
     figures = import_file(FOLDER / "figures.py")
     for name, figure in papers.load(FOLDER, "paper").spec.figures.items():
         if figure.kind == "verdicts":
             continue  # a core kind, drawn from claims.csv
         drawn, numbers = getattr(figures, name)({t: frames[t] for t in figure.tables}, {})
         assert len(drawn.data) and len(numbers), name
+
+
+def two_seeds() -> dict[str, pd.DataFrame]:
+    """Tables of two models of two layers: an induction head in the first only."""
+    training, phases, heads, removed, pairs = [], [], [], [], []
+    for seed in (0, 1):
+        who = {"run": "two_layer", "member": f"s{seed}", "seed": seed}
+        curve = {"loss": 3.0, "first_copy": 4.0, "second_copy": 0.1, "icl": 3.0, "tokens": 1e6}
+        training.append(who | curve | {"step": 9})
+        phases.append(
+            who
+            | dict.fromkeys(("start", "end", "share", "bump", "icl_before", "icl_after"), 1.0)
+            | {"prefix_matching_formed": np.nan if seed else 5.0, "previous_token_formed": 4.0}
+        )
+        for step, layer in itertools.product((0, 9), (0, 1)):
+            match = step and layer and not seed
+            looks = np.eye(7)[3 + 1 + seed], np.eye(9)[1 + seed]
+            scores = {"copying": 1.0, "matching": 1.0, "own_key": np.nan, "previous_token": 0.9}
+            scores |= {"prefix_matching": 0.9 if match else 0.0, "head": 0, "layer": layer}
+            scores |= {"role": "induction" if match else "other", "step": step}
+            heads.append(who | scores | dict(zip(("by_offset", "by_lag"), looks, strict=True)))
+        groups = ["nothing", *([] if seed else ["induction heads", "all other heads"])]
+        for name, patterns in itertools.product(groups, ("kept", "free")):
+            place = {"patterns": patterns, "removed": name, "layer": -1, "role": "", "icl": 3.0}
+            removed.append(who | place)
+        for kind in "QKV":
+            score = {"score": 0.5, "baseline": 0.1, "baseline_sd": 0.1}
+            pairs.append(who | {"kind": kind, "earlier": 0, "later": 0} | score)
+    parts = {"training": training, "phase": phases, "heads": heads}
+    parts |= {"ablation": removed, "composition": pairs}
+    return {f"heads/{name}": pd.DataFrame(rows) for name, rows in parts.items()}
+
+
+def test_a_seed_without_an_induction_head_is_nan_there():
+    found = metrics.metrics(two_seeds())
+    for name in ("induction.copying", "ablation.induction_heads", "formed.prefix_matching"):
+        values = found[f"two_layer.{name}"]
+        assert len(values) == 2 and np.isfinite(values).tolist() == [True, False], name
+    assert found["two_layer.induction_heads"] == [1, 0]
+    assert found["two_layer.match.offset"] == [1, 2] and found["two_layer.lag.places"] == [1, 2]
 
 
 def test_a_metric_has_the_definition_of_its_own_name():

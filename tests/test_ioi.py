@@ -25,6 +25,7 @@ from pipeline.metrics import compute, known, parts
 from pipeline.native import NativeForCausalLM
 from pipeline.paired import Pairs, Task
 from pipeline.source import import_file
+from pipeline.spec import parse
 from pipeline.spec_training import Architecture
 
 ROOT = Path(__file__).parent.parent
@@ -102,6 +103,16 @@ def test_a_vocabulary_without_names_is_told():
     assert prompts.demo(Bytes()) is None
     with pytest.raises(RetraceError, match="did you mean 'variants'"):
         prompts.ioi({"variant": ["ABBA"]}, TOKENIZER, 2, 0)
+
+
+@pytest.mark.parametrize(
+    ("seeds", "said"),
+    [([10, 13], "seeds 10 and 13 share prompts"), ([10, 20, 10], "seed 10 stands twice")],
+)
+def test_seeds_that_share_prompts_are_told(seeds, said):
+    own = papers.load(FOLDER, "smoke").spec.own["circuit"]
+    with pytest.raises(RetraceError, match=said):
+        parse(circuit.Options, own | {"seeds": seeds}, "paper.yaml")
 
 
 # --- rules ---------------------------------------------------------------------------------

@@ -184,7 +184,13 @@ def test_transfer_against_single_measures(gpt2):
         one = lens.measure(
             gpt2, READ, NEXT, {"t": lens.tuned_lens(gpt2, swapped)}, first=1
         ).set_index("layer")
+        plain = lens.measure(gpt2, READ, NEXT, {"l": lens.logit_lens(gpt2)}, first=1).set_index(
+            "layer"
+        )
         for b in range(LAYERS):
+            assert got.loc[(a, b), "bias"] == pytest.approx(one.loc[b, "bias"], rel=1e-4)
+            for m in ("loss", "kl", "bias"):
+                assert got.loc[(a, b), f"{m}_logit"] == pytest.approx(plain.loc[b, m], rel=1e-4)
             assert got.loc[(a, b), "loss"] == pytest.approx(one.loc[b, "loss"], rel=1e-5)
             assert got.loc[(a, b), "kl"] == pytest.approx(one.loc[b, "kl"], rel=1e-4)
             own = got.loc[(b, b), "loss"]
@@ -214,11 +220,54 @@ def test_a_causal_basis_finds_what_a_linear_reader_reads():
     both = torch.outer(strong, 0.3 * out[0]) + torch.outer(weak, 0.1 * out[1])
     read = lambda t: t @ both  # noqa: E731
     eye = torch.eye(D, dtype=torch.float64)
-    found = basis.causal_basis(read, x, eye[:3], 60)
+    found = basis.causal_basis(read, x, 3, 60)
     torch.testing.assert_close(found @ found.T, eye[:3, :3], atol=1e-9, rtol=0)
     assert abs(found[0] @ strong) > 0.99 and abs(found[1] @ weak) > 0.98
-    first = basis.start(read, x.mean(0), 2)
+    G, S = basis.quadratic(read, x)
+    first = basis.starts(lambda v: v @ G @ v, G, S, basis.candidates(G, S), found[:0], 2)
     assert abs(first[0] @ strong) > 0.9
+
+
+def test_the_quadratic_form_is_the_influence_of_a_weak_reader():
+    x, v = torch.randn(400, D, dtype=torch.float64), torch.randn(D, dtype=torch.float64)
+    out, v = 1e-3 * torch.randn(D, 9, dtype=torch.float64), v / v.norm()
+    read = lambda t: t @ out  # noqa: E731
+    G, S = basis.quadratic(read, x)
+    log_p = read(x).log_softmax(-1)
+    exact = lens.kl(log_p, read(basis.ablated(x, v, x.mean(0))).log_softmax(-1)).mean()
+    assert float((v @ G @ v) * (v @ S @ v) / 2) == pytest.approx(float(exact), rel=1e-2)
+
+
+def sphere(n: int) -> torch.Tensor:
+    """n directions of three dimensions, spread evenly (a spiral): [n 3]."""
+    i = torch.arange(n, dtype=torch.float64)
+    z, angle = 1 - (2 * i + 1) / n, i * math.pi * (3 - math.sqrt(5))
+    r = (1 - z**2).sqrt()
+    return torch.stack([r * angle.cos(), r * angle.sin(), z], 1)
+
+
+@pytest.mark.parametrize("seed", range(8))
+def test_a_causal_basis_against_brute_force(seed):
+    """Readers whose influence has several maxima: no direction of 2,000 is better."""
+    draw = {"generator": torch.Generator().manual_seed(seed), "dtype": torch.float64}
+    x = torch.randn(200, 3, **draw) ** 3  # heavy tails
+    inside, out = 2 * torch.randn(3, 12, **draw), 3 * torch.randn(12, 7, **draw)
+    read = lambda t: torch.tanh(t @ inside) @ out  # noqa: E731
+    log_p, mean = read(x).log_softmax(-1), x.mean(0)
+
+    def influence(v):
+        return float(lens.kl(log_p, read(basis.ablated(x, v, mean)).log_softmax(-1)).mean())
+
+    found = basis.causal_basis(read, x, 2, 100)
+    torch.testing.assert_close(found @ found.T, torch.eye(2, dtype=torch.float64))
+    energies = [influence(v) for v in found]
+    assert energies[0] >= energies[1]
+    best = max(map(influence, sphere(2000)))
+    assert energies[0] >= best * (1 - 1e-3)
+    a, b = torch.linalg.svd(found[:1])[2][1:]
+    turns = torch.linspace(0, math.pi, 500, dtype=torch.float64)
+    second = max(influence(t.cos() * a + t.sin() * b) for t in turns)
+    assert energies[1] >= second * (1 - 1e-3)
 
 
 def test_influences_of_a_lens_that_is_the_rest_of_the_model(gpt2):
@@ -250,7 +299,7 @@ def made(tiny_model_json, tiny_corpus, tmp_path_factory) -> Path:
     """A folder with all tables of a Llama of two layers, by the stages' own processes."""
     out = tmp_path_factory.mktemp("lenses")
     spec = {
-        "own.tuning": {"tables": ["history"], "models": {
+        "own.tuning": {"tables": ["history"], "seeds": [0, 1], "models": {
             "smollm2": {"steps": 20, "tokens_per_step": 320, "skip_first": 1}}},
         "own.lenses": {"tables": list(lenses.TABLES), "n_tokens": {"smollm2": 300},
                        "texts": {"smollm2": ["the cat sat on <b>", "two dogs"]}, "n_shown": 8,
@@ -283,11 +332,14 @@ def test_the_stages_on_a_llama(made, frames):
     layers = frames["lenses/layers"]
     assert sorted(layers["layer"].unique()) == [0, 1, 2] and set(layers["model"]) == {"smollm2"}
     got = metrics.metrics(frames)
-    assert got["smollm2.kl_gain"] > 0 and got["attribution.smollm2.gap"] < 1e-4
+    assert min(got["smollm2.kl_gain"]) > 0 and max(got["attribution.smollm2.gap"]) < 1e-4
     history = tables.read_table(made / "history.parquet")
-    assert len(history) == 20 * 2 and history["kl"].notna().all()
+    assert len(history) == 20 * 2 * 2 and history["kl"].notna().all()
     last, first = (history[history["step"] == s]["kl"].to_numpy() for s in (20, 1))
     assert (last < first).all()
+    for name in ("smollm2.tuned.kl", "transfer.smollm2.near", "basis.smollm2.used"):
+        assert len(set(got[name])) == 2, name  # of other batches, on other text
+    assert {len(values) for name, values in got.items() if "attribution" not in name} == {2}
     assert not list(made.glob("*.partial"))
     trajectories = frames["lenses/trajectories"]
     assert trajectories["position"].min() == 1  # BOS is read and not shown
@@ -330,6 +382,26 @@ def test_numbers_of_transfer():
     assert got["rho_similarity"] == pytest.approx(-1)
 
 
+def test_similarities_that_differ_by_rounding_have_no_correlation():
+    rows = [{"translator": a, "layer": b, "penalty": abs(a - b) / 3, "similarity": 1 - 1e-7 * a}
+            for a in (0, 3, 6, 9) for b in (0, 3, 6, 9)]  # fmt: skip
+    assert math.isnan(metrics.transfer(pd.DataFrame(rows))["rho_similarity"])
+
+
+def test_numbers_of_the_farthest_translator():
+    """Three layers; each translator costs as many nats as it is layers away, the logit lens 1.5."""
+    rows = [{"translator": a, "layer": b, "kl": abs(a - b), "loss": 2 + abs(a - b), "bias": 0.0,
+             "kl_logit": 1.5, "loss_logit": 3.5, "bias_logit": 0.25}
+            for a in range(3) for b in range(3)]  # fmt: skip
+    got = metrics.swapped(pd.DataFrame(rows))
+    assert got == {"kl_gain": -0.5, "loss_gain": -0.5, "bias_gain": 0.25}
+
+
+def test_a_lens_of_a_model_that_always_says_the_same_leaves_nothing_unread():
+    table = layer_table([3, 4, 1, 0], [1, 0.5, 0.75, 0]).assign(kl_marginal=0.0)
+    assert math.isnan(metrics.layers(table)["unread"])
+
+
 def test_numbers_of_bases():
     rows = []
     for layer, order in ((0, [3.0, 2.0, 1.0]), (1, [1.0, 2.0, 3.0])):
@@ -343,9 +415,15 @@ def test_numbers_of_bases():
     got = metrics.basis(pd.DataFrame(rows))
     assert (got["rho_first"], got["rho_last"], got["rho"]) == pytest.approx((-1, 1, 0))
     assert got["alignment_gain"] == 0.25 and got["alignment_last"] == 0.75
-    assert got["used"] == pytest.approx(6 ** (1 / 3) / 0.1) and got["sensitivity"] == pytest.approx(
-        1
+    assert got["used"] == pytest.approx(6 ** (1 / 3) / 0.1)
+    for name in ("sensitivity", "sensitivity_most", "sensitivity_random"):
+        assert got[name] == pytest.approx(1)
+    higher = pd.DataFrame(rows).assign(
+        influence_model=lambda t: t["influence_model"] * (t["layer"] * 3 + 1)
     )
+    got = metrics.basis(higher)  # the second of two layers is the one three quarters up
+    assert got["sensitivity"] == pytest.approx(4) and got["sensitivity_least"] == pytest.approx(1)
+    assert got["alignment_gain_random"] == got["alignment_random_last"] == 0
 
 
 @pytest.mark.parametrize(

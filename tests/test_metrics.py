@@ -77,6 +77,12 @@ def test_loss_recovered(model, spliced, ablated, ours):
     assert loss_recovered(model, spliced, ablated) == pytest.approx(ours)
 
 
+@pytest.mark.parametrize("ablated", [26.2, 25.2])
+def test_no_share_of_a_loss_that_the_ablation_does_not_raise(ablated):
+    """A model with redrawn weights: 26.2 nats, and 25.2 with zeros in place of its stream."""
+    assert math.isnan(loss_recovered(26.2, 26.19, ablated))
+
+
 @pytest.mark.parametrize(
     "value, values, mean, sd, n",
     [

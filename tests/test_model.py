@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import io
 import json
+import math
 import os
 import re
 import shutil
@@ -17,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from conftest import byte_tokenizer, environment, stage
+from conftest import byte_tokenizer, environment, rewrite, stage
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
@@ -475,23 +476,84 @@ def test_pickled_weights_are_refused(tiny_model, tmp_path):
         model._from_folder(tmp_path, "auto")
 
 
+UP = "model.layers.1.mlp.up_proj.weight"
+
+
+@pytest.fixture
+def copied(tiny_model, tmp_path):
+    """A copy of the tiny model's folder, and a function that replaces its tensors."""
+
+    folder = Path(shutil.copytree(tiny_model, tmp_path / "copied"))
+
+    def change(function) -> None:
+        weights = load_file(folder / "model.safetensors")
+        save_file(function(weights), folder / "model.safetensors", {"format": "pt"})
+
+    return folder, change
+
+
 @pytest.mark.parametrize(
-    ("change", "said"),
+    "change, said",
     [
-        (lambda t: t.pop("model.layers.0.mlp.down_proj.weight"),
-         "1 tensors that its config.json asks for .* model.layers.0.mlp.down_proj.weight"),
-        (lambda t: t.update({"model.norm.weight": torch.ones(5)}), "not a causal LM"),
+        (lambda w: {k: v for k, v in w.items() if k != UP}, f"missing: {UP}"),
+        (lambda w: w | {"model.layers.9.more": torch.ones(2)}, "unexpected: model.layers.9.more"),
+        (lambda w: w | {UP: torch.ones(3, 3)}, f"of another shape: {UP}"),
+        (lambda w: {}, "missing: .* and [0-9]+ more"),
     ],
-)  # fmt: skip
-def test_weights_that_are_not_there_are_not_drawn_at_random(change, said, tiny_model, tmp_path):
-    shutil.copytree(tiny_model, tmp_path / "m")
-    file = tmp_path / "m" / "model.safetensors"
-    found = load_file(file)
-    change(found)
-    save_file(found, file, {"format": "pt"})
-    with pytest.raises(RetraceError, match=said) as e:
-        model._from_folder(tmp_path / "m", "auto")
-    assert "\n" not in str(e.value)
+)
+def test_weights_that_do_not_fit_are_told_by_name(copied, change, said):
+    copied[1](change)
+    with pytest.raises(RetraceError, match=f"copied: its weights do not fit.*{said}"):
+        model._from_folder(copied[0], "auto")
+
+
+@pytest.mark.parametrize(
+    "name, said",
+    [
+        ("../other/model.safetensors", "only .safetensors files beside it are read"),
+        ("/etc/model.safetensors", "only .safetensors files beside it are read"),
+        ("sub/model.safetensors", "only .safetensors files beside it are read"),
+        ("pytorch_model.bin", "only .safetensors files beside it are read"),
+        (5, "only .safetensors files beside it are read"),
+        ("gone.safetensors", "names gone.safetensors, which is not there"),
+    ],
+)
+def test_an_index_of_weights_stays_in_its_folder(copied, name, said):
+    index = {"metadata": {}, "weight_map": {UP: name}}
+    (copied[0] / "model.safetensors.index.json").write_text(json.dumps(index))
+    with pytest.raises(RetraceError, match=r"index\.json") as told:
+        model._from_folder(copied[0], "auto")
+    assert said in str(told.value)
+
+
+def test_weights_in_two_files_are_read(copied):
+
+    folder = copied[0]
+    want = model._from_folder(folder, "auto").state_dict()
+    weights = load_file(folder / "model.safetensors")
+    (folder / "model.safetensors").unlink()
+    parts = {"a.safetensors": [UP], "b.safetensors": [n for n in weights if n != UP]}
+    for file, names in parts.items():
+        save_file({n: weights[n] for n in names}, folder / file, {"format": "pt"})
+    listed = {n: file for file, names in parts.items() for n in names}
+    index = {"metadata": {}, "weight_map": listed}
+    (folder / "model.safetensors.index.json").write_text(json.dumps(index))
+    found = model._from_folder(folder, "auto").state_dict()
+    assert all(torch.equal(found[n], want[n]) for n in want)
+
+
+def test_a_native_model_that_lacks_a_tensor_is_told(tmp_path):
+
+    from pipeline import untrained
+    from pipeline.spec_training import Architecture
+
+    small = Architecture(n_layers=1, d_model=8, n_heads=2, n_ctx=4)
+    untrained.build(small, 7).save_pretrained(tmp_path)
+    weights = load_file(tmp_path / "model.safetensors")
+    lost = sorted(weights)[0]
+    save_file({n: w for n, w in weights.items() if n != lost}, tmp_path / "model.safetensors")
+    with pytest.raises(RetraceError, match=f"its weights do not fit.*{lost}"):
+        model._from_folder(tmp_path, "auto")
 
 
 @pytest.mark.parametrize("kind", ["bloom", "mamba", "gemma3", "opt", ["llama"], None])
@@ -554,9 +616,7 @@ def test_the_bridge_agrees_and_compatibility_keeps_the_predictions(tiny_model_js
     bridge = model.bridge(tiny_model_json)
     # the bridge's eager attention against torch's fused one: float32 rounding
     torch.testing.assert_close(bridge(tokens), raw, atol=2e-5, rtol=2e-5)
-    info = tables.read_json(tiny_model_json) | {"processing": "compatibility"}
-    info.pop("provenance", None)  # its seal is of the file as it was
-    (tmp_path / "model.json").write_text(json.dumps(info))
+    rewrite(tiny_model_json, tmp_path / "model.json", processing="compatibility")
     (tmp_path / "checkpoint").symlink_to(tiny_model_json.parent / "checkpoint")
     folded = model.load(tmp_path / "model.json")
     assert folded.bridge is not None
@@ -643,3 +703,36 @@ def test_redrawing_is_seeded(trained):
     same = lambda a, b: all(map(torch.equal, a.parameters(), b.parameters()))  # noqa: E731
     assert same(first, second)
     assert not same(first, third)
+
+
+def test_the_initial_draw_is_the_configs(trained):
+    drawn = model.initial(trained, seed=5)
+    sd = trained.config.initializer_range
+    for name, p in drawn.named_parameters():
+        if "norm" in name:
+            assert torch.equal(p, torch.ones_like(p)), name
+        else:  # five standard errors of a standard deviation, sd/sqrt(2n)
+            assert abs(p.std().item() - sd) < 5 * sd / (2 * p.numel()) ** 0.5, name
+    assert drawn.lm_head.weight is drawn.model.embed_tokens.weight
+    assert not torch.equal(drawn.lm_head.weight, trained.lm_head.weight)
+
+
+def test_the_initial_draw_is_neutral_and_redrawn_weights_are_not(trained):
+    tokens = torch.arange(32)[None] % trained.config.vocab_size
+    loss = lambda hf: hf(input_ids=tokens, labels=tokens).loss.item()  # noqa: E731
+    uniform = math.log(trained.config.vocab_size)
+    trained.config.initializer_range = 0.02  # transformers' default, as SmolLM2's GGUF has it
+    redrawn = clone(trained)
+    model.redraw(redrawn, seed=0, keep_embeddings=False)
+    assert abs(loss(model.initial(trained, seed=0)) - uniform) < 0.2
+    assert loss(redrawn) > uniform + 1
+
+
+def test_the_initial_draw_is_seeded_and_leaves_torchs_generator(trained):
+    torch.manual_seed(3)
+    expected = torch.rand(1)
+    torch.manual_seed(3)
+    first, second, third = (model.initial(trained, s) for s in (1, 1, 2))
+    assert torch.equal(torch.rand(1), expected)
+    assert torch.equal(first.lm_head.weight, second.lm_head.weight)
+    assert not torch.equal(first.lm_head.weight, third.lm_head.weight)

@@ -33,7 +33,7 @@ def test_a_tally_is_the_plain_count():
     acts, tokens = sparse_acts(200, 5, 0), torch.randint(0, 7, (200,))
     found = tally.Tally(5, 7, 4, CPU)
     for part in (slice(0, 90), slice(90, 200)):
-        found.add(acts[part], tokens[part])
+        found.add(acts[part], tokens[part], tokens[part])
     for unit in range(5):
         values = acts[:, unit].double().numpy()
         assert found.density[unit] == pytest.approx((values > 0).mean())
@@ -49,9 +49,53 @@ def test_entropy_of_one_token_of_all_different_ones_and_of_too_few_rows():
     acts = torch.zeros(8, 3)
     acts[:4, 0] = acts[4:, 1] = acts[0, 2] = 1
     found = tally.Tally(3, 9, 4, CPU)
-    found.add(acts, torch.tensor([5, 5, 5, 5, 1, 2, 3, 4]))
+    tokens = torch.tensor([5, 5, 5, 5, 1, 2, 3, 4])
+    found.add(acts, tokens, tokens)
     assert found.top_entropy()[:2].tolist() == [0, 2]
     assert np.isnan(found.top_entropy()[2])
+
+
+def firing(n: int = 4000) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Units that fire on one token of eight, on two, on a tenth of all rows, and on no row."""
+    g = torch.Generator().manual_seed(0)
+    tokens, following = torch.randint(0, 8, (2, n), generator=g)
+    acts = torch.zeros(n, 4)
+    acts[:, 0], acts[:, 1] = tokens == 0, tokens < 2
+    acts[:, 2] = torch.rand(n, generator=g) < 0.1
+    return acts, tokens, following
+
+
+def test_narrowing_is_the_bits_that_a_unit_saves():
+    acts, tokens, following = firing()
+    found = tally.Tally(4, 8, 4, CPU)
+    for part in (slice(0, 2000), slice(2000, 4000)):
+        found.add(acts[part], tokens[part], following[part])
+    got = found.narrowing()
+    assert got[:3] == pytest.approx([3, 2, 0], abs=0.05) and np.isnan(got[3])
+    scaled = tally.Tally(4, 8, 4, CPU)
+    scaled.add(7 * acts, tokens, following)
+    assert scaled.narrowing()[:3] == pytest.approx(got[:3], abs=0.02)  # whatever the unit's scale
+
+
+def test_said_is_the_rank_of_what_follows_above_chance():
+    """A unit that fires before token 0 says it, the reverse, or what has nothing to do with it."""
+    _, tokens, following = firing()
+    fires = (following == 0).float()
+    acts = torch.stack([fires, fires, fires], 1)
+    right = torch.zeros(8)
+    right[0] = 1
+    unrelated = torch.tensor([0.5, *torch.linspace(0, 1, 7)])  # token 0 in the middle
+    found = tally.Tally(3, 8, 4, CPU)
+    found.add(acts, tokens, following)
+    got = found.said(torch.stack([right, -right, unrelated]))
+    assert got[0] == pytest.approx(0.5, abs=0.05)  # the last of eight ranks against their mean
+    assert got[1] == pytest.approx(-0.5, abs=0.05) and abs(got[2]) < 0.1
+
+
+def test_a_token_follows_only_in_its_block():
+    at = {"token": [5, 6, 7, 8, 9], "block": [0, 0, 1, 1, 1], "position": [0, 1, 0, 2, 3]}
+    got = latents.next_token({k: torch.tensor(v) for k, v in at.items()})
+    assert got.tolist() == [6, -1, -1, 9, -1]  # the row behind 7 is of another position
 
 
 # --- universality --------------------------------------------------------------------------
@@ -175,11 +219,12 @@ class Arm:
         self.x, self.tokens, self.saes = x, tokens, saes
 
     def rows(self, splits, n):
-        return zip(self.x[:n].split(64), self.tokens[:n].split(64), strict=True)
+        following = torch.cat([self.tokens[1:n], torch.tensor([-1])])
+        return zip(*(t[:n].split(64) for t in (self.x, self.tokens, following)), strict=True)
 
 
 OPTIONS = latents.Options(
-    tables=["units"], arm="a", other="b", dictionary="x2", widths=["x1", "x2", "x4"],
+    tables=["units"], arms=["a", "b"], dictionary="x2", widths=["x1", "x2", "x4"],
     n_top=3, n_fired=3, n_random=4,
 )  # fmt: skip
 
@@ -195,14 +240,16 @@ def stage() -> dict[str, pd.DataFrame]:
     a = Arm(x, tokens, {"x1": Sae(narrow), "x2": Sae(wide), "x4": Sae(wider)})
     b = Arm(x, tokens, {"x2": Sae(wide.flip(0))})
     text = [f" t{i}" for i in range(10)]
-    made = {"a": latents.tallies(a, OPTIONS, 10, plain=True)}
-    made["untrained"] = latents.tallies(b, OPTIONS, 10, plain=False)
+    made = {"a": latents.tallies(a, OPTIONS, 10), "untrained": latents.tallies(b, OPTIONS, 10)}
     near, example = latents.split(a, made["a"], OPTIONS)
+    g, sizes = torch.Generator().manual_seed(1), {"x1": 4, "x2": 16, "x4": 32, "neurons": 16}
+    logits = {n: torch.randn(u, 10, generator=g) for n, u in (sizes | {"random": 4}).items()}
+    units = [latents.units(t, arm, text, logits) for arm, t in made.items()]
     return {
-        "latents/units": pd.concat([latents.units(t, arm, text) for arm, t in made.items()]),
-        "latents/matches": latents.matches(a, b, OPTIONS),
-        "latents/splitting": near,
-        "latents/tree": example,
+        "latents/units": pd.concat(units, ignore_index=True),
+        "latents/matches": latents.matches(a, b, OPTIONS).assign(arm="a"),
+        "latents/splitting": near.assign(arm="a"),
+        "latents/tree": example.assign(arm="a"),
     }
 
 
@@ -211,7 +258,8 @@ def test_the_tables_of_the_stage(stage):
     sizes = units.groupby(["arm", "group"]).size().to_dict()
     assert sizes == {
         ("a", "neurons"): 16, ("a", "random"): 4, ("a", "x1"): 4, ("a", "x2"): 16,
-        ("a", "x4"): 32, ("untrained", "x2"): 16,
+        ("a", "x4"): 32, ("untrained", "x2"): 16, ("untrained", "neurons"): 16,
+        ("untrained", "random"): 4,
     }  # fmt: skip
     random = units[units["group"] == "random"]
     assert random["density"].isna().all() and random["top_entropy"].notna().all()
@@ -234,7 +282,7 @@ def test_latents_of_the_tree_have_the_numbers_of_their_dictionary():
     wider = torch.cat([rows, rows[[7]] + 0.8 * rows[[8]], rows[[7]] - 0.8 * rows[[8]]])
     saes = {"x1": Sae(rows), "x2": Sae(rows.flip(0)), "x4": Sae(wider)}
     arm = Arm(x, torch.zeros(256, dtype=torch.long), saes)
-    made = latents.tallies(arm, OPTIONS, 3, plain=False)
+    made = latents.tallies(arm, OPTIONS, 3)
     near, example = latents.split(arm, made, OPTIONS)
     assert (made["x1"].density > 0).tolist() == [False] + [True] * 30
     assert near["wide"].tolist() == ["x2"] * 30 + ["x4"] * 30
@@ -282,13 +330,14 @@ def tables(stage) -> dict[str, pd.DataFrame]:
 
 def test_metrics_of_made_up_tables(tables):
     got = metrics.metrics(tables)
-    assert got["widths.smallest_rise"] == pytest.approx(0.1)  # x1 to x2; the twin is left out
-    assert (got["widest.loss_recovered"], got["other.loss_recovered"]) == (0.8, 0.81)
-    assert (got["null.matched"], got["null.loss_recovered"]) == (0.7, 0.4)
-    assert got["resampling.dead_share"] < got["resampling.dead_share_without"]
-    assert got["universality.latents"] > 0.99 > got["universality.null_latents"]
-    assert got["universality.n_latents"] == 16 and got["main.dead"] == 0
-    assert all(np.isfinite(v) for n, v in got.items() if n != "splitting.smallest_rise")
+    one = {n: v[0] if isinstance(v, list) else v for n, v in got.items()}  # of one model
+    assert one["widths.smallest_rise"] == pytest.approx(0.1)  # x1 to x2; the twin is left out
+    assert one["widest.loss_recovered"] == one["main.loss_recovered"] == 0.8
+    assert (one["null.matched"], one["null.loss_recovered"]) == (0.7, 0.4)
+    assert one["resampling.dead_share"] < one["resampling.dead_share_without"]
+    assert one["universality.latents"] > 0.99 > one["universality.null_latents"]
+    assert one["universality.n_latents"] == 16 and one["main.dead"] == 0
+    assert all(np.isfinite(v) for n, v in one.items() if n != "splitting.smallest_rise")
     known = set(metrics.METRICS)
     assert all(n in known or n.split(".")[0] + ".*" in known for n in got)
 
@@ -299,8 +348,20 @@ def test_the_main_dictionarys_rare_latents_are_counted(tables):
     density = units["density"].to_numpy().copy()
     density[main[:3]], density[main[3:5]] = 0, 9e-6
     got = metrics.metrics(tables | {"latents/units": units.assign(density=density)})
-    assert (got["main.dead"], got["main.ultralow"]) == (3, 2)
-    assert got["main.dead_share"] == pytest.approx(3 / 16)
+    assert (got["main.dead"], got["main.ultralow"]) == ([3], [2])
+    assert got["main.dead_share"] == [pytest.approx(3 / 16)]
+
+
+def test_every_trained_model_is_a_seed(tables):
+    """Model b is model a with other names: every number is there twice."""
+    twice = tables | {"evaluation/b": tables["evaluation/a"]}
+    for name, t in tables.items():
+        if name.startswith("latents/"):
+            twice[name] = pd.concat([t, t[t["arm"] == "a"].assign(arm="b")])
+    one, two = metrics.metrics(tables), metrics.metrics(twice)
+    lists = {n: v for n, v in two.items() if isinstance(v, list)}
+    assert len(lists) > 30 and set(two) - set(lists) >= {"splice_check.max", "purity.untrained"}
+    np.testing.assert_equal({n: one[n] * 2 for n in lists}, lists)
 
 
 @pytest.mark.parametrize("scale", ["smoke", "laptop", "paper"])
@@ -308,8 +369,10 @@ def test_main_dictionary_and_widths_fit_the_declaration(scale):
     spec = papers.load(FOLDER, scale).spec
     own, saes = latents.Options.model_validate(spec.own["latents"]), spec.saes_of("a")
     assert set(own.widths) <= set(saes) and own.dictionary in own.widths
-    others = {arm for arm in spec.arm_names() if arm != "a"}
-    assert all(list(spec.saes_of(arm)) == [own.dictionary] for arm in others)
+    assert set(own.arms) | {own.untrained} - {None} == set(spec.arm_names())
+    needed = {*own.widths, "unresampled", "random_directions"}
+    assert all(needed <= set(spec.saes_of(arm)) for arm in own.arms)
+    assert own.untrained is None or list(spec.saes_of(own.untrained)) == [own.dictionary]
     assert spec.features.saes == [own.dictionary]
     ladder = [saes[w].d_sae for w in own.widths]
     assert len({saes[w].seed for w in own.widths}) == len(ladder)  # no shared initial rows

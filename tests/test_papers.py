@@ -251,6 +251,7 @@ def changed(home: Path, section: str, key: str, value) -> set[str]:
     "section, key, value, moved",
     [
         ("model", "weights", "reinit", {"model", "activations", "sae"}),
+        ("model", "weights", "init", {"model", "activations", "sae"}),
         ("model", "processing", "compatibility", {"model", "activations", "sae"}),
         ("model", "seed", 3, set()),  # trained weights have no seed
         ("model", "sha256", "0" * 64, {"model", "corpus", "activations", "sae"}),
@@ -287,6 +288,20 @@ def test_arms_share_tokens_and_differ_in_weights(home):
     assert trained["corpus"] == random["corpus"]
     for stage in ("model", "activations", "sae:blocks.8.hook_resid_post"):
         assert trained[stage].id != random[stage].id
+
+
+def test_null_arms_have_their_variant_and_seed_in_their_identity(home):
+    arms = {v: {"weights": v} for v in ("init", "reinit", "reinit_keep_embeddings")}
+    write(
+        home,
+        "p",
+        CHAIN | {"arms": {"trained": {}, **arms, "again": {"weights": "init", "seed": 1}}},
+    )
+    run = run_of(home, "p")
+    found = {arm: run.store("p", "laptop", arm)["model"].id for arm in (*arms, "again")}
+    assert len(set(found.values())) == 4
+    for variant in arms:
+        assert f"-{variant}-" in found[variant]
 
 
 def test_transcoders_have_a_job_of_their_own(home):

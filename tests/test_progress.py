@@ -9,6 +9,7 @@ import pytest
 from snake import snakemake, toy_project
 
 from pipeline import progress
+from pipeline.errors import RetraceError
 
 ROOT = Path(__file__).parent.parent
 HEAD = """\
@@ -101,3 +102,18 @@ def test_a_real_run(tmp_path):
     command = [sys.executable, "-m", "pipeline.progress", "--every", "1"]
     done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=20)
     assert done.stdout.startswith("8 of 8 jobs, 1 of 1 papers; ended after "), done.stdout
+
+
+@pytest.mark.parametrize(
+    "later", ["", "Config file a.yaml is extended\n", "Unlocked working directory."]
+)
+def test_a_call_that_runs_nothing_is_no_run(tmp_path, later):
+    """snakemake --list-rules after a run: the run is what is told."""
+    logs = tmp_path / ".snakemake/log"
+    logs.mkdir(parents=True)
+    (logs / "2026-01-05T100000.000000.snakemake.log").write_text(HEAD)
+    (logs / "2026-01-05T110000.000000.snakemake.log").write_text(later)
+    assert progress.newest(tmp_path).read_text() == HEAD
+    (logs / "2026-01-05T100000.000000.snakemake.log").unlink()
+    with pytest.raises(RetraceError, match="no run has a log"):
+        progress.newest(tmp_path)

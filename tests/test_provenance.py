@@ -13,6 +13,7 @@ import pytest
 from pipeline import provenance, tables
 from pipeline.errors import RetraceError
 from pipeline.provenance import canonical, certificate, chain, digest, read, show, verify
+from pipeline.verify import examined
 
 ROOT = Path(__file__).parent.parent
 
@@ -129,7 +130,7 @@ def test_a_manifest_answers_for_its_files(tmp_path, monkeypatch):
     Path("shards/1.bin").write_bytes(b"other")
     assert verify("manifest.json") == ["shards/1.bin: changed since manifest.json was written"]
     Path("shards/1.bin").unlink()
-    assert verify("manifest.json") == ["shards/1.bin: missing"]
+    assert verify("manifest.json") == ["shards/1.bin: missing, though manifest.json lists it"]
     Path("shards/0.bin").unlink()  # keep_activations: false has removed them all
     assert verify("manifest.json") == []
 
@@ -139,11 +140,11 @@ def test_weights_that_were_not_published_are_no_fault_and_are_named(tmp_path, mo
     weights = Path("results/store/model/tiny-0123456789ab/model.json")
     tables.write_json(weights, {"x": 1}, stamped("model"))
     tables.write_json("results/m.json", {"y": 1}, stamped("metrics", weights))
-    assert provenance.examined("results/m.json") == ([], [])
+    assert examined("results/m.json").absent == [] and verify("results/m.json") == []
     weights.unlink()
     assert verify("results/m.json") == [f"{weights}: missing, and a result was made from it"]
     weights.parent.rmdir()
-    assert provenance.examined("results/m.json") == ([], [weights])
+    assert verify("results/m.json") == [] and examined("results/m.json").absent == [weights]
     done = command("verify", "results/m.json")
     assert done.returncode == 0 and f"so not checked: {weights}" in done.stdout
 
@@ -216,7 +217,9 @@ def command(*args: str) -> subprocess.CompletedProcess:
 
 
 def test_the_command_line(chained):
-    assert command("verify", "results").stdout == "results: verified\n"
+    said = command("verify", "results").stdout
+    assert "results: 6 files verified; 0 faults\n" in said
+    assert f"root sha256:{examined('results').root} (certificates are not signed" in said
     assert command("show", "results/c.csv").returncode == 0
     alter(chained["m.json"])
     done = command("verify", "results/c.csv")

@@ -9,6 +9,7 @@ import sys
 import time
 from pathlib import Path
 from types import SimpleNamespace
+from typing import ClassVar
 
 import numpy as np
 import pandas as pd
@@ -81,6 +82,7 @@ def store(folder: Path, x: np.ndarray, shard_rows: int = 700, dtype: str = "floa
     manifest = {
         "hooks": {HOOK: about},
         "skip_first": 1,
+        "prepend_bos": True,
         "n_ctx": 16,
         "model": "results/store/model/tiny-0123456789ab/model.json",
         "corpus": "results/store/corpus/made_up-0123456789ab/tokens.parquet",
@@ -734,3 +736,32 @@ def test_a_stage_writes_what_evaluation_reads(made):
     frame = pd.DataFrame([entry["spec"] for entry in listed.values()])
     for column in "architecture k d_sae l1_coefficient frozen_decoder seed hook".split():
         assert column in frame
+
+
+@pytest.mark.parametrize("name", ["checkpoint.json", "a.safetensors", "beside"])
+@pytest.mark.parametrize("damage", ["bit", "cut", "empty", "deleted"])
+def test_a_checkpoint_that_has_changed_is_not_used(tmp_path, name, damage):
+    """Partial work carries digests, as finished work does."""
+    from pipeline.resume import Checkpoints, write_tensors
+
+    class Thing:
+        name = "a"
+        state: ClassVar = {"w": torch.arange(6.0)}
+
+        def tensors(self):
+            return self.state
+
+        def restore(self, state):
+            raise AssertionError("restored out of a damaged checkpoint")
+
+    beside = tmp_path / "weights"
+    write_tensors(beside / "step.safetensors", {"w": torch.ones(3)})
+    Checkpoints(tmp_path / "p", "key", beside).save(4, [Thing()])
+    folder = tmp_path / "p/step-000000004"
+    file = beside / "step.safetensors" if name == "beside" else folder / name
+    data = file.read_bytes()
+    changed = {"bit": data[:-3] + bytes([data[-3] ^ 4]) + data[-2:], "cut": data[:-9], "empty": b""}
+    file.unlink()
+    if damage != "deleted":
+        file.write_bytes(changed[damage])
+    assert Checkpoints(tmp_path / "p", "key", beside).load([Thing()]) == 0

@@ -74,6 +74,7 @@ def store(folder: Path, hooks: dict[str, tuple], shard_rows: int = 700, block: i
     manifest = {
         "hooks": about,
         "skip_first": 1,
+        "prepend_bos": True,
         "n_ctx": block,
         "model": "results/store/model/tiny-0123456789ab/model.json",
         "corpus": "results/store/corpus/made_up-0123456789ab/tokens.parquet",

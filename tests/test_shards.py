@@ -140,7 +140,7 @@ def test_blocks_are_read_across_row_groups(group, tmp_path):
             "documents": pa.array((-tokens).tolist(), pa.list_(pa.int32())),
         }
     )
-    made = {"stage": "corpus", "inputs": {}, "n_ctx": 4, "bos_id": 0}
+    made = {"stage": "corpus", "inputs": {}, "n_ctx": 4, "bos_id": 0, "prepend_bos": True}
     tables.write_table(tmp_path / "t.parquet", table, made, row_group_size=group)
     blocks = Blocks(tmp_path / "t.parquet")
     assert (len(blocks), blocks.n_ctx, blocks.bos_id) == (10, 4, 0)

@@ -14,7 +14,7 @@ from test_latents import TopK
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pipeline import attribution_graph, claims, figures, latents, papers, tables
+from pipeline import attribution_graph, figures, latents, needs, papers, provenance, tables
 from pipeline.errors import RetraceError
 from pipeline.latents import ERROR, Latents
 from pipeline.metrics import compute, known, parts
@@ -156,8 +156,9 @@ def made(tmp_path_factory) -> tuple[papers.Paper, dict[str, pd.DataFrame], Path]
     hf.save_pretrained(out / "checkpoint")
     TOKENIZER.save_pretrained(out / "checkpoint")
     about = {"processing": "raw", "bos_id": 0, "name": "tiny", "n_layers": 4}
-    (out / "model.json").write_text(json.dumps(about))
-    (out / "none.json").write_text("{}")
+    certificate = provenance.certificate("model", {}, "code", [])
+    tables.write_json(out / "model.json", about, certificate)
+    tables.write_json(out / "none.json", {}, certificate)
     units = {h: Latents(TopK(i), skip_first=1) for i, h in enumerate(HOOKS.values())}
     own = paper.spec.own["agreement"] | {"saes": list(HOOKS), "n_prompts": 6, "n_judged": 6}
     files = {t: out / f"{t}.parquet" for t in agreement.TABLES}
@@ -177,20 +178,62 @@ def made(tmp_path_factory) -> tuple[papers.Paper, dict[str, pd.DataFrame], Path]
     return paper, {f"agreement/{t}": tables.read_table(f) for t, f in files.items()}, out
 
 
+@pytest.mark.parametrize("none, share", [(1.0, 0.5), (3.0, np.nan), (4.0, np.nan)])
+def test_no_share_of_a_metric_that_no_circuit_has_to_restore(none, share):
+    """m is 3 of the whole model: where none has as much, nothing is left to explain."""
+
+    class Ablation:
+        class sites:
+            class task:
+                before = torch.tensor([3.0])
+
+        def metric(self, circuits, complement=False):
+            return torch.tensor([[none if not c else (none + 3) / 2] for c in circuits])
+
+    curves = import_file(FOLDER / "curves.py")
+    rows = curves.curves([curves.Kind("random", Ablation(), [0])])
+    assert rows[-1]["faithfulness"] == pytest.approx(share, nan_ok=True)
+    assert rows[0]["faithfulness"] == pytest.approx(0 if none < 3 else np.nan, nan_ok=True)
+
+
+def test_a_correlation_of_one_latent_alone_is_seen():
+    """IG has the one large effect right and no other; attribution has all others right."""
+    rest = np.array([0.1, -0.2, 0.3, -0.1, 0.2])
+    nodes = pd.DataFrame({
+        "number": range(6), "hook": "h", "structure": "simple",
+        "exact": [10, *rest], "ig": [9, *rest[::-1]], "attribution": [0, *rest],
+    })  # fmt: skip
+    sites = pd.DataFrame({"hook": ["h"], "ig": [1.0], "attribution": [1.0], "whole": [1.0],
+                          "errors": [0.0]})  # fmt: skip
+    got = metrics.of_estimates(nodes, sites)
+    assert got["correlation.ig"] > 0.99 > 0.1 > got["correlation.attribution"]
+    assert got["correlation_without_largest.attribution"] == pytest.approx(1)
+    assert got["correlation_without_largest.ig"] == pytest.approx(np.corrcoef(rest, rest[::-1])[0, 1])
+    assert got["spearman.attribution"] < 1 and got["largest_share"] == pytest.approx(
+        100 / (100 + (rest**2).sum())
+    )
+
+
 def test_curves_begin_at_none_and_end_at_the_model(made):
     _, frames, _ = made
     curves = frames["agreement/curves"]
     kinds = set(curves["kind"])
     assert kinds == set(drawing.KINDS)
-    for (_, kind), rows in curves.groupby(["structure", "kind"]):
-        assert rows["n_nodes"].min() == 0 and rows["faithfulness"].iloc[0] == 0
+    assert set(curves["seed"]) == {0, 1} and set(frames["agreement/graph_nodes"]["seed"]) == {0}
+    for (_, _, kind), rows in curves.groupby(["seed", "structure", "kind"]):
+        first = rows.iloc[0]
+        there_is_something = first["m_without"] > first["m"]  # the model is random
+        assert first["n_nodes"] == 0
+        assert first["faithfulness"] == pytest.approx(
+            0 if there_is_something else np.nan, nan_ok=True
+        )
         if kind in ("latents", "neurons", "random", "random_nodes", "attribution"):
             assert rows["n_nodes"].max() > 16
-    for _, rows in curves.groupby("structure"):
+    for _, rows in curves.groupby(["seed", "structure"]):
         none = rows.loc[rows["n_nodes"] == 0]
         assert none["m"].max() - none["m"].min() < 1e-4
         m, whole = none["m"].iloc[0], none["m_without"].iloc[0]
-        share = (rows["m"] - m) / (whole - m)
+        share = (rows["m"] - m) / (whole - m if whole > m else np.nan)
         np.testing.assert_allclose(rows["faithfulness"], share, atol=1e-3)
 
 
@@ -215,7 +258,9 @@ def test_nodes_are_patched_and_edges_lead_upwards(made):
 def test_metrics_claims_and_figures(made):
     paper, frames, _ = made
     found = compute(dict(frames), known(parts(paper)), FOLDER / "metrics.py")
-    wanted = {n for c in paper.spec.claims for n in claims._wanted(c)}
+    assert all(m["n"] == 2 for m in found.values())
+    assert len(set(found["logit_diff.mean"]["values"])) == 2  # other prompts
+    wanted = {n for c in paper.spec.claims for n in needs.wanted(c)}
     assert {n for n in wanted if not n.startswith("circuits.")} <= set(found)
     for name, figure in paper.spec.figures.items():
         if figure.kind == "verdicts":
@@ -252,6 +297,24 @@ def test_the_graph_is_exported(made, structure):
     )
     assert len(made_of.nodes) == len(rows["graph_nodes"]) + 1
     assert len(made_of.links) == len(rows["graph_edges"]) > 0
+    said = rows["behaviour"][0]
+    assert made_of.nodes[-1].clerp == (
+        f'Output "{said["answer"]}" over "{said["foil"]}" (p={said["p_answer"]:.3f})'
+    )
+
+
+@pytest.mark.parametrize("structure", ["within_rc", "across_rc"])
+def test_the_probability_of_the_answer_is_a_softmax_of_two_logits(made, structure):
+    _, frames, out = made
+    table = frames["agreement/behaviour"].query("seed == 0").set_index("structure")
+    row = table.loc[structure]
+    hf = LlamaForCausalLM.from_pretrained(out / "checkpoint").eval()
+    text = prompts.draw(TOKENIZER, structure, 12, 0)
+    with torch.no_grad():
+        logits = hf(torch.tensor([[0, *text["clean"][0]]])).logits[0, -1]
+    two = logits[[text["answer"][0], text["foil"][0]]].softmax(0)
+    assert row["answer_id"] == text["answer"][0]
+    assert row["p_answer"] == pytest.approx(two[0].item(), rel=1e-4)
 
 
 class Stored:

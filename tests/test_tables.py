@@ -178,3 +178,11 @@ def test_json_that_cannot_be_read_is_told(tmp_path, name):
     (tmp_path / "torn.json").write_text('{"x":')
     with pytest.raises(RetraceError, match=rf"{name}: not readable JSON"):
         tables.read_json(tmp_path / name)
+
+
+def test_what_a_killed_job_left_is_removed(tmp_path):
+    left, other = tmp_path / ".m.json.99999.tmp", tmp_path / ".n.json.99999.tmp"
+    left.write_text('{"half')
+    other.write_text("of another file")
+    tables.write_json(tmp_path / "m.json", {"x": 1}, CERTIFICATE)
+    assert not left.exists() and other.exists()

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 
@@ -86,7 +87,7 @@ CUBE = np.array([[x, y, z] for x in (1, -1) for y in (1, -1) for z in (1, -1)]) 
 def test_each_polytope_is_known_in_any_rotation(name, noise):
     vertices = measures.POLYTOPES[name]
     n, m = vertices.shape
-    assert n == SIZES[name] and m / n == pytest.approx(metrics.FRACTIONS[name])
+    assert (n, m) == metrics.POLYTOPES[name] and n == SIZES[name]
     D = measures.feature_measures(vertices)["dimensionality"]
     np.testing.assert_allclose(D, m / n)  # a tight frame: the article's fraction
     short = np.full((6, m + 4), 0.02)  # not represented
@@ -236,6 +237,18 @@ def test_initial_spread_is_that_of_xavier_on_the_joint_tensor(shape):
     fan_in, fan_out = torch.nn.init._calculate_fan_in_and_fan_out(joint)
     instances, n, m = shape
     assert toymodel.init_std(n, m, instances) == pytest.approx(np.sqrt(2 / (fan_in + fan_out)))
+
+
+def test_members_are_regular_and_near_their_fraction():
+    """A triangle, one whose features lie off 2/3, and a group of three in two dimensions
+    that is none."""
+    at = {"density": 0.6, "dims_per_feature": 0.6, "n_hidden": 6, "norm": 1.0, "group_rank": 2}
+    rows = pd.DataFrame([at] * 9).assign(group_size=3, dimensionality=2 / 3)
+    rows["polytope"] = ["triangle"] * 6 + [""] * 3
+    rows["represented_dimensionality"] = np.repeat([0.667, 0.72, 0.667], 3)
+    found = metrics.sweep_metrics(rows)
+    assert found["groups.triangle"] == 9 and found["members.triangle"] == 3
+    assert found["near.triangle"] == 6  # D_i alone, for the line
 
 
 def test_a_line_needs_features_and_clear_flanks():

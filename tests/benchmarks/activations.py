@@ -87,7 +87,7 @@ def random_work(work: Path, n_ctx: int, n_tokens: int) -> tuple[Path, Path]:
     tokens = np.random.default_rng(0).integers(1, 50_000, (n, n_ctx), np.int32)
     lists = pa.FixedSizeListArray.from_arrays(tokens.ravel(), n_ctx).cast(pa.list_(pa.int32()))
     columns = {"split": ["train"] * n, "tokens": lists, "documents": lists}
-    made = {"n_ctx": n_ctx, "bos_id": 0}
+    made = {"n_ctx": n_ctx, "bos_id": 0, "prepend_bos": True}
     tables.write_table(work / "random.parquet", pa.table(columns), made, row_group_size=1024)
     return work / "random" / "model.json", work / "random.parquet"
 

@@ -94,7 +94,8 @@ def store(
         "d_model": d_in, "dtype": dtype, "rows": {"train": n_rows}, "mean_norm": norm,
         "max_norm": 0, "shards": entries,
     }  # fmt: skip
-    item = {"skip_first": 1, "n_ctx": 128, "model": "made_up/model.json", "corpus": "made_up/t"}
+    item = {"skip_first": 1, "prepend_bos": True, "n_ctx": 128, "corpus": "made_up/t"}
+    item["model"] = "made_up/model.json"
     tables.write_json(folder / "manifest.json", item | {"hooks": {HOOK: about}, "files": files}, {})
     return folder / "manifest.json"
 

@@ -23,7 +23,7 @@ Estimates of nodes (Nanda 2023; Kramár et al. 2024) and of edges (Syed et al. 2
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import pandas as pd
 import torch
@@ -38,7 +38,7 @@ from pipeline.inputs import input_nodes, input_patching, many_edges
 from pipeline.paired import Node, Pairs, Task
 from pipeline.patching import activation_patching
 from pipeline.source import import_file
-from pipeline.spec_base import Name, Section
+from pipeline.spec_base import Name, Section, Seeds
 
 prompts = import_file(Path(__file__).with_name("prompts.py"))
 compared = import_file(Path(__file__).with_name("compared.py"))
@@ -64,9 +64,7 @@ class Options(Section):
     tables: list[str]
     tasks: dict[Name, TaskOptions]
     ig_steps: int = Field(default=5, ge=1, description="points between the two prompts")
-    seeds: list[Annotated[int, Field(ge=0)]] = Field(
-        default=[0], min_length=1, description="of prompts, and of which edges are drawn"
-    )
+    seeds: Seeds = Field(default=[0], description="of prompts, and of which edges are drawn")
 
 
 class Clock:

@@ -19,7 +19,7 @@ the model that was reset, as in the authors' runs.
 
 import copy
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 import numpy as np
 import pandas as pd
@@ -32,7 +32,7 @@ from pipeline import model as models
 from pipeline.edge_graph import EdgeGraph
 from pipeline.errors import RetraceError
 from pipeline.source import import_file
-from pipeline.spec_base import Name, Section
+from pipeline.spec_base import Name, Section, Seeds
 
 HERE = Path(__file__).parent
 sequences = import_file(HERE / "sequences.py")
@@ -67,8 +67,7 @@ class Options(Section):
     n_examples: int = Field(ge=2, description="sequences, where a task does not have all")
     ablations: list[Literal["zero", "corrupt"]]
     weights: list[Literal["trained", "reset"]]
-    seeds: list[Annotated[int, Field(ge=0)]] = Field(
-        min_length=1,
+    seeds: Seeds = Field(
         description="of sequences, corruptions, resets, the order of ACDC and the trained network",
     )
     ig_steps: int = Field(ge=1, description="EAP-IG: points between clean and cut embeddings")

@@ -18,7 +18,6 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
-from typing import Annotated
 
 import numpy as np
 import pandas as pd
@@ -26,11 +25,11 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from pipeline import cli, hooks, tables
+from pipeline import cli, hooks, provenance, tables
 from pipeline.heads import Heads
 from pipeline.native import NativeForCausalLM
 from pipeline.paired import Node
-from pipeline.spec_base import Section
+from pipeline.spec_base import Section, Seeds
 from pipeline.spec_training import Architecture
 
 X = 3  # the id of x, as in the compiled vocabulary
@@ -46,9 +45,7 @@ class Options(Section):
     steps: int = Field(ge=1)
     batch_size: int = Field(ge=2, description="pairs of sequences a step")
     lr: float = Field(gt=0, description="Adam; falls to 0 along a cosine")
-    seeds: list[Annotated[int, Field(ge=0)]] = Field(
-        min_length=1, description="a network each: of its weights and of its training pairs"
-    )
+    seeds: Seeds = Field(description="a network each: of its weights and of its training pairs")
 
 
 def every_sequence() -> Tensor:
@@ -197,16 +194,20 @@ def main() -> None:
     def work(job: cli.Job) -> None:
         options = job.section("own.siit", Options)
         made: dict[str, list[pd.DataFrame]] = {"history": [], "checks": []}
+        root, files = Path(job.args.checkpoint), {}
         for seed in options.seeds:
             hf, history = train(options, seed, job.device())
             with torch.no_grad():
                 made["checks"].append(checks(hf, seed + 1).assign(seed=seed))
             made["history"].append(history.assign(seed=seed))
-            folder = Path(job.args.checkpoint) / str(seed)
+            folder = root / str(seed)
             hf.cpu().save_pretrained(folder)
             certificate = job.certificate([], seed=seed)
             tables.stamp_safetensors(folder / "model.safetensors", certificate)
+            written = sorted(f for f in folder.iterdir() if f.is_file())
+            files |= {str(f.relative_to(root)): provenance.sha256_file(f) for f in written}
         certificate = job.certificate([])
+        tables.write_json(root / "provenance.json", {"files": files}, certificate)
         for name, frames in made.items():
             frame = pd.concat(frames, ignore_index=True)
             tables.write_table(getattr(job.args, name), frame, certificate)

@@ -8,9 +8,10 @@
 4. spectrum     norm of each frequency in W_E, neurons and W_L, at some checkpoints (Figures 3-5).
    circle       of the first model of the first run: numbers and sums on the circle of each key
                 frequency, at the same checkpoints.
-5. frequencies  one row a frequency of the last checkpoint: its effect, norms, neurons, readout.
+5. frequencies  one row a frequency: its effect, norms, neurons, readout.
+   edits        one row an ablation and a set of pairs (Section 4.4). Both are medians over the
+                checkpoints of the run's end (phases.ending), so that no single one decides.
    neurons      one row a neuron of the first and the last checkpoint: which frequency explains it.
-   edits        one row an ablation and a set of pairs, last checkpoint (Section 4.4).
 
 A run of paper.yaml's section training is an arm here; "model" is one seed of an arm.
 """
@@ -60,18 +61,26 @@ class Model:
         return self.measured.circuit.run(own, self.run.spec.architecture.n_heads, self.device)
 
 
+def medians(frames: list[pd.DataFrame]) -> pd.DataFrame:
+    """The last of several frames of the same rows, every measured number the median of theirs."""
+    out = frames[-1].copy()
+    for name in out.select_dtypes("float"):
+        out[name] = np.median([frame[name] for frame in frames], axis=0)
+    return out
+
+
 def measure(models: list[Model], options: Options, told: Any) -> dict[str, pd.DataFrame]:
     """Table -> frame, of the models of one run; `circle` is of the first model."""
     run, measured = models[0].run, models[0].measured
     rows: dict[str, list] = {t: [] for t in TABLES}
-    last = run.stacked(-1)
+    end = [run.stacked(int(step)) for step in phases.ending(np.array(run.steps))]
     for m in models:
-        circuit = m.circuit(last)
-        m.key = measured.key_frequencies(circuit, m.pairs, options.key_ratio)
+        circuits = [m.circuit(state) for state in end]
+        m.key = measured.key_frequencies(circuits[-1], m.pairs, options.key_ratio)
         found = {
-            "frequencies": measured.frequencies(circuit, m.pairs, m.key),
-            "neurons": measured.neurons(circuit).assign(step=run.steps[-1]),
-            "edits": measured.edits(circuit, m.pairs, m.key),
+            "frequencies": medians([measured.frequencies(c, m.pairs, m.key) for c in circuits]),
+            "neurons": measured.neurons(circuits[-1]).assign(step=run.steps[-1]),
+            "edits": medians([measured.edits(c, m.pairs, m.key) for c in circuits]),
         }
         for name, frame in found.items():
             rows[name].append(frame.assign(**m.who))

@@ -2,16 +2,23 @@
 
 One value a seed. Without a prefix: the arm `decay`, as in the paper; `null.`: the arm `no_decay`;
 `untrained.`: the arm `decay` at step 0. Losses are nats, float64, over p classes; "test" are the
-pairs that are not trained on. Steps are updates on the full batch (the paper's epochs).
+pairs that are not trained on. Steps are updates on the full batch (the paper's epochs). "At the
+end" is the median over the checkpoints of the last twentieth of the run, 2,000 of the paper's
+40,000 steps; which frequencies are key is said by the last checkpoint.
 """
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from pipeline.source import import_file
+
+phases = import_file(Path(__file__).with_name("phases.py"))
+
 METRICS = {
-    "accuracy.train": "share of the training pairs that the last checkpoint answers right",
-    "accuracy.test": "share of the other pairs that the last checkpoint answers right",
+    "accuracy.train": "share of the training pairs that are answered right, at the end",
+    "accuracy.test": "share of the other pairs that are answered right, at the end",
     "steps.fitted": "first evaluated step at which every training pair is answered right; NaN if "
     "none",
     "steps.generalised": "first evaluated step with a test accuracy above 0.99; NaN if none",
@@ -25,29 +32,31 @@ METRICS = {
     "phase.cleaned": "first checkpoint at which it has gone 90 % of that way: cleanup ends",
     "key.count": "key frequencies: those whose removal from the logits of the last checkpoint "
     "raises the test loss at least key_ratio times (paper.yaml: 10)",
-    "key.weakest": "smallest ratio of the test loss without a key frequency to the full test loss",
+    "key.weakest": "smallest ratio of the test loss without a key frequency to the full test loss, "
+    "at the end",
     "key.other": "largest such ratio of a frequency that is not key",
     "embedding.frequencies": "frequencies whose norm in W_E is above a quarter of the largest",
     "embedding.key_share": "share of the squared norm of W_E's non-constant components that lies "
     "in key frequencies",
     "neurons.single": "share of the neurons of which one frequency (its eight components over a "
-    "and b) explains more than 85 % of the variance, last checkpoint",
-    "neurons.single_key": "share of these neurons whose frequency is key",
+    "and b) explains more than 85 % of the variance, at the end",
+    "neurons.single_key": "share of these neurons whose frequency is key, last checkpoint",
     "logits.explained": "share of the variance of all p^3 logits that sum_k alpha_k cos(w_k (a + b "
-    "- c)) over key k explains; alpha by least squares",
+    "- c)) over key k explains, at the end; alpha by least squares",
     "logits.explained_centred": "the same about each input's mean over c, which softmax ignores",
     "readout.explained": "smallest share, over key k, of the variance of u_k MLP(a, b) that "
     "cos(w_k (a + b)) explains, and of v_k MLP(a, b) that sin does; u_k, v_k are W_L's rows at k",
     "readout.residual": "norm of W_L outside its key frequencies over the norm of W_L",
-    "loss.test": "test loss of the last checkpoint",
-    "loss.train": "training loss of the last checkpoint",
-    "loss.all": "loss of the last checkpoint over all pairs",
+    "loss.test": "test loss at the end; all that begins with loss. is of the end",
+    "loss.train": "training loss",
+    "loss.all": "loss over all pairs",
     "loss.uniform": "ln p, the loss of equal logits",
     "loss.restricted": "test loss with only the constant and the key frequencies' cos and sin of "
     "w_k (a + b) kept in the logits",
     "loss.excluded": "training loss with these waves removed from the logits, all at once",
     "loss.blocks": "loss over all pairs with only the mean and the eight components of each key "
     "frequency kept in the logits (40 components for five)",
+    "loss.without_blocks": "loss over all pairs with the mean kept and these components removed",
     "loss.formula": "loss over all pairs with the logits replaced by the fitted sum_k alpha_k "
     "cos(w_k (a + b - c)); right for any positive alpha, so only its size says something",
     "loss.polynomials": "loss over all pairs with every single-frequency neuron replaced by its "
@@ -62,8 +71,7 @@ METRICS = {
     "during.test_fall": "the same of the full test loss",
     "during.excluded_rise": "excluded training loss when cleanup begins over that at the end of "
     "memorisation",
-    "during.excluded_rise_after": "excluded training loss at the last checkpoint over that when "
-    "cleanup begins",
+    "during.excluded_rise_after": "excluded training loss at the end over that when cleanup begins",
     "during.*.formation": "change of the quantity a thousand steps during circuit formation",
     "during.*.cleanup": "the same during cleanup",
     "null.accuracy.train": "arm without weight decay: as accuracy.train",
@@ -110,15 +118,20 @@ def structure(frequencies: Any, neurons: Any) -> dict[str, float]:
         "key.other": rest["without_test"].max() / full,
         "embedding.frequencies": (norm > norm.max() / 4).sum(),
         "embedding.key_share": (key["norm_W_E"] ** 2).sum() / (norm**2).sum(),
-        "neurons.single": len(single) / len(neurons),
         "neurons.single_key": single["frequency"].isin(key["frequency"]).mean(),
         "readout.explained": readout.min() if readout.size else np.nan,
     }
 
 
+def at_the_end(progress: Any) -> Any:
+    """The median of each measure of one model over the last twentieth of the run."""
+    rows = progress.set_index("step").sort_index()
+    return rows.loc[phases.ending(rows.index.to_numpy())].median(numeric_only=True)
+
+
 def endings(progress: Any, edits: Any, p: int) -> dict[str, float]:
-    """Losses and fits of the last checkpoint."""
-    last = progress.sort_values("step").iloc[-1]
+    """Losses and fits at the end."""
+    last = at_the_end(progress)
     loss = edits.set_index(["edit", "set"])["loss"]
     out = {
         "accuracy.train": last["train_accuracy"],
@@ -126,15 +139,17 @@ def endings(progress: Any, edits: Any, p: int) -> dict[str, float]:
         "logits.explained": last["explained"],
         "logits.explained_centred": last["explained_centred"],
         "readout.residual": edits["residual_W_L"].iloc[0],
-        "loss.test": loss["full", "test"],
-        "loss.train": loss["full", "train"],
-        "loss.all": loss["full", "all"],
+        "loss.test": last["test_loss"],
+        "loss.train": last["train_loss"],
+        "loss.all": last["all_loss"],
         "loss.uniform": np.log(p),
-        "loss.restricted": loss["restricted", "test"],
-        "loss.excluded": loss["excluded", "train"],
+        "loss.restricted": last["restricted_test"],
+        "loss.excluded": last["excluded_train"],
+        "neurons.single": last["single"],
         "loss.polynomials_ratio": loss["polynomials", "all"] / loss["full", "all"],
     }
-    wide = ("blocks", "formula", "polynomials", "neuron_waves", "directions", "nullspace")
+    wide = ["blocks", "without_blocks", "formula", "polynomials"]
+    wide += ["neuron_waves", "directions", "nullspace"]
     return out | {f"loss.{name}": loss[name, "all"] for name in wide}
 
 
@@ -150,7 +165,8 @@ def during(progress: Any, phase: Any) -> dict[str, float]:
         "during.restricted_fall": at[1]["restricted_test"] / at[0]["restricted_test"],
         "during.test_fall": at[1]["test_loss"] / at[0]["test_loss"],
         "during.excluded_rise": at[1]["excluded_train"] / at[0]["excluded_train"],
-        "during.excluded_rise_after": rows["excluded_train"].iloc[-1] / at[1]["excluded_train"],
+        "during.excluded_rise_after": at_the_end(progress)["excluded_train"]
+        / at[1]["excluded_train"],
     }
     for name in CHANGES:
         for i, phase_name in enumerate(("formation", "cleanup")):
@@ -174,9 +190,6 @@ def of_seed(tables: dict[str, Any], history: Any) -> dict[str, float]:
     )
 
 
-NULL = ("accuracy.train", "loss.test", "loss.train", "key.count", "neurons.single")
-
-
 def metrics(tables: dict[str, Any]) -> dict[str, Any]:
     """Metric -> one value a seed.
 
@@ -196,7 +209,7 @@ def metrics(tables: dict[str, Any]) -> dict[str, Any]:
             if arm == "no_decay":
                 test = curve[curve["set"] == "test"]["accuracy"]
                 last = own["progress"].sort_values("step").iloc[-1]
-                found = {f"null.{name}": found[name] for name in NULL} | {
+                found = {f"null.{name}": value for name, value in found.items()} | {
                     "null.accuracy.test": test.max(),
                     "null.logits.explained_any": last["explained_any"],
                     "null.loss.sum_only": last["sum_only_test"],

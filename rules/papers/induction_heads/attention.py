@@ -17,6 +17,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BATCH_SCORES = 1 << 26  # attention scores of a layer at a time
+OFFSETS = tuple(range(-3, 4))  # places after the earlier occurrence; 1 is prefix matching
+LAGS = tuple(range(9))  # places before the present token; 1 is previous-token attention
 Head = tuple[int, int]  # layer, head
 
 
@@ -66,7 +68,7 @@ def common(tokens: Tensor) -> Tensor:
     return ids[order[cut : len(ids) - cut]].sort().values
 
 
-def prefix_matching(pattern: Tensor, length: int, times: int) -> Tensor:
+def prefix_matching(pattern: Tensor, length: int, times: int, offset: int = 1) -> Tensor:
     """Attention to the tokens that followed the present one in earlier repeats, [n_heads].
 
     Summed over the earlier repeats, averaged over the tokens of all repeats but the first and over
@@ -74,17 +76,36 @@ def prefix_matching(pattern: Tensor, length: int, times: int) -> Tensor:
 
     Args:
         pattern: [batch n_heads query key].
+        offset: places after the earlier occurrence; neither BOS nor the future counts.
     """
     found = []
     for query in range(1 + length, 1 + times * length):
-        keys = list(range(query - length + 1, 1, -length))
+        keys = [k + offset for k in range(query - length, 0, -length)]
+        keys = [k for k in keys if 1 <= k <= query]
         found.append(pattern[..., query, keys].sum(-1))
     return torch.stack(found).mean(0).mean(0)
 
 
-def previous_token(pattern: Tensor) -> Tensor:
-    """Mean attention of a token to the one before, [n_heads]; pattern [batch n_heads pos pos]."""
-    return pattern.diagonal(-1, -2, -1).mean(-1).mean(0)
+def by_place(pattern: Tensor, length: int, times: int) -> list[dict[str, list[float]]]:
+    """What each head of a layer looks at, where it is not the token of an induction head.
+
+    Returns:
+        a dict a head: by_offset [OFFSETS], `prefix_matching` at each offset; by_lag [LAGS], mean
+        attention to the token so many places back, of tokens that have one; to_bos, mean attention
+        to BOS of the tokens further on.
+    """
+    offsets = torch.stack([prefix_matching(pattern, length, times, k) for k in OFFSETS], 1)
+    body = pattern[..., 1:, 1:]  # without BOS, which is a place of rest and no lag
+    lags = torch.stack([previous_token(body, k) for k in LAGS], 1)
+    bos = pattern[..., 1:, 0].mean((0, 2))
+    names = ("by_offset", "by_lag", "to_bos")
+    columns = zip(offsets.tolist(), lags.tolist(), bos.tolist(), strict=True)
+    return [dict(zip(names, values, strict=True)) for values in columns]
+
+
+def previous_token(pattern: Tensor, lag: int = 1) -> Tensor:
+    """Mean attention of a token to the one `lag` before, [n_heads]; [batch n_heads pos pos]."""
+    return pattern.diagonal(-lag, -2, -1).mean(-1).mean(0)
 
 
 def token_losses(logits: Tensor, targets: Tensor) -> Tensor:

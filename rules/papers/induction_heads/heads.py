@@ -7,7 +7,8 @@ For every run of the section training, from its checkpoints:
                 Olsson et al. (their definition under Key Concepts has the other sign).
 2. scores       prefix matching and previous-token attention of every head, at every checkpoint.
 3. heads        the same at the first and last checkpoint, with copying and matching (signs of
-                the OV and QK eigenvalues) and how much of the key is the present token's;
+                the OV and QK eigenvalues), how much of the key is the present token's, and what a
+                head looks at instead (by_offset, by_lag);
    eigenvalues  the eigenvalues themselves, at the last checkpoint.
 4. phase        when the score forms, and what forms first (phase.py).
 5. composition  Q-, K- and V-composition of every pair of heads, beside random matrices.
@@ -67,8 +68,12 @@ def through_training(held: Held, told: Callable[[], None]) -> tuple[list[dict], 
     return losses, scores
 
 
-def phases(losses: pd.DataFrame, scores: pd.DataFrame) -> list[dict]:
-    """Rows of the table phase: one a model of the run, numbers of training tokens and nats."""
+def phases(losses: pd.DataFrame, scores: pd.DataFrame, budget: dict[str, float]) -> list[dict]:
+    """Rows of the table phase: one a model of the run, numbers of training tokens and nats.
+
+    Args:
+        budget: columns that all of them share, see Held.
+    """
     out = []
     for member, rows in losses.groupby("member", sort=False):
         tokens, icl = (rows[c].to_numpy(float) for c in ("tokens", "icl"))
@@ -88,6 +93,7 @@ def phases(losses: pd.DataFrame, scores: pd.DataFrame) -> list[dict]:
         if of["layer"].max() == 0:  # nothing is there that it could be needed for
             formed["previous_token"] = np.nan
         row |= {f"{k}_formed": value for k, value in formed.items()}
+        row |= budget
         out.append({c: rows[c].iloc[0] for c in ("run", "member", "seed")} | row)
     return out
 
@@ -197,6 +203,8 @@ def at_the_end(held: Held, scores: pd.DataFrame) -> dict[str, list[dict]]:
         for columns, model, state in held.models(step):
             own = (scores["member"] == columns["member"]) & (scores["step"] == step)
             rows, eigenvalues = read_weights(held, columns, scores[own], state)
+            places = held.places(model)
+            rows = [row | places[row["layer"]][row["head"]] for row in rows]
             made["heads"] += rows
             if step == held.run.steps[0]:
                 continue
@@ -217,7 +225,7 @@ def measure(runs: list[Held]) -> dict[str, pd.DataFrame]:
         losses, scores = through_training(held, lambda: progress.at(next(done)))
         made["training"] += losses
         made["scores"] += scores
-        made["phase"] += phases(pd.DataFrame(losses), pd.DataFrame(scores))
+        made["phase"] += phases(pd.DataFrame(losses), pd.DataFrame(scores), held.budget)
         for name, rows in at_the_end(held, pd.DataFrame(scores)).items():
             made[name] += rows
     return {name: pd.DataFrame(rows) for name, rows in made.items()}

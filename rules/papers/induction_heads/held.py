@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
+from pipeline import tables
 from pipeline.errors import RetraceError
 from pipeline.source import import_file
 from pipeline.spec import Section
@@ -52,6 +53,8 @@ class Held:
         tokens, targets: held-out sequences, [batch pos].
         copies: name -> [batch pos], where the targets of the first and second copy stand.
         repeated: sequences of `attention.repeated`.
+        budget: corpus_tokens, how many different tokens a member is trained on (NaN where each
+            batch is drawn anew), and document_length, the mean tokens of a document.
     """
 
     def __init__(self, manifest: str, corpus: list[str], options: Options, device: Any) -> None:
@@ -71,6 +74,7 @@ class Held:
             self.copies = {"first_copy": found.first, "second_copy": found.second}
             self.n_tokens = self.run.info["d_vocab"] - 1  # without BOS
             pool = torch.arange(self.n_tokens)
+            self.budget = {"corpus_tokens": np.nan, "document_length": float(n_ctx + 1)}
         else:
             if options.text_icl is None or not corpus:
                 raise RetraceError(f"own.heads: run '{self.name}' learns from text; add text_icl")
@@ -78,6 +82,7 @@ class Held:
             self.tokens, self.targets = training_data.windows(ids, n_ctx)
             self.icl, self.copies = options.text_icl, {}
             self.n_tokens, pool = self.run.info["d_vocab"], self.attention.common(self.tokens)
+            self.budget = corpus_budget(corpus[0])
         if max(self.icl.late) > n_ctx:
             raise RetraceError(
                 f"own.heads: token {max(self.icl.late)} of icl is behind n_ctx {n_ctx}"
@@ -113,6 +118,22 @@ class Held:
     def patterns(self, model: Any) -> list[Any]:
         """Attention of every layer on the repeated sequences, [batch n_heads pos pos]."""
         return self.attention.forward(model, self.repeated.to(self.device))[1]
+
+    def places(self, model: Any) -> list[list[dict[str, list[float]]]]:
+        """What every head of every layer looks at, see attention.by_place."""
+        how = self.options.repeat
+        return [self.attention.by_place(p, how.length, how.times) for p in self.patterns(model)]
+
+
+def corpus_budget(path: str) -> dict[str, float]:
+    """corpus_tokens and document_length of the training blocks of a tokens.parquet."""
+    table = tables.read_table(path, ["split", "documents"])
+    documents = np.concatenate(table["documents"][table["split"] == "train"].to_list())
+    owned = documents[documents >= 0]  # a BOS is nobody's
+    return {
+        "corpus_tokens": float(len(documents)),
+        "document_length": len(owned) / len(np.unique(owned)),
+    }
 
 
 def need_attention_only(name: str, architecture: Any) -> None:

@@ -1,8 +1,9 @@
 """Metrics of induction heads: what they mean, and how they follow from the tables of stage heads.
 
 Names begin with a run of the section training: one_layer, two_layer, smeared, and text_… for those
-that learn from text. One value a seed. An induction head is one with prefix matching above 0.5; the
-previous-token head is the head of the first of two layers that attends most to the token before.
+that learn from text. One value a seed, NaN in a seed that has none (of induction heads, say, where
+none formed). An induction head is one with prefix matching above 0.5; the previous-token head is
+the head of the first of two layers that attends most to the token before.
 """
 
 from typing import Any
@@ -14,6 +15,21 @@ COPIES = 0.5  # Σλ / Σ|λ| of a head that copies; Elhage et al. show a histog
 METRICS = {  # the first pattern that fits a name counts: those of more parts stand first
     "*.untrained.prefix_matching": "best prefix matching of all heads before training (null arm)",
     "*.untrained.copying_share": "share of copying heads before training (null arm)",
+    "*.untrained.own_key": "smeared keys: least share of a token's key that is its own, before "
+    "training (null arm)",
+    "*.untrained.copying": "largest Σλ / Σ|λ| of a head's OV circuit before training (null arm)",
+    "*.untrained.matching": "the same of the QK circuit (null arm)",
+    "*.match.any": "largest attention of a head of the last layer, on a random segment several "
+    "times over, to the tokens k places after the present one's earlier occurrences, k from −3 to "
+    "3; prefix matching is k = 1",
+    "*.match.offset": "its k",
+    "*.lag.any": "largest mean attention of a head of the first layer to the token k places back, "
+    "k from 1 to 8, same sequences",
+    "*.lag.places": "its k",
+    "*.tokens_seen": "tokens trained on, million, repeats counted",
+    "*.passes": "how often a token of the corpus is shown: tokens seen over those of the corpus; 1 "
+    "where every batch is drawn anew",
+    "*.document_length": "mean tokens of a training document; of a sequence, where these are drawn",
     "*.window.start": "start of the phase change, million training tokens: of all doublings "
     "[s, 2s] the one in which the in-context learning score gains most",
     "*.window.end": "end of that doubling, million training tokens",
@@ -73,6 +89,11 @@ def training(rows: Any, phase: Any) -> dict[str, float]:
     out |= {k: window[k] for k in ("icl_before", "icl_after")}
     out |= {f"window.{k}": window[k] / 1e6 for k in ("start", "end")}
     out |= {f"window.{k}": window[k] for k in ("share", "bump")}
+    out["tokens_seen"] = last["tokens"] / 1e6
+    if "corpus_tokens" in window:
+        there = window["corpus_tokens"]
+        out["passes"] = 1 if np.isnan(there) else last["tokens"] / there
+        out["document_length"] = window["document_length"]
     return out | {
         f"formed.{k}": window[f"{k}_formed"] / 1e6 for k in ("prefix_matching", "previous_token")
     }
@@ -91,10 +112,27 @@ def heads(rows: Any) -> dict[str, float]:
         "copying_heads": copying.sum(),
         "copying_share": copying.mean(),
         "untrained.copying_share": (untrained["copying"] > COPIES).mean(),
+        "untrained.copying": untrained["copying"].max(),
+        "untrained.matching": untrained["matching"].max(),
+        "untrained.own_key": untrained["own_key"].min(),
         "induction.own_key": best["own_key"],
     }
     found = rows[rows["role"] == "induction"]
-    return out | {f"induction.{k}": found[k].min() for k in ("copying", "matching")}
+    return out | places(rows) | {f"induction.{k}": found[k].min() for k in ("copying", "matching")}
+
+
+def places(rows: Any) -> dict[str, float]:
+    """Which place the heads of the last layer look at, and those of the first."""
+    if "by_offset" not in rows:
+        return {}
+    last, first = rows[rows["layer"] == rows["layer"].max()], rows[rows["layer"] == 0]
+    offset, lag = np.stack(last["by_offset"].to_list()), np.stack(first["by_lag"].to_list())
+    return {
+        "match.any": offset.max(),
+        "match.offset": offset.max(0).argmax() - offset.shape[1] // 2,
+        "lag.any": lag[:, 1:].max(),
+        "lag.places": 1 + lag[:, 1:].max(0).argmax(),
+    }
 
 
 def composition(rows: Any, heads: Any) -> dict[str, float]:
@@ -129,7 +167,7 @@ def ablation(rows: Any) -> dict[str, float]:
 
 
 def metrics(tables: dict[str, Any]) -> dict[str, Any]:
-    """Metric -> one value a seed; what some seed has not is left out.
+    """Metric -> one value a seed, NaN where a seed has none.
 
     Args:
         tables: name -> DataFrame, named as in paper.yaml.
@@ -145,8 +183,6 @@ def metrics(tables: dict[str, Any]) -> dict[str, Any]:
         if named["composition"]:
             pairs = zip(named["composition"], named["heads"], strict=True)
             found = [a | composition(*p) for a, p in zip(found, pairs, strict=True)]
-        for name in found[0]:
-            values = [float(f.get(name, np.nan)) for f in found]
-            if np.isfinite(values).all():
-                out[f"{run}.{name}"] = values
+        for name in dict.fromkeys(name for model in found for name in model):
+            out[f"{run}.{name}"] = [float(model.get(name, np.nan)) for model in found]
     return out

@@ -13,13 +13,14 @@ GPT-2 small has two circuits, the published one and the one found here; other ar
 alone. The arm with redrawn weights is a null: its behaviour is measured and nothing else.
 """
 
+from itertools import pairwise
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 import numpy as np
 import pandas as pd
 import torch
-from pydantic import Field
+from pydantic import Field, field_validator
 
 from pipeline import cli, tables
 from pipeline import model as models
@@ -27,12 +28,13 @@ from pipeline import prompts_ioi as prompts
 from pipeline.knockout import Knockout, group_means
 from pipeline.paired import Pairs, Task
 from pipeline.source import import_file
-from pipeline.spec_base import Name, Section
+from pipeline.spec_base import Name, Section, Seeds
 
 HERE = Path(__file__).parent
 measures = import_file(HERE / "measures.py")
 discovery = import_file(HERE / "discovery.py")
 judged = import_file(HERE / "judged.py")
+DRAWS = 4  # prompts to patch, to look at, of reference, and to judge by
 TABLES = "behaviour heads scatter cases minimality".split()
 
 
@@ -52,14 +54,25 @@ class Options(Section):
     most: int = Field(default=4, ge=1, description="heads of a class, at most")
     n_random: int = Field(default=2, ge=1, description="random circuits, and random sets K")
     greedy: tuple[int, int] = Field(default=(2, 6), description="steps, and candidates of a step")
-    seeds: list[Annotated[int, Field(ge=0)]] = Field(
+    seeds: Seeds = Field(
         default=[0],
-        min_length=1,
         description="of prompts and random circuits; one takes the four numbers from it on",
     )
     behaviour_only: list[Name] = Field(default=[], description="null arms")
     without_bos: list[Name] = Field(default=[], description="arms measured without BOS")
     published: Name = Field(default="gpt2", description="the arm that the paper's heads are of")
+
+    @field_validator("seeds")
+    @classmethod
+    def _apart(cls, seeds: list[int]) -> list[int]:
+        """Draws of one seed are no draws of another."""
+        for a, b in pairwise(sorted(seeds)):
+            if b - a < DRAWS:
+                raise ValueError(
+                    f"seeds {a} and {b} share prompts, as a seed takes the {DRAWS} numbers from it "
+                    f"on; leave {DRAWS} between them"
+                )
+        return seeds
 
 
 class Arm:

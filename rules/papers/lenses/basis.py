@@ -4,8 +4,10 @@ Belrose et al. (2023), Section 4, and the released package (tuned_lens/causal/su
 r(x, v) = x + v v^T (mean - x), which sets x along v to its mean over the sample (mean ablation):
 
 1. The influence of a unit direction v on f is E[KL(f(x) || f(r(x, v)))]. Direction i maximises the
-   influence on the lens among those orthogonal to the first i - 1: L-BFGS on the sphere, from
-   the singular vectors of the lens's map into the vocabulary.
+   influence on the lens among those orthogonal to the first i - 1: L-BFGS on the sphere, from the
+   most promising of the directions that the lens reads and along which the stream varies (the
+   package has one start, a singular vector of the unembedding). The influence has local maxima, so
+   the best of several starts counts, and directions are sorted by it, as in the package.
 2. The same directions are ablated in the model at the same place, and the influence on its
    prediction is taken.
 3. Stimulus-response alignment: the cosine between what ablation changes in the lens's and in the
@@ -25,6 +27,9 @@ from pipeline import lens, splice
 from pipeline.spec_base import Name, Section
 from pipeline.training_data import seeded
 
+SCREENED = 4  # directions whose influence is computed for each search that starts
+NEARLY_EQUAL = 0.99  # a cosine above which two starts lead to one maximum
+
 
 class Options(Section):
     """How many directions, of which models and layers, and from how many held-out tokens."""
@@ -34,7 +39,10 @@ class Options(Section):
     )
     k: int = Field(default=16, ge=1, description="directions a layer")
     n_blocks: int = Field(default=8, ge=1, description="held-out blocks")
-    max_iter: int = Field(default=30, ge=1, description="L-BFGS iterations a direction")
+    max_iter: int = Field(default=30, ge=1, description="L-BFGS iterations a direction and start")
+    n_starts: int = Field(
+        default=6, ge=1, description="searches a direction, the best of which counts"
+    )
     seed: int = Field(default=0, ge=0, description="of the random directions")
 
 
@@ -43,16 +51,75 @@ def ablated(x: Tensor, v: Tensor, mean: Tensor) -> Tensor:
     return x + ((mean - x) @ v)[..., None] * v
 
 
-def start(read: Callable[[Tensor], Tensor], mean: Tensor, k: int) -> Tensor:
-    """The k directions that the lens's logits, linearised at the mean, depend on most: [k d_model].
+def quadratic(read: Callable[[Tensor], Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+    """G and S, [d_model d_model] each: the influence of v is about (v^T G v) (v^T S v) / 2.
+
+    For a small change d of x, KL(f(x) || f(x + d)) = d^T G d / 2 with the Fisher information
+    G = J^T (diag p - p p^T) J, here at the mean; ablation changes x by v (v^T (mean - x)), and S is
+    the covariance.
 
     Args:
         read: x [… d_model] -> logits.
-        mean: [d_model].
+        x: [tokens d_model].
     """
+    mean = x.mean(0)
     J = torch.func.jacfwd(read)(mean)  # [d_vocab d_model]
-    J = J - J.mean(0)  # the softmax does not see what all logits share
-    return torch.linalg.eigh(J.T @ J)[1].T.flip(0)[:k]
+    p = read(mean).softmax(-1)[:, None]
+    J = J - (p * J).sum(0)  # the softmax does not see what all logits share
+    return J.T @ (p * J), torch.cov(x.T, correction=0)
+
+
+def candidates(G: Tensor, S: Tensor) -> Tensor:
+    """Unit directions that may be local maxima of (v^T G v) (v^T S v): [3 d_model, d_model].
+
+    The eigenvectors of G, of S, and of S^(1/2) G S^(1/2) carried back by S^(1/2).
+    """
+    values, vectors = torch.linalg.eigh(S)
+    root = (vectors * values.clamp(min=0).sqrt()) @ vectors.T
+    mixed = root @ torch.linalg.eigh(root @ G @ root)[1]
+    found = torch.cat([torch.linalg.eigh(G)[1].T, vectors.T, mixed.T])
+    return found / found.norm(dim=1, keepdim=True).clamp(min=1e-12)
+
+
+def distinct(v: Tensor, worth: Tensor, n: int) -> Tensor:
+    """The n rows of v [c d_model] of largest worth [c] that do not nearly repeat a better one."""
+    chosen: list[int] = []
+    for i in worth.argsort(descending=True, stable=True).tolist():
+        if all(abs(float(v[i] @ v[j])) < NEARLY_EQUAL for j in chosen):
+            chosen.append(i)
+        if len(chosen) == n:
+            break
+    return v[chosen]
+
+
+def starts(
+    influence: Callable[[Tensor], Tensor],
+    G: Tensor,
+    S: Tensor,
+    among: Tensor,
+    found: Tensor,
+    n: int,
+) -> Tensor:
+    """Where n searches for the next direction start, orthogonal to `found`: [n d_model].
+
+    SCREENED * n candidates of the largest approximate influence, and as many random directions, of
+    which those of the largest exact influence serve.
+
+    Args:
+        influence: unit vector -> scalar.
+        among: candidates, [c d_model].
+        found: directions so far, [i d_model].
+    """
+    generator = torch.Generator().manual_seed(seeded(len(found)))
+    noise = torch.randn(SCREENED * n, G.shape[0], generator=generator, dtype=torch.float64)
+    v = torch.cat([among, noise.to(among)])
+    v = v - (v @ found.T) @ found
+    v = v[v.norm(dim=1) > 1e-3]  # the others lie in what was found
+    v = v / v.norm(dim=1, keepdim=True)
+    known, noise = v[: -len(noise)], v[-len(noise) :]
+    about = ((known @ G) * known).sum(1) * ((known @ S) * known).sum(1)
+    v = torch.cat([distinct(known, about, SCREENED * n), noise])
+    return distinct(v, torch.stack([influence(u) for u in v]), n)
 
 
 def direction(influence: Callable[[Tensor], Tensor], v: Tensor, found: Tensor, n: int) -> Tensor:
@@ -82,13 +149,16 @@ def direction(influence: Callable[[Tensor], Tensor], v: Tensor, found: Tensor, n
 
 
 def causal_basis(
-    read: Callable[[Tensor], Tensor], x: Tensor, first: Tensor, max_iter: int
+    read: Callable[[Tensor], Tensor], x: Tensor, k: int, max_iter: int, n_starts: int = 6
 ) -> Tensor:
-    """Orthonormal directions in the order of their extraction, [k d_model].
+    """Orthonormal directions by falling influence, [k d_model].
+
+    A search ends at a local maximum. Of 24 rugged readers of three dimensions (the test's), the
+    best of 6 starts missed the best of 1,500 directions in 2, by 4 and 5 %; one start in 10 or
+    more, by up to 26 %.
 
     Args:
         read: x [tokens d_model] -> logits.
-        first: [k d_model], where each search starts.
     """
     mean = x.mean(0)
     with torch.no_grad():
@@ -97,10 +167,19 @@ def causal_basis(
     def influence(v: Tensor) -> Tensor:
         return lens.kl(log_p, read(ablated(x, v, mean)).log_softmax(-1)).mean()
 
-    found = first[:0]
-    for v in first:
-        found = torch.cat([found, direction(influence, v, found, max_iter)[None]])
-    return found
+    with torch.no_grad():
+        G, S = quadratic(read, x)
+        among = candidates(G, S)
+    found, energies = x[:0], []
+    for _ in range(k):
+        with torch.no_grad():
+            first = starts(influence, G, S, among, found, n_starts)
+        ends = [direction(influence, v, found, max_iter) for v in first]
+        with torch.no_grad():
+            reached = torch.stack([influence(v) for v in ends])
+        found = torch.cat([found, ends[int(reached.argmax())][None]])
+        energies.append(reached.max())
+    return found[torch.stack(energies).argsort(descending=True, stable=True)]
 
 
 def aitchison(a: Tensor, b: Tensor, p: Tensor) -> Tensor:
@@ -167,8 +246,8 @@ def of_model(
         chance = torch.linalg.qr(noise)[0].T.to(x)
         for name, lens_ in lenses.items():
             read = lambda t, lens_=lens_, layer=layer: lens_(layer, t)  # noqa: E731
-            first = start(read, x.mean(0), k)
-            kinds = {"causal": causal_basis(read, x, first, options.max_iter), "random": chance}
+            causal = causal_basis(read, x, k, options.max_iter, options.n_starts)
+            kinds = {"causal": causal, "random": chance}
             for kind, directions in kinds.items():
                 rows = influences(hf, read, layer, tokens[-half:], skip, directions)
                 frames.append(rows.assign(lens=name, layer=layer, kind=kind))

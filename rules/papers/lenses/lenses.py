@@ -1,5 +1,7 @@
 """What lenses see in the models: layer by layer, from layer to layer, and along texts. [torch]
 
+Each seed has its own translators, and its own share of the held-out blocks.
+
 1. layers        logit and tuned lens against the prediction, over held-out text (pipeline/lens.py)
 2. transfer      each translator on the stream of each layer (Belrose et al. 2023, Section 3)
 3. trajectories  the likeliest tokens at every layer and position of example texts
@@ -8,12 +10,12 @@
 """
 
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pandas as pd
 import torch
-import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -25,6 +27,7 @@ from pipeline.tokens import Texts
 
 tuning = import_file(Path(__file__).with_name("tuning.py"))
 basis = import_file(Path(__file__).with_name("basis.py"))
+PLAIN = -1  # the logit lens among translators
 TABLES = ("layers", "transfer", "trajectories", "attribution", "basis")
 
 
@@ -78,38 +81,49 @@ class Moments:
 def transfer(
     hf: nn.Module, translators: lens.Translators, tokens: Tensor, targets: Tensor, first: int
 ) -> pd.DataFrame:
-    """One row a translator and layer read: loss and kl in nats, the transfer penalty, similarity.
+    """One row a translator and layer read: loss, kl and bias in nats, penalty, similarity.
 
     penalty: the loss of translator l on the stream of layer l' less that of l' on its own.
+    loss_logit, kl_logit, bias_logit: of the logit lens on that stream, without a translator.
     similarity: the Frobenius cosine of the two streams' covariances.
 
     Args:
         tokens, targets: [windows pos]; positions below `first` do not count.
     """
-    read, layers, n = lens.tuned_lens(hf, translators), translators.layers, 0
-    sums = {(a, b): torch.zeros(2, dtype=torch.float64) for a in layers for b in layers}
+    read, plain = lens.tuned_lens(hf, translators), lens.logit_lens(hf)
+    layers, prediction = translators.layers, lens.Sums()
+    readers = {a: partial(read, a) for a in layers} | {PLAIN: partial(plain, 0)}
+    sums = {(a, b): lens.Sums() for a in readers for b in layers}
     moments = {layer: Moments() for layer in layers}
     for some, wanted in lens.passes(hf, tokens, targets):
         x, logits = lens.streams(hf, some)
         flat = lambda t: t[:, first:].flatten(0, 1)  # noqa: E731
-        log_p, wanted = flat(logits).log_softmax(-1), flat(wanted)
-        n += len(wanted)
+        log_p, wanted, seen = flat(logits).log_softmax(-1), flat(wanted), flat(some)
+        prediction.add(log_p, log_p, seen, wanted)
         for layer in layers:
             moments[layer].add(flat(x[layer]))
-        for a, b in sums:
-            log_q = read(a, flat(x[b])).log_softmax(-1)
-            loss = F.nll_loss(log_q, wanted, reduction="sum")
-            sums[a, b] += torch.stack([loss, lens.kl(log_p, log_q).sum()]).double().cpu()
+        for (a, b), s in sums.items():
+            s.add(log_p, readers[a](flat(x[b])).log_softmax(-1), seen, wanted)
     cov = {layer: m.covariance() for layer, m in moments.items()}
     cov = {layer: c / c.norm() for layer, c in cov.items()}
+    numbers = {pair: distances(s, prediction) for pair, s in sums.items()}
     rows = [
-        {"translator": a, "layer": b, "loss": float(s[0]) / n, "kl": float(s[1]) / n,
-         "similarity": float((cov[a] * cov[b]).sum())}
-        for (a, b), s in sums.items()
-    ]  # fmt: skip
+        {"translator": a, "layer": b, **numbers[a, b]}
+        | {f"{k}_logit": v for k, v in numbers[PLAIN, b].items()}
+        | {"similarity": float((cov[a] * cov[b]).sum())}
+        for a, b in sums
+        if a != PLAIN
+    ]
     frame = pd.DataFrame(rows)
     own = frame[frame["translator"] == frame["layer"]].set_index("layer")["loss"]
-    return frame.assign(penalty=frame["loss"] - frame["layer"].map(own), n_tokens=n)
+    return frame.assign(penalty=frame["loss"] - frame["layer"].map(own), n_tokens=prediction.n)
+
+
+def distances(found: lens.Sums, prediction: lens.Sums) -> dict[str, float]:
+    """loss, kl and bias of a lens in nats, of sums over the same tokens as the prediction's."""
+    means = dict(zip(lens.MEASURES, (found.means / found.n).tolist(), strict=True))
+    bias = lens.kl_of(prediction.marginal / prediction.n, found.marginal / found.n)
+    return {"loss": means["loss"], "kl": means["kl"], "bias": bias}
 
 
 def examples(loaded: Any, texts: list[str], blocks: Tensor, n: int, shown: int) -> list[Tensor]:
@@ -149,13 +163,16 @@ def along(
 
 
 def of_model(
-    name: str, loaded: Any, translators: lens.Translators, blocks: Tensor, skip: int, how: Options
-) -> dict[str, pd.DataFrame]:
-    """The tables of one model.
+    name: str, loaded: Any, translators: lens.Translators, blocks: Tensor, skip: int, how: Options,
+    seed: int, texts: bool,
+) -> dict[str, pd.DataFrame]:  # fmt: skip
+    """The tables of one model and seed.
 
     Args:
         blocks: held-out tokens, [blocks pos].
         skip: positions of a block that do not count.
+        seed: of the translators; random directions follow it.
+        texts: whether the tables along example texts are wanted.
     """
     hf, layers = loaded.hf, translators.layers
     lenses = {"logit": lens.logit_lens(hf), "tuned": lens.tuned_lens(hf, translators)}
@@ -163,19 +180,19 @@ def of_model(
     some = lambda n: slice(0, max(1, n // tokens.shape[1]))  # noqa: E731
     n = some(how.n_tokens.get(name, 20_000))
     few = some(how.n_transfer_tokens.get(name, 20_000))
-    ids = examples(loaded, how.texts.get(name, []), blocks, how.n_texts, how.n_shown)
-    shown, added = along(loaded, ids, lenses, layers)
     out = {
         "layers": lens.measure(hf, tokens[n], targets[n], lenses, layers, skip),
         "transfer": transfer(hf, translators, tokens[few], targets[few], skip),
-        "trajectories": shown,
-        "attribution": added,
     }
+    if texts:
+        ids = examples(loaded, how.texts.get(name, []), blocks, how.n_texts, how.n_shown)
+        out["trajectories"], out["attribution"] = along(loaded, ids, lenses, layers)
     if name in how.basis.models:
         chosen = layers[:: how.basis.models[name]]
         blocks = blocks[: how.basis.n_blocks]
-        out["basis"] = basis.of_model(hf, lenses, chosen, blocks, skip, how.basis)
-    return {table: frame.assign(model=name) for table, frame in out.items()}
+        directions = how.basis.model_copy(update={"seed": how.basis.seed + seed})
+        out["basis"] = basis.of_model(hf, lenses, chosen, blocks, skip, directions)
+    return {table: frame.assign(model=name, seed=seed) for table, frame in out.items()}
 
 
 def main() -> None:
@@ -192,12 +209,20 @@ def main() -> None:
         found: dict[str, list[pd.DataFrame]] = {t: [] for t in TABLES}
         for name, file, corpus in zip(sorted(tuned.models), args.models, args.corpora, strict=True):
             loaded = model.load(file, device)
-            translators = tuning.read_translators(args.translators, name, device)
             blocks = tuning.read_blocks(corpus, "eval").to(device)
             skip = tuned.models[name].skip_first
-            for table, frame in of_model(name, loaded, translators, blocks, skip, how).items():
-                found[table].append(frame)
-            cli.log.info("%s: read", name)
+            for number, seed in enumerate(tuned.seeds):
+                translators = tuning.read_translators(args.translators, name, seed, device)
+                own = blocks[number :: len(tuned.seeds)]
+                if not len(own):
+                    raise RetraceError(
+                        f"{corpus}: {len(blocks)} held-out blocks for {len(tuned.seeds)} seeds "
+                        f"(own.tuning.seeds); raise corpus.n_eval_tokens"
+                    )
+                tables_ = of_model(name, loaded, translators, own, skip, how, seed, number == 0)
+                for table, frame in tables_.items():
+                    found[table].append(frame)
+                cli.log.info("%s, seed %d: read", name, seed)
         made = job.certificate([*args.models, *args.corpora, args.translators])
         for table, frames in found.items():
             tables.write_table(getattr(args, table), pd.concat(frames, ignore_index=True), made)

@@ -1,11 +1,14 @@
 """Numbers of the lenses: distance and bias by layer, transfer, causal fidelity, attribution."""
 
+from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
 BITS = 1 / np.log(2)  # a nat in bits
 LEAST = 1e-9  # nats: an influence below this is rounding
+DEPTH = 18 / 24  # of the layer of the source's Figure 8
+SAME = 1e-5  # a spread of cosines below this is rounding of float32
 
 METRICS = {
     "*.kl_gain": "least over the layers of KL(p_n || logit lens) - KL(p_n || tuned lens), nats; "
@@ -25,11 +28,16 @@ METRICS = {
     "*.logit.echo_layers": "share of the layers at which the logit lens's likeliest token is the "
     "token just read, for more than half of the tokens",
     "*.unread": "KL(p_n || tuned lens) at the embeddings over KL(p_n || mean p_n): what of the "
-    "prediction no affine map of the embeddings gives",
+    "prediction no affine map of the embeddings gives; above 1, the lens is worse than a constant",
+    "swapped.*.kl_gain": "kl_gain with the translator of the layer that is farthest away in place "
+    "of each layer's own: a null that any affine map would meet; on the tokens of transfer",
+    "swapped.*.loss_gain": "the same of loss_gain",
+    "swapped.*.bias_gain": "the same of bias_gain",
     "transfer.*.near": "mean transfer penalty between neighbouring translators, nats",
     "transfer.*.far": "mean transfer penalty between translators at least half of the layers apart",
     "transfer.*.rho_similarity": "Spearman correlation of transfer penalty and similarity of the "
-    "covariances, over all pairs of different layers",
+    "covariances, over all pairs of different layers; undefined where similarities differ by "
+    "rounding alone",
     "basis.*.rho": "Spearman correlation of a direction's influence on the tuned lens and on the "
     "model, mean over layers",
     "basis.*.rho_first": "the same at the first layer (embeddings)",
@@ -37,11 +45,21 @@ METRICS = {
     "basis.*.used": "influence on the model of the causal basis over that of random directions, "
     "geometric means, least over the layers",
     "basis.*.sensitivity": "influence on the model over influence on the tuned lens, geometric "
-    "mean over the directions of the causal basis",
+    "mean over the directions of the causal basis, at the layer three quarters up (Figure 8 of the "
+    "source is of layer 18 of 24; over all layers, the embeddings' alone decided)",
+    "basis.*.sensitivity_least": "the same, least over the layers",
+    "basis.*.sensitivity_most": "the same, largest over the layers",
     "basis.*.alignment_gain": "stimulus-response alignment of the tuned lens's causal basis less "
     "that of the logit lens's, least over the layers",
     "basis.*.alignment_first": "stimulus-response alignment of the tuned lens, first layer",
     "basis.*.alignment_last": "the same at the last layer that has a translator",
+    "basis.*.rho_random": "rho of the random directions",
+    "basis.*.rho_random_first": "rho_first of the random directions",
+    "basis.*.rho_random_last": "rho_last of the random directions",
+    "basis.*.sensitivity_random": "sensitivity along the random directions",
+    "basis.*.alignment_gain_random": "alignment_gain along the random directions",
+    "basis.*.alignment_random_first": "alignment_first along the random directions",
+    "basis.*.alignment_random_last": "alignment_last along the random directions",
     "attribution.*.gap": "largest |sum of the parts - logit| over the largest |part|, over all "
     "positions of the example texts",
 }
@@ -50,6 +68,11 @@ METRICS = {
 def falls(kl: Any) -> float:
     """The least fall of a series from one row to the next."""
     return float(-np.diff(kl).max())
+
+
+def unread(row: Any) -> float:
+    """KL of a lens over that of the mean prediction; nan where the model always says the same."""
+    return float(row["kl"] / row["kl_marginal"]) if row["kl_marginal"] > LEAST else float("nan")
 
 
 def layers(table: Any) -> dict[str, float]:
@@ -63,7 +86,7 @@ def layers(table: Any) -> dict[str, float]:
     logit, tuned = inner["logit"], inner["tuned"]
     out = {
         f"{m}_gain": float((logit[m] - tuned[m]).min()) for m in ("kl", "loss", "bias")
-    } | {"unread": float(tuned["kl"].iloc[0] / tuned["kl_marginal"].iloc[0])}  # fmt: skip
+    } | {"unread": unread(tuned.iloc[0])}  # fmt: skip
     for name, rows in inner.items():
         out |= {
             f"{name}.kl": rows["kl"].mean(),
@@ -86,32 +109,57 @@ def transfer(table: Any) -> dict[str, float]:
     return {
         "near": table.loc[apart == 1, "penalty"].mean(),
         "far": table.loc[apart >= max(len(order) / 2, 1), "penalty"].mean(),
-        "rho_similarity": spearman(other["penalty"], other["similarity"]),
+        "rho_similarity": spearman(other["penalty"], other["similarity"])
+        if np.ptp(other["similarity"]) > SAME
+        else float("nan"),
+    }
+
+
+def swapped(table: Any) -> dict[str, float]:
+    """Gains over the logit lens of the farthest translator, least over the layers."""
+    apart = (table["translator"] - table["layer"]).abs()
+    far = table.loc[apart.groupby(table["layer"]).idxmax()]
+    return {f"{m}_gain": float((far[f"{m}_logit"] - far[m]).min()) for m in ("kl", "loss", "bias")}
+
+
+def directions(rows: Any) -> dict[str, Any]:
+    """What a kind of directions does at each layer; [layers] each, first layer first.
+
+    Args:
+        rows: of one kind, both lenses.
+    """
+    tuned = [own for _, own in rows[rows["lens"] == "tuned"].groupby("layer")]
+    log = lambda own, name: np.log(own[name].clip(lower=LEAST)).mean()  # noqa: E731
+    alignment = rows.pivot_table(index="layer", columns="lens", values="alignment")
+    return {
+        "rho": np.array([spearman(r["influence_lens"], r["influence_model"]) for r in tuned]),
+        "model": np.array([log(r, "influence_model") for r in tuned]),
+        "ratio": np.array([log(r, "influence_model") - log(r, "influence_lens") for r in tuned]),
+        "alignment": alignment["tuned"].to_numpy(),
+        "gain": (alignment["tuned"] - alignment["logit"]).to_numpy(),
     }
 
 
 def basis(table: Any) -> dict[str, float]:
     """Numbers of one model's causal bases."""
-    causal = table[table["kind"] == "causal"]
-    tuned = causal[causal["lens"] == "tuned"]
-    by_layer = dict(iter(tuned.groupby("layer")))
-    rho = [spearman(r["influence_lens"], r["influence_model"]) for r in by_layer.values()]
-    chance = table[(table["kind"] == "random") & (table["lens"] == "tuned")].groupby("layer")
-    strength = lambda rows: np.log(rows["influence_model"].clip(lower=LEAST)).mean()  # noqa: E731
-    used = [np.exp(strength(r) - strength(chance.get_group(i))) for i, r in by_layer.items()]
-    alignment = causal.pivot_table(index="layer", columns="lens", values="alignment")
-    influences = tuned[["influence_model", "influence_lens"]].clip(lower=LEAST)
-    ratio = np.log(influences["influence_model"] / influences["influence_lens"])
-    return {
-        "rho": float(np.mean(rho)),
-        "rho_first": rho[0],
-        "rho_last": rho[-1],
-        "used": float(min(used)),
-        "sensitivity": float(np.exp(ratio.mean())),
-        "alignment_gain": float((alignment["tuned"] - alignment["logit"]).min()),
-        "alignment_first": float(alignment["tuned"].iloc[0]),
-        "alignment_last": float(alignment["tuned"].iloc[-1]),
+    kinds = {kind: directions(rows) for kind, rows in table.groupby("kind")}
+    causal, chance = kinds["causal"], kinds["random"]
+    out = {
+        "used": np.exp(causal["model"] - chance["model"]).min(),
+        "sensitivity_least": np.exp(causal["ratio"].min()),
+        "sensitivity_most": np.exp(causal["ratio"].max()),
     }
+    for end, at in (("", causal), ("_random", chance)):
+        out |= {
+            f"rho{end}": at["rho"].mean(),
+            f"rho{end}_first": at["rho"][0],
+            f"rho{end}_last": at["rho"][-1],
+            f"sensitivity{end}": np.exp(at["ratio"][int(DEPTH * len(at["ratio"]))]),
+            f"alignment_gain{end}": at["gain"].min(),
+            f"alignment{end}_first": at["alignment"][0],
+            f"alignment{end}_last": at["alignment"][-1],
+        }
+    return {name: float(value) for name, value in out.items()}
 
 
 def attribution(table: Any) -> dict[str, float]:
@@ -121,12 +169,19 @@ def attribution(table: Any) -> dict[str, float]:
     return {"gap": float((gap / at["contribution"].apply(lambda c: c.abs().max())).max())}
 
 
-def metrics(tables: dict[str, Any]) -> dict[str, float]:
+def by_seed(table: Any, numbers: Callable[[Any], dict[str, float]]) -> dict[str, list[float]]:
+    """Every number of one model, one value a seed."""
+    found = [numbers(rows) for _, rows in table.groupby("seed")]
+    return {name: [f[name] for f in found] for name in found[0]}
+
+
+def metrics(tables: dict[str, Any]) -> dict[str, list[float]]:
     """See METRICS."""
-    found: dict[str, float] = {}
-    for name, rows in tables["lenses/layers"].groupby("model"):
-        found |= {f"{name}.{k}": v for k, v in layers(rows).items()}
-    for table, numbers in (("transfer", transfer), ("basis", basis), ("attribution", attribution)):
+    parts = (("", "layers", layers), ("transfer.", "transfer", transfer),
+             ("swapped.", "transfer", swapped), ("basis.", "basis", basis),
+             ("attribution.", "attribution", attribution))  # fmt: skip
+    found: dict[str, list[float]] = {}
+    for front, table, numbers in parts:
         for name, rows in tables[f"lenses/{table}"].groupby("model"):
-            found |= {f"{table}.{name}.{k}": v for k, v in numbers(rows).items()}
+            found |= {f"{front}{name}.{k}": v for k, v in by_seed(rows, numbers).items()}
     return found

@@ -23,6 +23,16 @@ class Options(Section):
 
     tables: list[str]
     models: dict[Name, translators.Tuning] = Field(min_length=1)
+    seeds: list[int] = Field(
+        default=[0],
+        min_length=1,
+        description="a lens each, of other batches and judged on other text",
+    )
+
+    def of(self, name: str, seed: int) -> translators.Tuning:
+        """How the lens of one model and seed is trained."""
+        how = self.models[name]
+        return how.model_copy(update={"seed": how.seed + seed})
 
 
 def read_blocks(corpus: str | Path, split: str, n: int = 0) -> Tensor:
@@ -38,14 +48,16 @@ def read_blocks(corpus: str | Path, split: str, n: int = 0) -> Tensor:
     return torch.from_numpy(np.stack(found[: n or None]).astype(np.int64))
 
 
-def read_translators(file: str | Path, name: str, device: torch.device) -> lens.Translators:
-    """The translators of one model, out of the file that this stage writes."""
+def read_translators(
+    file: str | Path, name: str, seed: int, device: torch.device
+) -> lens.Translators:
+    """The translators of one model and seed, out of the file that this stage writes."""
     from safetensors.torch import load_file
 
     found: dict[str, dict[int, Tensor]] = {"A": {}, "b": {}}
     for key, t in load_file(file).items():
-        of, kind, layer = key.split(".")
-        if of == name:
+        of, of_seed, kind, layer = key.split(".")
+        if (of, of_seed) == (name, str(seed)):
             found[kind][int(layer)] = t.to(device)
     return lens.Translators(**{k: dict(sorted(v.items())) for k, v in found.items()})
 
@@ -64,20 +76,23 @@ def main() -> None:
         made_by = [job.code, job.hardware, provenance.versions()]
         kept, frames, inputs = {}, [], [*args.models, *args.corpora]
         partial = Path(f"{args.out}.partial")
-        for (name, how), file, corpus in zip(
-            sorted(options.models.items()), args.models, args.corpora, strict=True
+        for name, file, corpus in zip(
+            sorted(options.models), args.models, args.corpora, strict=True
         ):
             hf = model.load(file, device).hf
             blocks = read_blocks(corpus, "train").to(device)
-            tuned = translators.Lens(name, hf, blocks, how)
             given = [provenance.sha256_file(p) for p in (file, corpus)]
-            key = provenance.digest([how.model_dump(mode="json"), given, made_by])
-            translators.train(tuned, Checkpoints(partial / name, key))
-            kept |= {f"{name}.A.{i}": t.cpu() for i, t in tuned.translators.A.items()}
-            kept |= {f"{name}.b.{i}": t.cpu() for i, t in tuned.translators.b.items()}
-            frames.append(pd.DataFrame({"model": name, **translators.history(tuned)}))
-            cli.log.info("%s: %d translators", name, len(tuned.layers))
-        made = job.certificate(inputs, seed=[m.seed for m in options.models.values()])
+            for seed in options.seeds:
+                how = options.of(name, seed)
+                tuned = translators.Lens(name, hf, blocks, how)
+                key = provenance.digest([how.model_dump(mode="json"), given, made_by])
+                translators.train(tuned, Checkpoints(partial / f"{name}-{seed}", key))
+                for kind, maps in (("A", tuned.translators.A), ("b", tuned.translators.b)):
+                    kept |= {f"{name}.{seed}.{kind}.{i}": t.cpu() for i, t in maps.items()}
+                told = {"model": name, "seed": seed, **translators.history(tuned)}
+                frames.append(pd.DataFrame(told))
+                cli.log.info("%s, seed %d: %d translators", name, seed, len(tuned.layers))
+        made = job.certificate(inputs, seed=options.seeds)
         write_tensors(Path(args.out), kept)
         tables.stamp_safetensors(args.out, made)
         tables.write_table(args.history, pd.concat(frames, ignore_index=True), made)

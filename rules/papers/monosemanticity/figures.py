@@ -19,7 +19,7 @@ from pipeline.theme import PALETTE, axis, rgba, selector
 SPLITTING = Path(__file__).with_name("figures_splitting.py")
 Drawn = tuple[go.Figure, pd.DataFrame]
 LATENTS, NEURONS, NULL, UNTRAINED = PALETTE[0], PALETTE[1], PALETTE[6], PALETTE[2]
-ARMS = {"a": ("model a", LATENTS), "b": ("model b", PALETTE[3]),
+ARMS = {"a": ("model a", LATENTS), "b": ("model b", PALETTE[3]), "c": ("model c", PALETTE[4]),
         "untrained": ("untrained model", UNTRAINED)}  # fmt: skip
 ULTRALOW = 1e-5
 
@@ -147,6 +147,7 @@ def universality(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     Options: bins (default 40).
     """
     found = tables["latents/matches"]
+    found = found[found["arm"] == "a"]
     lowest = min(0.0, np.floor(found["correlation"].min() * 10) / 10)
     edges = np.linspace(lowest, 1, options.get("bins", 40) + 1)
     figure, out = go.Figure(), []
@@ -180,6 +181,8 @@ def universality(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
 
 
 MEASURES = {
+    "narrowing": "bits by which a unit narrows down the token",
+    "said": "rank of the next token in what a unit says, above that of other rows",
     "top_entropy": "entropy of the tokens of the largest activations (bits)",
     "token_share": "share of the activation on the foremost token",
 }
@@ -196,7 +199,11 @@ def purity(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
         "latents": (trained[trained["group"] == main], LATENTS, "solid"),
         "neurons": (trained[trained["group"] == "neurons"], NEURONS, "solid"),
         "random directions": (trained[trained["group"] == "random"], NULL, "dot"),
-        "latents of the untrained model": (units[units["arm"] == "untrained"], UNTRAINED, "dash"),
+        "latents of the untrained model": (
+            units[(units["arm"] == "untrained") & (units["group"] == main)],
+            UNTRAINED,
+            "dash",
+        ),
     }
     figure, out, curves = go.Figure(), [], {m: [] for m in MEASURES}
     groups = {n: g for n, g in groups.items() if len(g[0])}
@@ -208,7 +215,7 @@ def purity(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
             curves[measure].append((x.tolist(), y.tolist() if len(values) else []))
             columns = {"group": name, "measure": measure, "value": x, "share": y[: len(x)]}
             out.append(pd.DataFrame(columns))
-        x, y = curves["top_entropy"][-1]
+        x, y = curves["narrowing"][-1]
         figure.add_scatter(
             x=x, y=y, mode="lines", line={"color": ink, "dash": dash, "width": 2, "shape": "hv"},
             name=name, hovertemplate=f"{name}<br>%{{y:.0%}} have at most %{{x:.2f}}<extra></extra>",
@@ -220,7 +227,7 @@ def purity(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     }  # fmt: skip
     figure.update_layout(
         updatemenus=[selector(choices)],
-        xaxis=axis(MEASURES["top_entropy"]),
+        xaxis=axis(MEASURES["narrowing"]),
         yaxis=axis("cumulative share of units", tickformat=".0%", range=[0, 1.02]),
     )
     return figure, pd.concat(out, ignore_index=True)

@@ -14,6 +14,7 @@ Drawn = tuple[go.Figure, pd.DataFrame]
 def splitting(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     """Share of the narrowest dictionary's latents with at least n near ones, one line a width."""
     frame, figure, out = tables["latents/splitting"], go.Figure(), []
+    frame = frame[frame["arm"] == "a"]
     groups = list(frame.groupby("wide", sort=False))
     for i, (wide, rows) in enumerate(groups):
         counts = np.arange(1, max(int(rows["n_near"].max()), 1) + 1)
@@ -42,7 +43,8 @@ def tree(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     """A latent of the narrowest dictionary and those near it in wider ones, with their tokens."""
     units = tables["latents/units"]
     units = units[units["arm"] == "a"].set_index(["group", "unit"])
-    frame = tables["latents/tree"].copy()
+    frame = tables["latents/tree"]
+    frame = frame[frame["arm"] == "a"].copy()
     keys = list(zip(frame["dictionary"], frame["latent"], strict=True))
     frame["tokens"] = [units.loc[k, "tokens"] for k in keys]
     frame["density"] = [units.loc[k, "density"] for k in keys]

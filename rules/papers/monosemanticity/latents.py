@@ -1,7 +1,8 @@
 """Latents beside neurons, beside another model's latents, and beside those of wider dictionaries.
 
-1. Over stored rows: how often every latent of every width fires, and on which tokens; the same for
-   the neurons, for random directions, and for the dictionary of the untrained model (tally.py).
+1. Over stored rows: how often every latent of every width fires, on which tokens, and what
+   follows; the same for the neurons, for random directions, and for all of the untrained model
+   (tally.py).
 2. Over held-out rows: the best match of each latent, and of each neuron, in the model of another
    seed (matching.py).
 3. Between widths: which latents of the wide dictionaries lie near one of the narrowest
@@ -17,7 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pipeline import cli, hooks, model, shards, tables
+from pipeline import cli, hooks, model, shards, splice, tables
 from pipeline.errors import RetraceError
 from pipeline.evaluation import load_saes
 from pipeline.source import import_file
@@ -35,11 +36,14 @@ class Options(Section):
     """Section own.latents of paper.yaml."""
 
     tables: list[str]
-    arm: Name = Field(description="the model whose dictionaries are looked at")
-    other: Name = Field(description="the model of another seed")
-    untrained: Name | None = Field(default=None, description="the model before training")
+    arms: list[Name] = Field(
+        min_length=2,
+        description="models of several seeds, whose dictionaries are looked at; each is compared "
+        "with the next, the last with the first",
+    )
+    untrained: Name | None = Field(default=None, description="a model before training")
     dictionary: str = Field(description="the paper's A/1: trained on all of them")
-    widths: list[str] = Field(min_length=3, description="dictionaries of `arm`, narrow first")
+    widths: list[str] = Field(min_length=3, description="dictionaries of `arms`, narrow first")
     n_rows: int = Field(default=1_000_000, ge=1, description="rows scanned, at most")
     n_top: int = Field(default=20, ge=2, description="largest activations whose tokens count")
     n_fired: int = Field(default=10, ge=1, description="rows a matched unit must fire on")
@@ -62,8 +66,11 @@ class Arm:
             )
         self.saes = load_saes(saes, device, names)
 
-    def rows(self, splits: tuple[str, ...], n: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """The first n rows of splits, in batches: x [rows d_in] float32, tokens [rows]."""
+    def rows(self, splits: tuple[str, ...], n: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
+        """The first n rows of splits, in batches: x [rows d_in] float32, tokens, following [rows].
+
+        following is the next token, -1 where it is not of this batch or block.
+        """
         for split in splits:
             stored = shards.Rows(self.activations, self.hook, split)
             for raw, columns in stored.iterate(BATCH):
@@ -71,8 +78,21 @@ class Arm:
                 if len(raw) == 0:
                     return
                 x = hooks.to_tensor(raw, stored.dtype, self.device).float()
-                tokens = torch.from_numpy(columns["token"][: len(raw)]).long()
-                yield x, tokens.to(self.device)
+                columns = {k: torch.from_numpy(c[: len(raw)]).long() for k, c in columns.items()}
+                yield x, columns["token"].to(self.device), next_token(columns).to(self.device)
+
+
+def next_token(columns: dict[str, Tensor]) -> Tensor:
+    """The token behind each row, [rows]; -1 where the next row is of another place.
+
+    Args:
+        columns: token, block and position, [rows] each.
+    """
+    token, at = columns["token"], columns["position"]
+    follows = (columns["block"][1:] == columns["block"][:-1]) & (at[1:] == at[:-1] + 1)
+    return torch.cat(
+        [torch.where(follows, token[1:], -1), token.new_full((min(len(token), 1),), -1)]
+    )
 
 
 def directions(d_in: int, n: int, seed: int) -> Tensor:
@@ -82,22 +102,21 @@ def directions(d_in: int, n: int, seed: int) -> Tensor:
 
 
 @torch.no_grad()
-def tallies(arm: Arm, options: Options, d_vocab: int, plain: bool) -> dict[str, Any]:
-    """Name -> Tally of each dictionary of an arm; and where `plain`, of its neurons and of random
-    directions, under the names 'neurons' and 'random'."""
+def tallies(arm: Arm, options: Options, d_vocab: int) -> dict[str, Any]:
+    """Name -> Tally of each dictionary of an arm, of its neurons and of random directions, under
+    the names 'neurons' and 'random'."""
     made: dict[str, Any] = {}
     random = None
-    for x, tokens in arm.rows(("train", "eval"), options.n_rows):
+    for x, tokens, following in arm.rows(("train", "eval"), options.n_rows):
         acts = {name: sae.encode(x) for name, sae in arm.saes.items()}
-        if plain:
-            if random is None:
-                random = directions(x.shape[1], options.n_random, options.seed).to(x.device)
-            acts |= {"neurons": x, "random": x @ random}
+        if random is None:
+            random = directions(x.shape[1], options.n_random, options.seed).to(x.device)
+        acts |= {"neurons": x, "random": x @ random}
         for name, values in acts.items():
             if name not in made:
                 n_units = values.shape[1]
                 made[name] = tally.Tally(n_units, d_vocab, options.n_top, x.device)
-            made[name].add(values, tokens)
+            made[name].add(values, tokens, following)
     return made
 
 
@@ -107,7 +126,7 @@ def matches(a: Arm, b: Arm, options: Options) -> pd.DataFrame:
     kinds = ("latents", "neurons", "null_latents", "null_neurons")
     found = {kind: matching.Correlation() for kind in kinds}
     pairs = zip(*(arm.rows(("eval",), options.n_rows) for arm in (a, b)), strict=True)
-    for (x, tokens), (y, same) in pairs:
+    for (x, tokens, _), (y, same, _) in pairs:
         if not torch.equal(tokens, same):
             raise RetraceError(
                 f"{a.activations} and {b.activations} hold other tokens; set max_norm_ratio: 0"
@@ -125,16 +144,37 @@ def matches(a: Arm, b: Arm, options: Options) -> pd.DataFrame:
     )
 
 
-def units(made: dict[str, Any], arm: str, text: list[str]) -> pd.DataFrame:
+@torch.no_grad()
+def says(hf: Any, arm: Arm, options: Options) -> dict[str, Tensor]:
+    """Name -> what each unit of `tallies` adds to the logits, [units d_vocab].
+
+    By the direct path: through the final norm's gain and the unembedding, its scale left out.
+    """
+    d_in = next(iter(arm.saes.values())).W_dec.shape[1]
+    eye = torch.eye(d_in, device=arm.device)
+    units = {name: sae.W_dec for name, sae in arm.saes.items()} | {"neurons": eye}
+    units["random"] = directions(d_in, options.n_random, options.seed).T.to(arm.device)
+    W_U = hf.get_output_embeddings().weight
+    written = {name: splice.written(hf, arm.hook, W) for name, W in units.items()}
+    return {name: splice.normed(hf, rows) @ W_U.T for name, rows in written.items()}
+
+
+def units(
+    made: dict[str, Any], arm: str, text: list[str], logits: dict[str, Tensor]
+) -> pd.DataFrame:
     """One row a unit of each Tally; see Tally for the columns.
 
     A random direction has signed values: it neither fires nor has a share of them on a token.
+
+    Args:
+        logits: of `says`.
     """
     frames = []
     for name, t in made.items():
         columns = {"arm": arm, "group": name, "unit": range(len(t.density))}
         columns |= {"density": t.density, "token_share": t.token_share}
         columns |= {"top_entropy": t.top_entropy(), "n_rows": t.n_rows}
+        columns |= {"narrowing": t.narrowing(), "said": t.said(logits[name])}
         columns["tokens"] = [" · ".join(text[i] for i in row) for row in t.foremost(3)]
         frames.append(pd.DataFrame(columns))
         if name == "random":
@@ -175,8 +215,8 @@ def split(arm: Arm, made: dict[str, Any], options: Options) -> tuple[pd.DataFram
 
 def main() -> None:
     parser = cli.parser(
-        "latents", __doc__, model="model.json of any arm: the tokenizer",
-        activations="manifest.json of every arm's activations, arms sorted by name*",
+        "latents", __doc__, models="model.json of every arm, arms sorted by name*",
+        activations="manifest.json of every arm's activations, likewise*",
         saes="manifest.json of every arm's dictionaries, likewise*",
         **{t: f"{t}.parquet" for t in TABLES},
     )  # fmt: skip
@@ -184,32 +224,35 @@ def main() -> None:
     def work(job: cli.Job) -> None:
         args, options = job.args, job.section("own.latents", Options)
         device, names = job.device(), sorted(job.spec["arms"])
-        paths = dict(zip(names, zip(args.activations, args.saes, strict=True), strict=True))
+        files = zip(args.activations, args.saes, args.models, strict=True)
+        paths = dict(zip(names, files, strict=True))
         main, widths = [options.dictionary], options.widths
-        wanted = {options.arm: [*widths, *(n for n in main if n not in widths)]}
         nulls = [options.untrained] if options.untrained else []
-        wanted |= dict.fromkeys([options.other, *nulls], main)
+        wanted = {arm: [*widths, *(n for n in main if n not in widths)] for arm in options.arms}
+        wanted |= dict.fromkeys(nulls, main)
         if unknown := wanted.keys() - paths.keys():
             raise RetraceError(
                 f"own.latents: no arm '{min(unknown)}'; paper.yaml has {', '.join(names)}"
             )
-        arms = {arm: Arm(*paths[arm], saes, device) for arm, saes in wanted.items()}
-        tokenizer = model.load_tokenizer(args.model)
+        arms = {arm: Arm(*paths[arm][:2], saes, device) for arm, saes in wanted.items()}
+        tokenizer = model.load_tokenizer(args.models[0])
         texts = Texts(tokenizer)
         text = [texts.alone(i) for i in range(len(tokenizer))]
-        made = {
-            arm: tallies(arms[arm], options, len(text), plain=arm == options.arm)
-            for arm in (options.arm, *nulls)
-        }
-        cli.log.info("%d rows scanned", made[options.arm]["neurons"].n_rows)
-        near, example = split(arms[options.arm], made[options.arm], options)
-        frames = {
-            "units": pd.concat([units(t, arm, text) for arm, t in made.items()]),
-            "matches": matches(arms[options.arm], arms[options.other], options),
-            "splitting": near,
-            "tree": example,
-        }
-        inputs = [args.model, *args.activations, *args.saes]
+        found: dict[str, list[pd.DataFrame]] = {name: [] for name in TABLES}
+        for number, (name, arm) in enumerate(arms.items()):
+            made = tallies(arm, options, len(text))
+            logits = says(model.load(paths[name][2], device).hf, arm, options)
+            found["units"].append(units(made, name, text, logits))
+            cli.log.info("%s: %d rows scanned", name, made["neurons"].n_rows)
+            if name not in options.arms:
+                continue
+            other = arms[options.arms[(number + 1) % len(options.arms)]]
+            near, example = split(arm, made, options)
+            found["matches"].append(matches(arm, other, options).assign(arm=name))
+            found["splitting"].append(near.assign(arm=name))
+            found["tree"].append(example.assign(arm=name))
+        frames = {name: pd.concat(parts, ignore_index=True) for name, parts in found.items()}
+        inputs = [*args.models, *args.activations, *args.saes]
         made_by = job.certificate(inputs, seed=options.seed)
         for name, frame in frames.items():
             tables.write_table(getattr(args, name), frame, made_by)

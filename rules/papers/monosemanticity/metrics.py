@@ -1,4 +1,7 @@
-"""Numbers of the paper out of its tables: one main dictionary, the paper's A/1, and its company."""
+"""Numbers of the paper out of its tables: one main dictionary, the paper's A/1, and its company.
+
+One value a trained model; models differ in the seed of their training.
+"""
 
 from typing import Any
 
@@ -17,7 +20,6 @@ METRICS = {
     "main.ultralow": "latents of it that fire on some, but fewer than 1e-5 of the scanned rows",
     "main.dead_share": "dead over all its latents",
     "main.ultralow_share": "ultralow over all its latents",
-    "other.loss_recovered": "main.loss_recovered of model b, of another seed",
     "widest.width": "latents of the widest dictionary with the main dictionary's L1 coefficient",
     "widest.loss_recovered": "its loss recovered, as main.loss_recovered",
     "widest.l0": "its L0",
@@ -46,17 +48,30 @@ METRICS = {
     "splitting.smallest_rise": "smallest increase of that number from one width to the next",
     "splitting.split_share": "share of the narrowest dictionary's latents with two or more near "
     "ones in the widest",
-    "purity.*": "median entropy (bits) of the tokens of a unit's 20 largest activations "
-    "(own.latents.n_top), lower: fewer different tokens; our stand-in for rated interpretability. "
-    "latents, neurons and random directions of model a, untrained: latents of the untrained model",
+    "purity.*": "median over units of H(q0) - H(q) in bits: q the tokens weighted by a unit's "
+    "activation, q0 the same with the tokens of other rows; by how much a unit narrows down which "
+    "token was read, higher: fewer different tokens. latents, neurons and random directions of a "
+    "trained model; untrained and untrained_neurons: of the model before training",
+    "said.*": "median over units of E_r[rank] - E_r0[rank]: r the next tokens weighted by a unit's "
+    "activation, r0 those of other rows, rank from 0 to 1 in what the unit adds to the logits; "
+    "whether what a unit says of the next token is what comes. The same groups as purity",
+    "top_entropy.*": "median entropy (bits) of the tokens of a unit's 20 largest activations "
+    "(own.latents.n_top); at its floor of 0 for most latents. The same groups as purity",
     "token_share.*": "median share of a unit's summed activation on its foremost token",
     "splice_check.max": "largest splice check of any dictionary, nats",
 }
 
 
-def main_of(tables: dict[str, Any]) -> str:
-    """The main dictionary's name: the only one that model b has."""
-    return tables["evaluation/b"]["sae"].iloc[0]
+def main_of(table: Any) -> str:
+    """The main dictionary's name: what `unresampled` is the twin of.
+
+    Args:
+        table: evaluation of an arm that has both.
+    """
+    named = table.set_index("sae")
+    twin, learned = named.loc["unresampled"], ~named["frozen_decoder"].astype(bool)
+    same = (named["d_sae"] == twin["d_sae"]) & (named["l1_coefficient"] == twin["l1_coefficient"])
+    return named.index[same & learned & (named.index != "unresampled")][0]
 
 
 def ladder(evaluation: Any, main: str) -> Any:
@@ -72,26 +87,32 @@ def ladder(evaluation: Any, main: str) -> Any:
 
 
 def of_units(units: Any, main: str) -> dict[str, float]:
-    """Densities of the main dictionary, and how single-minded units are."""
-    trained = units[units["arm"] == "a"]
-    groups = dict(iter(trained.groupby("group")))
+    """Densities of the main dictionary of one trained arm, and how single-minded units are.
+
+    Args:
+        units: of that arm alone.
+    """
+    groups = dict(iter(units.groupby("group")))
     density = groups[main]["density"]
     low = (density > 0) & (density < ULTRALOW)
     out = {"main.dead": (density == 0).sum(), "main.ultralow": low.sum()}
     out |= {"main.dead_share": (density == 0).mean(), "main.ultralow_share": low.mean()}
     named = {"latents": groups[main], "neurons": groups["neurons"], "random": groups["random"]}
-    if (units["arm"] == "untrained").any():
-        named["untrained"] = units[units["arm"] == "untrained"]
-    for name, group in named.items():
-        out[f"purity.{name}"] = group["top_entropy"].median()
-        if name != "random":
-            out[f"token_share.{name}"] = group["token_share"].median()
-    return out
+    return out | single_minded(named)
 
 
-def metrics(tables: dict[str, Any]) -> dict[str, float]:
-    """See METRICS."""
-    main, table = main_of(tables), tables["evaluation/a"]
+def single_minded(named: dict[str, Any]) -> dict[str, float]:
+    """The medians of the measures of groups of units."""
+    columns = {"purity": "narrowing", "said": "said", "top_entropy": "top_entropy"}
+    out = {f"{measure}.{name}": group[column].median()
+           for measure, column in columns.items() for name, group in named.items()}  # fmt: skip
+    return out | {f"token_share.{n}": g["token_share"].median() for n, g in named.items()
+                  if n != "random"}  # fmt: skip
+
+
+def of_arm(tables: dict[str, Any], arm: str, main: str) -> dict[str, float]:
+    """The numbers of one trained model and its dictionaries."""
+    table = tables[f"evaluation/{arm}"]
     named, steps = table.set_index("sae"), ladder(table, main)
     of_main, widest = named.loc[main], steps.iloc[-1]
     without, null = named.loc["unresampled"], named.loc["random_directions"]
@@ -103,7 +124,6 @@ def metrics(tables: dict[str, Any]) -> dict[str, float]:
         "main.width": of_main["d_sae"],
         "main.loss_recovered": of_main[recovered],
         "main.l0": of_main["l0"],
-        "other.loss_recovered": tables["evaluation/b"].set_index("sae").loc[main, recovered],
         "widest.width": widest["d_sae"],
         "widest.loss_recovered": widest[recovered],
         "widest.l0": widest["l0"],
@@ -115,25 +135,35 @@ def metrics(tables: dict[str, Any]) -> dict[str, float]:
         "null.loss_recovered": null[recovered],
         "null.matched": matched[recovered],
     }
-    for kind, found in tables["latents/matches"].groupby("kind"):
+    own = {n: t[t["arm"] == arm] for n, t in tables.items() if n.startswith("latents/")}
+    for kind, found in own["latents/matches"].groupby("kind"):
         out[f"universality.{kind}"] = found["correlation"].median()
         if not kind.startswith("null"):
             out[f"universality.n_{kind}"] = len(found)
-    near = tables["latents/splitting"].groupby("wide", sort=False)
+    near = own["latents/splitting"].groupby("wide", sort=False)
     counts, last = near["n_near"].mean().to_numpy(), list(near)[-1][1]
+    return out | of_units(own["latents/units"], main) | {
+        "splitting.near_first": counts[0],
+        "splitting.near_last": counts[-1],
+        "splitting.smallest_rise": np.diff(counts).min(),
+        "splitting.near_null": last["n_null"].mean(),
+        "splitting.split_share": (last["n_near"] >= 2).mean(),
+    }  # fmt: skip
+
+
+def metrics(tables: dict[str, Any]) -> dict[str, Any]:
+    """See METRICS; one value a trained model, each of another seed."""
+    arms = list(tables["latents/matches"]["arm"].unique())
+    main = main_of(tables[f"evaluation/{arms[0]}"])
+    found = [of_arm(tables, arm, main) for arm in arms]
+    out: dict[str, Any] = {name: [f[name] for f in found] for name in found[0]}
+    units = tables["latents/units"]
+    if len(null := units[units["arm"] == "untrained"]):
+        groups = dict(iter(null.groupby("group")))
+        named = {"untrained": groups[main], "untrained_neurons": groups["neurons"]}
+        out |= single_minded(named)
     checks = [t["splice_check"].max() for n, t in tables.items() if is_evaluation(n)]
-    return (
-        out
-        | of_units(tables["latents/units"], main)
-        | {
-            "splitting.near_first": counts[0],
-            "splitting.near_last": counts[-1],
-            "splitting.smallest_rise": np.diff(counts).min(),
-            "splitting.near_null": last["n_null"].mean(),
-            "splitting.split_share": (last["n_near"] >= 2).mean(),
-            "splice_check.max": max(checks),
-        }
-    )
+    return out | {"splice_check.max": max(checks)}
 
 
 def is_evaluation(table: str) -> bool:

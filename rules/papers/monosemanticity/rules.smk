@@ -5,7 +5,8 @@ rule monosemanticity_latents:
         tally=own_file_of("tally.py"),
         matching=own_file_of("matching.py"),
         splitting=own_file_of("splitting.py"),
-        model=arm_input_of("model", "model.json", "features"),
+        models=models_of("model.json"),
+        checkpoints=models_of("checkpoint"),
         activations=arms_of("activations", "manifest.json"),
         shards=arms_of("activations", "shards"),
         saes=arms_of("sae", "manifest.json"),
@@ -32,7 +33,7 @@ rule monosemanticity_latents:
     shell:
         "{PYTHON:q} {input.stage:q} --spec {params.spec:q}"
         " --code {input.stage:q} {input.tally:q} {input.matching:q} {input.splitting:q}"
-        " --model {input.model:q} --activations {input.activations:q} --saes {input.saes:q}"
+        " --models {input.models:q} --activations {input.activations:q} --saes {input.saes:q}"
         " --units {output.units:q} --matches {output.matches:q}"
         " --splitting {output.splitting:q} --tree {output.tree:q}"
         " --device {DEVICE} --threads {threads} 2> {log:q}"

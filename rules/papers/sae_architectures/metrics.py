@@ -8,7 +8,7 @@ import pandas as pd
 METRICS = {
     "gap.*.explained_variance_min": "gap.<a>_<b>: a minus b in explained variance at the L0 of "
     "each dictionary of b that lies in the range of a's L0, a interpolated linearly in log L0; "
-    "equal width, first seed; the smallest",
+    "equal width and one seed, one value a seed whose grids are whole; the smallest",
     "gap.*.explained_variance_max": "the largest such difference",
     "gap.*.delta_loss_min": "the smallest such difference in delta_loss, nats",
     "gap.*.delta_loss_max": "the largest (negative: a loses less everywhere)",
@@ -48,13 +48,24 @@ PAIRS = (
 GAPS = ("explained_variance", "delta_loss", "loss_recovered_mean", "shrinkage")
 
 
-def curves(trained: pd.DataFrame) -> dict[str, pd.DataFrame]:
-    """Architecture -> its dictionaries of the first seed that learned, by rising L0."""
+def curves(trained: pd.DataFrame, seed: int = 0) -> dict[str, pd.DataFrame]:
+    """Architecture -> its dictionaries of one seed that learned, by rising L0."""
     shrinkage = (trained["relative_bias"] - 1).abs()
     kept = trained.assign(shrinkage=shrinkage)[
-        (trained["seed"] == 0) & ~trained["frozen_decoder"].astype(bool)
+        (trained["seed"] == seed) & ~trained["frozen_decoder"].astype(bool)
     ]
     return {name: g.sort_values("l0") for name, g in kept.groupby("architecture")}
+
+
+def of_seeds(trained: pd.DataFrame) -> list[dict[str, pd.DataFrame]]:
+    """`curves` of every seed; an architecture is left out of a seed that lacks part of its grid.
+
+    A twin, one dictionary of another seed, makes no curve.
+    """
+    first = curves(trained)
+    others = [curves(trained, s) for s in sorted(set(trained["seed"]) - {0})]
+    whole = [{n: g for n, g in by.items() if len(g) == len(first.get(n, []))} for by in others]
+    return [first, *filter(None, whole)]
 
 
 def gap(a: pd.DataFrame, b: pd.DataFrame, metric: str) -> np.ndarray:
@@ -109,18 +120,28 @@ def _overlaps(pairs: pd.DataFrame) -> dict[str, Any]:
     }
 
 
+def of_grids(by: dict[str, pd.DataFrame]) -> dict[str, float]:
+    """The metrics of the grids of one seed."""
+    out = _at_equal_l0(by)
+    if {"gated", "standard"} <= by.keys():
+        out["saving.gated_standard"] = saving(by["gated"], by["standard"])
+    for name, rows in by.items():
+        out[f"bias.{name}_sparse"], out[f"bias.{name}_dense"] = rows["relative_bias"].iloc[[0, -1]]
+        out[f"dead.{name}"] = rows["dead_share"].mean()
+        out[f"grid.{name}.dead_share"] = rows["dead_share"].max()
+    return out
+
+
 def metrics(tables: dict[str, pd.DataFrame]) -> dict[str, Any]:
     """See METRICS."""
     arms = {n.removeprefix("evaluation/"): t for n, t in tables.items()
             if n.startswith("evaluation/") and not n.endswith("_history")}  # fmt: skip
     trained = arms["trained"]
     by = curves(trained)
-    out: dict[str, Any] = _at_equal_l0(by) | _overlaps(tables["overlap/pairs"])
-    out["saving.gated_standard"] = saving(by["gated"], by["standard"])
-    for name, rows in by.items():
-        out[f"bias.{name}_sparse"], out[f"bias.{name}_dense"] = rows["relative_bias"].iloc[[0, -1]]
-        out[f"dead.{name}"] = rows["dead_share"].mean()
-        out[f"grid.{name}.dead_share"] = rows["dead_share"].max()
+    seeds = [of_grids(grids) for grids in of_seeds(trained)]
+    out: dict[str, Any] = {
+        name: np.array([found[name] for found in seeds if name in found]) for name in seeds[0]
+    } | _overlaps(tables["overlap/pairs"])
     for row in tables["entropy/summary"].to_dict("records"):
         where = f"{row['arm']}.{row['sae']}"
         out[f"entropy.{where}"] = row["mean"]

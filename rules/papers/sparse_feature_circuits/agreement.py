@@ -25,7 +25,7 @@ from pipeline import model as models
 from pipeline.latent_circuits import Ablation
 from pipeline.paired import Pairs, Task
 from pipeline.source import import_file
-from pipeline.spec_base import Section
+from pipeline.spec_base import Section, Seeds
 from pipeline.tokens import Texts
 
 HERE = Path(__file__).parent
@@ -50,16 +50,22 @@ class Options(Section):
     graph_nodes: int = Field(default=48, ge=1)
     graph_edges: int = Field(default=160, ge=1)
     n_label_rows: int = Field(default=8192, ge=1, description="held-out rows read for labels")
-    seed: int = Field(default=0, ge=0, description="of prompts, directions and orders drawn")
+    seeds: Seeds = Field(
+        default=[0],
+        description="of prompts, directions and orders drawn; the first has the graphs",
+    )
 
 
 class Structure:
-    """The circuits of one structure of prompts."""
+    """The circuits of one structure of prompts, of the prompts of one seed."""
 
-    def __init__(self, name: str, loaded: Any, units: dict, options: Options, device: Any) -> None:
+    def __init__(
+        self, name: str, loaded: Any, units: dict, options: Options, seed: int, device: Any
+    ) -> None:
         self.name, self.loaded, self.units, self.options = name, loaded, units, options
+        self.seed = seed
         n, m = options.n_prompts, options.n_judged
-        drawn = prompts.draw(loaded.tokenizer, name, n + m, options.seed)
+        drawn = prompts.draw(loaded.tokenizer, name, n + m, seed)
         self.text = drawn.pop("text")
         self.hooks = {
             "latents": list(units["latents"]),
@@ -90,7 +96,7 @@ class Structure:
         return {k: v.item() if torch.is_tensor(v) else v for k, v in row.items()} | self.example()
 
     def example(self) -> dict[str, Any]:
-        """The first of the prompts that circuits are found on."""
+        """The first of the prompts that circuits are found on, and P(answer | answer or foil)."""
         pairs, texts = self.found.task.pairs, Texts(self.loaded.tokenizer)
         answer, foil = int(pairs.answer[0]), int(pairs.foil[0])
         return {
@@ -99,10 +105,12 @@ class Structure:
             "answer": texts.alone(answer),
             "foil": texts.alone(foil),
             "answer_id": answer,
+            "p_answer": self.found.task.before[0].sigmoid().item(),
         }
 
     def measured(self, manifest: str) -> dict[str, Any]:
-        options, rng = self.options, np.random.default_rng(self.options.seed)
+        """Rows of every table; of the graph's at the first seed alone."""
+        options, rng = self.options, np.random.default_rng(self.seed)
         found = {
             "latents": self.effects("latents", "ig"),
             "attribution": self.effects("latents", "attribution"),
@@ -115,10 +123,17 @@ class Structure:
         out: dict[str, Any] = {"behaviour": [self.behaviour()]}
         out["curves"] = curves.curves(kinds, progress.at)
         out["nodes"], out["sites"] = self.estimates(found)
+        if self.seed == options.seeds[0]:
+            out |= self.graph(found["latents"], manifest)
+        return out
+
+    def graph(self, found: dict[str, latents.Effects], manifest: str) -> dict[str, pd.DataFrame]:
+        """The tables graph_nodes and graph_edges, of the effects of latents."""
+        options = self.options
         alphas, units, sites = self.alphas["ig"], self.units["latents"], self.found
         progress = cli.Progress(f"{self.name}: edges", options.graph_nodes, "nodes")
         nodes, edges, drawn = graph.graph(
-            found["latents"], units, sites, alphas, options.graph_nodes, options.graph_edges,
+            found, units, sites, alphas, options.graph_nodes, options.graph_edges,
             progress.at,
         )  # fmt: skip
         said = graph.labels(drawn, units, sites, manifest, self.loaded, options.n_label_rows)
@@ -127,7 +142,7 @@ class Structure:
         ids = self.found.task.pairs.base[0].tolist()
         shown = Texts(self.loaded.tokenizer).context(ids)
         nodes["token"] = [shown[n.position] for n in drawn]
-        return out | {"graph_nodes": nodes, "graph_edges": edges}
+        return {"graph_nodes": nodes, "graph_edges": edges}
 
     def estimates(self, found: dict[str, dict]) -> tuple[list[dict], list[dict]]:
         """Rows of nodes and sites: both estimates beside the exact effects, of latents."""
@@ -194,14 +209,16 @@ def main() -> None:
         with torch.no_grad():
             loaded = models.load(args.model, device)
             found = latents.load(args.saes, options.saes, args.activations, device)
-            units = units_of(found, loaded, options.seed)
-            for name in options.structures:
-                structure = Structure(name, loaded, units, options, device)
-                for table, rows in structure.measured(args.activations).items():
-                    frame = pd.DataFrame(rows)
-                    frame.insert(0, "structure", name)
-                    made[table].append(frame)
-        certificate = job.certificate([args.model, args.activations, *args.saes], seed=options.seed)
+            for seed in options.seeds:
+                units = units_of(found, loaded, seed)
+                for name in options.structures:
+                    structure = Structure(name, loaded, units, options, seed, device)
+                    for table, rows in structure.measured(args.activations).items():
+                        frame = pd.DataFrame(rows)
+                        frame.insert(0, "structure", name)
+                        made[table].append(frame.assign(seed=seed))
+        inputs = [args.model, args.activations, *args.saes]
+        certificate = job.certificate(inputs, seed=options.seeds)
         for table, frames in made.items():
             tables.write_table(
                 getattr(args, table), pd.concat(frames, ignore_index=True), certificate

@@ -78,7 +78,8 @@ def curves(kinds: list[Kind], told: Callable[[int], None] = lambda _: None) -> l
         gone = [float("nan")] * len(counts)
         if name in ("latents", "neurons"):
             gone = ablation.metric(circuits, complement=True).mean(-1).tolist()
-        share = lambda m, none=none, whole=whole: (m - none) / (whole - none)  # noqa: E731
+        base = whole - none if whole > none else float("nan")  # no share of what is not there
+        share = lambda m, none=none, base=base: (m - none) / base  # noqa: E731
         for n, m, without in [(0, none, whole), *zip(counts, kept, gone, strict=True)]:
             row = {
                 "kind": name.split()[0],

@@ -40,9 +40,16 @@ def completeness(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     return panels(next(iter(tables.values())), "completeness", ["latents", "neurons"])
 
 
+def first(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the first seed, which has the graphs."""
+    return frame[frame["seed"] == frame["seed"].min()]
+
+
 def panels(table: pd.DataFrame, column: str, kinds: list[str]) -> Drawn:
     own = table[(table["n_nodes"] > 0) & table["kind"].isin(kinds)]
-    frame = own.groupby(["structure", "kind", "n_nodes"], sort=False)[column].mean().reset_index()
+    groups = own.groupby(["structure", "kind", "n_nodes"], sort=False)[column]
+    frame = groups.agg(["mean", "min", "max"]).reset_index().rename(columns={"mean": column})
+    frame = frame.sort_values("n_nodes", kind="stable")
     structures = list(dict.fromkeys(frame["structure"]))
     cols = min(2, len(structures))
     rows = -(-len(structures) // cols)
@@ -60,6 +67,8 @@ def panels(table: pd.DataFrame, column: str, kinds: list[str]) -> Drawn:
             line = go.Scatter(
                 x=own["n_nodes"], y=own[column], mode="lines+markers", name=name, legendgroup=kind,
                 line={"color": shade, "dash": dash, "width": 2}, marker={"size": 4},
+                error_y={"array": own["max"] - own[column], "arrayminus": own[column] - own["min"],
+                         "thickness": 1, "width": 0, "color": rgba(shade, 0.5)},
                 showlegend=k == 0,
                 hovertemplate=f"{name}<br>%{{x}} nodes: %{{y:.2f}}<extra></extra>",
             )  # fmt: skip
@@ -76,8 +85,8 @@ def panels(table: pd.DataFrame, column: str, kinds: list[str]) -> Drawn:
 
 
 def estimates(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
-    """Sizes of estimated and exact effects, a panel a method, a colour a site."""
-    (table,) = tables.values()
+    """Sizes of estimated and exact effects, a panel a method, a colour a site; first seed."""
+    table = first(next(iter(tables.values())))
     methods = {"attribution": "attribution patching", "ig": "integrated gradients"}
     figure = make_subplots(
         rows=1, cols=2, shared_yaxes=True, horizontal_spacing=0.06,
@@ -162,7 +171,7 @@ def graph(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
         t[t["structure"] == options["structure"]]
         for t in (tables[f"agreement/{n}"] for n in ("graph_nodes", "graph_edges", "behaviour"))
     )
-    (prompt,) = prompts.to_dict("records")
+    (prompt,) = first(prompts).to_dict("records")
     places = sorted(set(rows["hook"]), key=place_of)
     nodes = spread(rows, places)
     symbol = np.where(nodes["number"] < 0, "triangle-up", "circle")

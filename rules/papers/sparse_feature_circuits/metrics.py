@@ -1,12 +1,14 @@
 """Metrics of sparse feature circuits: what they mean, and how the tables give them.
 
 Names begin with a kind of nodes (curves.py) and end with a structure of prompts, or with mean or
-least: over structures.
+least: over structures. Every metric has one value a seed.
 """
 
 from typing import Any
 
 import numpy as np
+
+from pipeline.agreement import agreement
 
 METRICS = {  # the first pattern that fits a name counts
     "logit_diff.*": "mean logit of the right form minus that of the other, held-out prompts",
@@ -28,6 +30,11 @@ METRICS = {  # the first pattern that fits a name counts
     "correlation.*.early": "the same of the first site",
     "correlation.*.late": "the same of the last site",
     "correlation.*": "the same, mean over sites and structures",
+    "spearman.*": "the same as correlation, of ranks",
+    "correlation_without_largest.*": "the same as correlation, without the one latent of each site "
+    "and structure whose leaving out changes it the most",
+    "largest_share": "share of the sum of squares of exact effects that the largest latent of a "
+    "site and structure has, mean over both",
     "gap.*": "|sum of estimates over all nodes of a site - exact effect of patching the site| over "
     "|exact|, mean over sites and structures",
     "error_share": "share of the sum of latent_ig over a site that is its error terms', mean over "
@@ -41,8 +48,10 @@ def crossing(n: np.ndarray, values: np.ndarray, level: float) -> float:
     """Where values first reach a level from below, interpolated in log n; the last n if never.
 
     Args:
-        n: rising, from 1; values: of the same length.
+        n: rising, from 1; values: of the same length. nan where they are undefined.
     """
+    if np.isnan(values).any():
+        return float("nan")
     above = np.flatnonzero(values >= level)
     if not len(above):
         return float(n[-1])
@@ -74,7 +83,7 @@ def of_curves(rows: Any) -> dict[str, float]:
         out[f"{kind}.n_half"] = crossing(n, faithful, HALF)
         out[f"{kind}.area"] = area(n, faithful, last)
         out[f"{kind}.last"] = float(faithful[-1])
-        if np.isfinite(without).all():
+        if kind in ("latents", "neurons"):  # the kinds that are taken out, too
             out[f"{kind}.n_lost"] = crossing(n, -without, -HALF)
             out[f"{kind}.completeness"] = float(
                 np.interp(np.log(out[f"{kind}.n_half"]), np.log(n), without)
@@ -102,30 +111,38 @@ def over_structures(found: dict[str, dict[str, float]]) -> dict[str, float]:
     return out
 
 
+MEASURES = {
+    "correlation": "pearson",
+    "spearman": "spearman",
+    "correlation_without_largest": "without_largest",
+}
+
+
 def of_estimates(nodes: Any, sites: Any) -> dict[str, float]:
     """How right both estimates are."""
     out: dict[str, float] = {}
     nodes, order = nodes[nodes["number"] >= 0], list(dict.fromkeys(sites["hook"]))
     for method in ("ig", "attribution"):
-        by_site = {
-            hook: np.nanmean(
-                [own["exact"].corr(own[method]) for _, own in rows.groupby("structure")]
-            )
+        found = {
+            hook: [agreement(own["exact"], own[method]) for _, own in rows.groupby("structure")]
             for hook, rows in nodes.groupby("hook")
         }
-        out |= {f"correlation.{method}.site{i}": by_site[h] for i, h in enumerate(order)}
-        out[f"correlation.{method}"] = float(np.mean(list(by_site.values())))
-        out[f"correlation.{method}.early"] = by_site[order[0]]
-        out[f"correlation.{method}.late"] = by_site[order[-1]]
+        for name, field in MEASURES.items():
+            by_site = {h: np.nanmean([getattr(a, field) for a in f]) for h, f in found.items()}
+            out |= {f"{name}.{method}.site{i}": by_site[h] for i, h in enumerate(order)}
+            out[f"{name}.{method}"] = float(np.mean(list(by_site.values())))
+            out[f"{name}.{method}.early"] = by_site[order[0]]
+            out[f"{name}.{method}.late"] = by_site[order[-1]]
         gap = (sites[method] - sites["whole"]).abs() / sites["whole"].abs()
         out[f"gap.{method}"] = float(gap.mean())
+    squares = [rows["exact"] ** 2 for _, rows in nodes.groupby(["hook", "structure"])]
+    out["largest_share"] = float(np.mean([s.max() / s.sum() for s in squares if s.sum() > 0]))
     out["error_share"] = float((sites["errors"] / sites["ig"]).mean())
     return out
 
 
-def metrics(tables: dict[str, Any]) -> dict[str, float]:
-    """See METRICS."""
-    part = {name: tables[f"agreement/{name}"] for name in ("behaviour", "curves", "nodes", "sites")}
+def of_seed(part: dict[str, Any]) -> dict[str, float]:
+    """Every metric at one seed, out of the tables' rows of that seed."""
     rows = part["behaviour"].set_index("structure")
     out: dict[str, float] = {}
     for name in ("logit_diff", "accuracy"):
@@ -133,5 +150,15 @@ def metrics(tables: dict[str, Any]) -> dict[str, float]:
         out |= {f"{name}.mean": float(rows[name].mean()), f"{name}.least": float(rows[name].min())}
     curves = part["curves"].groupby("structure", sort=False)
     out |= over_structures({s: of_curves(own) for s, own in curves})
-    out |= of_estimates(part["nodes"], part["sites"])
-    return {k: float(v) for k, v in out.items() if np.isfinite(v)}
+    return out | of_estimates(part["nodes"], part["sites"])
+
+
+def metrics(tables: dict[str, Any]) -> dict[str, list[float]]:
+    """See METRICS; one value a seed, NaN where a seed has none."""
+    part = {name: tables[f"agreement/{name}"] for name in ("behaviour", "curves", "nodes", "sites")}
+    found = [
+        of_seed({name: frame[frame["seed"] == seed] for name, frame in part.items()})
+        for seed in part["behaviour"]["seed"].unique()
+    ]
+    names = dict.fromkeys(name for one in found for name in one)
+    return {name: [float(one.get(name, np.nan)) for one in found] for name in names}

@@ -24,7 +24,7 @@ METRICS = {
     "null.random_dictionary": "explained variance with decoder directions kept as drawn; the "
     "encoder is trained",
     "null.random_weights": "explained variance of a TopK dictionary of the same k and width on the "
-    "model with redrawn weights, of that model's own activations",
+    "model with random weights, of that model's own activations",
     "null.matched_loss_recovered": "loss recovered against mean ablation, learned dictionary",
     "null.random_dictionary_loss_recovered": "the same, random dictionary",
     "splice_check.max": "largest splice check of any dictionary of any arm, nats",

@@ -15,7 +15,6 @@ SHARED = (
 # together by squared cosines of 1/9 (tetrahedron) or more; orthogonal features have 0.
 JOINED = 0.05
 SHAPE = 0.1  # each cosine of a polytope may be off by this: about 6° at a right angle
-FRACTION = 0.03  # and each dimensionality of its features by this
 STATES = ("not represented", "dedicated dimension", "superposition")
 
 
@@ -87,13 +86,12 @@ def sorted_cosines(unit: np.ndarray) -> np.ndarray:
 def polytope(unit: np.ndarray, rank: int) -> str:
     """The polytope of one group of unit vectors [n, m]; "" for another figure.
 
-    Dimensions and size must be the polytope's, every vertex must see the others at its angles
-    (SHAPE), and every D_i must be its fraction (FRACTION). All are the same in any rotation.
+    Dimensions and size must be the polytope's, and every vertex must see the others at its angles
+    (SHAPE): a cube has size, rank and D_i of an antiprism, half a hexagon those of a triangle. All
+    of this is the same in any rotation.
     """
-    D = feature_measures(unit)["dimensionality"]
     for name, vertices in POLYTOPES.items():
-        n, m = vertices.shape
-        if (len(unit), rank) == (n, m) and (np.abs(D - m / n) <= FRACTION).all():
+        if (len(unit), rank) == vertices.shape:
             off = np.abs(sorted_cosines(unit) - sorted_cosines(vertices))
             return name if off.max() <= SHAPE else ""
     return ""

@@ -9,12 +9,12 @@ from typing import Any
 import numpy as np
 
 REPRESENTED, SHARED = 0.5, 0.25  # as in measures.py
-FRACTIONS = {  # D_i of a feature: dimensions / features of its polytope (measures.POLYTOPES)
-    "tetrahedron": 3 / 4,
-    "triangle": 2 / 3,
-    "antipodal": 1 / 2,
-    "pentagon": 2 / 5,
-    "antiprism": 3 / 8,
+POLYTOPES = {  # features and dimensions; D_i is dimensions / features (article, "Why these …?")
+    "tetrahedron": (4, 3),
+    "triangle": (3, 2),
+    "antipodal": (2, 1),
+    "pentagon": (5, 2),
+    "antiprism": (8, 3),
 }
 
 METRICS = {
@@ -62,9 +62,11 @@ METRICS = {
     "geometry.*.other_lines": "number of lines at 3/4, 2/3, 2/5 and 3/8",
     "geometry.*.antipodal_half": "share of the features within 0.005 of 1/2 whose group is two "
     "features in one dimension",
-    "geometry.*.members.*": "features, all levels, whose group is the polytope: its size and rank, "
-    "every cosine within 0.1 of the polytope's and every D_i within 0.03 of its fraction; groups: "
-    "components of the graph of represented features joined by a squared cosine > 0.05",
+    "geometry.*.groups.*": "features, all levels, whose group has the polytope's size and rank, "
+    "whatever its angles; groups: components of the graph of represented features joined by a "
+    "squared cosine > 0.05",
+    "geometry.*.members.*": "of these, features of groups whose every cosine is within 0.1 of the "
+    "polytope's, with a D_i (among represented features) within 0.03 of its fraction",
     "geometry.*.packing": "Σ_i D_i / m over all features, mean over the levels where some feature "
     "is represented",
     "geometry.random.*": "the same for the null arm: every norm kept, every direction redrawn",
@@ -222,8 +224,8 @@ def sweep_metrics(rows: Any) -> dict[str, float]:
     )
     D = rows["represented_dimensionality"].to_numpy(float)
     polytope = rows["polytope"].to_numpy()
+    of = lambda size, rank: ((rows["group_size"] == size) & (rows["group_rank"] == rank)).to_numpy()  # noqa: E731
     half = np.abs(D - 0.5) <= 0.005
-    pair = ((rows["group_size"] == 2) & (rows["group_rank"] == 1)).to_numpy()
     packed = levels[levels["norm"] > REPRESENTED]
     out = {
         "dense_dims": levels["dims"].iloc[-1],
@@ -231,13 +233,15 @@ def sweep_metrics(rows: Any) -> dict[str, float]:
         "levels": len(levels),
         "sticky_one": (np.abs(levels["dims"] - 1) <= 0.03).sum(),
         "sticky_half": (np.abs(levels["dims"] - 0.5) <= 0.03).sum(),
-        "antipodal_half": pair[half].mean() if half.any() else np.nan,
+        "antipodal_half": of(2, 1)[half].mean() if half.any() else np.nan,
         "packing": (packed["total"] / packed["m"]).mean(),
     }
-    for name, fraction in FRACTIONS.items():
-        out |= {f"{k}.{name}": v for k, v in line(D, fraction).items()}
-        out[f"members.{name}"] = (polytope == name).sum()
-    out["other_lines"] = sum(out[f"line.{name}"] for name in FRACTIONS if name != "antipodal")
+    for name, (size, rank) in POLYTOPES.items():
+        out |= {f"{k}.{name}": v for k, v in line(D, rank / size).items()}
+        out[f"groups.{name}"] = of(size, rank).sum()
+        near = np.abs(D - rank / size) <= 0.03
+        out[f"members.{name}"] = ((polytope == name) & near).sum()
+    out["other_lines"] = sum(out[f"line.{name}"] for name in POLYTOPES if name != "antipodal")
     return out
 
 
