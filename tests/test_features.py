@@ -286,3 +286,10 @@ def test_the_stage_on_a_padded_vocabulary_with_bos(padded):
         for example in row.examples:
             assert len(example["tokens"]) == len(example["acts"])
             assert all(example["tokens"])  # ASCII text: no token is part of a character
+    prompt = {"prompt": "the é c", "answer": "a", "foil": "o"}
+    spec = {"attribution": {"sae": "a", "prompts": {"p": prompt}, "n_ablate": 2, "ig_steps": 2}}
+    out = {k: at["root"] / f"{k}.parquet" for k in ("out", "latents")}
+    stage("attribution", spec, **same, model=at["model"], sae=at["sae"], **out)
+    latents = tables.read_table(out["latents"]).drop_duplicates("position")
+    text = dict(zip(latents["position"], latents["token"], strict=True))
+    assert {k: text.get(k) for k in (1, 5, 6, 8)} == {1: "t", 5: "", 6: "é", 8: "c"}
