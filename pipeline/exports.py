@@ -25,7 +25,7 @@ from typing import Any, Literal
 import numpy as np
 from pydantic import BaseModel, ValidationError
 
-from pipeline import cli, metrics, provenance, tables
+from pipeline import cli, provenance, tables
 from pipeline.errors import RetraceError, nearest
 from pipeline.export_card import card
 from pipeline.export_formats import CoreResult, FeatureDetails, SaeLensConfig, check_weights
@@ -89,9 +89,9 @@ def core_metrics(row: dict[str, Any], n_ctx: int, weights: dict) -> dict[str, di
             "kl_div_with_sae": row["kl_spliced"],
         },
         "model_performance_preservation": {
-            "ce_loss_score": metrics.loss_recovered(
-                row["loss_model"], row["loss_spliced"], row["loss_zero_all"]
-            ),
+            # SAEBench's plain ratio, defined where metrics.loss_recovered is not
+            "ce_loss_score": (row["loss_zero_all"] - row["loss_spliced"])
+            / (row["loss_zero_all"] - row["loss_model"]),
             "ce_loss_with_ablation": row["loss_zero_all"],
             "ce_loss_with_sae": row["loss_spliced"],
             "ce_loss_without_sae": row["loss_model"],

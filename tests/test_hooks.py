@@ -232,6 +232,18 @@ def test_unknown_family():
         hooks.site(Other(), "hook_embed")
 
 
+@pytest.mark.parametrize("kind", ["mixtral", "qwen3_moe", "gpt_oss", "olmoe"])
+def test_a_mixture_of_experts_is_refused(kind):
+    """TransformerLens 3.9 has hooks there that never fire, and mlp.hook_post is the whole block."""
+
+    class Experts(torch.nn.Module):
+        config = GPT2Config(vocab_size=8)
+
+    Experts.config.model_type = kind
+    with pytest.raises(RetraceError, match=f"model type '{kind}'.* has no hooks here"):
+        hooks.site(Experts(), "blocks.0.mlp.hook_post")
+
+
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_rows_round_trip(dtype):
     x = torch.randn(5, 3).to(getattr(torch, dtype))
