@@ -12,7 +12,10 @@ from typing import Any
 from pipeline import expressions, needs
 from pipeline.errors import RetraceError, nearest
 from pipeline.judge import COLUMNS, judge
+from pipeline.provenance import digest
 from pipeline.spec_claims import Claim
+
+SHORT = 8  # characters of a definition's digest
 
 
 def faults(paper: Any) -> Iterator[str]:
@@ -115,8 +118,45 @@ def for_the_job(paper: Any) -> dict[str, Any]:
     """What the stage needs of a paper: its claims with their null arms and budgets, the scale."""
     spec = paper.spec
     update = lambda c: {"null_arm": null_of(c, spec.arm_names()), "budget": spec.budget_of(c)}  # noqa: E731
-    claims = [c.model_copy(update=update(c)).model_dump(mode="json") for c in spec.claims]
-    return {"claims": claims, "budgets": budgets(paper), "scale": paper.scale}
+    claims = [c.model_copy(update=update(c)) for c in spec.claims]
+    out = {"budgets": budgets(paper), "scale": paper.scale, "definitions": defined(paper, claims)}
+    return out | {"claims": [c.model_dump(mode="json") for c in claims]}
+
+
+def defined(paper: Any, claims: list[Claim]) -> dict[str, str]:
+    """Metric -> digest of its definition, of every metric that a claim, a need or a null reads."""
+    from pipeline import metrics
+
+    definitions = metrics.known(metrics.parts(paper))
+
+    def known(name: str) -> bool:
+        return metrics.definition(name, definitions) is not None
+
+    read: set[str] = set()
+    for claim in claims:
+        read |= needs.wanted(claim) | needs.metrics_of(claim, known)
+        read |= expressions.names(expressions.parse(claim.null_arm)) if claim.null_arm else set()
+    found = {name: metrics.definition(name, definitions) for name in sorted(read)}
+    return {name: digest(text, SHORT) for name, text in found.items() if text is not None}
+
+
+def judged(spec: dict[str, Any], measured: dict[str, dict]) -> list[dict[str, Any]]:
+    """The rows of claims.csv.
+
+    Args:
+        spec: see `for_the_job`.
+        measured: the metrics of metrics.json. One whose definition is not today's was not measured:
+            results that were published before it changed cannot decide a claim of today.
+    """
+    wanted = spec.get("definitions", {})
+    same = {
+        name: metric
+        for name, metric in measured.items()
+        if wanted.get(name, digest(metric["definition"], SHORT))
+        == digest(metric["definition"], SHORT)
+    }
+    claims = [Claim.model_validate(c) for c in spec["claims"]]
+    return [judge(c, same, spec["scale"], spec["budgets"]) for c in claims]
 
 
 def main() -> None:
@@ -127,10 +167,7 @@ def main() -> None:
     def work(job: cli.Job) -> None:
         import pandas as pd
 
-        metrics = tables.read_json(job.args.metrics)["metrics"]
-        claims = [Claim.model_validate(c) for c in job.spec["claims"]]
-        scale, found = job.spec["scale"], job.spec["budgets"]
-        rows = [judge(c, metrics, scale, found) for c in claims]
+        rows = judged(job.spec, tables.read_json(job.args.metrics)["metrics"])
         frame = pd.DataFrame(rows, columns=COLUMNS)
         tables.write_csv(job.args.out, frame, job.certificate([job.args.metrics]))
 

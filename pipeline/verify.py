@@ -211,9 +211,7 @@ def _sources(file: Path, certificate: dict, base: Path, out: Report) -> list[str
 
 def _claims(file: Path, certificate: dict, base: Path, out: Report) -> list[str]:
     """Faults of verdicts that do not follow from metrics.json."""
-    from pipeline import source, tables
-    from pipeline.judge import judge
-    from pipeline.spec import Claim
+    from pipeline import claims, source, tables
 
     name = next(iter(certificate["inputs"]))
     metrics = provenance.locate(name, file, base)
@@ -222,9 +220,7 @@ def _claims(file: Path, certificate: dict, base: Path, out: Report) -> list[str]
     spec = certificate["spec"]
     try:
         values = tables.read_json(metrics)["metrics"]
-        stated = [Claim.model_validate(c) for c in spec["claims"]]
-        budgets = spec.get("budgets", {})
-        found = [judge(claim, values, spec["scale"], budgets) for claim in stated]
+        found = claims.judged({"budgets": {}, **spec}, values)
     except (*BROKEN, RetraceError) as e:
         out.notes.append(f"{file}: not judged again ({str(e).splitlines()[0]})")
         return []

@@ -528,6 +528,24 @@ def test_a_value_claim_names_a_metric_that_exists(tmp_path):
         claims.check(paper(tmp_path, claim))
 
 
+def test_a_metric_of_another_definition_was_not_measured(tmp_path):
+    """Published results cannot decide a claim after a metric that it reads came to mean else."""
+    claim = order_claim("ev.topk > ev.l1", null_arm="ev.l1 > ev.topk")
+    made = paper(tmp_path, claim.model_dump(exclude_defaults=True))
+    job = claims.for_the_job(made)
+    assert set(job["definitions"]) == {"ev.topk", "ev.l1"}
+    found = {
+        "ev.topk": metric(2) | {"definition": "a"},
+        "ev.l1": metric(1) | {"definition": "b"},
+    }
+    (row,) = claims.judged(job | {"scale": "laptop"}, found)
+    assert row["verdict"] == "reproduced"
+    (row,) = claims.judged(
+        job | {"scale": "laptop"}, found | {"ev.l1": metric(1) | {"definition": "of old"}}
+    )
+    assert row["verdict"] == "not run"
+
+
 # --- the figure ------------------------------------------------------------------------------
 
 

@@ -10,9 +10,7 @@ from packaging.requirements import Requirement
 
 import pipeline
 from pipeline import claims, papers, tables
-from pipeline.judge import judge
 from pipeline.spec_base import SCALES
-from pipeline.spec_claims import Claim
 from pipeline.summary import OTHERS, VERDICTS, read_claims, tally
 
 ROOT = Path(__file__).parent.parent
@@ -116,8 +114,7 @@ def test_published_verdicts_are_those_of_the_claims_and_rules_of_today(folder):
     paper = papers.load(ROOT / "rules/papers" / folder.parent.name, folder.name)
     job = claims.for_the_job(paper)
     metrics = tables.read_json(folder / "metrics.json")["metrics"]
-    listed = [Claim.model_validate(c) for c in job["claims"]]
-    judged = [judge(c, metrics, folder.name, job["budgets"]) for c in listed]
+    judged = claims.judged(job, metrics)
     published = {r["id"]: r for r in read_claims(folder / "claims.csv")}
     assert published.keys() == {r["id"] for r in judged}
     for row in judged:
