@@ -167,4 +167,4 @@ def test_published_tables_alone_are_enough_for_their_figures(tmp_path, scale):
                 figures.append(f"results/{scale}/{name}/figures/{figure}.html")
     jobs = snakemake("-n", *figures, cwd=clone, scale=scale).jobs
     assert len(figures) > 15 and jobs.count("figures") == len(figures)
-    assert set(jobs) <= {"figures", "figures_js", "metrics"}
+    assert set(jobs) <= {"figures", "figures_js", "metrics", "claims"}
