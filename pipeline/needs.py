@@ -6,8 +6,9 @@ an expression over metrics with its words. What is not met makes the claim not c
 numbers.
 """
 
+import ast
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,18 +145,26 @@ def unmet(claim: Claim, metrics: dict[str, dict], found: Spent | None) -> Iterat
 def _own(need: Need, metrics: dict[str, dict]) -> Iterator[str]:
     """The words of a need of the paper's own, where a seed does not meet it."""
     tree = parse(need.holds)
-    mine = {m: metrics[m] for m in names(tree) if m in metrics}
-    if mine.keys() != names(tree):
-        return
-    n = max(m["n"] for m in mine.values())
-    values = lambda i: lambda m: mine[m]["values"][i if mine[m]["n"] == n else 0]  # noqa: E731
+    joined = isinstance(tree, ast.BoolOp) and isinstance(tree.op, ast.And)
+    for part in tree.values if joined else [tree]:  # one that fails is enough, whatever is missing
+        mine = {m: metrics[m] for m in names(part) if m in metrics}
+        if mine.keys() == names(part) and not _met(part, mine):
+            here = filled(part, {m: f"{v['mean']:.4g}" for m, v in mine.items()})
+            yield f"{need.because}; here {here}"
+            return
+
+
+def _met(tree: ast.expr, metrics: dict[str, dict]) -> bool:
+    """Whether an expression holds in every seed."""
+    n = max(m["n"] for m in metrics.values())
+
+    def at(i: int) -> Callable[[str], float]:
+        return lambda name: metrics[name]["values"][i if metrics[name]["n"] == n else 0]
+
     try:
-        met = all(evaluate(tree, values(i)) for i in range(n))
+        return all(evaluate(tree, at(i)) for i in range(n))
     except ArithmeticError:
-        met = False
-    if not met:
-        here = filled(tree, {m: f"{v['mean']:.4g}" for m, v in mine.items()})
-        yield f"{need.because}; here {here}"
+        return False
 
 
 def _bounded(name: str, need: Need, values: list[float], owner: str) -> str:

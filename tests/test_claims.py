@@ -255,6 +255,13 @@ def test_a_published_value_asks_for_the_papers_budget():
     assert small["why"] == f"no published value at this scale ({said})"
 
 
+def test_one_part_of_a_need_that_fails_is_enough_whatever_was_not_measured():
+    own = {"text": {"holds": "seen >= 3e8 and passes <= 1", "because": "the paper sees billions"}}
+    row = judge(order_claim("x.ev > 0", needs=own), NEEDED, "laptop")
+    assert row["verdict"] == "not comparable"
+    assert row["why"] == "the paper sees billions; here 2e+07 >= 300000000.0"
+
+
 def test_a_need_that_was_not_measured_leaves_the_claim_not_run():
     own = {"same": {"holds": "elsewhere > 0", "because": "another text"}}
     row = judge(order_claim("x.ev > 0", needs=own), NEEDED, "laptop")
