@@ -363,6 +363,9 @@ def main() -> None:
 def _verify(path: str, base: str) -> int:
     """Print what `verify.examined` finds; the exit code."""
     found = _verifier().examined(path, base)
+    if not Path(path).exists():
+        print(printable(found.faults[0]))
+        return 1
     lines = found.faults + found.notes
     if found.absent:
         lines.append(f"not on this machine, so not checked: {', '.join(map(str, found.absent))}")

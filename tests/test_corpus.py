@@ -398,7 +398,7 @@ def test_a_fault_is_one_sentence_and_leaves_nothing(
     done = run(tmp_path / "out", tiny_model_json, False, **{"path": str(tiny_text), **fields})
     assert done.returncode == 1
     *before, line = done.stderr.splitlines()
-    assert len(before) <= 1 and "checked: " in "".join(before)
+    assert len(before) <= 1, before  # what was checked of the inputs
     assert re.search(says, line), line
     assert not [p for p in tmp_path.rglob("*") if p.is_file()]
 

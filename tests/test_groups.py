@@ -41,7 +41,7 @@ def test_a_paper_folder_outside_the_repository(retrace, group):
         "--snakefile", str(retrace / "Snakefile"), "--directory", str(group),
         cwd=retrace, papers_dirs=f"[{group}/papers]", papers="[ours]", scale="smoke",
     )  # fmt: skip
-    assert "ours: 2 of 2 claims" in done.said
+    assert "ours: no claim is judged at this scale; 2 plumbing" in done.said
     assert (group / "results/smoke/index.html").exists()
 
 
@@ -62,7 +62,7 @@ def test_copying_a_folder_and_editing_its_yaml_is_enough(retrace, group):
         "--snakefile", str(retrace / "Snakefile"), "--directory", str(group),
         cwd=retrace, papers_dirs=f"[{group}/papers]", papers="[ours,variant]", scale="smoke",
     )  # fmt: skip
-    assert "variant: 2 of 2 claims" in done.said
+    assert "variant: no claim is judged at this scale; 2 plumbing" in done.said
     assert "cosine.d8" in verdicts(group, "variant")
     assert "cosine.d16" in verdicts(group, "ours")
 
@@ -107,7 +107,7 @@ def test_snakemakes_module_import(retrace, group, tmp_path, renamed, elsewhere):
     out = tmp_path / "out" if elsewhere else group
     args = ["--directory", str(out)] if elsewhere else []
     done = snakemake(*args, cwd=group)
-    assert "ours: 2 of 2 claims" in done.said
+    assert "ours: no claim is judged at this scale; 2 plumbing" in done.said
     assert (out / "results/smoke/index.html").exists()
     assert {j.removeprefix("retrace_") for j in done.jobs} >= {"ours_measure", "index", "all"}
     assert all(j.startswith("retrace_") for j in done.jobs) is bool(renamed)
@@ -161,7 +161,7 @@ def test_a_new_paper_runs_at_once_and_its_tests_pass(retrace, tmp_path):
     command.insert(6, str(retrace / "Snakefile"))
     done = subprocess.run(command, cwd=retrace, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert "ours: 2 of 2 claims" in done.stdout
+    assert "ours: no claim is judged at this scale; 2 plumbing" in done.stdout
     tests = subprocess.run(
         [sys.executable, "-m", "pytest", "-p", "no:cacheprovider", str(tmp_path / "papers/ours")],
         cwd=retrace, capture_output=True, text=True,

@@ -10,11 +10,10 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pyarrow as pa
-import pyarrow.parquet as pq
 import pytest
 import torch
 
-from pipeline import papers, tables, training
+from pipeline import papers, provenance, tables, training
 from pipeline.errors import RetraceError
 from pipeline.native import NativeForCausalLM
 from pipeline.source import import_file
@@ -325,8 +324,9 @@ def text(folder: Path) -> tuple[Path, Path]:
             "documents": list(documents.astype("int32")),
         }
     )
-    pq.write_table(blocks, folder / "tokens.parquet")
-    (folder / "model.json").write_text('{"d_vocab": 40}')
+    certificate = provenance.certificate("test", {}, "0" * 64, [])
+    tables.write_table(folder / "tokens.parquet", blocks, certificate)
+    tables.write_json(folder / "model.json", {"d_vocab": 40}, certificate)
     return folder / "tokens.parquet", folder / "model.json"
 
 

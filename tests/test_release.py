@@ -161,7 +161,8 @@ def test_published_tables_alone_are_enough_for_their_figures(tmp_path, scale):
         paper = papers.load(ROOT / "rules/papers" / name, scale)
         made = {"metrics": "metrics.json", "claims": "claims.csv"}
         made = {k: f"results/{scale}/{name}/{file}" for k, file in made.items()}
-        paths = paper.tables() | made
+        whole = all((clone / t).exists() for t in paper.tables().values())
+        paths = paper.tables() | (made if whole else {"metrics": "-", "claims": "-"})
         for figure, spec in paper.spec.figures.items():
             if all((clone / paths[t]).exists() for t in spec.tables):
                 figures.append(f"results/{scale}/{name}/figures/{figure}.html")

@@ -320,7 +320,9 @@ def take_part(options: Options, job: cli.Job, folder: Path, *, wait: bool) -> bo
         wait: for the other process.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / "lock", "w") as lock:  # it ends with the process, killed or not
+    with open(
+        folder / "lock", "w", encoding="utf-8"
+    ) as lock:  # it ends with the process, killed or not
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
