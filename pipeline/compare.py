@@ -11,6 +11,7 @@ the standard error itself is rough: read a z below 3 as no difference.
 """
 
 import argparse
+import contextlib
 import math
 import sys
 from collections.abc import Iterable
@@ -54,20 +55,32 @@ def settings(run: Results) -> dict[str, dict[str, Any]]:
 
 def card(run: Results) -> dict[str, Any]:
     """The sections of a paper at its scale that decide a result; {} where nothing tells them."""
-    from pipeline.spec import PaperSpec, parse
-
-    report = run.certificates.get("report.html")
-    try:
-        if report:
-            stated = report["spec"]["card"]
-            spec = parse(PaperSpec, stated, run.folder / "report.html")
-        else:
-            spec = papers.load(PAPERS / run.paper, run.scale).spec
-    except RetraceError:  # a card of another version, or a paper that is not here
-        found = report["spec"]["card"] if report else {}
+    if report := run.certificates.get("report.html"):
+        found = sections(report["spec"]["card"])
     else:
-        found = spec.model_dump(mode="json")
+        try:
+            found = papers.load(PAPERS / run.paper, run.scale).spec.model_dump(mode="json")
+        except RetraceError:  # a paper that is not here
+            found = {}
     return flat({s: found[s] for s in SECTIONS if found.get(s) is not None})
+
+
+def sections(stated: dict[str, Any]) -> dict[str, Any]:
+    """The sections of a card with their defaults filled in; one of another version as it stands.
+
+    One by one, since a certificate keeps no order of keys: the names of the dictionaries that a
+    grid makes, which other sections use, cannot be told from it.
+    """
+    from pydantic import TypeAdapter, ValidationError
+
+    from pipeline.spec import PaperSpec
+
+    out = {name: stated[name] for name in SECTIONS if name in stated}
+    for name, found in out.items():
+        kind = TypeAdapter(PaperSpec.model_fields[name].annotation)
+        with contextlib.suppress(ValidationError):
+            out[name] = kind.dump_python(kind.validate_python(found), mode="json")
+    return out
 
 
 def settings_differing(a: Results, b: Results) -> list[dict[str, str]]:

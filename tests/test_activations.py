@@ -431,7 +431,9 @@ def altered(tiny_model_json: Path, folder: Path, change) -> Path:
     state = load_file(weights)
     change(state)
     save_file(state, weights, metadata={"format": "pt"})
-    return folder / "model.json"
+    listed = tables.read_json(tiny_model_json)["files"]
+    files = listed | {"checkpoint/model.safetensors": provenance.sha256_file(weights)}
+    return rewrite(folder / "model.json", files=files)
 
 
 EMBED = "model.embed_tokens.weight"

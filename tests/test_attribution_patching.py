@@ -181,7 +181,8 @@ def saved(model, folder: Path, bos_id: int | None) -> Path:
     model.save_pretrained(folder / "checkpoint")
     if bos_id is not None:
         TOKENIZER.save_pretrained(folder / "checkpoint")
-    (folder / "model.json").write_text(json.dumps({"processing": "raw", "bos_id": bos_id}))
+    about = {"processing": "raw", "bos_id": bos_id}
+    tables.write_json(folder / "model.json", about, {"stage": "test"})
     return folder / "model.json"
 
 

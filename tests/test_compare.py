@@ -288,12 +288,11 @@ def test_settings_that_one_side_leaves_to_their_defaults_are_told(made_up):
     report = run.certificates["report.html"]
     stated = json.loads(json.dumps(report))
     section = stated["spec"]["card"]["corpus"]
-    section |= {"shuffle": "tokens", "n_tokens": 123_456}
+    section |= {"n_ctx": 96, "n_tokens": 123_456}
     other = dataclasses.replace(run, certificates=run.certificates | {"report.html": stated})
     rows = {r["name"]: (r["a"], r["b"]) for r in compare.settings_differing(run, other)}
     assert rows["card.corpus.n_tokens"][1] == "123456"
-    assert rows["card.corpus.shuffle"][1] == "tokens"
-    assert rows["card.corpus.shuffle"][0] != compare.ABSENT  # its default
+    assert rows["card.corpus.n_ctx"] == ("128", "96")  # a default, and what differs from it
 
 
 def test_what_one_card_does_not_know_is_named(made_up):

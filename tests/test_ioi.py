@@ -269,7 +269,8 @@ def saved(hf, folder: Path) -> Path:
     """A model in the store's layout; its model.json."""
     hf.save_pretrained(folder / "checkpoint")
     TOKENIZER.save_pretrained(folder / "checkpoint")
-    (folder / "model.json").write_text(json.dumps({"processing": "raw", "bos_id": 0}))
+    about = {"processing": "raw", "bos_id": 0}
+    tables.write_json(folder / "model.json", about, {"stage": "test"})
     return folder / "model.json"
 
 

@@ -574,7 +574,7 @@ def test_a_folder_without_a_model(tmp_path):
     )
     assert done.returncode == 1
     *before, sentence = done.stderr.splitlines()
-    assert len(before) <= 1 and "checked: " in "".join(before)
+    assert len(before) <= 1, before  # what was checked of the inputs
     assert f"error in stage model: {tmp_path}: not a causal LM" in sentence
     assert not list(tmp_path.glob("out/*"))
 
