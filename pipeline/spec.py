@@ -415,6 +415,11 @@ class PaperSpec(Section):
                 raise ValueError(
                     f"circuits.without: unknown arm '{arm}'{nearest(arm, self.arm_names())}"
                 )
+        self._check_claims()
+        self._check_saes()
+        return self
+
+    def _check_claims(self) -> None:
         ids = [c.id for c in self.claims]
         if twice := {i for i in ids if ids.count(i) > 1}:
             raise ValueError(f"claim id '{sorted(twice)[0]}' stands twice")
@@ -429,8 +434,6 @@ class PaperSpec(Section):
                     f"claim '{claim.id}': needs.budget: name one of this paper.yaml's budgets "
                     f"under budget:"
                 )
-        self._check_saes()
-        return self
 
     def _check_training(self) -> None:
         for name, run in self.training.items():
