@@ -360,7 +360,7 @@ def test_metrics_claims_and_figures(made):
     flipped, demo = (found[f"gpt2.{m}.logit_diff"]["mean"] for m in ("flipped", "demo"))
     assert flipped == pytest.approx(-demo, abs=1e-4)
     verdicts = {c.id: claims.judge(c, found, "laptop")["verdict"] for c in paper.spec.claims}
-    assert verdicts["gpt2_logit_diff"] == "not reproduced"  # random weights
+    assert verdicts["gpt2_logit_diff"] in ("not reproduced", "undecided")  # random weights
     assert verdicts["gpt2_incomplete"] == "not comparable"
     here = {k: v for k, v in found.items() if not k.startswith(("gpt2.", "circuits.gpt2"))}
     for claim in papers.load(FOLDER, "laptop").spec.claims:
