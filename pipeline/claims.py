@@ -152,8 +152,7 @@ def judged(spec: dict[str, Any], measured: dict[str, dict]) -> list[dict[str, An
     same = {
         name: metric
         for name, metric in measured.items()
-        if wanted.get(name, digest(metric["definition"], SHORT))
-        == digest(metric["definition"], SHORT)
+        if name not in wanted or wanted[name] == digest(metric.get("definition", ""), SHORT)
     }
     claims = [Claim.model_validate(c) for c in spec["claims"]]
     return [judge(c, same, spec["scale"], spec["budgets"]) for c in claims]
