@@ -11,12 +11,13 @@ import threading
 
 FOLDER = os.environ.get("RETRACE_CALLS")
 ROOT = os.environ.get("RETRACE_ROOT", "") + os.sep
+OURS = (f"{ROOT}pipeline{os.sep}", f"{ROOT}rules{os.sep}")  # an environment may lie in ROOT, too
 called: set[tuple[str, str]] = set()
 
 
 def profile(frame, event: str, arg) -> None:
     code = frame.f_code
-    if event == "call" and code.co_filename.startswith(ROOT):
+    if event == "call" and code.co_filename.startswith(OURS):
         called.add((code.co_filename.removeprefix(ROOT), code.co_qualname))
 
 
