@@ -6,7 +6,7 @@
 #        0 bytes long. Activations stored as raw cells (two float16 a cell here) come back short
 #        wherever the last values are zero, which they often are behind a ReLU. The arrow and
 #        pandas formats, and no format, give all bytes.
-# Here:  shards of activations are such cells. Read them with pyarrow, as pipeline.tables does.
+# Here:  shards of activations are such cells. Read them with pyarrow, as pipeline.store.tables does.
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

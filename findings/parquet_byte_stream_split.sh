@@ -8,7 +8,7 @@
 #        nothing, since a page ends at 20,000 rows (max_rows_per_page) first; with a page of
 #        1,048,576 rows the split leaves 0.84. With use_dictionary at its default, the split is
 #        ignored, and the file is larger than the array (1.06), as it is without asking for it.
-# Here:  shards are written plain, uncompressed, one page a column (pipeline.flat_parquet).
+# Here:  shards are written plain, uncompressed, one page a column (pipeline.store.flat_parquet).
 set -euo pipefail
 work=$(mktemp -d)
 trap 'rm -rf "$work"' EXIT

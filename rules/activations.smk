@@ -20,6 +20,6 @@ rule activations:
         spec=item_spec_of("activations"),
         code=code_of("activations"),
     shell:
-        "{PYTHON:q} -m pipeline.activations --spec {params.spec:q} --model {input.model:q}"
+        "{PYTHON:q} -m pipeline activations --spec {params.spec:q} --model {input.model:q}"
         " --corpus {input.corpus:q} --out {output.manifest:q} --shards {output.shards:q}"
         " --device {DEVICE} --threads {threads} 2> {log:q}"

@@ -22,7 +22,7 @@ rule attribution:
         spec=spec_of("attribution"),
         code=code_of("attribution"),
     shell:
-        "{PYTHON:q} -m pipeline.attribution --spec {params.spec:q} --model {input.model:q}"
+        "{PYTHON:q} -m pipeline attribution --spec {params.spec:q} --model {input.model:q}"
         " --activations {input.activations:q} --sae {input.sae:q}"
         " --out {output.prompts:q} --latents {output.latents:q}"
         " --device {DEVICE} --threads {threads} 2> {log:q}"

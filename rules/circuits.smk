@@ -24,7 +24,7 @@ rule circuits:
         spec=spec_of("circuits"),
         code=code_of("circuits", "prompts.py"),
     shell:
-        "{PYTHON:q} -m pipeline.circuits --spec {params.spec:q} --model {input.model:q}"
+        "{PYTHON:q} -m pipeline circuits --spec {params.spec:q} --model {input.model:q}"
         " --prompts {input.prompts:q} --code {input.prompts:q} --saes {input.saes:q}"
         " --activations {input.activations:q} --nodes {output.nodes:q}"
         " --edges {output.edges:q} --methods {output.methods:q}"

@@ -17,5 +17,5 @@ rule claims:
         spec=claims_spec,
         code=code_of("claims"),
     shell:
-        "{PYTHON:q} -m pipeline.claims --spec {params.spec:q} --metrics {input.metrics:q} --paper {input.yaml:q}"
+        "{PYTHON:q} -m pipeline claims --spec {params.spec:q} --metrics {input.metrics:q} --paper {input.yaml:q}"
         " --out {output.table:q} 2> {log:q}"

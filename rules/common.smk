@@ -14,7 +14,10 @@ os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(ROOT), os.environ.g
 os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(4 << 30))
 os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(8 << 30))
 
-from pipeline import gpus, kills, papers, provenance, source, summary
+from pipeline.claims import summary
+from pipeline.job import gpus, kills, source
+from pipeline.papers import papers
+from pipeline.store import provenance
 from pipeline.errors import RetraceError, nearest, trace_file, unexpected
 
 PYTHON = sys.executable
@@ -358,7 +361,7 @@ def card_of(wildcards):
 def drawing_code(wildcards):
     """Input: our code that figures.js holds beside plotly.js."""
     remake_incomplete()
-    files = [ROOT / f"pipeline/templates/{name}.js" for name in ("walk", "draw")]
+    files = [ROOT / f"pipeline/report/templates/{name}.js" for name in ("walk", "draw")]
     return [unstored(str(papers.near(f))) for f in files]
 
 
@@ -387,7 +390,7 @@ def graph_spec(wildcards):
 
 def metrics_spec(wildcards):
     """Params: table names and what the names of metrics are made of."""
-    from pipeline.metrics import parts
+    from pipeline.claims.metrics import parts
 
     paper = paper_of(wildcards)
     return papers.to_json({"tables": list(paper.tables()), "parts": parts(paper)})
@@ -395,7 +398,7 @@ def metrics_spec(wildcards):
 
 def claims_spec(wildcards):
     """Params: the claims with their null arms, the budgets and the scale."""
-    from pipeline.claims import for_the_job
+    from pipeline.claims.claims import for_the_job
 
     return papers.to_json(for_the_job(paper_of(wildcards)))
 

@@ -19,5 +19,5 @@ rule corpus:
         spec=item_spec_of("corpus"),
         code=code_of("corpus"),
     shell:
-        "{PYTHON:q} -m pipeline.corpus --spec {params.spec:q} --tokenizer {input.tokenizer:q}"
+        "{PYTHON:q} -m pipeline corpus --spec {params.spec:q} --tokenizer {input.tokenizer:q}"
         " --out {output.tokens:q} --documents {output.documents:q} --threads {threads} 2> {log:q}"

@@ -25,7 +25,7 @@ rule evaluation:
         spec=spec_of("evaluation"),
         code=code_of("evaluation"),
     shell:
-        "{PYTHON:q} -m pipeline.evaluation --spec {params.spec:q} --model {input.model:q}"
+        "{PYTHON:q} -m pipeline evaluation --spec {params.spec:q} --model {input.model:q}"
         " --corpus {input.corpus:q} --activations {input.activations:q} --saes {input.saes:q}"
         " --out {output.table:q} --history {output.history:q}"
         " --device {DEVICE} --threads {threads} 2> {log:q}"

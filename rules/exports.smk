@@ -12,7 +12,7 @@ rule export_saelens:
         spec=export_spec("saelens"),
         code=code_of("exports"),
     shell:
-        "{PYTHON:q} -m pipeline.exports --spec {params.spec:q} --sae {input.sae:q}"
+        "{PYTHON:q} -m pipeline exports --spec {params.spec:q} --sae {input.sae:q}"
         " --model {input.model:q} --out {output:q} 2> {log:q}"
 
 
@@ -29,7 +29,7 @@ rule export_saebench:
         spec=export_spec("saebench"),
         code=code_of("exports"),
     shell:
-        "{PYTHON:q} -m pipeline.exports --spec {params.spec:q} --sae {input.sae:q}"
+        "{PYTHON:q} -m pipeline exports --spec {params.spec:q} --sae {input.sae:q}"
         " --table {input.table:q} --out {output:q} 2> {log:q}"
 
 
@@ -45,5 +45,5 @@ rule export_neuronpedia:
         spec=export_spec("neuronpedia"),
         code=code_of("exports"),
     shell:
-        "{PYTHON:q} -m pipeline.exports --spec {params.spec:q} --sae {input.sae:q}"
+        "{PYTHON:q} -m pipeline exports --spec {params.spec:q} --sae {input.sae:q}"
         " --table {input.table:q} --out {output:q} 2> {log:q}"

@@ -24,7 +24,7 @@ rule features:
         spec=spec_of("features"),
         code=code_of("features"),
     shell:
-        "{PYTHON:q} -m pipeline.features --spec {params.spec:q} --model {input.model:q}"
+        "{PYTHON:q} -m pipeline features --spec {params.spec:q} --model {input.model:q}"
         " --corpus {input.corpus:q} --documents {input.documents:q}"
         " --activations {input.activations:q} --sae {input.sae:q} --out {output:q}"
         " --device {DEVICE} --threads {threads} 2> {log:q}"
@@ -47,5 +47,5 @@ rule feature_page:
         spec=spec_of("title"),
         code=code_of("feature_page"),
     shell:
-        "{PYTHON:q} -m pipeline.feature_page --spec {params.spec:q} --features {input.features:q}"
+        "{PYTHON:q} -m pipeline feature_page --spec {params.spec:q} --features {input.features:q}"
         " --out {output:q} 2> {log:q}"

@@ -13,7 +13,7 @@ rule figures_js:
         plotly=version("plotly"),
         code=code_of("figures_js"),
     shell:
-        "{PYTHON:q} -m pipeline.figures_js --draw {input:q} --out {output:q} 2> {log:q}"
+        "{PYTHON:q} -m pipeline figures_js --draw {input:q} --out {output:q} 2> {log:q}"
 
 
 # The tables that a figure names -> a plotly figure, and the plotted numbers as CSV.
@@ -38,6 +38,6 @@ rule figures:
         spec=figure_spec,
         code=code_of("figures", "figures*.py"),
     shell:
-        "{PYTHON:q} -m pipeline.figures --spec {params.spec:q} --tables {input.tables:q}"
+        "{PYTHON:q} -m pipeline figures --spec {params.spec:q} --tables {input.tables:q}"
         " --own {input.own:q} --paper {input.yaml:q} --code {input.own:q} --script {input.script:q}"
         " --out {output.html:q} --csv {output.csv:q} 2> {log:q}"

@@ -12,5 +12,5 @@ rule metrics:
         spec=metrics_spec,
         code=code_of("metrics", "metrics.py"),
     shell:
-        "{PYTHON:q} -m pipeline.metrics --spec {params.spec:q} --tables {input.tables:q}"
+        "{PYTHON:q} -m pipeline metrics --spec {params.spec:q} --tables {input.tables:q}"
         " --own {input.own:q} --paper {input.yaml:q} --code {input.own:q} --out {output:q} 2> {log:q}"

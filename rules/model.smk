@@ -20,6 +20,6 @@ rule model:
         spec=item_spec_of("model"),
         code=code_of("model"),
     shell:
-        "{PYTHON:q} -m pipeline.model --spec {params.spec:q} --out {output.model:q}"
+        "{PYTHON:q} -m pipeline model --spec {params.spec:q} --out {output.model:q}"
         " --training {input.training:q} --tokenizer {input.tokenizer:q}"
         " --checkpoint {output.checkpoint:q} --threads {threads} 2> {log:q}"

@@ -19,7 +19,7 @@ rule release:
         spec=report_spec,
         code=code_of("release"),
     shell:
-        "{PYTHON:q} -m pipeline.release --spec {params.spec:q} --files {input.report:q}"
+        "{PYTHON:q} -m pipeline release --spec {params.spec:q} --files {input.report:q}"
         " {input.metrics:q} {input.claims:q} {input.tables:q} {input.figures:q}"
         " {input.numbers:q} {input.pages:q} --own {input.yaml:q} {input.own:q} {input.rules:q}"
         " --out {output:q} 2> {log:q}"

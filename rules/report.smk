@@ -23,7 +23,7 @@ rule report_html:
         spec=report_spec,
         code=code_of("report"),
     shell:
-        "{PYTHON:q} -m pipeline.report --spec {params.spec:q} --figures {input.figures:q}"
+        "{PYTHON:q} -m pipeline report --spec {params.spec:q} --figures {input.figures:q}"
         " --pages {input.pages:q} --claims {input.claims:q} --metrics {input.metrics:q}"
         " --tables {input.tables:q} --yaml {input.yaml:q} --benchmarks results/benchmarks"
         " --out {output.page:q} --costs {output.costs:q} 2> {log:q}"
@@ -46,7 +46,7 @@ rule index:
         others=others_made,
         code=code_of("index"),
     shell:
-        "{PYTHON:q} -m pipeline.index --spec {params.spec:q} --claims {input.claims:q} {params.others:q}"
+        "{PYTHON:q} -m pipeline index --spec {params.spec:q} --claims {input.claims:q} {params.others:q}"
         " --out {output:q} 2> {log:q}"
 
 
@@ -62,5 +62,5 @@ rule strict:
     params:
         code=code_of("strict"),
     shell:
-        "{PYTHON:q} -m pipeline.strict --spec {{}} --claims {input.claims:q} --out {output:q}"
+        "{PYTHON:q} -m pipeline strict --spec {{}} --claims {input.claims:q} --out {output:q}"
         " 2> {log:q}"

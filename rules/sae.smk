@@ -20,6 +20,6 @@ rule sae:
         spec=item_spec_of("sae"),
         code=code_of("sae"),
     shell:
-        "{PYTHON:q} -m pipeline.sae --spec {params.spec:q} --activations {input.activations:q}"
+        "{PYTHON:q} -m pipeline sae --spec {params.spec:q} --activations {input.activations:q}"
         " --out {output.manifest:q} --saes {output.saes:q} --history {output.history:q}"
         " --device {DEVICE} --threads {threads} 2> {log:q}"

@@ -17,5 +17,5 @@ rule tokenizer:
         spec=item_spec_of("tokenizer"),
         code=code_of("tokenizer"),
     shell:
-        "{PYTHON:q} -m pipeline.tokenizer --spec {params.spec:q} --out {output.model:q}"
+        "{PYTHON:q} -m pipeline tokenizer --spec {params.spec:q} --out {output.model:q}"
         " --checkpoint {output.checkpoint:q} --threads {threads} 2> {log:q}"

@@ -21,7 +21,7 @@ rule training:
         spec=item_spec_of("training"),
         code=training_code,
     shell:
-        "{PYTHON:q} -m pipeline.training --spec {params.spec:q} --data {input.data:q}"
+        "{PYTHON:q} -m pipeline training --spec {params.spec:q} --data {input.data:q}"
         " --code {input.data:q} --corpus {input.corpus:q} --tokenizer {input.tokenizer:q}"
         " --out {output.manifest:q} --checkpoints {output.checkpoints:q}"
         " --history {output.history:q} --device {DEVICE} --threads {threads} 2> {log:q}"

@@ -22,7 +22,7 @@ def environment() -> dict[str, str]:
 
 
 def stage(name: str, spec: dict, cwd: Path = ROOT, check: bool = True, **paths):
-    """Run `python -m pipeline.<name>` as snakemake does, in a process of its own.
+    """Run `python -m pipeline <name>` as snakemake does, in a process of its own.
 
     Args:
         spec: what --spec carries.
@@ -32,7 +32,7 @@ def stage(name: str, spec: dict, cwd: Path = ROOT, check: bool = True, **paths):
     Returns:
         The finished process, its stderr as text.
     """
-    command = [sys.executable, "-m", f"pipeline.{name}", "--spec", json.dumps(spec)]
+    command = [sys.executable, "-m", "pipeline", name, "--spec", json.dumps(spec)]
     for option, value in paths.items():
         values = value if isinstance(value, list) else [value]
         if value is not None:
@@ -45,7 +45,7 @@ def stage(name: str, spec: dict, cwd: Path = ROOT, check: bool = True, **paths):
 
 def rewrite(path: Path, to: Path | None = None, **changes) -> Path:
     """Write a JSON file with other values as its stage would have: its certificate fits."""
-    from pipeline import tables
+    from pipeline.store import tables
 
     data = json.loads(path.read_text()) | changes
     made = data.pop("provenance", {"stage": "test"})

@@ -7,7 +7,7 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.scaffold import scaffold
+from pipeline.papers.scaffold import scaffold
 
 ROOT = Path(__file__).parent.parent
 JOB = re.compile(r"^(?:local)?rule (\w+):$", re.M)

@@ -5,6 +5,7 @@ reports and pages can be built, opened and tested in seconds, without a model.
 """
 
 import contextlib
+import importlib
 import json
 import os
 import shutil
@@ -15,9 +16,12 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from pipeline import claims, papers, provenance, tables
-from pipeline.metrics import parts
-from pipeline.spec import PaperSpec
+from pipeline.claims import claims
+from pipeline.claims.metrics import parts
+from pipeline.job import commands
+from pipeline.papers import papers
+from pipeline.spec.paper import PaperSpec
+from pipeline.store import provenance, tables
 
 NASTY = "<script>window.hacked=1</script><img src=x onerror=window.hacked=2>"
 CARD = Path(__file__).parent / "made_up"  # paper.yaml and figures.py
@@ -36,7 +40,7 @@ def inside(folder: Path) -> Iterator[None]:
 
 def call(stage: str, spec: dict, **paths) -> None:
     """The main() of a stage, in this process; SystemExit where it fails."""
-    module = __import__(f"pipeline.{stage}", fromlist=["main"])
+    module = importlib.import_module(commands.MODULES[stage])
     argv = [stage, "--spec", json.dumps(spec)]
     for option, value in paths.items():
         argv += [f"--{option.replace('_', '-')}"]
@@ -251,7 +255,7 @@ def run_stages(made: papers.Paper) -> None:
 
 def figures_js(script: Path) -> None:
     """What the rule figures_js runs."""
-    from pipeline import figures_js, pages
+    from pipeline.report import figures_js, pages
 
     draw = [str(pages.TEMPLATES / name) for name in ("walk.js", "draw.js")]
     before, sys.argv = sys.argv, ["figures_js", "--draw", *draw, "--out", str(script)]

@@ -7,14 +7,14 @@ import pytest
 import torch
 from test_patching import EVEN, PROMPTS, tiny
 
-from pipeline import acdc, circuits, eap
-from pipeline.edge_graph import EdgeGraph
+from pipeline.circuits import acdc, circuits, eap
+from pipeline.circuits.edge_graph import EdgeGraph
+from pipeline.circuits.patching import Edge, edge_patching
 from pipeline.errors import RetraceError
-from pipeline.native import NativeForCausalLM
-from pipeline.paired import Node, Pairs, Task
-from pipeline.patching import Edge, edge_patching
-from pipeline.spec_circuits import CircuitsSpec
-from pipeline.spec_training import Architecture
+from pipeline.models.native import NativeForCausalLM
+from pipeline.models.pairs import Node, Pairs, Task
+from pipeline.spec.circuits import CircuitsSpec
+from pipeline.spec.training import Architecture
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 LOGITS = Node("logits", -1)
@@ -354,7 +354,7 @@ def test_the_stage_has_the_method(ablation):
 
 
 def test_a_bidirectional_model_sees_what_is_behind_and_keeps_that(tmp_path):
-    from pipeline import native
+    from pipeline.models import native
 
     made = on_paper()
     made.save_pretrained(tmp_path)
@@ -367,18 +367,19 @@ def test_a_bidirectional_model_sees_what_is_behind_and_keeps_that(tmp_path):
 def test_a_native_folder_without_a_tokenizer_is_a_model(tmp_path):
     from argparse import Namespace
 
-    from pipeline import model
-    from pipeline.spec import ModelSpec
+    from pipeline.spec.paper import ModelSpec
+    from pipeline.text.tokens import document_token
+    from pipeline.weights import model
 
     on_paper().save_pretrained(tmp_path)
     spec = ModelSpec(source="folder", path=str(tmp_path))
     hf, tokenizer, _ = model.open_source(spec, tmp_path / "none", Namespace())
-    assert tokenizer is None and model.document_token(tokenizer, spec) is None
+    assert tokenizer is None and document_token(tokenizer, spec) is None
     assert hf.config.bidirectional
 
 
 def test_a_bidirectional_model_has_no_bridge():
-    from pipeline import native
+    from pipeline.models import native
 
     with pytest.raises(RetraceError, match="NativeModel is causal"):
         native.to_bridge(on_paper())

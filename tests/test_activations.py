@@ -19,10 +19,11 @@ import pytest
 import torch
 from conftest import HOOK, environment, rewrite, stage
 
-from pipeline import activations, buffers, hooks, model, provenance, tables
 from pipeline.errors import RetraceError
-from pipeline.shards import Blocks, Rows
-from pipeline.spec import ActivationsSpec
+from pipeline.models import activations, buffers, hooks, loader
+from pipeline.spec.paper import ActivationsSpec
+from pipeline.store import provenance, tables
+from pipeline.store.shards import Blocks, Rows
 
 ALL = ["hook_embed", *(f"blocks.{i}.{h}" for i in range(2) for h in hooks.LAYER_HOOKS)]
 
@@ -78,7 +79,7 @@ def test_every_hook_equals_run_with_cache(
     first, last = blocks.range("eval")
     tokens = torch.from_numpy(blocks.read(first, last)[0].astype(np.int64))
     with torch.no_grad():
-        _, cache = model.bridge(model_json).run_with_cache(tokens)
+        _, cache = loader.bridge(model_json).run_with_cache(tokens)
     for hook in ALL:
         raw, _ = Rows(tmp_path / "manifest.json", hook, "eval").read(0, len(tokens) * 15)
         theirs = cache[hook][:, 1:].reshape(len(raw), -1).numpy()
@@ -309,7 +310,7 @@ def test_a_killed_job_resumes_and_ends_with_the_same_bytes(tiny_model_json, tiny
     out = {name: tmp_path / name / "item" for name in ("whole", "killed")}
     run(out["whole"], tiny_model_json, tiny_corpus, **many)
     spec = {"activations": {"dtype": "float32", **many}}
-    command = [sys.executable, "-m", "pipeline.activations", "--spec", json.dumps(spec),
+    command = [sys.executable, "-m", "pipeline", "activations", "--spec", json.dumps(spec),
                "--model", tiny_model_json, "--corpus", tiny_corpus, "--device", "cpu",
                "--threads", "1", "--out", out["killed"] / "manifest.json",
                "--shards", out["killed"] / "shards"]  # fmt: skip
@@ -375,9 +376,10 @@ def test_a_full_disk_leaves_nothing_that_reads_as_complete(
     }
     code = (
         "import signal, runpy, sys; signal.signal(signal.SIGXFSZ, signal.SIG_IGN);"
-        "runpy.run_module('pipeline.activations', run_name='__main__')"
+        "runpy.run_module('pipeline', run_name='__main__')"
     )
-    command = [sys.executable, "-c", code, "--spec", json.dumps(spec), "--device", "cpu"]
+    command = [sys.executable, "-c", code, "activations", "--spec", json.dumps(spec)]
+    command += ["--device", "cpu"]
     command += ["--model", tiny_model_json, "--corpus", tiny_corpus, "--threads", "1"]
     command += ["--out", tmp_path / "manifest.json", "--shards", tmp_path / "shards"]
     done = subprocess.run(
@@ -467,7 +469,7 @@ def test_activations_that_no_one_can_use(
 
 def test_the_first_bad_block_is_named(tiny_model_json, tiny_corpus):
     """One token's embedding is NaN: the block named is the first that holds it."""
-    loaded, blocks = model.load(tiny_model_json), Blocks(tiny_corpus)
+    loaded, blocks = loader.load(tiny_model_json), Blocks(tiny_corpus)
     tokens = blocks.read(0, len(blocks))[0]
     target = int(tokens[30:, 1:].max())
     first = int(np.flatnonzero((tokens == target).any(1))[0])

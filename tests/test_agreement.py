@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from pipeline.agreement import agreement, correlation, without_each
+from pipeline.latents.agreement import agreement, correlation, without_each
 
 
 @pytest.mark.parametrize("n", [5, 50])

@@ -9,12 +9,12 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-from pipeline import figures as core
-from pipeline import papers
+from pipeline.claims.metrics import compute, known, parts
 from pipeline.errors import RetraceError
-from pipeline.features import Scan
-from pipeline.metrics import compute, known, parts
-from pipeline.source import import_file
+from pipeline.job.source import import_file
+from pipeline.latents.features import Scan
+from pipeline.papers import papers
+from pipeline.report import figures as core
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "rules/papers/sae_architectures"

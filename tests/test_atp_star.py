@@ -7,13 +7,14 @@ import torch
 from test_patching import CLOSE, KINDS, PROMPTS, logit_diff, small_step, tiny
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from pipeline import atp_star, circuits, eap, hooks
-from pipeline.inputs import input_nodes, input_patching, many_edges
-from pipeline.native import NativeForCausalLM
-from pipeline.paired import Node, Pairs, Task, mean_rows
-from pipeline.patching import activation_patching, edge_patching
-from pipeline.spec_circuits import CircuitsSpec
-from pipeline.spec_training import Architecture
+from pipeline.circuits import atp_star, circuits, eap
+from pipeline.circuits.head_inputs import input_nodes, input_patching, many_edges
+from pipeline.circuits.patching import activation_patching, edge_patching
+from pipeline.models import hooks
+from pipeline.models.native import NativeForCausalLM
+from pipeline.models.pairs import Node, Pairs, Task, mean_rows
+from pipeline.spec.circuits import CircuitsSpec
+from pipeline.spec.training import Architecture
 
 
 @pytest.fixture(params=KINDS)

@@ -9,9 +9,9 @@ import torch
 from test_tokens import sentencepiece
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pipeline import agreement, attribution
 from pipeline.errors import RetraceError
-from pipeline.spec import Prompt
+from pipeline.latents import agreement, attribution
+from pipeline.spec.paper import Prompt
 
 D, D_SAE = 8, 12
 

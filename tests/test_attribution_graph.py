@@ -8,9 +8,9 @@ import pytest
 from conftest import stage
 from jsonschema import Draft7Validator
 
-from pipeline import provenance, tables
-from pipeline.attribution_graph import AttributionGraph, Export, build, features, influences
 from pipeline.errors import RetraceError
+from pipeline.sharing.attribution_graph import AttributionGraph, Export, build, features, influences
+from pipeline.store import provenance, tables
 
 ROOT = Path(__file__).parent.parent
 TEXT, WHOLE, NUMBER = {"type": "string"}, {"type": "integer"}, {"type": "number"}

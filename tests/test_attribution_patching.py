@@ -13,13 +13,15 @@ import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pipeline import claims, papers, summary, tables
-from pipeline import prompts_ioi as names
+from pipeline.claims import claims, summary
+from pipeline.claims.metrics import compute, known, parts
 from pipeline.errors import RetraceError
-from pipeline.metrics import compute, known, parts
-from pipeline.native import NativeForCausalLM
-from pipeline.source import import_file
-from pipeline.training_data import IGNORED
+from pipeline.job.source import import_file
+from pipeline.models.native import NativeForCausalLM
+from pipeline.papers import papers
+from pipeline.store import tables
+from pipeline.text import prompts_ioi as names
+from pipeline.weights.batches import IGNORED
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "rules/papers/attribution_patching"
@@ -277,7 +279,7 @@ def test_an_arm_or_a_function_that_is_not_there_is_told():
 
 def test_figures_and_metrics_import_no_torch():
     code = (
-        "import sys; from pipeline.source import import_file\n"
+        "import sys; from pipeline.job.source import import_file\n"
         "for f in ('figures', 'figures_points', 'figures_lines', 'metrics', 'compared'):\n"
         f"    import_file(r'{FOLDER}/' + f + '.py')\n"
         "assert 'torch' not in sys.modules"

@@ -6,9 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import documents, fetch, text
 from pipeline.errors import RetraceError
-from pipeline.spec import CorpusSpec
+from pipeline.spec.paper import CorpusSpec
+from pipeline.text import documents, fetch, sources
 
 BOOK = "one two three\nfour  five six seven\n"
 
@@ -62,13 +62,13 @@ def test_a_corpus_with_books_has_all_texts_and_says_where_they_come_from(tmp_pat
         for n, s in wheels.items()
     ]
     section = {"source": "local", "path": str(tmp_path / "x.txt"), "licence": "CC0"}
-    found = text.read(CorpusSpec(**section, books=books), tmp_path / "down")
+    found = sources.read(CorpusSpec(**section, books=books), tmp_path / "down")
     assert found.texts == ["first", "second", "bible", "verse"]
     assert [d.label for d in found.documents] == ["", "", "bible", "verse"]
     assert found.licence == "CC0; PD" and "verse==1.0" in found.attribution
-    alone = text.read(CorpusSpec(**section), tmp_path / "down")
+    alone = sources.read(CorpusSpec(**section), tmp_path / "down")
     assert alone.sha256 == hashlib.sha256(b"first\n\nsecond").hexdigest() != found.sha256
     books[1]["sha256"] = "0" * 64
     with pytest.raises(RetraceError, match=r"verse/text\.txt of package verse==1.0: sha256 is"):
-        text.read(CorpusSpec(**section, books=books), tmp_path / "down")
+        sources.read(CorpusSpec(**section, books=books), tmp_path / "down")
     assert not (tmp_path / "down").exists()

@@ -15,12 +15,16 @@ import torch
 from safetensors.numpy import load_file
 from test_acdc import CIRCUIT, on_paper, small
 
-from pipeline import acdc, claims, native, papers, provenance, roc, summary
-from pipeline.edge_graph import EdgeGraph
+from pipeline.circuits import acdc
+from pipeline.circuits.edge_graph import EdgeGraph
+from pipeline.claims import claims, roc, summary
+from pipeline.claims.metrics import compute, known, parts
 from pipeline.errors import RetraceError
-from pipeline.metrics import compute, known, parts
-from pipeline.source import import_file
-from pipeline.spec import parse
+from pipeline.job.source import import_file
+from pipeline.models import native
+from pipeline.papers import papers
+from pipeline.spec.paper import parse
+from pipeline.store import provenance
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "rules/papers/circuit_discovery"
@@ -323,7 +327,7 @@ def test_the_graph_counts_what_it_shows(made):
 def test_figures_and_metrics_import_no_torch():
     names = ("figures", "figures_graph", "figures_scores", "figures_common", "metrics")
     code = (
-        "import sys; from pipeline.source import import_file\n"
+        "import sys; from pipeline.job.source import import_file\n"
         f"for f in {names}: import_file(r'{FOLDER}/' + f + '.py')\n"
         "assert 'torch' not in sys.modules"
     )

@@ -18,7 +18,7 @@ from synthetic import features
 from test_attribution_graph import made
 from test_browser import CHROMEDRIVER, CHROMIUM, FLAGS, Browser
 
-from pipeline import exports
+from pipeline.sharing import exports
 
 FOLDER = os.environ.get("RETRACE_CIRCUIT_TRACER")
 pytestmark = pytest.mark.skipif(
@@ -164,7 +164,7 @@ def test_a_clicked_feature_shows_its_percentile(show):
 
 
 def test_a_logit_without_its_probability_stops_the_page(show):
-    """What the check of pipeline.attribution_graph is for."""
+    """What the check of pipeline.sharing.attribution_graph is for."""
     graph = made().model_dump(mode="json")
     graph["nodes"][-1]["clerp"] = "logit of ' are' minus logit of ' is'"
     page = show(graph)

@@ -8,14 +8,14 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from pipeline import claims
+from pipeline.claims import claims
+from pipeline.claims.expressions import evaluate, names, parse
+from pipeline.claims.judge import COLUMNS, interval_of_mean, interval_of_median, judge
+from pipeline.claims.metrics import summary
 from pipeline.errors import RetraceError
-from pipeline.expressions import evaluate, names, parse
-from pipeline.judge import COLUMNS, interval_of_mean, interval_of_median, judge
-from pipeline.kinds_verdicts import verdicts
-from pipeline.metrics import summary
-from pipeline.papers import Paper
-from pipeline.spec import Claim, PaperSpec
+from pipeline.papers.papers import Paper
+from pipeline.report.kinds_verdicts import verdicts
+from pipeline.spec.paper import Claim, PaperSpec
 
 
 def metric(*values: float) -> dict:

@@ -8,9 +8,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import definitions, reach, source
 from pipeline.errors import RetraceError
-from pipeline.source import file_code, functions, import_file, job_code, literal, reached
+from pipeline.job import commands, definitions, reach, source
+from pipeline.job.source import file_code, functions, import_file, job_code, literal, reached
 
 CODE = '''"""Docstring."""
 
@@ -80,7 +80,9 @@ def test_a_function_of_nothing_but_a_docstring(tmp_path):
 FILES = {
     "__init__": "__version__ = '1'",
     "stage": """
-from pipeline import cli, tables, spec
+from pipeline import tables
+from pipeline.job import cli
+from pipeline.spec import spec
 from pipeline.tables import Table
 import math
 
@@ -127,8 +129,8 @@ class Other:
 """,
     "deep": "def d():\n    return 1\n\ndef e():\n    return 1\n",
     "late": "def x():\n    return 1\n",
-    "cli": "def run(*args):\n    return 1\n",
-    "spec": "class Section:\n    n: int = 1\n\n    def kept(self):\n        return 1\n",
+    "job/cli": "def run(*args):\n    return 1\n",
+    "spec/spec": "class Section:\n    n: int = 1\n\n    def kept(self):\n        return 1\n",
     "other": "def main():\n    return 1\n",
 }
 
@@ -139,8 +141,11 @@ def pipeline(tmp_path, monkeypatch) -> Path:
     folder = tmp_path / "pipeline"
     folder.mkdir()
     for name, text in FILES.items():
+        (folder / name).parent.mkdir(exist_ok=True)
         (folder / f"{name}.py").write_text(text)
     monkeypatch.setattr(source, "PIPELINE", folder)
+    made = {name: f"pipeline.{name}" for name in ("stage", "other")}
+    monkeypatch.setattr(commands, "MODULES", made)
     clear()
     yield folder
     clear()
@@ -178,9 +183,9 @@ EDITS = [  # (file, old, new, whether the hash of `stage` moves)
     ("deep", "e():\n    return 1", "e():\n    return 2", False),
     ("deep", "def d", "import os\n\ndef d", False),
     ("late", "return 1", "return 2", True),  # imported inside a function
-    ("cli", "return 1", "return 2", False),  # hands over arguments
-    ("spec", "n: int = 1", "n: int = 2", False),  # stands in --spec
-    ("spec", "return 1", "return 2", True),  # behaviour, reached by a name in a string
+    ("job/cli", "return 1", "return 2", False),  # hands over arguments
+    ("spec/spec", "n: int = 1", "n: int = 2", False),  # stands in --spec
+    ("spec/spec", "return 1", "return 2", True),  # behaviour, reached by a name in a string
     ("other", "return 1", "return 2", False),
     ("__init__", "'1'", "'2'", False),
     ("__init__", "__version__", "print()\n__version__", True),
@@ -240,7 +245,9 @@ def test_a_class_on_one_of_another_package_counts_whole(pipeline):
 
 def test_a_papers_own_files_count_with_what_they_reach(pipeline, tmp_path):
     own = tmp_path / "own.py"
-    own.write_text("from pipeline import deep, spec\n\nx = deep.d() + spec.Section().n\n")
+    own.write_text(
+        "from pipeline import deep\nfrom pipeline.spec import spec\n\nx = deep.d() + spec.Section().n\n"
+    )
     before = hashed("mine", [own])
     (pipeline / "other.py").write_text("o = 2")
     (pipeline / "deep.py").write_text(FILES["deep"].replace("e():", "e(x=1):"))
@@ -248,11 +255,13 @@ def test_a_papers_own_files_count_with_what_they_reach(pipeline, tmp_path):
     (pipeline / "deep.py").write_text(FILES["deep"].replace("d():", "d(x=1):"))
     second = hashed("mine", [own])
     assert second != before
-    own.write_text("from pipeline import deep, spec\n\nx = deep.d() + spec.Section().n + 1\n")
+    own.write_text(
+        "from pipeline import deep\nfrom pipeline.spec import spec\n\nx = deep.d() + spec.Section().n + 1\n"
+    )
     third = hashed("mine", [own])
     assert third not in (before, second)
     # a paper's own section reaches its stage without the defaults of its fields
-    (pipeline / "spec.py").write_text(FILES["spec"].replace("n: int = 1", "n: int = 2"))
+    (pipeline / "spec/spec.py").write_text(FILES["spec/spec"].replace("n: int = 1", "n: int = 2"))
     assert hashed("mine", [own]) not in (before, second, third)
 
 
@@ -271,7 +280,7 @@ def test_a_helper_that_a_papers_file_loads_counts(tmp_path, load, stage):
     own, helper = tmp_path / "own.py", tmp_path / "helper.py"
     own.write_text(
         "from pathlib import Path\n\nfrom pipeline import source\n"
-        "from pipeline.source import import_file\n\n"
+        "from pipeline.job.source import import_file\n\n"
         'HERE = Path(__file__).parent\nHELPER = HERE / "helper.py"\nNAME = "helper"\n\n\n'
         f"def f():\n    return {load}\n"
     )
@@ -293,11 +302,14 @@ def test_where_a_file_lies_does_not_count(pipeline, tmp_path):
 
 
 def test_templates_count_for_the_stages_that_fill_them(pipeline):
-    (pipeline / "pages.py").write_text("def render(name):\n    return name\n")
+    (pipeline / "report").mkdir()
+    (pipeline / "report/pages.py").write_text("def render(name):\n    return name\n")
     for name in ("stage", "other"):
-        text = f'from pipeline import pages\n\ndef main():\n    pages.render("{name}.html")\n'
+        text = (
+            f'from pipeline.report import pages\n\ndef main():\n    pages.render("{name}.html")\n'
+        )
         (pipeline / f"{name}.py").write_text(text)
-    templates = pipeline / "templates"
+    templates = pipeline / "report/templates"
     templates.mkdir()
     (templates / "stage.html").write_text('{% extends "base.html" %}')
     (templates / "other.html").write_text("<p>")
@@ -333,21 +345,21 @@ def test_the_release_of_a_package_that_decides_numbers_counts(monkeypatch, build
 # --- our own package, every definition of it -----------------------------------------------
 
 ROOT = source.PIPELINE.parent
-STAGES = sorted(
-    f.stem
-    for f in source.PIPELINE.glob("*.py")
-    if f"pipeline.{f.stem} --spec" in "".join(r.read_text() for r in ROOT.glob("rules/**/*.smk"))
+STAGES = sorted(commands.STAGES)
+MODULES = sorted(
+    str(f.relative_to(source.PIPELINE).with_suffix(""))
+    for f in source.PIPELINE.rglob("*.py")
+    if "template" not in f.parts
 )
-MODULES = sorted(f.stem for f in source.PIPELINE.glob("*.py"))
 
 
 def name_of(module: str) -> str:
-    return "pipeline" if module == "__init__" else f"pipeline.{module}"
+    return ".".join(["pipeline", *module.split("/")]).removesuffix(".__init__")
 
 
 def test_the_stages_are_those_of_the_rules():
-    assert {"training", "sae", "circuits", "claims", "index", "exports"} <= set(STAGES)
-    assert len(STAGES) > 18
+    called = "".join(r.read_text() for r in ROOT.glob("rules/**/*.smk"))
+    assert set(re.findall(r"-m pipeline (\w+) --", called)) == set(STAGES)
 
 
 def edited(text: str, start: int, indent: int) -> str:
@@ -411,31 +423,31 @@ def home(found: dict, function: str) -> set[str]:
 
 
 EXACTLY = {  # definition -> the stages that an edit of it must rerun, and no other
-    "spec_training:TrainingSpec.members": "training model",
-    "spec_training:TrainingSpec.kept": "training",
-    "spec_training:TrainingSpec.evaluated": "training",
-    "spec_training:TrainingSpec._fits": "",  # what it lets pass stands in --spec
-    "spec_sae:SaeSpec.widths": "sae",
-    "spec_claims:Claim.judged_at": "claims",
-    "spec:PaperSpec.arm_names": "",
-    "team:Team.step": "training",
-    "team:Team.learning_rate": "training",
-    "training:checkpoint_name": "training model",
-    "metrics:SAE": "metrics",
-    "metrics:loss_recovered": "evaluation",
-    "metrics:density_shares": "evaluation",
-    "agreement:correlation": "attribution circuits",
-    "evaluation:load_saes": "evaluation features attribution circuits",
-    "evaluation:main": "evaluation",
-    "sae_train:train": "sae",
-    "activations:compute": "activations",
-    "gguf_llama:load": "model",
-    "judge:judge": "claims",
-    "theme:template": "figures",
-    "pages:render": "report index feature_page",
-    "verify:examined": "",
-    "provenance:git_state": "",
-    "summary:print_claims": "",
+    "spec/training:TrainingSpec.members": "training model",
+    "spec/training:TrainingSpec.kept": "training",
+    "spec/training:TrainingSpec.evaluated": "training",
+    "spec/training:TrainingSpec._fits": "",  # what it lets pass stands in --spec
+    "spec/sae:SaeSpec.widths": "sae",
+    "spec/claims:Claim.judged_at": "claims",
+    "spec/paper:PaperSpec.arm_names": "",
+    "weights/members:Team.step": "training",
+    "weights/members:Team.learning_rate": "training",
+    "weights/training:checkpoint_name": "training model",
+    "claims/metrics:SAE": "metrics",
+    "latents/fidelity:loss_recovered": "evaluation",
+    "latents/fidelity:density_shares": "evaluation",
+    "latents/agreement:correlation": "attribution circuits",
+    "latents/evaluation:load_saes": "evaluation features attribution circuits",
+    "latents/evaluation:main": "evaluation",
+    "sae/train:train": "sae",
+    "models/activations:compute": "activations",
+    "weights/gguf_llama:load": "model",
+    "claims/judge:judge": "claims",
+    "report/theme:template": "figures",
+    "report/pages:render": "report index feature_page",
+    "sharing/verify:examined": "",
+    "store/provenance:git_state": "",
+    "claims/summary:print_claims": "",
 }
 
 
@@ -443,8 +455,9 @@ EXACTLY = {  # definition -> the stages that an edit of it must rerun, and no ot
 def test_what_reruns_exactly(whole, definition, stages):
     """Written down from what the stages do; the test above says that such an edit moves them."""
     module, _, name = definition.partition(":")
-    assert name in source._module(f"pipeline.{module}")["defs"] or name == "TrainingSpec._fits"
-    found = {s for s in STAGES if (f"pipeline.{module}", name) in whole[s][1].reached}
+    module = name_of(module)
+    assert name in source._module(module)["defs"] or name == "TrainingSpec._fits"
+    found = {s for s in STAGES if (module, name) in whole[s][1].reached}
     assert found == set(stages.split())
 
 
@@ -455,13 +468,13 @@ def test_the_definitions_that_count_for_nothing_are_there():
 
 
 COMPUTES = {"model", "corpus", "activations", "sae", "evaluation", "features", "attribution"}
-READING = ("papers", "claims", "figures", "kinds", "report", "pages", "index", "summary")
+READING = ("pipeline.claims.", "pipeline.report.", "pipeline.papers.", "pipeline.sharing.")
 
 
 @pytest.mark.parametrize("stage", sorted(COMPUTES))
 def test_no_stage_that_computes_reruns_for_an_edit_of_the_reading_side(whole, stage):
     """An edit of a figure must not train a dictionary again."""
-    assert not {f"pipeline.{m}" for m in READING} & {m for m, _ in whole[stage][1].reached}
+    assert not [m for m, _ in whole[stage][1].reached if m.startswith(READING)]
 
 
 PAPERS = sorted((ROOT / "rules/papers").glob("*/rules.smk"))

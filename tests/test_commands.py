@@ -15,7 +15,7 @@ import pytest
 from conftest import environment
 from snake import ROOT, copy_repository, snakemake
 
-from pipeline.scaffold import scaffold
+from pipeline.papers.scaffold import scaffold
 
 DOCS = ("README.md", "CONTRIBUTING.md", "rules/profiles/README.md")
 BIN = Path(sys.executable).parent

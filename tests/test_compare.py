@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from pipeline import compare, matching, provenance, published, tables
 from pipeline.errors import RetraceError
+from pipeline.sharing import compare, matching, published
+from pipeline.store import provenance, tables
 
 ROOT = Path(__file__).parent.parent
 BASE = Path("results/laptop/made_up")
@@ -29,7 +30,7 @@ def two(made_up, tmp_path) -> tuple[Path, Path]:
 
 
 def call(*args: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "pipeline.compare", *map(str, args)]
+    command = [sys.executable, "-m", "pipeline", "compare", *map(str, args)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
@@ -41,7 +42,7 @@ def both(a: Path, b: Path) -> dict:
 
 
 def metric(*values: float) -> dict:
-    from pipeline.metrics import summary
+    from pipeline.claims.metrics import summary
 
     return {**summary(values), "definition": "one"}
 

@@ -15,10 +15,13 @@ import pandas as pd
 import pytest
 from conftest import stage
 
-from pipeline import corpus, documents, fetch, model, provenance, text
-from pipeline.documents import Document, Fields
 from pipeline.errors import RetraceError
-from pipeline.spec import CorpusSpec, parse
+from pipeline.spec.paper import CorpusSpec, parse
+from pipeline.store import provenance
+from pipeline.text import corpus, documents, fetch
+from pipeline.text import sources as text
+from pipeline.text.documents import Document, Fields
+from pipeline.text.tokens import load_tokenizer
 
 BOS, EOS = 1, 2
 RECORDS = [
@@ -206,7 +209,7 @@ def test_a_special_token_that_the_tokenizer_lacks(over, ids, says):
 
 
 def test_special_tokens_in_text_are_text(tiny_model_json):
-    encode = corpus.encoder(model.load_tokenizer(tiny_model_json))
+    encode = corpus.encoder(load_tokenizer(tiny_model_json))
     (ids,) = encode(["a<|endoftext|>b"])
     assert len(ids) == len("a<|endoftext|>b")
     assert ids.min() >= 4  # no special token
@@ -339,7 +342,7 @@ def test_blocks_hold_the_text(tiny_corpus, tiny_text, tiny_model_json):
     """Undoing the blocks gives back every document, in the order of documents.parquet."""
     blocks = pd.read_parquet(tiny_corpus)
     used = pd.read_parquet(tiny_corpus.parent / "documents.parquet")
-    tokenizer = model.load_tokenizer(tiny_model_json)
+    tokenizer = load_tokenizer(tiny_model_json)
     sources = [json.loads(line) for line in tiny_text.read_text().splitlines()]
     assert blocks["block"].tolist() == list(range(len(blocks)))
     assert blocks["split"].tolist() == ["train"] * 200 + ["eval"] * 40

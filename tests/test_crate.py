@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import synthetic
 
-from pipeline import crate, provenance
+from pipeline.sharing import crate
+from pipeline.store import provenance
 
 ROOT = Path(__file__).parent.parent
 BASE = Path("results/laptop/made_up")
@@ -30,7 +31,7 @@ def released(made_up, tmp_path_factory) -> Path:
 
 
 def call(*args: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "pipeline.crate", *map(str, args)]
+    command = [sys.executable, "-m", "pipeline", "crate", *map(str, args)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
@@ -72,8 +73,10 @@ def test_every_job_is_an_action_with_its_inputs_and_results(graph):
     of = {a["result"][0]["@id"]: a for a in actions if len(a["result"]) == 1}
     claims = of[f"{BASE}/claims.csv"]
     assert claims["object"] == [{"@id": f"{BASE}/metrics.json"}]
-    assert graph[claims["instrument"]["@id"]]["name"] == "pipeline.claims"
-    figures = [a for a in actions if "pipeline.figures" in graph[a["instrument"]["@id"]]["name"]]
+    assert graph[claims["instrument"]["@id"]]["name"] == "pipeline.claims.claims"
+    figures = [
+        a for a in actions if "pipeline.report.figures" in graph[a["instrument"]["@id"]]["name"]
+    ]
     assert figures and all(len(a["result"]) == 2 for a in figures)  # the page and its numbers
     assert len(graph["./"]["mentions"]) == len(actions)
 
@@ -104,7 +107,7 @@ def test_faults_are_one_sentence(released, tmp_path):
 
 def test_without_the_package_it_says_what_to_install(released, tmp_path):
     (tmp_path / "rocrate.py").write_text("raise ImportError")
-    command = [sys.executable, "-m", "pipeline.crate", str(released), "--out", "x.zip"]
+    command = [sys.executable, "-m", "pipeline", "crate", str(released), "--out", "x.zip"]
     done = subprocess.run(
         command, cwd=tmp_path, capture_output=True, text=True,
         env={"PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": ""},

@@ -11,12 +11,15 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pipeline import cli, embed, intact, papers, provenance, release, tables
+from pipeline.claims.judge import judge
 from pipeline.errors import RetraceError
-from pipeline.judge import judge
-from pipeline.shards import Rows
-from pipeline.spec import Claim
-from pipeline.verify import examined
+from pipeline.job import cli
+from pipeline.papers import papers
+from pipeline.sharing import release
+from pipeline.sharing.verify import examined
+from pipeline.spec.paper import Claim
+from pipeline.store import embed, intact, provenance, tables
+from pipeline.store.shards import Rows
 
 ROOT = Path(__file__).parent.parent
 REFERENCE = ROOT / "results/reference"
@@ -279,7 +282,7 @@ def test_a_verdict_that_does_not_follow_from_the_metrics_is_told(here, monkeypat
     said = f"{PAPER}/claims.csv: the verdict on half does not follow from {PAPER}/metrics.json"
     found = examined(f"{PAPER}/claims.csv")
     assert found.faults == [] and said in found.notes[0]  # judged by other code: a note
-    monkeypatch.setattr("pipeline.source.job_code", lambda stage: certificate["code"])
+    monkeypatch.setattr("pipeline.job.source.job_code", lambda stage: certificate["code"])
     assert examined(f"{PAPER}/claims.csv").faults == [said]
 
 

@@ -8,8 +8,8 @@ import pytest
 import torch
 from transformers import LlamaConfig, LlamaForCausalLM
 
-from pipeline import evaluation, metrics
 from pipeline.errors import RetraceError
+from pipeline.latents import evaluation, fidelity
 
 GEN = torch.Generator().manual_seed(0)
 X = torch.randn(500, 6, generator=GEN) * torch.tensor([9.0, 5, 1, 1, 1, 0.5]) + 3
@@ -153,7 +153,7 @@ def test_explained_variance_agrees_with_the_plain_definition():
     table = dict(zip(map(tuple, X.tolist()), noisy, strict=True))
     got = measure(lambda x: torch.stack([table[tuple(row)] for row in x.tolist()]))
     assert got["explained_variance"] == pytest.approx(
-        metrics.explained_variance(X.numpy(), noisy.numpy()), abs=1e-9
+        fidelity.explained_variance(X.numpy(), noisy.numpy()), abs=1e-9
     )
 
 

@@ -12,9 +12,11 @@ from conftest import rewrite
 from synthetic import call, features
 from test_sae_jobs import HOOK, OUT, SPARSITY, TRANSCODERS, job, pairs, paths, specs, store
 
-from pipeline import exports, metrics, provenance, tables
+from pipeline.claims import metrics
 from pipeline.errors import RetraceError
-from pipeline.export_formats import CoreResult, FeatureDetails, SaeLensConfig, check_weights
+from pipeline.sharing import exports
+from pipeline.sharing.export_formats import CoreResult, FeatureDetails, SaeLensConfig, check_weights
+from pipeline.store import provenance, tables
 
 ROW = dict.fromkeys(metrics.SAE, 0.5) | {
     "kl_zero": 4.0, "kl_spliced": 1.0, "loss_model": 2.0, "loss_spliced": 3.0, "loss_zero": 12.0,

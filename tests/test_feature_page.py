@@ -10,8 +10,9 @@ import pyarrow as pa
 import pytest
 import synthetic
 
-from pipeline import feature_page, provenance
 from pipeline.errors import RetraceError
+from pipeline.report import feature_page
+from pipeline.store import provenance
 
 
 def unpacked(text: str) -> dict:

@@ -7,8 +7,10 @@ import torch
 from conftest import byte_tokenizer, stage
 from scipy import sparse
 
-from pipeline import features, tables, tokens
-from pipeline.spec import FeaturesSpec
+from pipeline.latents import features
+from pipeline.spec.paper import FeaturesSpec
+from pipeline.store import tables
+from pipeline.text import tokens
 
 # Two blocks of four positions, position 0 (BOS) not stored: rows 0-2 are block 0, rows 3-5 block 1.
 ACTS = np.array(

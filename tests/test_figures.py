@@ -14,9 +14,11 @@ import pytest
 import synthetic
 import yaml
 
-from pipeline import embed, figures, papers, provenance, theme
 from pipeline.errors import RetraceError
-from pipeline.kinds import KINDS
+from pipeline.papers import papers
+from pipeline.report import figures, theme
+from pipeline.report.kinds import KINDS
+from pipeline.store import embed, provenance
 
 ROOT = Path(__file__).parent.parent
 PLOT = re.compile(r'class="retrace-plot">(.*?)</script>', re.S)
@@ -351,7 +353,7 @@ def test_contexts_are_not_read_for_figures(made_up):
 
 
 def test_roles_of_colour_are_those_that_draw_js_replaces():
-    script = (ROOT / "pipeline/templates/draw.js").read_text()
+    script = (ROOT / "pipeline/report/templates/draw.js").read_text()
     roles = re.search(r"DARK = \{(.*?)\}", script)[1]
     assert re.findall(r'"(#\w+)":', roles) == [theme.INK, theme.GRID, theme.PAGE]
     assert not {theme.INK, theme.GRID, theme.PAGE} & {*theme.PALETTE, *theme.SEQUENTIAL}

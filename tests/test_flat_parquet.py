@@ -5,7 +5,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from pipeline import flat_parquet as flat
+from pipeline.store import flat_parquet as flat
 
 
 def write(path, columns, metadata=None):

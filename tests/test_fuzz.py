@@ -19,8 +19,12 @@ import pytest
 import yaml
 from conftest import byte_tokenizer
 
-from pipeline import corpus, documents, fetch, model, papers, provenance, shards, tables
 from pipeline.errors import RetraceError
+from pipeline.papers import papers
+from pipeline.store import provenance, shards, tables
+from pipeline.text import corpus, documents, fetch
+from pipeline.text.tokens import tokenizer_of
+from pipeline.weights import model
 
 OUTSIDE = "outside.parquet"  # lies beside the folder of a test, and must not be opened
 SIZES = [
@@ -308,7 +312,7 @@ def test_tokenizers(home, n):
         content = text.encode()
         file.write_bytes(damaged(content, rng) if rng.random() < 0.3 else content)
         settings.write_text(json.dumps(changed(config, rng) if rng.random() < 0.3 else config))
-        found = model._tokenizer_of(home / "t")
+        found = tokenizer_of(home / "t")
         (ids,) = corpus.encoder(found)(["a cat " * 40])
         assert len(ids) >= 240 or found.backend_tokenizer.normalizer is not None
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline import cli, gpus
+from pipeline.job import cli, gpus
 
 HOLD = """
 import sys, time

@@ -10,10 +10,11 @@ import pandas as pd
 import pytest
 import torch
 
-from pipeline import papers, training, untrained
 from pipeline.errors import RetraceError
-from pipeline.source import import_file
-from pipeline.spec_training import Architecture
+from pipeline.job.source import import_file
+from pipeline.papers import papers
+from pipeline.spec.training import Architecture
+from pipeline.weights import initial, training
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "rules/papers/grokking"
@@ -42,8 +43,8 @@ def seeded():
 
 @pytest.fixture(scope="module")
 def model():
-    out = untrained.build(ARCHITECTURE, P + 1).float()
-    untrained.initial(out, ARCHITECTURE, 3)
+    out = initial.build(ARCHITECTURE, P + 1).float()
+    initial.initial(out, ARCHITECTURE, 3)
     for name, p in out.named_parameters():
         if "mlp" in name and name.endswith("bias"):
             torch.nn.init.normal_(p, std=0.3, generator=torch.Generator().manual_seed(1))
@@ -398,7 +399,7 @@ def tables(model):
 
 
 def test_metrics_have_definitions_and_one_value_a_seed(tables):
-    from pipeline.metrics import definition
+    from pipeline.claims.metrics import definition
 
     found = metrics.metrics(tables)
     assert all(definition(name, metrics.METRICS) for name in found)
@@ -433,7 +434,7 @@ def test_the_null_arm_has_every_metric_of_the_other(tables):
 
 def test_figures_are_drawn(tables):
     figures = import_file(FOLDER / "figures.py")
-    from pipeline.figures import plain
+    from pipeline.report.figures import plain
 
     for name, figure in papers.load(FOLDER, "smoke").spec.figures.items():
         if figure.kind == "verdicts":

@@ -11,7 +11,7 @@ import yaml
 from snake import copy_repository, snakemake
 
 from pipeline.errors import RetraceError
-from pipeline.scaffold import scaffold
+from pipeline.papers.scaffold import scaffold
 
 pytestmark = pytest.mark.workflow
 
@@ -153,7 +153,7 @@ def test_a_fault_in_a_modules_config_is_one_sentence(retrace, group):
 
 def test_a_new_paper_runs_at_once_and_its_tests_pass(retrace, tmp_path):
     made = subprocess.run(
-        [sys.executable, "-m", "pipeline.scaffold", "ours", "--dir", str(tmp_path / "papers")],
+        [sys.executable, "-m", "pipeline", "scaffold", "ours", "--dir", str(tmp_path / "papers")],
         cwd=retrace, capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
     command = re.search(r"^  (.+)$", made, re.M)[1].split()

@@ -14,8 +14,8 @@ from transformers import (
     Qwen3Config,
 )
 
-from pipeline import hooks
 from pipeline.errors import RetraceError
+from pipeline.models import hooks
 
 SIZE = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
         "num_attention_heads": 4, "max_position_embeddings": 32,

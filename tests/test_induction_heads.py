@@ -13,12 +13,14 @@ import pyarrow as pa
 import pytest
 import torch
 
-from pipeline import papers, provenance, tables, training
 from pipeline.errors import RetraceError
-from pipeline.native import NativeForCausalLM
-from pipeline.source import import_file
-from pipeline.spec import parse
-from pipeline.spec_training import Architecture
+from pipeline.job.source import import_file
+from pipeline.models.native import NativeForCausalLM
+from pipeline.papers import papers
+from pipeline.spec.paper import parse
+from pipeline.spec.training import Architecture
+from pipeline.store import provenance, tables
+from pipeline.weights import training
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "rules/papers/induction_heads"
@@ -362,7 +364,7 @@ def test_the_stage_its_metrics_and_figures(tmp_path, monkeypatch):
         rows = table[(table["run"] == run) & (table["step"] == 4)].set_index("member")
         np.testing.assert_allclose(rows[column], want.loc[rows.index, "loss"], rtol=1e-5)
 
-    from pipeline.metrics import definition
+    from pipeline.claims.metrics import definition
 
     found = metrics.metrics(frames)
     assert all(definition(name, metrics.METRICS) for name in found)
@@ -421,7 +423,7 @@ def test_a_seed_without_an_induction_head_is_nan_there():
 
 
 def test_a_metric_has_the_definition_of_its_own_name():
-    from pipeline.metrics import definition
+    from pipeline.claims.metrics import definition
 
     pairs = {
         "text_two_layer.untrained.prefix_matching": "before training",
@@ -452,7 +454,7 @@ def test_every_run_is_attention_only_and_long_enough(scale):
 
 def test_figures_and_metrics_import_no_torch():
     code = (
-        "import sys; from pipeline.source import import_file\n"
+        "import sys; from pipeline.job.source import import_file\n"
         f"for f in ('figures', 'metrics', 'figures_training', 'figures_heads', 'figures_circuits'):"
         f" import_file(r'{FOLDER}/' + f + '.py')\n"
         "assert 'torch' not in sys.modules"

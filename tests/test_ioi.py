@@ -18,15 +18,18 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from pipeline import circuits, claims, papers, tables
-from pipeline import prompts_ioi as prompts
+from pipeline.circuits import circuits
+from pipeline.claims import claims
+from pipeline.claims.metrics import compute, known, parts
 from pipeline.errors import RetraceError
-from pipeline.metrics import compute, known, parts
-from pipeline.native import NativeForCausalLM
-from pipeline.paired import Pairs, Task
-from pipeline.source import import_file
-from pipeline.spec import parse
-from pipeline.spec_training import Architecture
+from pipeline.job.source import import_file
+from pipeline.models.native import NativeForCausalLM
+from pipeline.models.pairs import Pairs, Task
+from pipeline.papers import papers
+from pipeline.spec.paper import parse
+from pipeline.spec.training import Architecture
+from pipeline.store import tables
+from pipeline.text import prompts_ioi as prompts
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "rules/papers/ioi"
@@ -390,7 +393,7 @@ def test_the_hubs_arm_is_there_when_asked_for():
 def test_figures_and_metrics_import_no_torch():
     names = ("figures", "figures_heads", "figures_circuit", "metrics")
     code = (
-        "import sys; from pipeline.source import import_file\n"
+        "import sys; from pipeline.job.source import import_file\n"
         f"for f in {names}: import_file(r'{FOLDER}/' + f + '.py')\n"
         "assert 'torch' not in sys.modules"
     )

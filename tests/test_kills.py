@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 from snake import ROOT, snakemake, toy_project
 
-from pipeline import kills
 from pipeline.errors import RetraceError
+from pipeline.job import kills
 
 COMMAND = [sys.executable, "-m", "snakemake", "-c2", "all", "results/smoke/toy/release.zip"]
 

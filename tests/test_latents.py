@@ -7,16 +7,28 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from pipeline import circuits, evaluation, hooks, latents
-from pipeline.eap import midpoints
+from pipeline.circuits import circuits
+from pipeline.circuits.eap import midpoints
 from pipeline.errors import RetraceError
-from pipeline.latent_circuits import Ablation, edges
-from pipeline.latents import ALL, ERROR, Effects, Latent, Latents, Neurons, RandomDirections, Sites
-from pipeline.native import NativeForCausalLM
-from pipeline.paired import Pairs, Task
-from pipeline.spec import parse
-from pipeline.spec_circuits import CircuitsSpec
-from pipeline.spec_training import Architecture
+from pipeline.latents import evaluation
+from pipeline.latents import sites as latents
+from pipeline.latents.sites import (
+    ALL,
+    ERROR,
+    Effects,
+    Latent,
+    Latents,
+    Neurons,
+    RandomDirections,
+    Sites,
+)
+from pipeline.latents.subsets import Ablation, edges
+from pipeline.models import hooks
+from pipeline.models.native import NativeForCausalLM
+from pipeline.models.pairs import Pairs, Task
+from pipeline.spec.circuits import CircuitsSpec
+from pipeline.spec.paper import parse
+from pipeline.spec.training import Architecture
 
 CLOSE = {"atol": 2e-5, "rtol": 1e-4}
 D, D_MLP, N_POS = 16, 24, 6

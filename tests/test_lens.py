@@ -9,8 +9,8 @@ import torch.nn.functional as F
 from tiny_lms import FAMILIES, LAYERS, NEXT, READ, VOCAB, D, silence, tiny, translated
 from torch import nn
 
-from pipeline import hooks, lens, splice
 from pipeline.errors import RetraceError
+from pipeline.models import hooks, lens, splice
 
 
 @pytest.fixture(params=FAMILIES)

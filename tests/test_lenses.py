@@ -15,11 +15,13 @@ from snake import copy_repository, snakemake
 from tiny_lms import FAMILIES, LAYERS, NEXT, READ, TOKENS, VOCAB, D, silence, tiny, translated
 from torch import nn
 
-from pipeline import figures as core
-from pipeline import hooks, lens, papers, tables
 from pipeline.errors import RetraceError
-from pipeline.resume import Checkpoints
-from pipeline.source import import_file
+from pipeline.job.source import import_file
+from pipeline.models import hooks, lens
+from pipeline.papers import papers
+from pipeline.report import figures as core
+from pipeline.store import tables
+from pipeline.store.checkpoints import Checkpoints
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "rules/papers/lenses"
@@ -347,7 +349,7 @@ def test_the_stages_on_a_llama(made, frames):
 
 
 def test_every_metric_has_a_definition(frames):
-    from pipeline.metrics import definition
+    from pipeline.claims.metrics import definition
 
     got = metrics.metrics(frames)
     assert [n for n in got if definition(n, metrics.METRICS) is None] == []

@@ -41,7 +41,7 @@ def test_every_text_file_is_utf8():
 
 
 def test_snakefmt():
-    done = run(str(BIN / "snakefmt"), "--check", "Snakefile", "rules", "pipeline/templates_paper")
+    done = run(str(BIN / "snakefmt"), "--check", "Snakefile", "rules", "pipeline/papers/template")
     assert done.returncode == 0, done.stdout + done.stderr
 
 

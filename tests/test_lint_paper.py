@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.lint_paper import lint, validated
-from pipeline.scaffold import scaffold
+from pipeline.papers.lint import lint, validated
+from pipeline.papers.scaffold import scaffold
 
 ROOT = Path(__file__).parent.parent
 PAPERS = sorted(f.parent for f in (ROOT / "rules/papers").glob("*/paper.yaml"))
@@ -127,7 +127,7 @@ def test_whatever_stands_there_it_comes_to_an_end(data):
 
 def test_the_command(folder):
     def call() -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "pipeline.lint_paper", str(folder)]
+        command = [sys.executable, "-m", "pipeline", "lint_paper", str(folder)]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
     assert (call().returncode, call().stdout) == (0, "no faults\n")

@@ -7,11 +7,13 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pipeline import metrics
+from pipeline.claims import metrics
+from pipeline.claims.metrics import compute, definition, summary
 from pipeline.errors import RetraceError
-from pipeline.metrics import compute, definition, explained_variance, loss_recovered, summary
-from pipeline.papers import to_json
-from pipeline.spec import PaperSpec
+from pipeline.latents import fidelity
+from pipeline.latents.fidelity import explained_variance, loss_recovered
+from pipeline.papers.papers import to_json
+from pipeline.spec.paper import PaperSpec
 
 rng = np.random.default_rng(0)
 X = rng.standard_normal((200, 6)) * [1, 2, 3, 1, 1, 5] + 4
@@ -63,7 +65,7 @@ def test_explained_variance_of_half_precision_is_summed_in_double():
     ],
 )
 def test_density_shares(density, often, share):
-    got = metrics.density_shares(np.array(density))
+    got = fidelity.density_shares(np.array(density))
     assert (got["freq_over_1_percent"], got["freq_over_10_percent"]) == often
     normalized = got["normalized_freq_over_1_percent"], got["normalized_freq_over_10_percent"]
     assert normalized == pytest.approx(share)

@@ -22,9 +22,13 @@ from conftest import byte_tokenizer, environment, rewrite, stage
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from pipeline import fetch, gguf_llama, model, provenance, tables
 from pipeline.errors import RetraceError
-from pipeline.spec import ModelSpec
+from pipeline.models import loader
+from pipeline.spec.paper import ModelSpec
+from pipeline.store import provenance, tables
+from pipeline.text import fetch
+from pipeline.text.tokens import set_document_token
+from pipeline.weights import gguf_llama, model
 
 # --- GGUF ----------------------------------------------------------------------------------
 
@@ -399,7 +403,7 @@ def test_a_model_of_a_hub_is_downloaded_once_at_its_commit(hub, tiny_model, tmp_
     assert info["source"]["revision"] == Hub.commit and info["licence"] == "mit"
     tokens = torch.arange(6)[None]
     want = AutoModelForCausalLM.from_pretrained(tiny_model)(tokens).logits
-    assert torch.equal(model.load(out / "model.json").hf(tokens).logits, want)
+    assert torch.equal(loader.load(out / "model.json").hf(tokens).logits, want)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     (said,) = fetched("tiny", cwd=tmp_path)
     assert said.endswith(f"snapshots/{Hub.commit} mit")
@@ -457,7 +461,7 @@ def test_a_download_that_breaks_off_says_so(hub, tmp_path):
 
 def test_a_folder_keeps_its_weights(tiny_model, tiny_model_json):
     tokens = torch.arange(20).reshape(1, 20)
-    loaded = model.load(tiny_model_json)
+    loaded = loader.load(tiny_model_json)
     plain = AutoModelForCausalLM.from_pretrained(tiny_model)
     assert torch.equal(loaded.hf(tokens).logits, plain(tokens).logits)
     assert not any(p.requires_grad for p in loaded.hf.parameters())
@@ -473,7 +477,7 @@ def test_pickled_weights_are_refused(tiny_model, tmp_path):
     state = AutoModelForCausalLM.from_pretrained(tiny_model).state_dict()
     torch.save(state, tmp_path / "pytorch_model.bin")
     with pytest.raises(RetraceError, match="safetensors"):
-        model._from_folder(tmp_path, "auto")
+        loader.from_folder(tmp_path, "auto")
 
 
 UP = "model.layers.1.mlp.up_proj.weight"
@@ -504,7 +508,7 @@ def copied(tiny_model, tmp_path):
 def test_weights_that_do_not_fit_are_told_by_name(copied, change, said):
     copied[1](change)
     with pytest.raises(RetraceError, match=f"copied: its weights do not fit.*{said}"):
-        model._from_folder(copied[0], "auto")
+        loader.from_folder(copied[0], "auto")
 
 
 @pytest.mark.parametrize(
@@ -522,14 +526,14 @@ def test_an_index_of_weights_stays_in_its_folder(copied, name, said):
     index = {"metadata": {}, "weight_map": {UP: name}}
     (copied[0] / "model.safetensors.index.json").write_text(json.dumps(index))
     with pytest.raises(RetraceError, match=r"index\.json") as told:
-        model._from_folder(copied[0], "auto")
+        loader.from_folder(copied[0], "auto")
     assert said in str(told.value)
 
 
 def test_weights_in_two_files_are_read(copied):
 
     folder = copied[0]
-    want = model._from_folder(folder, "auto").state_dict()
+    want = loader.from_folder(folder, "auto").state_dict()
     weights = load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     parts = {"a.safetensors": [UP], "b.safetensors": [n for n in weights if n != UP]}
@@ -538,22 +542,22 @@ def test_weights_in_two_files_are_read(copied):
     listed = {n: file for file, names in parts.items() for n in names}
     index = {"metadata": {}, "weight_map": listed}
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
-    found = model._from_folder(folder, "auto").state_dict()
+    found = loader.from_folder(folder, "auto").state_dict()
     assert all(torch.equal(found[n], want[n]) for n in want)
 
 
 def test_a_native_model_that_lacks_a_tensor_is_told(tmp_path):
 
-    from pipeline import untrained
-    from pipeline.spec_training import Architecture
+    from pipeline.spec.training import Architecture
+    from pipeline.weights import initial
 
     small = Architecture(n_layers=1, d_model=8, n_heads=2, n_ctx=4)
-    untrained.build(small, 7).save_pretrained(tmp_path)
+    initial.build(small, 7).save_pretrained(tmp_path)
     weights = load_file(tmp_path / "model.safetensors")
     lost = sorted(weights)[0]
     save_file({n: w for n, w in weights.items() if n != lost}, tmp_path / "model.safetensors")
     with pytest.raises(RetraceError, match=f"its weights do not fit.*{lost}"):
-        model._from_folder(tmp_path, "auto")
+        loader.from_folder(tmp_path, "auto")
 
 
 @pytest.mark.parametrize("kind", ["bloom", "mamba", "gemma3", "opt", ["llama"], None])
@@ -596,7 +600,7 @@ def test_two_runs_give_the_same_bytes_and_verify(tiny_model, tiny_model_json, tm
 
 def test_load_needs_no_transformer_lens(tiny_model_json):
     code = (
-        f"import sys; from pipeline import model; model.load({str(tiny_model_json)!r});"
+        f"import sys; from pipeline import model; loader.load({str(tiny_model_json)!r});"
         "sys.exit('transformer_lens' in sys.modules or 'sae_lens' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
@@ -605,20 +609,20 @@ def test_load_needs_no_transformer_lens(tiny_model_json):
 def test_the_tokenizer_needs_no_torch(tiny_model_json):
     code = (
         "import sys; from pipeline import model;"
-        f"model.load_tokenizer({str(tiny_model_json)!r}); sys.exit('torch' in sys.modules)"
+        f"load_tokenizer({str(tiny_model_json)!r}); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
 def test_the_bridge_agrees_and_compatibility_keeps_the_predictions(tiny_model_json, tmp_path):
     tokens = torch.arange(4, 24).reshape(1, 20)
-    raw = model.load(tiny_model_json).hf(tokens).logits
-    bridge = model.bridge(tiny_model_json)
+    raw = loader.load(tiny_model_json).hf(tokens).logits
+    bridge = loader.bridge(tiny_model_json)
     # the bridge's eager attention against torch's fused one: float32 rounding
     torch.testing.assert_close(bridge(tokens), raw, atol=2e-5, rtol=2e-5)
     rewrite(tiny_model_json, tmp_path / "model.json", processing="compatibility")
     (tmp_path / "checkpoint").symlink_to(tiny_model_json.parent / "checkpoint")
-    folded = model.load(tmp_path / "model.json")
+    folded = loader.load(tmp_path / "model.json")
     assert folded.bridge is not None
     assert torch.equal(folded.hf(tokens).logits, folded.bridge(tokens))
     # folding multiplies the norms' weights into the next matrix: float32 rounding again
@@ -641,7 +645,7 @@ def test_the_token_between_documents(vocab, bos, eos, id_, eos_after):
 
     words = Tokenizer(models.WordLevel({t: i for i, t in enumerate(vocab)}, unk_token=vocab[-1]))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token=bos, eos_token=eos)
-    assert model.set_document_token(tokenizer) == id_
+    assert set_document_token(tokenizer) == id_
     assert tokenizer.eos_token == eos_after
 
 
@@ -651,7 +655,7 @@ def test_no_token_between_documents():
 
     words = Tokenizer(models.WordLevel({"a": 0}, unk_token="a"))
     with pytest.raises(RetraceError, match="neither"):
-        model.set_document_token(PreTrainedTokenizerFast(tokenizer_object=words))
+        set_document_token(PreTrainedTokenizerFast(tokenizer_object=words))
 
 
 # --- redrawn weights -----------------------------------------------------------------------

@@ -8,8 +8,8 @@ import pandas as pd
 import pytest
 import torch
 
-from pipeline import papers
-from pipeline.source import import_file
+from pipeline.job.source import import_file
+from pipeline.papers import papers
 
 FOLDER = Path(__file__).parent.parent / "rules/papers/monosemanticity"
 tally = import_file(FOLDER / "tally.py")

@@ -11,10 +11,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from pipeline import figures as core
-from pipeline import papers, untrained
-from pipeline.source import import_file
-from pipeline.spec_training import Architecture
+from pipeline.job.source import import_file
+from pipeline.papers import papers
+from pipeline.report import figures as core
+from pipeline.spec.training import Architecture
+from pipeline.weights import initial
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "rules/papers/nanogpt_shakespeare"
@@ -35,9 +36,9 @@ figures = import_file(FOLDER / "figures.py")
 def test_the_recipes_have_nanogpts_number_of_parameters(recipe, millions):
     spec = papers.load(FOLDER, "paper").spec.training[recipe]
     with torch.device("meta"):
-        model = untrained.build(spec.architecture, 65)
+        model = initial.build(spec.architecture, 65)
     trained = {n: p.numel() for n, p in model.named_parameters()
-               if untrained.is_trained(n, spec.architecture)}  # fmt: skip
+               if initial.is_trained(n, spec.architecture)}  # fmt: skip
     assert not [n for n in trained if n.endswith("bias")]
     assert "lm_head.weight" not in trained  # tied
     n = sum(trained.values()) - trained["transformer.wpe.weight"]
@@ -143,8 +144,8 @@ def lm():
     shape = {"family": "gpt2", "n_layers": 3, "d_model": 16, "n_heads": 2, "d_mlp": 32,
              "n_ctx": 12, "bias": "none", "tied": True}  # fmt: skip
     architecture = Architecture(**shape)
-    model = untrained.build(architecture, 9)
-    untrained.initial(model, architecture, 0)
+    model = initial.build(architecture, 9)
+    initial.initial(model, architecture, 0)
     with torch.no_grad():
         for name, p in model.named_parameters():
             if p.dim() > 1 and "w" in name:
@@ -255,7 +256,7 @@ TABLES = {
 
 
 def test_every_metric_has_a_definition():
-    from pipeline.metrics import definition
+    from pipeline.claims.metrics import definition
 
     got = metrics.metrics(TABLES)
     assert [n for n in got if definition(n, metrics.METRICS) is None] == []

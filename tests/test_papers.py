@@ -7,9 +7,9 @@ from pathlib import Path
 import pytest
 import yaml
 
-from pipeline import papers
 from pipeline.errors import RetraceError
-from pipeline.papers import Run, find, load, load_yaml, near, overlay, resolve
+from pipeline.papers import papers
+from pipeline.papers.papers import Run, find, load, load_yaml, near, overlay, resolve
 
 CARD = {"title": "T", "authors": "A", "year": 2024, "url": "https://example.org"}
 CHAIN = CARD | {

@@ -12,20 +12,21 @@ from transformers import (
     MistralForCausalLM,
 )
 
-from pipeline import direct_logit, eap, hooks
-from pipeline.errors import RetraceError
-from pipeline.heads import Heads
-from pipeline.knockout import Knockout, group_means
-from pipeline.native import NativeForCausalLM
-from pipeline.paired import Node, Pairs, Task
-from pipeline.patching import (
+from pipeline.circuits import direct_logit, eap
+from pipeline.circuits.knockout import Knockout, group_means
+from pipeline.circuits.patching import (
     Edge,
     Receiver,
     activation_patching,
     edge_patching,
     path_patching,
 )
-from pipeline.spec_training import Architecture
+from pipeline.errors import RetraceError
+from pipeline.models import hooks
+from pipeline.models.heads import Heads
+from pipeline.models.native import NativeForCausalLM
+from pipeline.models.pairs import Node, Pairs, Task
+from pipeline.spec.training import Architecture
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
 KINDS = ["llama", "gpt2", "native"]

@@ -7,8 +7,8 @@ from pathlib import Path
 import pytest
 from snake import snakemake, toy_project
 
-from pipeline import provenance
-from pipeline.scaffold import scaffold
+from pipeline.papers.scaffold import scaffold
+from pipeline.store import provenance
 
 pytestmark = pytest.mark.workflow
 BASE = Path("results/smoke")
@@ -71,7 +71,7 @@ def test_another_device_reruns_nothing(project):
 
 @pytest.mark.parametrize("name", [".style.css.swp", "style.css~", "4913", ".report.html.un~"])
 def test_what_an_editor_leaves_in_the_templates_reruns_nothing(project, name):
-    (project / "pipeline/templates" / name).write_text("left over")
+    (project / "pipeline/report/templates" / name).write_text("left over")
     assert snakemake("-n", cwd=project, papers="[later]").jobs == []
 
 
@@ -80,7 +80,7 @@ def test_a_helper_that_metrics_load_reruns_the_metrics(project):
     metrics = paper / "metrics.py"
     text = metrics.read_text()
     (paper / "factor.py").write_text("FACTOR = 1\n")
-    load = "from pathlib import Path\n\nfrom pipeline.source import import_file\n\n"
+    load = "from pathlib import Path\n\nfrom pipeline.job.source import import_file\n\n"
     load += 'factor = import_file(Path(__file__).with_name("factor.py"))\n\n'
     head = re.match(r'(""".*?"""\n)', text, re.S)[1]
     metrics.write_text(head + "\n" + load + text[len(head) :])

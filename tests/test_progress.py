@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from snake import snakemake, toy_project
 
-from pipeline import progress
+from pipeline.claims import progress
 from pipeline.errors import RetraceError
 
 ROOT = Path(__file__).parent.parent
@@ -66,7 +66,7 @@ def test_a_stage_tells_its_rate_and_the_time_left(tmp_path):
 
 
 def test_the_pattern_is_that_of_the_stages(caplog):
-    from pipeline.cli import Progress
+    from pipeline.job.cli import Progress
 
     with caplog.at_level("INFO", "retrace"):
         Progress("activations", 10, "tokens").at(10)
@@ -90,7 +90,7 @@ def test_a_run_that_has_not_begun(tmp_path, text):
 
 
 def test_without_a_run_it_says_so(tmp_path):
-    command = [sys.executable, "-m", "pipeline.progress", "--directory", str(tmp_path)]
+    command = [sys.executable, "-m", "pipeline", "progress", "--directory", str(tmp_path)]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     assert done.returncode == 1 and "no run has a log in .snakemake/log" in done.stderr
 
@@ -99,7 +99,7 @@ def test_without_a_run_it_says_so(tmp_path):
 def test_a_real_run(tmp_path):
     project = toy_project(tmp_path / "retrace")
     snakemake(cwd=project)
-    command = [sys.executable, "-m", "pipeline.progress", "--every", "1"]
+    command = [sys.executable, "-m", "pipeline", "progress", "--every", "1"]
     done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=20)
     assert done.stdout.startswith("8 of 8 jobs, 1 of 1 papers; ended after "), done.stdout
 

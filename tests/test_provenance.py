@@ -10,10 +10,10 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pipeline import provenance, tables
 from pipeline.errors import RetraceError
-from pipeline.provenance import canonical, certificate, chain, digest, read, show, verify
-from pipeline.verify import examined
+from pipeline.sharing.verify import examined
+from pipeline.store import provenance, tables
+from pipeline.store.provenance import canonical, certificate, chain, digest, read, show, verify
 
 ROOT = Path(__file__).parent.parent
 
@@ -209,7 +209,7 @@ def test_equal_objects_have_equal_digests(a, b, equal):
 
 def command(*args: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "pipeline.provenance", *args],
+        [sys.executable, "-m", "pipeline", "provenance", *args],
         env={"PYTHONPATH": str(ROOT), "PATH": ""},
         capture_output=True,
         text=True,

@@ -8,8 +8,9 @@ from pathlib import Path
 import pandas as pd
 import pytest
 
-from pipeline import provenance, redraw, verify
-from pipeline.published import opened
+from pipeline.sharing import redraw, verify
+from pipeline.sharing.published import opened
+from pipeline.store import provenance
 
 ROOT = Path(__file__).parent.parent
 REFERENCE = ROOT / "results/reference"
@@ -70,7 +71,7 @@ def test_a_published_figure_is_drawn_again_without_a_run_or_torch(copied, tmp_pa
     (tmp_path / "stub/torch.py").write_text("raise RuntimeError('no torch here')")
     path = f"{tmp_path / 'stub'}:{ROOT}"
     done = subprocess.run(
-        [sys.executable, "-m", "pipeline.redraw", str(copied), "--out", str(tmp_path / "out")],
+        [sys.executable, "-m", "pipeline", "redraw", str(copied), "--out", str(tmp_path / "out")],
         env={"PYTHONPATH": path, "PATH": "/usr/bin:/bin"}, capture_output=True, text=True,
     )  # fmt: skip
     lines = done.stdout.splitlines()

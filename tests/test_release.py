@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 from snake import copy_repository, snakemake, toy_project
 
-from pipeline import papers, release
+from pipeline.papers import papers
+from pipeline.sharing import release
 
 pytestmark = pytest.mark.workflow
 ROOT = Path(__file__).parent.parent
@@ -44,7 +45,7 @@ def members(archive: Path) -> dict[str, bytes]:
 
 
 def module(name: str, *args: str, cwd: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", f"pipeline.{name}", *args]
+    command = [sys.executable, "-m", "pipeline", name, *args]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
 
 

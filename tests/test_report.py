@@ -12,9 +12,11 @@ import pandas as pd
 import pytest
 import synthetic
 
-from pipeline import costs, embed, pages, provenance, report, tables
+from pipeline.claims import costs
+from pipeline.claims.summary import tally
 from pipeline.errors import RetraceError
-from pipeline.summary import tally
+from pipeline.report import pages, report
+from pipeline.store import embed, provenance, tables
 
 BASE = Path("results/laptop/made_up")
 

@@ -4,7 +4,7 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pipeline import roc
+from pipeline.claims import roc
 
 
 @pytest.mark.parametrize(

@@ -17,13 +17,14 @@ import pytest
 import torch
 from conftest import ROOT, environment, stage
 
-from pipeline import provenance, sae_steps, tables
 from pipeline.errors import RetraceError
-from pipeline.sae_sparse import Dense, Scratch, Sparse, largest
-from pipeline.sae_stream import CHUNKS, Stream, geometric_median
-from pipeline.sae_train import Dictionary, build, learning_rate, train
-from pipeline.shards import Rows
-from pipeline.spec_sae import SaeSpec, SaeTraining
+from pipeline.sae import steps
+from pipeline.sae.sparse import Dense, Scratch, Sparse, largest
+from pipeline.sae.stream import CHUNKS, Stream, geometric_median
+from pipeline.sae.train import Dictionary, build, learning_rate, train
+from pipeline.spec.sae import SaeSpec, SaeTraining
+from pipeline.store import provenance, tables
+from pipeline.store.shards import Rows
 
 HOOK = "blocks.0.hook_resid_post"
 TOPK = SaeSpec(architecture="topk", d_sae=64, k=4)
@@ -186,8 +187,8 @@ def test_fast_step_is_saelens_step(
     sae = dictionary_at(architecture, d_in, d_sae, dtype, shift, **options)
     x = torch.randn(batch, d_in, dtype=sae.dtype)
     dead = torch.rand(d_sae) < dead_share
-    want, want_grads = one_step(sae_steps.reference, sae, x, dead)
-    got, got_grads = one_step(sae_steps.FAST[architecture], sae, x, dead)
+    want, want_grads = one_step(steps.reference, sae, x, dead)
+    got, got_grads = one_step(steps.FAST[architecture], sae, x, dead)
     close = lambda a, b: torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance)  # noqa: E731
     close(got.loss, want.loss)
     close(got.mse, want.mse)
@@ -204,9 +205,9 @@ def test_l1_steps_of_the_table_cover_sparse_and_dense():
     active = {}
     for architecture, options, shift in STEPS[-3:]:
         sae = dictionary_at(architecture, 32, 512, "float32", shift, **options)
-        out, _ = one_step(sae_steps.standard, sae, torch.randn(64, 32), torch.zeros(512).bool())
+        out, _ = one_step(steps.standard, sae, torch.randn(64, 32), torch.zeros(512).bool())
         active[shift] = out.l0.item() / 512
-    assert active[0.0] > sae_steps.DENSE_SHARE > active[-0.9] > active[-50.0] == 0
+    assert active[0.0] > steps.DENSE_SHARE > active[-0.9] > active[-50.0] == 0
 
 
 @pytest.mark.parametrize("architecture", ["topk", "standard"])
@@ -215,8 +216,8 @@ def test_frozen_decoder_gets_no_gradient(architecture):
     sae = dictionary_at(architecture, 16, 256, "float64", 0.0, **options)
     sae.W_dec.requires_grad_(False)
     x, dead = torch.randn(20, 16, dtype=torch.float64), torch.arange(256) < 100
-    _, want = one_step(sae_steps.reference, sae, x, dead)
-    _, got = one_step(sae_steps.FAST[architecture], sae, x, dead)
+    _, want = one_step(steps.reference, sae, x, dead)
+    _, got = one_step(steps.FAST[architecture], sae, x, dead)
     assert got.keys() == want.keys() == {"W_enc", "b_enc", "b_dec"}
     for name in want:
         torch.testing.assert_close(got[name], want[name])
@@ -362,7 +363,7 @@ def test_learning_rate_and_coefficients_are_saelens(warmup, decay):
 
 
 @pytest.mark.parametrize("spec", [TOPK, L1], ids=["topk", "standard"])
-@pytest.mark.parametrize("step", [None, sae_steps.reference], ids=["fast", "reference"])
+@pytest.mark.parametrize("step", [None, steps.reference], ids=["fast", "reference"])
 def test_training_is_saelens_training(spec, step):
     """60 steps of ours against 60 of SAETrainer.fit on the same batches, AuxK at work."""
     from sae_lens.config import SAETrainerConfig
@@ -473,7 +474,7 @@ def test_every_architecture_of_saelens_can_be_driven_by_the_reference_step():
     for architecture, options in {"batchtopk": {"k": 4}, "gated": {}, "jumprelu": {}}.items():
         sae = dictionary_at(architecture, 24, 64, "float32", 0.0, **options)
         dictionary = Dictionary(architecture, sae, training, 20)
-        dictionary.gradients = sae_steps.reference
+        dictionary.gradients = steps.reference
         train([dictionary], stream, 20)
         assert dictionary.history[-1][4] > dictionary.history[0][4]
 
@@ -600,7 +601,7 @@ def test_company_changes_nothing(made, activations, tmp_path):
 
 def test_a_killed_run_resumes_and_ends_with_the_bytes_of_another(made, activations, tmp_path):
     """`kill -9` at the first checkpoint; `made` was left in peace, in another process."""
-    command = [sys.executable, "-m", "pipeline.sae", "--spec", json.dumps({"sae": SPEC})]
+    command = [sys.executable, "-m", "pipeline", "sae", "--spec", json.dumps({"sae": SPEC})]
     for option, value in arguments(tmp_path, activations).items():
         command += [f"--{option}", str(value)]
     process = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE)
@@ -618,7 +619,7 @@ def test_a_killed_run_resumes_and_ends_with_the_bytes_of_another(made, activatio
 
 
 def test_a_checkpoint_of_another_spec_or_one_that_is_broken_is_not_used(tmp_path):
-    from pipeline.resume import Checkpoints
+    from pipeline.store.checkpoints import Checkpoints
 
     training = SaeTraining(n_rows=1000, batch_size=50)
     stream, _ = stream_of(planted(1000)[0], 50)
@@ -644,7 +645,7 @@ def test_a_checkpoint_of_another_spec_or_one_that_is_broken_is_not_used(tmp_path
 
 
 def test_a_full_disk_leaves_nothing_that_reads_as_complete(activations, tmp_path):
-    command = [sys.executable, "-m", "pipeline.sae", "--spec", json.dumps({"sae": SPEC})]
+    command = [sys.executable, "-m", "pipeline", "sae", "--spec", json.dumps({"sae": SPEC})]
     for option, value in arguments(tmp_path, activations).items():
         command += [f"--{option}", str(value)]
     limit = lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (8192, 8192))  # noqa: E731
@@ -661,7 +662,7 @@ def test_a_full_disk_leaves_nothing_that_reads_as_complete(activations, tmp_path
 
 def fault(out: Path, activations: Path, spec: dict, capsys) -> str:
     """The sentence with which the stage fails, in this process."""
-    from pipeline import sae
+    from pipeline.sae import sae
 
     argv = ["sae", "--spec", json.dumps({"sae": spec})]
     for option, value in arguments(out, activations).items():
@@ -742,7 +743,7 @@ def test_a_stage_writes_what_evaluation_reads(made):
 @pytest.mark.parametrize("damage", ["bit", "cut", "empty", "deleted"])
 def test_a_checkpoint_that_has_changed_is_not_used(tmp_path, name, damage):
     """Partial work carries digests, as finished work does."""
-    from pipeline.resume import Checkpoints, write_tensors
+    from pipeline.store.checkpoints import Checkpoints, write_tensors
 
     class Thing:
         name = "a"

@@ -8,10 +8,10 @@ import torch
 from pydantic import ValidationError
 from test_sae import mean_max_cosine, one_thread, planted, stream_of  # noqa: F401
 
-from pipeline import sae as stage_sae
-from pipeline.sae_stream import geometric_median
-from pipeline.sae_train import Dictionary, build, train
-from pipeline.spec_sae import SaeSpec, SaeTraining
+from pipeline.sae import sae as stage_sae
+from pipeline.sae.stream import geometric_median
+from pipeline.sae.train import Dictionary, build, train
+from pipeline.spec.sae import SaeSpec, SaeTraining
 
 SPARSITY = {
     "standard": {"l1_coefficient": 1.0},

@@ -9,10 +9,10 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import papers
-from pipeline.sae_train import build
-from pipeline.source import import_file
-from pipeline.spec_sae import SaeSpec, SaeTraining
+from pipeline.job.source import import_file
+from pipeline.papers import papers
+from pipeline.sae.train import build
+from pipeline.spec.sae import SaeSpec, SaeTraining
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "rules/papers/synth_sae_bench"

@@ -16,13 +16,15 @@ from pydantic import ValidationError
 from synthetic import call
 from test_sae import contents, one_thread, planted, stream_of, zip_first  # noqa: F401
 
-from pipeline import provenance, sae_steps, sae_stream, sae_transcoder, tables
-from pipeline import sae as stage_sae
 from pipeline.errors import RetraceError
-from pipeline.sae_stream import CHUNKS, Stream, geometric_median
-from pipeline.sae_train import Dictionary, build, train
-from pipeline.shards import Pairs, Rows
-from pipeline.spec_sae import SaeSpec, SaeTraining
+from pipeline.sae import sae as stage_sae
+from pipeline.sae import steps, transcoder
+from pipeline.sae import stream as sae_stream
+from pipeline.sae.stream import CHUNKS, Stream, geometric_median
+from pipeline.sae.train import Dictionary, build, train
+from pipeline.spec.sae import SaeSpec, SaeTraining
+from pipeline.store import provenance, tables
+from pipeline.store.shards import Pairs, Rows
 
 HOOK, OUT = "blocks.0.hook_resid_mid", "blocks.0.hook_mlp_out"
 SPARSITY = {
@@ -245,7 +247,7 @@ def test_a_killed_job_of_many_architectures_ends_with_the_bytes_of_another(activ
 
 def started(spec: dict, out: Path, activations: Path) -> subprocess.Popen:
     """The stage, in a process that runs."""
-    command = [sys.executable, "-m", "pipeline.sae", "--spec", json.dumps(spec)]
+    command = [sys.executable, "-m", "pipeline", "sae", "--spec", json.dumps(spec)]
     for option, value in paths(out, activations).items():
         command += [f"--{option}", str(value)]
     return subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE)
@@ -311,9 +313,7 @@ def test_a_transcoder_of_equal_hooks_has_the_loss_and_gradients_of_saelens_autoe
     outcomes, grads = [], []
     for sae, rows in ((plain, x), (wide, torch.cat([x, x], 1))):
         outcomes.append(
-            sae_steps.reference(
-                sae, rows, dead=dead, coefficients=coefficients, step=0, scratch=None
-            )
+            steps.reference(sae, rows, dead=dead, coefficients=coefficients, step=0, scratch=None)
         )
         grads.append({n: p.grad for n, p in sae.named_parameters()})
     torch.testing.assert_close(outcomes[0].loss, outcomes[1].loss)
@@ -350,7 +350,7 @@ def test_a_saved_transcoder_is_saelens_and_reconstructs_what_ours_does(
     training = SaeTraining(n_rows=76_800, batch_size=128, lr=3e-3, dead_rows=2000)
     sae = build(specs(name, output_hook=OUT)[name], 24, d_out=10, normalize=training.normalize)
     sae.b_dec.data.copy_(geometric_median(stream.sample(32_768)[:, -10:]))
-    train([Dictionary(name, sae, training, 600, sae_steps.reference)], stream, 600)
+    train([Dictionary(name, sae, training, 600, steps.reference)], stream, 600)
     x, y = (torch.from_numpy(a[3000:]) for a in pairs(3200))
     with torch.no_grad():
         got = loaded(x)
@@ -376,7 +376,7 @@ def test_a_transcoder_folds_its_two_scales(name, tmp_path):
         sae.b_dec.data += torch.arange(10.0)
         if hasattr(sae, "topk_threshold"):
             sae.topk_threshold += 0.05
-        dictionary = Dictionary(name, sae, SaeTraining(n_rows=4096), 1, sae_steps.reference)
+        dictionary = Dictionary(name, sae, SaeTraining(n_rows=4096), 1, steps.reference)
         folder = tmp_path / str(scales[0])
         folder.mkdir()
         stage_sae.save(dictionary, folder, scales[0], {"stage": "t"}, target_scale=scales[1])
@@ -393,7 +393,7 @@ def test_each_transcoder_resumes_exactly(activations, name):
 
     def started():
         sae = build(specs(name, output_hook=OUT)[name], 24, d_out=10)
-        return Dictionary(name, sae, training, 20, sae_steps.reference)
+        return Dictionary(name, sae, training, 20, steps.reference)
 
     whole, half, again = started(), started(), started()
     train([whole], stream, 20)
@@ -413,7 +413,7 @@ def test_a_transcoder_starts_from_unit_directions_and_the_median_of_its_target(a
     torch.testing.assert_close(sae.W_dec.norm(dim=1), torch.full((64,), 0.1))
     want = geometric_median(stream.sample(32_768)[:, 24:])
     torch.testing.assert_close(sae.b_dec.data, want)
-    assert sae_transcoder.training_class(type(sae).__mro__[1], 10) is type(sae)
+    assert transcoder.training_class(type(sae).__mro__[1], 10) is type(sae)
 
 
 @pytest.mark.parametrize("name", [n for n in SPARSITY if n not in TRANSCODERS])

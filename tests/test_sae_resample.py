@@ -5,10 +5,10 @@ import pytest
 import torch
 from test_sae import planted, stream_of
 
-from pipeline import sae_resample
-from pipeline.sae_sparse import Scratch
-from pipeline.sae_train import Dictionary, build, resample, train
-from pipeline.spec_sae import SaeSpec, SaeTraining
+from pipeline.sae import resample as sae_resample
+from pipeline.sae.sparse import Scratch
+from pipeline.sae.train import Dictionary, build, resample, train
+from pipeline.spec.sae import SaeSpec, SaeTraining
 
 D_IN, D_SAE, BATCH = 24, 64, 100
 SPEC = SaeSpec(

@@ -4,10 +4,10 @@ import pytest
 import torch
 from test_sae import one_thread  # noqa: F401
 
-from pipeline import sae_steps
-from pipeline.sae_sparse import Scratch
-from pipeline.sae_steps_batch import largest_at_once, largest_of_all
-from pipeline.sae_train import FAST
+from pipeline.sae import steps
+from pipeline.sae.sparse import Scratch
+from pipeline.sae.steps_batch import largest_at_once, largest_of_all
+from pipeline.sae.train import FAST
 
 WIDTHS = {30: [5, 12, 30], 512: [16, 48, 112, 240, 512], 1024: [512, 1024]}
 SHAPES = [(64, 32, 512), (7, 5, 30), (33, 16, 1024)]  # batch, d_in, d_sae
@@ -82,7 +82,7 @@ def test_fast_step_is_saelens_step(
     sae = dictionary_at(architecture, d_in, d_sae, dtype, shift, **options)
     x = torch.randn(batch, d_in, dtype=sae.dtype)
     dead = torch.rand(d_sae) < dead_share
-    want, want_grads, want_threshold = one_step(sae_steps.reference, sae, x, dead)
+    want, want_grads, want_threshold = one_step(steps.reference, sae, x, dead)
     got, got_grads, got_threshold = one_step(FAST[architecture], sae, x, dead)
 
     def close(a, b):
@@ -110,8 +110,8 @@ def test_steps_of_the_table_cover_sparse_and_dense(architecture):
             sae = dictionary_at(name, 32, 512, "float32", shift, **options)
             out, *_ = one_step(FAST[name], sae, torch.randn(64, 32), torch.zeros(512).bool())
             active.append(out.l0.item() / 512)
-    assert max(active) > 2 * sae_steps.DENSE_SHARE
-    assert 0 < sorted(active)[1] < sae_steps.DENSE_SHARE / 2
+    assert max(active) > 2 * steps.DENSE_SHARE
+    assert 0 < sorted(active)[1] < steps.DENSE_SHARE / 2
 
 
 @pytest.mark.parametrize("architecture", FAST)
@@ -122,7 +122,7 @@ def test_frozen_decoder_gets_no_gradient(architecture):
     sae = dictionary_at(architecture, 16, 512, "float64", shift, **options)
     sae.W_dec.requires_grad_(False)
     x, dead = torch.randn(20, 16, dtype=torch.float64), torch.arange(512) < 100
-    _, want, _ = one_step(sae_steps.reference, sae, x, dead)
+    _, want, _ = one_step(steps.reference, sae, x, dead)
     _, got, _ = one_step(FAST[architecture], sae, x, dead)
     assert got.keys() == want.keys() and "W_dec" not in got
     for name in want:

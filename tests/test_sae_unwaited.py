@@ -5,10 +5,10 @@ import torch
 from test_sae import one_thread  # noqa: F401
 from test_sae_steps import BATCH, SHAPES, dictionary_at
 
-from pipeline import sae_train
-from pipeline.sae_sparse import Scratch
-from pipeline.sae_train import FAST, STATIC, Dictionary, build
-from pipeline.spec_sae import SaeSpec, SaeTraining
+from pipeline.sae import train
+from pipeline.sae.sparse import Scratch
+from pipeline.sae.train import FAST, STATIC, Dictionary, build
+from pipeline.spec.sae import SaeSpec, SaeTraining
 
 NAMES = ["topk", "batchtopk", "matryoshka_batchtopk"]
 
@@ -62,9 +62,9 @@ def started(name: str, n_steps: int) -> Dictionary:
 @pytest.fixture
 def small(monkeypatch):
     """As on a GPU, in small."""
-    monkeypatch.setattr(sae_train, "Replay", Recorded)
-    monkeypatch.setattr(sae_train, "LOOK_EVERY", 4)
-    monkeypatch.setattr(sae_train, "LEAST_ROOM", 4)
+    monkeypatch.setattr(train, "Replay", Recorded)
+    monkeypatch.setattr(train, "LOOK_EVERY", 4)
+    monkeypatch.setattr(train, "LEAST_ROOM", 4)
     monkeypatch.setattr(Recorded, "made", 0)
 
 
@@ -112,7 +112,7 @@ def test_where_recording_fails_steps_are_taken_one_by_one(small, monkeypatch, ca
     def fail(*_):
         raise RuntimeError("capture failed")
 
-    monkeypatch.setattr(sae_train, "Replay", fail)
+    monkeypatch.setattr(train, "Replay", fail)
     plain, unwaited = started("topk", 10), started("topk", 10)
     unwaited.static = True
     x = torch.randn(16, 12, dtype=torch.float64)
@@ -131,4 +131,4 @@ def test_a_short_window_of_dead_latents_asks_for_no_room_for_the_living():
     assert dictionary.look_every * 4096 <= 25_000
     assert dictionary._room_of_dead(0, 4096) == 0
     dictionary.silent[:3] = 90_000
-    assert dictionary._room_of_dead(dictionary.look_every, 4096) == sae_train.LEAST_ROOM
+    assert dictionary._room_of_dead(dictionary.look_every, 4096) == train.LEAST_ROOM

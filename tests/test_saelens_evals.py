@@ -12,8 +12,10 @@ import torch
 from conftest import HOOK, stage
 from synthetic import call
 
-from pipeline import evaluation, hooks, metrics, model, provenance, shards, tables
-from pipeline.spec_sae import SaeSpec
+from pipeline.latents import evaluation, fidelity
+from pipeline.models import hooks, loader
+from pipeline.spec.sae import SaeSpec
+from pipeline.store import provenance, shards, tables
 
 BOS = 0  # at position 0 of every block, and nowhere else: documents are not closed
 SPECS = {
@@ -86,7 +88,7 @@ def chain(tiny_model_json, tiny_text, tmp_path_factory) -> SimpleNamespace:
         activations=acts,
         sae=sae,
         model_json=tiny_model_json,
-        bridge=model.bridge(tiny_model_json),
+        bridge=loader.bridge(tiny_model_json),
     )
 
 
@@ -124,7 +126,7 @@ def test_latents_that_fire_never_or_often_are_those_of_saelens_densities(chain, 
     density = (density * 600).round() / 600  # theirs are float32, in which 60 / 600 > 0.1
     ours = chain.table.loc[name]
     assert ours["silent_share"] == pytest.approx((density == 0).mean(), abs=1 / 64)
-    for metric, value in metrics.density_shares(density).items():
+    for metric, value in fidelity.density_shares(density).items():
         assert ours[metric] == pytest.approx(value, abs=1 / 64)
     assert ours["freq_over_1_percent"] >= ours["freq_over_10_percent"] > 0
 
@@ -152,7 +154,7 @@ def test_the_saebench_file_has_saelens_ablation_of_every_position(chain, name, t
 
 def test_zero_at_every_position_is_what_a_hook_of_zeros_gives(chain):
     """Six lines of transformers and torch, none of ours."""
-    hf = model.load(chain.model_json).hf
+    hf = loader.load(chain.model_json).hf
     handle = hf.model.layers[0].register_forward_hook(lambda module, args, out: (
         (torch.zeros_like(out[0]), *out[1:]) if isinstance(out, tuple) else torch.zeros_like(out)
     ))  # fmt: skip
@@ -166,7 +168,7 @@ def test_zero_at_every_position_is_what_a_hook_of_zeros_gives(chain):
 def test_of_two_batches_saelens_averages_two_relative_biases_where_ours_is_one_ratio(chain):
     """Ours: sums over the whole set. Theirs: the mean of a ratio a batch, and so legacy EV."""
     theirs = run_evals(chain, "topk", n_batches=2)
-    splicer = evaluation.Splicer(model.load(chain.model_json).hf, HOOK, chain.tokens, skip_first=1)
+    splicer = evaluation.Splicer(loader.load(chain.model_json).hf, HOOK, chain.tokens, skip_first=1)
     rows = torch.cat([x[known] for x, known in zip(splicer.streams, splicer.known, strict=True)])
     halves = [
         evaluation.reconstruction({"topk": chain.saes["topk"]}, [half], 32)[0]["topk"]
@@ -251,7 +253,7 @@ def test_saelens_store_begins_a_block_of_text_as_ours_do(chain, exported):
 
 @pytest.mark.parametrize("over", [{"prepend_bos": False}, {}])
 def test_the_metadata_say_which_tokens_were_taken(chain, over):
-    from pipeline import sae
+    from pipeline.sae import sae
 
     about = {"model": "m/model.json", "corpus": "c/t", "n_ctx": 16, "skip_first": 2}
     made = sae.metadata(about | {"prepend_bos": True} | over, HOOK)
@@ -293,7 +295,7 @@ def test_the_card_names_both_hooks_and_its_code_runs(chain, exported, monkeypatc
 
 @pytest.mark.parametrize("hook", ["hook_name", "hook_name_bridge"])
 def test_saelens_bridge_attaches_an_export_under_either_name(chain, exported, hook):
-    sae, hf = loaded(exported, hook), model.load(chain.model_json).hf
+    sae, hf = loaded(exported, hook), loader.load(chain.model_json).hf
     with torch.no_grad():
         theirs = bridges(exported).run_with_saes(chain.tokens[:4], saes=[sae])
         with hooks.edited(hf, HOOK, sae):
@@ -335,7 +337,7 @@ def test_the_card_of_a_transcoder_attaches_it_where_it_reads_and_writes(
     monkeypatch.chdir(transcoder)
     space = {"tokens": chain.tokens[:4]}
     exec(re.search(r"```python\n(.*?)```", card, re.S)[1], space)
-    hf = model.load(chain.model_json).hf
+    hf = loader.load(chain.model_json).hf
     with torch.no_grad(), hooks.capture(hf, ["blocks.1.hook_resid_mid"]) as seen:
         plain = hf(chain.tokens[:4]).logits
         with hooks.edited(hf, "blocks.1.hook_mlp_out",

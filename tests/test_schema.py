@@ -9,8 +9,8 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
-from pipeline import schema
-from pipeline.scaffold import scaffold
+from pipeline.papers.scaffold import scaffold
+from pipeline.spec import schema
 
 ROOT = Path(__file__).parent.parent
 CARDS = [*sorted((ROOT / "rules/papers").glob("*/paper.yaml")), ROOT / "tests/made_up/paper.yaml"]
@@ -20,7 +20,7 @@ PAPER = Draft202012Validator(schema.paper())
 @pytest.mark.parametrize("name", ["paper.json", "config.json"])
 def test_the_files_are_those_of_the_models(name):
     written = (schema.FOLDER / name).read_text()
-    assert written == schema.files()[name], "run python -m pipeline.schema"
+    assert written == schema.files()[name], "run python -m pipeline schema"
     Draft202012Validator.check_schema(json.loads(written))
 
 

@@ -7,9 +7,9 @@ import numpy as np
 import pyarrow as pa
 import pytest
 
-from pipeline import provenance, shards, tables
 from pipeline.errors import RetraceError
-from pipeline.shards import Blocks, Rows
+from pipeline.store import provenance, shards, tables
+from pipeline.store.shards import Blocks, Rows
 
 HOOK = "blocks.0.hook_resid_post"
 SIZES = {"train": [7, 7, 3], "eval": [4]}

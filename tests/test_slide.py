@@ -10,8 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from pipeline import slide
 from pipeline.errors import RetraceError
+from pipeline.sharing import slide
 
 ROOT = Path(__file__).parent.parent
 CHROMIUM = next(filter(None, map(shutil.which, slide.NAMES)), None)
@@ -25,7 +25,7 @@ def figure(made_up) -> Path:
 
 
 def call(*args: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "pipeline.slide", *map(str, args)]
+    command = [sys.executable, "-m", "pipeline", "slide", *map(str, args)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 

@@ -11,8 +11,10 @@ from pathlib import Path
 import pytest
 from snake import ROOT, Done, snakemake
 
-from pipeline import papers, provenance, reach, source
-from pipeline.summary import read_claims
+from pipeline.claims.summary import read_claims
+from pipeline.job import reach, source
+from pipeline.papers import papers
+from pipeline.store import provenance
 
 pytestmark = pytest.mark.smoke
 PAPERS = papers.available([ROOT / "rules/papers"])
@@ -76,7 +78,7 @@ def test_metrics_have_definitions(smoke, paper):
 def unhashed(job: dict) -> set[str]:
     """Functions of ours that a job called and that its code hash does not cover.
 
-    Left out are those of FRAME and what it calls, and the validators of pipeline/spec*.py.
+    Left out are those of FRAME and what it calls, and the validators of pipeline/spec/.
 
     Args:
         job: argv and called, as tests/traced/sitecustomize.py writes them.
@@ -90,7 +92,8 @@ def unhashed(job: dict) -> set[str]:
     covered = walk.reached.keys() | walk.soft | frame.reached.keys()
     left = set()
     for file, qualified in job["called"]:
-        module, parts = f"pipeline.{Path(file).stem}", qualified.split(".<locals>")[0].split(".")
+        module = ".".join(Path(file).with_suffix("").parts).removesuffix(".__init__")
+        parts = qualified.split(".<locals>")[0].split(".")
         if file.startswith("rules/"):
             left |= {file} - {str(f.absolute().relative_to(ROOT)) for f in files}
             continue
@@ -109,7 +112,7 @@ def unhashed(job: dict) -> set[str]:
 
 def called_with(argv: list[str]) -> tuple[str, list[str]]:
     """The stage of a command line, and the paper's own files after --code."""
-    stage = next(a for a in argv if a.startswith("pipeline.")).removeprefix("pipeline.")
+    stage = argv[argv.index("pipeline") + 1]
     after = argv[argv.index("--code") + 1 :] if "--code" in argv else []
     return stage, list(itertools.takewhile(lambda a: not a.startswith("--"), after))
 

@@ -14,11 +14,16 @@ from test_latents import TopK
 from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pipeline import attribution_graph, figures, latents, needs, papers, provenance, tables
+from pipeline.claims import needs
+from pipeline.claims.metrics import compute, known, parts
 from pipeline.errors import RetraceError
-from pipeline.latents import ERROR, Latents
-from pipeline.metrics import compute, known, parts
-from pipeline.source import import_file
+from pipeline.job.source import import_file
+from pipeline.latents import sites as latents
+from pipeline.latents.sites import ERROR, Latents
+from pipeline.papers import papers
+from pipeline.report import figures
+from pipeline.sharing import attribution_graph
+from pipeline.store import provenance, tables
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "rules/papers/sparse_feature_circuits"
@@ -356,7 +361,7 @@ def test_error_terms_have_no_label(made):
 
 def test_figures_and_metrics_import_no_torch():
     code = (
-        "import sys; from pipeline.source import import_file\n"
+        "import sys; from pipeline.job.source import import_file\n"
         f"for f in ('figures', 'metrics'): import_file(r'{FOLDER}/' + f + '.py')\n"
         "assert 'torch' not in sys.modules"
     )

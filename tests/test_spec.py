@@ -4,10 +4,11 @@ import copy
 
 import pytest
 
-from pipeline import spec, spec_base
 from pipeline.errors import RetraceError
-from pipeline.spec import Config, PaperSpec
-from pipeline.spec_sae import SaeSpec
+from pipeline.spec import base as spec_base
+from pipeline.spec import paper as spec
+from pipeline.spec.paper import Config, PaperSpec
+from pipeline.spec.sae import SaeSpec
 
 HOOK = "blocks.8.hook_resid_post"
 FULL = {

@@ -11,8 +11,9 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from pipeline import hooks, splice, untrained
-from pipeline.spec_training import Architecture
+from pipeline.models import hooks, splice
+from pipeline.spec.training import Architecture
+from pipeline.weights import initial
 
 TOKENS = torch.randint(0, 50, (3, 7), generator=torch.Generator().manual_seed(0))
 
@@ -24,7 +25,7 @@ def tiny(kind):
         "llama": lambda: LlamaForCausalLM(LlamaConfig(**sizes, intermediate_size=32)),
         "gpt2": lambda: GPT2LMHeadModel(GPT2Config(vocab_size=50, n_embd=16, n_layer=3, n_head=2)),
         "gpt_neox": lambda: GPTNeoXForCausalLM(GPTNeoXConfig(**sizes, intermediate_size=32)),
-        "native": lambda: untrained.build(
+        "native": lambda: initial.build(
             Architecture(n_layers=3, d_model=16, n_heads=2, d_mlp=32, n_ctx=16, act_fn="relu"), 50
         ),
     }[kind]()

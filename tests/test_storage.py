@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from snake import ROOT, Done, snakemake, toy_project
 
-from pipeline import provenance
+from pipeline.store import provenance
 
 NEEDED = ("snakemake_storage_plugin_s3", "moto", "flask_cors")
 pytestmark = [

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import synthetic
 
-from pipeline import summary
+from pipeline.claims import summary
 
 ROW = {"id": "c", "paper_value": "0.5", "ours": "0.51234567", "sd": "", "verdict": "reproduced"}
 

@@ -6,10 +6,10 @@ import pytest
 import torch
 from test_sae import one_thread  # noqa: F401
 
-from pipeline import sae_steps
-from pipeline.sae_sparse import Scratch
-from pipeline.sae_train import build
-from pipeline.source import import_file
+from pipeline.job.source import import_file
+from pipeline.sae import steps as sae_steps
+from pipeline.sae.sparse import Scratch
+from pipeline.sae.train import build
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "rules/papers/synth_sae_bench"

@@ -20,9 +20,9 @@ from test_synth_sae_bench import (  # noqa: F401
     world,
 )
 
-from pipeline import papers
-from pipeline.sae_train import build
-from pipeline.source import import_file
+from pipeline.job.source import import_file
+from pipeline.papers import papers
+from pipeline.sae.train import build
 
 measures = import_file(FOLDER / "measures.py")
 metrics = import_file(FOLDER / "metrics.py")

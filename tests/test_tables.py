@@ -11,8 +11,8 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 
-from pipeline import provenance, tables
 from pipeline.errors import RetraceError
+from pipeline.store import provenance, tables
 
 ROOT = Path(__file__).parent.parent
 CERTIFICATE = {"stage": "test", "inputs": {}}

@@ -10,9 +10,11 @@ import pandas as pd
 import pytest
 from conftest import ROOT, environment, stage
 
-from pipeline import corpus, model, provenance, tables, tokenizer
 from pipeline.errors import RetraceError
-from pipeline.spec import PaperSpec, TokenizerSpec, parse
+from pipeline.spec.paper import PaperSpec, TokenizerSpec, parse
+from pipeline.store import provenance, tables
+from pipeline.text import corpus, tokenizer
+from pipeline.text.tokens import load_tokenizer
 
 TEXT = "First Citizen:\nBefore we proceed,  hear me.\n\nAll:\nSpeak, speak. ' ##a n't\t é 😀\n"
 
@@ -41,7 +43,7 @@ MADE = {"char": tokenizer.char([TEXT]), "bpe": tokenizer.bpe([TEXT], 300)}
 @pytest.mark.parametrize("text", [TEXT, TEXT * 50, " a", "a ", "  ", "\n", "😀é"])
 def test_decoding_undoes_encoding(kind, text, tmp_path):
     MADE[kind].save_pretrained(tmp_path / "checkpoint")
-    loaded = model.load_tokenizer(tmp_path / "model.json")
+    loaded = load_tokenizer(tmp_path / "model.json")
     for made in (MADE[kind], loaded):
         assert made.decode(encode(made, text)) == text
 
@@ -137,7 +139,7 @@ def test_a_corpus_cut_with_the_tokenizer_of_its_text(kind, play, tmp_path):
     files = {"out": tmp_path / "tokens.parquet", "documents": tmp_path / "documents.parquet"}
     stage("corpus", {"corpus": given}, tokenizer=made, **files)
     blocks = pd.read_parquet(files["out"])
-    loaded = model.load_tokenizer(made)
+    loaded = load_tokenizer(made)
     ids = {s: np.stack(b["tokens"])[:, special:].ravel() for s, b in blocks.groupby("split")}
     train, held_out = (loaded.decode(ids[s]) for s in ("train", "eval"))
     assert train + held_out in text + "<|endoftext|>"
@@ -169,10 +171,10 @@ def test_torch_is_not_imported(play, tmp_path):
     spec = {"tokenizer": {"kind": "char"}, "corpus": section(play)}
     code = (
         "import runpy, sys\n"
-        "runpy.run_module('pipeline.tokenizer', run_name='__main__')\n"
+        "runpy.run_module('pipeline', run_name='__main__')\n"
         "assert 'torch' not in sys.modules"
     )
-    arguments = ["--spec", json.dumps(spec), "--out", str(tmp_path / "model.json")]
+    arguments = ["tokenizer", "--spec", json.dumps(spec), "--out", str(tmp_path / "model.json")]
     arguments += ["--checkpoint", str(tmp_path / "checkpoint")]
     done = subprocess.run(
         [sys.executable, "-c", code, *arguments],

@@ -10,7 +10,9 @@ from conftest import byte_tokenizer
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from pipeline import corpus, model, tokens
+from pipeline.text import corpus, tokens
+from pipeline.text.tokens import load_tokenizer, tokenizer_of
+from pipeline.weights import model
 
 TEXT = "the cat thecat sat; José saw 🎉 in 1234 cafés"
 
@@ -73,8 +75,8 @@ def test_a_document_is_neither_cut_nor_padded(settings, tmp_path):
     texts = ["abc", TEXT * 3]
     want = [clean.encode(t, add_special_tokens=False).ids for t in texts]
     assert [raw.encode(t, add_special_tokens=False).ids for t in texts] != want  # the file does act
-    stored = model.load_tokenizer(tmp_path / "model.json")
-    for made in (stored, model._tokenizer_of(tmp_path / "checkpoint")):
+    stored = load_tokenizer(tmp_path / "model.json")
+    for made in (stored, tokenizer_of(tmp_path / "checkpoint")):
         assert [e.tolist() for e in corpus.encoder(made)(texts)] == want
         made.save_pretrained(tmp_path / "saved")
         saved = json.loads((tmp_path / "saved" / "tokenizer.json").read_text(encoding="utf-8"))
@@ -88,7 +90,7 @@ def test_merges_are_not_dropped_at_random(tmp_path):
     made["model"] |= {"merges": [["a", "b"]], "dropout": 1.0}
     made["model"]["vocab"]["ab"] = 260
     file.write_text(json.dumps(made), encoding="utf-8")
-    encode = corpus.encoder(model.load_tokenizer(tmp_path / "model.json"))
+    encode = corpus.encoder(load_tokenizer(tmp_path / "model.json"))
     assert encode(["abab"])[0].tolist() == [260, 260]
 
 
@@ -110,9 +112,9 @@ def test_tokenizer_json_is_the_whole_tokenizer(name, tmp_path):
     (tmp_path / "tokenizer_config.json").write_text(json.dumps(config))
     want = Tokenizer.from_file(str(file)).encode(TEXT, add_special_tokens=False).ids
     assert 260 not in want
-    read = model._tokenizer_of(tmp_path)
+    read = tokenizer_of(tmp_path)
     read.save_pretrained(tmp_path / "checkpoint")
-    stored = model.load_tokenizer(tmp_path / "model.json")
+    stored = load_tokenizer(tmp_path / "model.json")
     assert [tokens.encode(t, TEXT) for t in (read, stored)] == [want, want]
     assert len(stored) == 261  # no token is added
 
@@ -120,7 +122,7 @@ def test_tokenizer_json_is_the_whole_tokenizer(name, tmp_path):
 def test_a_broken_tokenizer_is_one_sentence(tmp_path):
     (tmp_path / "tokenizer.json").write_text("{}")
     with pytest.raises(model.RetraceError, match="no tokenizer that transformers can load"):
-        model._tokenizer_of(tmp_path)
+        tokenizer_of(tmp_path)
 
 
 # --- what a reader sees --------------------------------------------------------------------

@@ -11,10 +11,11 @@ import pandas as pd
 import pytest
 import torch
 
-from pipeline import papers, tables
 from pipeline.errors import RetraceError
-from pipeline.source import import_file
-from pipeline.spec import parse
+from pipeline.job.source import import_file
+from pipeline.papers import papers
+from pipeline.spec.paper import parse
+from pipeline.store import tables
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "rules/papers/toy_superposition"
@@ -310,7 +311,7 @@ def test_the_stage_its_metrics_and_figures(tmp_path):
         frames[f"superposition/{name}"] = one.to_pandas()
     spec = papers.load(FOLDER, "smoke").spec
     assert {f"superposition/{t}" for t in spec.own["superposition"]["tables"]} == frames.keys()
-    from pipeline.metrics import definition
+    from pipeline.claims.metrics import definition
 
     found = metrics.metrics(frames)
     assert all(definition(name, metrics.METRICS) for name in found)
@@ -324,7 +325,7 @@ def test_the_stage_its_metrics_and_figures(tmp_path):
 
 def test_figures_and_metrics_import_no_torch():
     code = (
-        "import sys; from pipeline.source import import_file\n"
+        "import sys; from pipeline.job.source import import_file\n"
         f"for f in ('figures', 'metrics'): import_file(r'{FOLDER}/' + f + '.py')\n"
         "assert 'torch' not in sys.modules"
     )

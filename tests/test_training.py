@@ -17,10 +17,12 @@ import torch.nn.functional as F
 from conftest import ROOT, environment, stage
 from pydantic import ValidationError
 
-from pipeline import native, provenance, trained, training, training_data, untrained
 from pipeline.errors import RetraceError
-from pipeline.spec_training import Architecture, Optimiser, TrainingSpec
-from pipeline.team import Team
+from pipeline.models import native
+from pipeline.spec.training import Architecture, Optimiser, TrainingSpec
+from pipeline.store import provenance
+from pipeline.weights import batches, initial, trained, training
+from pipeline.weights.members import Team
 
 CPU = torch.device("cpu")
 SMALL = {"n_layers": 1, "d_model": 16, "n_heads": 2, "d_mlp": 32, "act_fn": "relu", "n_ctx": 6}
@@ -29,7 +31,7 @@ SMALL = {"n_layers": 1, "d_model": 16, "n_heads": 2, "d_mlp": 32, "act_fn": "rel
 NO_KEY_BIAS = SMALL | {"bias": "mlp"}
 DATA = '''
 import torch
-from pipeline.training_data import Batches
+from pipeline.weights.batches import Batches
 
 def copy_first(options, seed, batch_size, n_ctx, device):
     """The target at every position is the first token."""
@@ -73,7 +75,7 @@ def data(tmp_path_factory) -> Path:
 
 def team(given: TrainingSpec, data: Path) -> Team:
     seeds = [seed for _, _, seed in given.members()]
-    return Team(given, [training_data.own(data, given, s, CPU) for s in seeds], CPU)
+    return Team(given, [batches.own(data, given, s, CPU) for s in seeds], CPU)
 
 
 def trained_for(given: TrainingSpec, data: Path, steps: int) -> Team:
@@ -88,8 +90,8 @@ def trained_for(given: TrainingSpec, data: Path, steps: int) -> Team:
 
 def drawn(seed: int = 0, d_vocab: int = 11, **more) -> native.NativeForCausalLM:
     architecture = Architecture.model_validate(SMALL | more)
-    out = untrained.build(architecture, d_vocab)
-    untrained.initial(out, architecture, seed)
+    out = initial.build(architecture, d_vocab)
+    initial.initial(out, architecture, seed)
     for p in out.parameters():  # biases, too, so that none can be forgotten
         p.data += 0.1 * torch.randn(p.shape, generator=torch.Generator().manual_seed(1))
     return out.eval().requires_grad_(False)
@@ -130,8 +132,8 @@ def test_a_bridge_of_smeared_keys_is_refused():
 def test_first_weights_have_the_papers_spread(init, sd):
     wide = SMALL | {"d_model": 64, "d_mlp": 256, "init": init, "n_layers": 2}
     architecture = Architecture.model_validate(wide)
-    model = untrained.build(architecture, 100)
-    untrained.initial(model, architecture, 0)
+    model = initial.build(architecture, 100)
+    initial.initial(model, architecture, 0)
     named = {n: p.detach() for n, p in model.named_parameters()}
     layer = "model.layers.1."
     assert named[layer + "mlp.fc_in.weight"].std() == pytest.approx(sd, rel=0.05)
@@ -182,7 +184,7 @@ def test_a_step_is_that_of_torchs_adamw(data, how, family):
     plain = torch.optim.AdamW(groups, lr=o.lr, betas=o.betas, weight_decay=o.weight_decay)
     for step in range(12):
         for group in plain.param_groups:
-            group["lr"] = untrained.learning_rate(o, o.lr, step + 1, given.steps)
+            group["lr"] = initial.learning_rate(o, o.lr, step + 1, given.steps)
         tokens, targets = start.data[0].batch(step)
         plain.zero_grad()
         logits = model(tokens).logits
@@ -202,7 +204,7 @@ def test_a_step_is_that_of_torchs_adamw(data, how, family):
 def test_warm_up_and_cosine(step, want):
     """From 0.1 to 1 over ten steps, then half a cosine to 0.1 at step 20."""
     how = Optimiser(lr=1, warmup_steps=10, schedule="cosine", min_lr=0.1, decay_steps=20)
-    assert untrained.learning_rate(how, 1.0, step, 50) == pytest.approx(want)
+    assert initial.learning_rate(how, 1.0, step, 50) == pytest.approx(want)
 
 
 # --- members -------------------------------------------------------------------------------
@@ -224,7 +226,7 @@ def test_members_are_those_that_train_alone(data):
 def test_evaluation_counts_only_what_has_a_target(data):
     made = team(spec(), data)
     tokens, targets = made.data[0].evaluation["test"]
-    targets[:, 1:] = training_data.IGNORED
+    targets[:, 1:] = batches.IGNORED
     logits = made.each(made.logits, tokens[None])[0, :, 0].double()
     made.evaluate(0)
     want = F.cross_entropy(logits, targets[:, 0]).item()
@@ -258,11 +260,11 @@ def test_a_compiled_model_with_another_gradient_is_not_trained(data, caplog):
 def test_windows_of_a_corpus_are_pieces_of_its_text():
     tokens = {"train": np.arange(1000, dtype=np.int32), "eval": np.arange(50, dtype=np.int32)}
     given = spec(data={"source": "corpus"}, batch_size=4)
-    made = training_data.of_corpus(tokens, 1000, given, 0, CPU)
+    made = batches.of_corpus(tokens, 1000, given, 0, CPU)
     x, y = made.batch(700)
     assert (x[:, 1:] == x[:, :-1] + 1).all() and (y == x + 1).all()
-    again, _ = training_data.of_corpus(tokens, 1000, given, 0, CPU).batch(700)
-    other, _ = training_data.of_corpus(tokens, 1000, given, 1, CPU).batch(700)
+    again, _ = batches.of_corpus(tokens, 1000, given, 0, CPU).batch(700)
+    other, _ = batches.of_corpus(tokens, 1000, given, 1, CPU).batch(700)
     assert torch.equal(x, again) and not torch.equal(x, other)
     assert not torch.equal(x, made.batch(701)[0])
     held_out = made.evaluation["val"][0]
@@ -272,7 +274,7 @@ def test_windows_of_a_corpus_are_pieces_of_its_text():
 def test_a_text_shorter_than_a_window_is_refused():
     tokens = {"train": np.arange(1000, dtype=np.int32), "eval": np.arange(6, dtype=np.int32)}
     with pytest.raises(RetraceError, match="6 eval tokens are not even one window of n_ctx 6"):
-        training_data.of_corpus(tokens, 1000, spec(), 0, CPU)
+        batches.of_corpus(tokens, 1000, spec(), 0, CPU)
 
 
 @pytest.mark.parametrize(
@@ -281,13 +283,13 @@ def test_a_text_shorter_than_a_window_is_refused():
         ("copy_frist", r"no function 'copy_frist' \(did you mean 'copy_first'\?\)"),
         ("wrong_tokens", "batch holds token 9, d_vocab is 5"),
         ("wrong_shapes", r"tokens \[8, 6\] and targets \[8\]"),
-        ("nothing", "returned NoneType; return pipeline.training_data.Batches"),
+        ("nothing", "returned NoneType; return Batches of pipeline.weights.batches"),
     ],
 )
 def test_wrong_data_is_told_in_one_sentence(data, function, sentence):
     given = spec(data={"source": "own", "function": function})
     with pytest.raises(RetraceError, match=sentence):
-        training_data.own(data, given, 0, CPU)
+        batches.own(data, given, 0, CPU)
 
 
 @pytest.mark.parametrize(
@@ -340,7 +342,14 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 def test_a_killed_run_goes_on_and_ends_with_the_bytes_of_another(made, data, tmp_path):
-    command = [sys.executable, "-m", "pipeline.training", "--spec", json.dumps({"training": LONG})]
+    command = [
+        sys.executable,
+        "-m",
+        "pipeline",
+        "training",
+        "--spec",
+        json.dumps({"training": LONG}),
+    ]
     for option, value in arguments(tmp_path, data).items():
         command += [f"--{option}", value]
     process = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE)
@@ -411,14 +420,14 @@ def test_a_loss_that_is_not_finite_is_told(data, tmp_path):
 @pytest.mark.parametrize("more", [{}, GPT2], ids=["native", "gpt2"])
 def test_a_trained_model_is_a_model_like_any_other(data, tmp_path, more):
     """The stage `model` takes it out of the run, and the stages' loader gives the same logits."""
-    from pipeline import hooks, model
+    from pipeline.models import hooks, loader
 
     short = {**LONG, "steps": 20, "checkpoints": {}, "architecture": SMALL | more}
     stage("training", {"training": short}, **arguments(tmp_path, data))
     section = {"source": "training", "run": "main", "member": "s1"}
     stage("model", {"model": section}, training=tmp_path / "manifest.json",
           out=tmp_path / "m/model.json", checkpoint=tmp_path / "m/checkpoint")  # fmt: skip
-    loaded = model.load(tmp_path / "m/model.json")
+    loaded = loader.load(tmp_path / "m/model.json")
     tokens = torch.randint(0, 7, (2, 6))
     want = trained.open_run(tmp_path / "manifest.json").model("s1")(tokens).logits
     torch.testing.assert_close(loaded.hf(tokens).logits, want)

@@ -7,7 +7,7 @@ import pytest
 from conftest import environment
 from snake import snakemake, toy_project
 
-from pipeline import summary
+from pipeline.claims import summary
 
 STAGE = '''"""A stage of its own that fails."""
 from pathlib import Path

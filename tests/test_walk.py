@@ -5,8 +5,8 @@ import pytest
 import synthetic
 from test_browser import CHROMEDRIVER, CHROMIUM, FLAGS, Browser
 
-from pipeline import figures
-from pipeline.kinds_graph import legend, ruled, walkable
+from pipeline.report import figures
+from pipeline.report.kinds_graph import legend, ruled, walkable
 
 NAMES = ["a", "b <b>bold</b>", "c", "logits"]
 NODES = pd.DataFrame(

@@ -4,9 +4,9 @@ import torch
 from torch import nn
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from pipeline import lens
-from pipeline.native import NativeForCausalLM
-from pipeline.spec_training import Architecture
+from pipeline.models import lens
+from pipeline.models.native import NativeForCausalLM
+from pipeline.spec.training import Architecture
 
 FAMILIES = ["llama", "gpt2", "native", "attention_only"]
 D, VOCAB, LAYERS = 16, 40, 3

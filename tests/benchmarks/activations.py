@@ -6,7 +6,7 @@
         --dtype bfloat16 --layer 7 --batch-size 32 --n-ctx 512 --tokens 2097152 \
         --shard-rows 130816 --repeats 3                   GPT-2's shape, no download
 
-ours     pipeline.activations.run: forward, statistics, rounding, Parquet, fsync; with a GPU once
+ours     pipeline.models.activations: forward, statistics, rounding, Parquet, fsync; with a GPU once
          more with the shards in memory, where no disk is waited for
 peer     the same model cut behind the same layer, same dtype and batch, tokens on the device,
          results thrown away; SAELens's CacheActivationsRunner on the same checkpoint, by the
@@ -75,7 +75,7 @@ def random_work(work: Path, n_ctx: int, n_tokens: int) -> tuple[Path, Path]:
     from tokenizers import Tokenizer, models
     from transformers import GPT2Config, GPT2LMHeadModel, PreTrainedTokenizerFast
 
-    from pipeline import tables
+    from pipeline.store import tables
 
     torch.manual_seed(0)
     GPT2LMHeadModel(GPT2Config()).save_pretrained(work / "random" / "checkpoint")
@@ -103,14 +103,14 @@ def floor(args, hf, n_layers: int) -> tuple[float, str]:
 
 def layers_of(hf):
     """The model's list of layers."""
-    from pipeline import hooks
+    from pipeline.models import hooks
 
     return hf.get_submodule(hooks.family(hf).layers)
 
 
 def cut_behind(hf, layer: int):
     """The model without the layers behind one."""
-    from pipeline import hooks
+    from pipeline.models import hooks
 
     parent, name = hooks.family(hf).layers.rsplit(".", 1)
     setattr(hf.get_submodule(parent), name, layers_of(hf)[: layer + 1])
@@ -124,10 +124,11 @@ def saelens_runner(args, model_json: Path, tokens, folder: Path):
     from sae_lens.cache_activations_runner import CacheActivationsRunner
     from sae_lens.config import CacheActivationsRunnerConfig
 
-    from pipeline import hooks, model
+    from pipeline.models import hooks, loader
+    from pipeline.text.tokens import checkpoint_of
 
     disable_progress_bars()
-    checkpoint, hf = model.checkpoint_of(model_json), model.load(model_json).hf
+    checkpoint, hf = checkpoint_of(model_json), loader.load(model_json).hf
     cfg = CacheActivationsRunnerConfig(
         dataset_path="given", model_name=str(checkpoint), model_class_name="AutoModelForCausalLM",
         model_from_pretrained_kwargs={"dtype": getattr(torch, args.model_dtype)},
@@ -152,9 +153,9 @@ def speed(args, model_json: Path, corpus: Path) -> list[Row]:
     import numpy as np
     import torch
 
-    from pipeline import activations, model
-    from pipeline.shards import Blocks
-    from pipeline.spec import ActivationsSpec
+    from pipeline.models import activations, loader
+    from pipeline.spec.paper import ActivationsSpec
+    from pipeline.store.shards import Blocks
 
     torch.set_num_threads(args.threads)
     hook, device = HOOK.format(args.layer), torch.device(args.device)
@@ -163,10 +164,10 @@ def speed(args, model_json: Path, corpus: Path) -> list[Row]:
         hooks=[hook], dtype=args.dtype, model_dtype=args.model_dtype, batch_size=args.batch_size,
         shard_rows=args.shard_rows,
     )  # fmt: skip
-    loaded = model.load(model_json, device, kind)
-    cut = cut_behind(model.load(model_json, device, kind).hf, args.layer)
+    loaded = loader.load(model_json, device, kind)
+    cut = cut_behind(loader.load(model_json, device, kind).hf, args.layer)
     bound = floor(args, loaded.hf, args.layer + 1)
-    bridge = model.bridge(model_json, device, kind) if find_spec("transformer_lens") else None
+    bridge = loader.bridge(model_json, device, kind) if find_spec("transformer_lens") else None
     blocks = Blocks(corpus)
     with torch.inference_mode():
         plan = activations.plan(spec, blocks, activations.widths(loaded.hf, [hook]))
@@ -208,7 +209,7 @@ def speed(args, model_json: Path, corpus: Path) -> list[Row]:
 
 def told(args, runs: dict[str, list[float]], bound: tuple[float, str], plan) -> list[Row]:
     """The rows of what was measured."""
-    from pipeline import activations
+    from pipeline.models import activations
 
     about = f"layer {args.layer}, {args.model_dtype}, batch {args.batch_size} x {args.n_ctx}"
     mid = {k: median(v) for k, v in runs.items()}

@@ -11,7 +11,7 @@ venv, at the commit that these rows were written against:
 
 TransformerLens 4 has no HookedTransformer any more, which EAP-IG needs.
 
-ours     pipeline.eap.edges and pipeline.inputs.many_edges on the Hugging Face model
+ours     edges of pipeline.circuits.eap and many_edges of head_inputs on the Hugging Face model
 peer     eap.attribute.attribute on a HookedTransformer, in a process of its own (peer_edges.py)
 equal    edge for edge, see TOLERANCE; or there are no rows
 
@@ -113,9 +113,9 @@ def rows(args: argparse.Namespace, folder: Path) -> list[Row]:
     import torch
     from transformers import GPT2Config, GPT2LMHeadModel
 
-    from pipeline import eap
-    from pipeline.inputs import many_edges
-    from pipeline.paired import Pairs, Task
+    from pipeline.circuits import eap
+    from pipeline.circuits.head_inputs import many_edges
+    from pipeline.models.pairs import Pairs, Task
 
     torch.manual_seed(0)
     device, n = torch.device(args.device), args.prompts

@@ -21,7 +21,7 @@ from harness import ROOT, Row, arguments, median, report
 sys.path.insert(0, str(ROOT / "tests"))
 from snake import copy_repository
 
-from pipeline.scaffold import scaffold
+from pipeline.papers.scaffold import scaffold
 
 # snakemake --touch, less the tenth of a second that it sleeps for each job.
 TOUCH = """

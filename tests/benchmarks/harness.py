@@ -24,7 +24,7 @@ from pathlib import Path
 ROOT = Path(__file__).parent.parent.parent
 sys.path.insert(0, str(ROOT))
 
-from pipeline import provenance, tables  # noqa: E402
+from pipeline.store import provenance, tables  # noqa: E402
 
 
 @dataclass

@@ -7,7 +7,7 @@ the dictionaries' own steps, and what memory does when the store grows.
     python tests/benchmarks/many_saes.py --divide --counts 1 4 16 64 --n-rows 65536 --epochs 80 \
         --device cuda --d-in 768 --d-sae 24576
 
-Each number is one whole job of stage sae, `python -m pipeline.sae` with its imports, on a store
+Each number is one whole job of stage sae, `python -m pipeline sae` with its imports, on a store
 that is made up here. ours: seconds of one job that trains n dictionaries. peer: n times the seconds
 of a job that trains one. floor: the seconds inside the n dictionaries' steps; wanted is a job of 20
 that spends at most a tenth elsewhere. With --divide a job of n is shown an n-th of the rows, at
@@ -39,8 +39,9 @@ def child() -> None:
 
     import torch
 
-    from pipeline import cli, sae
-    from pipeline.sae_train import Dictionary
+    from pipeline.job import cli
+    from pipeline.sae import sae
+    from pipeline.sae.train import Dictionary
 
     inside, step, train, trained = [0.0], Dictionary.step, sae.train, [0.0]
 
@@ -78,7 +79,7 @@ def store(
     import numpy as np
     from sae_cpu import batch
 
-    from pipeline import provenance, tables
+    from pipeline.store import provenance, tables
 
     x = batch(min(n_rows, shard_rows), d_in).numpy().astype(dtype)
     norm, entries, files = float(np.linalg.norm(x.astype(np.float32), axis=1).mean()), [], {}

@@ -24,14 +24,15 @@ def team(n_seeds: int, device):
     """The members of a run of the paper grokking at paper scale, with so many seeds."""
     import torch
 
-    from pipeline import papers, training_data
-    from pipeline.team import Team
+    from pipeline.papers import papers
+    from pipeline.weights import batches
+    from pipeline.weights.members import Team
 
     folder = ROOT / "rules/papers/grokking"
     spec = papers.load(folder, "paper").spec.training["decay"]
     spec = spec.model_copy(update={"seeds": list(range(n_seeds))})
     device = torch.device(device)
-    data = [training_data.own(folder / "data.py", spec, s, device) for s in spec.seeds]
+    data = [batches.own(folder / "data.py", spec, s, device) for s in spec.seeds]
     return Team(spec, data, device)
 
 
@@ -40,11 +41,11 @@ def plain(one):
     import torch
     from torch.nn.functional import cross_entropy
 
-    from pipeline import untrained
+    from pipeline.weights import initial
 
     data, how = one.data[0], one.spec.optimiser
-    model = untrained.build(one.spec.architecture, data.d_vocab).to(one.device)
-    untrained.initial(model, one.spec.architecture, 0)
+    model = initial.build(one.spec.architecture, data.d_vocab).to(one.device)
+    initial.initial(model, one.spec.architecture, 0)
     adam = torch.optim.AdamW(
         model.parameters(), how.lr, tuple(how.betas), how.eps, how.weight_decay,
         fused=one.device.type == "cuda",

@@ -3,7 +3,7 @@
     python tests/benchmarks/nanogpt.py                  the CPU recipe on the CPU
     python tests/benchmarks/nanogpt.py --device cuda    the GPU recipe in bfloat16, and the CPU one
 
-ours     pipeline.team.Team.step: Hugging Face's GPT-2, AdamW of our own on flat weights; on a
+ours     Team.step of weights/members.py: Hugging Face's GPT-2, own AdamW on flat weights; on a
          GPU the step is one CUDA graph
 peer     a GPT of 40 lines below: SDPA, fused AdamW, autocast, clipping; torch.compile on a GPU
 
@@ -81,7 +81,7 @@ class Peer:
     """Plain PyTorch's training loop around Plain."""
 
     def __init__(self, spec, data, weights: dict[str, Tensor], device: torch.device) -> None:
-        from pipeline.untrained import learning_rate
+        from pipeline.weights.initial import learning_rate
 
         self.spec, self.data, self.device, self.learning_rate = spec, data, device, learning_rate
         self.model = Plain(spec.architecture).to(device)
@@ -127,14 +127,15 @@ def measure(recipe: str, args, device: torch.device) -> Row:
     """One row: tokens a second of a recipe."""
     import numpy as np
 
-    from pipeline import papers, training_data
-    from pipeline.team import Team
+    from pipeline.papers import papers
+    from pipeline.weights import batches
+    from pipeline.weights.members import Team
 
     spec = papers.load(Path(FOLDER), "paper").spec.training[recipe]
     spec = spec.model_copy(update={"seeds": [0]})
     ids = np.random.default_rng(0).integers(0, D_VOCAB, N_TOKENS).astype(np.int32)
     text = {"train": ids, "eval": ids[:10_000]}
-    data = training_data.of_corpus(text, D_VOCAB, spec, 0, device)
+    data = batches.of_corpus(text, D_VOCAB, spec, 0, device)
     team = Team(spec, [data], device)
     team.model.train()
     peer = Peer(spec, data, team.parameters(team.flat[0].detach()), device)

@@ -3,11 +3,11 @@
     python tests/benchmarks/patching.py                  SmolLM2-135M on the CPU
     python tests/benchmarks/patching.py --random --device cuda      GPT-2's shape, no download
 
-ours     pipeline.patching.activation_patching: heads of some layers, all positions
+ours     pipeline.circuits.patching.activation_patching: heads of some layers, all positions
 peer     transformer_lens.patching on a TransformerBridge, the same interventions on the same tokens
 equal    the largest difference of an effect between the two, logits
 
-The second row is pipeline.eap.attribution_patching of every head, MLP and stream at every position
+The second row is circuits.eap.attribution_patching of every head, MLP and stream at every position
 (both runs, one backward pass) over one bare forward pass of the same batch. Loading is not timed.
 
 Edge attribution and exact patching of edges follow; with `--peer-python` beside EAP-IG's own code
@@ -27,8 +27,8 @@ def tokens_of(hf, tokenizer, n: int, device):
     """n pairs of prompts of the paper ioi; for a random model pairs of random tokens."""
     import torch
 
-    from pipeline import prompts_ioi
-    from pipeline.paired import Pairs
+    from pipeline.models.pairs import Pairs
+    from pipeline.text import prompts_ioi
 
     if tokenizer is not None:
         return Pairs.of(prompts_ioi.draw(tokenizer, n, 0).data(), 0, device)
@@ -67,14 +67,15 @@ def compared(args, model_json: Path) -> list[Row]:
     import torch
     from transformer_lens import patching as theirs
 
-    from pipeline import eap, model
-    from pipeline.paired import Node, Task
-    from pipeline.patching import activation_patching
+    from pipeline.circuits import eap
+    from pipeline.circuits.patching import activation_patching
+    from pipeline.models import loader
+    from pipeline.models.pairs import Node, Task
 
     torch.set_num_threads(args.threads)
     device = torch.device(args.device)
-    loaded = model.load(model_json, device)
-    bridge = model.bridge(model_json, device)
+    loaded = loader.load(model_json, device)
+    bridge = loader.bridge(model_json, device)
     pairs = tokens_of(loaded.hf, None if args.random else loaded.tokenizer, args.prompts, device)
     task = Task(loaded.hf, pairs)
     n_layers = task.heads.n_layers

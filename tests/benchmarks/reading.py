@@ -79,11 +79,11 @@ def child(given: dict) -> dict:
     """Train for one epoch; what it took, and how long a batch was waited for."""
     import torch
 
-    from pipeline.sae_sparse import Scratch
-    from pipeline.sae_stream import Stream
-    from pipeline.sae_train import Dictionary, build
-    from pipeline.shards import Rows
-    from pipeline.spec_sae import SaeSpec, SaeTraining
+    from pipeline.sae.sparse import Scratch
+    from pipeline.sae.stream import Stream
+    from pipeline.sae.train import Dictionary, build
+    from pipeline.spec.sae import SaeSpec, SaeTraining
+    from pipeline.store.shards import Rows
 
     torch.set_num_threads(given["threads"])
     batch, device, wait = given["batch_size"], given["device"], waits(given["device"])

@@ -3,7 +3,7 @@
     python tests/benchmarks/sae_cpu.py                      d_in 576, d_sae 4608, k 32, batch 4096
     python tests/benchmarks/sae_cpu.py --batch-size 2048
 
-ours     pipeline.sae_train.Dictionary.step: loss, gradients, clipping, fused Adam, dead counters
+ours     pipeline.sae.train.Dictionary.step: loss, gradients, clipping, fused Adam, dead counters
 peer     SAELens's SAETrainer.step, float32: the same, by autograd, plain Adam
 floor    the encoder's product x W_enc and nothing else, which both must do
 
@@ -32,9 +32,9 @@ def pair(args, options: dict, x, n_dead: int, l0: float | None):
     from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
-    from pipeline.sae_sparse import Scratch
-    from pipeline.sae_train import Dictionary, build
-    from pipeline.spec_sae import SaeSpec, SaeTraining
+    from pipeline.sae.sparse import Scratch
+    from pipeline.sae.train import Dictionary, build
+    from pipeline.spec.sae import SaeSpec, SaeTraining
 
     n_rows = 10_000 * args.batch_size
     spec = SaeSpec(d_sae=args.d_sae, **options)

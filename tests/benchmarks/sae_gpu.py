@@ -3,11 +3,11 @@
     python tests/benchmarks/sae_gpu.py               d_in 768, d_sae 24576, k 32, batch 4096
     python tests/benchmarks/sae_gpu.py --steps 50
 
-ours      pipeline.sae_train.Dictionary.step with precision: bfloat16, all that training does
+ours      pipeline.sae.train.Dictionary.step with precision: bfloat16, all that training does
 peer      SAELens's SAETrainer.step with autocast; sparsify's SparseCoder with autocast and fused
           Adam, where the package eai-sparsify is installed
 floor     the encoder's product in bfloat16 and fused Adam on the weights, and nothing else
-shards    ours, from Parquet shards of float16 through pipeline.sae_stream
+shards    ours, from Parquet shards of float16 through pipeline.sae.stream
 
 Batches come from a pool on the device. Before the clock starts, a step of ours and one of SAELens's
 in float32 must give the same gradients, and steps recorded as a CUDA graph must move the parameters
@@ -54,16 +54,16 @@ def batches(args) -> list[torch.Tensor]:
 
 
 def spec_of(architecture: str, args, **options):
-    from pipeline.spec_sae import SaeSpec
+    from pipeline.spec.sae import SaeSpec
 
     return SaeSpec(architecture=architecture, d_sae=args.d_sae, **options)
 
 
 def ours(spec, args, precision: str = "bfloat16"):
     """A dictionary on the GPU, and its step."""
-    from pipeline.sae_sparse import Scratch
-    from pipeline.sae_train import Dictionary, build
-    from pipeline.spec_sae import SaeTraining
+    from pipeline.sae.sparse import Scratch
+    from pipeline.sae.train import Dictionary, build
+    from pipeline.spec.sae import SaeTraining
 
     n_steps = 1_000_000
     training = SaeTraining(
@@ -80,7 +80,7 @@ def saelens(spec, args, autocast: bool = True):
     from sae_lens.config import SAETrainerConfig
     from sae_lens.training.sae_trainer import SAETrainer
 
-    from pipeline.sae_train import build
+    from pipeline.sae.train import build
 
     sae = build(spec, args.d_in).to("cuda")
     config = SAETrainerConfig(
@@ -132,9 +132,9 @@ def sparsify(args):
 
 def same_gradients(spec, args, x: torch.Tensor, n_dead: int = 0) -> None:
     """In float32 our step has the gradients of SAELens's, parameter by parameter."""
-    from pipeline import sae_steps
-    from pipeline.sae_sparse import Scratch
-    from pipeline.sae_train import FAST
+    from pipeline.sae import steps as sae_steps
+    from pipeline.sae.sparse import Scratch
+    from pipeline.sae.train import FAST
 
     found, dead = [], torch.arange(args.d_sae, device="cuda") < n_dead
     for step in (FAST[spec.architecture], sae_steps.reference):
@@ -225,7 +225,7 @@ def stored(pool: list[torch.Tensor], folder: Path) -> Path:
     """The pool as an activations item of float16; its manifest."""
     import numpy as np
 
-    from pipeline import provenance, tables
+    from pipeline.store import provenance, tables
 
     rows = torch.cat(pool).half().cpu().numpy()
     entries, files = [], {}
@@ -244,8 +244,8 @@ def stored(pool: list[torch.Tensor], folder: Path) -> Path:
 
 def from_shards(args, pool: list[torch.Tensor], folder: Path) -> list[float]:
     """Rows a second of TopK from Parquet shards, in each epoch of the store."""
-    from pipeline.sae_stream import Stream
-    from pipeline.shards import Rows
+    from pipeline.sae.stream import Stream
+    from pipeline.store.shards import Rows
 
     stream = Stream(
         Rows(stored(pool, folder), HOOK, "train"), batch_size=args.batch_size, buffer_rows=65_536,
@@ -273,7 +273,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(CASES), help="architectures")
     parser.add_argument("--long", type=int, default=1500, help="steps of the comparison of quality")
     args = parser.parse_args()
-    from pipeline.sae_train import FAST, STATIC
+    from pipeline.sae.train import FAST, STATIC
 
     pool = batches(args)
     rows, name = [], torch.cuda.get_device_name()

@@ -171,7 +171,7 @@ def drawn(found: dict, path: Path) -> None:
     """The figure: seconds above, memory below, an axis a column."""
     from plotly.subplots import make_subplots
 
-    from pipeline import figures, theme
+    from pipeline.report import figures, theme
 
     axes = list(found)
     figure = make_subplots(
@@ -225,10 +225,10 @@ def drawn(found: dict, path: Path) -> None:
     )
     page = path.with_suffix(".html")
     page.write_text(figures.page("scaling", title, caption, figures.plain(figure), "figures.js"))
-    draw = ROOT / "pipeline/templates/draw.js"
+    draw = ROOT / "pipeline/report/templates/draw.js"
     for command in (
-        ["pipeline.figures_js", "--draw", draw, "--out", page.parent / "figures.js"],
-        ["pipeline.slide", page, "--out", path],
+        ["pipeline", "figures_js", "--draw", draw, "--out", page.parent / "figures.js"],
+        ["pipeline", "slide", page, "--out", path],
     ):
         subprocess.run([sys.executable, "-m", *map(str, command)], cwd=ROOT, check=True)
 

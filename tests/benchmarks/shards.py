@@ -52,8 +52,9 @@ def our_writer(acts, plan, blocks, folder: Path):
     """Write everything below folder/shards, and the manifest."""
     import torch
 
-    from pipeline import activations, tables
-    from pipeline.buffers import Buffers, Room, Sums
+    from pipeline.models import activations
+    from pipeline.models.buffers import Buffers, Room, Sums
+    from pipeline.store import tables
 
     sums = Sums()
     sums.add(acts[: plan.rows(plan.shards[0])])
@@ -143,7 +144,7 @@ def raw_writer(acts: np.ndarray, path: Path):
 
 def readers(folder: Path, raw: Path, shape: tuple[int, int], dtype) -> dict:
     """ours (verified before), ours with verification, memmap."""
-    from pipeline.shards import Rows
+    from pipeline.store.shards import Rows
 
     into = np.empty((READ_ROWS, shape[1]), dtype)
 
@@ -165,9 +166,9 @@ def measure(args, dtype: str) -> list[Row]:
     """Rows of one dtype."""
     import torch
 
-    from pipeline import activations, hooks
-    from pipeline.shards import Rows
-    from pipeline.spec import ActivationsSpec
+    from pipeline.models import activations, hooks
+    from pipeline.spec.paper import ActivationsSpec
+    from pipeline.store.shards import Rows
 
     n_blocks = args.shards * args.shard_blocks
     blocks = GivenBlocks(n_blocks)

@@ -12,7 +12,7 @@ Directions are as drawn: pushing them apart changes neither one's work.
 
 from harness import ROOT, Row, arguments, interleaved, median, rates, report
 
-from pipeline.source import import_file
+from pipeline.job.source import import_file
 
 BATCH = 1024
 SIZES = {  # features -> dimensions, trees, rows of a bulk of ours

@@ -27,7 +27,7 @@ def write() -> None:
         json.dump({"argv": sys.orig_argv, "called": sorted(called)}, f)
 
 
-if FOLDER and any(arg.startswith("pipeline.") for arg in sys.orig_argv):
+if FOLDER and sys.orig_argv[1:3] == ["-m", "pipeline"]:
     sys.setprofile(profile)
     threading.setprofile(profile)
     atexit.register(write)

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pipeline.agreement import agreement
+from pipeline.latents.agreement import agreement
 
 UNSIGNED = "atp_star"
 SHARE, LEAST = 0.05, 5  # what matters most: this share of the nodes, at least so many

@@ -30,15 +30,17 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pipeline import atp_star, cli, eap, tables
-from pipeline import model as models
-from pipeline.circuits import drawn, edge_rows, parts, streams
+from pipeline.circuits import atp_star, eap
+from pipeline.circuits.circuits import drawn, edge_rows, parts, streams
+from pipeline.circuits.head_inputs import input_nodes, input_patching, many_edges
+from pipeline.circuits.patching import activation_patching
 from pipeline.errors import RetraceError, nearest
-from pipeline.inputs import input_nodes, input_patching, many_edges
-from pipeline.paired import Node, Pairs, Task
-from pipeline.patching import activation_patching
-from pipeline.source import import_file
-from pipeline.spec_base import Name, Section, Seeds
+from pipeline.job import cli
+from pipeline.job.source import import_file
+from pipeline.models import loader
+from pipeline.models.pairs import Node, Pairs, Task
+from pipeline.spec.base import Name, Section, Seeds
+from pipeline.store import tables
 
 prompts = import_file(Path(__file__).with_name("prompts.py"))
 compared = import_file(Path(__file__).with_name("compared.py"))
@@ -220,7 +222,7 @@ def main() -> None:
                 )
         frames: dict[str, list[pd.DataFrame]] = {t: [] for t in TABLES}
         for arm, file in files.items():
-            loaded = models.load(file, device)
+            loaded = loader.load(file, device)
             for name, what in options.tasks.items():
                 if arm not in what.arms:
                     continue

@@ -5,7 +5,7 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from pipeline.theme import INK, PALETTE, selector
+from pipeline.report.theme import INK, PALETTE, selector
 
 METHODS = {
     "attribution_patching": ("attribution patching", PALETTE[1]),

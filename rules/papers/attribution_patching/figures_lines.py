@@ -7,8 +7,8 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from pipeline.source import import_file
-from pipeline.theme import INK, axis
+from pipeline.job.source import import_file
+from pipeline.report.theme import INK, axis
 
 common = import_file(Path(__file__).with_name("figures_common.py"))
 NODES = ("attribution_patching", "attribution_ig", "qk_fix", "atp_star")

@@ -18,9 +18,9 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import RetraceError
-from pipeline.prompts_ioi import encode, ioi, single
-from pipeline.source import import_file
-from pipeline.spec_base import Section
+from pipeline.job.source import import_file
+from pipeline.spec.base import Section
+from pipeline.text.prompts_ioi import encode, ioi, single
 
 __all__ = ["greater_than", "ioi", "lookup"]
 
@@ -54,7 +54,7 @@ def greater_than(options: dict[str, Any], tokenizer: Any, n: int, seed: int) -> 
 
     Positions: decade, the first digit that the prompts differ in; END.
     """
-    from pipeline.spec import parse
+    from pipeline.spec.paper import parse
 
     parse(NoOptions, options, "options of greater_than")
     ids, nouns, rng = digits(tokenizer), list(single(tokenizer, NOUNS)), np.random.default_rng(seed)

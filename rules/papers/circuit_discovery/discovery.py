@@ -2,13 +2,13 @@
 
 For each task, for its weights and for a reset network, for zero and corrupt ablation and each seed:
 
-1. edges   ACDC at every threshold, EAP, EAP-IG and exact single cuts (pipeline/acdc.py): one row an
+1. edges   ACDC at every threshold, EAP, EAP-IG and exact single cuts (circuits/acdc.py): one row an
            edge, and for ACDC one a threshold, score the rise of the loss at its turn. ACDC runs
            twice: in an order of the edges that is drawn, another one for each seed (acdc), and in
            that of the authors' code (acdc_canonical), of which their published areas are.
 2. truth   which edges belong to the circuit, by three sources (truth.py).
 3. sets    the squared distance to the whole model's outputs of what each method keeps, by size.
-4. areas   under the ROC curves of edges and nodes (pipeline/roc.py), by truth; of edges in random
+4. areas   under the ROC curves of edges and nodes (claims/roc.py), by truth; of edges in random
            order, too, the mean of 50 orders.
 
 A reset network has the outputs of its queries, keys, values and MLP inputs permuted, each tensor
@@ -27,12 +27,15 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from pipeline import acdc, circuits, cli, eap, native, roc, tables
-from pipeline import model as models
-from pipeline.edge_graph import EdgeGraph
+from pipeline.circuits import acdc, circuits, eap
+from pipeline.circuits.edge_graph import EdgeGraph
+from pipeline.claims import roc
 from pipeline.errors import RetraceError
-from pipeline.source import import_file
-from pipeline.spec_base import Name, Section, Seeds
+from pipeline.job import cli
+from pipeline.job.source import import_file
+from pipeline.models import loader, native
+from pipeline.spec.base import Name, Section, Seeds
+from pipeline.store import tables
 
 HERE = Path(__file__).parent
 sequences = import_file(HERE / "sequences.py")
@@ -216,7 +219,7 @@ def main() -> None:
         args, options = job.args, job.section("own.discovery", Options)
         device = job.device()
         hfs = {
-            arm: dict.fromkeys(options.seeds, models.load(file, device).hf)
+            arm: dict.fromkeys(options.seeds, loader.load(file, device).hf)
             for arm, file in zip(sorted(job.spec["arms"]), args.models, strict=True)
         }
         hfs["siit"] = trained(Path(args.siit), options.seeds, device)

@@ -9,7 +9,7 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from pipeline.source import import_file
+from pipeline.job.source import import_file
 
 HERE = Path(__file__).parent
 Drawn = tuple[go.Figure, pd.DataFrame]

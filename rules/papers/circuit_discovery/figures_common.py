@@ -7,8 +7,8 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from pipeline import roc
-from pipeline.theme import PALETTE
+from pipeline.claims import roc
+from pipeline.report.theme import PALETTE
 
 TASKS = {
     "reverse": "reverse",

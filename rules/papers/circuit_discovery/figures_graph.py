@@ -7,9 +7,9 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from pipeline import roc
-from pipeline.source import import_file
-from pipeline.theme import INK, PAGE, PALETTE, selector
+from pipeline.claims import roc
+from pipeline.job.source import import_file
+from pipeline.report.theme import INK, PAGE, PALETTE, selector
 
 common = import_file(Path(__file__).with_name("figures_common.py"))
 CLASSES = {  # (in the circuit, found) -> name, colour, dash

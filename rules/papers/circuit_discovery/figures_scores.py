@@ -6,9 +6,9 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from pipeline import roc as curves
-from pipeline.source import import_file
-from pipeline.theme import INK, PALETTE, rgba, selector
+from pipeline.claims import roc as curves
+from pipeline.job.source import import_file
+from pipeline.report.theme import INK, PALETTE, rgba, selector
 
 common = import_file(Path(__file__).with_name("figures_common.py"))
 KNOWN = {True: ("in the circuit", PALETTE[2]), False: ("not in it", PALETTE[1])}

@@ -9,7 +9,7 @@ from typing import Any
 
 import pandas as pd
 
-from pipeline.agreement import agreement
+from pipeline.latents.agreement import agreement
 
 METRICS = {  # the first pattern that fits a name counts
     "*.n.edges": "edges of the graph",
@@ -17,7 +17,7 @@ METRICS = {  # the first pattern that fits a name counts
     "*.authors_wired": "share of the authors' circuit that is wired in the weights",
     "*.wired_authors": "share of the wired circuit that is in the authors'",
     "*.edges": "area under the ROC curve of a method's edges against a known circuit, pessimistic "
-    "between the points (pipeline/roc.py); of random scores the mean of 50 orders",
+    "between the points (pipeline/claims/roc.py); of random scores the mean of 50 orders",
     "*.nodes": "the same of the nodes that these edges touch",
     "siit.error.*": "largest mean squared error of the trained model over nodes: its outputs "
     "(behaviour), with a part of the program swapped (interchange), with anything else (strict)",

@@ -8,7 +8,7 @@ read that. With the extra `tracr` installed,
 makes it anew; a test compares. The programs, vocabularies and lengths are those of
 acdc/tracr_task/utils.py in the authors' repository.
 
-1. A program is compiled; its parameters become those of `pipeline.native`, layer by layer.
+1. A program is compiled; its parameters become those of `pipeline.models.native`, layer by layer.
 2. The unembedding picks the residual dimensions that hold the output: the first n_outputs logits.
 3. tracr.json keeps what no weight says: tokens, names of the residual dimensions, versions, digest.
 """
@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline import provenance
+from pipeline.store import provenance
 
 BOS, MAX_LENGTH = "BOS", 5
 PACKAGES = "tracr-pypi jax dm-haiku numpy".split()
@@ -50,7 +50,7 @@ def outputs(model: Any, name: str) -> list[int]:
 
 
 def weights(model: Any, out: list[int]) -> dict[str, np.ndarray]:
-    """The state dict of `pipeline.native` of a compiled model."""
+    """The state dict of `pipeline.models.native` of a compiled model."""
     given = {k: {n: np.asarray(p, np.float32) for n, p in v.items()}
              for k, v in model.params.items()}  # fmt: skip
     embed = given["token_embed"]["embeddings"]
@@ -70,9 +70,9 @@ def weights(model: Any, out: list[int]) -> dict[str, np.ndarray]:
 
 
 def config(model: Any) -> dict[str, Any]:
-    """The config of `pipeline.native` of a compiled model."""
-    from pipeline.native import MODEL_TYPE
-    from pipeline.spec_training import Architecture
+    """The config of `pipeline.models.native` of a compiled model."""
+    from pipeline.models.native import MODEL_TYPE
+    from pipeline.spec.training import Architecture
 
     cfg, params = model.model_config, model.params
     d_vocab, d_model = params["token_embed"]["embeddings"].shape

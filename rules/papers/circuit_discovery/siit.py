@@ -25,12 +25,14 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from pipeline import cli, hooks, provenance, tables
-from pipeline.heads import Heads
-from pipeline.native import NativeForCausalLM
-from pipeline.paired import Node
-from pipeline.spec_base import Section, Seeds
-from pipeline.spec_training import Architecture
+from pipeline.job import cli
+from pipeline.models import hooks
+from pipeline.models.heads import Heads
+from pipeline.models.native import NativeForCausalLM
+from pipeline.models.pairs import Node
+from pipeline.spec.base import Section, Seeds
+from pipeline.spec.training import Architecture
+from pipeline.store import provenance, tables
 
 X = 3  # the id of x, as in the compiled vocabulary
 IS_X, SHARE = Node("mlp", 0), Node("head", 1, 0)

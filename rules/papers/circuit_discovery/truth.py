@@ -12,10 +12,10 @@ swapped   what must stay for the output when tokens are swapped for others (Mill
 import torch
 from torch import Tensor
 
-from pipeline.edge_graph import EdgeGraph
-from pipeline.heads import SLOTS
-from pipeline.paired import Node
-from pipeline.patching import Edge
+from pipeline.circuits.edge_graph import EdgeGraph
+from pipeline.circuits.patching import Edge
+from pipeline.models.heads import SLOTS
+from pipeline.models.pairs import Node
 
 # source > target; a query, key or value is layer.head.slot, and stands alone for its use.
 AUTHORS = {

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline.source import import_file
+from pipeline.job.source import import_file
 
 waves = import_file(Path(__file__).with_name("waves.py"))
 SINGLE = 0.85  # a neuron is of one frequency where that explains more of its variance (Section 4.3)

@@ -46,7 +46,7 @@ def run(state: dict[str, Tensor], n_heads: int, device: Any = "cpu") -> Circuit:
     """The circuit of a model of family native without layer norm, one layer, three positions.
 
     Args:
-        state: its state dict, see pipeline.trained; "=" is the last token.
+        state: its state dict, see pipeline.weights.trained; "=" is the last token.
     """
     w = {name: t.to(device, torch.float64) for name, t in state.items()}
     W_E, W_U = w["model.tok_embed.weight"], w["model.head.weight"]

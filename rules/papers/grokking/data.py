@@ -10,7 +10,7 @@ from typing import Any
 
 from pydantic import Field
 
-from pipeline.spec import Section, parse
+from pipeline.spec.paper import Section, parse
 
 
 class Options(Section):
@@ -41,7 +41,7 @@ def sequences(pairs: list, p: int) -> tuple[Any, Any]:
 
 def modular_addition(options: dict, seed: int, batch_size: int, n_ctx: int, device: Any) -> Any:
     """The full batch of training pairs at every step; the other pairs are the test set."""
-    from pipeline.training_data import Batches
+    from pipeline.weights.batches import Batches
 
     given = parse(Options, options, "training: data: options")
     train, test = (

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from pipeline.theme import PALETTE
+from pipeline.report.theme import PALETTE
 
 TRAIN, TEST, RESTRICTED, EXCLUDED = PALETTE[0], PALETTE[1], PALETTE[2], PALETTE[3]
 KEY, OTHER = PALETTE[1], PALETTE[0]  # frequencies

@@ -9,8 +9,8 @@ import plotly.graph_objects as go
 from plotly.colors import cyclical
 from plotly.subplots import make_subplots
 
-from pipeline.source import import_file
-from pipeline.theme import GRID, axis, rgba, scale, slider
+from pipeline.job.source import import_file
+from pipeline.report.theme import GRID, axis, rgba, scale, slider
 
 common = import_file(Path(__file__).with_name("figures_common.py"))
 PARTS = {"W_E": "embedding W_E", "neurons": "neurons", "W_L": "neurons to logits W_L"}

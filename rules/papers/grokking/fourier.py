@@ -23,9 +23,10 @@ import numpy as np
 import pandas as pd
 from pydantic import Field
 
-from pipeline import cli, tables
-from pipeline.source import import_file
-from pipeline.spec import Section
+from pipeline.job import cli
+from pipeline.job.source import import_file
+from pipeline.spec.paper import Section
+from pipeline.store import tables
 
 HERE = Path(__file__).parent
 TABLES = ("progress", "phases", "spectrum", "circle", "frequencies", "neurons", "edits")
@@ -123,7 +124,7 @@ def main() -> None:
     )
 
     def work(job: cli.Job) -> None:
-        from pipeline import trained
+        from pipeline.weights import trained
 
         args, options, device = job.args, job.section("own.fourier", Options), job.device()
         runs = {n: trained.open_run(f) for n, f in zip(args.names, args.runs, strict=True)}

@@ -8,7 +8,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pipeline.source import import_file
+from pipeline.job.source import import_file
 
 HERE = Path(__file__).parent
 circuit = import_file(HERE / "circuit.py")

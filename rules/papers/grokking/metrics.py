@@ -12,7 +12,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.source import import_file
+from pipeline.job.source import import_file
 
 phases = import_file(Path(__file__).with_name("phases.py"))
 

@@ -28,7 +28,7 @@ def forward(
     """Logits [batch pos d_vocab], and of every layer the patterns [batch n_heads pos pos].
 
     Args:
-        model: a pipeline.native model without MLPs.
+        model: a pipeline.models.native model without MLPs.
         tokens: [batch pos].
         without: heads whose result is replaced by zero.
         patterns: attention to use in place of the model's own.

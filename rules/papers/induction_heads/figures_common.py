@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from pipeline.theme import PALETTE, rgba
+from pipeline.report.theme import PALETTE, rgba
 
 # Blue is two layers, green one layer with smeared keys, grey one layer; orange the phase change.
 RUNS = {

@@ -8,8 +8,8 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from pipeline.source import import_file
-from pipeline.theme import PALETTE, axis, rgba, selector
+from pipeline.job.source import import_file
+from pipeline.report.theme import PALETTE, axis, rgba, selector
 
 common = import_file(Path(__file__).with_name("figures_common.py"))
 LAYERS = [PALETTE[1], PALETTE[0]]  # first vermillion, second blue

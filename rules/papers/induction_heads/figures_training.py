@@ -8,8 +8,8 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from pipeline.source import import_file
-from pipeline.theme import axis
+from pipeline.job.source import import_file
+from pipeline.report.theme import axis
 
 common = import_file(Path(__file__).with_name("figures_common.py"))
 COLUMNS = ["run", "member", "seed", "step", "tokens", "icl", "loss", "first_copy", "second_copy"]

@@ -27,8 +27,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pipeline import cli, tables
-from pipeline.source import import_file
+from pipeline.job import cli
+from pipeline.job.source import import_file
+from pipeline.store import tables
 
 HERE = Path(__file__).parent
 circuits = import_file(HERE / "circuits.py")

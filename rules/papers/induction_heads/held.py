@@ -7,10 +7,10 @@ from typing import Any
 import numpy as np
 from pydantic import Field
 
-from pipeline import tables
 from pipeline.errors import RetraceError
-from pipeline.source import import_file
-from pipeline.spec import Section
+from pipeline.job.source import import_file
+from pipeline.spec.paper import Section
+from pipeline.store import tables
 
 HERE = Path(__file__).parent
 Interval = tuple[int, int]
@@ -60,7 +60,7 @@ class Held:
     def __init__(self, manifest: str, corpus: list[str], options: Options, device: Any) -> None:
         import torch
 
-        from pipeline import trained, training_data
+        from pipeline.weights import batches, trained
 
         self.attention = import_file(HERE / "attention.py")
         self.device, self.options = device, options
@@ -78,8 +78,8 @@ class Held:
         else:
             if options.text_icl is None or not corpus:
                 raise RetraceError(f"own.heads: run '{self.name}' learns from text; add text_icl")
-            ids = torch.from_numpy(training_data.read_corpus(corpus[0])["eval"].astype(np.int64))
-            self.tokens, self.targets = training_data.windows(ids, n_ctx)
+            ids = torch.from_numpy(batches.read_corpus(corpus[0])["eval"].astype(np.int64))
+            self.tokens, self.targets = batches.windows(ids, n_ctx)
             self.icl, self.copies = options.text_icl, {}
             self.n_tokens, pool = self.run.info["d_vocab"], self.attention.common(self.tokens)
             self.budget = corpus_budget(corpus[0])

@@ -22,13 +22,14 @@ import pandas as pd
 import torch
 from pydantic import Field, field_validator
 
-from pipeline import cli, tables
-from pipeline import model as models
-from pipeline import prompts_ioi as prompts
-from pipeline.knockout import Knockout, group_means
-from pipeline.paired import Pairs, Task
-from pipeline.source import import_file
-from pipeline.spec_base import Name, Section, Seeds
+from pipeline.circuits.knockout import Knockout, group_means
+from pipeline.job import cli
+from pipeline.job.source import import_file
+from pipeline.models import loader
+from pipeline.models.pairs import Pairs, Task
+from pipeline.spec.base import Name, Section, Seeds
+from pipeline.store import tables
+from pipeline.text import prompts_ioi as prompts
 
 HERE = Path(__file__).parent
 measures = import_file(HERE / "measures.py")
@@ -83,7 +84,7 @@ class Arm:
     """
 
     def __init__(
-        self, name: str, loaded: models.Loaded, options: Options, seed: int, device: Any
+        self, name: str, loaded: loader.Loaded, options: Options, seed: int, device: Any
     ) -> None:
         self.name, self.options, self.seed, self.device = name, options, seed, device
         self.loaded = loaded
@@ -238,7 +239,7 @@ def main() -> None:
         rows: dict[str, list[dict]] = {t: [] for t in TABLES}
         with torch.no_grad():
             for name, file in zip(sorted(job.spec["arms"]), args.models, strict=True):
-                loaded = models.load(file, device)
+                loaded = loader.load(file, device)
                 for seed in options.seeds:
                     arm = Arm(name, loaded, options, seed, device)
                     made = {"behaviour": arm.behaviour()}

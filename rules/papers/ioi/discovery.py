@@ -22,10 +22,10 @@ from collections.abc import Iterable
 import torch
 from torch import Tensor
 
-from pipeline import cli
-from pipeline.direct_logit import direct_logit
-from pipeline.paired import Node, Run, Task, watched
-from pipeline.patching import Receiver, path_patching
+from pipeline.circuits.direct_logit import direct_logit
+from pipeline.circuits.patching import Receiver, path_patching
+from pipeline.job import cli
+from pipeline.models.pairs import Node, Run, Task, watched
 
 Head = tuple[int, int]
 LOOKS = 0.1  # attention of a head that looks at a name

@@ -8,8 +8,8 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from pipeline.source import import_file
-from pipeline.theme import GRID, INK, PAGE, PALETTE, axis, colour, rgba, selector
+from pipeline.job.source import import_file
+from pipeline.report.theme import GRID, INK, PAGE, PALETTE, axis, colour, rgba, selector
 
 common = import_file(Path(__file__).with_name("figures_common.py"))
 NAMES = {"IO": ("IO", PALETTE[0]), "S": ("S", PALETTE[1])}

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from pipeline.theme import DIVERGING, PALETTE, scale
+from pipeline.report.theme import DIVERGING, PALETTE, scale
 
 # In the order in which the model computes them.
 ROLES = {

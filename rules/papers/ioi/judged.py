@@ -19,8 +19,8 @@ from typing import NamedTuple
 
 import numpy as np
 
-from pipeline import cli
-from pipeline.knockout import Circuit, Knockout
+from pipeline.circuits.knockout import Circuit, Knockout
+from pipeline.job import cli
 
 EMPTY: Circuit = frozenset()
 WRITERS = ("name_mover", "suppressor", "writer")

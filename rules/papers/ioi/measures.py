@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline import hooks, splice
-from pipeline.direct_logit import frozen_norm
-from pipeline.paired import Task
+from pipeline.circuits.direct_logit import frozen_norm
+from pipeline.models import hooks, splice
+from pipeline.models.pairs import Task
 
 TOP = 5  # a copied name is among so many of the largest logits (Sec. 3.2)
 # name -> the token that attends, the token attended to

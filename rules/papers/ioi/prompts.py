@@ -1,5 +1,5 @@
 """The prompts of the stage circuits, which other papers use as well."""
 
-from pipeline.prompts_ioi import ioi
+from pipeline.text.prompts_ioi import ioi
 
 __all__ = ["ioi"]

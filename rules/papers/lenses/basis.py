@@ -23,9 +23,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from pipeline import lens, splice
-from pipeline.spec_base import Name, Section
-from pipeline.training_data import seeded
+from pipeline.models import lens, splice
+from pipeline.spec.base import Name, Section
+from pipeline.weights.batches import seeded
 
 SCREENED = 4  # directions whose influence is computed for each search that starts
 NEARLY_EQUAL = 0.99  # a cosine above which two starts lead to one maximum

@@ -7,7 +7,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from pipeline.theme import INK, PALETTE, SEQUENTIAL, axis, literal, scale, selector
+from pipeline.report.theme import INK, PALETTE, SEQUENTIAL, axis, literal, scale, selector
 
 Drawn = tuple[go.Figure, pd.DataFrame]
 

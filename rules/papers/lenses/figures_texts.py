@@ -8,7 +8,7 @@ import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
 from pipeline.errors import RetraceError
-from pipeline.theme import INK, PALETTE, axis, literal, selector
+from pipeline.report.theme import INK, PALETTE, axis, literal, selector
 
 LENSES = {"tuned": "tuned lens", "logit": "logit lens"}
 LONGEST = 8  # characters of a token in a cell

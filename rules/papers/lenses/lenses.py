@@ -2,7 +2,7 @@
 
 Each seed has its own translators, and its own share of the held-out blocks.
 
-1. layers        logit and tuned lens against the prediction, over held-out text (pipeline/lens.py)
+1. layers        logit and tuned lens against the prediction, over held-out text (models/lens.py)
 2. transfer      each translator on the stream of each layer (Belrose et al. 2023, Section 3)
 3. trajectories  the likeliest tokens at every layer and position of example texts
 4. attribution   what each attention and MLP adds to the logit of the likeliest token of the texts
@@ -19,11 +19,13 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from pipeline import cli, lens, model, tables
 from pipeline.errors import RetraceError, nearest
-from pipeline.source import import_file
-from pipeline.spec_base import Name, Section
-from pipeline.tokens import Texts
+from pipeline.job import cli
+from pipeline.job.source import import_file
+from pipeline.models import lens, loader
+from pipeline.spec.base import Name, Section
+from pipeline.store import tables
+from pipeline.text.tokens import Texts
 
 tuning = import_file(Path(__file__).with_name("tuning.py"))
 basis = import_file(Path(__file__).with_name("basis.py"))
@@ -208,7 +210,7 @@ def main() -> None:
         how.check(tuned.models)
         found: dict[str, list[pd.DataFrame]] = {t: [] for t in TABLES}
         for name, file, corpus in zip(sorted(tuned.models), args.models, args.corpora, strict=True):
-            loaded = model.load(file, device)
+            loaded = loader.load(file, device)
             blocks = tuning.read_blocks(corpus, "eval").to(device)
             skip = tuned.models[name].skip_first
             for number, seed in enumerate(tuned.seeds):

@@ -28,11 +28,12 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor, nn
 
-from pipeline import cli, lens, splice
 from pipeline.errors import RetraceError
-from pipeline.resume import Checkpoints
-from pipeline.spec_base import Section
-from pipeline.training_data import seeded
+from pipeline.job import cli
+from pipeline.models import lens, splice
+from pipeline.spec.base import Section
+from pipeline.store.checkpoints import Checkpoints
+from pipeline.weights.batches import seeded
 
 WARMUP_SHARE = 5  # Adam: steps // 5 warm up
 

@@ -9,11 +9,13 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pipeline import cli, lens, model, provenance, tables
 from pipeline.errors import RetraceError
-from pipeline.resume import Checkpoints, write_tensors
-from pipeline.source import import_file
-from pipeline.spec_base import Name, Section
+from pipeline.job import cli
+from pipeline.job.source import import_file
+from pipeline.models import lens, loader
+from pipeline.spec.base import Name, Section
+from pipeline.store import provenance, tables
+from pipeline.store.checkpoints import Checkpoints, write_tensors
 
 translators = import_file(Path(__file__).with_name("translators.py"))
 
@@ -79,7 +81,7 @@ def main() -> None:
         for name, file, corpus in zip(
             sorted(options.models), args.models, args.corpora, strict=True
         ):
-            hf = model.load(file, device).hf
+            hf = loader.load(file, device).hf
             blocks = read_blocks(corpus, "train").to(device)
             given = [provenance.sha256_file(p) for p in (file, corpus)]
             for seed in options.seeds:

@@ -12,9 +12,9 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from pipeline.kinds_common import title_of
-from pipeline.source import import_file
-from pipeline.theme import PALETTE, axis, rgba, selector
+from pipeline.job.source import import_file
+from pipeline.report.kinds_common import title_of
+from pipeline.report.theme import PALETTE, axis, rgba, selector
 
 SPLITTING = Path(__file__).with_name("figures_splitting.py")
 Drawn = tuple[go.Figure, pd.DataFrame]

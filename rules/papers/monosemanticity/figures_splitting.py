@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from pipeline.theme import GRID, INK, PALETTE, axis, literal, rgba
+from pipeline.report.theme import GRID, INK, PALETTE, axis, literal, rgba
 
 Drawn = tuple[go.Figure, pd.DataFrame]
 

@@ -18,12 +18,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pipeline import cli, hooks, model, shards, splice, tables
 from pipeline.errors import RetraceError
-from pipeline.evaluation import load_saes
-from pipeline.source import import_file
-from pipeline.spec_base import Name, Section
-from pipeline.tokens import Texts
+from pipeline.job import cli
+from pipeline.job.source import import_file
+from pipeline.latents.evaluation import load_saes
+from pipeline.models import hooks, loader, splice
+from pipeline.spec.base import Name, Section
+from pipeline.store import shards, tables
+from pipeline.text.tokens import Texts, load_tokenizer
 
 matching = import_file(Path(__file__).with_name("matching.py"))
 splitting = import_file(Path(__file__).with_name("splitting.py"))
@@ -235,13 +237,13 @@ def main() -> None:
                 f"own.latents: no arm '{min(unknown)}'; paper.yaml has {', '.join(names)}"
             )
         arms = {arm: Arm(*paths[arm][:2], saes, device) for arm, saes in wanted.items()}
-        tokenizer = model.load_tokenizer(args.models[0])
+        tokenizer = load_tokenizer(args.models[0])
         texts = Texts(tokenizer)
         text = [texts.alone(i) for i in range(len(tokenizer))]
         found: dict[str, list[pd.DataFrame]] = {name: [] for name in TABLES}
         for number, (name, arm) in enumerate(arms.items()):
             made = tallies(arm, options, len(text))
-            logits = says(model.load(paths[name][2], device).hf, arm, options)
+            logits = says(loader.load(paths[name][2], device).hf, arm, options)
             found["units"].append(units(made, name, text, logits))
             cli.log.info("%s: %d rows scanned", name, made["neurons"].n_rows)
             if name not in options.arms:

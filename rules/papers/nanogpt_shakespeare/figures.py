@@ -11,7 +11,7 @@ from typing import Any
 import pandas as pd
 import plotly.graph_objects as go
 
-from pipeline.theme import DASHES, GRID, PALETTE, axis, colour, literal, selector
+from pipeline.report.theme import DASHES, GRID, PALETTE, axis, colour, literal, selector
 
 Drawn = tuple[go.Figure, pd.DataFrame]
 MONO = "ui-monospace, SFMono-Regular, Menlo, Consolas, 'DejaVu Sans Mono', monospace"

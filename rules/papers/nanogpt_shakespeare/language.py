@@ -11,9 +11,12 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from pipeline import cli, model, provenance, tables, training_data
-from pipeline.source import import_file
-from pipeline.spec_base import Section
+from pipeline.job import cli
+from pipeline.job.source import import_file
+from pipeline.models import loader
+from pipeline.spec.base import Section
+from pipeline.store import provenance, tables
+from pipeline.weights import batches
 
 lens = import_file(Path(__file__).with_name("lens.py"))
 samples = import_file(Path(__file__).with_name("samples.py"))
@@ -55,10 +58,10 @@ def main() -> None:
 
     def work(job: cli.Job) -> None:
         args, options = job.args, job.section("own.language", Options)
-        tokens, device = training_data.read_corpus(args.corpus), job.device()
+        tokens, device = batches.read_corpus(args.corpus), job.device()
         parts: dict[str, list[pd.DataFrame]] = {t: [] for t in TABLES[1:]}
         for arm, file in zip(sorted(job.spec["arms"]), args.models, strict=True):
-            loaded = model.load(file, device)
+            loaded = loader.load(file, device)
             written = samples.of_model(loaded, tokens, options.samples)
             over, along = lens.of_model(loaded, torch.from_numpy(tokens["eval"]), options.lens)
             for name, frame in zip(TABLES[1:], (written, over, along), strict=True):

@@ -6,10 +6,11 @@ import pandas as pd
 from pydantic import Field
 from torch import Tensor
 
-from pipeline import lens, training_data
 from pipeline.errors import RetraceError
-from pipeline.spec_base import Section
-from pipeline.tokens import Texts
+from pipeline.models import lens
+from pipeline.spec.base import Section
+from pipeline.text.tokens import Texts
+from pipeline.weights import batches
 
 
 class Options(Section):
@@ -40,12 +41,12 @@ def of_model(loaded: Any, held_out: Tensor, options: Options) -> tuple[pd.DataFr
     """The tables of one model: over held-out text, and along the excerpt.
 
     Args:
-        loaded: from pipeline.model.load.
+        loaded: from pipeline.weights.model.load.
         held_out: token ids [n].
     """
     n_ctx = min(loaded.info["n_ctx"], len(held_out) - 1)
     held_out = held_out.long().to(loaded.hf.device)
-    tokens, targets = training_data.windows(held_out, n_ctx)
+    tokens, targets = batches.windows(held_out, n_ctx)
     if options.window >= len(tokens):
         raise RetraceError(
             f"own.language.lens.window: {options.window}, but the held-out text has {len(tokens)} "

@@ -16,7 +16,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pipeline.spec_base import Section
+from pipeline.spec.base import Section
 
 WORD = re.compile(r"[^\W\d_]{3,}")
 
@@ -92,7 +92,7 @@ def of_model(loaded: Any, text: dict[str, np.ndarray], options: Options) -> pd.D
     """The table of one model.
 
     Args:
-        loaded: from pipeline.model.load.
+        loaded: from pipeline.weights.model.load.
         text: token ids of train and eval, [n] each.
     """
     ids = loaded.tokenizer(options.start, add_special_tokens=False)["input_ids"]

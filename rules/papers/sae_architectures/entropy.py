@@ -19,10 +19,12 @@ import numpy as np
 import pandas as pd
 from pydantic import Field
 
-from pipeline import cli, features, tables
 from pipeline.errors import RetraceError, nearest
-from pipeline.evaluation import load_saes
-from pipeline.spec_base import Section
+from pipeline.job import cli
+from pipeline.latents import features
+from pipeline.latents.evaluation import load_saes
+from pipeline.spec.base import Section
+from pipeline.store import tables
 
 CONTEXT = 32  # tokens of an example
 SINGLE = 1.0  # bits; below: about one or two tokens

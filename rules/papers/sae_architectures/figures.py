@@ -6,8 +6,18 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from pipeline.kinds_sae import ARCHITECTURES
-from pipeline.theme import INK, PAGE, PALETTE, SEQUENTIAL, axis, colour, literal, rgba, selector
+from pipeline.report.kinds_sae import ARCHITECTURES
+from pipeline.report.theme import (
+    INK,
+    PAGE,
+    PALETTE,
+    SEQUENTIAL,
+    axis,
+    colour,
+    literal,
+    rgba,
+    selector,
+)
 
 Drawn = tuple[go.Figure, pd.DataFrame]
 ARMS = {

@@ -24,9 +24,10 @@ import pandas as pd
 from safetensors.numpy import load_file
 from scipy.optimize import linear_sum_assignment
 
-from pipeline import cli, tables
 from pipeline.errors import RetraceError
-from pipeline.spec_base import Section
+from pipeline.job import cli
+from pipeline.spec.base import Section
+from pipeline.store import tables
 
 SHARED = 0.7
 EDGES = np.linspace(-1, 1, 81)  # of the histogram of matched cosines

@@ -20,13 +20,16 @@ import pandas as pd
 import torch
 from pydantic import Field
 
-from pipeline import cli, eap, latents, tables
-from pipeline import model as models
-from pipeline.latent_circuits import Ablation
-from pipeline.paired import Pairs, Task
-from pipeline.source import import_file
-from pipeline.spec_base import Section, Seeds
-from pipeline.tokens import Texts
+from pipeline.circuits import eap
+from pipeline.job import cli
+from pipeline.job.source import import_file
+from pipeline.latents import sites as latents
+from pipeline.latents.subsets import Ablation
+from pipeline.models import loader
+from pipeline.models.pairs import Pairs, Task
+from pipeline.spec.base import Section, Seeds
+from pipeline.store import tables
+from pipeline.text.tokens import Texts
 
 HERE = Path(__file__).parent
 prompts = import_file(HERE / "prompts.py")
@@ -207,7 +210,7 @@ def main() -> None:
         device = job.device()
         made: dict[str, list[pd.DataFrame]] = {t: [] for t in TABLES}
         with torch.no_grad():
-            loaded = models.load(args.model, device)
+            loaded = loader.load(args.model, device)
             found = latents.load(args.saes, options.saes, args.activations, device)
             for seed in options.seeds:
                 units = units_of(found, loaded, seed)

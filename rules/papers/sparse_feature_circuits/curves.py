@@ -20,8 +20,8 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipeline.latent_circuits import Ablation
-from pipeline.latents import ERROR, Effects, Latent, strongest
+from pipeline.latents.sites import ERROR, Effects, Latent, strongest
+from pipeline.latents.subsets import Ablation
 
 
 class Kind(NamedTuple):

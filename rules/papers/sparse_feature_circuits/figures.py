@@ -7,8 +7,8 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from pipeline.kinds_graph import legend, ruled, walkable
-from pipeline.theme import GRID, INK, PALETTE, colour, literal, rgba
+from pipeline.report.kinds_graph import legend, ruled, walkable
+from pipeline.report.theme import GRID, INK, PALETTE, colour, literal, rgba
 
 STRUCTURES = {
     "simple": "simple",

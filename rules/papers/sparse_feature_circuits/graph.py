@@ -11,10 +11,12 @@ from typing import Any
 import pandas as pd
 import torch
 
-from pipeline import features, hooks, shards
-from pipeline.latent_circuits import edges
-from pipeline.latents import ERROR, Effects, Latent, Latents, Sites, scores, strongest
-from pipeline.tokens import Texts
+from pipeline.latents import features
+from pipeline.latents.sites import ERROR, Effects, Latent, Latents, Sites, scores, strongest
+from pipeline.latents.subsets import edges
+from pipeline.models import hooks
+from pipeline.store import shards
+from pipeline.text.tokens import Texts
 
 N_LABEL = 5  # tokens and logits of a label
 ROWS_A_PASS = 4096

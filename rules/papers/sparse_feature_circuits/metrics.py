@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.agreement import agreement
+from pipeline.latents.agreement import agreement
 
 METRICS = {  # the first pattern that fits a name counts
     "logit_diff.*": "mean logit of the right form minus that of the other, held-out prompts",

@@ -17,8 +17,8 @@ import numpy as np
 from pydantic import Field
 
 from pipeline.errors import RetraceError
-from pipeline.spec_base import Section
-from pipeline.tokens import encode, following
+from pipeline.spec.base import Section
+from pipeline.text.tokens import encode, following
 
 NOUNS = (
     "teacher athlete poet father mother farmer lawyer victim doctor singer friend author manager "
@@ -149,7 +149,7 @@ def positions(clean: list[list[int]], corrupt: list[list[int]]) -> dict[str, lis
 
 def agreement(options: dict[str, Any], tokenizer: Any, n: int, seed: int) -> dict[str, Any]:
     """Prompts for the stage circuits."""
-    from pipeline.spec import parse
+    from pipeline.spec.paper import parse
 
     found = draw(tokenizer, parse(Options, options, "circuits.options").structure, n, seed)
     return {k: v for k, v in found.items() if k != "text"}

@@ -59,6 +59,6 @@ rule sfc_export_graph:
         spec=graph_spec,
         code=code_of("attribution_graph"),
     shell:
-        "{PYTHON:q} -m pipeline.attribution_graph --spec {params.spec:q} --model {input.model:q}"
+        "{PYTHON:q} -m pipeline attribution_graph --spec {params.spec:q} --model {input.model:q}"
         " --nodes {input.nodes:q} --edges {input.edges:q} --prompts {input.prompts:q}"
         " --out {output:q} 2> {log:q}"

@@ -8,7 +8,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from pipeline.theme import INK, PALETTE, SEQUENTIAL, axis, rgba, scale, selector
+from pipeline.report.theme import INK, PALETTE, SEQUENTIAL, axis, rgba, scale, selector
 
 Drawn = tuple[go.Figure, pd.DataFrame]
 LOOK = {  # architecture of a dictionary's name -> what the legend says, colour

@@ -1,12 +1,12 @@
 """A dictionary in training whose every step is one launch, and the controller of its L0.
 
-1. `Learner` is a `Dictionary` (pipeline/sae_train.py) whose state lies on its device, the
+1. `Learner` is a `Dictionary` (pipeline/sae/train.py) whose state lies on its device, the
    coefficient and its controller included. On a GPU a step of STEPS (steps.py) is recorded once as
    a CUDA graph and replayed: at 1,024 rows a step, launching its kernels one by one takes longer
    than running them. The first replay is held against the plain step, which is used where they
    differ or where nothing can be recorded.
 2. AuxK runs over as many latents as can be dead before the host looks again, a power of two, and
-   is left out while none can: one graph for each such room (pipeline/sae_train.py).
+   is left out while none can: one graph for each such room (pipeline/sae/train.py).
 3. Dictionaries may have CUDA streams of their own: a step's kernels are short, so those of several
    dictionaries fill the GPU better than those of one. Their numbers do not depend on it.
 4. `Tuner` moves the coefficient of standard, gated and jumprelu until L0 is what is asked for, as
@@ -21,14 +21,14 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pipeline import cli
 from pipeline.errors import RetraceError
-from pipeline.sae_sparse import Scratch
-from pipeline.sae_steps import Outcome
-from pipeline.sae_train import Dictionary
-from pipeline.source import import_file
-from pipeline.spec import Section
-from pipeline.spec_sae import SaeTraining
+from pipeline.job import cli
+from pipeline.job.source import import_file
+from pipeline.sae.sparse import Scratch
+from pipeline.sae.steps import Outcome
+from pipeline.sae.train import Dictionary
+from pipeline.spec.paper import Section
+from pipeline.spec.sae import SaeTraining
 
 steps = import_file(Path(__file__).parent / "steps.py")
 WARM_UP = 3  # plain steps before a graph is recorded, as PyTorch asks for

@@ -2,7 +2,7 @@
 each recovers the true features (Chanin & Garriga-Alonso 2026).
 
 1. The ground truth is built from its config (world.py).
-2. All dictionaries are shown the same batches (pipeline/sae_train.py, learner.py). One with fewer
+2. All dictionaries are shown the same batches (pipeline/sae/train.py, learner.py). One with fewer
    samples than the others leaves early.
 3. At every milestone the dictionaries that stand there are measured on fresh samples (measures.py);
    so those of equal training can be compared.
@@ -28,12 +28,13 @@ import numpy as np
 import pandas as pd
 from pydantic import Field, model_validator
 
-from pipeline import cli, provenance, tables
 from pipeline.errors import nearest
-from pipeline.source import import_file
-from pipeline.spec import Section
-from pipeline.spec_base import Name
-from pipeline.spec_sae import SaeSpec, SaeTraining
+from pipeline.job import cli
+from pipeline.job.source import import_file
+from pipeline.spec.base import Name
+from pipeline.spec.paper import Section
+from pipeline.spec.sae import SaeSpec, SaeTraining
+from pipeline.store import provenance, tables
 
 HERE = Path(__file__).parent
 ground = import_file(HERE / "world.py")
@@ -143,7 +144,7 @@ class Options(Section):
 
 def learners(options: Options, stream: Any, d_in: int) -> list[Any]:
     """Every dictionary and seed with its initial weights, on the stream's device."""
-    from pipeline.sae_train import build
+    from pipeline.sae.train import build
 
     scale = stream.norm_scale()
     out = []
@@ -233,7 +234,7 @@ def _short(row: dict[str, Any]) -> str:
 
 def history(some: list[Any]) -> pd.DataFrame:
     """The batches that were recorded in training."""
-    from pipeline.sae_train import HISTORY
+    from pipeline.sae.train import HISTORY
 
     frames = [pd.DataFrame(o.history, columns=HISTORY).assign(sae=o.name) for o in some]
     frame = pd.concat(frames, ignore_index=True)[["sae", *HISTORY]]
@@ -250,8 +251,8 @@ def run(options: Options, job: cli.Job, partial: Path) -> tuple[list[Any], list[
     """Train, or go on training, and measure: the learners, and the tables of every milestone."""
     import torch
 
-    from pipeline.resume import Checkpoints
-    from pipeline.sae_train import train
+    from pipeline.sae.train import train
+    from pipeline.store.checkpoints import Checkpoints
 
     device = job.torch_device
     torch.set_float32_matmul_precision("high")  # TF32, where the paper computes in bfloat16
@@ -293,7 +294,7 @@ def finished(parts: list[dict], table: str) -> pd.DataFrame:
 
 def part(options: Options, job: cli.Job, folder: Path) -> None:
     """Train and measure one part, and leave its tables and dictionaries in `folder`/done."""
-    from pipeline.sae import save
+    from pipeline.sae.sae import save
 
     some, parts = run(options, job, folder)
     made, writing = job.certificate([], seed=options.data_seed), folder / "writing-done"

@@ -3,7 +3,7 @@
 The numbers are SAELens's `training_forward_pass` and autograd (the tests hold them against it);
 nothing here waits for the device, has a shape that depends on data, or takes a number from the
 host's memory, as `torch.where` does with one. A step has the signature of
-pipeline/sae_steps.py, but for `dead`, which is None where no latent is dead, and the coefficients,
+pipeline/sae/steps.py, but for `dead`, which is None where no latent is dead, and the coefficients,
 which are tensors. With B rows x, x_c = x - b_dec and p = x_c W_enc + b_enc:
 
 batchtopk       Keeps the k B largest of relu(p n) over the batch, n the norms of W_dec's rows
@@ -28,9 +28,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from pipeline.sae_sparse import Dense, Scratch, Sparse, largest
-from pipeline.sae_steps import Gradients, Outcome
-from pipeline.source import import_file
+from pipeline.job.source import import_file
+from pipeline.sae.sparse import Dense, Scratch, Sparse, largest
+from pipeline.sae.steps import Gradients, Outcome
 
 
 @torch.no_grad()
@@ -109,7 +109,7 @@ def _auxk(
     sae: Any, pre: Tensor, scores: Tensor, r: Tensor, dead: Tensor, level: slice, g: Tensor,
     W_dec: Tensor, room: int | None,
 ) -> Tensor:  # fmt: skip
-    """AuxK's loss of one level (pipeline/sae_steps.py, 5); its gradients are added to g and W_dec.
+    """AuxK's loss of one level (pipeline/sae/steps.py, 5); its gradients are added to g and W_dec.
 
     The products run over `room` latents, the dead ones among them, so that a step costs what its
     dead latents do and no shape depends on how many they are.
@@ -156,7 +156,7 @@ def _store(sae: Any, xc: Tensor, g: Tensor, W_dec: Tensor, d: Tensor) -> None:
 def standard(
     sae: Any, x: Tensor, *, dead: Tensor | None, coefficients: dict, step: int, scratch: Scratch
 ) -> Outcome:
-    """One batch of a StandardTrainingSAE (pipeline/sae_steps.py, 6), always dense."""
+    """One batch of a StandardTrainingSAE (pipeline/sae/steps.py, 6), always dense."""
     norm, l1 = sae.W_dec.norm(dim=1), coefficients["l1"] / len(x)
     acts = torch.addmm(sae.b_enc, x - sae.b_dec, sae.W_enc).relu()
     grads = Gradients(sae, Dense(scratch), acts, x, offset=norm * l1)

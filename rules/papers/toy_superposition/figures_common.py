@@ -7,7 +7,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from pipeline.theme import GRID, INK, PALETTE
+from pipeline.report.theme import GRID, INK, PALETTE
 
 OWN, SHARED = PALETTE[0], PALETTE[1]
 # From the most to the least important feature; readable on light and on dark ground.

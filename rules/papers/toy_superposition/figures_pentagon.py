@@ -8,8 +8,8 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from pipeline.source import import_file
-from pipeline.theme import PALETTE, axis, rgba, scale
+from pipeline.job.source import import_file
+from pipeline.report.theme import PALETTE, axis, rgba, scale
 
 common = import_file(Path(__file__).with_name("figures_common.py"))
 SHAPES = {5: "pentagon", 4: "two pairs"}  # by how many of the five features are represented

@@ -8,8 +8,8 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from pipeline.source import import_file
-from pipeline.theme import GRID, rgba
+from pipeline.job.source import import_file
+from pipeline.report.theme import GRID, rgba
 
 common = import_file(Path(__file__).with_name("figures_common.py"))
 STEPS = 11  # shades of each of norm and interference in the phase diagram

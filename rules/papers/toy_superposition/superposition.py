@@ -22,9 +22,10 @@ import numpy as np
 import pandas as pd
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from pipeline import cli, tables
-from pipeline.source import import_file
-from pipeline.spec import Section
+from pipeline.job import cli
+from pipeline.job.source import import_file
+from pipeline.spec.paper import Section
+from pipeline.store import tables
 
 HERE = Path(__file__).parent
 measures = import_file(HERE / "measures.py")

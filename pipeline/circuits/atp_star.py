@@ -1,0 +1,142 @@
+"""AtP*: attribution patching with two remedies for effects that it misses. [torch]
+
+Attribution patching says that a node does nothing where its gradient is nothing, and that is wrong
+in two cases (Kramár, Lieberum, Shah & Nanda 2024, 2403.00745, Sec. 3):
+
+    saturation     softmax is flat where a head gives all its weight to one token, so that the
+                   gradient of its queries and keys vanishes, however far a patch turns the head
+    cancellation   a node's direct and indirect effects are of opposite sign, so that a small error
+                   of one of them is large beside their sum
+
+1. QK fix (`qk_fix`): the pattern A' with the patched queries, or keys, is computed, and only what
+   follows is linear: the effect is sum (A' - A) dm/dA, with dm/dA = dm/dz . v.
+2. GradDrop (`atp_star`): one backward pass per layer, in which what that layer writes passes no
+   gradient on. The score is the mean of the absolute estimates over these passes, times
+   n_layers / (n_layers - 1), since the pass that drops a node's own layer gives exactly 0. A stream
+   belongs to no layer: none of its estimates is 0 by construction, and its score is the plain mean.
+
+Patched queries and keys are those of all positions at once; the paper has a node a position.
+"""
+
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from pipeline.circuits import eap
+from pipeline.circuits.eap import Taps
+from pipeline.models import hooks
+from pipeline.models.heads import Slot
+from pipeline.models.pairs import Node, Task
+
+
+@contextmanager
+def inputs_of_source(task: Task, slot: Slot) -> Iterator[None]:
+    """Inside: every layer reads its base stream, but for the queries, or keys, of all its heads."""
+    heads, width = task.heads, task.heads.count(slot) * task.heads.d_head
+    start = [heads.place(i, slot, 0).columns.start for i in range(heads.n_layers)]
+    with ExitStack() as stack:
+        for i in range(heads.n_layers):
+            at = slice(start[i], start[i] + width)
+            new = heads.read(i, slot, task.source.pre[i])[..., at]
+
+            def after(_, __, out: Tensor, new=new, at=at) -> Tensor:
+                out = out.clone()
+                out[..., at] = new
+                return out
+
+            handle = heads.place(i, slot, 0).module.register_forward_hook(after)
+            stack.callback(handle.remove)
+            keep = lambda _, i=i: task.base.pre[i]  # noqa: E731
+            stack.enter_context(hooks.edited(task.hf, f"blocks.{i}.hook_resid_pre", keep))
+        yield
+
+
+def turned(task: Task) -> dict[Slot, list[Tensor]]:
+    """A' - A of every head with its queries, or keys, patched: a layer each, [n n_heads q k]."""
+    base, out = task.heads.patterns(task.pairs.base), {}
+    for slot in ("q", "k"):
+        with inputs_of_source(task, slot):
+            patched = task.heads.patterns(task.pairs.base)
+        out[slot] = [new - old for new, old in zip(patched, base, strict=True)]
+    return out
+
+
+def fixed(
+    task: Task, grads: Taps, turns: dict[Slot, list[Tensor]]
+) -> dict[tuple[str, int], Tensor]:
+    """sum over positions of (A' - A) dm/dA: (q or k, layer) -> [n heads].
+
+    Keys that query heads share count for all of them.
+    """
+    heads, out = task.heads, {}
+    share = heads.n_heads // heads.n_key_heads
+    for i in range(heads.n_layers):
+        at = heads.place(i, "v", 0).columns.start
+        v = heads.read(i, "v", task.base.pre[i])[..., at : at + heads.n_key_heads * heads.d_head]
+        v = v.unflatten(-1, (heads.n_key_heads, -1)).repeat_interleave(share, -2)
+        g = grads.z[i].unflatten(-1, (heads.n_heads, -1))
+        by_pattern = torch.einsum("nqhd,nkhd->nhqk", g, v)
+        effect = {s: (turn[i] * by_pattern).sum((-1, -2)) for s, turn in turns.items()}
+        out["q", i] = effect["q"]
+        out["k", i] = effect["k"].unflatten(-1, (-1, share)).sum(-1)
+    return out
+
+
+def with_fix(task: Task, nodes: list[Node], grads: Taps, turns: dict[Slot, list[Tensor]]) -> Tensor:
+    """Estimates of nodes out of these gradients, [nodes n]; queries and keys with the QK fix."""
+    scores = eap.scored(task, nodes, eap.by_part(task, grads))
+    better = fixed(task, grads, turns)
+    for j, node in enumerate(nodes):
+        if (node.kind, node.layer) in better:
+            scores[j] = better[node.kind, node.layer][:, node.head]
+    return scores
+
+
+def qk_fix(task: Task, nodes: list[Node]) -> Tensor:
+    """Attribution patching with the QK fix alone, signed, [nodes n]; queries, keys: everywhere."""
+    _, grads = eap.gradients(task, [0.0])
+    return with_fix(task, nodes, grads, turned(task))
+
+
+def dropped(task: Task) -> Iterator[Taps]:
+    """Gradients of m on the base run, once for each layer whose attention and MLP pass none on.
+
+    What a layer writes is tapped before the gate that drops it. A hook on the tapped tensor itself
+    would come too late: autograd.grad captures the gradient of an inner tensor before its hooks.
+    """
+    n_layers, layer = task.heads.n_layers, -1
+    embed = hooks.run_to(task.hf, task.pairs.base, ["hook_embed"])["hook_embed"]
+    x = embed.requires_grad_(True)
+
+    def gate(i: int, out: Tensor) -> Tensor:
+        out = out.clone()
+        out.register_hook(lambda g: torch.zeros_like(g) if i == layer else None)
+        return out
+
+    with torch.enable_grad(), eap.tapped(task) as taps, ExitStack() as stack:
+        stack.enter_context(hooks.edited(task.hf, "hook_embed", lambda _: x))
+        for i in range(n_layers):
+            for part in ("attn", "mlp"):
+                name = f"blocks.{i}.hook_{part}_out"
+                stack.enter_context(hooks.edited(task.hf, name, partial(gate, i)))
+        task.hf.base_model(input_ids=task.pairs.base, use_cache=False)
+        m = task.metric(task.at_end(taps.end[0])).sum()
+    wanted = [*taps.pre, *taps.z, *taps.mlp, *taps.attn, *taps.inputs.values()]
+    for layer in range(n_layers):  # the gates read it
+        found = iter(torch.autograd.grad(m, wanted, retain_graph=layer < n_layers - 1))
+        take = lambda old: [next(found) for _ in old]  # noqa: B023, E731
+        grads = Taps(pre=take(taps.pre), z=take(taps.z), mlp=take(taps.mlp), attn=take(taps.attn))
+        grads.inputs = dict(zip(taps.inputs, take(taps.inputs), strict=True))
+        yield grads
+
+
+def atp_star(task: Task, nodes: list[Node]) -> Tensor:
+    """How much each node matters, never below 0, [nodes n]: both remedies."""
+    turns = turned(task)
+    total = sum(with_fix(task, nodes, grads, turns).abs() for grads in dropped(task))
+    n_layers = task.heads.n_layers
+    passes = [n_layers if n.kind == "resid" else max(n_layers - 1, 1) for n in nodes]
+    return total / torch.tensor(passes, dtype=total.dtype, device=total.device)[:, None]

@@ -1,0 +1,277 @@
+"""A model as a graph of which every edge can be cut, many cut graphs in one forward pass. [torch]
+
+Nodes and edges are those of Conmy et al. 2023 (2304.14997) in their code: the embedding, heads,
+MLPs and the logits, with an input node for each query, key and value of a head.
+
+    u -> v           v reads what u writes: into q, k, v of a head, an MLP, or the logits
+    input q -> head  the head uses its query; likewise its key and value
+
+    x_v = b + sum_u (m_uv a_u + (1 - m_uv) a_u')          m: 1 kept, 0 cut
+
+a is what a node writes in the run itself, a' what it writes on a corrupt prompt, or 0, and b the
+biases of attention, which no edge carries. A cut q is the q of a run in which every edge is cut.
+
+1. The plain forward pass of the Hugging Face model runs under hooks; its own stream is not used.
+2. Before each module that reads, its inputs are put together from the sources so far.
+3. What heads and MLPs write becomes a source of all that follows.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.circuits.patching import Edge
+from pipeline.models import hooks, splice
+from pipeline.models.heads import SLOTS, Heads
+from pipeline.models.pairs import Node
+
+LOGITS = Node("logits", -1)
+Target = tuple[int, str]  # a layer, and what of it reads: q, k, v, mlp or logits
+
+
+class EdgeGraph:
+    """The graph of a model on some prompts.
+
+    Attributes:
+        sources: what writes, in the order in which it is computed.
+        edges: in the order of ACDC: targets from the logits down; of one target the latest source
+            first. Of a layer's heads v is before k before q, each cut whole before its inputs.
+        clean: logits of the whole graph, [n pos d_vocab].
+    """
+
+    def __init__(
+        self, hf: nn.Module, tokens: Tensor, corrupt: Tensor | None = None, positions: bool = False
+    ) -> None:
+        """
+        Args:
+            tokens: [n pos], prompts of one length or padded on the right.
+            corrupt: [n pos]: what a cut edge carries comes from these; None: a cut edge carries 0.
+            positions: the positional embedding is a node of its own.
+        """
+        self.hf, self.tokens, self.heads = hf, tokens, Heads(hf)
+        self.names, self.n_embeds = self.heads.names, 1 + positions
+        self.has_mlp = hasattr(self.heads.layers[0], self.names.mlp)
+        self.sources = self._sources()
+        self.targets = self._targets()
+        self.edges = list(self._edges())
+        self.at = {edge: i for i, edge in enumerate(self.edges)}
+        self.out_of: dict[tuple[str, int], list[int]] = {}
+        for edge, i in self.at.items():
+            self.out_of.setdefault(edge.source[:2], []).append(i)
+        self.columns = {
+            key: self._index([[Edge(s, t, slot) for s in self.before(key)] for t, slot in some])
+            for key, some in self.targets.items()
+        }
+        self.gates = {
+            key: self._index([self._gate(key[0], h, key[1]) for h in range(len(some))])
+            for key, some in self.targets.items()
+            if key[1] in SLOTS
+        }
+        shape = (len(self.sources), *tokens.shape, self.heads.d_model)
+        self.off = torch.zeros(shape, device=tokens.device, dtype=next(hf.parameters()).dtype)
+        self.off_inputs: dict[Target, Tensor] = {}
+        whole = self.everything()
+        if corrupt is not None:
+            self.off = torch.stack(self.traced(whole, tokens=corrupt)[1].made).squeeze(1).detach()
+        nothing = whole * 0
+        nothing[:, torch.cat(list(self.gates.values()))] = 1
+        cut = self.traced(nothing)[1].inputs
+        self.off_inputs = {key: x.squeeze(0).detach() for key, x in cut.items()}
+        logits, run = self.traced(whole)
+        self.clean = logits[0]
+        self.on = torch.stack(run.made).squeeze(1)
+        self.on_inputs = {key: x.squeeze(0) for key, x in run.inputs.items()}
+
+    def _sources(self) -> list[Node]:
+        out = [Node("embed", 0), Node("pos", 0)][: self.n_embeds]
+        for i in range(self.heads.n_layers):
+            out += [Node("head", i, h) for h in range(self.heads.n_heads)]
+            out += [Node("mlp", i)] * self.has_mlp
+        return out
+
+    def _targets(self) -> dict[Target, list[tuple[Node, str]]]:
+        """The readers of each kind and layer, in the order of computation."""
+        heads, out = self.heads, {}
+        for i in range(heads.n_layers):
+            for slot in SLOTS:
+                out[i, slot] = [(Node("head", i, h), slot) for h in range(heads.count(slot))]
+            if self.has_mlp:
+                out[i, "mlp"] = [(Node("mlp", i), "")]
+        return out | {(heads.n_layers, "logits"): [(LOGITS, "")]}
+
+    def before(self, key: Target) -> list[Node]:
+        """The sources that a target can read."""
+        layer, what = key
+        n = self.n_embeds + layer * (self.heads.n_heads + self.has_mlp)
+        return self.sources[: n + self.heads.n_heads * (what == "mlp")]
+
+    def _gate(self, layer: int, head: int, slot: str) -> Edge:
+        return Edge(Node("input", layer, head), Node("head", layer, head), slot)
+
+    def _edges(self) -> Iterator[Edge]:
+        latest_first = lambda s: (-s.layer, s.kind != "mlp", s.head)  # noqa: E731
+        for layer in range(self.heads.n_layers, -1, -1):
+            for what in ("logits", "mlp", "uses", "v", "k", "q"):
+                for slot in "vkq" if what == "uses" and (layer, "v") in self.targets else "":
+                    for target, _ in reversed(self.targets[layer, slot]):
+                        yield self._gate(layer, target.head, slot)
+                for target, name in reversed(self.targets.get((layer, what), [])):
+                    parts = sorted(self.before((layer, what))[self.n_embeds :], key=latest_first)
+                    for source in [*parts, *self.sources[: self.n_embeds]]:
+                        yield Edge(source, target, name)
+
+    def _index(self, edges: list) -> Tensor:
+        where = [[self.at[e] for e in row] if isinstance(row, list) else self.at[row]
+                 for row in edges]  # fmt: skip
+        return torch.tensor(where, device=self.tokens.device)
+
+    def carriers(self, i: int) -> list[int]:
+        """The edges of which one at least must be there for what edge i carries to be felt.
+
+        Of the edges into a query, that to its head; of that, all edges out of heads of the layer,
+        as several may share a key; of an edge into the logits, itself.
+        """
+        edge = self.edges[i]
+        if edge.target == LOGITS:
+            return [i]
+        if edge.source.kind != "input" and edge.target.kind == "head":
+            return [self.at[self._gate(edge.target.layer, edge.target.head, edge.slot)]]
+        return self.out_of[edge.target[:2]]
+
+    def everything(self, k: int = 1) -> Tensor:
+        """The whole graph, k times: ones [k edges]."""
+        kind = next(self.hf.parameters())
+        return torch.ones(k, len(self.edges), device=kind.device, dtype=kind.dtype)
+
+    def run(self, present: Tensor) -> Tensor:
+        """Logits [k n pos d_vocab] of graphs with the edges present [k edges]: 1 kept, 0 cut."""
+        return self.traced(present)[0]
+
+    def traced(
+        self, present: Tensor, embeds: list[Tensor] | None = None, tokens: Tensor | None = None
+    ) -> tuple[Tensor, "Pass"]:
+        """The same, and what was read and written on the way.
+
+        Args:
+            embeds: [k n pos d_model] each, in the place of what the embeddings write.
+            tokens: [n pos], in the place of the graph's own.
+        """
+        tokens = self.tokens if tokens is None else tokens
+        run = Pass(self, present, embeds)
+        with run.hooked():
+            out = self.hf(input_ids=tokens.repeat(len(present), 1), use_cache=False)
+        return run.by_graph(out.logits), run
+
+
+class Pass:
+    """One forward pass of k graphs on n prompts.
+
+    Attributes:
+        made: what each source so far writes, [k n pos d_model].
+        read: what each target reads, [k targets n pos d_model].
+        inputs: queries, keys and values that the heads use, [k n pos heads*d_head].
+    """
+
+    def __init__(self, graph: EdgeGraph, present: Tensor, embeds: list[Tensor] | None) -> None:
+        self.graph, self.present, self.embeds = graph, present, embeds
+        self.made: list[Tensor] = []
+        self.read: dict[Target, Tensor] = {}
+        self.inputs: dict[Target, Tensor] = {}
+        self.embed: Tensor | None = None
+
+    def by_graph(self, x: Tensor) -> Tensor:
+        return x.unflatten(0, (len(self.present), -1))
+
+    def reads(self, key: Target) -> Tensor:
+        """x_v of the targets of a kind and layer, [k targets n pos d_model]."""
+        graph, (layer, what) = self.graph, key
+        m = self.present[:, graph.columns[key]]  # [k targets sources]
+        n = m.shape[-1]
+        x = torch.einsum("kts,sknpd->ktnpd", m, torch.stack(self.made[:n]))
+        x = x + torch.einsum("kts,snpd->ktnpd", 1 - m, graph.off[:n])
+        for i in range(layer + (what == "mlp")):
+            x = x + graph.heads.b_O(i)
+        self.read[key] = x
+        return x
+
+    @contextmanager
+    def hooked(self) -> Iterator[None]:
+        """Inside: the next forward pass of the model is that of the graphs."""
+        graph = self.graph
+        names, layers, heads = graph.names, graph.heads.layers, graph.heads
+        with ExitStack() as stack:
+            add = lambda handle: stack.callback(handle.remove)  # noqa: E731
+            embed, _ = hooks.site(graph.hf, "hook_embed")
+            add(embed.register_forward_hook(self._keep_embed))
+            add(layers[0].register_forward_pre_hook(self._begin, with_kwargs=True))
+            for i, layer in enumerate(layers):
+                for name in dict.fromkeys(heads.inputs.values()):
+                    slots = [s for s in SLOTS if heads.inputs[s] == name]
+                    module = getattr(heads.attn(i), name)
+                    add(module.register_forward_hook(self._projection(i, slots)))
+                add(heads.out(i).register_forward_pre_hook(self._heads_write(i)))
+                if graph.has_mlp:
+                    mlp = getattr(layer, names.mlp)
+                    norm = getattr(layer, names.ln2)
+                    add(mlp.register_forward_pre_hook(self._stream((i, "mlp"), norm)))
+                    add(mlp.register_forward_hook(self._mlp_writes))
+            end = (heads.n_layers, "logits")
+            final = splice.final_norm(graph.hf)
+            add(final.register_forward_pre_hook(self._stream(end, lambda x: x)))
+            yield
+
+    def _keep_embed(self, _: nn.Module, __: tuple, out: Tensor) -> None:
+        self.embed = out
+
+    def _begin(self, _: nn.Module, args: tuple, kwargs: dict) -> None:
+        stream = hooks.stream_of(args, kwargs)
+        parts = [stream] if self.graph.n_embeds == 1 else [self.embed, stream - self.embed]
+        self.made = [*(self.embeds or map(self.by_graph, parts))]
+
+    def _projection(self, layer: int, slots: list[str]) -> Callable:
+        heads, norm = (
+            self.graph.heads,
+            getattr(self.graph.heads.layers[layer], self.graph.names.ln1),
+        )
+
+        def after(module: nn.Module, _: tuple, __: Tensor) -> Tensor:
+            columns = []
+            for slot in slots:
+                x = norm(self.reads((layer, slot)))
+                each = [
+                    module.forward(x[:, h].contiguous())[..., heads.place(layer, slot, h).columns]
+                    for h in range(heads.count(slot))
+                ]
+                columns.append(self._gated((layer, slot), torch.cat(each, -1)))
+            return torch.cat(columns, -1).flatten(0, 1)
+
+        return after
+
+    def _gated(self, key: Target, value: Tensor) -> Tensor:
+        """Queries, keys or values [k n pos heads*d_head], cut where their edge is."""
+        if self.graph.off_inputs:
+            m = self.present[:, self.graph.gates[key]].repeat_interleave(
+                self.graph.heads.d_head, -1
+            )[:, None, None]
+            value = m * value + (1 - m) * self.graph.off_inputs[key]
+        self.inputs[key] = value
+        return value
+
+    def _heads_write(self, layer: int) -> Callable:
+        def before(_: nn.Module, args: tuple) -> None:
+            written = self.by_graph(self.graph.heads.written(args[0], layer))
+            self.made += written.unbind(-2)
+
+        return before
+
+    def _stream(self, key: Target, norm: Callable[[Tensor], Tensor]) -> Callable:
+        def before(_: nn.Module, args: tuple) -> tuple[Any, ...]:
+            return (norm(self.reads(key)[:, 0]).flatten(0, 1), *args[1:])
+
+        return before
+
+    def _mlp_writes(self, _: nn.Module, __: tuple, out: Tensor) -> None:
+        self.made.append(self.by_graph(out))

@@ -1,0 +1,237 @@
+"""What snakemake prints at the end: the claims, costs and where the pages are, or what failed.
+
+Standard library only, since snakemake imports it on every call.
+"""
+
+import csv
+import re
+import shlex
+import shutil
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import TRACE
+
+VERDICTS = (
+    "reproduced",
+    "not reproduced",
+    "undecided",
+    "says nothing",
+    "not comparable",
+    "not run",
+    "plumbing",
+)
+JUDGED = VERDICTS[:4]
+OTHERS = {"control": "controls", "ours": "own observations"}  # whose claims are no paper's
+MEANINGS = {
+    "undecided": "the seeds disagree, and their interval holds both answers.",
+    "says nothing": "the order holds on its null arm as well.",
+    "not comparable": "this run cannot judge the claim; the reason stands beside it.",
+    "not run": "the metric was not measured in this run.",
+    "plumbing": "a smoke run shows that everything runs; its numbers judge nothing.",
+}
+
+
+def read_claims(path: str | Path) -> list[dict[str, str]]:
+    """The rows of a claims.csv, as text."""
+    with open(path, newline="", encoding="utf-8") as f:
+        return list(csv.DictReader(f))
+
+
+def tally(rows: list[dict[str, str]]) -> dict[str, int]:
+    """How many claims of papers have each verdict, how many were judged, and what stands beside.
+
+    second_hand: the judged ones whose source was not read itself; spread: the judged ones over
+    three seeds or more; control, ours: (reproduced, judged) of claims that are no paper's.
+    """
+    mine = [r for r in rows if r.get("of", "paper") == "paper"]
+    count: dict[str, Any] = {v: sum(r["verdict"] == v for r in mine) for v in VERDICTS}
+    judged = [r for r in mine if r["verdict"] in JUDGED]
+    count |= {"judged": len(judged), "spread": sum(float(r.get("n") or 1) >= 3 for r in judged)}
+    count["second_hand"] = sum(r.get("provenance_kind", "R") != "R" for r in judged)
+    for whose in OTHERS:
+        found = [r["verdict"] for r in rows if r.get("of") == whose and r["verdict"] in JUDGED]
+        count[whose] = (found.count("reproduced"), len(found))
+    return count
+
+
+def print_claims(base: str, papers: list[str], benchmarks: str = "results/benchmarks") -> list[str]:
+    """Print the claims of the papers under `base`; return the ids of those not reproduced."""
+    failed = []
+    for paper in papers:
+        table = Path(base) / paper / "claims.csv"
+        if not table.exists():
+            continue
+        rows = read_claims(table)
+        failed += [f"{paper}.{r['id']}" for r in rows if r["verdict"] == "not reproduced"]
+        print(f"\n{paper}: {headline(tally(rows))}")
+        print("\n".join(aligned(rows, width())))
+        if took := spent(table, benchmarks):
+            print(f"  {took}")
+        report = table.with_name("report.html")
+        if report.exists():
+            print(f"  {report.resolve()}")
+    index = Path(base) / "index.html"
+    if index.exists():
+        print(f"\n{index.resolve()}")
+    sys.stdout.flush()
+    return failed
+
+
+def headline(count: dict[str, int]) -> str:
+    """'5 of 6 claims of the paper judged at this scale are reproduced; 2 not comparable'."""
+    rest = [f"{count[v]} {v}" for v in VERDICTS[2:] if count[v]]
+    rest += [f"{OTHERS[w]} {count[w][0]} of {count[w][1]}" for w in OTHERS if count[w][1]]
+    if not count["judged"]:
+        return "; ".join(["no claim is judged at this scale" if rest else "no claims", *rest])
+    text = f"{count['reproduced']} of {count['judged']} claims judged at this scale are reproduced"
+    return "; ".join([text, *rest])
+
+
+def width() -> int:
+    """Columns of the terminal; 120 in a log."""
+    return shutil.get_terminal_size((120, 24)).columns
+
+
+def aligned(rows: list[dict[str, str]], columns: int) -> list[str]:
+    """The claims as lines: claim | paper | ours | verdict, cut to so many columns."""
+    head = {"id": "claim", "paper_value": "paper", "ours": "ours", "verdict": "verdict"}
+    cells = [head] + [{k: shown(r, k) for k in head} for r in rows]
+    wide = {k: max(len(c[k]) for c in cells) for k in head}
+    room = max(columns - 2 - wide["id"] - wide["verdict"] - 9, 24)
+    if wide["paper_value"] + wide["ours"] > room:
+        wide["paper_value"] = min(wide["paper_value"], max(room // 2, room - wide["ours"]))
+        wide["ours"] = min(wide["ours"], room - wide["paper_value"])
+    lines = [" | ".join(cut(c[k], wide[k]).ljust(wide[k]) for k in head) for c in cells]
+    rule = "-+-".join("-" * wide[k] for k in head)
+    return [f"  {line}".rstrip() for line in [lines[0], rule, *lines[1:]]]
+
+
+def shown(row: dict[str, str], key: str) -> str:
+    """A cell as text: numbers short, ours with its sd."""
+    text = short(row[key] or "")
+    return f"{text} ± {short(row['sd'])}" if key == "ours" and row.get("sd") else text or "-"
+
+
+def short(text: str) -> str:
+    """A number with four significant digits; other text as it is."""
+    try:
+        return f"{float(text):.4g}"
+    except ValueError:
+        return text
+
+
+def cut(text: str, most: int) -> str:
+    return text if len(text) <= most else text[: most - 1] + "…"
+
+
+def spent(claims: Path, benchmarks: str) -> str:
+    """'made in 6 min 12 s of jobs: sae 3 min 20 s, …': the paper's jobs and the three longest."""
+    from pipeline.claims import costs
+    from pipeline.errors import RetraceError
+    from pipeline.store import provenance
+
+    try:
+        files = [file for _, file, _ in provenance.chain(claims)]
+    except RetraceError:
+        return ""
+    scale, paper = claims.parts[-3:-1]
+    found = [c for c in costs.of_paper(benchmarks, scale, paper, files) if c.seconds >= 0]
+    if not found:
+        return ""
+    total = costs.duration(sum(c.seconds for c in found))
+    most = ", ".join(f"{c.job.split()[0]} {costs.duration(c.seconds)}" for c in found[:3])
+    return f"made in {total} of jobs; the longest: {most}"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A failed job: its rule, its log, the first file that it should have made."""
+
+    rule: str
+    log: Path
+    output: str
+
+
+def print_failure(log: str | list[str], command: str = "") -> None:
+    """Print what the failed jobs of this run said, the end of their logs, and what to do next.
+
+    Args:
+        log: snakemake's log; snakemake 9 hands a list of paths.
+        command: the command line that ran, without targets; see `without_targets`.
+    """
+    for path in [log] if isinstance(log, str) else log:
+        try:
+            text = Path(path).read_text(errors="replace", encoding="utf-8")
+        except OSError:
+            continue
+        for failed in failures(text):
+            print(f"\n{said(failed.rule, failed.log)}\n  log: {failed.log}", file=sys.stderr)
+            print("".join(f"  | {line}\n" for line in tail(failed.log)), end="", file=sys.stderr)
+            if command and failed.output:
+                alone = f"{command} -- {shlex.quote(failed.output)}"
+                print(f"  this job alone: {alone}", file=sys.stderr)
+                print(f"  by hand, in a debugger: see shell: in {path}", file=sys.stderr)
+    sys.stderr.flush()
+
+
+def failures(text: str) -> list[Failure]:
+    """Every failed job in snakemake's log, each once."""
+    block = re.compile(r"^Error in (?:rule|group) (\S+):\n((?:    .*\n)*)", re.M)
+    logged = re.compile(r"^    log: (.+?)(?: \(check log file.*)?$", re.M)
+    made = re.compile(r"^    output: (.+?)(?:, .*)?$", re.M)
+    found = [(m[1], logged.search(m[2]), made.search(m[2])) for m in block.finditer(text)]
+    jobs = [Failure(rule, Path(log[1]), out[1] if out else "") for rule, log, out in found if log]
+    return list(dict.fromkeys(jobs))
+
+
+def read_lines(log: Path) -> list[str]:
+    """The lines of a log that are not blank; none where it is not there."""
+    try:
+        lines = log.read_text(errors="replace", encoding="utf-8").splitlines()
+    except OSError:
+        return []
+    return [line for line in lines if line.strip()]
+
+
+def tail(log: Path, most: int = 6) -> list[str]:
+    """The last lines of a log, without the sentence that `said` gives and without a trace."""
+    lines = [x for x in read_lines(log) if not x.startswith(("error in stage", TRACE))]
+    return without_traces(lines)[-most:]
+
+
+def without_traces(lines: list[str]) -> list[str]:
+    """Lines but for tracebacks, such as a library's own thread or a stage's import may print."""
+    out, inside = [], False
+    for line in lines:
+        if line.lstrip().startswith("Traceback (most recent call last)"):
+            inside = True
+        elif not (inside and line.startswith((" ", "\t"))):
+            out += [] if inside else [line]
+            inside = False
+    return out
+
+
+def said(rule: str, log: Path) -> str:
+    """The sentence with which a stage failed, else the last line of its log."""
+    lines = read_lines(log)
+    told = [line for line in lines if line.startswith("error in stage")]
+    if told:
+        return told[-1]
+    last = f"; its log ends: {lines[-1].strip()}" if lines else " and left no log"
+    return f"rule {rule} failed{last}"
+
+
+def without_targets(argv: list[str], names: list[str]) -> str:
+    """The command line of this snakemake, its targets left out, so that another can follow.
+
+    Args:
+        argv: sys.argv.
+        names: targets that are names; files below results/ are targets, too.
+    """
+    program, *args = argv[: argv.index("--")] if "--" in argv else argv
+    start = [sys.executable, "-m", "snakemake"] if program.endswith("__main__.py") else [program]
+    kept = [a for a in args if a not in names and not a.startswith("results/")]
+    return shlex.join([*start, *kept])

@@ -1,0 +1,199 @@
+"""What the main() of every stage shares: arguments, the log, and how a fault is told.
+
+A stage is `python -m pipeline <stage> --spec JSON ... `; snakemake calls it so, and so can you,
+under a debugger. It exits 0, or prints one sentence and exits 1.
+"""
+
+import argparse
+import errno
+import json
+import logging
+import os
+import resource
+import stat
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from pipeline.errors import RetraceError, trace_file, trace_lines, unexpected
+from pipeline.job import gpus, kills, source
+from pipeline.spec import paper
+from pipeline.store import intact, provenance
+
+log = logging.getLogger("retrace")
+
+
+class Job:
+    """One call of a stage: its parsed arguments, and certificates for what it writes."""
+
+    def __init__(self, stage: str, args: argparse.Namespace) -> None:
+        self.stage, self.args = stage, args
+        self.spec: dict = json.loads(args.spec)
+        self.code = source.job_code(stage, args.code)
+        self.hardware = ""
+
+    def check_inputs(self) -> str:
+        """What was read to check the job's inputs, and how long it took.
+
+        Raises:
+            RetraceError: a file that is to be read is not as it was written.
+        """
+        started = time.monotonic()
+        given = {k: v for k, v in vars(self.args).items() if k not in ("spec", "code", "device")}
+        files, size = intact.check_inputs(given, self.stage)
+        took = time.monotonic() - started
+        return f"{took:.2f} s to check {files} files of {size / 2**20:.1f} MiB"
+
+    def section(self, key: str, cls: type[BaseModel]) -> Any:
+        """The section `key` of --spec, validated."""
+        return paper.parse(cls, self.spec[key], f"--spec of stage {self.stage}")
+
+    def certificate(self, inputs: list, **more: Any) -> dict:
+        """A birth certificate, see `provenance.certificate`.
+
+        With the state of the paper's folder, where a file of it takes part.
+        """
+        yaml = getattr(self.args, "paper", "") or getattr(self.args, "yaml", "")
+        if own := [*filter(None, [yaml]), *self.args.code]:
+            more["paper"] = provenance.paper_state(str(Path(own[0]).resolve().parent))
+        return provenance.certificate(
+            self.stage, self.spec, self.code, inputs, self.hardware, **more
+        )
+
+    def device(self) -> Any:
+        """The torch device that --device names, and as many threads as --threads says."""
+        import torch
+
+        torch.set_num_threads(self.args.threads)
+        name = self.args.device
+        if name == "auto":
+            name = "cuda" if torch.cuda.is_available() else "cpu"
+        if name.startswith("cuda") and not torch.cuda.is_available():
+            raise RetraceError(f"--device {name}: torch sees no GPU here; use --config device=cpu")
+        if name == "cuda" and (n := torch.cuda.device_count()) > 1:
+            about = [torch.cuda.get_device_properties(i) for i in range(n)]
+            name = f"cuda:{gpus.take([str(gpu.uuid) for gpu in about])}"
+        device = torch.device(name)
+        if name.startswith("cuda:"):
+            torch.cuda.set_device(device)  # graphs and streams are made on the current one
+        n = torch.get_num_threads()
+        self.hardware = (
+            torch.cuda.get_device_name(device)
+            if device.type == "cuda"
+            else f"{device.type}, {n} thread{'s' * (n > 1)}"
+        )
+        return device
+
+
+def parser(stage: str, doc: str | None, **paths: str) -> argparse.ArgumentParser:
+    """The arguments every stage takes, and one --option a path.
+
+    Args:
+        stage: the stage's name.
+        doc: the module's docstring, shown by --help.
+        paths: option -> help. A help that ends in '*' takes any number of paths.
+    """
+    out = argparse.ArgumentParser(
+        prog=f"python -m pipeline {stage}",
+        description=doc,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    out.add_argument("--spec", required=True, help="the sections this stage needs, as JSON")
+    for name, text in paths.items():
+        many = {"nargs": "*", "default": []} if text.endswith("*") else {"required": True}
+        out.add_argument(f"--{name.replace('_', '-')}", help=text.rstrip("*"), **many)
+    out.add_argument("--device", default="auto", help="auto, cpu, cuda, cuda:N or mps")
+    out.add_argument("--threads", type=int, default=os.cpu_count(), help="CPU threads")
+    out.add_argument("--paper", default="", help="paper.yaml, of whose folder git is asked")
+    out.add_argument("--code", nargs="*", default=[], help="the paper's own .py files, if any")
+    return out
+
+
+def run(stage: str, args: argparse.Namespace, work: Callable[[Job], None]) -> None:
+    """Do a stage's work; log what it cost; turn a fault into one sentence and exit code 1."""
+    kills.end_with_parent()
+    started = time.monotonic()
+    startup = _seconds_since_start()
+    logging.basicConfig(
+        level=logging.INFO, format="%(asctime)s %(message)s", datefmt="%H:%M:%S", stream=sys.stderr
+    )
+    try:
+        job = Job(stage, args)
+        checked = job.check_inputs()
+        work(job)
+    except RetraceError as e:
+        _fail(stage, str(e))
+    except OSError as e:
+        full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+        trace = "" if full else _keep_trace(stage)
+        remedy = "free some space, then run snakemake again" if full else f"full trace: {trace}"
+        _fail(stage, f"{e.filename or 'a file'}: {e.strerror or e}; {remedy}")
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as e:  # a panic of tokenizers' Rust is no Exception
+        _fail(stage, unexpected(e, _keep_trace(stage)))
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    took = time.monotonic() - started
+    log.info(
+        "done: %.1f s of work, %.1f s to start, peak %.2f GiB; %s", took, startup, peak, checked
+    )
+
+
+def _fail(stage: str, sentence: str) -> None:
+    print(f"error in stage {stage}: {sentence}", file=sys.stderr)
+    sys.exit(1)
+
+
+def _keep_trace(stage: str) -> str:
+    """Write the trace of the exception at hand to the log; where that is.
+
+    A job of snakemake has its log as stderr. Called by hand, a stage leaves the terminal to the
+    sentence and writes a file of its own.
+    """
+    if not stat.S_ISREG(os.fstat(2).st_mode):
+        return trace_file(stage)
+    print(trace_lines(), end="", file=sys.stderr)
+    link = Path("/proc/self/fd/2")
+    return str(link.readlink() if link.is_symlink() else "the log")
+
+
+def _seconds_since_start() -> float:
+    """How long this process has lived; 0 where the system does not tell."""
+    try:
+        ticks = int(
+            Path("/proc/self/stat").read_text(encoding="utf-8").rsplit(")", 1)[1].split()[19]
+        )
+        uptime = float(Path("/proc/uptime").read_text(encoding="utf-8").split()[0])
+        return uptime - ticks / os.sysconf("SC_CLK_TCK")
+    except OSError:
+        return 0.0
+
+
+class Progress:
+    """Lines such as 'activations 40 % 812 tokens/s, 1:20 left', at most one every 5 seconds."""
+
+    def __init__(self, what: str, total: int, unit: str, done: int = 0) -> None:
+        self.what, self.total, self.unit = what, total, unit
+        self.first, self.started, self.told = done, time.monotonic(), time.monotonic()
+
+    def at(self, done: int) -> None:
+        """Report that `done` of `total` units are finished."""
+        now = time.monotonic()
+        if now - self.told < 5 and done < self.total:
+            return
+        self.told = now
+        rate = (done - self.first) / max(now - self.started, 1e-9)
+        left = (self.total - done) / rate if rate else 0
+        log.info(
+            "%s %3.0f %%  %s %s/s, %d:%02d left",
+            self.what,
+            100 * done / self.total,
+            f"{rate:,.0f}",
+            self.unit,
+            left // 60,
+            left % 60,
+        )

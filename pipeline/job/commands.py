@@ -1,0 +1,54 @@
+"""The commands of the front door, `python -m pipeline <command>`: name -> the module that does it.
+
+Rules and certificates name a stage by its command, so a module may move without touching them.
+"""
+
+import ast
+from pathlib import Path
+
+# One job of the workflow each, in the order of the graph: `python -m pipeline <stage> --spec JSON`.
+STAGES = {
+    "tokenizer": "pipeline.text.tokenizer",
+    "corpus": "pipeline.text.corpus",
+    "training": "pipeline.weights.training",
+    "model": "pipeline.weights.model",
+    "activations": "pipeline.models.activations",
+    "sae": "pipeline.sae.sae",
+    "evaluation": "pipeline.latents.evaluation",
+    "features": "pipeline.latents.features",
+    "attribution": "pipeline.latents.attribution",
+    "circuits": "pipeline.circuits.circuits",
+    "metrics": "pipeline.claims.metrics",
+    "claims": "pipeline.claims.claims",
+    "figures_js": "pipeline.report.figures_js",
+    "figures": "pipeline.report.figures",
+    "feature_page": "pipeline.report.feature_page",
+    "report": "pipeline.report.report",
+    "index": "pipeline.report.index",
+    "strict": "pipeline.claims.strict",
+    "exports": "pipeline.sharing.exports",
+    "attribution_graph": "pipeline.sharing.attribution_graph",
+    "release": "pipeline.sharing.release",
+}
+# What people call.
+TOOLS = {
+    "scaffold": "pipeline.papers.scaffold",
+    "lint_paper": "pipeline.papers.lint",
+    "schema": "pipeline.spec.schema",
+    "progress": "pipeline.claims.progress",
+    "provenance": "pipeline.store.provenance",
+    "redraw": "pipeline.sharing.redraw",
+    "compare": "pipeline.sharing.compare",
+    "slide": "pipeline.sharing.slide",
+    "crate": "pipeline.sharing.crate",
+    "list": "pipeline.papers.listing",
+    "show": "pipeline.papers.listing",
+}
+MODULES = STAGES | TOOLS
+
+
+def sentence(module: str) -> str:
+    """The first line of a module's docstring, read without importing it."""
+    file = Path(__file__).parents[2].joinpath(*module.split(".")).with_suffix(".py")
+    doc = ast.get_docstring(ast.parse(file.read_text(encoding="utf-8"))) or ""
+    return doc.split("\n")[0].removesuffix(" [torch]")

@@ -1,0 +1,241 @@
+"""What each latent does to a logit difference, and how right the cheap estimate is.
+
+With x = b_dec + sum_i f_i d_i + error at the hook, at every token that the dictionary knows (see
+`splice.known`; the others keep x throughout):
+
+1. gradient x activation of latent i at position p: f_i(p) d_i . dm/dx(p), and of the error term
+   error(p) . dm/dx(p), with m = logit(answer) - logit(foil) at the last position (Marks et al.
+   2024, Sec. 3; Syed et al. 2023);
+2. integrated gradients: dm/dx averaged over `ig_steps` midpoints of the line from b_dec to x
+   (Sundararajan et al. 2017; Marks et al. 2024, Eq. 4);
+3. completeness: all latents and the error sum to m(x) - m(b_dec) if the estimate is right; the gap
+   is reported;
+4. truth: the `n_ablate` nodes of largest attribution are set to zero, one at a time, and the
+   correlation of estimate and effect is reported.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.errors import RetraceError
+from pipeline.job import cli
+from pipeline.latents.agreement import agreement
+from pipeline.latents.evaluation import load_saes
+from pipeline.models import loader, splice
+from pipeline.spec.paper import AttributionSpec, Prompt
+from pipeline.store import tables
+from pipeline.text import tokens
+
+ABLATIONS_A_PASS = 32
+
+
+@dataclass
+class Task:
+    """A prompt as tokens [1 pos], and the two tokens whose logits are compared."""
+
+    tokens: Tensor
+    answer: int
+    foil: int
+
+    def metric(self, logits: Tensor) -> Tensor:
+        """logit(answer) - logit(foil) at the last position; logits [batch pos d_vocab]."""
+        return logits[:, -1, self.answer] - logits[:, -1, self.foil]
+
+
+def task(prompt: Prompt, loaded: Any, device: torch.device) -> Task:
+    """Tokenise a prompt, BOS first.
+
+    Raises:
+        RetraceError: the answer or the foil is not a single token.
+    """
+    ids = tokens.encode(loaded.tokenizer, prompt.prompt)
+    answer, foil = (
+        _single(loaded.tokenizer, prompt.prompt, t) for t in (prompt.answer, prompt.foil)
+    )
+    front = [] if loaded.bos_id is None else [loaded.bos_id]
+    return Task(torch.tensor([[*front, *ids]], device=device), answer, foil)
+
+
+def _single(tokenizer: Any, prompt: str, word: str) -> int:
+    """The token that `word` is behind a prompt."""
+    ids = tokens.following(tokenizer, prompt, word)
+    if len(ids) == 1:
+        return ids[0]
+    if not ids:
+        raise RetraceError(
+            f"attribution.prompts: '{word}' melts into the last token of '{prompt}'; let the "
+            f"prompt end without a space and the word begin with one"
+        )
+    texts = " + ".join(repr(t) for t in tokens.Texts(tokenizer).context(ids))
+    raise RetraceError(
+        f"attribution.prompts: '{word}' is {len(ids)} tokens of this model behind '{prompt}', "
+        f"{texts}, not one; choose a shorter word, with its leading space where it begins a word"
+    )
+
+
+@dataclass
+class Site:
+    """A stream at one hook of a model, from the position on that a dictionary may know."""
+
+    hf: torch.nn.Module
+    hook: str
+    skip_first: int
+    max_norm: float = 0
+
+    def stream(self, tokens: Tensor) -> Tensor:
+        """x at the hook, [batch pos d_model]."""
+        with torch.no_grad():
+            return splice.stream(self.hf, self.hook, tokens)
+
+    def metric(self, what: Task, x: Tensor, whole: Tensor) -> Tensor:
+        """m with positions >= skip_first set to x [batch pos d_model]; `whole` gives the rest."""
+        head = whole[:, : self.skip_first].expand(len(x), -1, -1)
+        tokens = what.tokens.expand(len(x), -1)
+        return what.metric(
+            splice.resume(self.hf, self.hook, tokens, torch.cat([head, x], 1), last=1)
+        )
+
+
+def mean_gradient(
+    site: Site, what: Task, whole: Tensor, base: Tensor, alphas: list[float]
+) -> Tensor:
+    """dm/dx averaged over points base + alpha (x - base), [pos-skip d_model].
+
+    The points of the line are one batch: a row of the metric depends on its own point alone.
+    """
+    x = whole[:, site.skip_first :]
+    along = torch.tensor(alphas, device=x.device)[:, None, None]
+    points = (base + along * (x - base)).requires_grad_(True)
+    return torch.autograd.grad(site.metric(what, points, whole).sum(), points)[0].mean(0)
+
+
+def exact_effects(
+    site: Site, what: Task, whole: Tensor, directions: Tensor, positions: Tensor
+) -> Tensor:
+    """m(x) - m(x without a node), one node at a time.
+
+    Args:
+        directions: [nodes d_model], the node's contribution f_i(p) d_i.
+        positions: [nodes], p counted from skip_first.
+    """
+    x = whole[:, site.skip_first :]
+    out = []
+    with torch.no_grad():
+        before = site.metric(what, x, whole)
+        for some, at in zip(
+            directions.split(ABLATIONS_A_PASS), positions.split(ABLATIONS_A_PASS), strict=True
+        ):
+            ablated = x.repeat(len(some), 1, 1)
+            ablated[torch.arange(len(some)), at] -= some
+            out.append(before - site.metric(what, ablated, whole))
+    return torch.cat(out)
+
+
+def attribute(
+    site: Site, what: Task, sae: Any, n_ablate: int, ig_steps: int
+) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Attributions of all active latents of one prompt.
+
+    Returns:
+        a row of metrics; and the columns latent, position (in the prompt, BOS is 0), activation,
+        attribution, attribution_ig, exact (NaN where not ablated), largest attribution first.
+    """
+    whole = site.stream(what.tokens)
+    x = whole[:, site.skip_first :]
+    known = splice.known(whole, site.skip_first, site.max_norm)[0, site.skip_first :, None]
+    with torch.no_grad():
+        acts = sae.encode(x)[0] * known  # [pos-skip d_sae]
+        error = (x - sae.decode(acts[None]))[0] * known
+        base = torch.where(known, sae.b_dec, x)
+        logit_diff = float(site.metric(what, x, whole))
+        baseline = float(site.metric(what, base.clone(), whole))
+    midpoints = [(j + 0.5) / ig_steps for j in range(ig_steps)]
+    grads = {
+        "attribution": mean_gradient(site, what, whole, base, [1.0]),
+        "attribution_ig": mean_gradient(site, what, whole, base, midpoints),
+    }
+    position, latent = acts.nonzero(as_tuple=True)
+    active = acts[position, latent]
+    directions = active[:, None] * sae.W_dec[latent]  # [nodes d_model]
+    nodes = {k: (directions * g[position]).sum(-1) for k, g in grads.items()}
+    errors = {k: float((error * g).sum()) for k, g in grads.items()}
+    order = nodes["attribution"].abs().argsort(descending=True, stable=True)
+    top = order[:n_ablate]
+    exact = torch.full_like(active, torch.nan)
+    exact[top] = exact_effects(site, what, whole, directions[top], position[top])
+    columns = {"latent": latent, "position": position + site.skip_first, "activation": active}
+    columns |= nodes | {"exact": exact}
+    frame = {k: v[order].cpu().numpy() for k, v in columns.items()}
+    row = {"logit_diff": logit_diff, "baseline_logit_diff": baseline}
+    return row | _quality(row, frame, nodes, errors), frame
+
+
+def _quality(row: dict, frame: dict, nodes: dict, errors: dict) -> dict[str, float]:
+    """Completeness and agreement with exact ablation, for both estimates."""
+    change = row["logit_diff"] - row["baseline_logit_diff"]
+    done = np.isfinite(frame["exact"])
+    out = {}
+    for key, suffix in (("attribution", ""), ("attribution_ig", "_ig")):
+        latents = float(nodes[key].sum())
+        estimate, exact = frame[key][done], frame["exact"][done]
+        found = agreement(estimate, exact)
+        out |= {
+            f"sum_latents{suffix}": latents,
+            f"error_term{suffix}": errors[key],
+            f"completeness_gap{suffix}": (latents + errors[key] - change) / abs(change),
+            f"ablation_correlation{suffix}": found.pearson,
+            f"ablation_spearman{suffix}": found.spearman,
+            f"ablation_correlation_without_largest{suffix}": found.without_largest,
+            f"sign_agreement{suffix}": float(np.mean(np.sign(estimate) == np.sign(exact))),
+        }
+    return out
+
+
+def work(job: cli.Job) -> None:
+    import pandas as pd
+
+    args, device = job.args, job.device()
+    section = job.section("attribution", AttributionSpec)
+    manifest = tables.read_json(args.sae)
+    sae = load_saes(args.sae, device, [section.sae])[section.sae]
+    loaded = loader.load(args.model, device)
+    stored = tables.read_json(args.activations)
+    hook = manifest["hook"]
+    site = Site(loaded.hf, hook, stored["skip_first"], stored["hooks"][hook]["max_norm"])
+    rows, frames, texts = [], [], tokens.Texts(loaded.tokenizer)
+    for name, prompt in section.prompts.items():
+        what = task(prompt, loaded, device)
+        row, columns = attribute(site, what, sae, section.n_ablate, section.ig_steps)
+        card = {"prompt": name, "text": prompt.prompt, "answer": prompt.answer, "foil": prompt.foil}
+        rows.append(card | row)
+        text = texts.context(what.tokens[0].tolist())
+        frame = pd.DataFrame(columns).assign(token=lambda f, t=text: [t[p] for p in f["position"]])
+        frame.insert(0, "prompt", name)
+        frames.append(frame)
+        cli.log.info(
+            "%s: logit difference %.3f, gap %.2f, correlation with ablation %.2f",
+            name,
+            row["logit_diff"],
+            row["completeness_gap"],
+            row["ablation_correlation"],
+        )
+    made = job.certificate([args.model, args.sae])
+    tables.write_table(args.latents, pd.concat(frames, ignore_index=True), made)
+    tables.write_table(args.out, pd.DataFrame(rows), made)
+
+
+def main() -> None:
+    parser = cli.parser(
+        "attribution",
+        __doc__,
+        model="model.json",
+        activations="manifest.json of the activations",
+        sae="manifest.json of the SAE job",
+        out="one row a prompt",
+        latents="one row an active latent and position",
+    )
+    cli.run("attribution", parser.parse_args(), work)

@@ -1,0 +1,50 @@
+"""Formulas of how well a dictionary reconstructs, on numbers and NumPy arrays.
+
+The tests hold `evaluation`, which works in passes over shards, against them.
+"""
+
+import math
+
+import numpy as np
+
+
+def explained_variance(x: np.ndarray, x_hat: np.ndarray, mean: np.ndarray | None = None) -> float:
+    """1 - sum |x - x_hat|^2 / sum |x - mean|^2, in float64.
+
+    Args:
+        x: [rows, d] data.
+        x_hat: [rows, d] reconstruction.
+        mean: [d]; default: the mean of x over rows.
+    """
+    x, x_hat = np.asarray(x, np.float64), np.asarray(x_hat, np.float64)
+    mean = x.mean(0) if mean is None else mean
+    return float(1 - ((x - x_hat) ** 2).sum() / ((x - mean) ** 2).sum())
+
+
+def density_shares(density: np.ndarray) -> dict[str, float]:
+    """How many latents fire often, and how much of all firing is theirs (SAEBench, core).
+
+    Args:
+        density: [d_sae], share of rows on which each latent is non-zero.
+    """
+    out, total = {}, density.sum()
+    for percent in (1, 10):
+        often = density > percent / 100
+        out[f"freq_over_{percent}_percent"] = float(often.mean())
+        out[f"normalized_freq_over_{percent}_percent"] = (
+            float(density[often].sum() / total) if total else 0.0
+        )
+    return out
+
+
+def loss_recovered(loss_model: float, loss_spliced: float, loss_ablated: float) -> float:
+    """(L_ablated - L_spliced) / (L_ablated - L_model): 1 is lossless, 0 as bad as the ablation.
+
+    nan where the ablation does not raise the loss, as it may not in a model with random weights.
+    """
+    return share(loss_ablated - loss_spliced, loss_ablated - loss_model)
+
+
+def share(part: float, whole: float) -> float:
+    """part / whole; nan where the whole is not above zero: it is no share of nothing."""
+    return part / whole if whole > 0 else math.nan

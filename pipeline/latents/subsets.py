@@ -1,0 +1,199 @@
+"""Circuits of latents: mean ablation of all nodes but some, and edges between nodes. [torch]
+
+After Marks et al. 2024 (2403.19647, Sec. 3 and App. A.1), on the sites and units of latents.py.
+
+1. `Ablation` runs the model with every node outside a circuit set to its mean over prompts, at each
+   site in turn: the x that comes there is split into latents and error, nodes that are kept stay
+   as they came, and the rest becomes the mean. With m averaged over prompts,
+
+       faithfulness(C) = (m(C) - m(none)) / (m(all) - m(none))
+       completeness(C) = faithfulness(all but C)          (the paper's; small where C misses little)
+
+2. `edges` gives the effect of node u on m through node v alone,
+
+       (u' - u) . dv/du . dm/dv,
+
+   with dm/dv from the effects of v and dv/du on the base run past the other sites: their values
+   are constants. Into the logits, dm/du is taken in the same way.
+
+Prompts are of one template and length, so that a position means the same in all of them.
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import RetraceError
+from pipeline.latents.sites import ERROR, Latent, Sites, Units
+from pipeline.models import hooks, splice
+
+Circuit = frozenset[Latent]
+
+
+class Ablation:
+    """Circuits of a model, run on the base prompts of its sites.
+
+    Attributes:
+        mean: hook -> (mean f [pos units], mean e [pos d]) over both prompts of all pairs.
+    """
+
+    def __init__(self, sites: Sites, units: dict[str, Units]) -> None:
+        self.sites, self.units = sites, units
+        end = sites.task.pairs.end
+        if (end != end[0]).any():
+            raise RetraceError(
+                f"prompts: {int(end.min()) + 1} to {int(end.max()) + 1} tokens long; means by "
+                f"position need prompts of one length"
+            )
+        self.mean = {}
+        for hook, unit in units.items():
+            parts = unit.split(torch.cat([sites.base[hook], sites.source[hook]]))
+            self.mean[hook] = tuple(part.mean(0) for part in parts)
+
+    def kept(self, circuit: Circuit, complement: bool) -> dict[str, Tensor]:
+        """hook -> which nodes stay, bool [pos units+1]; the last is the error term."""
+        out = {}
+        for hook, (f, e) in self.mean.items():
+            mask = torch.zeros(f.shape[0], f.shape[1] + 1, dtype=torch.bool)
+            own = [n for n in circuit if n.hook == hook]
+            numbers = [f.shape[1] if n.number == ERROR else n.number for n in own]
+            mask[[n.position for n in own], numbers] = True
+            out[hook] = (mask ^ complement).to(e.device)
+        return out
+
+    def metric(
+        self,
+        circuits: list[Circuit],
+        complement: bool = False,
+        told: Callable[[int], None] = lambda _: None,
+    ) -> Tensor:
+        """m of each circuit (or of all but it) on each prompt, [circuits n]."""
+        task, out, done = self.sites.task, [], 0
+        for some in task.pieces(circuits, task.pairs.base.shape[1]):
+            kept = [self.kept(c, complement) for c in some]
+            out.append(self._run({h: torch.stack([k[h] for k in kept]) for h in self.units}))
+            done += len(some)
+            told(done)
+        return torch.cat(out)
+
+    def _run(self, kept: dict[str, Tensor]) -> Tensor:
+        """m [k n] of circuits kept [k pos units+1] a hook."""
+        task, first = self.sites.task, self.sites.hooks[0]
+        layer = int(first.split(".")[1])
+        (k, *_), n = next(iter(kept.values())).shape, len(task.rows)
+        with ExitStack() as stack:
+            for hook, unit in self.units.items():
+
+                def ablate(x: Tensor, unit=unit, keep=kept[hook], mean=self.mean[hook]) -> Tensor:
+                    f, e = unit.split(x)
+                    f, e = f.unflatten(0, (k, n)), e.unflatten(0, (k, n))
+                    f = torch.where(keep[:, None, :, :-1], f, mean[0]).flatten(0, 1)
+                    e = torch.where(keep[:, None, :, -1:], e, mean[1]).flatten(0, 1)
+                    return unit.join(f, e)
+
+                stack.enter_context(hooks.edited(task.hf, hook, ablate))
+            x = task.base.pre[layer].repeat(k, 1, 1)
+            end = splice.resume_stream(task.hf, f"blocks.{layer}.hook_resid_pre", x)
+        return task.metric(task.at_end(end.unflatten(0, (k, n))))
+
+
+class LatentEdge(NamedTuple):
+    """From a node to another, or to the logits (None)."""
+
+    source: Latent
+    target: Latent | None
+
+
+def edges(
+    sites: Sites, units: dict[str, Units], nodes: list[Latent], alphas: list[float],
+    told: Callable[[int], None] = lambda _: None,
+) -> tuple[list[LatentEdge], Tensor]:  # fmt: skip
+    """Edges among nodes and to the logits, and their effects averaged over prompts, [edges].
+
+    Args:
+        units: at the hooks that count as sites.
+        nodes: each at one position.
+        alphas: points of dm/dv, as for `latents.effects`.
+        told: called with the number of targets done so far.
+    """
+    names = [h for h in sites.hooks if h in units]
+    before, after, end = _cut_at(sites, names)
+    changes = {h: _changes(sites, units[h], h) for h in {n.hook for n in nodes}}
+    found: list[LatentEdge] = []
+    weights: list[Tensor] = []
+
+    def join(target: Latent | None, output: Tensor, cotangent: Tensor | None) -> None:
+        last = len(names) if target is None else names.index(target.hook)
+        above = [h for h in names[:last] if h in changes]
+        if not above:
+            return
+        inputs = [after[h] for h in above]
+        grads = torch.autograd.grad(output, inputs, cotangent, retain_graph=True, allow_unused=True)
+        by_hook = dict(zip(above, grads, strict=True))
+        for node in nodes:
+            if (gradient := by_hook.get(node.hook)) is not None:
+                found.append(LatentEdge(node, target))
+                weights.append(_dot(node, units[node.hook], changes[node.hook], gradient))
+
+    with torch.enable_grad():
+        task = sites.task
+        join(None, task.metric(task.at_end(end)).sum(), None)
+        for done, node in enumerate(nodes, 1):
+            x = before[node.hook]
+            join(node, x, _cotangent(sites, units[node.hook], node, alphas))
+            told(done)
+    n = len(sites.task.rows)
+    total = torch.stack(weights) / n if weights else sites.task.before[:0]
+    return found, total
+
+
+def _cut_at(sites: Sites, names: list[str]) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
+    """x as it comes to each hook, the leaf that goes on from there, and the last stream.
+
+    Gradients from one hook's x to another's leaf so pass no third.
+    """
+    task, layer = sites.task, int(names[0].split(".")[1])
+    before: dict[str, Tensor] = {}
+    after: dict[str, Tensor] = {}
+    with torch.enable_grad(), ExitStack() as stack:
+        for hook in names:
+
+            def cut(x: Tensor, hook=hook) -> Tensor:
+                before[hook], after[hook] = x, x.detach().requires_grad_(True)
+                return after[hook]
+
+            stack.enter_context(hooks.edited(task.hf, hook, cut))
+        x = task.base.pre[layer].detach().requires_grad_(True)
+        end = splice.resume_stream(task.hf, f"blocks.{layer}.hook_resid_pre", x)
+    return before, after, end
+
+
+def _changes(sites: Sites, units: Units, hook: str) -> tuple[Tensor, Tensor]:
+    """f' - f [n pos units] and e' - e [n pos d]."""
+    (f, e), (f_source, e_source) = (units.split(x[hook]) for x in (sites.base, sites.source))
+    return f_source - f, e_source - e
+
+
+def _dot(node: Latent, units: Units, change: tuple[Tensor, Tensor], gradient: Tensor) -> Tensor:
+    """Change of a node times a gradient dy/dx [n pos d], summed over prompts."""
+    at = gradient[:, node.position]
+    if node.number == ERROR:
+        return (change[1][:, node.position] * at).sum()
+    slope = at @ units.direction(node.number).to(at)
+    return (change[0][:, node.position, node.number] * slope).sum()
+
+
+def _cotangent(sites: Sites, units: Units, node: Latent, alphas: list[float]) -> Tensor:
+    """dm/dv . dv/dx of a node v at its own site, [n pos d]; a TopK's choice is kept."""
+    gradient = sites.gradient(node.hook, alphas)[:, node.position]
+    x = sites.base[node.hook].detach().requires_grad_(True)
+    f, e = units.split(x)
+    if node.number == ERROR:
+        v = (e[:, node.position] * gradient).sum()
+    else:
+        slope = gradient @ units.direction(node.number).to(gradient)
+        v = (f[:, node.position, node.number] * slope).sum()
+    return torch.autograd.grad(v, x)[0]

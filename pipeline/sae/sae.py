@@ -1,0 +1,253 @@
+"""Train all dictionaries that share a stream of activations, in one job; SAELens folders out.
+
+1. Every dictionary is a TrainingSAE of SAELens's: its configuration, initial weights, loss and file
+   format. `SAE.load_from_disk` reads what we write and reconstructs what ours does.
+2. One stream of batches serves all (sae_stream.py); an epoch is one pass through the data.
+3. A step computes SAELens's loss and gradients, without the dense products where few latents are
+   active (sae_steps.py and its siblings); sae_train.py is the loop.
+4. The scale of the rows is folded into the weights, so that a saved dictionary takes activations as
+   they are.
+5. Dictionaries with an output_hook are transcoders (sae_transcoder.py); a job's share both hooks.
+6. Until all is done, everything lies in `<saes>.partial/`, checkpoints among it
+   (resume.py).
+
+`history.parquet` has about a hundred rows a dictionary, each the batch of one step: mse in the unit
+of the activations, loss as it was minimised, on scaled rows, with all its terms.
+"""
+
+import json
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import RetraceError
+from pipeline.job import cli
+from pipeline.models import hooks
+from pipeline.sae import steps
+from pipeline.sae.stream import Stream, geometric_median
+from pipeline.sae.train import HISTORY, Dictionary, build, train
+from pipeline.sae.transcoder import inference_config
+from pipeline.spec.paper import Hook, Section
+from pipeline.spec.sae import SaeSpec, SaeTraining
+from pipeline.store import provenance, tables
+from pipeline.store.checkpoints import Checkpoints, write_tensors
+from pipeline.store.shards import Rows
+
+MEDIAN_ROWS = 32_768  # of the sample for b_dec, as in Gao et al.'s released training code
+
+
+class SaeJob(Section):
+    """What --spec carries under `sae`."""
+
+    hook: Hook
+    output_hook: Hook | None = None
+    training: SaeTraining
+    dictionaries: dict[str, SaeSpec]
+
+    @property
+    def n_steps(self) -> int:
+        return self.training.n_rows // self.training.batch_size
+
+
+def check(job: SaeJob, rows: Rows) -> None:
+    """Raise where the data cannot train the dictionaries."""
+    for name, spec in job.dictionaries.items():
+        if spec.d_sae > rows.n_rows:
+            raise RetraceError(
+                f"sae.{name}: {spec.d_sae} latents are wider than the {rows.n_rows} training rows "
+                f"of {rows.manifest} can train; raise corpus.n_tokens or lower d_sae"
+            )
+        if spec.resample_steps and spec.resample_steps[-1] >= job.n_steps:
+            raise RetraceError(
+                f"sae.{name}: resample_steps: {spec.resample_steps[-1]}, but the training ends at "
+                f"step {job.n_steps}; lower it, or raise sae.training.n_rows"
+            )
+
+
+def metadata(activations: dict, hook: str, output_hook: str | None = None) -> dict[str, Any]:
+    """What SAELens records about the stream a dictionary was trained on.
+
+    Its readers unpack `seqpos_slice` into a slice: [1] would be position 0 alone. They take hooks
+    by `hook_name`, and SAETransformerBridge those of `hook_name_bridge` (`hooks.bridge_name`).
+    """
+    named = {"hook_name": hook} | ({"hook_name_out": output_hook} if output_hook else {})
+    return {
+        "model_name": Path(activations["model"]).parent.name,
+        **named,
+        **{f"{key}_bridge": hooks.bridge_name(name) for key, name in named.items()},
+        "context_size": activations["n_ctx"],
+        "prepend_bos": activations["prepend_bos"],
+        "seqpos_slice": [activations["skip_first"], None],
+        "dataset_path": Path(activations["corpus"]).parent.name,
+    }
+
+
+def save(
+    dictionary: Dictionary,
+    folder: Path,
+    scale: float,
+    certificate: dict,
+    *,
+    target_scale: float | None = None,
+) -> None:
+    """Write a trained dictionary as a SAELens folder. Its weights are changed in place.
+
+    Args:
+        target_scale: of the rows that a transcoder reconstructs.
+    """
+    sae = dictionary.sae.to("cpu")
+    if target_scale is None:
+        sae.fold_activation_norm_scaling_factor(scale)
+    else:
+        sae.fold_scales(scale, target_scale)
+    state = sae.state_dict()
+    sae.process_state_dict_for_saving_inference(state)
+    weights = folder / "sae_weights.safetensors"
+    write_tensors(weights, {name: t.contiguous() for name, t in state.items()})
+    tables.stamp_safetensors(weights, certificate)
+    config = sae.cfg.get_inference_sae_cfg_dict()  # its order comes from a set: sort it
+    if target_scale is not None:
+        config = inference_config(config, sae.W_dec.shape[1])
+    tables.write_json(folder / "cfg.json", json.loads(provenance.canonical(config)), certificate)
+
+
+def history(dictionaries: list[Dictionary]) -> Any:
+    """The dictionaries' histories as one DataFrame."""
+    import pandas as pd
+
+    frames = [pd.DataFrame(d.history, columns=HISTORY).assign(sae=d.name) for d in dictionaries]
+    frame = pd.concat(frames, ignore_index=True)[["sae", *HISTORY]]
+    return frame.astype({"step": "int64", "rows": "int64"})
+
+
+def summary(dictionary: Dictionary, spec: SaeSpec) -> dict[str, Any]:
+    """The manifest's entry of a trained dictionary."""
+    dead = dictionary.dead.cpu()
+    return {
+        "folder": f"saes/{dictionary.name}",
+        "dead_share": dead.double().mean().item(),
+        "dead": dead.nonzero()[:, 0].tolist(),
+        "steps": dictionary.n_steps,
+        "rows": dictionary.n_steps * dictionary.training.batch_size,
+        "spec": spec.model_dump(mode="json", exclude={"grid", "arms"}),
+    }
+
+
+def prepare(job: SaeJob, stream: Stream, about: dict) -> list[Dictionary]:
+    """Every dictionary of a job, with its initial weights, on the stream's device."""
+    b_dec = geometric_median(stream.sample(MEDIAN_ROWS)[:, -stream.d_out :])
+    out = []
+    for name, spec in job.dictionaries.items():
+        sae = build(
+            spec,
+            stream.d_in,
+            d_out=stream.d_out,
+            normalize=job.training.normalize,
+            metadata=metadata(about, job.hook, job.output_hook),
+        ).to(stream.device)
+        sae.b_dec.data.copy_(b_dec)
+        step = steps.reference if job.output_hook else None
+        out.append(Dictionary(name, sae, job.training, job.n_steps, step, spec))
+    return out
+
+
+def work(job: cli.Job) -> None:
+    """Train, or take up an interrupted training, and write the store's item."""
+    args, section = job.args, job.section("sae", SaeJob)
+    device, training = job.device(), section.training
+    rows = Rows(args.activations, section.hook, "train")
+    check(section, rows)
+    stream = Stream(
+        rows,
+        batch_size=training.batch_size,
+        buffer_rows=training.buffer_rows,
+        seed=training.seed,
+        normalize=training.normalize != "none",
+        device=device,
+        target=Rows(args.activations, section.output_hook) if section.output_hook else None,
+    )
+    dictionaries = prepare(section, stream, tables.read_json(args.activations))
+    partial = Path(f"{args.saes}.partial")
+    given = [section.model_dump(mode="json"), provenance.sha256_file(args.activations)]
+    made_by = [job.code, job.hardware, provenance.versions()]
+    checkpoints = Checkpoints(partial, provenance.digest([given, made_by]))
+    first = checkpoints.load(dictionaries)
+    cli.log.info(
+        "%d dictionaries, %d steps of %d rows, %.2f epochs of %d rows at %s",
+        len(dictionaries),
+        section.n_steps,
+        training.batch_size,
+        section.n_steps * training.batch_size / rows.n_rows,
+        rows.n_rows,
+        section.hook,
+    )
+    done = first * training.batch_size
+    progress = cli.Progress("sae", section.n_steps * training.batch_size, "rows", done)
+    train(
+        dictionaries,
+        stream,
+        section.n_steps,
+        first=first,
+        seconds=training.checkpoint_seconds,
+        save=lambda step: checkpoints.save(step, dictionaries),
+        progress=progress.at,
+    )
+    write(job, section, dictionaries, stream, partial)
+
+
+def write(
+    job: cli.Job, section: SaeJob, dictionaries: list[Dictionary], stream: Stream, partial: Path
+) -> None:
+    """Write the outputs in `<saes>.partial/`, move them into place, the manifest last."""
+    args, out = job.args, Path(job.args.out)
+    made = job.certificate([args.activations], seed=section.training.seed)
+    folders, saes = partial / "saes", Path(args.saes)
+    shutil.rmtree(folders, ignore_errors=True)
+    entries = {d.name: summary(d, section.dictionaries[d.name]) for d in dictionaries}
+    for dictionary in dictionaries:
+        save(
+            dictionary,
+            folders / dictionary.name,
+            stream.scale,
+            made,
+            target_scale=stream.target_scale if section.output_hook else None,
+        )
+    shutil.rmtree(saes, ignore_errors=True)
+    folders.rename(saes)
+    tables.write_table(args.history, history(dictionaries), made)
+    files = [*sorted(p for p in saes.rglob("*") if p.is_file()), Path(args.history)]
+    manifest = {
+        "hook": section.hook,
+        "output_hook": section.output_hook,
+        "d_in": stream.d_in,
+        "d_out": stream.d_out,
+        "saes": entries,
+        "scale": stream.scale,
+        "target_scale": stream.target_scale,
+        "activations": provenance.name_of(args.activations),
+        "files": {os.path.relpath(p, out.parent): provenance.sha256_file(p) for p in files},
+    }
+    tables.write_json(out, manifest, made)
+    shutil.rmtree(partial, ignore_errors=True)
+    for dictionary in dictionaries:
+        last = dict(zip(HISTORY, dictionary.history[-1], strict=True))
+        cli.log.info(
+            "%s: explained variance %.3f, L0 %.1f, dead share %.3f",
+            dictionary.name,
+            last["explained_variance"],
+            last["l0"],
+            last["dead_share"],
+        )
+
+
+def main() -> None:
+    parser = cli.parser(
+        "sae",
+        __doc__,
+        activations="manifest.json of the activations",
+        out="manifest.json",
+        saes="folder of SAELens folders",
+        history="history.parquet",
+    )
+    cli.run("sae", parser.parse_args(), work)

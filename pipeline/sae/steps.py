@@ -1,0 +1,237 @@
+"""Loss and gradients of one batch: by SAELens's own object, and the same numbers faster.
+
+`reference` calls SAELens's `training_forward_pass` and autograd: it serves every architecture, and
+it is what the tests hold the fast steps against. `topk` and `standard` write the gradients by hand;
+sae_steps_batch.py, sae_steps_gates.py and sae_steps_pursuit.py do so for the others.
+With B rows x, x_c = x - b_dec, p = x_c W_enc + b_enc, activations a = relu(p), all but the active
+ones zero, and r = a W_dec + b_dec - x:
+
+1. MSE is sum(r^2) / B: summed over d_in, averaged over rows, as SAELens has it. With d = 2 r / B,
+   dW_dec = a' d, and the pull on an active latent is g = d W_dec'.
+2. dW_enc = x_c' g and db_enc = sum of g over rows. db_dec = sum of d over rows - W_enc db_enc: g is
+   summed over rows before it meets W_enc (Gao et al. 2024, as in their released code).
+3. Every product with a or g touches active latents only (sae_sparse.py). x_c W_enc is the one dense
+   product.
+4. TopK keeps the k largest of p n, n the norms of W_dec's rows, and decodes (a n) / n (SAELens,
+   rescale_acts_by_decoder_norm): n takes part in the choice alone, its gradient is zero.
+5. AuxK (Gao et al. 2024, App. A.2): the dead latents, at most k_aux a row and without a relu,
+   reconstruct -r, which has no gradient of its own. SAELens's form is kept: k_aux is d_in / 2 where
+   the paper has 512, the coefficient falls with the number of dead latents once they are fewer than
+   k_aux, and the squared error is not divided by the residual's variance as the paper's is.
+6. L1 adds l1 sum(a n) / B: l1 n / B to the pull on active latents, and l1 sum(a) / B along the
+   decoder's direction to dW_dec.
+
+A step leaves gradients in the parameters' `.grad`, and changes nothing else.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.sae.sparse import Dense, Scratch, Sparse, largest, product
+
+# Above this share of active latents a dense product is the faster one (measured on 2 cores,
+# d_in 576, d_sae 4608, see tests/benchmarks/sae_cpu.py).
+DENSE_SHARE = 0.07
+SAMPLE_ROWS = 256  # by which that share is judged
+
+
+@dataclass(frozen=True)
+class Outcome:
+    """What one batch did; nothing here has a gradient."""
+
+    loss: Tensor  # [], what was differentiated
+    mse: Tensor  # [], mean over rows of ||x - x_hat||^2
+    l0: Tensor  # [], mean number of active latents a row
+    fired: Tensor  # bool [d_sae], active on any row
+
+
+class Gradients:
+    """Gradients of the MSE, to which a step adds its own terms before `store`.
+
+    Args:
+        support: a Sparse or Dense.
+        acts: values on the support.
+        x: [batch d_in].
+        offset: what else pulls on active latents, [d_sae].
+
+    W_enc stands transposed, [d_sae d_in], until `store`; W_dec is None where it is frozen.
+    """
+
+    def __init__(
+        self, sae: Any, support: Any, acts: Tensor, x: Tensor, *, offset: Tensor | None = None
+    ) -> None:
+        W_dec = sae.W_dec.detach()
+        self.sae, self.xc = sae, x - sae.b_dec
+        decoded, pull = support.decode(acts, W_dec)
+        self.r = decoded.sub_(self.xc)  # x_hat - x, [batch d_in]
+        self.mse = self.r.pow(2).sum() / len(x)
+        d = self.r * (2 / len(x))
+        g = pull(d, offset)
+        # The gradient of relu, in place; a boolean mask takes eight times as long.
+        torch.ops.aten.threshold_backward.grad_input(g, acts, 0, grad_input=g)
+        self.W_dec = support.gather(acts, d) if sae.W_dec.requires_grad else None
+        self.W_enc = support.gather(g, self.xc)
+        self.b_enc = support.total(g)
+        self.b_dec = d.sum(0)
+
+    def add_latents(self, at: Tensor, acts: Tensor, g: Tensor, d: Tensor, scratch: Scratch) -> None:
+        """Add a dense term over the latents `at`.
+
+        Args:
+            acts, g: [batch len(at)], activations and the pull on them.
+            d: [batch d_in], gradient of their reconstruction.
+        """
+        cast = scratch.cast
+        if self.W_dec is not None:
+            self.W_dec[at] += product(cast(acts).T, cast(d))
+        self.W_enc[at] += product(cast(g).T, cast(self.xc))
+        self.b_enc[at] += g.sum(0)
+
+    def store(self) -> None:
+        """Set `.grad` of the parameters."""
+        sae = self.sae
+        sae.b_dec.grad = self.b_dec - sae.W_enc @ self.b_enc
+        sae.W_enc.grad = laid_out(self.W_enc, sae.W_enc)
+        sae.b_enc.grad = self.b_enc
+        sae.W_dec.grad = self.W_dec
+
+
+def laid_out(gradient: Tensor, W_enc: Tensor) -> Tensor:
+    """The gradient [d_sae d_in] as that of W_enc [d_in d_sae], each value where W_enc has its."""
+    turned = gradient.T
+    return turned if turned.stride() == W_enc.stride() else turned.contiguous()
+
+
+def reference(
+    sae: Any, x: Tensor, *, dead: Tensor | None, coefficients: dict, step: int, scratch: Scratch
+) -> Outcome:
+    """One batch by SAELens's `training_forward_pass`.
+
+    Args:
+        sae: a SAELens TrainingSAE.
+        x: [batch d_in]; for a transcoder (sae_transcoder.py) [batch d_in + d_out].
+        dead: bool [d_sae], latents that AuxK may use; None where there are none.
+        coefficients: SAELens's names -> values at this step.
+        step: number of steps done before.
+        scratch: memory that the fast steps share.
+    """
+    from sae_lens.saes.sae import TrainStepInput
+
+    out = sae.training_forward_pass(
+        TrainStepInput(
+            sae_in=x,
+            coefficients=coefficients,
+            dead_neuron_mask=x.new_zeros(sae.cfg.d_sae, dtype=torch.bool) if dead is None else dead,
+            n_training_steps=step,
+            is_logging_step=False,
+        )
+    )
+    out.loss.backward()
+    with torch.no_grad():
+        active = out.feature_acts.bool()
+        mse = (out.sae_out - x[:, -out.sae_out.shape[1] :]).pow(2).sum(-1).mean()
+        return Outcome(out.loss.detach(), mse, active.sum(-1).float().mean(), active.any(0))
+
+
+@torch.no_grad()
+def topk(
+    sae: Any,
+    x: Tensor,
+    *,
+    dead: Tensor | None,
+    coefficients: dict,
+    step: int,
+    scratch: Scratch,
+    room: int | None = None,
+) -> Outcome:
+    """One batch of a TopKTrainingSAE; arguments as `reference`, and `room` as `auxk`."""
+    shape, k = (len(x), sae.cfg.d_sae), sae.cfg.k
+    rescale = sae.cfg.rescale_acts_by_decoder_norm
+    norm = sae.W_dec.norm(dim=1) if rescale else torch.ones_like(sae.b_enc)
+    scores = scratch.encode(x - sae.b_dec, sae.W_enc, sae.b_enc, norm)
+    values, latents = largest(scores, k)
+    at = latents.flatten()
+    acts = values.flatten().relu() / norm[at]
+    rows = torch.arange(len(at), device=x.device) // k
+    support = Sparse(at, rows, shape, scratch.half, most=k)
+    grads = Gradients(sae, support, acts, x)
+    loss = grads.mse
+    if sae.cfg.aux_loss_coefficient:
+        loss = loss + auxk(grads, scores, norm, dead, scratch, room)
+    grads.store()
+    fired = support.fired(acts)
+    return Outcome(loss, grads.mse, support.l0_(acts), fired)
+
+
+def auxk(
+    grads: Gradients,
+    scores: Tensor,
+    norm: Tensor,
+    dead: Tensor | None,
+    scratch: Scratch,
+    room: int | None = None,
+) -> Tensor | float:
+    """AuxK's loss; its gradients are added to `grads`. Dense, over the dead latents alone.
+
+    Args:
+        scores: [batch d_sae], pre-activations times norms.
+        norm: [d_sae].
+        dead: bool [d_sae], or None.
+        room: so many latents, the dead ones among them, take part, the others with a value of
+            zero; then no shape depends on `dead`, and a GPU is not waited for.
+    """
+    if dead is None:
+        return 0.0
+    at = dead.nonzero()[:, 0] if room is None else dead.byte().topk(room).indices.sort().values
+    if len(at) == 0:
+        return 0.0
+    sae, cast, k_aux = grads.sae, scratch.cast, grads.r.shape[1] // 2
+    on = None if room is None else dead[at]
+    n_dead = scores.new_tensor(len(at), dtype=norm.dtype) if on is None else on.sum().to(norm.dtype)
+    coefficient = sae.cfg.aux_loss_coefficient * (n_dead / k_aux).clamp(max=1.0) / len(scores)
+    acts, kept = scores[:, at].to(norm.dtype), on
+    if len(at) > k_aux:
+        among = acts if on is None else acts.masked_fill(~on, -torch.inf)
+        kept = torch.zeros_like(acts).scatter_(1, largest(among, k_aux)[1], 1.0)
+        kept = kept if on is None else kept.mul_(on)
+    if kept is not None:
+        acts *= kept
+    acts /= norm[at]
+    W_dec = cast(sae.W_dec[at])
+    error = grads.r + product(cast(acts), W_dec)  # reconstruction of -r, minus -r
+    d = error * (2 * coefficient)
+    g = product(cast(d), W_dec.T)
+    grads.add_latents(at, acts, g if kept is None else g.mul_(kept), d, scratch)
+    return error.pow(2).sum() * coefficient
+
+
+@torch.no_grad()
+def standard(
+    sae: Any, x: Tensor, *, dead: Tensor | None, coefficients: dict, step: int, scratch: Scratch
+) -> Outcome:
+    """One batch of a StandardTrainingSAE (L1); arguments as `reference`."""
+    shape, l1 = (len(x), sae.cfg.d_sae), coefficients["l1"] / len(x)
+    norm = sae.W_dec.norm(dim=1)
+    pre = scratch.encode(x - sae.b_dec, sae.W_enc, sae.b_enc).relu_()
+    some = pre[:SAMPLE_ROWS]  # counting them all takes half as long as the encoder's product
+    if some.count_nonzero() > DENSE_SHARE * some.numel():
+        support, acts = Dense(scratch), pre
+    else:
+        flat = pre.view(-1).nonzero()[:, 0]
+        support = Sparse(flat % shape[1], flat // shape[1], shape, scratch.half)
+        acts = pre.view(-1)[flat].to(x.dtype)
+    grads = Gradients(sae, support, acts, x, offset=norm * l1)
+    sums = support.total(acts)
+    if grads.W_dec is not None:
+        grads.W_dec.addcmul_(sae.W_dec, (sums * l1 / norm)[:, None])
+    grads.store()
+    loss, fired = grads.mse + (sums * norm).sum() * l1, support.fired(acts)
+    return Outcome(loss, grads.mse, support.l0_(acts), fired)
+
+
+FAST: dict[str, Callable[..., Outcome]] = {"topk": topk, "standard": standard}
+STATIC = {topk}  # given the room of the dead, the same kernels whatever the batch

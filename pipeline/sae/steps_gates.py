@@ -1,0 +1,115 @@
+"""The fast steps of Gated and JumpReLU: SAELens's loss and gradients, sparse where few are active.
+
+With B rows, x_c = x - b_dec, p = x_c W_enc and the pull g = d W_dec' on active latents as in
+sae_steps.py:
+
+1. Gated (Rajamanoharan et al. 2024, 2404.16014, Sec. 3.2). The gate is q = relu(p + b_gate); where
+   it is open, the magnitude is m = relu(p exp(r_mag) + b_mag). The loss is the squared error of m,
+   the squared error of q in its place, and l1 sum(q n) / B, n the decoder's norms. Everything lives
+   on the gate's support. SAELens lets the second error train the decoder, where the paper freezes
+   it there.
+2. JumpReLU (Rajamanoharan et al. 2024, 2407.14435, Sec. 3 and 4): a = p' 1[p' > theta] with
+   p' = p + b_enc, and the loss adds l0 (mean number active). Thresholds get the paper's
+   pseudo-derivatives: entries with |p' - theta| < bandwidth / 2 pull by
+   -(theta g + l0 / B) / bandwidth, and with `jumprelu_ste_to_input` (Anthropic's) p' by the
+   negative of that. The support is what is active or in that band.
+
+A step falls back on dense products above sae_steps.DENSE_SHARE, by the same code: `Dense` has the
+methods of `Sparse`.
+"""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from pipeline.sae.sparse import Dense, Scratch, Sparse
+from pipeline.sae.steps import DENSE_SHARE, SAMPLE_ROWS, Outcome, laid_out
+
+
+def _support(on: Tensor, scratch: Scratch, dtype: torch.dtype) -> tuple[Any, Any]:
+    """A Sparse of where a matrix is on, or a Dense, and a function that takes values for it.
+
+    Args:
+        on: bool [batch d_sae].
+        dtype: of the values on a Sparse.
+
+    Returns:
+        the support; [batch d_sae] -> values on it, for Dense all of them.
+    """
+    some = on[:SAMPLE_ROWS]
+    if some.count_nonzero() > DENSE_SHARE * some.numel():
+        return Dense(scratch), lambda full: full
+    flat = on.view(-1).nonzero()[:, 0]
+    rows = torch.div(flat, on.shape[1], rounding_mode="floor")
+    support = Sparse(flat - rows * on.shape[1], rows, tuple(on.shape), scratch.half)
+    return support, lambda full: full.view(-1)[flat].to(dtype)
+
+
+@torch.no_grad()
+def gated(
+    sae: Any, x: Tensor, *, dead: Tensor | None, coefficients: dict, step: int, scratch: Scratch
+) -> Outcome:
+    """One batch of a GatedTrainingSAE; arguments as `sae_steps.reference`."""
+    W_dec, xc, l1 = sae.W_dec.detach(), x - sae.b_dec, coefficients["l1"] / len(x)
+    norm, gain = W_dec.norm(dim=1), sae.r_mag.exp()
+    p = scratch.encode(xc, sae.W_enc)
+    support, pick = _support(p > -sae.b_gate, scratch, x.dtype)
+    p = pick(p)
+    q = (p + support.spread(sae.b_gate)).relu()
+    open_ = q > 0
+    m = (p * support.spread(gain) + support.spread(sae.b_mag)).relu() * open_
+    r, d, g = [], [], []
+    for acts, offset in ((m, None), (q, norm * l1)):
+        decoded, pull = support.decode(acts, W_dec)
+        r.append(decoded - xc)
+        d.append(r[-1] * (2 / len(x)))
+        g.append(pull(d[-1], offset) * (acts > 0))
+    both = g[1] + g[0] * support.spread(gain)
+    sums = support.total(q)
+    if sae.W_dec.requires_grad:
+        made = support.gather(m, d[0]) + support.gather(q, d[1])
+        sae.W_dec.grad = made.addcmul_(W_dec, (sums * l1 / norm)[:, None])
+    sae.W_enc.grad = laid_out(support.gather(both, xc), sae.W_enc)
+    sae.r_mag.grad = support.total(g[0] * p) * gain
+    sae.b_mag.grad, sae.b_gate.grad = support.total(g[0]), support.total(g[1])
+    sae.b_dec.grad = (d[0] + d[1]).sum(0) - sae.W_enc @ support.total(both)
+    mse, aux = (e.pow(2).sum() / len(x) for e in r)
+    fired = support.fired(m)
+    return Outcome(mse + aux + (sums * norm).sum() * l1, mse, support.l0_(m), fired)
+
+
+@torch.no_grad()
+def jumprelu(
+    sae: Any, x: Tensor, *, dead: Tensor | None, coefficients: dict, step: int, scratch: Scratch
+) -> Outcome:
+    """One batch of a JumpReLUTrainingSAE with the L0 loss; arguments as `sae_steps.reference`."""
+    W_dec, xc, l0 = sae.W_dec.detach(), x - sae.b_dec, coefficients["l0"] / len(x)
+    theta = sae.threshold.data.clamp_(min=0).to(x.dtype)  # projected as SAELens does it
+    width = sae.bandwidth
+    p = scratch.encode(xc, sae.W_enc, sae.b_enc)
+    support, pick = _support(p > theta - width / 2, scratch, x.dtype)
+    p = pick(p)
+    above = p - support.spread(theta)
+    acts = p * (above > 0)
+    near = (above > -width / 2) & (above < width / 2)
+    decoded, pull = support.decode(acts, W_dec)
+    r = decoded - xc
+    d = r * (2 / len(x))
+    g = pull(d, None)
+    pseudo = (g * support.spread(theta) + l0) * near / width
+    sae.threshold.grad = -support.total(pseudo).to(sae.threshold.dtype)
+    g = g * (above > 0)
+    if sae.cfg.jumprelu_ste_to_input:
+        g += pseudo
+    if sae.W_dec.requires_grad:
+        sae.W_dec.grad = support.gather(acts, d)
+    sae.W_enc.grad = laid_out(support.gather(g, xc), sae.W_enc)
+    sae.b_enc.grad = support.total(g)
+    sae.b_dec.grad = d.sum(0) - sae.W_enc @ sae.b_enc.grad
+    mse, fired = r.pow(2).sum() / len(x), support.fired(acts)
+    active = support.l0_(acts)
+    return Outcome(mse + coefficients["l0"] * active, mse, active, fired)
+
+
+FAST = {"gated": gated, "jumprelu": jumprelu}

@@ -1,0 +1,215 @@
+"""The rows that every dictionary of a job is shown, in an order that is a function of the seed.
+
+1. An epoch permutes contiguous chunks of rows, and mixes the rows of CHUNKS chunks at a time in
+   memory. Both permutations are drawn from (seed, epoch) and (seed, epoch, buffer), so that the
+   batch of step s is the same whether the job got there in one go or was killed and resumed.
+2. Epochs follow each other without a gap: batch s is rows s B to (s + 1) B of that endless stream.
+3. Transcoders see the rows of two hooks side by side, both in that order, each with its own scale.
+4. Rows are scaled to a mean norm of sqrt(d_in) (Conerly et al. 2024, "April update"), so that one
+   learning rate and one L1 coefficient fit all layers and models.
+
+The store is read in chunks, never row by row. The chunks of a buffer are read in the order of the
+store, so that a shard is opened once a buffer. While one buffer is used a thread reads the next, so
+two are in memory. With a GPU a few threads read further ahead, into pinned memory, and copy it.
+"""
+
+import math
+import os
+from collections import deque
+from collections.abc import Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.errors import RetraceError
+from pipeline.store import tables
+from pipeline.store.shards import Pairs, Rows
+
+CHUNKS = 64  # chunks mixed at a time; by default a chunk is a thousand rows, about a megabyte
+READERS = {"cuda": 4}  # threads, each a buffer ahead; on a CPU one
+CONSTANT = 1e-10  # rounding leaves constant float32 rows a variance of 1e-14 of their mean square
+
+
+class Stream:
+    """Batches of training rows.
+
+    Args:
+        rows: the stored rows of split train.
+        batch_size: rows a batch.
+        buffer_rows: rows mixed in memory at a time.
+        seed: of the order.
+        normalize: scale rows to a mean norm of sqrt(d_in).
+        device: where batches lie.
+        target: for transcoders, the rows to reconstruct; they stand to the right of `rows`.
+    """
+
+    def __init__(
+        self,
+        rows: Rows,
+        *,
+        batch_size: int,
+        buffer_rows: int,
+        seed: int,
+        normalize: bool,
+        device: torch.device | str = "cpu",
+        target: Rows | None = None,
+    ) -> None:
+        self.rows = Pairs(rows, target) if target else rows
+        self.batch_size, self.seed, self.device = batch_size, seed, torch.device(device)
+        if rows.n_rows == 0:
+            raise RetraceError(f"{rows.manifest}: holds no training row; raise corpus.n_tokens")
+        self.chunk_rows = max(1, min(buffer_rows, rows.n_rows) // CHUNKS)
+        self.d_in, self.d_out = rows.d_model, (target or rows).d_model
+        self.scale = math.sqrt(self.d_in) / mean_norm(rows) if normalize else 1.0
+        self.target_scale = self.scale
+        if target and normalize:
+            self.target_scale = math.sqrt(self.d_out) / mean_norm(target)
+
+    def _scaled(self, raw: Tensor) -> Tensor:
+        """Stored rows in float32, each part times its scale; `raw` may be overwritten."""
+        x = raw.float()
+        if self.target_scale == self.scale:
+            return x.mul_(self.scale)
+        x[:, : self.d_in] *= self.scale
+        x[:, self.d_in :] *= self.target_scale
+        return x
+
+    def batches(self, first: int, last: int) -> Iterator[Tensor]:
+        """Batches first to last - 1: [batch d_in], or [batch d_in + d_out]; float32, scaled."""
+        parts, need, left = [], self.batch_size, last - first
+        for buffer, order in self._buffers(first * self.batch_size, last * self.batch_size):
+            at = 0
+            while at < len(order) and left:
+                taken = order[at : at + need]
+                parts.append(buffer[taken])
+                at, need = at + len(taken), need - len(taken)
+                if need == 0:
+                    x = parts[0] if len(parts) == 1 else torch.cat(parts)
+                    yield self._scaled(x)
+                    parts, need, left = [], self.batch_size, left - 1
+            del buffer  # before the one after the next is read: two in memory at a time
+
+    def sample(self, n: int) -> Tensor:
+        """The first rows of the stream, at most n and a buffer: as a batch.
+
+        Raises:
+            RetraceError: they do not vary, or hold NaN or infinity.
+        """
+        buffer, order = self._load(*next(self._plans(0, 1)))
+        x = self._scaled(buffer[order[:n]])
+        where = f"{self.rows.manifest}: activations at {self.rows.hook}"
+        if not torch.isfinite(x).all():
+            raise RetraceError(f"{where} hold NaN or infinity; store them in bfloat16 or float32")
+        for part in (x[:, : self.d_in], x[:, -self.d_out :]):
+            if not part.var(0, correction=0).sum() > CONSTANT * part.pow(2).sum(1).mean():
+                raise RetraceError(f"{where} do not vary; check the hook and the model")
+        return x
+
+    def _buffers(self, position: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """Buffers from a position of the stream to another.
+
+        Yields:
+            rows in the order of the store [rows d_in], stored dtype; and the order in which to
+            show them, int64, less those before `position`.
+        """
+        side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
+        readers = min(READERS.get(self.device.type, 1), os.cpu_count() or 1)
+        ahead: deque[Future] = deque()
+
+        def first() -> tuple[Tensor, Tensor]:
+            loaded, copied = ahead.popleft().result()
+            if copied is not None:
+                here = torch.cuda.current_stream(self.device)
+                here.wait_event(copied)
+                for tensor in loaded:
+                    tensor.record_stream(here)
+            return loaded
+
+        with ThreadPoolExecutor(readers) as pool:
+            for plan in self._plans(position, stop):
+                ahead.append(pool.submit(self._load_ahead, side, *plan))
+                if len(ahead) > readers:
+                    yield first()
+            while ahead:
+                yield first()
+
+    def _plans(
+        self, position: int, stop: int
+    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+        """Of each buffer the chunks' first rows and ends, and the order in which to show rows."""
+        epoch, skip = divmod(position, self.rows.n_rows)
+        while True:
+            starts = np.arange(0, self.rows.n_rows, self.chunk_rows)
+            shuffled = np.random.default_rng([self.seed, epoch]).permutation(starts)
+            for i, at in enumerate(range(0, len(shuffled), CHUNKS)):
+                chunks = np.sort(shuffled[at : at + CHUNKS])
+                stops = np.minimum(chunks + self.chunk_rows, self.rows.n_rows)
+                n = int((stops - chunks).sum())
+                if skip < n:
+                    if position >= stop:
+                        return
+                    order = np.random.default_rng([self.seed, epoch, i]).permutation(n)
+                    yield chunks, stops, order[skip:]
+                    position += n - skip
+                skip = max(skip - n, 0)
+            epoch += 1
+
+    def _load(
+        self, starts: np.ndarray, stops: np.ndarray, order: np.ndarray
+    ) -> tuple[Tensor, Tensor]:
+        """The rows of some chunks, [rows d_in], stored dtype; and the order, int64."""
+        n, pinned = int((stops - starts).sum()), self.device.type == "cuda"
+        dtype = getattr(torch, self.rows.dtype)
+        rows = torch.empty(n, self.rows.d_model, dtype=dtype, pin_memory=pinned)
+        raw = rows.view(torch.int16).numpy() if dtype == torch.bfloat16 else rows.numpy()
+        raw = raw.view(tables.NUMPY[self.rows.dtype])
+        reader = self.rows.again()  # other threads read, too
+        at = 0
+        for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
+            raw[at : at + stop - start] = reader.read(start, stop)[0]
+            at += stop - start
+        move = lambda t: t.to(self.device, non_blocking=True)  # noqa: E731
+        return move(rows), move(torch.from_numpy(order))
+
+    def _load_ahead(self, side: "torch.cuda.Stream | None", *plan: np.ndarray) -> tuple:
+        """What `_load` gives, copied on the stream `side`, and the event after the copy if any."""
+        if side is None:
+            return self._load(*plan), None
+        with torch.cuda.stream(side):
+            loaded = self._load(*plan)
+            return loaded, side.record_event()
+
+
+def mean_norm(rows: Rows) -> float:
+    """Mean Euclidean norm of the rows, from the manifest."""
+    found = sum(s.rows * s.mean_norm for s in rows.shards) / rows.n_rows
+    if not (math.isfinite(found) and found > 0):
+        raise RetraceError(
+            f"{rows.manifest}: activations at {rows.hook} have a mean norm of {found}; check that "
+            f"the hook and the model are right"
+        )
+    return found
+
+
+def geometric_median(x: Tensor, *, tolerance: float = 1e-5, max_steps: int = 200) -> Tensor:
+    """The point with the least sum of distances to the rows (Weiszfeld's algorithm).
+
+    Args:
+        x: [rows d_in].
+        tolerance: stop when a step is shorter than this share of the mean distance.
+
+    Returns:
+        [d_in]. It starts from the mean; each step averages the rows with weights 1 / distance.
+    """
+    median = x.mean(0)
+    for _ in range(max_steps):
+        distance = torch.linalg.vector_norm(x - median, dim=1).clamp_min(1e-12)
+        weights = 1 / distance
+        moved = (weights @ x) / weights.sum()
+        step = torch.linalg.vector_norm(moved - median)
+        median = moved
+        if step < tolerance * distance.mean():
+            break
+    return median

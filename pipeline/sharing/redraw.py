@@ -1,0 +1,145 @@
+"""Published figures, drawn again from the published tables: in seconds, without a run or torch.
+
+    python -m pipeline redraw results/reference/topk_saes/laptop --out redrawn
+    python -m pipeline redraw release.zip --figure frontier --out redrawn
+
+1. A published figure is a CSV of the numbers that it plots, and a certificate: title, kind,
+   options, and the tables that it was drawn from with their digests.
+2. The tables are looked up in the same folder. One that is not as the certificate says is told,
+   and its figure is not drawn.
+3. The function that draws is that of this checkout: a core kind, or the paper's figures.py.
+4. The numbers that it plots are compared with the published CSV, and each figure is told: the same
+   numbers, or how many cells differ. Exit 1 where a figure differs or cannot be drawn.
+"""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import RetraceError, nearest
+from pipeline.sharing.published import Results, opened
+from pipeline.store import provenance
+
+PAPERS = Path(__file__).parents[2] / "rules/papers"
+SAME = "same numbers"
+CLOSE = 1e-9  # relative: a CSV holds numbers as decimal text
+
+
+def published(run: Results) -> dict[str, dict[str, Any]]:
+    """Name -> certificate of every figure whose numbers lie in a folder of results."""
+    return {
+        Path(name).stem: made
+        for name, made in sorted(run.certificates.items())
+        if made["stage"] == "figures" and name.endswith(".csv")
+    }
+
+
+def tables_of(run: Results, made: dict[str, Any]) -> list[Path]:
+    """The files that a figure was drawn from, as its certificate describes them.
+
+    Raises:
+        RetraceError: one was not published, or changed since.
+    """
+    out = []
+    for table in made["spec"]["figure"]["tables"]:
+        name = "metrics.json" if table == "metrics" else f"{table}.parquet"
+        file = run.folder / name
+        shas = [sha for path, sha in made["inputs"].items() if path.endswith(f"/{name}")]
+        if not file.is_file():
+            raise RetraceError(f"{name} was not published; run snakemake to make it")
+        if provenance.sha256_file(file) not in shas:
+            raise RetraceError(f"{file}: changed since the figure was drawn from it")
+        out.append(file)
+    return out
+
+
+def differing(ours: Any, theirs: Any) -> int | None:
+    """Number of cells of theirs that differ in ours; None without its columns, or of other rows."""
+    import numpy as np
+
+    if set(theirs.columns) - set(ours.columns) or len(ours) != len(theirs):
+        return None
+    count = 0
+    for name in theirs.columns:
+        a, b = ours[name], theirs[name]
+        if a.dtype.kind in "ifb" and b.dtype.kind in "ifb":
+            same = np.isclose(a.astype(float), b.astype(float), rtol=CLOSE, atol=0, equal_nan=True)
+        else:
+            same = (a.isna() & b.isna()) | (a.astype(str) == b.astype(str))
+        count += int((~same).sum())
+    return count
+
+
+def redraw(run: Results, name: str, made: dict[str, Any], papers: Path, out: Path) -> str:
+    """Draw one figure into a folder; a sentence on how its numbers compare.
+
+    Raises:
+        RetraceError: a table is missing or changed, or the figure's function is.
+    """
+    import pandas as pd
+
+    from pipeline.job import source
+    from pipeline.report import figures
+    from pipeline.store import embed, tables
+
+    spec, inputs = made["spec"], tables_of(run, made)
+    own = papers / run.paper / "figures.py"
+    code = sorted(own.parent.glob("figures*.py")) if own.is_file() else []
+    frames = dict(zip(spec["figure"]["tables"], map(figures.read, inputs), strict=True))
+    try:
+        figure, frame = figures.make(name, spec["figure"], frames, own if code else None)
+    except (LookupError, TypeError, ValueError, AttributeError) as e:
+        raise RetraceError(
+            f"the code of this checkout cannot draw these tables ({e!r}); "
+            f"check out {provenance.commits(made).split(',')[0]}, which drew them"
+        ) from e
+    cert = provenance.certificate("figures", spec, source.job_code("figures", code), inputs)
+    shown = spec["figure"]
+    page = figures.page(name, shown["title"], shown["caption"], figures.plain(figure), "figures.js")
+    embed.write_page(out / f"{name}.html", page, cert)
+    tables.write_csv(out / f"{name}.csv", frame, cert)
+    before = pd.read_csv(run.folder / f"figures/{name}.csv")
+    after = pd.read_csv(out / f"{name}.csv")
+    cells = differing(after, before)
+    if cells is None:
+        return "other rows or columns than the published ones"
+    new = [c for c in after.columns if c not in before.columns]
+    also = f", and new columns: {', '.join(new)}" if new else ""
+    return (f"{cells} cells differ" if cells else SAME) + also
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        prog="python -m pipeline redraw",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("results", type=Path, help="a folder of results, or a release (.zip)")
+    parser.add_argument("--figure", help="one figure; default: all that were published")
+    parser.add_argument("--papers", type=Path, default=PAPERS, help="where papers' folders lie")
+    parser.add_argument("--out", type=Path, required=True, help="a folder for pages and numbers")
+    args = parser.parse_args()
+    failed = False
+    try:
+        from pipeline.report import figures_js
+
+        with opened(args.results) as found:
+            for run in found:
+                known = published(run)
+                if args.figure and args.figure not in known:
+                    hint = nearest(args.figure, known)
+                    raise RetraceError(f"{run.folder}: no figure '{args.figure}'{hint}")
+                to = args.out / run.scale / run.paper
+                to.mkdir(parents=True, exist_ok=True)
+                figures_js.write(to / "figures.js")
+                for name in [args.figure] if args.figure else known:
+                    try:
+                        said = redraw(run, name, known[name], args.papers, to)
+                    except RetraceError as e:
+                        said = f"not drawn: {e}"
+                    failed |= not said.startswith(SAME)
+                    print(f"{to / name}.html  {said}")
+    except RetraceError as e:
+        sys.exit(f"error: {e}")
+    sys.exit(failed)

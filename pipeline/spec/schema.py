@@ -1,0 +1,108 @@
+"""JSON schemas of paper.yaml and config.yaml, for completion and checks in an editor.
+
+    python -m pipeline schema        writes pipeline/spec/schema/paper.json and config.json
+
+They are generated from the pydantic models (`spec.py`), and a test holds them in step. An editor
+that speaks YAML's language server takes the schema that a file names in its first line:
+
+    # yaml-language-server: $schema=../../../pipeline/spec/schema/paper.json
+
+What the models check beyond types (a hook that is not stored, a metric that does not exist) is
+told by `python -m pipeline lint_paper`.
+"""
+
+import argparse
+import copy
+import json
+from pathlib import Path
+from typing import Any
+
+from pipeline.spec.base import SCALES
+from pipeline.spec.paper import Config, PaperSpec
+
+FOLDER = Path(__file__).parent / "schema"
+DIALECT = "https://json-schema.org/draft/2020-12/schema"
+PART = "Part"  # ends the name of a definition in which nothing is required: of an overlay
+NAMED = ("properties", "patternProperties", "$defs")  # their keys are names, not keywords
+# 100_000 is a number in YAML 1.1, which we read, and text in YAML 1.2, which editors read.
+GROUPED = {"type": "string", "pattern": r"^-?[0-9]+(_[0-9]+)+$"}
+
+
+def paper() -> dict[str, Any]:
+    """The schema of paper.yaml: the sections, and under `scales` parts of the same sections."""
+    whole = PaperSpec.model_json_schema()
+    definitions = whole.pop("$defs")
+    parts = {f"{n}{PART}": partial(d) for n, d in definitions.items()}
+    parts[f"Paper{PART}"] = partial(whole)
+    overlay = {"anyOf": [{"$ref": f"#/$defs/Paper{PART}"}, {"type": "null"}]}
+    whole["properties"]["scales"] = {
+        "type": "object",
+        "description": "overlays: mappings merge, null removes a key, all else replaces",
+        "properties": dict.fromkeys(SCALES, overlay),
+        "additionalProperties": False,
+    }
+    return finished(whole | {"$defs": definitions | parts})
+
+
+def config() -> dict[str, Any]:
+    """The schema of config.yaml."""
+    return finished(Config.model_json_schema())
+
+
+def partial(node: Any) -> Any:
+    """A schema as an overlay has it: no key is required, null removes one, references likewise."""
+    node = copy.deepcopy(node)
+    if isinstance(node, list):
+        return [partial(n) for n in node]
+    if not isinstance(node, dict):
+        return node
+    node.pop("required", None)
+    node.pop("default", None)
+    named = ("properties", "patternProperties")
+    out = {k: partial(v) for k, v in node.items() if k not in named}
+    if "$ref" in out:
+        out["$ref"] += PART
+    for key in named:
+        if key in node:
+            absent = {"type": "null"}
+            out[key] = {n: {"anyOf": [partial(p), absent]} for n, p in node[key].items()}
+    return out
+
+
+def finished(schema: dict[str, Any]) -> dict[str, Any]:
+    """With the dialect, numbers grouped by underscores allowed, and pydantic's titles left out."""
+
+    def tidied(node: Any) -> Any:
+        if isinstance(node, list):
+            return [tidied(n) for n in node]
+        if not isinstance(node, dict):
+            return node
+        out = {
+            k: {n: tidied(p) for n, p in v.items()} if k in NAMED else tidied(v)
+            for k, v in node.items()
+            if k != "title" or not isinstance(v, str)
+        }
+        if out.get("type") in ("integer", "number"):
+            kept = {k: out.pop(k) for k in ("description", "default") if k in out}
+            return {"anyOf": [out, GROUPED], **kept}
+        return out
+
+    return {"$schema": DIALECT, **tidied(schema)}
+
+
+def files() -> dict[str, str]:
+    """File name -> content."""
+    made = {"paper.json": paper(), "config.json": config()}
+    return {n: json.dumps(s, indent=1, ensure_ascii=False) + "\n" for n, s in made.items()}
+
+
+def main() -> None:
+    argparse.ArgumentParser(
+        prog="python -m pipeline schema",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    ).parse_args()
+    FOLDER.mkdir(exist_ok=True)
+    for name, content in files().items():
+        (FOLDER / name).write_text(content, encoding="utf-8")
+        print(FOLDER / name)

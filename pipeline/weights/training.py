@@ -1,0 +1,140 @@
+"""Small transformers trained from scratch, all members of a run together. [torch]
+
+1. Every step updates all members, an arm and a seed each (team.py).
+2. At named steps the weights are kept, at others loss and accuracy of every evaluation set.
+3. A killed run goes on at its last state (resume.py), and ends with the same bytes.
+"""
+
+import math
+import os
+import shutil
+from pathlib import Path
+from time import monotonic
+from typing import Any
+
+import torch
+
+from pipeline.job import cli
+from pipeline.spec.training import TrainingSpec
+from pipeline.store import provenance, tables
+from pipeline.store.checkpoints import Checkpoints, write_tensors
+from pipeline.weights import batches
+from pipeline.weights.batches import Batches
+from pipeline.weights.members import Team
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step-{step:08d}.safetensors"
+
+
+def run(team: Team, folder: Path, checkpoints: Checkpoints) -> float:
+    """Train to the end, writing weights into `folder`; tokens a second of this call."""
+    spec, kept, evaluated = team.spec, set(team.spec.kept()), set(team.spec.evaluated())
+    first = checkpoints.load([team])
+    team.count.fill_(first)
+    per_step = math.prod(team.data[0].batch(0)[0].shape) * len(team.members)
+    progress = cli.Progress("training", spec.steps * per_step, "tokens", first * per_step)
+    started = saved = monotonic()
+    for step in range(first, spec.steps + 1):
+        if step in kept:
+            write_tensors(folder / checkpoint_name(step), team.state_dict(team.flat))
+        if step in evaluated and not any(row[1] == step for row in team.rows[-64:]):
+            team.evaluate(step)
+        if step == spec.steps:
+            break
+        if step > first and monotonic() - saved > spec.resume_seconds:
+            checkpoints.save(step, [team])
+            saved = monotonic()
+        team.step(step)
+        if step % 16 == 0:
+            progress.at((step + 1) * per_step)
+    if team.device.type == "cuda":
+        torch.cuda.synchronize(team.device)
+    progress.at(spec.steps * per_step)
+    return (spec.steps - first) * per_step / (monotonic() - started)
+
+
+def forget_if_gone(spec: TrainingSpec, folder: Path, states: Checkpoints) -> None:
+    """Start anew where weights that a killed run had kept before its last state are gone.
+
+    That is so where it was killed between moving them into place and writing the manifest: then
+    snakemake removes them, as it does with the outputs of every failed job.
+    """
+    wanted = [checkpoint_name(step) for step in spec.kept() if step < states.newest()]
+    if not all((folder / name).exists() for name in wanted):
+        cli.log.info("%s: weights of earlier steps are gone; starting anew", folder)
+        shutil.rmtree(states.folder, ignore_errors=True)
+
+
+def data_of(args: Any, spec: TrainingSpec, device: torch.device) -> list[Batches]:
+    """The data of every member."""
+    seeds = [seed for _, _, seed in spec.members()]
+    if spec.data.source == "own":
+        made = {s: batches.own(Path(args.data[0]), spec, s, device) for s in set(seeds)}
+    else:
+        tokens = batches.read_corpus(args.corpus[0])
+        d_vocab = tables.read_json(args.tokenizer[0])["d_vocab"]
+        made = {s: batches.of_corpus(tokens, d_vocab, spec, s, device) for s in set(seeds)}
+    return [made[s] for s in seeds]
+
+
+def work(job: cli.Job) -> None:
+    """Train a run, or take up one that was killed, and write the store's item."""
+    args, spec = job.args, job.section("training", TrainingSpec)
+    device = job.device()
+    team = Team(spec, data_of(args, spec, device), device)
+    folder = Path(args.checkpoints)
+    partial = Path(f"{folder}.partial")
+    inputs = [*args.data, *args.corpus, *args.tokenizer]
+    given = [spec.model_dump(mode="json"), [provenance.sha256_file(p) for p in inputs]]
+    made_by = [job.code, job.hardware, provenance.versions()]
+    states = Checkpoints(partial, provenance.digest([given, made_by]), partial / "weights")
+    forget_if_gone(spec, partial / "weights", states)
+    cli.log.info(
+        "%d members of %s parameters, %d steps",
+        len(team.members), f"{team.flat.shape[1]:,}", spec.steps,
+    )  # fmt: skip
+    rate = run(team, partial / "weights", states)
+    write_tensors(partial / "weights" / "best.safetensors", team.state_dict(team.best))
+    write(job, team, partial, rate, inputs)
+
+
+def write(job: cli.Job, team: Team, partial: Path, rate: float, inputs: list[str]) -> None:
+    """Move the weights into place, and write history and manifest."""
+    args, out = job.args, Path(job.args.out)
+    made = job.certificate(inputs, seed=team.spec.seeds, tokens_per_second=round(rate))
+    folder = Path(args.checkpoints)
+    for file in sorted((partial / "weights").glob("*.safetensors")):
+        tables.stamp_safetensors(file, job.certificate(inputs, seed=team.spec.seeds))
+    shutil.rmtree(folder, ignore_errors=True)
+    (partial / "weights").rename(folder)
+    history = team.history()
+    tables.write_table(args.history, history, made)
+    files = [*sorted(folder.iterdir()), Path(args.history)]
+    manifest = {
+        "training": team.spec.model_dump(mode="json"),
+        "d_vocab": team.data[0].d_vocab,
+        "members": [{"name": n, "arm": a, "seed": s} for n, a, s in team.members],
+        "steps": team.spec.kept(),
+        "n_parameters": team.flat.shape[1],
+        "best_loss": [x if math.isfinite(x) else None for x in team.best_loss.tolist()],
+        "files": {os.path.relpath(p, out.parent): provenance.sha256_file(p) for p in files},
+    }
+    tables.write_json(out, manifest, made)
+    shutil.rmtree(partial, ignore_errors=True)
+    last = history[history["step"] == team.spec.steps]
+    for row in last.itertuples():
+        cli.log.info(
+            "%s, %s: loss %.4g, accuracy %.3f", row.member, row.set, row.loss, row.accuracy
+        )
+    cli.log.info("%s tokens/s", f"{rate:,.0f}")
+
+
+def main() -> None:
+    parser = cli.parser(
+        "training", __doc__, data="the paper's data.py, for data: {source: own}*",
+        corpus="tokens.parquet, for data: {source: corpus}*",
+        tokenizer="model.json of the tokenizer, likewise*", out="manifest.json",
+        checkpoints="folder of weights", history="history.parquet",
+    )  # fmt: skip
+    cli.run("training", parser.parse_args(), work)
