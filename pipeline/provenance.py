@@ -1,6 +1,6 @@
 """The old spelling of `python -m pipeline provenance`, kept until version 0.3."""
 
-from pipeline.store.provenance import main
+from pipeline.sharing.provenance import main
 
 if __name__ == "__main__":
     main()

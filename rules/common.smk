@@ -390,7 +390,7 @@ def graph_spec(wildcards):
 
 def metrics_spec(wildcards):
     """Params: table names and what the names of metrics are made of."""
-    from pipeline.claims.metrics import parts
+    from pipeline.claims.scalars import parts
 
     paper = paper_of(wildcards)
     return papers.to_json({"tables": list(paper.tables()), "parts": parts(paper)})
@@ -398,7 +398,7 @@ def metrics_spec(wildcards):
 
 def claims_spec(wildcards):
     """Params: the claims with their null arms, the budgets and the scale."""
-    from pipeline.claims.claims import for_the_job
+    from pipeline.claims.verdicts import for_the_job
 
     return papers.to_json(for_the_job(paper_of(wildcards)))
 

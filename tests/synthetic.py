@@ -16,8 +16,8 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 
-from pipeline.claims import claims
-from pipeline.claims.metrics import parts
+from pipeline.claims import verdicts
+from pipeline.claims.scalars import parts
 from pipeline.job import commands
 from pipeline.papers import papers
 from pipeline.spec.paper import PaperSpec
@@ -238,7 +238,9 @@ def run_stages(made: papers.Paper) -> None:
     paths = made.tables()
     spec = {"tables": list(paths), "parts": parts(made)}
     call("metrics", spec, tables=list(paths.values()), out=base / "metrics.json")
-    call("claims", claims.for_the_job(made), metrics=base / "metrics.json", out=base / "claims.csv")
+    call(
+        "claims", verdicts.for_the_job(made), metrics=base / "metrics.json", out=base / "claims.csv"
+    )
     script = base.parent / "figures.js"
     figures_js(script)
     for name in made.spec.figures:

@@ -21,6 +21,7 @@ from conftest import HOOK, environment, rewrite, stage
 
 from pipeline.errors import RetraceError
 from pipeline.models import activations, buffers, hooks, loader
+from pipeline.sharing import verify
 from pipeline.spec.paper import ActivationsSpec
 from pipeline.store import provenance, tables
 from pipeline.store.shards import Blocks, Rows
@@ -113,7 +114,7 @@ def test_the_manifest_describes_the_training_rows(tiny_activations):
         assert [s["rows"] for s in about["shards"]] == [600, 600, 600, 600, 600, 600]
         assert {s["split"] for s in about["shards"][:5]} == {"train"}
         assert about["shards"][5]["split"] == "eval"
-    assert provenance.verify(tiny_activations) == []
+    assert verify.faults(tiny_activations) == []
 
 
 def test_combined_is_the_variance_of_all_rows():

@@ -9,12 +9,12 @@ import pandas as pd
 import pytest
 from scipy import sparse
 
-from pipeline.claims.metrics import compute, known, parts
+from pipeline.claims.scalars import compute, known, parts
 from pipeline.errors import RetraceError
 from pipeline.job.source import import_file
 from pipeline.latents.features import Scan
 from pipeline.papers import papers
-from pipeline.report import figures as core
+from pipeline.report import drawing
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "rules/papers/sae_architectures"
@@ -332,12 +332,12 @@ def test_every_figure_can_be_drawn(made_up, scale):
             continue  # a core kind, drawn from claims.csv
         frames = {t: made_up[t] for t in figure.tables}
         spec = figure.model_dump() | ({"options": {}} if name == "training" else {})
-        drawn, frame = core.make(name, spec, frames, FOLDER / "figures.py")
-        assert len(core.plain(drawn)["data"]) and len(frame)
+        drawn, frame = drawing.make(name, spec, frames, FOLDER / "figures.py")
+        assert len(drawing.plain(drawn)["data"]) and len(frame)
 
 
 def test_the_matrix_has_every_pair_and_the_null(made_up):
     drawn, _ = figures.overlap({"overlap/pairs": made_up["overlap/pairs"]}, {})
-    z = np.array(core.plain(drawn)["data"][0]["z"], float)
+    z = np.array(drawing.plain(drawn)["data"][0]["z"], float)
     assert z.shape == (8, 7)
     np.testing.assert_allclose(z, 0.4)

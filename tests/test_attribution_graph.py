@@ -9,6 +9,7 @@ from conftest import stage
 from jsonschema import Draft7Validator
 
 from pipeline.errors import RetraceError
+from pipeline.sharing import verify
 from pipeline.sharing.attribution_graph import AttributionGraph, Export, build, features, influences
 from pipeline.store import provenance, tables
 
@@ -155,7 +156,7 @@ def test_the_stage_writes_one_structure_with_its_certificate(tmp_path):
     stage("attribution_graph", {"graph": spec}, **given, out=out)
     graph = json.loads(out.read_text())
     Draft7Validator(SCHEMA).validate(graph)
-    assert len(graph["nodes"]) == 6 and provenance.verify(out, tmp_path) == []
+    assert len(graph["nodes"]) == 6 and verify.faults(out, tmp_path) == []
     done = stage(
         "attribution_graph", {"graph": spec | {"name": "none"}}, check=False, **given, out=out
     )

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 import pytest
 from plotly.subplots import make_subplots
 
-from pipeline.report import figures, theme
+from pipeline.report import drawing, theme
 
 CHROMIUM = next((c for n in ("chromium", "chromium-browser") if (c := shutil.which(n))), None)
 CHROMEDRIVER = shutil.which("chromedriver")
@@ -161,8 +161,8 @@ def crowded() -> go.Figure:
 @pytest.mark.parametrize("width", [1280, 390])
 def test_tick_labels_are_upright_and_apart(browser, tmp_path, width):
     shutil.copy(browser.base / "figures.js", tmp_path)
-    plot = figures.plain(crowded())
-    page = figures.page("crowded", "Crowded", "Narrow panels.", plot, "figures.js")
+    plot = drawing.plain(crowded())
+    page = drawing.page("crowded", "Crowded", "Narrow panels.", plot, "figures.js")
     (tmp_path / "crowded.html").write_text(page)
     Browser(browser.driver, tmp_path).open("crowded.html", width=width)
     assert browser.errors() == []
@@ -190,7 +190,7 @@ def test_what_is_chosen_has_tick_labels_of_its_own(browser, tmp_path):
     choices = {name: [{"x": [[-span, span]] * 3}, {}] for name, span in spans.items()}
     figure.update_layout(updatemenus=[theme.selector({"first": choices["thousand"]} | choices)])
     shutil.copy(browser.base / "figures.js", tmp_path)
-    page = figures.page("chosen", "Chosen", "Spans.", figures.plain(figure), "figures.js")
+    page = drawing.page("chosen", "Chosen", "Spans.", drawing.plain(figure), "figures.js")
     (tmp_path / "chosen.html").write_text(page)
     here = Browser(browser.driver, tmp_path).open("chosen.html", width=390)
     ticks = (
@@ -214,7 +214,7 @@ def test_shares_above_bars_are_apart(browser, tmp_path, width):
         figure.add_bar(x=[f"k {i}" for i in range(9)], y=y, texttemplate="%{y:.1~%}")
     figure.update_traces(textposition="outside", constraintext="none", cliponaxis=False)
     shutil.copy(browser.base / "figures.js", tmp_path)
-    page = figures.page("bars", "Bars", "Shares.", figures.plain(figure), "figures.js")
+    page = drawing.page("bars", "Bars", "Shares.", drawing.plain(figure), "figures.js")
     (tmp_path / "bars.html").write_text(page)
     Browser(browser.driver, tmp_path).open("bars.html", width=width)
     labels = browser.js(
@@ -233,7 +233,7 @@ def test_square_panels_leave_no_gap_on_a_phone(browser, tmp_path):
             scaleanchor=f"x{i + 1}", constrain="domain", row=i // 3 + 1, col=i % 3 + 1
         )
     shutil.copy(browser.base / "figures.js", tmp_path)
-    page = figures.page("panels", "Panels", "Squares.", figures.plain(figure), "figures.js")
+    page = drawing.page("panels", "Panels", "Squares.", drawing.plain(figure), "figures.js")
     (tmp_path / "panels.html").write_text(page)
     Browser(browser.driver, tmp_path).open("panels.html", width=390)
     box = "return document.querySelector('.cartesianlayer').getBoundingClientRect().{}"

@@ -18,7 +18,7 @@ from test_acdc import CIRCUIT, on_paper, small
 from pipeline.circuits import acdc
 from pipeline.circuits.edge_graph import EdgeGraph
 from pipeline.claims import claims, roc, summary
-from pipeline.claims.metrics import compute, known, parts
+from pipeline.claims.scalars import compute, known, parts
 from pipeline.errors import RetraceError
 from pipeline.job.source import import_file
 from pipeline.models import native

@@ -8,13 +8,13 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-from pipeline.claims import claims
+from pipeline.claims import verdicts
 from pipeline.claims.expressions import evaluate, names, parse
 from pipeline.claims.judge import COLUMNS, interval_of_mean, interval_of_median, judge
-from pipeline.claims.metrics import summary
+from pipeline.claims.scalars import summary
 from pipeline.errors import RetraceError
 from pipeline.papers.papers import Paper
-from pipeline.report.kinds_verdicts import verdicts
+from pipeline.report.kinds_verdicts import verdicts as drawn
 from pipeline.spec.paper import Claim, PaperSpec
 
 
@@ -288,7 +288,7 @@ def test_a_claim_must_be_able_to_fail(x, null, verdict):
 
 def test_a_value_has_a_null_arm_too():
     claim = value_claim(metric="trained.ev", null_arm="random")
-    null = claims.null_of(claim, ["trained", "random"])
+    null = verdicts.null_of(claim, ["trained", "random"])
     assert null == "abs(random.ev - 0.5) <= 0.1"
     metrics = {"trained.ev": metric(0.5), "random.ev": metric(0.55)}
     row = judge(claim.model_copy(update={"null_arm": null}), metrics, "laptop")
@@ -319,10 +319,10 @@ def test_a_null_arm_that_did_not_run_leaves_the_verdict():
 def test_an_arms_name_stands_for_the_order_on_it(null, found):
     claim = order_claim("trained.topk.ev > trained.l1.ev and other.ev > 0", null_arm=null)
     if "'" not in found:
-        assert claims.null_of(claim, ["trained", "random"]) == found
+        assert verdicts.null_of(claim, ["trained", "random"]) == found
         return
     with pytest.raises(ValueError, match=re.escape(found)):
-        claims.null_of(claim, ["trained", "random"])
+        verdicts.null_of(claim, ["trained", "random"])
 
 
 @pytest.mark.parametrize(
@@ -365,12 +365,12 @@ def test_a_budget_is_checked_before_anything_runs(tmp_path, budget, claim, said)
     }  # fmt: skip
     try:
         made = paper(tmp_path, **card)
-        claims.check(made)
+        verdicts.check(made)
     except (RetraceError, ValueError) as e:
         assert said and said in str(e)
         return
     assert said is None
-    job = claims.for_the_job(made)
+    job = verdicts.for_the_job(made)
     ours = budget.get("ours", "2 * 50")
     assert job["budgets"] == {"run": {"unit": "steps", "paper": 100.0, "ours": ours}}
     assert job["claims"][0]["budget"] == "run"
@@ -503,9 +503,9 @@ def paper(tmp_path, *listed: dict, **card) -> Paper:
 def test_claims_are_checked_before_anything_runs(tmp_path, holds, said):
     claim = {"id": "c", "text": "t", "source": "s", "kind": "order", "holds": holds}
     if said is None:
-        return claims.check(paper(tmp_path, claim))
+        return verdicts.check(paper(tmp_path, claim))
     with pytest.raises(RetraceError) as e:
-        claims.check(paper(tmp_path, claim))
+        verdicts.check(paper(tmp_path, claim))
     assert said in str(e.value) and str(tmp_path / "paper.yaml") in str(e.value)
 
 
@@ -523,31 +523,31 @@ def test_a_need_is_checked_before_anything_runs(tmp_path, premise, said):
     needs = {"own": {"holds": premise, "because": "in words"}}
     claim = value_claim(metric="ev.l1", needs=needs).model_dump(exclude_defaults=True)
     if said is None:
-        return claims.check(paper(tmp_path, claim))
+        return verdicts.check(paper(tmp_path, claim))
     with pytest.raises(RetraceError) as e:
-        claims.check(paper(tmp_path, claim))
+        verdicts.check(paper(tmp_path, claim))
     assert said in str(e.value)
 
 
 def test_a_value_claim_names_a_metric_that_exists(tmp_path):
     claim = value_claim(metric="nonsense").model_dump(exclude_defaults=True)
     with pytest.raises(RetraceError, match="no metric 'nonsense'"):
-        claims.check(paper(tmp_path, claim))
+        verdicts.check(paper(tmp_path, claim))
 
 
 def test_a_metric_of_another_definition_was_not_measured(tmp_path):
     """Published results cannot decide a claim after a metric that it reads came to mean else."""
     claim = order_claim("ev.topk > ev.l1", null_arm="ev.l1 > ev.topk")
     made = paper(tmp_path, claim.model_dump(exclude_defaults=True))
-    job = claims.for_the_job(made)
+    job = verdicts.for_the_job(made)
     assert set(job["definitions"]) == {"ev.topk", "ev.l1"}
     found = {
         "ev.topk": metric(2) | {"definition": "a"},
         "ev.l1": metric(1) | {"definition": "b"},
     }
-    (row,) = claims.judged(job | {"scale": "laptop"}, found)
+    (row,) = verdicts.judged(job | {"scale": "laptop"}, found)
     assert row["verdict"] == "reproduced"
-    (row,) = claims.judged(
+    (row,) = verdicts.judged(
         job | {"scale": "laptop"}, found | {"ev.l1": metric(1) | {"definition": "of old"}}
     )
     assert row["verdict"] == "not run"
@@ -566,7 +566,7 @@ def test_the_figure_of_verdicts_has_each_judged_claim_in_the_unit_of_its_border(
         value_claim(id="unjudged", comparable=False),
     ]
     rows = pd.DataFrame([judge(c, found, "laptop") for c in claimed], columns=COLUMNS)
-    figure, frame = verdicts({"claims": rows}, {})
+    figure, frame = drawn({"claims": rows}, {})
     at = frame.set_index("id")[["at", "low", "high"]].round(6).to_dict("index")
     assert at["grows"] == {"at": 0.5, "low": 0.25, "high": 1.0}
     assert at["falls"] == {"at": -0.5, "low": -1.0, "high": -0.25}
@@ -582,5 +582,5 @@ def test_a_run_that_judges_nothing_has_an_empty_figure_of_verdicts():
     rows = pd.DataFrame(
         [judge(value_claim(comparable=False), {"m": metric(1)}, "laptop")], columns=COLUMNS
     )
-    figure, frame = verdicts({"claims": rows}, {})
+    figure, frame = drawn({"claims": rows}, {})
     assert frame.empty and "no claim" in figure.layout.annotations[0].text

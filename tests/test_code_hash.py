@@ -245,9 +245,9 @@ def test_a_class_on_one_of_another_package_counts_whole(pipeline):
 
 def test_a_papers_own_files_count_with_what_they_reach(pipeline, tmp_path):
     own = tmp_path / "own.py"
-    own.write_text(
-        "from pipeline import deep\nfrom pipeline.spec import spec\n\nx = deep.d() + spec.Section().n\n"
-    )
+    text = "from pipeline import deep\nfrom pipeline.spec import spec\n\n"
+    text += "x = deep.d() + spec.Section().n"
+    own.write_text(text)
     before = hashed("mine", [own])
     (pipeline / "other.py").write_text("o = 2")
     (pipeline / "deep.py").write_text(FILES["deep"].replace("e():", "e(x=1):"))
@@ -255,9 +255,7 @@ def test_a_papers_own_files_count_with_what_they_reach(pipeline, tmp_path):
     (pipeline / "deep.py").write_text(FILES["deep"].replace("d():", "d(x=1):"))
     second = hashed("mine", [own])
     assert second != before
-    own.write_text(
-        "from pipeline import deep\nfrom pipeline.spec import spec\n\nx = deep.d() + spec.Section().n + 1\n"
-    )
+    own.write_text(f"{text} + 1\n")
     third = hashed("mine", [own])
     assert third not in (before, second)
     # a paper's own section reaches its stage without the defaults of its fields

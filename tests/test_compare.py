@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from pipeline.errors import RetraceError
-from pipeline.sharing import compare, matching, published
+from pipeline.sharing import compare, matching, published, verify
 from pipeline.store import provenance, tables
 
 ROOT = Path(__file__).parent.parent
@@ -42,7 +42,7 @@ def both(a: Path, b: Path) -> dict:
 
 
 def metric(*values: float) -> dict:
-    from pipeline.claims.metrics import summary
+    from pipeline.claims.scalars import summary
 
     return {**summary(values), "definition": "one"}
 
@@ -271,7 +271,7 @@ def test_the_command_prints_the_tables_and_writes_the_page(two, tmp_path):
     assert "verdicts: 0 of 4 changed" in done.stdout and str(out) in done.stdout
     page = out.read_text()
     assert "Two runs side by side" in page and provenance.read(out)["stage"] == "compare"
-    assert provenance.verify(out) == []
+    assert verify.faults(out) == []
 
 
 def test_text_of_a_run_does_not_become_markup(two, tmp_path):

@@ -16,6 +16,7 @@ import pytest
 from conftest import stage
 
 from pipeline.errors import RetraceError
+from pipeline.sharing import verify
 from pipeline.spec.paper import CorpusSpec, parse
 from pipeline.store import provenance
 from pipeline.text import corpus, documents, fetch
@@ -382,7 +383,7 @@ def test_two_runs_give_the_same_bytes_and_a_certificate(tiny_text, tiny_model_js
     assert made["attribution"] == "stories.jsonl"
     assert (made["text"], made["published"]) == ("local", False)
     assert made["text_sha256"] == provenance.sha256_file(tiny_text)
-    assert provenance.verify(tmp_path / "a") == []
+    assert verify.faults(tmp_path / "a") == []
 
 
 @pytest.mark.parametrize(

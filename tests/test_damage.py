@@ -15,6 +15,7 @@ from pipeline.claims.judge import judge
 from pipeline.errors import RetraceError
 from pipeline.job import cli
 from pipeline.papers import papers
+from pipeline.sharing import provenance as records
 from pipeline.sharing import release
 from pipeline.sharing.verify import examined
 from pipeline.spec.paper import Claim
@@ -346,7 +347,7 @@ def test_an_input_outside_the_base_is_named_and_not_opened(here, tmp_path, monke
     monkeypatch.setattr(provenance, "read", lambda p: opened.append(p) or read(p))
     found = examined("out.json")
     assert found.faults == [] and found.absent == [secret] and secret not in opened
-    assert str(secret) in provenance.show("out.json") and secret not in opened
+    assert str(secret) in records.show("out.json") and secret not in opened
 
 
 def test_a_certificate_cannot_command_a_terminal(here, capsys, monkeypatch):
@@ -356,9 +357,9 @@ def test_a_certificate_cannot_command_a_terminal(here, capsys, monkeypatch):
         if verb == "verify":
             Path("out.json").write_text(Path("out.json").read_text().replace("1", "2", 1))
             with pytest.raises(SystemExit):
-                provenance.main()
+                records.main()
         else:
-            provenance.main()
+            records.main()
         said = capsys.readouterr().out
         assert r"\x1b[2J" in said and not {"\x1b", "\x07", "\x9b"} & set(said)
 

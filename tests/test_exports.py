@@ -12,13 +12,13 @@ from conftest import rewrite
 from synthetic import call, features
 from test_sae_jobs import HOOK, OUT, SPARSITY, TRANSCODERS, job, pairs, paths, specs, store
 
-from pipeline.claims import metrics
+from pipeline.claims import scalars
 from pipeline.errors import RetraceError
-from pipeline.sharing import exports
+from pipeline.sharing import exports, verify
 from pipeline.sharing.export_formats import CoreResult, FeatureDetails, SaeLensConfig, check_weights
 from pipeline.store import provenance, tables
 
-ROW = dict.fromkeys(metrics.SAE, 0.5) | {
+ROW = dict.fromkeys(scalars.SAE, 0.5) | {
     "kl_zero": 4.0, "kl_spliced": 1.0, "loss_model": 2.0, "loss_spliced": 3.0, "loss_zero": 12.0,
     "kl_zero_all": 8.0, "loss_zero_all": 7.0,
     "loss_recovered_zero": 0.9, "explained_variance": 0.75, "silent_share": 0.25, "l0": 8.0,
@@ -95,9 +95,9 @@ def test_the_copy_says_where_it_came_from_and_verifies(made, tmp_path):
     assert certificate["stage"] == "exports"
     assert str(made / "sae/saes/topk/cfg.json") in certificate["inputs"]
     assert provenance.read(out / "cfg.json")["stage"] == "sae"
-    assert provenance.verify(out) == []
+    assert verify.faults(out) == []
     (out / "cfg.json").write_text((out / "cfg.json").read_text().replace("topk", "tokp"))
-    assert any("cfg.json" in fault for fault in provenance.verify(out))
+    assert any("cfg.json" in fault for fault in verify.faults(out))
 
 
 @pytest.mark.parametrize(
@@ -233,7 +233,7 @@ def test_neuronpedia_gets_every_latent(made, tmp_path):
         for got, want in zip(examples, row["examples"], strict=True):
             assert got["tokens"] == list(want["tokens"])
             assert got["train_token_ind"] == want["peak"]
-    assert provenance.verify(out) == []
+    assert verify.faults(out) == []
 
 
 @pytest.mark.parametrize("n", [1, 7, 1000])

@@ -12,7 +12,7 @@ import synthetic
 
 from pipeline.errors import RetraceError
 from pipeline.report import feature_page
-from pipeline.store import provenance
+from pipeline.sharing import verify
 
 
 def unpacked(text: str) -> dict:
@@ -117,7 +117,7 @@ def test_the_page_holds_no_markup_of_the_corpus(made_up):
     (data,) = re.findall(r'id="data">(.*?)</script>', text, re.S)
     assert synthetic.NASTY in unpacked(data)["words"]
     with synthetic.inside(root):
-        assert provenance.verify(path.relative_to(root)) == []
+        assert verify.faults(path.relative_to(root)) == []
 
 
 def test_the_page_is_small():

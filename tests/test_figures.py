@@ -16,8 +16,9 @@ import yaml
 
 from pipeline.errors import RetraceError
 from pipeline.papers import papers
-from pipeline.report import figures, theme
+from pipeline.report import drawing, theme
 from pipeline.report.kinds import KINDS
+from pipeline.sharing import verify
 from pipeline.store import embed, provenance
 
 ROOT = Path(__file__).parent.parent
@@ -30,7 +31,7 @@ def plot_of(page: Path) -> dict:
 
 def frames_of(made_up, *names: str) -> dict[str, pd.DataFrame]:
     root, paper = made_up
-    return {n: figures.read(root / paper.tables()[n]) for n in names}
+    return {n: drawing.read(root / paper.tables()[n]) for n in names}
 
 
 # --- check ---------------------------------------------------------------------------------
@@ -250,11 +251,11 @@ def test_an_empty_comparison_is_one_sentence(made_up):
 def test_numbers_are_short_and_nothing_else_changes():
     figure = go.Figure(go.Scatter(x=np.arange(3), y=np.array([1 / 3, np.nan, 123456.789])))
     figure.add_heatmap(z=np.array([[1.0, 2.0], [3.0, 4.0]], np.float32), text=[["a", None]])
-    data = figures.plain(figure)["data"]
+    data = drawing.plain(figure)["data"]
     assert data[0]["x"] == [0, 1, 2] and data[0]["y"][::2] == [0.33333, 123460.0]
     assert np.isnan(data[0]["y"][1])  # null in the file, see embed.script_json
     assert data[1]["z"] == [[1, 2], [3, 4]] and data[1]["text"] == [["a", None]]
-    assert figures.short(1234567) == 1234567 and figures.short(True) is True
+    assert drawing.short(1234567) == 1234567 and drawing.short(True) is True
 
 
 DAY, SECOND = pd.Timestamp("2026-01-02"), pd.Timedelta(seconds=1)
@@ -278,7 +279,7 @@ DAY, SECOND = pd.Timestamp("2026-01-02"), pd.Timedelta(seconds=1)
 def test_dates_and_missing_values_draw(x, want):
     """As plotly's own JSON has them, but for NaN, which a page has as null."""
     figure = go.Figure(go.Scatter(x=x, y=[1] * len(want)))
-    (trace,) = json.loads(embed.script_json(figures.plain(figure)))["data"]
+    (trace,) = json.loads(embed.script_json(drawing.plain(figure)))["data"]
     found = [v.split(".")[0] if isinstance(v, str) else v for v in trace["x"]]
     assert found == want
     if not isinstance(x, list):
@@ -289,8 +290,8 @@ def test_dates_and_missing_values_draw(x, want):
 
 def test_a_figure_keeps_no_other_template():
     figure = go.Figure(go.Bar(y=[1]), layout={"title": "t", "template": "plotly_dark"})
-    layout = figures.plain(figure)["layout"]
-    assert layout["template"] == figures.short(theme.template()) and "title" not in layout
+    layout = drawing.plain(figure)["layout"]
+    assert layout["template"] == drawing.short(theme.template()) and "title" not in layout
 
 
 @pytest.mark.parametrize(
@@ -312,13 +313,13 @@ def test_a_file_is_deterministic_certified_and_escaped(made_up):
         before = page.read_bytes(), page.with_suffix(".csv").read_bytes()
         synthetic.draw(paper, "pareto")
         assert (page.read_bytes(), page.with_suffix(".csv").read_bytes()) == before
-        assert provenance.verify(page.relative_to(root)) == []
+        assert verify.faults(page.relative_to(root)) == []
     certificate = provenance.read(page)
     assert certificate["stage"] == "figures" and len(certificate["inputs"]) == 2
     assert synthetic.NASTY.encode() not in before[0] and b"<script>window" not in before[0]
     changed = root / "changed.html"
     changed.write_bytes(before[0].replace(b'"data"', b'"date"', 1))
-    assert "changed.html: changed since stage figures" in provenance.verify(changed, root)[0]
+    assert "changed.html: changed since stage figures" in verify.faults(changed, root)[0]
 
 
 def test_the_csv_holds_what_is_plotted(made_up):
@@ -336,7 +337,7 @@ def test_a_paper_may_replace_a_kind(tmp_path):
         "import pandas as pd, plotly.graph_objects as go\n"
         "def pareto(tables, options): return go.Figure(), pd.DataFrame({'mine': [1]})\n"
     )
-    _, frame = figures.make("shape", {"kind": "pareto", "options": {}}, {}, own)
+    _, frame = drawing.make("shape", {"kind": "pareto", "options": {}}, {}, own)
     assert frame.columns.tolist() == ["mine"]
 
 
@@ -344,7 +345,7 @@ def test_a_function_that_returns_no_pair_is_one_sentence(tmp_path):
     own = tmp_path / "figures.py"
     own.write_text("def shape(tables, options): return 7\n")
     with pytest.raises(RetraceError, match="figure shape: shape returned int"):
-        figures.make("shape", {"kind": "", "options": {}}, {}, own)
+        drawing.make("shape", {"kind": "", "options": {}}, {}, own)
 
 
 def test_contexts_are_not_read_for_figures(made_up):

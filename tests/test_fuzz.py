@@ -21,6 +21,7 @@ from conftest import byte_tokenizer
 
 from pipeline.errors import RetraceError
 from pipeline.papers import papers
+from pipeline.sharing import verify
 from pipeline.store import provenance, shards, tables
 from pipeline.text import corpus, documents, fetch
 from pipeline.text.tokens import tokenizer_of
@@ -240,7 +241,7 @@ def test_certified_files(home, n):
         other = json.dumps(changed(whole, rng)).encode()
         kinds = [text, other, other, damaged(other, rng)]  # the seal tells all but the first
         (home / "b.json").write_bytes(kinds[rng.integers(len(kinds))])
-        if faults := provenance.verify("b.json"):
+        if faults := verify.faults("b.json"):
             raise RetraceError(" ".join(faults))
 
     try_all(n, once)

@@ -399,7 +399,7 @@ def tables(model):
 
 
 def test_metrics_have_definitions_and_one_value_a_seed(tables):
-    from pipeline.claims.metrics import definition
+    from pipeline.claims.scalars import definition
 
     found = metrics.metrics(tables)
     assert all(definition(name, metrics.METRICS) for name in found)
@@ -434,7 +434,7 @@ def test_the_null_arm_has_every_metric_of_the_other(tables):
 
 def test_figures_are_drawn(tables):
     figures = import_file(FOLDER / "figures.py")
-    from pipeline.report.figures import plain
+    from pipeline.report.drawing import plain
 
     for name, figure in papers.load(FOLDER, "smoke").spec.figures.items():
         if figure.kind == "verdicts":

@@ -364,7 +364,7 @@ def test_the_stage_its_metrics_and_figures(tmp_path, monkeypatch):
         rows = table[(table["run"] == run) & (table["step"] == 4)].set_index("member")
         np.testing.assert_allclose(rows[column], want.loc[rows.index, "loss"], rtol=1e-5)
 
-    from pipeline.claims.metrics import definition
+    from pipeline.claims.scalars import definition
 
     found = metrics.metrics(frames)
     assert all(definition(name, metrics.METRICS) for name in found)
@@ -423,7 +423,7 @@ def test_a_seed_without_an_induction_head_is_nan_there():
 
 
 def test_a_metric_has_the_definition_of_its_own_name():
-    from pipeline.claims.metrics import definition
+    from pipeline.claims.scalars import definition
 
     pairs = {
         "text_two_layer.untrained.prefix_matching": "before training",

@@ -20,7 +20,7 @@ from transformers import (
 
 from pipeline.circuits import circuits
 from pipeline.claims import claims
-from pipeline.claims.metrics import compute, known, parts
+from pipeline.claims.scalars import compute, known, parts
 from pipeline.errors import RetraceError
 from pipeline.job.source import import_file
 from pipeline.models.native import NativeForCausalLM

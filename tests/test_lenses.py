@@ -19,7 +19,7 @@ from pipeline.errors import RetraceError
 from pipeline.job.source import import_file
 from pipeline.models import hooks, lens
 from pipeline.papers import papers
-from pipeline.report import figures as core
+from pipeline.report import drawing
 from pipeline.store import tables
 from pipeline.store.checkpoints import Checkpoints
 
@@ -327,7 +327,7 @@ def run(module, spec: dict, **paths) -> None:
 
 @pytest.fixture(scope="module")
 def frames(made) -> dict[str, pd.DataFrame]:
-    return {f"lenses/{t}": core.read(made / f"{t}.parquet") for t in lenses.TABLES}
+    return {f"lenses/{t}": drawing.read(made / f"{t}.parquet") for t in lenses.TABLES}
 
 
 def test_the_stages_on_a_llama(made, frames):
@@ -349,7 +349,7 @@ def test_the_stages_on_a_llama(made, frames):
 
 
 def test_every_metric_has_a_definition(frames):
-    from pipeline.claims.metrics import definition
+    from pipeline.claims.scalars import definition
 
     got = metrics.metrics(frames)
     assert [n for n in got if definition(n, metrics.METRICS) is None] == []
@@ -455,7 +455,7 @@ def drawn(name: str, frames: dict[str, pd.DataFrame], **more):
     plot, frame = getattr(figures, name)(
         {t: frames[t] for t in figure.tables}, figure.options | more
     )
-    return core.plain(plot), frame
+    return drawing.plain(plot), frame
 
 
 @pytest.mark.parametrize(

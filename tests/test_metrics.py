@@ -7,8 +7,8 @@ import numpy as np
 import pandas as pd
 import pytest
 
-from pipeline.claims import metrics
-from pipeline.claims.metrics import compute, definition, summary
+from pipeline.claims import scalars
+from pipeline.claims.scalars import compute, definition, summary
 from pipeline.errors import RetraceError
 from pipeline.latents import fidelity
 from pipeline.latents.fidelity import explained_variance, loss_recovered
@@ -170,12 +170,12 @@ def test_every_metric_that_a_paper_can_yield_is_known_before_it_runs(tmp_path):
             "prompts": {"one": {"prompt": "a", "answer": "b", "foil": "c"}},
         },
     )
-    known = metrics.known(metrics.parts(made))
+    known = scalars.known(scalars.parts(made))
     assert known["gap.*"] == "a gap"
     for arm in ("trained", "random"):
         for sae in ("topk_k4", "topk_k8"):
-            assert {f"{arm}.{sae}.{m}" for m in metrics.SAE} <= set(known)
-    assert {f"attribution.one.{m}" for m in metrics.ATTRIBUTION} <= set(known)
+            assert {f"{arm}.{sae}.{m}" for m in scalars.SAE} <= set(known)
+    assert {f"attribution.one.{m}" for m in scalars.ATTRIBUTION} <= set(known)
     assert all(text and isinstance(text, str) for text in known.values())
 
 
@@ -190,8 +190,8 @@ def test_a_thousand_dictionaries_fit_in_one_argument_of_a_command(tmp_path):
     made = paper(
         tmp_path, model={}, arms=arms, corpus={}, activations=hooks, sae={"dictionaries": saes}
     )
-    parts = metrics.parts(made)
-    assert len(metrics.known(parts)) >= 3000 * len(metrics.SAE)
+    parts = scalars.parts(made)
+    assert len(scalars.known(parts)) >= 3000 * len(scalars.SAE)
     assert len(to_json({"parts": parts})) < 128 * 1024  # of Linux, MAX_ARG_STRLEN
 
 
@@ -205,7 +205,7 @@ def test_a_thousand_dictionaries_fit_in_one_argument_of_a_command(tmp_path):
 def test_faults_of_metrics_py_are_told_before_anything_runs(tmp_path, code, said):
     (tmp_path / "metrics.py").write_text(code)
     with pytest.raises(RetraceError, match=said) as e:
-        metrics.parts(paper(tmp_path))
+        scalars.parts(paper(tmp_path))
     assert "metrics.py" in str(e.value)
 
 
@@ -216,7 +216,7 @@ def test_a_training_run_says_what_it_saw_and_how_far_it_ran_past_its_best():
         for t, loss in ((0, 4.0), (5, 2.0), (9, 3.0))
         for kind in ("train", "val")
     ]
-    found = metrics.training("text", pd.DataFrame(rows))
+    found = scalars.training("text", pd.DataFrame(rows))
     assert found == {
         "training.text.steps": [9, 9],
         "training.text.tokens": [90, 90],
@@ -224,9 +224,9 @@ def test_a_training_run_says_what_it_saw_and_how_far_it_ran_past_its_best():
         "training.text.val_best": [2, 3],
         "training.text.past_minimum": [0.5, pytest.approx(1 / 3)],
     }
-    arms = metrics.training("text", pd.DataFrame(rows).query("set == 'train'").assign(arm="wide"))
+    arms = scalars.training("text", pd.DataFrame(rows).query("set == 'train'").assign(arm="wide"))
     assert arms == {"training.text.wide.steps": [9, 9], "training.text.wide.tokens": [90, 90]}
-    definitions = metrics.known(
+    definitions = scalars.known(
         {"own": {}, "saes": {}, "prompts": [], "circuits": {}, "training": ["text"]}
     )
-    assert all(metrics.definition(name, definitions) for name in found | arms)
+    assert all(scalars.definition(name, definitions) for name in found | arms)

@@ -24,6 +24,7 @@ from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
 from pipeline.errors import RetraceError
 from pipeline.models import loader
+from pipeline.sharing import verify
 from pipeline.spec.paper import ModelSpec
 from pipeline.store import provenance, tables
 from pipeline.text import fetch
@@ -591,11 +592,11 @@ def test_two_runs_give_the_same_bytes_and_verify(tiny_model, tiny_model_json, tm
         assert again.read_bytes() == file.read_bytes(), file
     weights = tmp_path / "checkpoint" / "model.safetensors"
     assert provenance.read(weights)["stage"] == "model"
-    assert provenance.verify(tmp_path) == []
+    assert verify.faults(tmp_path) == []
     changed = bytearray(weights.read_bytes())
     changed[-1] ^= 1
     weights.write_bytes(changed)
-    assert any(str(weights) in fault for fault in provenance.verify(tmp_path))
+    assert any(str(weights) in fault for fault in verify.faults(tmp_path))
 
 
 def test_load_needs_no_transformer_lens(tiny_model_json):

@@ -13,7 +13,6 @@ import torch.nn.functional as F
 
 from pipeline.job.source import import_file
 from pipeline.papers import papers
-from pipeline.report import figures as core
 from pipeline.spec.training import Architecture
 from pipeline.weights import initial
 
@@ -256,7 +255,7 @@ TABLES = {
 
 
 def test_every_metric_has_a_definition():
-    from pipeline.claims.metrics import definition
+    from pipeline.claims.scalars import definition
 
     got = metrics.metrics(TABLES)
     assert [n for n in got if definition(n, metrics.METRICS) is None] == []
@@ -278,7 +277,7 @@ def drawn(name: str, scale: str = "laptop"):
     figure = papers.load(FOLDER, scale).spec.figures[name]
     tables = {t: TABLES[t] for t in figure.tables}
     plot, frame = getattr(figures, name)(tables, figure.options)
-    return core.plain(plot), frame
+    return figure.plain(plot), frame
 
 
 def test_the_loss_figure_has_the_published_value_and_a_uniform_guess():

@@ -11,9 +11,11 @@ import pandas as pd
 import pytest
 
 from pipeline.errors import RetraceError
+from pipeline.sharing.provenance import show
 from pipeline.sharing.verify import examined
+from pipeline.sharing.verify import faults as verify
 from pipeline.store import provenance, tables
-from pipeline.store.provenance import canonical, certificate, chain, digest, read, show, verify
+from pipeline.store.provenance import canonical, certificate, chain, digest, read
 
 ROOT = Path(__file__).parent.parent
 

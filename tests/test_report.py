@@ -16,6 +16,7 @@ from pipeline.claims import costs
 from pipeline.claims.summary import tally
 from pipeline.errors import RetraceError
 from pipeline.report import pages, report
+from pipeline.sharing import verify
 from pipeline.store import embed, provenance, tables
 
 BASE = Path("results/laptop/made_up")
@@ -87,7 +88,7 @@ def test_every_figure_has_its_plot_command_and_csv(made_up, text):
     alone = (root / BASE / "figures/own_bars.html").read_text()
     assert len(plots) == len(paper.spec.figures)
     own = plots[list(paper.spec.figures).index("own_bars")]
-    assert json.loads(own) == json.loads(report.PLOT.search(alone)[1])
+    assert json.loads(own) == json.loads(pages.PLOT.search(alone)[1])
 
 
 def test_links_lead_to_files(made_up, text, index):
@@ -187,7 +188,7 @@ def test_certificates_cover_pages(made_up):
     root, _ = made_up
     path = root / BASE / "report.html"
     with synthetic.inside(root):
-        assert provenance.verify(BASE / "report.html") == []
+        assert verify.faults(BASE / "report.html") == []
     assert set(provenance.read(path)["inputs"]) >= {f"{BASE}/claims.csv", f"{BASE}/metrics.json"}
 
 
@@ -307,4 +308,4 @@ def test_origin_counts_commits():
 
 def test_licences_once():
     made = [{"stage": "corpus", "licence": "CC BY-SA 4.0", "attribution": "Wikipedia"}] * 2
-    assert report.licences([*made, {"stage": "sae"}]) == ["Corpus: Wikipedia; CC BY-SA 4.0."]
+    assert pages.licences([*made, {"stage": "sae"}]) == ["Corpus: Wikipedia; CC BY-SA 4.0."]

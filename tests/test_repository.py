@@ -9,7 +9,7 @@ import yaml
 from packaging.requirements import Requirement
 
 import pipeline
-from pipeline.claims import claims
+from pipeline.claims import verdicts
 from pipeline.claims.summary import OTHERS, VERDICTS, read_claims, tally
 from pipeline.papers import papers
 from pipeline.spec.base import SCALES
@@ -62,7 +62,7 @@ def test_the_tree_in_the_readme_names_the_rooms_in_the_order_of_imports():
     )
     named = re.findall(r"^(?:(\w+)/|  (\w+)/)", tree, re.M)
     for top, below in named:
-        assert not top or (ROOT / top).is_dir() and top
+        assert not top or (ROOT / top).is_dir()
         assert not below or any((ROOT / p / below).is_dir() for p in ("pipeline", "rules"))
 
 
@@ -121,9 +121,9 @@ def test_what_is_not_reproduced_is_discussed(folder):
 def test_published_verdicts_are_those_of_the_claims_and_rules_of_today(folder):
     """Judged again from the published metrics, every claim has the published row."""
     paper = papers.load(ROOT / "rules/papers" / folder.parent.name, folder.name)
-    job = claims.for_the_job(paper)
+    job = verdicts.for_the_job(paper)
     metrics = tables.read_json(folder / "metrics.json")["metrics"]
-    judged = claims.judged(job, metrics)
+    judged = verdicts.judged(job, metrics)
     published = {r["id"]: r for r in read_claims(folder / "claims.csv")}
     assert published.keys() == {r["id"] for r in judged}
     for row in judged:

@@ -22,6 +22,7 @@ from pipeline.sae import steps
 from pipeline.sae.sparse import Dense, Scratch, Sparse, largest
 from pipeline.sae.stream import CHUNKS, Stream, geometric_median
 from pipeline.sae.train import Dictionary, build, learning_rate, train
+from pipeline.sharing import verify
 from pipeline.spec.sae import SaeSpec, SaeTraining
 from pipeline.store import provenance, tables
 from pipeline.store.shards import Rows
@@ -548,7 +549,7 @@ def test_the_item_is_complete_and_verifies(made, activations):
     assert entry["spec"]["k"] == 4 and entry["spec"]["hook"] == HOOK
     assert len(entry["dead"]) == round(entry["dead_share"] * 64)
     assert not (made / "saes.partial").exists()
-    assert provenance.verify(made) == []
+    assert verify.faults(made) == []
     for name in manifest["files"]:
         assert provenance.read(made / name)["stage"] == "sae"
 

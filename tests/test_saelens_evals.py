@@ -12,10 +12,11 @@ import torch
 from conftest import HOOK, stage
 from synthetic import call
 
-from pipeline.latents import evaluation, fidelity
+from pipeline.latents import evaluation, fidelity, stored
 from pipeline.models import hooks, loader
+from pipeline.sharing import verify
 from pipeline.spec.sae import SaeSpec
-from pipeline.store import provenance, shards, tables
+from pipeline.store import shards, tables
 
 BOS = 0  # at position 0 of every block, and nowhere else: documents are not closed
 SPECS = {
@@ -83,8 +84,8 @@ def chain(tiny_model_json, tiny_text, tmp_path_factory) -> SimpleNamespace:
          history=out / "history.parquet", device="cpu", threads=1)  # fmt: skip
     return SimpleNamespace(
         table=tables.read_table(table).set_index("sae"),
-        saes=evaluation.load_saes(sae / "manifest.json", torch.device("cpu")),
-        tokens=evaluation.eval_tokens(tokens, 40),
+        saes=stored.load_saes(sae / "manifest.json", torch.device("cpu")),
+        tokens=stored.eval_tokens(tokens, 40),
         activations=acts,
         sae=sae,
         model_json=tiny_model_json,
@@ -290,7 +291,7 @@ def test_the_card_names_both_hooks_and_its_code_runs(chain, exported, monkeypatc
     exec(re.search(r"```python\n(.*?)```", card, re.S)[1], space)
     loss = space["found"]["model_performance_preservation"]
     assert abs(loss["ce_loss_with_sae"] - loss["ce_loss_without_sae"]) > 1e-2
-    assert provenance.verify(exported / "topk") == []
+    assert verify.faults(exported / "topk") == []
 
 
 @pytest.mark.parametrize("hook", ["hook_name", "hook_name_bridge"])

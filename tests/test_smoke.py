@@ -14,6 +14,7 @@ from snake import ROOT, Done, snakemake
 from pipeline.claims.summary import read_claims
 from pipeline.job import reach, source
 from pipeline.papers import papers
+from pipeline.sharing import verify
 from pipeline.store import provenance
 
 pytestmark = pytest.mark.smoke
@@ -127,8 +128,8 @@ def test_the_code_hash_covers_every_function_that_a_job_called(smoke):
 
 def test_every_file_verifies(smoke):
     folder, _ = smoke
-    assert provenance.verify(folder / "results" / "smoke", folder) == []
-    assert provenance.verify(folder / "results" / "store", folder) == []
+    assert verify.faults(folder / "results" / "smoke", folder) == []
+    assert verify.faults(folder / "results" / "store", folder) == []
 
 
 def test_a_second_run_does_nothing(smoke):

@@ -15,19 +15,19 @@ from tokenizers import Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from pipeline.claims import needs
-from pipeline.claims.metrics import compute, known, parts
+from pipeline.claims.scalars import compute, known, parts
 from pipeline.errors import RetraceError
 from pipeline.job.source import import_file
 from pipeline.latents import sites as latents
 from pipeline.latents.sites import ERROR, Latents
 from pipeline.papers import papers
-from pipeline.report import figures
+from pipeline.report import drawing
 from pipeline.sharing import attribution_graph
 from pipeline.store import provenance, tables
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "rules/papers/sparse_feature_circuits"
-prompts, agreement, graph, metrics, drawing = (
+prompts, agreement, graph, metrics, figures = (
     import_file(FOLDER / f"{n}.py") for n in ("prompts", "agreement", "graph", "metrics", "figures")
 )
 HOOKS = {"mlp": "blocks.1.hook_mlp_out", "resid": "blocks.2.hook_resid_post"}
@@ -224,7 +224,7 @@ def test_curves_begin_at_none_and_end_at_the_model(made):
     _, frames, _ = made
     curves = frames["agreement/curves"]
     kinds = set(curves["kind"])
-    assert kinds == set(drawing.KINDS)
+    assert kinds == set(figures.KINDS)
     assert set(curves["seed"]) == {0, 1} and set(frames["agreement/graph_nodes"]["seed"]) == {0}
     for (_, _, kind), rows in curves.groupby(["seed", "structure", "kind"]):
         first = rows.iloc[0]
@@ -271,15 +271,15 @@ def test_metrics_claims_and_figures(made):
     for name, figure in paper.spec.figures.items():
         if figure.kind == "verdicts":
             continue  # a core kind, drawn from claims.csv
-        wanted = getattr(drawing, figure.kind or name)
+        wanted = getattr(figures, figure.kind or name)
         drawn, numbers = wanted({t: frames[t] for t in figure.tables}, figure.options)
         assert len(drawn.data) and len(numbers), name
 
 
 def test_the_walk_of_a_graph_names_its_traces(made):
     _, frames, _ = made
-    drawn, _ = drawing.graph(frames, {"structure": "across_rc"})
-    plot = figures.plain(drawn)
+    drawn, _ = figures.graph(frames, {"structure": "across_rc"})
+    plot = drawing.plain(drawn)
     walk = plot["layout"]["meta"]["walk"]
     nodes = plot["data"][walk["nodes"]]
     assert len(nodes["x"]) == len(walk["labels"]) == len(walk["about"])

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 from snake import ROOT, Done, snakemake, toy_project
 
-from pipeline.store import provenance
+from pipeline.sharing import verify
 
 NEEDED = ("snakemake_storage_plugin_s3", "moto", "flask_cors")
 pytestmark = [
@@ -90,7 +90,7 @@ def test_a_paper_in_a_storage_is_the_paper_on_a_disk(bucket, tmp_path):
     assert not (project / "results/smoke").exists()
     assert "Nothing to be done" in stored("toy", project).said
     download(bucket, "toy", project)
-    assert provenance.verify(project / "results/smoke", project) == []
+    assert verify.faults(project / "results/smoke", project) == []
     (project / "results").rename(tmp_path / "results")
     snakemake(cwd=project)
     assert "results/smoke/toy/claims.csv" in same_but_reports(tmp_path, project)
@@ -112,6 +112,6 @@ def test_the_store_lies_in_the_storage(bucket, tmp_path):
     ours = download(bucket, "topk", tmp_path / "ours")
     assert {p.name for p in (ours / "results/store").iterdir()} >= {"model", "corpus", "sae"}
     for part in ("smoke", "store"):
-        assert provenance.verify(ours / "results" / part, ours) == []
+        assert verify.faults(ours / "results" / part, ours) == []
     report = (ours / "results/smoke/topk_saes/report.html").read_text()
     assert "CC BY-SA 4.0" in report and "not on this machine" not in report

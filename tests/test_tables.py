@@ -12,6 +12,7 @@ import pyarrow as pa
 import pytest
 
 from pipeline.errors import RetraceError
+from pipeline.sharing import verify
 from pipeline.store import provenance, tables
 
 ROOT = Path(__file__).parent.parent
@@ -117,7 +118,7 @@ def test_csv_comes_back_and_its_twin_holds_the_certificate(tmp_path):
     tables.write_csv(tmp_path / "t.csv", frame, CERTIFICATE)
     pd.testing.assert_frame_equal(tables.read_table(tmp_path / "t.csv"), frame)
     assert json.loads((tmp_path / "t.csv.json").read_text())["provenance"]["stage"] == "test"
-    assert provenance.verify(tmp_path / "t.csv") == []
+    assert verify.faults(tmp_path / "t.csv") == []
 
 
 # --- shards --------------------------------------------------------------------------------

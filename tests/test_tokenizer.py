@@ -11,6 +11,7 @@ import pytest
 from conftest import ROOT, environment, stage
 
 from pipeline.errors import RetraceError
+from pipeline.sharing import verify
 from pipeline.spec.paper import PaperSpec, TokenizerSpec, parse
 from pipeline.store import provenance, tables
 from pipeline.text import corpus, tokenizer
@@ -135,7 +136,7 @@ def test_a_corpus_cut_with_the_tokenizer_of_its_text(kind, play, tmp_path):
     assert info["d_vocab"] == (280 if special else len(set(text)))
     assert (info["name"], info["kind"]) == (f"{kind}{info['d_vocab']}", kind)
     assert info["text_sha256"] == provenance.sha256_file(play)
-    assert provenance.verify(made) == []
+    assert verify.faults(made) == []
     files = {"out": tmp_path / "tokens.parquet", "documents": tmp_path / "documents.parquet"}
     stage("corpus", {"corpus": given}, tokenizer=made, **files)
     blocks = pd.read_parquet(files["out"])

@@ -311,7 +311,7 @@ def test_the_stage_its_metrics_and_figures(tmp_path):
         frames[f"superposition/{name}"] = one.to_pandas()
     spec = papers.load(FOLDER, "smoke").spec
     assert {f"superposition/{t}" for t in spec.own["superposition"]["tables"]} == frames.keys()
-    from pipeline.claims.metrics import definition
+    from pipeline.claims.scalars import definition
 
     found = metrics.metrics(frames)
     assert all(definition(name, metrics.METRICS) for name in found)

@@ -5,7 +5,7 @@ import pytest
 import synthetic
 from test_browser import CHROMEDRIVER, CHROMIUM, FLAGS, Browser
 
-from pipeline.report import figures
+from pipeline.report import drawing
 from pipeline.report.kinds_graph import legend, ruled, walkable
 
 NAMES = ["a", "b <b>bold</b>", "c", "logits"]
@@ -49,7 +49,7 @@ def browser(tmp_path_factory):
 
     base = tmp_path_factory.mktemp("walk")
     synthetic.figures_js(base / "figures.js")
-    page = figures.page("graph", "A graph", "To walk.", figures.plain(drawn()), "figures.js")
+    page = drawing.page("graph", "A graph", "To walk.", drawing.plain(drawn()), "figures.js")
     (base / "graph.html").write_text(page)
     options = webdriver.ChromeOptions()
     options.binary_location = CHROMIUM

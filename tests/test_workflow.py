@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from snake import ROOT, snakemake, toy_project
 
+from pipeline.sharing import verify
+from pipeline.sharing.provenance import show
 from pipeline.store import intact, provenance
 
 pytestmark = pytest.mark.workflow
@@ -63,14 +65,14 @@ def test_a_run_ends_with_the_claims_and_the_path_of_the_index(tmp_path):
 
 def test_every_result_carries_a_certificate_and_verifies(built):
     results = built / "results" / "smoke"
-    assert provenance.verify(results, built) == []
+    assert verify.faults(results, built) == []
     for file in results.rglob("*"):
         if file.suffix in intact.KINDS and file.name != "costs.html":
             assert provenance.read(file), f"{file} has no certificate"
 
 
 def test_the_chain_of_the_report_goes_back_to_the_measurement(built):
-    shown = provenance.show(built / "results/smoke/toy/report.html", built)
+    shown = show(built / "results/smoke/toy/report.html", built)
     for stage in ("report", "figures", "claims", "metrics", "measure"):
         assert f"stage {stage}" in shown
 

@@ -36,7 +36,7 @@ TOOLS = {
     "lint_paper": "pipeline.papers.lint",
     "schema": "pipeline.spec.schema",
     "progress": "pipeline.claims.progress",
-    "provenance": "pipeline.store.provenance",
+    "provenance": "pipeline.sharing.provenance",
     "redraw": "pipeline.sharing.redraw",
     "compare": "pipeline.sharing.compare",
     "slide": "pipeline.sharing.slide",

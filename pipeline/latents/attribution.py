@@ -24,7 +24,7 @@ from torch import Tensor
 from pipeline.errors import RetraceError
 from pipeline.job import cli
 from pipeline.latents.agreement import agreement
-from pipeline.latents.evaluation import load_saes
+from pipeline.latents.stored import load_saes
 from pipeline.models import loader, splice
 from pipeline.spec.paper import AttributionSpec, Prompt
 from pipeline.store import tables

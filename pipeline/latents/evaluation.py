@@ -26,6 +26,7 @@ from torch import Tensor
 from pipeline.errors import RetraceError
 from pipeline.job import cli
 from pipeline.latents import fidelity
+from pipeline.latents.stored import eval_tokens, load_saes
 from pipeline.models import hooks, loader, splice
 from pipeline.spec.paper import EvaluationSpec
 from pipeline.store import shards, tables
@@ -286,31 +287,6 @@ def warn_unless_neutral(loss: float, d_vocab: int, model: str) -> None:
             "%s: its loss of %.2f nats is above that of a uniform guess, ln %d = %.2f; weights: "
             "init gives a neutral null arm", model, loss, d_vocab, np.log(d_vocab),
         )  # fmt: skip
-
-
-def eval_tokens(corpus: str | Path, n_blocks: int) -> Tensor:
-    """The first `n_blocks` held-out blocks of a corpus, int64 [blocks pos]."""
-    frame = tables.read_table(corpus, ["split", "tokens"])
-    blocks = frame.loc[frame["split"] == "eval", "tokens"].tolist()[:n_blocks]
-    if not blocks:
-        raise RetraceError(f"{corpus}: holds no held-out block; raise corpus.n_eval_tokens")
-    return torch.tensor(np.stack(blocks), dtype=torch.int64)
-
-
-def load_saes(manifest: str | Path, device: torch.device, names: list[str] | None = None) -> dict:
-    """name -> SAELens SAE of an SAE job's folder, in float32, without gradients."""
-    from sae_lens import SAE
-
-    listed = tables.read_json(manifest)["saes"]
-    out = {}
-    for name in names or listed:
-        folder = Path(manifest).parent / listed[name]["folder"]
-        try:
-            sae = SAE.load_from_disk(str(folder), device=str(device))
-        except Exception as e:  # SAELens raises what its readers raise
-            raise RetraceError(f"{folder}: not a readable SAE ({e}); delete it, run again") from e
-        out[name] = sae.to(torch.float32).eval().requires_grad_(False)
-    return out
 
 
 def evaluate(job: cli.Job, manifest: str) -> list[dict]:

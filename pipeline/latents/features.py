@@ -23,7 +23,7 @@ from torch import Tensor
 
 from pipeline.errors import RetraceError
 from pipeline.job import cli
-from pipeline.latents.evaluation import load_saes
+from pipeline.latents.stored import load_saes
 from pipeline.models import hooks, loader, splice
 from pipeline.spec.paper import FeaturesSpec
 from pipeline.store import shards, tables

@@ -316,7 +316,7 @@ def load(
     Raises:
         RetraceError: a dictionary is missing, is a transcoder, or shares its hook with another.
     """
-    from pipeline.latents.evaluation import load_saes
+    from pipeline.latents.stored import load_saes
 
     stored, out = tables.read_json(activations), {}
     listed = {n: (m, tables.read_json(m)) for m in manifests for n in tables.read_json(m)["saes"]}

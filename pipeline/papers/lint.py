@@ -24,11 +24,11 @@ from typing import Any
 
 from pydantic import ValidationError
 
-from pipeline.claims import claims, expressions
+from pipeline.claims import expressions, verdicts
 from pipeline.errors import RetraceError, nearest
 from pipeline.job.source import tree
 from pipeline.papers import papers
-from pipeline.report import figures
+from pipeline.report import drawing
 from pipeline.spec.base import SCALES, told
 from pipeline.spec.paper import PaperSpec
 from pipeline.store.provenance import canonical
@@ -76,7 +76,7 @@ def at_scale(folder: Path, scale: str, data: dict) -> list[str]:
     if spec is None or not whole:
         return out
     paper = papers.Paper(folder.name, folder, scale, spec)
-    for check in (claims.faults, reasons, able_to_fail, figures.faults, own_stages):
+    for check in (verdicts.faults, reasons, able_to_fail, drawing.faults, own_stages):
         try:
             out += dict.fromkeys(check(paper))
         except RetraceError as e:
@@ -180,7 +180,7 @@ def reasons(paper: papers.Paper) -> Iterator[str]:
         try:
             nodes = list(ast.walk(expressions.parse(claim.holds)))
         except ValueError:
-            continue  # told by claims.faults
+            continue  # told by verdicts.faults
         numbers = [n.value for n in nodes if isinstance(n, ast.Constant)]
         if chosen := [str(n) for n in numbers if n not in PLAIN_NUMBERS]:
             yield (
@@ -216,10 +216,10 @@ def budgets_of_no_scale(folder: Path, raw: dict, scales: dict) -> Iterator[str]:
         try:
             wanted = expressions.names(expressions.parse(budget.ours))
         except ValueError:
-            continue  # told by claims.faults
+            continue  # told by verdicts.faults
         for path in sorted(wanted):
             section = path.partition(".")[0] in PaperSpec.model_fields
-            if section and all(s is None or claims.setting(s, path) is None for s in specs):
+            if section and all(s is None or verdicts.setting(s, path) is None for s in specs):
                 yield (
                     f"{folder / 'paper.yaml'}: budget.{name}: ours: '{path}' is a number at no "
                     f"scale; correct the path"

@@ -16,7 +16,7 @@ import typing
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.claims import metrics
+from pipeline.claims import scalars
 from pipeline.errors import RetraceError, nearest
 from pipeline.job import commands, source
 from pipeline.papers import papers
@@ -66,10 +66,10 @@ def list_metrics() -> dict[str, str]:
     """Metric or pattern -> definition: the core's, then each paper's own."""
     out = {}
     for prefix, group in (
-        ("<arm>.<dictionary>", metrics.SAE),
-        ("attribution.<prompt>", metrics.ATTRIBUTION),
-        ("circuits.<arm>.<method>", metrics.CIRCUITS),
-        ("training.<run>", metrics.TRAINING),
+        ("<arm>.<dictionary>", scalars.SAE),
+        ("attribution.<prompt>", scalars.ATTRIBUTION),
+        ("circuits.<arm>.<method>", scalars.CIRCUITS),
+        ("training.<run>", scalars.TRAINING),
     ):
         out |= {f"{prefix}.{name}": text for name, text in group.items()}
     for name in papers.available([PAPERS]):

@@ -114,11 +114,11 @@ def load(folder: Path, scale: str, raw: dict | None = None, hub: bool = False) -
         merged = _without_hub(merged)
     parsed = spec.parse(PaperSpec, merged, f"{file} ({scale})")
     paper = Paper(folder.name, folder, scale, filled(parsed, f"{file} ({scale})"))
-    from pipeline.claims import claims
-    from pipeline.report import figures  # they read papers, too
+    from pipeline.claims import verdicts
+    from pipeline.report import drawing  # they read papers, too
 
-    claims.check(paper)
-    figures.check(paper)
+    verdicts.check(paper)
+    drawing.check(paper)
     return paper
 
 

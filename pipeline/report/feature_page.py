@@ -16,7 +16,7 @@ import numpy as np
 
 from pipeline.errors import RetraceError
 from pipeline.report import pages
-from pipeline.report.report import licences
+from pipeline.report.pages import licences
 from pipeline.store import provenance, tables
 
 LEVELS = 255  # of an activation's colour

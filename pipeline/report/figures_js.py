@@ -4,27 +4,7 @@ It is an ordinary input of the figures. Marked `ancient` it would hide changes: 
 not look at jobs downstream of one that has to run, not even behind an ancient file.
 """
 
-import hashlib
-from collections.abc import Iterable
-from pathlib import Path
-
-DRAW = [Path(__file__).parent / f"templates/{name}.js" for name in ("walk", "draw")]
-
-
-def write(out: str | Path, draw: Iterable[str | Path] = DRAW) -> None:
-    """Write figures.js, its certificate in a comment at the end.
-
-    Args:
-        draw: our drawing code, in this order.
-    """
-    from pipeline.job import source
-    from pipeline.store import embed, intact, provenance, tables
-
-    text = "\n".join([embed.plotly_js(), *(Path(f).read_text("utf-8") for f in draw), ""])
-    made = provenance.certificate("figures_js", {}, source.job_code("figures_js"), [])
-    made = intact.to_seal(made | {"content": hashlib.sha256(text.encode()).hexdigest()})
-    mark = embed.script_json(made).replace("*/", "*\\/")
-    tables.write_sealed(out, f"{text}/*retrace-provenance {mark}*/\n")
+from pipeline.report.pages import write
 
 
 def main() -> None:

@@ -4,7 +4,7 @@ from pathlib import Path
 
 from pipeline.claims.summary import read_claims, tally
 from pipeline.report import pages
-from pipeline.report.report import SECOND_HAND
+from pipeline.report.pages import SECOND_HAND
 
 
 def entries(cards: dict[str, dict], claims: list[str]) -> list[dict]:

@@ -7,11 +7,13 @@ its sha256: text of a corpus or a model that came to lie in the page as markup c
 import base64
 import hashlib
 import re
+from collections.abc import Iterable
 from functools import cache
 from pathlib import Path
 from typing import Any
 
 from pipeline.claims.summary import MEANINGS, OTHERS
+from pipeline.store import provenance
 from pipeline.store.embed import plotly_js, script_json
 
 TEMPLATES = Path(__file__).parent / "templates"
@@ -98,3 +100,40 @@ def prose(text: str) -> Any:
 def anchor(text: str) -> str:
     """Text as the id of an element."""
     return re.sub(r"[^\w-]+", "-", text)
+
+
+DRAW = [Path(__file__).parent / f"templates/{name}.js" for name in ("walk", "draw")]
+
+
+def write(out: str | Path, draw: Iterable[str | Path] = DRAW) -> None:
+    """Write figures.js, its certificate in a comment at the end.
+
+    Args:
+        draw: our drawing code, in this order.
+    """
+    from pipeline.job import source
+    from pipeline.store import embed, intact, tables
+
+    text = "\n".join([embed.plotly_js(), *(Path(f).read_text("utf-8") for f in draw), ""])
+    made = provenance.certificate("figures_js", {}, source.job_code("figures_js"), [])
+    made = intact.to_seal(made | {"content": hashlib.sha256(text.encode()).hexdigest()})
+    mark = embed.script_json(made).replace("*/", "*\\/")
+    tables.write_sealed(out, f"{text}/*retrace-provenance {mark}*/\n")
+
+
+PLOT = re.compile(r'<script type="application/json" class="retrace-plot">(.*?)</script>', re.S)
+SECOND_HAND = {  # where the paper's number was read, if not in the paper: a tag, what it means
+    "R-copy": ("transcription", "read in a transcription of the article"),
+    "N": ("second-hand", "read in a note that quotes the paper, not in the paper itself"),
+    "M": ("from memory", "not looked up in the paper"),
+}
+
+
+def licences(certificates: list[dict]) -> list[str]:
+    """What the weights and the text must be credited to: every licence and attribution."""
+    out = []
+    for c in certificates:
+        said = [str(c[k]) for k in ("attribution", "licence") if c.get(k)]
+        if said:
+            out.append(f"{c['stage'].capitalize()}: {'; '.join(said)}.".replace("..", "."))
+    return list(dict.fromkeys(out))

@@ -10,7 +10,6 @@ that a run writes, the bytes of that page differ from run to run.
 
 import json
 import math
-import re
 import shlex
 from collections.abc import Iterable, Iterator
 from pathlib import Path
@@ -20,14 +19,9 @@ from pipeline.claims import costs
 from pipeline.claims.summary import read_claims, tally
 from pipeline.errors import RetraceError
 from pipeline.report import pages
+from pipeline.report.pages import PLOT, SECOND_HAND, licences
 from pipeline.store import provenance
 
-PLOT = re.compile(r'<script type="application/json" class="retrace-plot">(.*?)</script>', re.S)
-SECOND_HAND = {  # where the paper's number was read, if not in the paper: a tag, what it means
-    "R-copy": ("transcription", "read in a transcription of the article"),
-    "N": ("second-hand", "read in a note that quotes the paper, not in the paper itself"),
-    "M": ("from memory", "not looked up in the paper"),
-}
 SHORT = 12  # digits of a digest that a page shows
 
 
@@ -116,16 +110,6 @@ def origin(certificates: list[dict]) -> str:
     dirty = " A + marks code that was not committed." if any("+" in c for c in commits) else ""
     where = f" on {' and '.join(devices)}" if devices else ""
     return f"Made from {made}{where}, with {packages}.{dirty}"
-
-
-def licences(certificates: list[dict]) -> list[str]:
-    """What the weights and the text must be credited to: every licence and attribution."""
-    out = []
-    for c in certificates:
-        said = [str(c[k]) for k in ("attribution", "licence") if c.get(k)]
-        if said:
-            out.append(f"{c['stage'].capitalize()}: {'; '.join(said)}.".replace("..", "."))
-    return list(dict.fromkeys(out))
 
 
 def grids(metrics: dict[str, dict]) -> list[dict[str, Any]]:

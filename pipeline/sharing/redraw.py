@@ -80,15 +80,15 @@ def redraw(run: Results, name: str, made: dict[str, Any], papers: Path, out: Pat
     import pandas as pd
 
     from pipeline.job import source
-    from pipeline.report import figures
+    from pipeline.report import drawing
     from pipeline.store import embed, tables
 
     spec, inputs = made["spec"], tables_of(run, made)
     own = papers / run.paper / "figures.py"
     code = sorted(own.parent.glob("figures*.py")) if own.is_file() else []
-    frames = dict(zip(spec["figure"]["tables"], map(figures.read, inputs), strict=True))
+    frames = dict(zip(spec["figure"]["tables"], map(drawing.read, inputs), strict=True))
     try:
-        figure, frame = figures.make(name, spec["figure"], frames, own if code else None)
+        figure, frame = drawing.make(name, spec["figure"], frames, own if code else None)
     except (LookupError, TypeError, ValueError, AttributeError) as e:
         raise RetraceError(
             f"the code of this checkout cannot draw these tables ({e!r}); "
@@ -96,7 +96,7 @@ def redraw(run: Results, name: str, made: dict[str, Any], papers: Path, out: Pat
         ) from e
     cert = provenance.certificate("figures", spec, source.job_code("figures", code), inputs)
     shown = spec["figure"]
-    page = figures.page(name, shown["title"], shown["caption"], figures.plain(figure), "figures.js")
+    page = drawing.page(name, shown["title"], shown["caption"], drawing.plain(figure), "figures.js")
     embed.write_page(out / f"{name}.html", page, cert)
     tables.write_csv(out / f"{name}.csv", frame, cert)
     before = pd.read_csv(run.folder / f"figures/{name}.csv")
@@ -122,7 +122,7 @@ def main() -> None:
     args = parser.parse_args()
     failed = False
     try:
-        from pipeline.report import figures_js
+        from pipeline.report import pages
 
         with opened(args.results) as found:
             for run in found:
@@ -132,7 +132,7 @@ def main() -> None:
                     raise RetraceError(f"{run.folder}: no figure '{args.figure}'{hint}")
                 to = args.out / run.scale / run.paper
                 to.mkdir(parents=True, exist_ok=True)
-                figures_js.write(to / "figures.js")
+                pages.write(to / "figures.js")
                 for name in [args.figure] if args.figure else known:
                     try:
                         said = redraw(run, name, known[name], args.papers, to)

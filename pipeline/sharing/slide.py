@@ -24,7 +24,7 @@ from typing import Any
 from urllib.parse import unquote_to_bytes
 
 from pipeline.errors import RetraceError
-from pipeline.report.report import PLOT
+from pipeline.report.pages import PLOT
 from pipeline.store import embed, tables
 
 NAMES = "chromium chromium-browser google-chrome google-chrome-stable chrome".split()

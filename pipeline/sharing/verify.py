@@ -54,6 +54,11 @@ class Report:
         return provenance.digest(sorted(self.sums.items()))
 
 
+def faults(path: str | Path, base: str | Path = ".") -> list[str]:
+    """What `examined` finds wrong: a sentence each, none if all is as it was made."""
+    return examined(path, base).faults
+
+
 def examined(path: str | Path, base: str | Path = ".") -> Report:
     """Compare a file, or all files of a folder, and what they were made from with their digests.
 
@@ -212,7 +217,7 @@ def _sources(file: Path, certificate: dict, base: Path, out: Report) -> list[str
 
 def _claims(file: Path, certificate: dict, base: Path, out: Report) -> list[str]:
     """Faults of verdicts that do not follow from metrics.json."""
-    from pipeline.claims import claims
+    from pipeline.claims import verdicts
     from pipeline.job import source
     from pipeline.store import tables
 
@@ -223,7 +228,7 @@ def _claims(file: Path, certificate: dict, base: Path, out: Report) -> list[str]
     spec = certificate["spec"]
     try:
         values = tables.read_json(metrics)["metrics"]
-        found = claims.judged({"budgets": {}, **spec}, values)
+        found = verdicts.judged({"budgets": {}, **spec}, values)
     except (*BROKEN, RetraceError) as e:
         out.notes.append(f"{file}: not judged again ({str(e).splitlines()[0]})")
         return []

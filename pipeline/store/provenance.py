@@ -1,12 +1,8 @@
-"""Every file carries its birth certificate; read it back, and verify it.
+"""Every file carries its birth certificate: stamped here, and read back.
 
 A certificate says which stage made the file, from which spec, code, commit, package versions
 and device, and the sha256 of every input. It is a function of those alone, so the same run gives
 the same bytes; seconds and peak memory stand in the job's benchmark and log.
-
-    python -m pipeline provenance show PATH      the chain from a file back to weights and text
-    python -m pipeline provenance verify PATH    recompute every digest; name the file that changed
-                                                 (see verify.py)
 
 Where a certificate stands: Parquet, schema metadata; safetensors, `__metadata__`; JSON, the key
 `provenance`; HTML, a JSON script element; figures.js, its last comment; CSV, the twin
@@ -307,70 +303,3 @@ def is_file(path: Path) -> bool:
         return path.is_file()
     except (OSError, ValueError):  # no name that a file can have
         return False
-
-
-def verify(path: str | Path, base: str | Path = ".") -> list[str]:
-    """The faults that `verify.examined` finds: one sentence each, none if all is as it was made."""
-    return _verifier().examined(path, base).faults
-
-
-def _verifier() -> Any:
-    """verify.py, in a way that no code hash follows: no stage's result depends on it."""
-    return importlib.import_module("pipeline.sharing.verify")
-
-
-def printable(text: str) -> str:
-    """Text whose control characters are escaped, so that it cannot command a terminal."""
-    return "".join(
-        c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text
-    )
-
-
-def show(path: str | Path, base: str | Path = ".") -> str:
-    """The chain as indented text: file, stage, commit, code, device, seed."""
-    lines = []
-    for depth, file, cert in chain(path, base):
-        if cert is None:
-            lines.append(f"{'  ' * depth}{file}  (no certificate)")
-            continue
-        facts = [f"stage {cert['stage']}", f"commit {commits(cert)}"]
-        facts += [f"code {cert['code'][:12]}"]
-        facts += [f"{k} {cert[k]}" for k in ("device", "seed", "source", "licence") if cert.get(k)]
-        lines.append(f"{'  ' * depth}{file}  " + ", ".join(facts))
-    return "\n".join(lines)
-
-
-def main() -> None:
-    import argparse
-
-    parser = argparse.ArgumentParser(prog="python -m pipeline provenance", description=__doc__)
-    parser.add_argument("command", choices=["show", "verify"])
-    parser.add_argument("path")
-    parser.add_argument("--base", default=".", help="folder in which snakemake ran")
-    args = parser.parse_args()
-    if args.command == "verify":
-        sys.exit(_verify(args.path, args.base))
-    if not Path(args.path).exists():
-        sys.exit(printable(f"{args.path}: does not exist; run snakemake to make it"))
-    try:
-        print(printable(show(args.path, args.base)))
-    except RetraceError as e:
-        sys.exit(printable(f"error: {e}"))
-    except (LookupError, TypeError, ValueError) as e:
-        sys.exit(printable(f"error: {args.path}: a certificate is damaged ({e!r})"))
-
-
-def _verify(path: str, base: str) -> int:
-    """Print what `verify.examined` finds; the exit code."""
-    found = _verifier().examined(path, base)
-    if not Path(path).exists():
-        print(printable(found.faults[0]))
-        return 1
-    lines = found.faults + found.notes
-    if found.absent:
-        lines.append(f"not on this machine, so not checked: {', '.join(map(str, found.absent))}")
-    bare = f", {found.bare} without certificate" if found.bare else ""
-    lines.append(f"{path}: {len(found.sums)} files verified{bare}; {len(found.faults)} faults")
-    lines.append(f"root sha256:{found.root} (certificates are not signed: quote this)")
-    print("\n".join(map(printable, lines)))
-    return 1 if found.faults else 0

@@ -11,7 +11,7 @@ from pipeline.errors import RetraceError, nearest
 from pipeline.spec.training import TrainingSpec
 from pipeline.store import tables
 from pipeline.weights import batches as training_data
-from pipeline.weights import initial, training
+from pipeline.weights import initial
 
 BEST = -2
 
@@ -62,7 +62,7 @@ class Run:
         step = self.steps[-1] if step == -1 else step
         if step != BEST and step not in self.steps:
             raise RetraceError(f"{self.path}: keeps no checkpoint of step {step}")
-        name = "best.safetensors" if step == BEST else training.checkpoint_name(step)
+        name = "best.safetensors" if step == BEST else checkpoint_name(step)
         file = self.path.parent / "checkpoints" / name
         try:
             return load_file(file)
@@ -97,3 +97,7 @@ class Run:
 def open_run(manifest: str | Path) -> Run:
     """The run whose manifest.json this is."""
     return Run(manifest)
+
+
+def checkpoint_name(step: int) -> str:
+    return f"step-{step:08d}.safetensors"

@@ -21,10 +21,7 @@ from pipeline.store.checkpoints import Checkpoints, write_tensors
 from pipeline.weights import batches
 from pipeline.weights.batches import Batches
 from pipeline.weights.members import Team
-
-
-def checkpoint_name(step: int) -> str:
-    return f"step-{step:08d}.safetensors"
+from pipeline.weights.trained import checkpoint_name
 
 
 def run(team: Team, folder: Path, checkpoints: Checkpoints) -> float:

@@ -171,7 +171,7 @@ def drawn(found: dict, path: Path) -> None:
     """The figure: seconds above, memory below, an axis a column."""
     from plotly.subplots import make_subplots
 
-    from pipeline.report import figures, theme
+    from pipeline.report import drawing, theme
 
     axes = list(found)
     figure = make_subplots(
@@ -224,7 +224,7 @@ def drawn(found: dict, path: Path) -> None:
         "line the exponent p of size^p, without the smallest size: 1 is linear."
     )
     page = path.with_suffix(".html")
-    page.write_text(figures.page("scaling", title, caption, figures.plain(figure), "figures.js"))
+    page.write_text(drawing.page("scaling", title, caption, drawing.plain(figure), "figures.js"))
     draw = ROOT / "pipeline/report/templates/draw.js"
     for command in (
         ["pipeline", "figures_js", "--draw", draw, "--out", page.parent / "figures.js"],

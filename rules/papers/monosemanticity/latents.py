@@ -21,7 +21,7 @@ from torch import Tensor
 from pipeline.errors import RetraceError
 from pipeline.job import cli
 from pipeline.job.source import import_file
-from pipeline.latents.evaluation import load_saes
+from pipeline.latents.stored import load_saes
 from pipeline.models import hooks, loader, splice
 from pipeline.spec.base import Name, Section
 from pipeline.store import shards, tables

@@ -22,7 +22,7 @@ from pydantic import Field
 from pipeline.errors import RetraceError, nearest
 from pipeline.job import cli
 from pipeline.latents import features
-from pipeline.latents.evaluation import load_saes
+from pipeline.latents.stored import load_saes
 from pipeline.spec.base import Section
 from pipeline.store import tables
 

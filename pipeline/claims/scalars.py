@@ -1,0 +1,221 @@
+"""Tables -> named scalars. Every metric has one written definition, stored beside its number.
+
+Names are dotted: `<arm>.<sae>.<metric>` for a dictionary, `attribution.<prompt>.<metric>` for a
+prompt. A paper adds its own in `metrics.py` beside paper.yaml: a literal `METRICS` (name or
+pattern -> definition) and a function `metrics(tables) -> {name: value or one value a seed}`.
+"""
+
+import fnmatch
+import math
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.errors import RetraceError
+from pipeline.job.source import import_file, literal
+
+# What evaluation.py measures of a dictionary on held-out rows.
+SAE = {
+    "explained_variance": "1 - sum |x - x_hat|^2 / sum |x - mean|^2, both sums over all held-out "
+    "rows, float64",
+    "explained_variance_no_outliers": "the same over all dimensions but the four of largest "
+    "variance",
+    "l0": "mean number of non-zero latents a held-out row",
+    "mse": "mean over held-out rows of |x - x_hat|^2, summed over dimensions, unscaled activations",
+    "relative_bias": "sum |x_hat|^2 / sum x_hat . x over held-out rows: the factor by which x_hat "
+    "is too long, below 1 for shrinkage (relative reconstruction bias, Rajamanoharan et al. 2024, "
+    "2404.16014; SAELens averages this ratio over batches)",
+    "cosine_similarity": "mean over held-out rows of cos(x, x_hat)",
+    "norm_in": "mean over held-out rows of |x|",
+    "norm_out": "mean over held-out rows of |x_hat|",
+    "norm_ratio": "mean over held-out rows of |x_hat| / |x|: shrinkage, errors included",
+    "l1": "mean over held-out rows of the sum of |activations|",
+    "explained_variance_legacy": "mean over held-out rows of 1 - |x - x_hat|^2 / |x - mean|^2, the "
+    "mean that of 4096 rows: SAELens's before 6.45.1, which many published numbers are; a row near "
+    "the mean may weigh without bound",
+    "freq_over_1_percent": "share of latents that more than 1 % of held-out rows make non-zero",
+    "freq_over_10_percent": "the same for 10 %",
+    "normalized_freq_over_1_percent": "share of all activations, counted, that these latents have",
+    "normalized_freq_over_10_percent": "the same for 10 %",
+    "dead_share": "share of latents that no row of the last sae.training.dead_rows training rows "
+    "made non-zero, when training ended",
+    "silent_share": "share of latents that no held-out row makes non-zero",
+    "kl_spliced": "mean over positions of KL(model || spliced) of the next-token distributions, "
+    "nats, held-out blocks",
+    "kl_zero": "the same with x replaced by zero at the hook",
+    "kl_zero_all": "the same with x replaced by zero at every position, the first of a block too",
+    "loss_model": "mean next-token cross-entropy of the model, nats, held-out blocks",
+    "loss_spliced": "the same with x replaced by x_hat at the hook",
+    "loss_zero": "the same with x replaced by zero at the hook, on the tokens that dictionaries "
+    "are trained on",
+    "loss_zero_all": "the same at every position, the first of a block too: SAELens's and "
+    "SAEBench's ablation",
+    "loss_mean": "the same with x replaced by the held-out mean at the hook",
+    "delta_loss": "loss_spliced - loss_model, nats",
+    "loss_recovered_zero": "(loss_zero - loss_spliced) / (loss_zero - loss_model); undefined where "
+    "the ablation does not raise the loss, so that there is nothing to recover",
+    "loss_recovered_mean": "(loss_mean - loss_spliced) / (loss_mean - loss_model); undefined as "
+    "loss_recovered_zero",
+    "splice_check": "|loss with x replaced by x_hat + (x - x_hat) - loss_model|, nats; near zero "
+    "if the splice is right",
+}
+ATTRIBUTION = {
+    "logit_diff": "logit of the answer minus logit of the foil at the last position",
+    "baseline_logit_diff": "the same with every latent and the error set to zero at the hook",
+    "completeness_gap": "gradient x activation: (sum over latents and error - (logit_diff - "
+    "baseline_logit_diff)) / |logit_diff - baseline_logit_diff|",
+    "completeness_gap_ig": "the same for integrated gradients",
+    "ablation_correlation": "Pearson correlation of gradient x activation and exact ablation over "
+    "the ablated latents, those of largest attribution",
+    "ablation_correlation_ig": "the same for integrated gradients",
+    "ablation_spearman": "the same as ablation_correlation, of ranks",
+    "ablation_spearman_ig": "the same for integrated gradients",
+    "ablation_correlation_without_largest": "the same as ablation_correlation, without the one "
+    "latent whose leaving out changes it the most",
+    "ablation_correlation_without_largest_ig": "the same for integrated gradients",
+    "sign_agreement": "share of the ablated latents whose gradient x activation has the sign of "
+    "the exact effect",
+    "sign_agreement_ig": "the same for integrated gradients",
+}
+CIRCUITS = {  # of a method of the section circuits
+    "total": "mean over prompts of m(source) - m(base), m the logit of the answer minus that of "
+    "the other name; for direct_logit m of the clean prompt; for latents the exact effect of "
+    "patching a whole site, summed over sites; for acdc the loss of the circuit that is left",
+    "completeness_gap": "(sum over a cut of the graph - total) / |total|; the cut is the embedding "
+    "of each differing token for patching, all latents and error terms of every site for latent "
+    "methods, the edges that acdc cut, all that is written to the logits for the others",
+    "correlation": "Pearson correlation of the score with exact patching: of all heads and MLPs, "
+    "for eap of the edges of largest score, for latents of those of largest score by any method; "
+    "acdc: of all edges when they had their turn, with each edge cut alone; "
+    "path_patching, itself exact: with the whole head's; atp_star, which has no sign and no sum: "
+    "with the size of the exact effect",
+    "spearman": "the same of ranks",
+    "correlation_without_largest": "Pearson's without the one part whose leaving out changes it "
+    "the most; the column largest of the table methods names it",
+    "sign_agreement": "share of those whose score has the sign of the exact effect",
+}
+TRAINING = {  # of a training run; training.<run>.<arm>.* where it has arms
+    "steps": "updates when training ended, one value a seed",
+    "tokens": "training tokens that were shown until then, repeats counted, one value a seed",
+    "val_last": "loss of the evaluation set val when training ended, nats, one value a seed",
+    "val_best": "the smallest such loss at any evaluation",
+    "past_minimum": "val_last / val_best - 1: how far training ran past the best held-out loss",
+}
+
+
+def parts(paper: Any) -> dict[str, Any]:
+    """What the names of a paper's metrics are made of, small enough for a command's argument.
+
+    own: METRICS of its metrics.py; saes: arm -> names; prompts: of attribution; circuits: arms and
+    methods; training: names of runs.
+    """
+    spec = paper.spec
+    out: dict[str, Any] = {"own": dict(literal(paper.folder / "metrics.py", "METRICS"))}
+    out["saes"] = {a: list(spec.saes_of(a)) for a in spec.arm_names()} if spec.sae else {}
+    out["prompts"] = list(spec.attribution.prompts) if spec.attribution else []
+    arms = spec.circuit_arms() if spec.circuits else []
+    out["circuits"] = {arm: list(spec.circuits.methods) for arm in arms}
+    return out | {"training": list(spec.training)}
+
+
+def known(parts: dict[str, Any]) -> dict[str, str]:
+    """Name or pattern -> definition of every metric that a paper of these `parts` can yield."""
+    out = dict(parts["own"])
+    for arm, saes in parts["saes"].items():
+        for sae in saes:
+            out |= {f"{arm}.{sae}.{m}": text for m, text in SAE.items()}
+    for prompt in parts["prompts"]:
+        out |= {f"attribution.{prompt}.{m}": text for m, text in ATTRIBUTION.items()}
+    if parts["prompts"]:
+        out |= {f"attribution.mean.{m}": f"mean over prompts: {t}" for m, t in ATTRIBUTION.items()}
+    for arm, methods in parts["circuits"].items():
+        for method in methods:
+            out |= {f"circuits.{arm}.{method}.{m}": t for m, t in CIRCUITS.items()}
+    for run in parts["training"]:
+        out |= {f"training.{run}.{m}": text for m, text in TRAINING.items()}
+        out |= {f"training.{run}.*.{m}": text for m, text in TRAINING.items()}
+    return out
+
+
+def definition(name: str, definitions: dict[str, str]) -> str | None:
+    """The definition of a metric: by its name, else by the first pattern that fits it."""
+    if name in definitions:
+        return definitions[name]
+    return next((t for p, t in definitions.items() if fnmatch.fnmatchcase(name, p)), None)
+
+
+def summary(value: Any) -> dict[str, Any]:
+    """values, mean, sd (ddof 1; null for one value) and n of one metric over its seeds.
+
+    A seed in which the metric is undefined (NaN) keeps its place among the values and is left out
+    of mean and sd.
+    """
+    values = [float(v) for v in np.atleast_1d(np.asarray(value, dtype=float))]
+    defined = [v for v in values if not math.isnan(v)]
+    mean = float(np.mean(defined)) if defined else math.nan
+    sd = float(np.std(defined, ddof=1)) if len(defined) > 1 else None
+    return {"values": values, "mean": mean, "sd": sd, "n": len(values)}
+
+
+def training(run: str, table: Any) -> dict[str, list[float]]:
+    """The metrics of a training run, see TRAINING; those of val where it has such a set."""
+    out: dict[str, list[float]] = {}
+    for arm, rows in table.groupby("arm"):
+        name = f"training.{run}.{arm}" if arm else f"training.{run}"
+        for _, seed in rows.sort_values(["seed", "step"]).groupby("seed"):
+            found = {m: seed[c].max() for m, c in (("steps", "step"), ("tokens", "tokens"))}
+            val = seed.loc[seed["set"] == "val", "loss"]
+            if len(val):
+                last, best = val.iloc[-1], val.min()
+                found |= {"val_last": last, "val_best": best, "past_minimum": last / best - 1}
+            for metric, value in found.items():
+                out.setdefault(f"{name}.{metric}", []).append(float(value))
+    return out
+
+
+def core(tables: dict[str, Any]) -> dict[str, Any]:
+    """The metrics that every paper with training runs, SAEs, attribution or circuits has."""
+    out: dict[str, Any] = {}
+    for name, table in tables.items():
+        stage, _, part = name.partition("/")
+        if stage == "training":
+            out |= training(part, table)
+        if stage == "evaluation" and not part.endswith("_history"):
+            for row in table.to_dict("records"):
+                out |= {f"{part}.{row['sae']}.{m}": row[m] for m in SAE if m in row}
+        if name == "attribution/prompts":
+            for row in table.to_dict("records"):
+                out |= {f"attribution.{row['prompt']}.{m}": row[m] for m in ATTRIBUTION}
+            out |= {f"attribution.mean.{m}": table[m].mean() for m in ATTRIBUTION}
+        if stage == "circuits" and part.endswith("_methods"):
+            for method, rows in table.groupby("method", sort=False):
+                named = f"circuits.{part.removesuffix('_methods')}.{method}"
+                found = {m: rows[m].to_numpy(float) for m in CIRCUITS}  # one value for each seed
+                out |= {f"{named}.{m}": v for m, v in found.items() if np.isfinite(v).any()}
+    return out
+
+
+def compute(tables: dict[str, Any], definitions: dict[str, str], own: Path | None) -> dict:
+    """Every metric of a paper: name -> values, mean, sd, n, definition.
+
+    Args:
+        tables: name -> DataFrame, as `Paper.tables` names them.
+        definitions: see `known`.
+        own: the paper's metrics.py, if it has one.
+
+    Raises:
+        RetraceError: metrics.py yields a name without a definition.
+    """
+    values = core(tables)
+    if own is not None:
+        values |= import_file(own).metrics(tables)
+    out = {}
+    for name, value in values.items():
+        text = definition(name, definitions)
+        if text is None:
+            raise RetraceError(
+                f"{own}: metric '{name}' has no definition; add it to METRICS, with one sentence"
+            )
+        out[name] = {**summary(value), "definition": text}
+    return out

@@ -1,0 +1,178 @@
+"""Tables -> plotly figures.
+
+1. Read the tables that the figure names in paper.yaml.
+2. Call its function: one of the paper's own figures.py, else the core kind (`kinds.KINDS`). It
+   takes (tables, options) and returns the figure and the frame of the numbers that it plots.
+3. Lay the template `retrace` under it, shorten its numbers, and write it as a small page without
+   plotly.js; the plotted numbers go beside it as CSV.
+
+A figure opened by itself draws with `figures.js`, written once a scale, two folders up; without
+that file it says where the report is. report.py takes the same figure into its page.
+"""
+
+import datetime
+import decimal
+import html
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import RetraceError, nearest
+from pipeline.job.source import functions, import_file
+from pipeline.report.kinds import KINDS
+from pipeline.report.theme import template
+
+DIGITS = 5  # of plotted floats: a pixel in 10,000; the CSV has them whole
+ALONE = """\
+<!doctype html>
+<html lang="en"><head><meta charset="utf-8">
+<meta http-equiv="Content-Security-Policy" content="default-src 'none'; script-src 'self' file:; \
+style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'">
+<title>{title}</title>
+<meta name="viewport" content="width=device-width, initial-scale=1">
+<style>:root {{ color-scheme: light dark }} body {{ font: 16px/1.5 system-ui, sans-serif; \
+max-width: 56rem; margin: 2rem auto; padding: 0 1rem }}</style></head>
+<body><h1>{title}</h1>
+<div class="retrace-figure" id="figure-{name}" role="figure" aria-label="{title}">
+<p class="retrace-wait">Drawn by {script}; where that file is missing, open report.html.</p>
+<script type="application/json" class="retrace-plot">{plot}</script>
+</div>
+<p>{caption}</p>
+<script src="{script}"></script>
+</body></html>
+"""
+
+
+def faults(paper: Any) -> Iterator[str]:
+    """A sentence for every figure without a function or table: the value and the nearest one."""
+    own = functions(paper.folder / "figures.py")
+    tables = [*paper.tables(), "metrics", "claims"]
+    for name, figure in paper.spec.figures.items():
+        where = f"{paper.folder / 'paper.yaml'}: figures.{name}"
+        wanted = figure.kind or name
+        if wanted not in own and not (figure.kind and figure.kind in KINDS):
+            known = [*KINDS, *own] if figure.kind else own
+            what = f"kind '{figure.kind}'" if figure.kind else f"function '{name}' in figures.py"
+            yield (
+                f"{where}: no {what}{nearest(wanted, known)}; name a kind ({', '.join(KINDS)}) or "
+                f"write the function"
+            )
+        for table in figure.tables:
+            if table not in tables:
+                yield (
+                    f"{where}: no table '{table}'{nearest(table, tables)}; this paper has "
+                    f"{', '.join(tables)}"
+                )
+
+
+def check(paper: Any) -> None:
+    """Raise a RetraceError for the first of `faults`; cheap, before anything runs."""
+    for fault in faults(paper):
+        raise RetraceError(fault)
+
+
+def short(value: Any) -> Any:
+    """A figure as plain data: arrays as lists, floats rounded to DIGITS significant digits."""
+    import numpy as np
+
+    if isinstance(value, dict):
+        if "bdata" in value:
+            shape = [int(n) for n in str(value.get("shape", -1)).split(",")]
+            value = np.frombuffer(_bytes(value["bdata"]), value["dtype"]).reshape(shape)
+            return short(value)
+        return {k: short(v) for k, v in value.items()}
+    if isinstance(value, np.ndarray):
+        return short(list(value) if value.dtype.kind in "Mm" else value.tolist())
+    if isinstance(value, (list, tuple)):
+        return [short(v) for v in value]
+    if isinstance(value, float):
+        return float(f"{value:.{DIGITS}g}") if abs(value) < 1e15 else value
+    return value if value is None or isinstance(value, str | int) else _scalar(value)
+
+
+def _scalar(value: Any) -> Any:
+    """A number, date or duration of another library as plotly's JSON has it; missing: None."""
+    import numpy as np
+    import pandas as pd
+
+    if pd.api.types.is_scalar(value) and pd.isna(value):
+        return None
+    if isinstance(value, np.datetime64):
+        return str(value)  # ISO 8601
+    if isinstance(value, np.timedelta64):
+        return short(float(value / np.timedelta64(1, "ms")))
+    if isinstance(value, datetime.timedelta):
+        return short(value / datetime.timedelta(milliseconds=1))
+    if isinstance(value, datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, decimal.Decimal):
+        return short(float(value))
+    return short(value.item()) if isinstance(value, np.generic) else value
+
+
+def _bytes(text: str) -> bytes:
+    import base64
+
+    return base64.b64decode(text)
+
+
+def plain(figure: Any) -> dict[str, Any]:
+    """The figure as JSON-ready data, with the template `retrace`; the page has its title."""
+    made = figure.to_plotly_json()
+    layout = {k: v for k, v in made.get("layout", {}).items() if k not in ("template", "title")}
+    return short({"data": made.get("data", []), "layout": layout | {"template": template()}})
+
+
+def page(name: str, title: str, caption: str, plot: dict, script: str) -> str:
+    """A figure as a small page without plotly.js; the report takes its `retrace-figure`."""
+    from pipeline.store.embed import script_json
+
+    text = {"name": name, "title": title, "caption": caption, "script": script}
+    text = {k: html.escape(v) for k, v in text.items()}
+    return ALONE.format(plot=script_json(plot), **text)
+
+
+def read(path: str | Path) -> Any:
+    """A table for a figure; columns that hold records (a latent's contexts) are left out."""
+    import pandas as pd
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from pipeline.store import tables
+
+    if Path(path).suffix == ".csv":
+        return pd.read_csv(path)
+    if Path(path).suffix == ".json":
+        metrics = tables.read_json(path)["metrics"]
+        rows = [{"name": n, **{k: m[k] for k in ("mean", "sd", "n")}} for n, m in metrics.items()]
+        return pd.DataFrame(rows, columns=["name", "mean", "sd", "n"])
+    nested = lambda t: pa.types.is_list(t) and pa.types.is_struct(t.value_type)  # noqa: E731
+    columns = [f.name for f in pq.read_schema(path) if not nested(f.type)]
+    return tables.read_table(path, columns)
+
+
+def make(name: str, spec: dict, frames: dict[str, Any], own: Path | None) -> tuple[Any, Any]:
+    """Call the figure's function.
+
+    Raises:
+        RetraceError: it is missing, or returns something else than a figure and a frame.
+    """
+    import pandas as pd
+    import plotly.graph_objects as go
+
+    wanted = spec["kind"] or name
+    function = getattr(import_file(own), wanted, None) if own else None
+    function = function or KINDS.get(wanted)
+    if function is None:
+        raise RetraceError(f"figure {name}: no function '{wanted}' in {own or 'the core kinds'}")
+    try:
+        made = function(frames, spec["options"])
+    except RetraceError as e:
+        raise RetraceError(f"figure {name}: {e}") from e
+    match made:
+        case (go.Figure() as figure, pd.DataFrame() as frame):
+            return figure, frame
+    raise RetraceError(
+        f"figure {name}: {wanted} returned {type(made).__name__}; return a plotly Figure and the "
+        f"DataFrame of the numbers it plots"
+    )
