@@ -19,6 +19,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
@@ -83,12 +84,34 @@ def functions(file: Path) -> set[str]:
 
 
 def import_file(path: str | Path) -> ModuleType:
-    """A paper's own .py file as a module. It is code of the paper's authors, and it runs."""
+    """A paper's own .py file as a module. It is code of the paper's authors, and it runs.
+
+    Raises:
+        RetraceError: it imports what is not there from a module of ours.
+    """
     path = Path(path)
     spec = importlib.util.spec_from_file_location(f"paper_{path.parent.name}_{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
+    try:
+        spec.loader.exec_module(module)
+    except ImportError as e:
+        if (e.name or "").split(".")[0] != "pipeline":
+            raise
+        raise RetraceError(f"{path}: {e.msg}{_home_of(e)}") from e
     return module
+
+
+def _home_of(fault: ImportError) -> str:
+    """'; it is pipeline.report.theme' for a module or a name of ours that stands elsewhere."""
+    name = re.match(r"cannot import name '(\w+)'", fault.msg)
+    last, room = (name[1], fault.name) if name else (fault.name.split(".")[-1], "")
+    found = []
+    for file in sorted(PIPELINE.rglob("*.py")):
+        dotted = ".".join(["pipeline", *file.relative_to(PIPELINE).with_suffix("").parts])
+        inside = room and dotted.startswith(f"{room}.") and last in _facts(file)["defs"]
+        if inside or last in (file.stem, f"{file.parent.name}_{file.stem}"):
+            found.append(dotted)
+    return f"; it is in {' or '.join(found)}" if found else ""
 
 
 # --- code hashes ---------------------------------------------------------------------------
