@@ -2,7 +2,7 @@
 
 import sys
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 
 for _stream in (sys.stdout, sys.stderr):
     if hasattr(

@@ -1,6 +1,6 @@
 """Exact interventions on heads, MLPs and the stream, many in one forward pass. [torch]
 
-The runs, the metric m and the pairs of prompts are those of paired.py; an effect is
+The runs, the metric m and the pairs of prompts are those of pairs.py; an effect is
 m(patched) - m(base).
 
 1. `activation_patching`: one activation is replaced, all that follows from it is recomputed (Meng

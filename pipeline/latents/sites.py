@@ -6,7 +6,7 @@ After Marks et al. 2024 (2403.19647, Sec. 3). A site is a hook; units there spli
 
 with the latents f_i of a dictionary and its error term e, which is a node, too; or with the
 coordinates of x themselves (neurons) and no error. Where the run on `base` gets what the run on
-`source` has at a site (paired.py), the effect of node i at position p is about
+`source` has at a site (pairs.py), the effect of node i at position p is about
 
     latent_attribution   (f_i' - f_i) d_i . dm/dx on the base run               (their Eq. 3)
     latent_ig            the same, dm/dx averaged along the line from x to x'   (their Eq. 4)
@@ -18,7 +18,7 @@ coordinates of x themselves (neurons) and no error. Where the run on `base` gets
    whole site as steps grow.
 4. `exact` patches nodes one by one.
 
-The pairs of prompts, m, and runs from one layer on are paired.py's.
+The pairs of prompts, m, and runs from one layer on are pairs.py's.
 """
 
 from collections.abc import Callable
@@ -36,7 +36,7 @@ from pipeline.store import tables
 
 ERROR = -1  # in the place of a latent's number
 ALL = -1  # in the place of a position
-# Where in a layer what is written at a hook enters the stream: see Run of paired.py.
+# Where in a layer what is written at a hook enters the stream: see Run of pairs.py.
 ENTRY = {
     "hook_attn_out": "mid", "hook_resid_mid": "mid",
     "mlp.hook_post": "post", "hook_mlp_out": "post", "hook_resid_post": "post",
@@ -165,7 +165,7 @@ class Sites:
         self._gradients: dict[tuple, Tensor] = {}
 
     def entry(self, hook: str) -> tuple[str, int]:
-        """Name of the stream that the hook writes into, see Run of paired.py, and the layer."""
+        """Name of the stream that the hook writes into, see Run of pairs.py, and the layer."""
         _, layer, name = hook.split(".", 2)
         return ENTRY[name], int(layer)
 

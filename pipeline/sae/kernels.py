@@ -1,6 +1,6 @@
 """Triton kernels of the sparse products and of the k largest, for a GPU. [torch, triton]
 
-What sae_sparse.py does with `embedding_bag` and `torch.topk`, which on an H100 take most of a step:
+What sae/sparse.py does with `embedding_bag` and `torch.topk`, which on an H100 take most of a step:
 their gradients are dense, and `topk` passes a row once for every two bits. Each result is summed
 by one program in one order, so it does not depend on scheduling. Sums are float32, whatever the
 dtype of the operands. The tests run the kernels in Triton's interpreter where Triton is installed.

@@ -2,14 +2,14 @@
 
 1. Every dictionary is a TrainingSAE of SAELens's: its configuration, initial weights, loss and file
    format. `SAE.load_from_disk` reads what we write and reconstructs what ours does.
-2. One stream of batches serves all (sae_stream.py); an epoch is one pass through the data.
+2. One stream of batches serves all (sae/stream.py); an epoch is one pass through the data.
 3. A step computes SAELens's loss and gradients, without the dense products where few latents are
-   active (sae_steps.py and its siblings); sae_train.py is the loop.
+   active (sae/steps.py and its siblings); sae/train.py is the loop.
 4. The scale of the rows is folded into the weights, so that a saved dictionary takes activations as
    they are.
-5. Dictionaries with an output_hook are transcoders (sae_transcoder.py); a job's share both hooks.
+5. Dictionaries with an output_hook are transcoders (sae/transcoder.py); a job's share both hooks.
 6. Until all is done, everything lies in `<saes>.partial/`, checkpoints among it
-   (resume.py).
+   (checkpoints.py).
 
 `history.parquet` has about a hundred rows a dictionary, each the batch of one step: mse in the unit
 of the activations, loss as it was minimised, on scaled rows, with all its terms.

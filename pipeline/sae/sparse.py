@@ -4,7 +4,7 @@
 activations and their gradients. A product is an `embedding_bag`: over the entries row by row for
 values @ W, over the same entries latent by latent for values' @ x. Each bag is summed by one thread
 in one order, so a result does not depend on scheduling. `Dense` has the same methods. On a GPU the
-kernels of sae_kernels.py stand in, and operands may be bfloat16; sums are float32 always.
+kernels of sae/kernels.py stand in, and operands may be bfloat16; sums are float32 always.
 """
 
 from collections.abc import Callable

@@ -2,7 +2,7 @@
 
 `reference` calls SAELens's `training_forward_pass` and autograd: it serves every architecture, and
 it is what the tests hold the fast steps against. `topk` and `standard` write the gradients by hand;
-sae_steps_batch.py, sae_steps_gates.py and sae_steps_pursuit.py do so for the others.
+sae/steps_batch.py, sae/steps_gates.py and sae/steps_pursuit.py do so for the others.
 With B rows x, x_c = x - b_dec, p = x_c W_enc + b_enc, activations a = relu(p), all but the active
 ones zero, and r = a W_dec + b_dec - x:
 
@@ -10,7 +10,7 @@ ones zero, and r = a W_dec + b_dec - x:
    dW_dec = a' d, and the pull on an active latent is g = d W_dec'.
 2. dW_enc = x_c' g and db_enc = sum of g over rows. db_dec = sum of d over rows - W_enc db_enc: g is
    summed over rows before it meets W_enc (Gao et al. 2024, as in their released code).
-3. Every product with a or g touches active latents only (sae_sparse.py). x_c W_enc is the one dense
+3. Every product with a or g touches active latents only (sae/sparse.py). x_c W_enc is the one dense
    product.
 4. TopK keeps the k largest of p n, n the norms of W_dec's rows, and decodes (a n) / n (SAELens,
    rescale_acts_by_decoder_norm): n takes part in the choice alone, its gradient is zero.
@@ -113,7 +113,7 @@ def reference(
 
     Args:
         sae: a SAELens TrainingSAE.
-        x: [batch d_in]; for a transcoder (sae_transcoder.py) [batch d_in + d_out].
+        x: [batch d_in]; for a transcoder (sae/transcoder.py) [batch d_in + d_out].
         dead: bool [d_sae], latents that AuxK may use; None where there are none.
         coefficients: SAELens's names -> values at this step.
         step: number of steps done before.

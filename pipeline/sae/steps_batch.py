@@ -1,6 +1,6 @@
 """The fast steps of BatchTopK and Matryoshka: SAELens's loss and gradients without dense products.
 
-What sae_steps.py says of TopK holds, with two changes.
+What sae/steps.py says of TopK holds, with two changes.
 
 1. BatchTopK (Bussmann et al. 2024, 2412.06410, Sec. 3) keeps the k B largest of all scores of a
    batch of B rows. The running threshold that takes their place at inference moves towards the

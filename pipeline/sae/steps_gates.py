@@ -1,7 +1,7 @@
 """The fast steps of Gated and JumpReLU: SAELens's loss and gradients, sparse where few are active.
 
 With B rows, x_c = x - b_dec, p = x_c W_enc and the pull g = d W_dec' on active latents as in
-sae_steps.py:
+sae/steps.py:
 
 1. Gated (Rajamanoharan et al. 2024, 2404.16014, Sec. 3.2). The gate is q = relu(p + b_gate); where
    it is open, the magnitude is m = relu(p exp(r_mag) + b_mag). The loss is the squared error of m,

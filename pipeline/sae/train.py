@@ -9,7 +9,7 @@
 4. A latent is dead once `dead_rows` rows have passed since it was last active. In a run shorter
    than that, a latent that was never active counts as dead at the end.
 5. A frozen decoder (null arm) keeps its random directions, at norm 1; the rest trains.
-6. At `resample_steps` dead latents get new directions (sae_resample.py).
+6. At `resample_steps` dead latents get new directions (sae/resample.py).
 """
 
 import math

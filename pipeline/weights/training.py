@@ -1,8 +1,8 @@
 """Small transformers trained from scratch, all members of a run together. [torch]
 
-1. Every step updates all members, an arm and a seed each (team.py).
+1. Every step updates all members, an arm and a seed each (members.py).
 2. At named steps the weights are kept, at others loss and accuracy of every evaluation set.
-3. A killed run goes on at its last state (resume.py), and ends with the same bytes.
+3. A killed run goes on at its last state (checkpoints.py), and ends with the same bytes.
 """
 
 import math

@@ -1,7 +1,7 @@
 """The circuit as a graph: its strongest nodes, edges between them, what a latent says. [torch]
 
 1. nodes   of largest |latent_ig| at one position, error terms among them, and the logits.
-2. edges   of largest |effect| among those (latent_circuits.py).
+2. edges   of largest |effect| among those (subsets.py).
 3. labels  of a latent: the held-out tokens on which it is largest, and the logits that its
            direction raises by the direct path.
 """
