@@ -60,8 +60,8 @@ def copy_repository(to: Path) -> Path:
     to.mkdir(parents=True)
     for name in ("Snakefile", "config.yaml"):
         shutil.copy(ROOT / name, to)
-    ignored = shutil.ignore_patterns("__pycache__", "papers", "*.tmp")
-    for name in ("rules", "pipeline"):
+    for name, *left_out in (("rules", "papers"), ("pipeline",)):
+        ignored = shutil.ignore_patterns("__pycache__", "*.tmp", *left_out)
         shutil.copytree(ROOT / name, to / name, ignore=ignored)
     (to / "rules" / "papers").mkdir()
     return to

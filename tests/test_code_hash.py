@@ -277,7 +277,7 @@ def test_a_papers_own_files_count_with_what_they_reach(pipeline, tmp_path):
 def test_a_helper_that_a_papers_file_loads_counts(tmp_path, load, stage):
     own, helper = tmp_path / "own.py", tmp_path / "helper.py"
     own.write_text(
-        "from pathlib import Path\n\nfrom pipeline import source\n"
+        "from pathlib import Path\n\nfrom pipeline.job import source\n"
         "from pipeline.job.source import import_file\n\n"
         'HERE = Path(__file__).parent\nHELPER = HERE / "helper.py"\nNAME = "helper"\n\n\n'
         f"def f():\n    return {load}\n"

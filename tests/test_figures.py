@@ -75,7 +75,7 @@ def test_check_accepts_own_functions_and_kinds(tmp_path, figure):
 def test_check_is_cheap():
     """snakemake loads every paper on every call: no plotly, pandas or torch for that."""
     code = (
-        "import sys; from pathlib import Path; from pipeline import papers\n"
+        "import sys; from pathlib import Path; from pipeline.papers import papers\n"
         f"papers.load(Path({str(synthetic.CARD)!r}), 'smoke')\n"
         "heavy = {'plotly', 'pandas', 'pyarrow', 'jinja2', 'torch'} & set(sys.modules)\n"
         "sys.exit(f'imported {heavy}' if heavy else 0)"
@@ -364,7 +364,7 @@ def test_a_figure_needs_no_torch(made_up):
     root, _ = made_up
     code = (
         f"import sys; sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / 'tests')!r}]\n"
-        "from pathlib import Path; import synthetic; from pipeline import papers\n"
+        "from pathlib import Path; import synthetic; from pipeline.papers import papers\n"
         "made = papers.load(Path('rules/papers/made_up'), 'laptop')\n"
         "synthetic.draw(made, 'own_bars')\n"
         "heavy = {'torch', 'transformers', 'sae_lens', 'jinja2'} & set(sys.modules)\n"

@@ -11,7 +11,7 @@ from pipeline.job import cli, gpus
 HOLD = """
 import sys, time
 from pathlib import Path
-from pipeline import gpus
+from pipeline.job import gpus
 print(gpus.take(["a", "b"], Path(sys.argv[1])), flush=True)
 time.sleep(60)
 """

@@ -119,7 +119,7 @@ def test_thirty_kills_and_a_call(undisturbed, tmp_path):
     killed_and_called_again(undisturbed, tmp_path, 30, seed=2)
 
 
-HOLDER = "import sys, time; from pathlib import Path; from pipeline import kills\n"
+HOLDER = "import sys, time; from pathlib import Path; from pipeline.job import kills\n"
 HOLDER += "kills.own(Path(sys.argv[1])); print('holds', flush=True); time.sleep(60)"
 
 
@@ -144,7 +144,7 @@ def test_the_second_of_two_projects_on_one_store_is_told_who_works(holder, tmp_p
 def test_a_lock_ends_with_its_process(holder, tmp_path):
     holder.kill()
     holder.wait()
-    code = "import sys; from pathlib import Path; from pipeline import kills\n"
+    code = "import sys; from pathlib import Path; from pipeline.job import kills\n"
     code += "print(kills.own(Path(sys.argv[1])), kills.own(Path(sys.argv[1])))"
     file = tmp_path / "results/store/.owner"
     done = subprocess.run(
@@ -181,7 +181,7 @@ def test_only_calls_that_run_jobs_take_the_lock(argv, reads):
 
 def child(parent: int) -> subprocess.Popen:
     code = (
-        "from pipeline import kills; import time\nkills.end_with_parent(); print('on', flush=True)"
+        "from pipeline.job import kills; import time\nkills.end_with_parent(); print('on', flush=True)"
     )
     code += "; time.sleep(60)"
     return subprocess.Popen(
@@ -193,9 +193,9 @@ def child(parent: int) -> subprocess.Popen:
 @pytest.mark.parametrize("pidfd", [True, False])
 def test_a_stage_ends_with_the_snakemake_above_its_shell(pidfd, tmp_path):
     off = "" if pidfd else "import os; del os.pidfd_open; "
-    stage = f"{off}from pipeline import kills; import time; kills.end_with_parent(); "
+    stage = f"{off}from pipeline.job import kills; import time; kills.end_with_parent(); "
     stage += "print('on', flush=True); time.sleep(60)"
-    code = "import subprocess, sys; from pipeline import kills; kills.name_parent(); "
+    code = "import subprocess, sys; from pipeline.job import kills; kills.name_parent(); "
     code += "subprocess.run(['bash', '-c', f'{sys.executable} -c \"{sys.argv[1]}\"; true'])"
     process = subprocess.Popen(
         [sys.executable, "-c", code, stage], cwd=ROOT, stdout=subprocess.PIPE, text=True,

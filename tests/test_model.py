@@ -285,7 +285,7 @@ def test_a_hub_repository_out_of_the_cache(tmp_path):
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_text("{}")
     code = (
-        "from pipeline import fetch; from pathlib import Path;"
+        "from pipeline.text import fetch; from pathlib import Path;"
         f"print(fetch.from_hub('owner/name', '{commit}', ['config.json'], Path('.'), 'model')[0])"
     )
     env = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
@@ -371,7 +371,7 @@ def hub(tiny_model, tmp_path, monkeypatch):
 
 
 FETCH = (  # names of repositories -> the folder and licence, or the sentence, of each
-    "import sys, pathlib; from pipeline import fetch, model\n"
+    "import sys, pathlib; from pipeline.text import fetch; from pipeline.weights import model\n"
     "for name in sys.argv[1:]:\n"
     "    at = f'owner/{name}', ('d' if name == 'other_commit' else 'c') * 40\n"
     "    at = (at[0].replace('other_commit', 'tiny'), at[1])\n"
@@ -601,7 +601,7 @@ def test_two_runs_give_the_same_bytes_and_verify(tiny_model, tiny_model_json, tm
 
 def test_load_needs_no_transformer_lens(tiny_model_json):
     code = (
-        f"import sys; from pipeline import model; loader.load({str(tiny_model_json)!r});"
+        f"import sys; from pipeline.models import loader; loader.load({str(tiny_model_json)!r});"
         "sys.exit('transformer_lens' in sys.modules or 'sae_lens' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
@@ -609,7 +609,7 @@ def test_load_needs_no_transformer_lens(tiny_model_json):
 
 def test_the_tokenizer_needs_no_torch(tiny_model_json):
     code = (
-        "import sys; from pipeline import model;"
+        "import sys; from pipeline.text.tokens import load_tokenizer;"
         f"load_tokenizer({str(tiny_model_json)!r}); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -49,7 +49,7 @@ def test_numbers_are_short_and_nothing_is_a_dash():
 WORKFLOW = """
 import sys
 sys.path.insert(0, {root!r})
-from pipeline import summary
+from pipeline.claims import summary
 
 onerror:
     summary.print_failure(log, summary.without_targets(sys.argv, ["all"]))

@@ -69,7 +69,7 @@ def test_a_file_size_limit_leaves_nothing_that_reads_as_complete(tmp_path):
     code = """
 import resource, signal, sys
 import numpy as np
-from pipeline import tables
+from pipeline.store import tables
 from pipeline.errors import RetraceError
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))

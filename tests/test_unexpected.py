@@ -11,7 +11,7 @@ from pipeline.claims import summary
 
 STAGE = '''"""A stage of its own that fails."""
 from pathlib import Path
-from pipeline import cli
+from pipeline.job import cli
 
 
 def summed(where, values):
@@ -91,7 +91,10 @@ def test_traces_of_libraries_stay_in_the_log_too():
 ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
 ROUND = r"""
 import locale, pathlib, sys
-from pipeline import documents, scaffold, tables, yaml_files
+from pipeline.text import documents
+from pipeline.papers import scaffold
+from pipeline.store import tables
+from pipeline.spec import yaml_files
 assert locale.getpreferredencoding().upper() not in ("UTF-8", "UTF8")
 here = pathlib.Path(sys.argv[1])
 assert yaml_files.load_yaml(here / "paper.yaml") == {"title": "Caf\u00e9 \u2013 \U0001f389"}

@@ -6,6 +6,7 @@ it names must exist, and every expression must be one (expressions.py).
 
 import ast
 import math
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -120,7 +121,6 @@ def for_the_job(paper: Any) -> dict[str, Any]:
 
 def defined(paper: Any, claims: list[Claim]) -> dict[str, str]:
     """Metric -> digest of its definition, of every metric that a claim, a need or a null reads."""
-
     definitions = scalars.known(scalars.parts(paper))
 
     def known(name: str) -> bool:
@@ -131,7 +131,12 @@ def defined(paper: Any, claims: list[Claim]) -> dict[str, str]:
         read |= needs.wanted(claim) | needs.metrics_of(claim, known)
         read |= expressions.names(expressions.parse(claim.null_arm)) if claim.null_arm else set()
     found = {name: scalars.definition(name, definitions) for name in sorted(read)}
-    return {name: digest(text, SHORT) for name, text in found.items() if text is not None}
+    return {name: meaning(text) for name, text in found.items() if text is not None}
+
+
+def meaning(definition: str) -> str:
+    """A short digest of a definition; the file that computes it, '(claims/roc.py)', is no part."""
+    return digest(re.sub(r" \([\w/]+\.py\)", "", definition), SHORT)
 
 
 def judged(spec: dict[str, Any], measured: dict[str, dict]) -> list[dict[str, Any]]:
@@ -146,7 +151,7 @@ def judged(spec: dict[str, Any], measured: dict[str, dict]) -> list[dict[str, An
     same = {
         name: metric
         for name, metric in measured.items()
-        if name not in wanted or wanted[name] == digest(metric.get("definition", ""), SHORT)
+        if name not in wanted or wanted[name] == meaning(metric.get("definition", ""))
     }
     claims = [Claim.model_validate(c) for c in spec["claims"]]
     return [judge(c, same, spec["scale"], spec["budgets"]) for c in claims]

@@ -160,10 +160,22 @@ def _followed(
             elif not provenance.is_file(there):
                 found.append(f"{there}: missing, and a result was made from it")
             else:
-                if intact.sha256_once(there) != sha:
+                if intact.sha256_once(there) != sha and not _committed(there, sha, certificate):
                     found.append(f"{there}: changed since a result was made from it")
                 stack.append(there)
     return found
+
+
+def _committed(file: Path, sha: str, certificate: dict) -> bool:
+    """Whether code of a paper has those bytes at the commit that a certificate names.
+
+    Code goes on changing after its results were published; git still has what made them.
+    """
+    if file.suffix != ".py":
+        return False
+    states = (certificate.get("paper") or {}, certificate.get("git") or {})
+    found = (provenance.at_commit(file, str(s.get("commit", ""))) for s in states)
+    return any(data is not None and provenance.sha256_bytes(data) == sha for data in found)
 
 
 def _of_the_store(file: Path) -> bool:

@@ -95,6 +95,17 @@ def paper_state(folder: str) -> dict[str, Any]:
         return {"commit": NOWHERE, "dirty": None}
 
 
+def at_commit(file: Path, commit: str) -> bytes | None:
+    """A file's bytes at a commit of the repository that it lies in; None where git has none."""
+    if not re.fullmatch(r"[0-9a-f]{40}", commit):
+        return None
+    command = ["git", "-C", str(file.parent), "show", f"{commit}:./{file.name}"]
+    try:
+        return subprocess.run(command, capture_output=True, check=True).stdout
+    except (OSError, subprocess.CalledProcessError):
+        return None
+
+
 def commits(certificate: dict[str, Any]) -> str:
     """'0123456789ab+': the commit, and a + where code was not committed.
 
