@@ -74,9 +74,7 @@ def test_every_job_is_an_action_with_its_inputs_and_results(graph):
     claims = of[f"{BASE}/claims.csv"]
     assert claims["object"] == [{"@id": f"{BASE}/metrics.json"}]
     assert graph[claims["instrument"]["@id"]]["name"] == "pipeline claims"
-    figures = [
-        a for a in actions if "pipeline figures" in graph[a["instrument"]["@id"]]["name"]
-    ]
+    figures = [a for a in actions if "pipeline figures" in graph[a["instrument"]["@id"]]["name"]]
     assert figures and all(len(a["result"]) == 2 for a in figures)  # the page and its numbers
     assert len(graph["./"]["mentions"]) == len(actions)
 

@@ -181,7 +181,8 @@ def test_only_calls_that_run_jobs_take_the_lock(argv, reads):
 
 def child(parent: int) -> subprocess.Popen:
     code = (
-        "from pipeline.job import kills; import time\nkills.end_with_parent(); print('on', flush=True)"
+        "from pipeline.job import kills; import time\n"
+        "kills.end_with_parent(); print('on', flush=True)"
     )
     code += "; time.sleep(60)"
     return subprocess.Popen(
