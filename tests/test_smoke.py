@@ -144,6 +144,7 @@ def seconds(*command: str) -> float:
     return min(times)
 
 
+@pytest.mark.timed
 def test_doing_nothing_is_quick(smoke):
     folder, _ = smoke
     bare = seconds(sys.executable, "-m", "snakemake", "--version")
