@@ -258,3 +258,18 @@ def toy_run(tmp_path_factory) -> tuple[Path, str]:
 
     folder = shared(tmp_path_factory, "toy_run", make)
     return folder / "retrace", (folder / "said.txt").read_text()
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch) -> Iterator[Path]:
+    """A toy project without results: the working directory, and the code that is hashed."""
+    from snake import forget_code, toy_project
+
+    from pipeline import source
+
+    project = toy_project(tmp_path / "retrace")
+    monkeypatch.chdir(project)
+    monkeypatch.setattr(source, "PIPELINE", project / "pipeline")
+    forget_code()
+    yield project
+    forget_code()
