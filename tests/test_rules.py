@@ -80,9 +80,12 @@ def test_every_path_of_the_store_is_an_artefact_that_a_rule_makes(everything, pa
         stage, id = path.split("/")[2:4]
         assert re.fullmatch(rule_helpers.WILDCARDS[stage], id)
         item = everything.item(stage, SimpleNamespace(**{stage: id}))
-        for made_from in item.folders():
+        for made_from, folder in item.folders().items():
             below = everything.item_input(SimpleNamespace(**{stage: id}), stage, made_from, "x")
-            assert re.fullmatch(r"results/store/\w+/[^/]+-[0-9a-f]{12}/x", below)
+            assert below == f"results/store/{folder}/x"
+            assert re.fullmatch(rule_helpers.WILDCARDS[folder.split("/")[0]], folder.split("/")[1])
+        spec = Params(everything, {}).item_spec(SimpleNamespace(**{stage: id}), stage)
+        assert json.loads(spec).keys() == item.spec.keys()
 
 
 def test_arms_are_sorted_and_share_a_corpus(everything):
@@ -114,6 +117,12 @@ def test_a_training_run_is_found_by_its_name_or_by_the_wildcard(everything):
     assert everything.item_source(SimpleNamespace(training=id), "training", "text") == []
 
 
+def test_runs_on_one_text_read_its_tokens_once(everything):
+    w = wildcards(paper="induction_heads")
+    assert len(everything.paper(w).spec.training) > 1
+    assert len(everything.trainings(w, "tokens.parquet", "corpus")) == 1
+
+
 def test_models_of_another_paper_are_its_own_in_the_store(everything):
     w = wildcards(paper="lenses")
     models = everything.paper(w).spec.own["tuning"]["models"]
@@ -140,22 +149,9 @@ def test_circuits_read_dictionaries_only_where_they_name_some(everything):
             assert bool(everything.circuit_input(w, "sae", "saes")) is bool(spec.circuits.saes)
 
 
-@pytest.mark.parametrize(
-    "name, fits, not_these",
-    [
-        ("scale", ["smoke", "laptop", "paper"], ["small", "smoke2", ""]),
-        ("paper", ["toy", "Toy_2"], ["2toy", "a/b", "a-b", ""]),
-        ("arm", ["trained"], ["a.b", "_a"]),
-        ("latents", ["topk_k32", "32"], ["a.b", "a-b"]),
-        ("figure", ["cosines"], ["a.b", "figures/a"]),
-        ("model", ["pythia-70m-0123456789ab"], ["pythia", "a/b-0123456789ab", "a-0123456789aB"]),
-        ("sae", ["m-blocks_0-0123456789ab"], ["m-0123456789a"]),
-    ],
-)
-def test_wildcards(name, fits, not_these):
-    pattern = re.compile(rule_helpers.WILDCARDS[name])
-    assert all(pattern.fullmatch(text) for text in fits)
-    assert not any(pattern.fullmatch(text) for text in not_these)
+def test_papers_named_on_the_command_line_are_the_ones_told(everything):
+    assert everything.asked(["snakemake", "-c2", "grokking", "ioi"]) == ["grokking", "ioi"]
+    assert everything.asked(["snakemake", "-c2"]) == ALL
 
 
 # --- params --------------------------------------------------------------------------------
@@ -202,6 +198,19 @@ def test_code_covers_the_files_that_are_named_and_no_other(toy):
     forget_code()
     after = ask(wildcards(), "metrics", "metrics.py"), ask(wildcards(), "metrics")
     assert before[0] != after[0] and before[1] == after[1] != before[0]
+
+
+def test_a_training_run_is_code_of_its_data_too(everything):
+    """Of a run on the paper's data.py; one on a text reaches none of it."""
+    ask, found = Params(everything, {}).training_code, {}
+    for paper in ("grokking", "induction_heads", "nanogpt_shakespeare"):
+        w = wildcards(paper=paper)
+        for path in everything.trainings(w, "manifest.json"):
+            item = SimpleNamespace(training=path.split("/")[3])
+            own = everything.item_source(item, "training", "data")
+            found.setdefault(tuple(own), set()).add(ask(item))
+    assert len(found) > 1 and all(len(codes) == 1 for codes in found.values())
+    assert len(set.union(*found.values())) == len(found)
 
 
 # --- faults --------------------------------------------------------------------------------
@@ -326,66 +335,3 @@ def test_features_are_exported_from_the_arm_that_has_them(everything):
     none = wildcards(paper="grokking", arm="trained", latents="x")
     with pytest.raises(RetraceError, match="features are described nowhere"):
         ask(none, "neuronpedia")
-
-
-# --- helpers -------------------------------------------------------------------------------
-
-
-def test_a_helper_answers_only_when_the_wildcards_are_known():
-    calls = []
-    method = lambda w, *args, **named: [w, *args, *named]  # noqa: E731
-    helper = rule_helpers.asked(lambda: calls.append("before"), method, tuple)
-    answer = helper("stage", file="x")
-    assert calls == []
-    assert answer("wildcards") == ("wildcards", "stage", "file") and calls == ["before"]
-
-
-@pytest.mark.parametrize(
-    "fault, said",
-    [
-        (RetraceError("x is 3; make it 4"), "error: x is 3; make it 4"),
-        (KeyError(7), "KeyError (7)"),
-    ],
-)
-def test_a_fault_ends_in_one_sentence(fault, said):
-    def fail(_):
-        raise fault
-
-    with pytest.raises(SystemExit) as end:
-        rule_helpers.asked(lambda: None, fail)()("wildcards")
-    assert said in str(end.value) and str(end.value).startswith("error: ")
-    assert "\n" not in str(end.value)
-
-
-@pytest.mark.parametrize("name", ["claims", "all", "sae"])
-def test_a_paper_cannot_take_the_name_of_a_rule(name):
-    with pytest.raises(SystemExit, match=f"papers: '{name}' is the name of a rule"):
-        rule_helpers.target({"claims", "all", "sae"}.__contains__, name)
-    assert rule_helpers.target({"claims"}.__contains__, "toy") == "toy"
-
-
-@pytest.mark.parametrize(
-    "device, smoke, cluster, jobs",
-    [
-        ("cpu", True, False, 0), ("cpu", False, True, 0), ("auto", True, False, 5),
-        ("auto", False, False, 3), ("cuda", False, False, 3), ("auto", True, True, None),
-    ],
-)  # fmt: skip
-def test_how_many_jobs_share_the_gpus(monkeypatch, device, smoke, cluster, jobs):
-    monkeypatch.setattr("os.cpu_count", lambda: 5)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
-    assert rule_helpers.gpu_jobs_at_once(device, smoke, cluster) == jobs
-
-
-def test_jobs_find_this_checkout_first(monkeypatch):
-    monkeypatch.setenv("PYTHONPATH", "theirs")
-    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "7")
-    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "")
-    rule_helpers.set_environment(Path("ours"))
-    assert rule_helpers.os.environ["PYTHONPATH"] == "ours:theirs"
-    assert rule_helpers.os.environ["MALLOC_TRIM_THRESHOLD_"] == "7"  # what is set is left
-
-
-def test_papers_named_on_the_command_line_are_the_ones_told(everything):
-    assert everything.asked(["snakemake", "-c2", "grokking", "ioi"]) == ["grokking", "ioi"]
-    assert everything.asked(["snakemake", "-c2"]) == ALL

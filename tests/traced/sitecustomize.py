@@ -61,7 +61,7 @@ class Marked(ast.NodeTransformer):
 
 
 def compiled(path: str, source: bytes):
-    """The marked code of one of our files; the module counts as called, since it is about to run."""
+    """The marked code of one of our files; the module counts as called: it is about to run."""
     file = path.removeprefix(ROOT)
     called.add((file, "<module>"))
     kept = os.path.join(FOLDER, file.replace(os.sep, ".") + ".code")
