@@ -14,9 +14,12 @@ from pipeline import figures, theme
 
 CHROMIUM = next((c for n in ("chromium", "chromium-browser") if (c := shutil.which(n))), None)
 CHROMEDRIVER = shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and CHROMEDRIVER), reason="needs chromium and chromedriver (Debian packages)"
-)
+pytestmark = [
+    pytest.mark.workflow,
+    pytest.mark.skipif(
+        not (CHROMIUM and CHROMEDRIVER), reason="needs chromium and chromedriver (Debian packages)"
+    ),
+]
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
     "--disable-background-networking --disable-component-update --disable-sync"

@@ -40,6 +40,7 @@ def test_every_text_file_is_utf8():
     assert done.returncode == 0, done.stdout + done.stderr
 
 
+@pytest.mark.workflow
 def test_snakefmt():
     done = run(str(BIN / "snakefmt"), "--check", "Snakefile", "rules", "pipeline/templates_paper")
     assert done.returncode == 0, done.stdout + done.stderr
@@ -100,6 +101,7 @@ def unexpected(said: str) -> list[str]:
     return found
 
 
+@pytest.mark.workflow
 def test_snakemakes_own_lints():
     done = run(sys.executable, "-m", "snakemake", "--lint")
     said = done.stdout + done.stderr

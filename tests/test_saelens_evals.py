@@ -15,6 +15,7 @@ from synthetic import call
 from pipeline import evaluation, hooks, metrics, model, provenance, shards, tables
 from pipeline.spec_sae import SaeSpec
 
+pytestmark = pytest.mark.workflow  # stages, and sae_lens (seconds to import)
 BOS = 0  # at position 0 of every block, and nowhere else: documents are not closed
 SPECS = {
     "standard": {"architecture": "standard", "d_sae": 64, "l1_coefficient": 1.0},
