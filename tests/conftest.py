@@ -9,6 +9,7 @@ import contextlib
 import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
@@ -19,7 +20,10 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).parent.parent
 HOOK = "blocks.0.hook_resid_post"
-LONGEST = ["test_smoke", "test_workflow", "test_groups", "test_browser"]  # files; they start first
+LONGEST = (  # files; they start first
+    "test_smoke test_groups test_workflow test_tutorial test_browser test_kills test_saelens_evals "
+    "test_training test_activations test_commands test_release test_model"
+).split()
 
 
 # --- two workers ---------------------------------------------------------------------------
@@ -67,6 +71,7 @@ def shared(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], ob
     folder, done = base / name, base / f"{name}.done"
     with locked(base / f"{name}.lock"):
         if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed to make it
             folder.mkdir()
             make(folder)
             done.touch()
