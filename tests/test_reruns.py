@@ -136,7 +136,7 @@ def checkout(toy: Path) -> None:
 
 
 def comments(toy: Path) -> None:
-    for file in [*(toy / "pipeline").glob("*.py"), *(toy / PAPER).glob("*.py")]:
+    for file in [*(toy / "pipeline").rglob("*.py"), *(toy / PAPER).glob("*.py")]:
         text = file.read_text()
         file.write_text(f"# a comment\n{text}\n\n# another\n")
 
