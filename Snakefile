@@ -27,7 +27,7 @@ include: "rules/release.smk"
 include: "rules/exports.smk"
 
 
-for PAPER, smk in paper_rules():  # a rules.smk takes the name of its folder from PAPER
+for PAPER, smk in INPUTS.rules_files():  # a rules.smk takes the name of its folder from PAPER
 
     include: smk
 
@@ -43,7 +43,7 @@ onerror:
 rule all:
     default_target: True
     input:
-        targets(),
+        INPUTS.targets(),
         products_of(*RUN.config.papers),
 
 

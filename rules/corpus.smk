@@ -1,7 +1,7 @@
 # Text -> blocks of tokens, and the documents they came from.
 rule corpus:
     input:
-        text=text_of("corpus"),
+        text=item_source_of("corpus", "text"),
         tokenizer=item_input_of("corpus", "tokenizer", "model.json"),
         checkpoint=item_input_of("corpus", "tokenizer", "checkpoint"),
     output:

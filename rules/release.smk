@@ -8,7 +8,7 @@ rule release:
         figures=report_input("figures"),
         numbers=report_input("numbers"),
         pages=report_input("pages"),
-        yaml=report_input("yaml"),
+        yaml=yaml_of,
         own=own_file_of("*.py"),
         rules=own_file_of("rules.smk"),
     output:

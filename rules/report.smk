@@ -7,7 +7,7 @@ rule report_html:
         certificate="results/{scale}/{paper}/claims.csv.json",
         metrics="results/{scale}/{paper}/metrics.json",
         tables=tables_of(),
-        yaml=report_input("yaml"),
+        yaml=yaml_of,
         upstream=upstream_of,
     output:
         page=report(

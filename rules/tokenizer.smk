@@ -1,7 +1,7 @@
 # The text of a corpus -> a tokenizer, for models that are trained here.
 rule tokenizer:
     input:
-        text=text_of("tokenizer"),
+        text=item_source_of("tokenizer", "text"),
     output:
         model="results/store/tokenizer/{tokenizer}/model.json",
         checkpoint=directory("results/store/tokenizer/{tokenizer}/checkpoint"),

@@ -1,7 +1,7 @@
 # Small models trained from scratch, all members of a run in one job; and the run's curves.
 rule training:
     input:
-        data=training_data,
+        data=item_source_of("training", "data"),
         corpus=item_input_of("training", "corpus", "tokens.parquet"),
         tokenizer=item_input_of("training", "tokenizer", "model.json"),
     output:

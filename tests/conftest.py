@@ -1,12 +1,18 @@
-"""Fixtures shared by all tests: a tiny random model, text, tokens and activations.
+"""Fixtures shared by all tests: a tiny random model, text, tokens, activations and a finished run.
 
-All are made once a session by the pipeline's own stages, in seconds, without a network.
+All are made once per session by the pipeline's own stages, in seconds, without a network. With two
+workers (pytest-xdist) the first one that needs a fixture makes it for both, so no test may change
+what it gets: copy it first. The tests of a file stay on one worker.
 """
 
+import contextlib
+import fcntl
 import json
 import os
+import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -14,6 +20,65 @@ import pytest
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).parent.parent
 HOOK = "blocks.0.hook_resid_post"
+LONGEST = (  # files; they start first
+    "test_smoke test_groups test_workflow test_tutorial test_browser test_kills test_saelens_evals "
+    "test_training test_activations test_commands test_release test_model"
+).split()
+
+
+# --- two workers ---------------------------------------------------------------------------
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """The longest files come first, so that no worker is left with one of them at the end."""
+    rank = {name: i for i, name in enumerate(LONGEST)}
+    items.sort(key=lambda item: rank.get(item.path.stem, len(LONGEST)))
+
+
+@contextlib.contextmanager
+def locked(file: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
+    """Hold the system's lock on a file, which ends with its process."""
+    with file.open("a") as held:
+        fcntl.flock(held, how)
+        yield
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item):
+    """A test marked `timed` runs while no other worker runs one; all others run side by side.
+
+    Every test shares `tests.lock`, and a timed one has it alone. Whoever waits for it holds
+    `gate.lock`, so that short tests of the other worker cannot pass by one after another.
+    """
+    if not hasattr(item.config, "workerinput"):
+        return (yield)
+    shared = Path(item.config.option.basetemp).parent
+    how = fcntl.LOCK_EX if item.get_closest_marker("timed") else fcntl.LOCK_SH
+    with contextlib.ExitStack() as stack:
+        with locked(shared / "gate.lock"):
+            stack.enter_context(locked(shared / "tests.lock", how))
+        return (yield)
+
+
+def shared(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
+    """A folder that the first worker to ask for it makes, and that all workers read.
+
+    Args:
+        make: fills the empty folder that it is given.
+    """
+    base = factory.getbasetemp()
+    base = base.parent if "PYTEST_XDIST_WORKER" in os.environ else base
+    folder, done = base / name, base / f"{name}.done"
+    with locked(base / f"{name}.lock"):
+        if not done.exists():
+            shutil.rmtree(folder, ignore_errors=True)  # of a worker that failed to make it
+            folder.mkdir()
+            make(folder)
+            done.touch()
+    return folder
+
+
+# --- stages --------------------------------------------------------------------------------
 
 
 def environment() -> dict[str, str]:
@@ -73,6 +138,10 @@ def byte_tokenizer():
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory) -> Path:
     """A Hugging Face folder: a random 2-layer LlamaForCausalLM (d_model 32) and a tokenizer."""
+    return shared(tmp_path_factory, "tiny_model", save_tiny_model)
+
+
+def save_tiny_model(folder: Path) -> None:
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -90,19 +159,19 @@ def tiny_model(tmp_path_factory) -> Path:
         bos_token_id=0,
         eos_token_id=0,
     )
-    folder = tmp_path_factory.mktemp("tiny_model")
     LlamaForCausalLM(config).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
-    return folder
 
 
 @pytest.fixture(scope="session")
 def tiny_model_json(tiny_model, tmp_path_factory) -> Path:
     """model.json of the store item that stage model makes of tiny_model."""
-    out = tmp_path_factory.mktemp("model")
     spec = {"model": {"name": "tiny", "source": "folder", "path": str(tiny_model)}}
-    stage("model", spec, out=out / "model.json", checkpoint=out / "checkpoint")
-    return out / "model.json"
+
+    def make(out: Path) -> None:
+        stage("model", spec, out=out / "model.json", checkpoint=out / "checkpoint")
+
+    return shared(tmp_path_factory, "model", make) / "model.json"
 
 
 @pytest.fixture(scope="session")
@@ -118,15 +187,14 @@ def tiny_text(tmp_path_factory) -> Path:
         for i in range(60)
     ]
     records[7]["text"] = "<script>alert('no')</script> <b>bold</b> & " + records[7]["text"]
-    file = tmp_path_factory.mktemp("text") / "stories.jsonl"
-    file.write_text("".join(json.dumps(r) + "\n" for r in records))
-    return file
+    lines = "".join(json.dumps(r) + "\n" for r in records)
+    folder = shared(tmp_path_factory, "text", lambda out: (out / "stories.jsonl").write_text(lines))
+    return folder / "stories.jsonl"
 
 
 @pytest.fixture(scope="session")
 def tiny_corpus(tiny_model_json, tiny_text, tmp_path_factory) -> Path:
     """tokens.parquet of tiny_text: n_ctx 16, 3,200 training and 640 held-out tokens."""
-    out = tmp_path_factory.mktemp("corpus")
     spec = {
         "source": "local",
         "path": str(tiny_text),
@@ -136,37 +204,42 @@ def tiny_corpus(tiny_model_json, tiny_text, tmp_path_factory) -> Path:
         "n_tokens": 3200,
         "n_eval_tokens": 640,
     }
-    stage(
-        "corpus",
-        {"corpus": spec},
-        tokenizer=tiny_model_json,
-        out=out / "tokens.parquet",
-        documents=out / "documents.parquet",
-    )
-    return out / "tokens.parquet"
+
+    def make(out: Path) -> None:
+        stage(
+            "corpus",
+            {"corpus": spec},
+            tokenizer=tiny_model_json,
+            out=out / "tokens.parquet",
+            documents=out / "documents.parquet",
+        )
+
+    return shared(tmp_path_factory, "corpus", make) / "tokens.parquet"
 
 
 @pytest.fixture(scope="session")
 def tiny_activations(tiny_model_json, tiny_corpus, tmp_path_factory) -> Path:
     """manifest.json of tiny_model's activations on tiny_corpus at two hooks, float32."""
-    out = tmp_path_factory.mktemp("activations")
     spec = {
         "hooks": [HOOK, "blocks.1.hook_resid_post"],
         "dtype": "float32",
         "batch_size": 8,
         "shard_rows": 600,
     }
-    stage(
-        "activations",
-        {"activations": spec},
-        model=tiny_model_json,
-        corpus=tiny_corpus,
-        out=out / "manifest.json",
-        shards=out / "shards",
-        device="cpu",
-        threads=1,
-    )
-    return out / "manifest.json"
+
+    def make(out: Path) -> None:
+        stage(
+            "activations",
+            {"activations": spec},
+            model=tiny_model_json,
+            corpus=tiny_corpus,
+            out=out / "manifest.json",
+            shards=out / "shards",
+            device="cpu",
+            threads=1,
+        )
+
+    return shared(tmp_path_factory, "activations", make) / "manifest.json"
 
 
 @pytest.fixture(scope="session")
@@ -176,3 +249,32 @@ def made_up(tmp_path_factory):
 
     root = tmp_path_factory.mktemp("made_up")
     return root, synthetic.paper(root)
+
+
+@pytest.fixture(scope="session")
+def toy_run(tmp_path_factory) -> tuple[Path, str]:
+    """The toy project after a run from nothing, its archive included, and what that run printed."""
+    from snake import snakemake, toy_project
+
+    def make(folder: Path) -> None:
+        project = toy_project(folder / "retrace")
+        said = snakemake("all", "results/smoke/toy/release.zip", cwd=project).said
+        (folder / "said.txt").write_text(said)
+
+    folder = shared(tmp_path_factory, "toy_run", make)
+    return folder / "retrace", (folder / "said.txt").read_text()
+
+
+@pytest.fixture
+def toy(tmp_path, monkeypatch) -> Iterator[Path]:
+    """A toy project without results: the working directory, and the code that is hashed."""
+    from snake import forget_code, toy_project
+
+    from pipeline.job import source
+
+    project = toy_project(tmp_path / "retrace")
+    monkeypatch.chdir(project)
+    monkeypatch.setattr(source, "PIPELINE", project / "pipeline")
+    forget_code()
+    yield project
+    forget_code()

@@ -1,4 +1,4 @@
-"""Run snakemake from the tests, on a copy of this repository or on the repository itself."""
+"""The workflow in tests: on a copy of this repository or on the repository itself, run or asked."""
 
 import re
 import shutil
@@ -6,8 +6,14 @@ import subprocess
 import sys
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
+import yaml
+
+from pipeline.job import source
+from pipeline.papers import papers
 from pipeline.papers.scaffold import scaffold
+from pipeline.papers.workflow import Inputs
 
 ROOT = Path(__file__).parent.parent
 JOB = re.compile(r"^(?:local)?rule (\w+):$", re.M)
@@ -75,3 +81,29 @@ def toy_project(to: Path) -> Path:
     config = re.sub(r"^papers: .*$", "papers: [toy]", config, flags=re.M)
     (to / "config.yaml").write_text(re.sub("^scale: \\w+", "scale: smoke", config, flags=re.M))
     return to
+
+
+# --- what the rules ask, without snakemake -------------------------------------------------
+
+
+def wildcards(**named: str) -> SimpleNamespace:
+    return SimpleNamespace(**({"scale": "smoke", "paper": "toy"} | named))
+
+
+def edit(file: Path, old: str, new: str) -> None:
+    text = file.read_text()
+    assert text.count(old) == 1, f"{file}: '{old}' stands {text.count(old)} times"
+    file.write_text(text.replace(old, new))
+
+
+def inputs_of(project: Path, **config) -> Inputs:
+    """As rules/common.smk makes them; config is laid over config.yaml."""
+    settings = yaml.safe_load((project / "config.yaml").read_text()) | config
+    return Inputs(papers.Run.load(settings, [project]), project)
+
+
+def forget_code() -> None:
+    """Forget what was read for code hashes: a process reads a file once."""
+    caches = (source.tree, source._facts, source._remembered, source._module, source.reached)
+    for function in (*caches, source._templates, source._version):
+        function.cache_clear()

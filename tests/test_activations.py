@@ -306,6 +306,7 @@ def test_skipping_a_whole_block():
 # --- killed, full, stale -------------------------------------------------------------------
 
 
+@pytest.mark.workflow
 def test_a_killed_job_resumes_and_ends_with_the_same_bytes(tiny_model_json, tiny_corpus, tmp_path):
     many = {"hooks": [HOOK, "blocks.1.hook_resid_post"], "shard_rows": 15, "batch_size": 1}
     out = {name: tmp_path / name / "item" for name in ("whole", "killed")}
@@ -336,6 +337,7 @@ def test_a_killed_job_resumes_and_ends_with_the_same_bytes(tiny_model_json, tiny
     assert files(out["killed"]) == files(out["whole"])
 
 
+@pytest.mark.workflow
 def test_a_partial_folder_of_another_spec_is_not_used(
     tiny_model_json, tiny_corpus, tiny_activations, tmp_path
 ):
@@ -367,6 +369,7 @@ def test_the_key_names_all_that_bytes_depend_on(tmp_path):
         shutil.rmtree(tmp_path / "p")
 
 
+@pytest.mark.workflow
 def test_a_full_disk_leaves_nothing_that_reads_as_complete(
     tiny_model_json, tiny_corpus, tiny_activations, tmp_path
 ):
@@ -398,6 +401,7 @@ def test_a_full_disk_leaves_nothing_that_reads_as_complete(
     assert Rows(tmp_path / "manifest.json", HOOK).n_rows == 3000
 
 
+@pytest.mark.workflow
 def test_memory_does_not_grow_with_the_tokens(tiny_model_json, tmp_path):
     """Ten times the tokens, 150 MB more on disk: the peak stays."""
     peaks = []

@@ -140,6 +140,7 @@ def test_links_join_nodes():
         AttributionGraph.model_validate(graph)
 
 
+@pytest.mark.workflow
 def test_the_stage_writes_one_structure_with_its_certificate(tmp_path):
     of = lambda rows, name: pd.DataFrame(rows).assign(structure=name)  # noqa: E731
     both = {

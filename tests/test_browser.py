@@ -14,9 +14,12 @@ from pipeline.report import drawing, theme
 
 CHROMIUM = next((c for n in ("chromium", "chromium-browser") if (c := shutil.which(n))), None)
 CHROMEDRIVER = shutil.which("chromedriver")
-pytestmark = pytest.mark.skipif(
-    not (CHROMIUM and CHROMEDRIVER), reason="needs chromium and chromedriver (Debian packages)"
-)
+pytestmark = [
+    pytest.mark.workflow,
+    pytest.mark.skipif(
+        not (CHROMIUM and CHROMEDRIVER), reason="needs chromium and chromedriver (Debian packages)"
+    ),
+]
 FLAGS = (
     "--headless --no-sandbox --disable-gpu --disable-quic --no-first-run "
     "--disable-background-networking --disable-component-update --disable-sync"
@@ -31,11 +34,10 @@ class Browser:
         self.driver, self.base = driver, base
 
     def open(self, page: str, *, width: int = 1280, dark: bool = False) -> "Browser":
-        scheme = [{"name": "prefers-color-scheme", "value": "dark" if dark else "light"}]
-        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": scheme})
         size = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500}
         self.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
         self.driver.get("about:blank")
+        self.scheme(dark)
         self.driver.get_log("browser")
         self.driver.get_log("performance")
         self.driver.get((self.base / page.split("#")[0]).as_uri() + page[len(page.split("#")[0]) :])
@@ -44,6 +46,17 @@ class Browser:
             "!document.querySelector('.retrace-figure, #list')"
         )
         return self
+
+    def scheme(self, dark: bool) -> None:
+        """Ask for light or dark, and wait until the figures of the open page have followed."""
+        wanted = "dark" if dark else "light"
+        features = [{"name": "prefers-color-scheme", "value": wanted}]
+        self.driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+        self.until(
+            "return [...document.querySelectorAll('.retrace-figure')]"
+            ".every(f => f.dataset.drawn === arguments[0])",
+            wanted,
+        )
 
     def js(self, script: str, *args):
         return self.driver.execute_script(script, *args)
@@ -101,12 +114,25 @@ ALONE = "made_up/figures/pareto.html"
 PAGES = [REPORT, INDEX, FEATURES, ALONE]
 
 
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
 @pytest.mark.parametrize("width", [1280, 360])
 @pytest.mark.parametrize("page", PAGES)
-def test_pages_are_readable_everywhere(browser, page, width, dark):
-    browser.open(page, width=width, dark=dark)
+def test_pages_are_readable_everywhere(browser, page, width):
+    """In both schemes, of which a phone's page is opened in the dark one."""
+    opened_dark = width == 360
+    browser.open(page, width=width, dark=opened_dark)
     assert browser.errors() == []
+    asked = {u for u in browser.requests() if not u.startswith("data:")}
+    needed = {page, "figures.js"} if page == ALONE else {page}
+    assert asked == {(browser.base / name).as_uri() for name in needed}
+    for dark in (opened_dark, not opened_dark):
+        browser.scheme(dark)
+        check_readable(browser, page, width, dark)
+    assert browser.errors() == []
+    check_markup_is_text(browser)
+
+
+def check_readable(browser: Browser, page: str, width: int, dark: bool) -> None:
+    """Nothing is wider than the page, and its text stands out."""
     wide = browser.js(
         "document.querySelectorAll('details').forEach(d => d.open = true);"
         "return document.documentElement.scrollWidth"
@@ -118,9 +144,14 @@ def test_pages_are_readable_everywhere(browser, page, width, dark):
         assert ground < 0.05 if dark else ground > 0.9
         assert contrast(ground, ink) > 7
     assert ink > 0.7 if dark else ink < 0.05
-    asked = {u for u in browser.requests() if not u.startswith("data:")}
-    needed = {page, "figures.js"} if page == ALONE else {page}
-    assert asked == {(browser.base / name).as_uri() for name in needed}
+
+
+def check_markup_is_text(browser: Browser) -> None:
+    """Markup in what a page shows has run nothing."""
+    assert browser.js("return window.hacked ?? null") is None
+    assert browser.js("return document.querySelectorAll('img[src=x], main b, main i').length") == (
+        browser.js("return document.querySelectorAll('.fact b').length")  # our own
+    )
 
 
 def luminance(colour: str) -> float:
@@ -134,17 +165,18 @@ def contrast(a: float, b: float) -> float:
     return (max(a, b) + 0.05) / (min(a, b) + 0.05)
 
 
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_every_plot_is_drawn(browser, made_up, dark):
-    browser.open(REPORT, dark=dark)
-    drawn = browser.js(
-        "return Object.fromEntries([...document.querySelectorAll('.retrace-figure')].map(f => ["
-        "f.id, f.querySelectorAll('.main-svg .trace, .main-svg .bars .point').length]))"
-    )
-    assert set(drawn) == {f"figure-{f}" for f in made_up[1].spec.figures}
-    assert all(drawn.values()), drawn
-    ticks = browser.js("return getComputedStyle(document.querySelector('.xtick text')).fill")
-    assert luminance(ticks) > 0.7 if dark else luminance(ticks) < 0.05
+def test_every_plot_is_drawn_and_drawn_again_in_another_scheme(browser, made_up):
+    browser.open(REPORT)
+    for dark in (False, True):
+        browser.scheme(dark)
+        drawn = browser.js(
+            "return Object.fromEntries([...document.querySelectorAll('.retrace-figure')].map(f => ["
+            "f.id, f.querySelectorAll('.main-svg .trace, .main-svg .bars .point').length]))"
+        )
+        assert set(drawn) == {f"figure-{f}" for f in made_up[1].spec.figures}
+        assert all(drawn.values()), drawn
+        ticks = browser.js("return getComputedStyle(document.querySelector('.xtick text')).fill")
+        assert luminance(ticks) > 0.7 if dark else luminance(ticks) < 0.05
 
 
 def crowded() -> go.Figure:
@@ -247,15 +279,6 @@ def test_a_table_of_costs_fits_a_phone(browser):
     assert browser.js(f"return {box}.scrollWidth <= {box}.clientWidth")
 
 
-def test_a_change_of_scheme_redraws(browser):
-    browser.open(REPORT)
-    browser.driver.execute_cdp_cmd(
-        "Emulation.setEmulatedMedia",
-        {"features": [{"name": "prefers-color-scheme", "value": "dark"}]},
-    )
-    browser.until("return document.querySelector('#figure-pareto').dataset.drawn === 'dark'")
-
-
 def test_the_reader_chooses_what_is_shown(browser):
     browser.open(REPORT)
     title = "return document.querySelector('#figure-pareto .ytitle').textContent"
@@ -277,11 +300,7 @@ def test_a_slider_moves_the_figure_and_outlives_a_change_of_scheme(browser):
     browser.choose("#figure-own_slider input", "0")
     browser.until(f"{count} === 2")
     assert browser.js(told) == "2"
-    browser.driver.execute_cdp_cmd(
-        "Emulation.setEmulatedMedia",
-        {"features": [{"name": "prefers-color-scheme", "value": "dark"}]},
-    )
-    browser.until("return document.querySelector('#figure-own_slider').dataset.drawn === 'dark'")
+    browser.scheme(dark=True)
     assert browser.js(count) == 2 and browser.js(told) == "2"
     assert browser.errors() == []
 
@@ -308,15 +327,6 @@ def test_a_figure_without_its_script_says_where_the_report_is(browser, made_up, 
 
 
 # --- text that is markup -------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("page", PAGES)
-def test_markup_in_text_runs_nothing(browser, page):
-    browser.open(page)
-    assert browser.js("return window.hacked ?? null") is None
-    assert browser.js("return document.querySelectorAll('img[src=x], main b, main i').length") == (
-        browser.js("return document.querySelectorAll('.fact b').length")  # our own
-    )
 
 
 @pytest.mark.parametrize("page", PAGES)
@@ -458,18 +468,18 @@ def test_white_space_is_visible(browser):
     assert "↵" in shown and "→" in shown and "\n" not in shown
 
 
-@pytest.mark.parametrize("dark", [False, True], ids=["light", "dark"])
-def test_coloured_tokens_are_legible(browser, dark):
-    browser.open(FEATURES, dark=dark)
-    ink, grounds = browser.js(
-        "const tokens = [...document.querySelectorAll('.context .t')];"
-        "return [getComputedStyle(tokens[0]).color, tokens.map(t => getComputedStyle(t)"
-        ".backgroundColor)]"
-    )
-    page = [20, 23, 27] if dark else [255, 255, 255]
-    for ground in dict.fromkeys(grounds):
-        red, green, blue, *alpha = json.loads(f"[{ground[ground.index('(') + 1 : -1]}]")
-        a = alpha[0] if alpha else 1
-        mixed = [a * c + (1 - a) * p for c, p in zip((red, green, blue), page, strict=True)]
-        shown = luminance(f"rgb({', '.join(map(str, mixed))})")
-        assert contrast(shown, luminance(ink)) >= 4.5  # WCAG 2, AA
+def test_coloured_tokens_are_legible(browser):
+    browser.open(FEATURES)
+    for dark, page in ((False, [255, 255, 255]), (True, [20, 23, 27])):
+        browser.scheme(dark)
+        ink, grounds = browser.js(
+            "const tokens = [...document.querySelectorAll('.context .t')];"
+            "return [getComputedStyle(tokens[0]).color, tokens.map(t => getComputedStyle(t)"
+            ".backgroundColor)]"
+        )
+        for ground in dict.fromkeys(grounds):
+            red, green, blue, *alpha = json.loads(f"[{ground[ground.index('(') + 1 : -1]}]")
+            a = alpha[0] if alpha else 1
+            mixed = [a * c + (1 - a) * p for c, p in zip((red, green, blue), page, strict=True)]
+            shown = luminance(f"rgb({', '.join(map(str, mixed))})")
+            assert contrast(shown, luminance(ink)) >= 4.5  # WCAG 2, AA

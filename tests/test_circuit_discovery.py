@@ -78,6 +78,7 @@ def test_the_ids_are_those_that_the_sequences_mean():
     assert about("xproportion")["tokens"] == ["BOS", "compiler_pad", "w", "x", "y", "z"]
 
 
+@pytest.mark.workflow
 def test_tracr_makes_the_same_weights(tmp_path):
     pytest.importorskip("tracr", reason="needs the extra tracr")
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), *sys.path])}

@@ -7,6 +7,7 @@ import time
 from pathlib import Path
 
 import pytest
+from snake import forget_code as clear
 
 from pipeline.errors import RetraceError
 from pipeline.job import commands, definitions, reach, source
@@ -149,13 +150,6 @@ def pipeline(tmp_path, monkeypatch) -> Path:
     clear()
     yield folder
     clear()
-
-
-def clear() -> None:
-    """Forget what was read: a process hashes a file once."""
-    caches = (source.tree, source._facts, source._remembered, source._module, source.reached)
-    for function in (*caches, source._templates, source._version):
-        function.cache_clear()
 
 
 def hashed(*args) -> str:

@@ -74,6 +74,7 @@ def test_a_command_of_snakemake_finds_its_targets(command, checkout):
 MODULES = [c for c in GIVEN if "python -m pipeline" in c]
 
 
+@pytest.mark.workflow
 @pytest.mark.parametrize("command", MODULES)
 def test_a_command_of_python_is_understood(command, checkout):
     """Its arguments parse; a file that no run has made yet is one sentence, no usage message."""

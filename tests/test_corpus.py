@@ -373,6 +373,7 @@ def run(folder, tokenizer, check=True, **fields):
     return stage("corpus", given, check=check, tokenizer=tokenizer, **files)
 
 
+@pytest.mark.workflow
 def test_two_runs_give_the_same_bytes_and_a_certificate(tiny_text, tiny_model_json, tmp_path):
     for name in ("a", "b"):
         run(tmp_path / name, tiny_model_json, path=str(tiny_text), licence="CC0")
@@ -386,6 +387,7 @@ def test_two_runs_give_the_same_bytes_and_a_certificate(tiny_text, tiny_model_js
     assert verify.faults(tmp_path / "a") == []
 
 
+@pytest.mark.workflow
 @pytest.mark.parametrize(
     ("fields", "says"),
     [

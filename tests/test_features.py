@@ -177,6 +177,7 @@ def test_logits_pass_the_final_norm_of_every_family(kind, through):
     assert (seen < 1e-4) == (moved.abs().max() < 1e-4) == kind.startswith("gpt")
 
 
+@pytest.mark.workflow
 def test_rows_that_pad_a_vocabulary_are_no_tokens():
     """320 rows of which 260 are tokens give what the 260 rows give, whatever the others hold."""
     torch.manual_seed(0)
@@ -270,6 +271,7 @@ def padded(tmp_path_factory, tiny_text) -> dict:
     return at | {"root": root, "sae_spec": {"sae": section}}
 
 
+@pytest.mark.workflow
 def test_the_stage_on_a_padded_vocabulary_with_bos(padded):
     """320 rows of 260 tokens and skip_first 0: no latent is shown a row that is no token."""
     at = padded

@@ -510,6 +510,7 @@ def project(tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.workflow
 def test_a_model_of_another_paper_is_trained_once_for_both(project):
     done = snakemake("-n", "lenses", cwd=project, scale="smoke", papers="[nanogpt_shakespeare]")
     assert done.jobs.count("training") == 1 and done.jobs.count("model") == 2
@@ -519,6 +520,7 @@ def test_a_model_of_another_paper_is_trained_once_for_both(project):
         assert both.jobs.count(rule) == done.jobs.count(rule)
 
 
+@pytest.mark.workflow
 @pytest.mark.parametrize(
     "change, sentence",
     [

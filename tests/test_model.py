@@ -390,6 +390,7 @@ def fetched(*names: str, cwd: Path) -> list[str]:
     return done.stdout.splitlines()
 
 
+@pytest.mark.workflow
 def test_a_model_of_a_hub_is_downloaded_once_at_its_commit(hub, tiny_model, tmp_path, monkeypatch):
     """What transformers needs, and nothing else; another arm, without a network, finds it again."""
     files = hub.repos["owner/tiny"]
@@ -415,6 +416,7 @@ def of_type(kind: str) -> bytes:
     return json.dumps({"model_type": kind, "text_config": {}}).encode()
 
 
+@pytest.mark.workflow
 def test_what_a_hub_refuses_is_told_before_weights_are_fetched(hub, tmp_path):
     """Each fault has a sentence of its own, which names the repository and never a folder."""
     tiny = hub.repos["owner/tiny"]
@@ -450,6 +452,7 @@ def test_what_a_hub_refuses_is_told_before_weights_are_fetched(hub, tmp_path):
     assert not [n for n in hub.asked if n.endswith((".safetensors", ".bin"))]
 
 
+@pytest.mark.workflow
 def test_a_download_that_breaks_off_says_so(hub, tmp_path):
     """Not that there is no network; and what had come is not fetched again."""
     hub.broken = {"model.safetensors"}
@@ -569,6 +572,7 @@ def test_a_folder_of_a_type_without_hooks_is_told_before_it_is_read(kind, tmp_pa
         model.open_source(spec, tmp_path / "download", None)
 
 
+@pytest.mark.workflow
 def test_a_folder_without_a_model(tmp_path):
     done = stage(
         "model",
@@ -584,6 +588,7 @@ def test_a_folder_without_a_model(tmp_path):
     assert not list(tmp_path.glob("out/*"))
 
 
+@pytest.mark.workflow
 def test_two_runs_give_the_same_bytes_and_verify(tiny_model, tiny_model_json, tmp_path):
     spec = {"model": {"name": "tiny", "source": "folder", "path": str(tiny_model)}}
     stage("model", spec, out=tmp_path / "model.json", checkpoint=tmp_path / "checkpoint")

@@ -6,7 +6,6 @@ from datetime import datetime
 from pathlib import Path
 
 import pytest
-from snake import snakemake, toy_project
 
 from pipeline.claims import progress
 from pipeline.errors import RetraceError
@@ -96,12 +95,10 @@ def test_without_a_run_it_says_so(tmp_path):
 
 
 @pytest.mark.workflow
-def test_a_real_run(tmp_path):
-    project = toy_project(tmp_path / "retrace")
-    snakemake(cwd=project)
+def test_a_real_run(toy_run):
     command = [sys.executable, "-m", "pipeline", "progress", "--every", "1"]
-    done = subprocess.run(command, cwd=project, capture_output=True, text=True, timeout=20)
-    assert done.stdout.startswith("8 of 8 jobs, 1 of 1 papers; ended after "), done.stdout
+    done = subprocess.run(command, cwd=toy_run[0], capture_output=True, text=True, timeout=20)
+    assert done.stdout.startswith("9 of 9 jobs, 1 of 1 papers; ended after "), done.stdout
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ import zipfile
 from pathlib import Path
 
 import pytest
-from snake import copy_repository, snakemake, toy_project
+from snake import copy_repository, snakemake
 
 from pipeline.papers import papers
 from pipeline.sharing import release
@@ -21,11 +21,9 @@ TARGET = f"{BASE}/release.zip"
 
 
 @pytest.fixture(scope="module")
-def released(tmp_path_factory) -> Path:
-    """The toy project, its paper released."""
-    project = toy_project(tmp_path_factory.mktemp("released") / "retrace")
-    snakemake(TARGET, cwd=project)
-    return project
+def released(toy_run, tmp_path_factory) -> Path:
+    """A copy of the toy project, its paper released."""
+    return shutil.copytree(toy_run[0], tmp_path_factory.mktemp("released") / "retrace")
 
 
 @pytest.fixture

@@ -600,6 +600,7 @@ def test_company_changes_nothing(made, activations, tmp_path):
     assert provenance.content_digest(tmp_path / weights) == want
 
 
+@pytest.mark.workflow
 def test_a_killed_run_resumes_and_ends_with_the_bytes_of_another(made, activations, tmp_path):
     """`kill -9` at the first checkpoint; `made` was left in peace, in another process."""
     command = [sys.executable, "-m", "pipeline", "sae", "--spec", json.dumps({"sae": SPEC})]
@@ -645,6 +646,7 @@ def test_a_checkpoint_of_another_spec_or_one_that_is_broken_is_not_used(tmp_path
     assert Checkpoints(tmp_path, "key").load(fresh()) == 0
 
 
+@pytest.mark.workflow
 def test_a_full_disk_leaves_nothing_that_reads_as_complete(activations, tmp_path):
     command = [sys.executable, "-m", "pipeline", "sae", "--spec", json.dumps({"sae": SPEC})]
     for option, value in arguments(tmp_path, activations).items():

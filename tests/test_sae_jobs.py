@@ -226,6 +226,7 @@ def test_no_dictionary_trains_on_held_out_rows(activations, tmp_path, reads):
         assert len(digests) == 1
 
 
+@pytest.mark.workflow
 def test_a_killed_job_of_many_architectures_ends_with_the_bytes_of_another(activations, tmp_path):
     """`kill -9` at the first checkpoint, against a run in one go."""
     spec = job(specs(), n_rows=25_600, checkpoint_seconds=0.2)
@@ -387,6 +388,7 @@ def test_a_transcoder_folds_its_two_scales(name, tmp_path):
         assert 0 < saved[3.0, 0.25].encode(x).bool().float().mean() < 1
 
 
+@pytest.mark.workflow
 @pytest.mark.parametrize("name", TRANSCODERS)
 def test_each_transcoder_resumes_exactly(activations, name):
     stream, training = pair_stream(activations), SaeTraining(n_rows=2560, batch_size=128)

@@ -18,6 +18,7 @@ from pipeline.sharing import verify
 from pipeline.spec.sae import SaeSpec
 from pipeline.store import shards, tables
 
+pytestmark = pytest.mark.workflow  # stages, and sae_lens (seconds to import)
 BOS = 0  # at position 0 of every block, and nowhere else: documents are not closed
 SPECS = {
     "standard": {"architecture": "standard", "d_sae": 64, "l1_coefficient": 1.0},

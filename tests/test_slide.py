@@ -29,6 +29,7 @@ def call(*args: object) -> subprocess.CompletedProcess:
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
+@pytest.mark.workflow
 @drawn
 def test_an_svg_is_whole_on_white_with_the_title_and_no_menu(figure, tmp_path):
     out = tmp_path / "pareto.svg"
@@ -42,6 +43,7 @@ def test_an_svg_is_whole_on_white_with_the_title_and_no_menu(figure, tmp_path):
     assert "script" not in out.read_text() and "updatemenu" not in out.read_text()
 
 
+@pytest.mark.workflow
 @drawn
 def test_a_png_has_the_pixels_of_a_slide(figure, tmp_path):
     assert call(figure, "--out", tmp_path / "pareto.png").returncode == 0
@@ -50,6 +52,7 @@ def test_a_png_has_the_pixels_of_a_slide(figure, tmp_path):
     assert struct.unpack(">II", content[16:24]) == (1920, 1080)
 
 
+@pytest.mark.workflow
 @drawn
 def test_a_report_prints_to_pdf(made_up, tmp_path):
     out = tmp_path / "report.pdf"
@@ -66,6 +69,7 @@ def test_the_layout_has_title_and_room_and_loses_its_controls(figure):
     assert plot["data"]
 
 
+@pytest.mark.workflow
 @pytest.mark.parametrize("source, out, said", [
     ("figures/pareto.html", "x.gif", "name a .svg or .png of a figure, or a .pdf of a page"),
     ("figures/none.html", "x.svg", "figures/none.html: does not exist; run snakemake"),

@@ -125,6 +125,7 @@ def make(folder, kind, corpus_section):
     return folder / "model.json"
 
 
+@pytest.mark.workflow
 @pytest.mark.parametrize("kind", ["char", "bpe"])
 def test_a_corpus_cut_with_the_tokenizer_of_its_text(kind, play, tmp_path):
     special = kind == "bpe"
@@ -150,11 +151,13 @@ def test_a_corpus_cut_with_the_tokenizer_of_its_text(kind, play, tmp_path):
         assert text[:border].endswith(train) and text[border:].startswith(held_out)
 
 
+@pytest.mark.workflow
 def test_two_runs_give_the_same_files(play, tmp_path):
     made = [make(tmp_path / name, "bpe", section(play)) for name in "ab"]
     assert made[0].read_bytes() == made[1].read_bytes()
 
 
+@pytest.mark.workflow
 def test_a_tokenizer_of_another_text_is_told(play, tmp_path):
     given = section(play, prepend_bos=False, close_documents=False)
     made = make(tmp_path / "made", "char", given)

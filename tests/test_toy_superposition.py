@@ -300,6 +300,7 @@ def run_stage(folder: Path, *options: str) -> subprocess.CompletedProcess:
     return subprocess.run([*command, *options], env=env, capture_output=True, text=True)
 
 
+@pytest.mark.workflow
 def test_the_stage_its_metrics_and_figures(tmp_path):
     for folder, threads in (("a", "1"), ("b", "2")):
         done = run_stage(tmp_path / folder, "--threads", threads)

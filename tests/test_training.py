@@ -341,6 +341,7 @@ def contents(folder: Path) -> dict[str, str]:
     return {f.name: provenance.content_digest(f) for f in files}
 
 
+@pytest.mark.workflow
 def test_a_killed_run_goes_on_and_ends_with_the_bytes_of_another(made, data, tmp_path):
     command = [
         sys.executable,
@@ -410,6 +411,7 @@ def test_history_has_a_row_a_member_step_and_set(made):
     assert frame.query("step > 0")["lr"].unique() == pytest.approx([0.01])
 
 
+@pytest.mark.workflow
 def test_a_loss_that_is_not_finite_is_told(data, tmp_path):
     wild = {**LONG, "optimiser": {"lr": 1e12}, "resume_seconds": 60}
     done = stage("training", {"training": wild}, check=False, **arguments(tmp_path, data))
@@ -417,6 +419,7 @@ def test_a_loss_that_is_not_finite_is_told(data, tmp_path):
     assert "has a loss that is not finite at step" in done.stderr and "lower" in done.stderr
 
 
+@pytest.mark.workflow
 @pytest.mark.parametrize("more", [{}, GPT2], ids=["native", "gpt2"])
 def test_a_trained_model_is_a_model_like_any_other(data, tmp_path, more):
     """The stage `model` takes it out of the run, and the stages' loader gives the same logits."""

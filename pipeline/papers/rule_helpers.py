@@ -1,0 +1,90 @@
+"""What rules/common.smk needs around the answers of workflow.py and rule_params.py.
+
+A fault becomes one sentence and the end of the process, a method becomes a helper that rules call,
+and a few decisions of a run are made: the wildcards, the environment of jobs, the GPUs at once.
+"""
+
+import os
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from pipeline.errors import RetraceError, trace_file, unexpected
+from pipeline.job import gpus
+from pipeline.spec.base import SCALES
+
+NAME = r"[A-Za-z]\w*"  # of a paper, an arm, a training run
+ID = r"[^/]+-[0-9a-f]{12}"  # of an artefact of the store: <name>-<digest>
+STAGES = ("model", "tokenizer", "training", "corpus", "activations", "sae")  # that the store holds
+WILDCARDS = {
+    "scale": "|".join(SCALES),
+    **dict.fromkeys(("paper", "arm", "run"), NAME),
+    **dict.fromkeys(("latents", "figure"), r"\w+"),
+    **dict.fromkeys(STAGES, ID),
+}
+
+
+def or_exit(function: Callable, *args: Any, **named: Any) -> Any:
+    """Call a function; where it fails, say why in one sentence and end this process."""
+    try:
+        return function(*args, **named)
+    except RetraceError as e:
+        sys.exit(f"error: {e}")
+    except Exception as e:
+        sys.exit(f"error: {unexpected(e, trace_file('rules'))}")
+
+
+def asked(before: Callable[[], None], method: Callable, mark: Callable | None = None) -> Callable:
+    """A helper: called in a rule, it returns the function that snakemake calls with the wildcards.
+
+    Args:
+        before: called in front of each answer.
+        method: of `Inputs` or `Params`; it takes the wildcards, then what the rule gave the helper.
+        mark: applied to each answer, which is a path, a list of paths or a param.
+    """
+
+    def helper(*args: Any, **named: Any) -> Callable:
+        def answer(wildcards: Any) -> Any:
+            before()
+            found = or_exit(method, wildcards, *args, **named)
+            return mark(found) if mark else found
+
+        return answer
+
+    return helper
+
+
+def set_environment(root: Path) -> None:
+    """What the jobs find in their environment: this checkout's pipeline, and memory that is kept.
+
+    glibc gives tensors above 32 MB back to the system after every operation, which then pays for
+    the zeroing of each page again: copies of 37 MB ran at 3 GB/s, and at 20 with these (2 cores,
+    AVX2).
+    """
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join(filter(None, [str(root), before]))
+    os.environ.setdefault("MALLOC_MMAP_THRESHOLD_", str(4 << 30))
+    os.environ.setdefault("MALLOC_TRIM_THRESHOLD_", str(8 << 30))
+
+
+def gpu_jobs_at_once(device: str, smoke: bool, cluster: bool) -> int | None:
+    """How many jobs that ask for a GPU may run at once; None: snakemake sets no limit.
+
+    Args:
+        device: of config.yaml; on the CPU no job is given a GPU.
+        smoke: jobs of a smoke run are small, so that as many share the GPUs as there are cores.
+        cluster: whether jobs run on other machines, whose scheduler counts GPUs itself.
+    """
+    if device == "cpu":
+        return 0
+    if cluster:
+        return None
+    return (os.cpu_count() or 1) if smoke else gpus.count()
+
+
+def target(is_rule: Callable[[str], bool], name: str) -> str:
+    """The name of a paper as a target of its own: `snakemake -c2 toy_superposition`."""
+    if is_rule(name):
+        sys.exit(f"error: config.yaml: papers: '{name}' is the name of a rule; rename its folder")
+    return name

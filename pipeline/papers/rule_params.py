@@ -1,0 +1,110 @@
+"""What a rule's `params` say: the settings and the code that a job's results depend on.
+
+Snakemake reruns a job when one of its params changes, so each of these is exact: `spec` is the part
+of paper.yaml that the stage needs, as canonical JSON, and `code` a digest over the definitions that
+the job can reach (source.py). Both are decided here, without snakemake, so that a test can compare
+them before and after an edit. Paths are the business of workflow.py.
+"""
+
+from pathlib import Path
+from typing import Any
+
+from pipeline.claims.scalars import parts
+from pipeline.claims.verdicts import for_the_job
+from pipeline.errors import RetraceError
+from pipeline.job import source
+from pipeline.papers.papers import flow, to_json
+from pipeline.papers.workflow import Inputs, card
+from pipeline.store import provenance
+
+CARD = ("title", "authors", "year", "url", "summary")  # fields that the index shows
+HINTS = ("papers_dirs", "roots", "hub")  # settings that a command on a page has to repeat
+
+
+class Params:
+    """The params of a run's rules; wildcards are those of a job, as in `Inputs`."""
+
+    def __init__(self, inputs: Inputs, given: dict[str, Any]) -> None:
+        """
+        Args:
+            given: settings of the command line, --config.
+        """
+        self.inputs, self.run, self.given = inputs, inputs.run, given
+
+    # --- spec ------------------------------------------------------------------------------
+
+    def item_spec(self, wildcards: Any, stage: str) -> str:
+        """The spec of a store artefact, by the digest in its path."""
+        return to_json(self.inputs.item(stage, wildcards).spec)
+
+    def spec(self, wildcards: Any, *sections: str) -> str:
+        """Sections of paper.yaml; 'own.<stage>' is one of the paper's own stages."""
+        spec = self.inputs.paper(wildcards).spec.model_dump(mode="json")
+        picked = {s: spec["own"][s[4:]] if s.startswith("own.") else spec[s] for s in sections}
+        latents = getattr(wildcards, "latents", None)
+        return to_json(picked | ({} if latents is None else {"latents": latents}))
+
+    def export_spec(self, wildcards: Any, format: str) -> str:
+        """Which dictionary is exported."""
+        paper = self.inputs.paper(wildcards)
+        features = paper.spec.features
+        if format == "neuronpedia" and (features is None or features.arm != wildcards.arm):
+            where = f"on arm '{features.arm}'" if features else "nowhere"
+            raise RetraceError(
+                f"{card(paper)}: features are described {where}, so arm '{wildcards.arm}' has none "
+                f"to export; set features.arm"
+            )
+        named = {"arm": wildcards.arm, "sae": wildcards.latents, "paper": paper.name}
+        return to_json({"export": {"format": format, **named}})
+
+    def graph_spec(self, wildcards: Any) -> str:
+        """Which graph of a paper is exported."""
+        return to_json({"graph": {"name": wildcards.structure, "paper": wildcards.paper}})
+
+    def metrics_spec(self, wildcards: Any) -> str:
+        """Table names and what the names of metrics are made of."""
+        paper = self.inputs.paper(wildcards)
+        return to_json({"tables": list(paper.tables()), "parts": parts(paper)})
+
+    def claims_spec(self, wildcards: Any) -> str:
+        """The claims with their null arms, the budgets and the scale."""
+        return to_json(for_the_job(self.inputs.paper(wildcards)))
+
+    def figure_spec(self, wildcards: Any) -> str:
+        """One figure of paper.yaml."""
+        figures = self.inputs.paper(wildcards).spec.figures
+        figure = figures[wildcards.figure].model_dump(mode="json")
+        return to_json({"name": wildcards.figure, "figure": figure, "scale": wildcards.scale})
+
+    def report_spec(self, wildcards: Any) -> str:
+        """The whole card, and the settings by which a command on the page finds the paper again."""
+        paper = self.inputs.paper(wildcards)
+        found = [f"{k}={flow(self.given[k])}" for k in HINTS if k in self.given]
+        found += [f"papers=[{paper.name}]"] if "papers_dirs" in self.given else []
+        declared = paper.spec.model_dump(mode="json", exclude_unset=True)
+        spec = {"paper": paper.name, "scale": wildcards.scale, "card": declared}
+        return to_json(spec | ({"config": found} if found else {}))
+
+    def index_spec(self, wildcards: Any) -> str:
+        """Name and title of every paper with results at this scale.
+
+        The claims of papers that this call does not ask for are no inputs, so their digests stand
+        here.
+        """
+        asked = [self.run.paper(name, wildcards.scale) for name in self.run.config.papers]
+        cards = {paper.name: {f: getattr(paper.spec, f) for f in CARD} for paper in asked}
+        claims = {Path(f).parent.name: f for f in self.inputs.others(wildcards)}
+        cards |= {name: self.run.card(name, CARD) for name in claims}
+        shas = {name: provenance.sha256_file(f) for name, f in claims.items()}
+        return to_json({"scale": wildcards.scale, "papers": cards, "claims": shas})
+
+    # --- code ------------------------------------------------------------------------------
+
+    def code(self, wildcards: Any, stage: str, *own: str) -> str:
+        """The code hash of a stage, and of the paper's own files named `own`."""
+        files = self.inputs.paper(wildcards).code_files(*own) if own else []
+        return source.job_code(stage, files)
+
+    def training_code(self, wildcards: Any) -> str:
+        """The code hash of a training run, the paper's data.py included."""
+        return source.job_code("training", self.inputs.item_source(wildcards, "training", "data"))

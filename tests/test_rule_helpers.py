@@ -1,0 +1,82 @@
+"""What rules/common.smk needs around the answers: helpers, one-sentence faults, wildcards, GPUs."""
+
+import re
+from pathlib import Path
+
+import pytest
+
+from pipeline.errors import RetraceError
+from pipeline.papers import rule_helpers
+
+
+@pytest.mark.parametrize(
+    "name, fits, not_these",
+    [
+        ("scale", ["smoke", "laptop", "paper"], ["small", "smoke2", ""]),
+        ("paper", ["toy", "Toy_2"], ["2toy", "a/b", "a-b", ""]),
+        ("arm", ["trained"], ["a.b", "_a"]),
+        ("latents", ["topk_k32", "32"], ["a.b", "a-b"]),
+        ("figure", ["cosines"], ["a.b", "figures/a"]),
+        ("model", ["pythia-70m-0123456789ab"], ["pythia", "a/b-0123456789ab", "a-0123456789aB"]),
+        ("sae", ["m-blocks_0-0123456789ab"], ["m-0123456789a"]),
+    ],
+)
+def test_wildcards(name, fits, not_these):
+    pattern = re.compile(rule_helpers.WILDCARDS[name])
+    assert all(pattern.fullmatch(text) for text in fits)
+    assert not any(pattern.fullmatch(text) for text in not_these)
+
+
+def test_a_helper_answers_only_when_the_wildcards_are_known():
+    calls = []
+    method = lambda w, *args, **named: [w, *args, *named]  # noqa: E731
+    helper = rule_helpers.asked(lambda: calls.append("before"), method, tuple)
+    answer = helper("stage", file="x")
+    assert calls == []
+    assert answer("wildcards") == ("wildcards", "stage", "file") and calls == ["before"]
+
+
+@pytest.mark.parametrize(
+    "fault, said",
+    [
+        (RetraceError("x is 3; make it 4"), "error: x is 3; make it 4"),
+        (KeyError(7), "KeyError (7)"),
+    ],
+)
+def test_a_fault_ends_in_one_sentence(fault, said):
+    def fail(_):
+        raise fault
+
+    with pytest.raises(SystemExit) as end:
+        rule_helpers.asked(lambda: None, fail)()("wildcards")
+    assert said in str(end.value) and str(end.value).startswith("error: ")
+    assert "\n" not in str(end.value)
+
+
+@pytest.mark.parametrize("name", ["claims", "all", "sae"])
+def test_a_paper_cannot_take_the_name_of_a_rule(name):
+    with pytest.raises(SystemExit, match=f"papers: '{name}' is the name of a rule"):
+        rule_helpers.target({"claims", "all", "sae"}.__contains__, name)
+    assert rule_helpers.target({"claims"}.__contains__, "toy") == "toy"
+
+
+@pytest.mark.parametrize(
+    "device, smoke, cluster, jobs",
+    [
+        ("cpu", True, False, 0), ("cpu", False, True, 0), ("auto", True, False, 5),
+        ("auto", False, False, 3), ("cuda", False, False, 3), ("auto", True, True, None),
+    ],
+)  # fmt: skip
+def test_how_many_jobs_share_the_gpus(monkeypatch, device, smoke, cluster, jobs):
+    monkeypatch.setattr("os.cpu_count", lambda: 5)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1,2")
+    assert rule_helpers.gpu_jobs_at_once(device, smoke, cluster) == jobs
+
+
+def test_jobs_find_this_checkout_first(monkeypatch):
+    monkeypatch.setenv("PYTHONPATH", "theirs")
+    monkeypatch.setenv("MALLOC_TRIM_THRESHOLD_", "7")
+    monkeypatch.setenv("MALLOC_MMAP_THRESHOLD_", "")
+    rule_helpers.set_environment(Path("ours"))
+    assert rule_helpers.os.environ["PYTHONPATH"] == "ours:theirs"
+    assert rule_helpers.os.environ["MALLOC_TRIM_THRESHOLD_"] == "7"  # what is set is left
