@@ -265,6 +265,9 @@ def test_a_papers_own_files_count_with_what_they_reach(pipeline, tmp_path):
         "import_file(HELPER)",
         "source.import_file(which())",
         'import_file(HERE / f"{NAME}.py")',
+        'runpy.run_path(str(HERE / "helper.py"))',
+        "__import__('sys')\n\n\nimport helper",
+        "1\n\n\ndef g():\n    from helper import twice\n\n    return twice",
     ],
 )
 @pytest.mark.parametrize("stage", ["metrics", "circuits", "training"])
@@ -424,12 +427,12 @@ EXACTLY = {  # definition -> the stages that an edit of it must rerun, and no ot
     "spec/paper:PaperSpec.arm_names": "",
     "weights/members:Team.step": "training",
     "weights/members:Team.learning_rate": "training",
-    "weights/training:checkpoint_name": "training model",
-    "claims/metrics:SAE": "metrics",
+    "weights/trained:checkpoint_name": "training model",
+    "claims/scalars:SAE": "metrics",
     "latents/fidelity:loss_recovered": "evaluation",
     "latents/fidelity:density_shares": "evaluation",
     "latents/agreement:correlation": "attribution circuits",
-    "latents/evaluation:load_saes": "evaluation features attribution circuits",
+    "latents/stored:load_saes": "evaluation features attribution circuits",
     "latents/evaluation:main": "evaluation",
     "sae/train:train": "sae",
     "models/activations:compute": "activations",
@@ -558,7 +561,7 @@ def test_a_hash_is_remembered_under_the_files_bytes(tmp_path, monkeypatch):
     clear()
     first = source.job_code("none", [file])
     clear()
-    monkeypatch.setattr(source, "_read_facts", lambda _: pytest.fail("parsed again"))
+    monkeypatch.setattr(source, "_read_facts", lambda *_: pytest.fail("parsed again"))
     assert source.job_code("none", [file]) == first
     monkeypatch.undo()
     monkeypatch.setattr(source, "NOTE", tmp_path / "code.json")

@@ -9,9 +9,12 @@ hold. This follows rapid type analysis (Bacon and Sweeney 1996), made for source
    not bind itself.
 2. `Walk` starts at main() and follows the names, through imports, from definition to definition.
 3. The type of `x` in `x.kept()` is not known: it reaches every method `kept` of every class that
-   was reached. Names in strings count as attributes, for getattr. A class built on one of another
-   package counts whole, since that package calls its methods.
+   was reached. Names in strings count as attributes, for getattr; so does what fits the f-string
+   that getattr is given. A class built on one of another package counts whole, since that package
+   calls its methods.
 4. A module used as a value, or a name that is not found in it, reaches all that it defines.
+5. Importing a module reaches what then runs: loose statements, functions and classes that a
+   decorator may put into a registry, subclasses that their base is told of or asked for.
 
 Of the classes in pipeline/spec/, fields and validators are left out: what they decide stands in
 the job's --spec, defaults included. A paper's own section stands there as it was typed, so the
@@ -19,6 +22,7 @@ fields of a class that the paper's own files name do count.
 """
 
 import builtins
+import fnmatch
 from collections.abc import Iterable, Iterator
 from typing import Any
 
@@ -36,6 +40,8 @@ FRAME = {
 }
 # Bases of other packages that call no method of a class by a name of its own.
 CLOSED = {"BaseModel", "NamedTuple", "Protocol", "ABC", "Generic", "object", "Enum", "StrEnum"}
+# Definitions of one text are told apart by what their names stand for, so many steps deep.
+DEPTH = 3
 
 
 class Walk:
@@ -46,6 +52,7 @@ class Walk:
 
     Attributes:
         reached: (module, definition) -> digest of its code and of what its names stand for.
+        edges: the same definitions -> (name, what it stands for) of all that they use.
         packages: top-level names of the packages that it uses.
         templates: files of templates/ that pages are made of.
         soft: definitions that only the fields of pipeline.spec use; they are not hashed.
@@ -57,9 +64,12 @@ class Walk:
         self.packages: set[str] = set()
         self.templates: set[str] = set()
         self.attrs: set[str] = set()
+        self.globs: set[str] = set()
         self.waiting: dict[str, list[tuple[str, str]]] = {}
+        self.edges: dict[tuple[str, str], list[tuple[str, tuple[str, str]]]] = {}
         self.soft: set[tuple[str, str]] = set()
         self.entered: set[str] = set()
+        self.resolving: set[tuple[str, str]] = set()
         self.stack: list[tuple[str, str]] = []
 
     def run(self, starts: Iterable[tuple[str, str]]) -> "Walk":
@@ -67,41 +77,86 @@ class Walk:
         self.stack += starts
         while self.stack:
             module, name = self.stack.pop()
-            if (module, name) not in self.reached:
+            if (module, name) not in self.edges:
                 self._enter(module)
                 self._visit(module, name)
+        self.reached = {key: self._code(key) for key in self.edges}
+        for _ in range(DEPTH):
+            self.reached = {
+                key: canonical_hash(
+                    self._code(key), *(f"{c}={self.reached.get(t, t[0])}" for c, t in edges)
+                )
+                for key, edges in self.edges.items()
+            }
         return self
 
     def _enter(self, module: str) -> None:
         """What runs when a module is imported: its loose statements, and those of its imports."""
-        if module in self.entered or (found := self.read(module)) is None:
+        if module in self.entered:
             return
         self.entered.add(module)
+        if "." in module and not module.endswith(".py"):
+            self._enter(module.rpartition(".")[0])  # the package's __init__
+        if (found := self.read(module)) is None:
+            return
         if BODY in found["defs"]:
             self.stack.append((module, BODY))
-        for target in found["imports"].values():
+        self.stack += [(module, name) for name in found["runs"]]
+        for name in found["classes"]:
+            self._subclass(module, name)
+        self._enter_imported(module, found["imports"])
+
+    def _enter_imported(self, module: str, imports: dict[str, list[str]]) -> None:
+        for target in [t for targets in imports.values() for t in targets]:
             if module.endswith(".py") and self.read(target) is None:  # perhaps handed on to a stage
                 self.stack += [t for t in self._imported(target, module) if t[1]]
-            for name in (target, target.rpartition(".")[0]):
-                if name.split(".")[0] == "pipeline":
-                    self._enter(name)
+            if target.split(".")[0] == "pipeline":
+                self._enter(target)
+
+    def _subclass(self, module: str, name: str) -> None:
+        """A class of an imported module: a base of ours may list it, or be asked for it."""
+        for home, base in self._above(module, name):
+            told = self.read(home)["classes"][base].get("told_of_subclasses")
+            if told or "__subclasses__" in self.attrs:
+                self.stack.append((module, name))
+            else:
+                self.waiting.setdefault("__subclasses__", []).append((module, name))
+
+    def _above(self, module: str, name: str) -> Iterator[tuple[str, str]]:
+        """The classes of ours that a class stands on."""
+        for base in self.read(module)["classes"][name]["bases"]:
+            for home, target in self._targets(module, {}, base):
+                if target in (self.read(home) or {}).get("classes", ()):
+                    yield home, target
+                    yield from self._above(home, target)
 
     def _visit(self, module: str, name: str) -> None:
         found = self.read(module)
         made = found["defs"][name]
-        edges = []
-        for chain in made["names"]:
-            for target in self._targets(module, made, chain):
-                edges.append(f"{chain}={self._code(target)}")
-                if target[1]:
-                    self.stack.append(target)
-        self.reached[module, name] = canonical_hash(made["code"], *edges)
+        edges = [(chain, t) for chain in made["names"] for t in self._targets(module, made, chain)]
+        for chain in made.get("strings", []):
+            if self.read(chain) or self.read(chain.rpartition(".")[0]):
+                edges += [(chain, t) for t in self._imported(chain, module)]
+        if made.get("whole"):
+            edges += [("", (module, other)) for other in found["defs"] if other != MAIN]
+        self.edges[module, name] = edges
+        self.stack += [target for _, target in edges if target[1]]
+        self._enter_imported(module, made.get("imports", {}))
         self.templates |= set(made.get("renders", []))
-        for attr in set(made["attrs"]) - self.attrs:
-            self.attrs.add(attr)
-            self.stack += self.waiting.pop(attr, [])
+        self._name({*made["attrs"]} - self.attrs, {*made.get("globs", [])} - self.globs)
         if name in found["classes"]:
             self._class(module, name)
+
+    def _name(self, attrs: set[str], globs: set[str]) -> None:
+        """Attributes, and patterns of them, that are used from now on."""
+        self.attrs |= attrs
+        self.globs |= globs
+        fitting = {w for g in globs for w in fnmatch.filter(self.waiting, g)}
+        for attr in attrs | fitting:
+            self.stack += self.waiting.pop(attr, [])
+
+    def _is_used(self, method: str) -> bool:
+        return method in self.attrs or any(fnmatch.fnmatchcase(method, g) for g in self.globs)
 
     def _class(self, module: str, name: str) -> None:
         """A class was reached: its fields, and the methods whose names were used, or will be."""
@@ -111,7 +166,7 @@ class Walk:
             self.stack.append((module, name + FIELDS))
         every = self.open(module, name)
         for method in self.read(module)["classes"][name]["methods"]:
-            if every or method in self.attrs:
+            if every or self._is_used(method):
                 self.stack.append((module, f"{name}.{method}"))
             else:
                 self.waiting.setdefault(method, []).append((module, f"{name}.{method}"))
@@ -145,25 +200,40 @@ class Walk:
         return False
 
     def _code(self, target: tuple[str, str]) -> str:
-        module, name = target
-        return self.read(module)["defs"][name]["code"] if name else module
+        return self.read(target[0])["defs"][target[1]]["code"]
 
     def _targets(self, module: str, made: dict, chain: str) -> Iterator[tuple[str, str]]:
         """(module, definition) that a dotted name stands for; (package, '') for another's."""
+        if (module, chain) not in self.resolving:  # modules may hand a name to each other
+            self.resolving.add((module, chain))
+            yield from list(self._resolved(module, made, chain))
+            self.resolving.discard((module, chain))
+
+    def _resolved(self, module: str, made: dict, chain: str) -> Iterator[tuple[str, str]]:
         first, *rest = chain.split(".")
         found = self.read(module)
-        imported = made.get("imports", {}).get(first) or found["imports"].get(first)
-        if imported:
+        local = made.get("imports", {}).get(first)
+        for imported in local or found["imports"].get(first, []):
             yield from self._imported(".".join([imported, *rest]), module)
-        elif first in found["defs"]:
+        if local or first in FRAME.get(module, ()):
+            return
+        if first in found["defs"]:
             yield module, first
             if rest and f"{first}.{rest[0]}" in found["defs"]:
                 yield module, f"{first}.{rest[0]}"
         elif first in found["parts"]:
             yield module, BODY
-        for target in [t for alias, t in found["imports"].items() if alias[0] == "*"]:
-            if first in ((self.read(target) or {}).get("defs", ())):
+        for target in _stars(found):
+            if self._has(target, first, {module}):
                 yield from self._imported(f"{target}.{chain}", module)
+
+    def _has(self, module: str, name: str, seen: set[str]) -> bool:
+        """Whether a module of ours holds a name, be it by a star."""
+        found = self.read(module)
+        if found is None or module in seen:
+            return False
+        held = name in found["defs"] or name in found["imports"] or name in found["parts"]
+        return held or any(self._has(t, name, seen | {module}) for t in _stars(found))
 
     def _imported(self, dotted: str, user: str) -> Iterator[tuple[str, str]]:
         """The definitions behind an imported dotted name."""
@@ -180,17 +250,22 @@ class Walk:
         if found is None or (rest and rest[0] in FRAME.get(module, ())):
             return
         self._enter(module)
-        if rest and rest[0] in {
-            **found["defs"],
-            **found["imports"],
-            **dict.fromkeys(found["parts"]),
-        }:
+        if rest and self._has(module, rest[0], set()):
             yield from self._targets(module, {}, ".".join(rest))
             fields = (module, rest[0] + FIELDS)
             if is_spec(module) and not user.startswith("pipeline") and fields[1] in found["defs"]:
                 yield fields
-        elif deepest > 1 and module not in FRAME:  # a module as a value, or a name made on the run
-            yield from ((module, name) for name in found["defs"] if name != MAIN)
+        elif deepest > 1:  # a module as a value, or a name made on the run
+            yield from (
+                (module, name)
+                for name in found["defs"]
+                if name != MAIN and name not in FRAME.get(module, ())
+            )
+
+
+def _stars(found: dict[str, Any]) -> list[str]:
+    """The modules of which a file imports all names."""
+    return [t for alias, targets in found["imports"].items() if alias[0] == "*" for t in targets]
 
 
 def is_spec(module: str) -> bool:

@@ -25,11 +25,12 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
+import pipeline
 from pipeline.errors import RetraceError
 from pipeline.job import commands, definitions, reach
 from pipeline.store.provenance import digest
 
-PIPELINE = Path(__file__).parent.parent
+PIPELINE = Path(pipeline.__file__).parent
 NOTE = Path("results/store/.digests/code.json")  # below the working directory
 REMEMBERED = 4000  # files and jobs; beyond it the note starts anew
 # Packages whose release decides numbers or pictures, by their import names. Those that only read
@@ -118,17 +119,18 @@ def _home_of(fault: ImportError) -> str:
 
 
 @functools.cache
-def _facts(file: Path) -> dict[str, Any]:
+def _facts(file: Path, package: str = "") -> dict[str, Any]:
     """`definitions.facts` of a file and the digest of its whole tree, remembered under its bytes.
 
     Snakemake asks for every module on every call.
     """
     try:
-        key = hashlib.sha256(file.read_bytes() + definitions.python().encode()).hexdigest()
+        about = f"{definitions.python()} {package}".encode()
+        key = hashlib.sha256(file.read_bytes() + about).hexdigest()
     except OSError as e:
         raise RetraceError(f"{file}: cannot be read ({e.strerror})") from e
     if key not in _remembered():
-        _remembered()[key] = _read_facts(file)
+        _remembered()[key] = _read_facts(file, package)
         _remembered()["new"] = True
     return _remembered()[key]
 
@@ -154,10 +156,10 @@ def _remember() -> None:
         temporary.replace(NOTE)
 
 
-def _read_facts(file: Path) -> dict[str, Any]:
+def _read_facts(file: Path, package: str) -> dict[str, Any]:
     _parsed(file)  # the sentence of a file that is no Python
     text = file.read_text(encoding="utf-8")
-    return definitions.facts(text) | {"code": definitions.file_hash(text)}
+    return definitions.facts(text, package) | {"code": definitions.file_hash(text)}
 
 
 def file_code(file: str | Path) -> str:
@@ -173,15 +175,19 @@ def _module(name: str) -> dict[str, Any] | None:
     first, *rest = name.split(".")
     if first != "pipeline":
         return None
-    file = PIPELINE.joinpath(*rest)
-    file = file / "__init__.py" if file.is_dir() else file.with_suffix(".py")
-    return _facts(file) if file.is_file() else None
+    folder = PIPELINE.joinpath(*rest)
+    if folder.is_dir():
+        file, package = folder / "__init__.py", name
+    else:
+        file, package = folder.with_name(f"{folder.name}.py"), name.rpartition(".")[0]
+    return _facts(file, package) if file.is_file() else None
 
 
 def with_loaded(files: Iterable[str | Path]) -> list[Path]:
-    """A paper's own files and those that they load with import_file, sorted.
+    """A paper's own files and those that they load, with import_file or from beside, sorted.
 
-    A call that does not say which file it loads is held to load any of its folder.
+    A call that does not say which file it loads is held to load any of its folder. A stage that is
+    run as a script finds the files of its folder by `import`, too.
     """
     seen: set[Path] = set()
     stack = [Path(f) for f in files]
@@ -190,6 +196,7 @@ def with_loaded(files: Iterable[str | Path]) -> list[Path]:
         if file in seen:
             continue
         seen.add(file)
+        stack += [f for n in _imported(_facts(file)) if (f := file.parent / f"{n}.py").is_file()]
         for name in _loads(_facts(file)):
             named = file.parent / name
             found = [named] if named.is_file() else file.parent.glob("*.py")
@@ -207,6 +214,12 @@ def _loads(found: dict[str, Any]) -> set[str]:
     return out
 
 
+def _imported(found: dict[str, Any]) -> set[str]:
+    """Top-level names of all that a file imports."""
+    imports = [found["imports"], *(made.get("imports", {}) for made in found["defs"].values())]
+    return {t.split(".")[0] for i in imports for targets in i.values() for t in targets}
+
+
 def files_code(files: Iterable[str | Path]) -> list[list[str]]:
     """[name, hash] of a paper's own files and of all that they load."""
     return [[f.name, file_code(f)] for f in with_loaded(files)]
@@ -219,7 +232,7 @@ def reached(stage: str, own: tuple[str, ...] = ()) -> reach.Walk:
     Args:
         own: paths of the paper's own files, which count whole.
     """
-    module = commands.MODULES.get(stage, "")
+    module = commands.MODULES.get(stage, f"pipeline.{stage}")
     starts = [(file, name) for file in own for name in _module(file)["defs"]]
     if found := _module(module):
         first = [n for n in ("main", definitions.MAIN) if n in found["defs"]]
