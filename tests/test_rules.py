@@ -179,6 +179,9 @@ def test_the_index_names_papers_that_are_not_asked_for_and_have_results(toy):
     spec = lambda: json.loads(Params(inputs, {}).index_spec(wildcards()))  # noqa: E731
     assert inputs.others(wildcards()) == [] and list(spec()["papers"]) == ["toy"]
     other.write_text("id\n")
+    mine = toy / "results/smoke/toy/claims.csv"  # asked for, so an input of the index
+    mine.parent.mkdir()
+    mine.write_text("id\n")
     assert inputs.others(wildcards()) == ["results/smoke/later/claims.csv"]
     assert inputs.others(wildcards(scale="laptop")) == []
     assert set(spec()["papers"]) == {"toy", "later"}
