@@ -13,7 +13,6 @@ the standard error itself is rough: read a z below 3 as no difference.
 import argparse
 import contextlib
 import math
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from pipeline import embed, matching, pages, papers, provenance, source
-from pipeline.errors import RetraceError
+from pipeline.errors import RetraceError, command
 from pipeline.published import Results, flat, opened, pairs
 from pipeline.summary import cut, short, tally, width
 
@@ -367,7 +366,7 @@ def main() -> None:
     parser.add_argument("b", type=Path, help="another")
     parser.add_argument("--out", type=Path, help="an HTML page of the whole comparison")
     args = parser.parse_args()
-    try:
+    with command("compare"):
         with opened(args.a) as ours, opened(args.b) as theirs:
             found = [compare(a, b) for a, b in pairs(ours, theirs)]
         print("\n\n".join(told(f, width()) for f in found))
@@ -377,8 +376,6 @@ def main() -> None:
             made = provenance.certificate("compare", spec, source.job_code("compare"), [])
             embed.write_page(args.out, page, made)
             print(f"\n{args.out.resolve()}")
-    except RetraceError as e:
-        sys.exit(f"error: {e}")
 
 
 if __name__ == "__main__":

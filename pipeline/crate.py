@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import provenance, tables
-from pipeline.errors import RetraceError
+from pipeline.errors import RetraceError, command
 from pipeline.papers import load_yaml
 from pipeline.published import unpack
 
@@ -133,14 +133,12 @@ def main() -> None:
         datetime.date.fromisoformat(args.date)
     except ValueError:
         sys.exit(f"error: --date {args.date}: is no date; write it as 2024-06-30")
-    try:
+    with command("crate"):
         with tempfile.TemporaryDirectory() as folder:
             unpack(args.release, Path(folder))
             crate = build(Path(folder), args.date)
             tables.atomically(args.out, lambda to: _write(crate, to))
-    except RetraceError as e:
-        sys.exit(f"error: {e}")
-    print(args.out.resolve())
+        print(args.out.resolve())
 
 
 def _write(crate: Any, to: Path) -> None:

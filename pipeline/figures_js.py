@@ -8,6 +8,8 @@ import hashlib
 from collections.abc import Iterable
 from pathlib import Path
 
+from pipeline.errors import command
+
 DRAW = [Path(__file__).parent / f"templates/{name}.js" for name in ("walk", "draw")]
 
 
@@ -33,7 +35,8 @@ def main() -> None:
     parser.add_argument("--draw", required=True, nargs="+", help="walk.js and draw.js of templates")
     parser.add_argument("--out", required=True, help="figures.js")
     args = parser.parse_args()
-    write(args.out, args.draw)
+    with command("figures_js"):
+        write(args.out, args.draw)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline import provenance
-from pipeline.errors import RetraceError, nearest
+from pipeline.errors import RetraceError, command, nearest
 from pipeline.published import Results, opened
 
 PAPERS = Path(__file__).parent.parent / "rules/papers"
@@ -119,7 +119,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="a folder for pages and numbers")
     args = parser.parse_args()
     failed = False
-    try:
+    with command("redraw"):
         from pipeline import figures_js
 
         with opened(args.results) as found:
@@ -138,8 +138,6 @@ def main() -> None:
                         said = f"not drawn: {e}"
                     failed |= not said.startswith(SAME)
                     print(f"{to / name}.html  {said}")
-    except RetraceError as e:
-        sys.exit(f"error: {e}")
     sys.exit(failed)
 
 

@@ -17,13 +17,12 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
-from pipeline import embed, tables
+from pipeline import embed, errors, tables
 from pipeline.errors import RetraceError
 from pipeline.report import PLOT
 
@@ -162,11 +161,9 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help=".svg, .png or .pdf")
     parser.add_argument("--browser", help="Chromium or Chrome; default: one on the path")
     args = parser.parse_args()
-    try:
+    with errors.command("slide"):
         make(args.page, args.out, args.browser)
-    except RetraceError as e:
-        sys.exit(f"error: {e}")
-    print(args.out.resolve())
+        print(args.out.resolve())
 
 
 if __name__ == "__main__":

@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 
 from pipeline import provenance
+from pipeline.errors import command
 
 BOS, MAX_LENGTH = "BOS", 5
 PACKAGES = "tracr-pypi jax dm-haiku numpy".split()
@@ -114,8 +115,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compile the tasks with tracr.")
     parser.add_argument("folder", type=Path, help="where the models are written")
     folder = parser.parse_args().folder
-    for task, (program, vocabulary) in programs().items():
-        write(task, program, vocabulary, folder)
+    with command("programs"):
+        for task, (program, vocabulary) in programs().items():
+            write(task, program, vocabulary, folder)
 
 
 if __name__ == "__main__":
