@@ -54,8 +54,9 @@ def settings(run: Results) -> dict[str, dict[str, Any]]:
 
 def card(run: Results) -> dict[str, Any]:
     """The sections of a paper at its scale that decide a result; {} where nothing tells them."""
-    if report := run.certificates.get("report.html"):
-        found = sections(report["spec"]["card"])
+    report = run.certificates.get("report.html", {}).get("spec", {}).get("card")
+    if isinstance(report, dict):
+        found = sections(report)
     else:
         try:
             found = papers.load(PAPERS / run.paper, run.scale).spec.model_dump(mode="json")
@@ -152,9 +153,9 @@ def z_score(a: dict[str, Any], b: dict[str, Any]) -> float | None:
         return None
     counts = [sum(map(math.isfinite, m["values"])) for m in spread]  # seeds that have the metric
     if len(spread) == 2:
-        variance = sum(m["sd"] ** 2 / n for m, n in zip(spread, counts, strict=True))
+        variance = sum(m["sd"] * m["sd"] / n for m, n in zip(spread, counts, strict=True))
     else:
-        variance = spread[0]["sd"] ** 2 * (1 + 1 / counts[0])
+        variance = spread[0]["sd"] * spread[0]["sd"] * (1 + 1 / counts[0])
     if variance == 0:
         return math.copysign(math.inf, gap) if gap else 0.0
     return gap / math.sqrt(variance)

@@ -55,14 +55,25 @@ def validated(format: type[BaseModel], data: dict, where: str) -> BaseModel:
 
 def dictionary(manifest: str | Path, name: str) -> tuple[Path, SaeLensConfig, dict]:
     """Folder, configuration and tensors of one dictionary of an SAE job, checked."""
+    from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    listed = tables.read_json(manifest)["saes"]
-    if name not in listed:
-        raise RetraceError(f"{manifest}: holds no dictionary '{name}'{nearest(name, listed)}")
-    folder = Path(manifest).parent / listed[name]["folder"]
+    listed = tables.read_json(manifest).get("saes")
+    if not isinstance(listed, dict) or name not in listed:
+        known = listed if isinstance(listed, dict) else []
+        raise RetraceError(f"{manifest}: holds no dictionary '{name}'{nearest(name, known)}")
+    inside = listed[name].get("folder") if isinstance(listed[name], dict) else None
+    if not isinstance(inside, str) or Path(inside).is_absolute() or ".." in Path(inside).parts:
+        raise RetraceError(f"{manifest}: saes.{name}.folder is {inside!r}, no folder beside it")
+    folder = Path(manifest).parent / inside
     config = validated(SaeLensConfig, tables.read_json(folder / "cfg.json"), f"{folder}/cfg.json")
-    weights = load_file(folder / "sae_weights.safetensors")
+    try:
+        weights = load_file(folder / "sae_weights.safetensors")
+    except (SafetensorError, OSError, ValueError, TypeError, LookupError, AttributeError) as e:
+        raise RetraceError(
+            f"{folder}/sae_weights.safetensors: cannot be read ({e}); delete the folder, then run "
+            f"snakemake again"
+        ) from e
     check_weights(config, weights, f"{folder}/sae_weights.safetensors")
     return folder, config, weights
 

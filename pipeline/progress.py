@@ -9,6 +9,7 @@ what the running stages themselves foresee; what comes after them nobody has mea
 """
 
 import argparse
+import contextlib
 import re
 import sys
 import time
@@ -61,7 +62,9 @@ def state(lines: list[str]) -> State:
     out, job = State(), None
     for line in lines:
         if found := STAMP.match(line):
-            out.last, job = datetime.strptime(found[1], "%a %b %d %H:%M:%S %Y"), None
+            job = None
+            with contextlib.suppress(ValueError):  # no date, as in a log that was cut
+                out.last = datetime.strptime(found[1], "%a %b %d %H:%M:%S %Y")
             out.began = out.began or out.last
         elif (found := RULE.match(line)) and out.last:
             job = Job(found[1], out.last)

@@ -98,6 +98,23 @@ def laid_out(page: str) -> dict[str, Any] | None:
     return {"data": plot["data"], "layout": layout}
 
 
+def figure(source: Path) -> dict[str, Any]:
+    """The plot of a figure's page, laid out for a slide.
+
+    Raises:
+        RetraceError: the page is none, or its plot is not as stage figures writes it.
+    """
+    try:
+        found = laid_out(source.read_text("utf-8"))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
+        raise RetraceError(
+            f"{source}: its plot is damaged ({' '.join(str(e).split())}); make the page again"
+        ) from e
+    if found is None:
+        raise RetraceError(f"{source}: is not one figure; name results/…/figures/<figure>.html")
+    return found
+
+
 def picture(plot: dict[str, Any], kind: str, command: str) -> bytes:
     """A laid-out plot as the bytes of an SVG or a PNG."""
     text = DRAW.format(
@@ -143,9 +160,7 @@ def make(source: Path, out: Path, named: str | None) -> None:
         raise RetraceError(f"--out {out}: name a .svg or .png of a figure, or a .pdf of a page")
     if not source.is_file():
         raise RetraceError(f"{source}: does not exist; run snakemake to make it")
-    plot = None if kind == "pdf" else laid_out(source.read_text("utf-8"))
-    if kind != "pdf" and plot is None:
-        raise RetraceError(f"{source}: is not one figure; name results/…/figures/<figure>.html")
+    plot = None if kind == "pdf" else figure(source)
     command = browser(named)
     content = printed(source, command) if plot is None else picture(plot, kind, command)
     tables.atomically(out, lambda to: to.write_bytes(content) and None)

@@ -213,7 +213,9 @@ def _claims(file: Path, certificate: dict, base: Path, out: Report) -> list[str]
     """Faults of verdicts that do not follow from metrics.json."""
     from pipeline import claims, source, tables
 
-    name = next(iter(certificate["inputs"]))
+    name = next(iter(certificate["inputs"]), None)
+    if name is None:
+        return [f"{file}: its certificate names no metrics.json that it was judged by"]
     metrics = provenance.locate(name, file, base)
     if metrics is None or not provenance.is_file(metrics):
         return []

@@ -1,0 +1,407 @@
+"""Results, weights and pages that come from elsewhere, damaged at random; see test_fuzz.py.
+
+Sealed files are changed and sealed again, as somebody who means it would; others lose bytes.
+"""
+
+import csv
+import io
+import json
+import shutil
+import zipfile
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import save_file
+from test_fuzz import CARD, SIZES, changed, damaged, try_all, try_apart
+
+from pipeline import (
+    compare,
+    crate,
+    documents,
+    exports,
+    fetch,
+    figures,
+    gguf_llama,
+    matching,
+    model,
+    native,
+    papers,
+    progress,
+    provenance,
+    published,
+    resume,
+    slide,
+    spec_training,
+    summary,
+    tables,
+    trained,
+    verify,
+)  # fmt: skip
+from pipeline.errors import RetraceError
+
+
+def some(rng: np.random.Generator, whole, to_bytes=lambda data: json.dumps(data).encode()) -> bytes:
+    """A file whose structure is changed, whose bytes are, both or neither."""
+    data = to_bytes(changed(whole, rng) if rng.random() < 0.6 else whole)
+    return damaged(data, rng) if rng.random() < 0.4 else data
+
+
+# --- configuration and text ----------------------------------------------------------------
+
+CONFIG = {"papers": ["p"], "papers_dirs": ["papers"], "scale": "smoke", "roots": ["."],
+          "device": "cpu", "hub": False, "strict": False, "keep_activations": True}  # fmt: skip
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_configs(tmp_path, monkeypatch, n):
+    """config.yaml as snakemake hands it over; it may name folders that are not there."""
+    monkeypatch.chdir(tmp_path)
+    folder = tmp_path / "papers/p"
+    folder.mkdir(parents=True)
+    (folder / "texts.txt").write_text("a b c")
+    (folder / "paper.yaml").write_text(json.dumps(CARD))
+
+    def once(rng):
+        run = papers.Run.load(changed(CONFIG, rng), [tmp_path])
+        for name in run.config.papers:
+            run.paper(name, run.config.scale)
+
+    try_all(n, once)
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_parquet_documents(tmp_path, n):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    sink = io.BytesIO()
+    rows = {"text": ["One fish.", None, "é"] * 5, "title": ["A", "B", None] * 5, "n": range(15)}
+    pq.write_table(pa.table(rows), sink)
+    file, fields = tmp_path / "a.parquet", documents.Fields("text", "title", "n")
+
+    def once(rng):
+        file.write_bytes(damaged(sink.getvalue(), rng))
+        documents.read(file, fields)
+
+    try_apart(n, once)
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_cards_of_a_hub(tmp_path, n):
+    """README.md of a repository: a licence, or none; never a fault."""
+    file = tmp_path / "README.md"
+    whole = b"---\nlicense: mit\ntags: [a, {b: c}]\ndate: 2024-01-01\n---\n# A model\n"
+
+    def once(rng):
+        file.write_bytes(damaged(whole, rng))
+        if fetch._licence(file) == "":
+            raise RetraceError("no licence")
+
+    try_all(n, once)
+
+
+# --- weights -------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def small(tmp_path_factory) -> Path:
+    """A Llama of one layer, in two shards with an index."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    folder = tmp_path_factory.mktemp("small")
+    sizes = {"vocab_size": 8, "hidden_size": 4, "intermediate_size": 4, "num_hidden_layers": 1,
+             "num_attention_heads": 2, "num_key_value_heads": 1}  # fmt: skip
+    LlamaForCausalLM(LlamaConfig(**sizes)).save_pretrained(folder, max_shard_size=500)
+    assert (folder / model.INDEX).is_file()
+    return folder
+
+
+@pytest.mark.parametrize("n", [pytest.param(40, id="40"), SIZES[1]])
+def test_models_in_a_folder(small, tmp_path, n):
+    """config.json, the index, the shards."""
+    folder = Path(shutil.copytree(small, tmp_path / "m"))
+    files = {p.name: p.read_bytes() for p in sorted(folder.iterdir())}
+
+    def once(rng):
+        name = list(files)[rng.integers(len(files))]
+        content = files[name]
+        if name.endswith(".json") and rng.random() < 0.7:
+            content = json.dumps(changed(json.loads(content), rng)).encode()
+        else:
+            content = damaged(content, rng)
+        (folder / name).write_bytes(content)
+        try:
+            model._from_folder(folder, torch.float32)
+        finally:
+            (folder / name).write_bytes(files[name])
+
+    try_apart(n, once)
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_models_trained_here(tmp_path, n):
+    sizes = {"n_layers": 1, "d_model": 4, "n_heads": 2, "d_mlp": 4, "n_ctx": 4}
+    shape = spec_training.Architecture(**sizes).model_dump()
+    made = native.NativeForCausalLM(shape | {"d_vocab": 5})
+    made.save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    weights = (tmp_path / "model.safetensors").read_bytes()
+
+    def once(rng):
+        (tmp_path / "config.json").write_bytes(some(rng, config))
+        broken = rng.random() < 0.3
+        (tmp_path / "model.safetensors").write_bytes(damaged(weights, rng) if broken else weights)
+        model.check_config(tmp_path / "config.json", "it")
+        model._from_folder(tmp_path, torch.float32)
+
+    try_apart(n, once)
+
+
+DICTIONARY = {
+    "architecture": "topk", "d_in": 4, "d_sae": 8, "k": 2, "dtype": "float32",
+    "apply_b_dec_to_input": True, "normalize_activations": "none",
+    "metadata": {"model_name": "m", "hook_name": "h", "hook_name_bridge": "h", "prepend_bos": True,
+                 "context_size": 16, "dataset_path": "d", "seqpos_slice": [1, None]},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_dictionaries(tmp_path, n):
+    """manifest.json of an SAE job, cfg.json and the weights, read by an export and `compare`."""
+    (tmp_path / "topk").mkdir()
+    file = tmp_path / "topk/sae_weights.safetensors"
+    shapes = {"W_enc": (4, 8), "W_dec": (8, 4), "b_enc": (8,), "b_dec": (4,)}
+    save_file({name: torch.zeros(shape) for name, shape in shapes.items()}, file)
+    weights = file.read_bytes()
+
+    def once(rng):
+        manifest = {"saes": {"topk": {"folder": "topk"}}, "hook": "h"}
+        (tmp_path / "manifest.json").write_text(
+            json.dumps(changed(manifest, rng) if rng.random() < 0.3 else manifest)
+        )
+        (tmp_path / "topk/cfg.json").write_bytes(some(rng, DICTIONARY))
+        file.write_bytes(damaged(weights, rng) if rng.random() < 0.3 else weights)
+        matching.decoder(tmp_path / "topk")
+        exports.dictionary(tmp_path / "manifest.json", "topk")
+
+    try_all(n, once)
+
+
+class Thing:
+    name = "a"
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        return {"w": torch.ones(3)}
+
+    def restore(self, state: dict[str, torch.Tensor]) -> None:
+        assert torch.equal(state["w"], torch.ones(3))
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_checkpoints(tmp_path, n):
+    """A damaged checkpoint is never used, and never in the way."""
+    kept = resume.Checkpoints(tmp_path, "key")
+    kept.save(5, [Thing()])
+    folder = tmp_path / "step-000000005"
+    note, weights = ((folder / f).read_bytes() for f in ("checkpoint.json", "a.safetensors"))
+    whole = json.loads(note)
+
+    def once(rng):
+        resealed = rng.random() < 0.5
+        if resealed:
+            data = changed({k: v for k, v in whole.items() if k != "provenance"}, rng)
+            tables.write_json(folder / "checkpoint.json", dict(data or {}), {"key": "key"})
+        else:
+            (folder / "checkpoint.json").write_bytes(damaged(note, rng))
+        broken = rng.random() < 0.3
+        (folder / "a.safetensors").write_bytes(damaged(weights, rng) if broken else weights)
+        if kept.load([Thing()]) == 0:
+            raise RetraceError("not used")
+
+    try_all(n, once)
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_ggufs(tmp_path, n):
+    """The metadata and the tensors of a package's GGUF file."""
+    import gguf
+
+    writer = gguf.GGUFWriter(tmp_path / "whole.gguf", "llama")
+    writer.add_embedding_length(4)
+    writer.add_head_count(2)
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(["a", "b", "ab"])
+    writer.add_tensor("token_embd.weight", np.zeros((3, 4), np.float32))
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    whole = (tmp_path / "whole.gguf").read_bytes()
+
+    def once(rng):
+        (tmp_path / "a.gguf").write_bytes(damaged(whole, rng))
+        gguf_llama.read(tmp_path / "a.gguf")
+
+    try_apart(n, once)
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_runs_of_a_training(tmp_path, n):
+    architecture = {"n_layers": 1, "d_model": 4, "n_heads": 2, "n_ctx": 4}
+    about = {"architecture": architecture, "steps": 2, "batch_size": 2,
+             "optimiser": {"lr": 0.1}, "data": {"source": "corpus"}}  # fmt: skip
+    members = [{"name": "a", "arm": "trained", "seed": 0}]
+    whole = {"training": about, "members": members, "steps": [0, 2], "d_vocab": 5}
+
+    def once(rng):
+        tables.write_json(tmp_path / "manifest.json", dict(changed(whole, rng) or {}), {})
+        run = trained.open_run(tmp_path / "manifest.json")
+        assert [(run.arm(m), run.seed(m)) for m in run.members]
+
+    try_all(n, once)
+
+
+# --- results -------------------------------------------------------------------------------
+
+METRICS = {"trained.l0": {"values": [4.0, 5.0], "mean": 4.5, "sd": 0.7, "n": 2,
+                          "definition": "active latents"}}  # fmt: skip
+CLAIM = {"id": "c", "text": "C", "of": "paper", "kind": "order", "verdict": "reproduced",
+         "ours": "4.5", "paper_value": "", "tolerance": "", "n": "2",
+         "provenance_kind": "R"}  # fmt: skip
+
+
+def as_csv(row: dict) -> str:
+    sink = io.StringIO()
+    writer = csv.DictWriter(sink, list(row))
+    writer.writeheader()
+    writer.writerow(row)
+    return sink.getvalue()
+
+
+def results(folder: Path, rng: np.random.Generator | None = None) -> None:
+    """A folder of results; with rng, each of its files and certificates may be changed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    change = lambda data: data if rng is None or rng.random() < 0.5 else changed(data, rng)  # noqa: E731
+    made = provenance.certificate("metrics", {"a": {"b": 1}}, "c" * 64, [])
+    tables.write_json(folder / "metrics.json", {"metrics": change(METRICS)}, change(made) or {})
+    text = as_csv(change(CLAIM) or CLAIM)
+    if rng is not None and rng.random() < 0.2:
+        text = damaged(text.encode(), rng).decode("latin1")
+    (folder / "claims.csv").write_text(text, encoding="utf-8")
+    made = provenance.certificate("claims", {}, "c" * 64, [folder / "metrics.json"])
+    made = (change(made) or {}) | {"content": provenance.sha256_file(folder / "claims.csv")}
+    tables._write_sealed(folder / "claims.csv.json", {"provenance": made | {"seal": "0" * 64}})
+    seconds = {"jobs": [{"job": "sae", "seconds": 3.0}]}
+    (folder / "run.json").write_text(json.dumps(change(seconds)))
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_results(tmp_path, n):
+    """metrics.json, claims.csv and run.json of somebody, beside whole ones."""
+    ours, theirs = tmp_path / "a/results/smoke/p", tmp_path / "b/results/smoke/p"
+    results(ours)
+    whole = published.read(ours)
+
+    def once(rng):
+        results(theirs, rng)
+        with published.opened(theirs) as found:
+            compared = compare.compare(whole, found[0])
+            compare.told(compared, 100)
+            summary.tally(found[0].claims)
+        if faults := verify.examined(theirs, tmp_path / "b").faults:
+            raise RetraceError(faults[0])
+
+    try_all(n, once)
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_releases(tmp_path, n):
+    """release.zip, as `provenance verify`, `compare` and `crate` read it."""
+    results(tmp_path / "r")
+    sink = io.BytesIO()
+    card = {"title": "T", "url": "https://example.org", "authors": "A"}
+    release = {"paper": "p", "scale": "smoke", "sha256": {}}
+    made = provenance.certificate("release", {}, "c" * 64, [])
+    tables.write_json(tmp_path / "release.json", release, made)
+    with zipfile.ZipFile(sink, "w", zipfile.ZIP_DEFLATED) as z:
+        for file in sorted((tmp_path / "r").iterdir()):
+            z.write(file, f"results/smoke/p/{file.name}")
+        z.write(tmp_path / "release.json", "results/smoke/p/release.json")
+        z.writestr("rules/papers/p/paper.yaml", json.dumps(card))
+    file = tmp_path / "release.zip"
+
+    def once(rng):
+        file.write_bytes(damaged(sink.getvalue(), rng))
+        verify.examined(file, tmp_path)
+        with published.opened(file) as found:
+            assert found
+        to = tmp_path / "to"
+        shutil.rmtree(to, ignore_errors=True)
+        published.unpack(file, to)
+        crate.build(to, "2024-01-01")
+
+    try_all(n, once)
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_tables_of_figures(tmp_path, n):
+    """CSV and JSON that a figure is drawn from; Parquet is sealed before it is read."""
+    files = {"a.csv": as_csv(CLAIM).encode(), "a.json": json.dumps({"metrics": METRICS}).encode()}
+
+    def once(rng):
+        name = list(files)[rng.integers(2)]
+        content = damaged(files[name], rng)
+        if name == "a.json" and rng.random() < 0.7:
+            content = json.dumps(changed({"metrics": METRICS}, rng)).encode()
+        (tmp_path / name).write_bytes(content)
+        figures.read(tmp_path / name)
+
+    try_all(n, once)
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_pages_of_figures(tmp_path, n):
+    plot = {"data": [{"x": [1, 2]}], "layout": {"template": {"layout": {"font": {"size": 3}}}}}
+    page = '<h1>T</h1><script type="application/json" class="retrace-plot">%s</script>'
+    file = tmp_path / "f.html"
+
+    def once(rng):
+        text = page % json.dumps(changed(plot, rng) if rng.random() < 0.6 else plot)
+        content = text.encode()
+        file.write_bytes(damaged(content, rng) if rng.random() < 0.5 else content)
+        slide.figure(file)
+
+    try_all(n, once)
+
+
+LOG = """\
+[Sat Nov  2 10:00:00 2024]
+Job stats:
+total 3
+report_html 1
+rule sae:
+    jobid: 2
+    log: sae.log
+[Sat Nov  2 10:01:00 2024]
+Finished jobid: 2 (Rule: sae)
+Error in rule figures:
+    jobid: 3
+"""
+
+
+@pytest.mark.parametrize("n", SIZES)
+def test_logs_of_a_run(tmp_path, n):
+    """A log may be cut anywhere; `progress` shows what it holds."""
+    from datetime import datetime
+
+    (tmp_path / "sae.log").write_text("sae 40 %  812 rows/s, 1:20 left\n")
+
+    def once(rng):
+        lines = damaged(LOG.encode(), rng).decode(errors="replace").splitlines()
+        found = progress.state(lines)
+        if "ended" in progress.line(found, datetime(2024, 11, 3), tmp_path):
+            raise RetraceError("ended")
+
+    try_all(n, once)
