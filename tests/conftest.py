@@ -16,6 +16,15 @@ ROOT = Path(__file__).parent.parent
 HOOK = "blocks.0.hook_resid_post"
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave out tests marked slow, unless -m names them (an -m in addopts is undone by another)."""
+    if "slow" in config.getoption("markexpr"):
+        return
+    slow = [item for item in items if item.get_closest_marker("slow")]
+    config.hook.pytest_deselected(items=slow)
+    items[:] = [item for item in items if item not in slow]
+
+
 def environment() -> dict[str, str]:
     """Of a stage's process: our pipeline, and no commit, which might change between two runs."""
     return {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "GIT_DIR": "nowhere"}

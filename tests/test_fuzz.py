@@ -12,6 +12,7 @@ import json
 import mmap
 import os
 import resource
+import subprocess
 import sys
 import tarfile
 import tempfile
@@ -111,6 +112,12 @@ def damaged(content: bytes, rng: np.random.Generator) -> bytes:
             case 4 if rng.random() < 0.2:
                 del out[i:]
     return bytes(out)
+
+
+def some(rng: np.random.Generator, whole, to_bytes=lambda data: json.dumps(data).encode()) -> bytes:
+    """A file whose structure is changed, whose bytes are, both or neither."""
+    data = to_bytes(changed(whole, rng) if rng.random() < 0.6 else whole)
+    return damaged(data, rng) if rng.random() < 0.4 else data
 
 
 def try_all(n: int, once: Callable[[np.random.Generator], object]) -> None:
@@ -355,3 +362,14 @@ def test_tokenizers(home, n):
         assert len(ids) >= 240 or found.backend_tokenizer.normalizer is not None
 
     try_apart(n, once)
+
+
+@pytest.mark.parametrize(
+    "asked, there",
+    [([], False), (["-m", "not smoke and not workflow"], False), (["-m", "slow"], True)],
+)
+def test_minutes_of_random_input_are_left_out_unless_asked_for(asked, there):
+    """Another -m, such as that of CONTRIBUTING's quick part, does not bring them back."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", __file__, *asked]
+    said = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout
+    assert ("test_cards[10000]" in said) == there and "test_cards" in said
