@@ -7,10 +7,9 @@ python -m pipeline show delta_loss          the definition of a metric
 """
 
 import importlib
-import os
 import sys
 
-from pipeline.errors import nearest
+from pipeline.errors import command, nearest
 from pipeline.job.commands import MODULES, STAGES, TOOLS, sentence
 
 
@@ -28,8 +27,9 @@ def listed() -> str:
 def main() -> None:
     name, *rest = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
-        print("usage: python -m pipeline <command> ...   (<command> --help says more)")
-        print(listed())
+        with command("list"):
+            print("usage: python -m pipeline <command> ...   (<command> --help says more)")
+            print(listed())
     elif name in MODULES:
         sys.argv = [f"python -m pipeline {name}", *rest]
         importlib.import_module(MODULES[name]).main()
@@ -39,8 +39,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main()
-    except BrokenPipeError:  # the reader of a pipe, `head` for one, has seen enough
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        sys.exit(1)
+    main()

@@ -1,11 +1,16 @@
 """The one exception that a user is meant to read, and a sentence on all others."""
 
 import difflib
+import errno
 import inspect
+import os
+import stat
+import sys
 import sysconfig
 import tempfile
 import traceback
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 
@@ -21,6 +26,42 @@ def nearest(name: str, known: Iterable[str]) -> str:
     """' (did you mean 'x'?)' for the closest of `known`, or an empty string."""
     match = difflib.get_close_matches(str(name), [str(k) for k in known], n=1, cutoff=0.6)
     return f" (did you mean '{match[0]}'?)" if match else ""
+
+
+@contextmanager
+def command(name: str) -> Iterator[None]:
+    """Inside: the work of a `python -m pipeline.<name>` that is no stage; it ends in one sentence.
+
+    Any fault exits with code 1, its trace kept in a file. A reader that closes the pipe, as `head`
+    does, ends it without a word, and so does Ctrl-C.
+    """
+    try:
+        yield
+        sys.stdout.flush()
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        sys.exit(1)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (SystemExit, GeneratorExit):
+        raise
+    except BaseException as e:  # a panic of tokenizers' Rust is no Exception
+        sys.exit(f"error: {sentence_on(e, lambda: keep_trace(name))}")
+
+
+def sentence_on(e: BaseException, keep: Callable[[], str]) -> str:
+    """One sentence on any exception.
+
+    Args:
+        keep: keeps the trace of a fault that nobody foresaw, and says where it lies.
+    """
+    if isinstance(e, RetraceError):
+        return str(e)
+    if not isinstance(e, OSError):
+        return unexpected(e, keep())
+    full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+    remedy = "free some space, then run it again" if full else f"full trace: {keep()}"
+    return f"{e.filename or 'a file'}: {e.strerror or e}; {remedy}"
 
 
 TRACE = "trace | "  # in front of each line of one in a log, so that the terminal shows none
@@ -64,6 +105,19 @@ def trace_file(name: str) -> str:
     ) as f:
         f.write(trace_lines())
     return f.name
+
+
+def keep_trace(name: str) -> str:
+    """Write the trace of the exception at hand to the log; where that is.
+
+    A job of snakemake has its log as stderr. Called by hand, a program leaves the terminal to the
+    sentence and writes a file of its own.
+    """
+    if not stat.S_ISREG(os.fstat(2).st_mode):
+        return trace_file(name)
+    print(trace_lines(), end="", file=sys.stderr)
+    link = Path("/proc/self/fd/2")
+    return str(link.readlink() if link.is_symlink() else "the log")
 
 
 def _is_ours(file: str) -> bool:

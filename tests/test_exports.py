@@ -173,6 +173,13 @@ def test_saebench_gets_what_evaluation_measured(made, tmp_path):
     assert export(made, "saebench", tmp_path / "again.json").read_bytes() == out.read_bytes()
 
 
+def test_an_ablation_that_lowers_the_loss_has_saebenchs_ratio():
+    """It is negative there, and SAEBench writes it; only noise in the denominator has none."""
+    ratio = exports.plain_ratio(1.5 - 3.0, 1.5 - 2.0, loss=2.0, name="ce_loss_score")
+    assert ratio == 3.0
+    assert exports.plain_ratio(0.5e-3, 1e-3, loss=2.0, name="kl_div_score") == 0.5
+
+
 @pytest.mark.parametrize("name", SPARSITY)
 def test_every_architecture_has_a_saebench_result(made, tmp_path, name):
     misc = tables.read_json(export(made, "saebench", tmp_path / "r.json", name))[
@@ -189,6 +196,11 @@ def test_every_architecture_has_a_saebench_result(made, tmp_path, name):
         ("relative_bias", np.nan, "relative_reconstruction_bias: Input should be a finite"),
         ("l0", -1.0, "sparsity.l0: Input should be greater"),
         ("eval_rows", 0, "total_tokens_eval_sparsity_variance: Input should be greater"),
+        ("kl_zero_all", 0.0, "t.parquet: topk: kl_div_score has no value"),
+        ("kl_zero_all", 3e-8, "by 3e-08 nats, which is rounding"),
+        ("kl_zero_all", -1e-9, "export a dictionary of a hook that the output depends on"),
+        ("loss_zero_all", 2.0, "ce_loss_score has no value"),
+        ("loss_zero_all", 2.0 + 2e-7, "ce_loss_score has no value"),
     ],
 )
 def test_a_number_that_cannot_be_is_refused_and_nothing_is_written(

@@ -6,10 +6,17 @@ exception, open a file outside its folders, or write one. `-m slow` tries 10,000
 """
 
 import copy
+import faulthandler
 import io
 import json
+import mmap
+import os
+import resource
+import subprocess
 import sys
 import tarfile
+import tempfile
+import traceback
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
@@ -55,6 +62,8 @@ CARD = {
                 "holds": "trained.topk_k4.l0 < trained.topk_k8.l0"}],
     "scales": {"smoke": {"corpus": {"n_tokens": 5_000}}},
 }  # fmt: skip
+PATIENCE = 60  # seconds an input may take, on a busy machine
+ROOM = 8 << 30  # bytes that reading it may take
 opened: list[str] = []  # files that Python opened; a hook stays for the life of the process
 sys.addaudithook(lambda event, args: opened.append(str(args[0])) if event == "open" else None)
 
@@ -110,6 +119,12 @@ def damaged(content: bytes, rng: np.random.Generator) -> bytes:
     return bytes(out)
 
 
+def some(rng: np.random.Generator, whole, to_bytes=lambda data: json.dumps(data).encode()) -> bytes:
+    """A file whose structure is changed, whose bytes are, both or neither."""
+    data = to_bytes(changed(whole, rng) if rng.random() < 0.6 else whole)
+    return damaged(data, rng) if rng.random() < 0.4 else data
+
+
 def try_all(n: int, once: Callable[[np.random.Generator], object]) -> None:
     """Call `once` with n generators; a fault must be a RetraceError of one line; both must come."""
     told = 0
@@ -124,6 +139,40 @@ def try_all(n: int, once: Callable[[np.random.Generator], object]) -> None:
             raise AssertionError(f"input {seed} ends in {e!r}") from e
         assert not [f for f in opened if OUTSIDE in f or f.startswith("/dev/zero")], seed
     assert 0 < told < n
+
+
+def try_apart(n: int, once: Callable[[np.random.Generator], object]) -> None:
+    """`try_all` in a process of its own, so that an input that hangs or kills it is told as well.
+
+    For what libraries written in C++ and Rust read: no Python can interrupt those.
+    """
+    at = mmap.mmap(-1, 8)  # shared: how many inputs were begun
+    begun = 0
+
+    def watched(rng: np.random.Generator) -> None:
+        nonlocal begun
+        begun += 1
+        at[:] = begun.to_bytes(8, "little")
+        faulthandler.dump_traceback_later(PATIENCE, exit=True, file=said)
+        once(rng)
+
+    with tempfile.TemporaryFile("w+") as said:
+        if not (pid := os.fork()):
+            try:
+                pages = int(Path("/proc/self/statm").read_text("utf-8").split()[0])
+                most = pages * os.sysconf("SC_PAGESIZE") + ROOM
+                resource.setrlimit(resource.RLIMIT_AS, (most, most))
+                try_all(n, watched)
+                os._exit(0)
+            except BaseException:
+                traceback.print_exc(file=said)
+            finally:
+                said.flush()
+                os._exit(1)
+        _, status = os.waitpid(pid, 0)
+        said.seek(0)
+        seed = int.from_bytes(at[:], "little") - 1
+        assert status == 0, f"ended with {status} at input {seed}:\n{said.read()}"
 
 
 @pytest.fixture
@@ -317,4 +366,15 @@ def test_tokenizers(home, n):
         (ids,) = corpus.encoder(found)(["a cat " * 40])
         assert len(ids) >= 240 or found.backend_tokenizer.normalizer is not None
 
-    try_all(n, once)
+    try_apart(n, once)
+
+
+@pytest.mark.parametrize(
+    "asked, there",
+    [([], False), (["-m", "not smoke and not workflow"], False), (["-m", "slow"], True)],
+)
+def test_minutes_of_random_input_are_left_out_unless_asked_for(asked, there):
+    """Another -m, such as that of CONTRIBUTING's quick part, does not bring them back."""
+    command = [sys.executable, "-m", "pytest", "--collect-only", __file__, *asked]
+    said = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout
+    assert ("test_cards[10000]" in said) == there and "test_cards" in said

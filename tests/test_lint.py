@@ -1,5 +1,6 @@
 """The linters pass: ruff, snakefmt, and snakemake --lint but for what ALLOWED names."""
 
+import ast
 import io
 import json
 import re
@@ -87,6 +88,54 @@ def test_every_helper_of_the_rules_is_used_and_named_once():
     everywhere = compiled()
     unused = [n for n in names if len(re.findall(rf"\b{n}\b", everywhere)) < 2]
     assert not unused
+
+
+def defined(code: str) -> list[str]:
+    """Names that a file binds at its top level by def, class, import or a plain assignment."""
+    found, stack = [], list(reversed(ast.parse(code).body))
+    while stack:
+        node = stack.pop()
+        if isinstance(node, ast.FunctionDef | ast.ClassDef):
+            found.append(node.name)
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            found += [a.asname or a.name.split(".")[0] for a in node.names]
+        elif isinstance(node, ast.Assign):
+            found += [n.id for t in node.targets for n in ast.walk(t) if isinstance(n, ast.Name)
+                      and isinstance(n.ctx, ast.Store)]  # fmt: skip
+        elif isinstance(node, ast.If):  # one of its branches runs
+            branches = ["\n".join(map(ast.unparse, b)) for b in (node.body, node.orelse)]
+            found += sorted({n for b in branches for n in defined(b)})
+        elif isinstance(node, ast.For | ast.With | ast.Try):
+            stack += reversed(node.body)
+    return [name for name in found if not name.startswith("__rule")]
+
+
+def twice(code: str) -> list[str]:
+    names = defined(code)
+    return sorted({n for n in names if names.count(n) > 1})
+
+
+def test_no_name_is_defined_twice_across_the_rules():
+    """Included files share one namespace: a helper of a paper would replace that of all others.
+
+    ruff's F811 sees only a second definition of what was not used in between.
+    """
+    assert twice(compiled()) == []
+    assert {"models_of", "RUN", "papers"} <= set(defined(compiled()))
+
+
+@pytest.mark.parametrize(
+    "code, said",
+    [
+        ("def a(): pass\na()\ndef a(): pass", ["a"]),
+        ("import b\nfor x in b:\n    b = 1", ["b"]),
+        ("from p import c as d\nd()\nc = 1", []),
+        ("if x:\n    e = 1\nelse:\n    e = 2", []),
+        ("if x:\n    e = 1\nelse:\n    e = 2\nf, (e, g) = y", ["e"]),
+    ],
+)
+def test_a_second_definition_is_seen(code, said):
+    assert twice(code) == said
 
 
 def unexpected(said: str) -> list[str]:

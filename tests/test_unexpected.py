@@ -1,13 +1,20 @@
 """Faults that nobody foresaw: one sentence for the terminal, the trace in the log."""
 
+import argparse
+import ast
+import importlib
 import subprocess
 import sys
+import tempfile
+from pathlib import Path
 
 import pytest
-from conftest import environment
+from conftest import ROOT, environment
 from snake import snakemake, toy_project
 
+from pipeline import errors
 from pipeline.claims import summary
+from pipeline.job import cli, commands, kills
 
 STAGE = '''"""A stage of its own that fails."""
 from pathlib import Path
@@ -84,6 +91,115 @@ def test_traces_of_libraries_stay_in_the_log_too():
     lines = ["10:00:00 begun", "Traceback (most recent call last):", '  File "a.py", line 1',
              "    x()", "ValueError: no", "last"]  # fmt: skip
     assert summary.without_traces(lines) == ["10:00:00 begun", "last"]
+
+
+# --- every program, stage or not -----------------------------------------------------------
+
+TOOLS = {  # command -> its arguments, and the function of its that fails
+    "compare": (["a", "b"], "opened"),
+    "crate": (["release.zip", "--out", "crate.zip"], "unpack"),
+    "figures_js": (["--draw", "a.js", "--out", "b.js"], "write"),
+    "lint_paper": (["paper"], "lint"),
+    "progress": ([], "newest"),
+    "provenance": (["verify", "."], "_verify"),
+    "list": (["papers"], "lines"),
+    "show": (["l0"], "shown"),
+    "redraw": (["release.zip", "--out", "out"], "opened"),
+    "scaffold": (["paper"], "scaffold"),
+    "schema": ([], "files"),
+    "slide": (["figure.html", "--out", "figure.svg"], "make"),
+}
+UNFORESEEN = [
+    KeyError("x"), ZeroDivisionError(), RecursionError(), MemoryError(), AssertionError("a\nb"),
+    UnicodeDecodeError("utf-8", b"\xff", 0, 1, "no"), PermissionError(13, "Permission denied", "f"),
+]  # fmt: skip
+
+
+@pytest.fixture
+def by_hand(tmp_path, monkeypatch) -> Path:
+    """As called in a terminal: standard error is no file, traces are files in this folder."""
+    for module in (errors, cli):
+        monkeypatch.setattr(module, "keep_trace", errors.trace_file)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    return tmp_path
+
+
+def failing(fault: BaseException):
+    """A function that takes anything and raises."""
+
+    def fail(*args, **named):
+        raise fault
+
+    return fail
+
+
+def said_by(module, capsys, folder) -> str:
+    """What a program writes to the terminal, where its work fails; its trace lies in a file."""
+    with pytest.raises(SystemExit) as end:
+        module.main()
+    assert end.value.code not in (0, None)
+    said = end.value.code if isinstance(end.value.code, str) else capsys.readouterr().err.strip()
+    (log,) = folder.glob("retrace-*.log")
+    assert f"full trace: {log}" in said and "Traceback" in log.read_text("utf-8")
+    return said
+
+
+@pytest.mark.parametrize("fault", UNFORESEEN, ids=lambda e: type(e).__name__)
+@pytest.mark.parametrize("name", TOOLS)
+def test_every_tool_ends_in_one_sentence(name, fault, by_hand, monkeypatch, capsys):
+    arguments, broken = TOOLS[name]
+    module = importlib.import_module(commands.MODULES[name])
+    monkeypatch.setattr(module, broken, failing(fault))
+    monkeypatch.setattr(sys, "argv", [name, *arguments])
+    said = said_by(module, capsys, by_hand)
+    assert said.startswith("error: ") and "\n" not in said
+    assert (type(fault).__name__ in said) != isinstance(fault, OSError)
+
+
+@pytest.mark.parametrize("name", sorted({*commands.STAGES} - {*TOOLS}))
+def test_every_stage_ends_in_one_sentence(name, by_hand, monkeypatch, capsys):
+    given = argparse.Namespace(spec="{}", code=[], device="cpu", threads=1, paper="")
+    monkeypatch.setattr(argparse.ArgumentParser, "parse_args", lambda *_: given)
+    monkeypatch.setattr(cli.Job, "check_inputs", failing(KeyError("x")))
+    monkeypatch.setattr(kills, "end_with_parent", lambda: None)
+    said = said_by(importlib.import_module(commands.MODULES[name]), capsys, by_hand)
+    assert said.startswith(f"error in stage {name}: KeyError") and "\n" not in said
+
+
+def test_every_tool_is_tried():
+    assert TOOLS.keys() == commands.TOOLS.keys() | {"figures_js"}  # a stage without a --spec
+
+
+def test_every_own_stage_of_a_paper_goes_through_the_same_door():
+    files = [*(ROOT / "rules").rglob("*.py"), *(ROOT / "pipeline/papers/template").glob("*.py")]
+    stages = [f for f in files if '__name__ == "__main__"' in f.read_text("utf-8")]
+    assert len(stages) > 10
+    for file in stages:
+        tree = ast.parse(file.read_text("utf-8"))
+        (main,) = (n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "main")
+        last = ast.unparse(main.body[-1])
+        assert last.startswith(("cli.run(", "with command(")), file
+
+
+def test_a_reader_that_closes_the_pipe_sees_no_trace(tmp_path):
+    """python -m pipeline provenance show … | head -1"""
+    code = (
+        "from pipeline.errors import command\n"
+        "with command('x'):\n    for i in range(99999): print(i)"
+    )
+    done = subprocess.run(
+        f"{sys.executable} -c \"{code}\" | head -1", shell=True, text=True, capture_output=True,
+        env=environment(), cwd=tmp_path,
+    )  # fmt: skip
+    assert (done.stdout, done.stderr) == ("0\n", "")
+
+
+@pytest.mark.parametrize("every", ["-1", "nan", "inf", "1e300"])
+def test_progress_takes_seconds(every, monkeypatch):
+    module = importlib.import_module(commands.MODULES["progress"])
+    monkeypatch.setattr(sys, "argv", ["progress", f"--every={every}"])
+    with pytest.raises(SystemExit, match="take seconds from 0 to 86400"):
+        module.main()
 
 
 # --- a locale that is not UTF-8 ------------------------------------------------------------

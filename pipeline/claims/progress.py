@@ -9,6 +9,7 @@ what the running stages themselves foresee; what comes after them nobody has mea
 """
 
 import argparse
+import contextlib
 import re
 import sys
 import time
@@ -18,7 +19,7 @@ from pathlib import Path
 
 from pipeline.claims.costs import duration
 from pipeline.claims.summary import read_lines
-from pipeline.errors import RetraceError
+from pipeline.errors import RetraceError, command
 
 STAMP = re.compile(r"^\[(\w{3} \w{3} +\d+ [\d:]{8} \d{4})\]$")
 RULE = re.compile(r"^(?:local)?(?:rule|checkpoint) (\w+):$")
@@ -28,6 +29,7 @@ FAILED = re.compile(r"^Error in (?:rule|group) (\w+):$")
 COUNTED = re.compile(r"^(\w+) +(\d+)$")
 STAGE = re.compile(r"(\S+ +\d+ %  .+ left)$")  # a line of cli.Progress
 BEGINS = ("Job stats:", "Nothing to be done")
+LONGEST = 86_400  # seconds between two lines
 ENDS = ("Complete log(s):", "Nothing to be done", "Exiting because a job execution failed")
 
 
@@ -60,7 +62,9 @@ def state(lines: list[str]) -> State:
     out, job = State(), None
     for line in lines:
         if found := STAMP.match(line):
-            out.last, job = datetime.strptime(found[1], "%a %b %d %H:%M:%S %Y"), None
+            job = None
+            with contextlib.suppress(ValueError):  # no date, as in a log that was cut
+                out.last = datetime.strptime(found[1], "%a %b %d %H:%M:%S %Y")
             out.began = out.began or out.last
         elif (found := RULE.match(line)) and out.last:
             job = Job(found[1], out.last)
@@ -130,20 +134,24 @@ def main() -> None:
     parser.add_argument("--every", type=float, default=0, help="seconds; default: once")
     parser.add_argument("--directory", type=Path, default=Path(), help="where snakemake runs")
     args = parser.parse_args()
+    with command("progress"):
+        if not 0 <= args.every <= LONGEST:
+            raise RetraceError(f"--every {args.every:g}: take seconds from 0 to {LONGEST}")
+        try:
+            follow(args.directory, args.every)
+        except KeyboardInterrupt:
+            print()
+
+
+def follow(folder: Path, every: float) -> None:
+    """Print the state of the newest run: once if `every` is 0, else until it has ended."""
     terminal = sys.stdout.isatty()
-    try:
-        while True:
-            found = state(
-                newest(args.directory).read_text(errors="replace", encoding="utf-8").splitlines()
-            )
-            text = line(found, datetime.now(), args.directory)
-            print(f"\r\x1b[K{text}" if terminal and args.every else text, end="", flush=True)
-            if found.ended or not args.every:
-                break
-            print("" if terminal else "\n", end="")
-            time.sleep(args.every)
-        print()
-    except RetraceError as e:
-        sys.exit(f"error: {e}")
-    except KeyboardInterrupt:
-        print()
+    while True:
+        found = state(newest(folder).read_text(errors="replace", encoding="utf-8").splitlines())
+        text = line(found, datetime.now(), folder)
+        print(f"\r\x1b[K{text}" if terminal and every else text, end="", flush=True)
+        if found.ended or not every:
+            break
+        print("" if terminal else "\n", end="")
+        time.sleep(every)
+    print()

@@ -104,6 +104,33 @@ TRAINING = {  # of a training run; training.<run>.<arm>.* where it has arms
 }
 
 
+def whole(found: Any, file: Any) -> dict[str, dict[str, Any]]:
+    """The metrics of a metrics.json of another's making, as `summary` writes them.
+
+    Raises:
+        RetraceError: names the first that is not.
+    """
+    if not isinstance(found, dict):
+        raise RetraceError(f"{file}: holds no metrics; run snakemake again")
+    for name, metric in found.items():
+        if not _is_summary(metric):
+            raise RetraceError(
+                f"{file}: metric '{name}' has not values, mean, sd, n and definition as stage "
+                f"metrics writes them; make it again"
+            )
+    return found
+
+
+def _is_summary(metric: Any) -> bool:
+    if not isinstance(metric, dict) or not isinstance(metric.get("values"), list):
+        return False
+    values, sd = metric["values"], metric.get("sd")
+    numbers = [*values, metric.get("mean"), metric.get("n"), *([] if sd is None else [sd])]
+    plain = all(type(v) is float or (type(v) is int and abs(v) < 2**63) for v in numbers)
+    spread = sd is None or (plain and any(map(math.isfinite, values)))
+    return plain and spread and "sd" in metric and isinstance(metric.get("definition"), str)
+
+
 def parts(paper: Any) -> dict[str, Any]:
     """What the names of a paper's metrics are made of, small enough for a command's argument.
 

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import TRACE
+from pipeline.errors import TRACE, RetraceError
 
 VERDICTS = (
     "reproduced",
@@ -23,6 +23,7 @@ VERDICTS = (
     "not run",
     "plumbing",
 )
+COLUMNS = "id text kind paper_value tolerance ours verdict".split()  # that compare, too, reads
 JUDGED = VERDICTS[:4]
 OTHERS = {"control": "controls", "ours": "own observations"}  # whose claims are no paper's
 MEANINGS = {
@@ -35,9 +36,22 @@ MEANINGS = {
 
 
 def read_claims(path: str | Path) -> list[dict[str, str]]:
-    """The rows of a claims.csv, as text."""
-    with open(path, newline="", encoding="utf-8") as f:
-        return list(csv.DictReader(f))
+    """The rows of a claims.csv, as text; a cell that is not there is blank.
+
+    Raises:
+        RetraceError: the file is damaged, or lacks a column that every one has.
+    """
+    try:
+        with open(path, newline="", encoding="utf-8") as f:
+            table = csv.DictReader(f, restval="")
+            rows, named = list(table), table.fieldnames or []
+        if rows and (missing := [c for c in COLUMNS if c not in named]):
+            raise ValueError(f"no column {missing[0]}")
+        for row in rows:
+            float(row.get("n") or 1)
+    except (csv.Error, ValueError) as e:
+        raise RetraceError(f"{path}: is no claims.csv ({e}); make it again") from e
+    return rows
 
 
 def tally(rows: list[dict[str, str]]) -> dict[str, int]:
@@ -130,7 +144,6 @@ def cut(text: str, most: int) -> str:
 def spent(claims: Path, benchmarks: str) -> str:
     """'made in 6 min 12 s of jobs: sae 3 min 20 s, …': the paper's jobs and the three longest."""
     from pipeline.claims import costs
-    from pipeline.errors import RetraceError
     from pipeline.store import provenance
 
     try:

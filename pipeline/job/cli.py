@@ -5,12 +5,10 @@ under a debugger. It exits 0, or prints one sentence and exits 1.
 """
 
 import argparse
-import errno
 import json
 import logging
 import os
 import resource
-import stat
 import sys
 import time
 from collections.abc import Callable
@@ -19,7 +17,7 @@ from typing import Any
 
 from pydantic import BaseModel
 
-from pipeline.errors import RetraceError, trace_file, trace_lines, unexpected
+from pipeline.errors import RetraceError, keep_trace, sentence_on
 from pipeline.job import gpus, kills, source
 from pipeline.spec import paper
 from pipeline.store import intact, provenance
@@ -125,17 +123,10 @@ def run(stage: str, args: argparse.Namespace, work: Callable[[Job], None]) -> No
         job = Job(stage, args)
         checked = job.check_inputs()
         work(job)
-    except RetraceError as e:
-        _fail(stage, str(e))
-    except OSError as e:
-        full = e.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        trace = "" if full else _keep_trace(stage)
-        remedy = "free some space, then run snakemake again" if full else f"full trace: {trace}"
-        _fail(stage, f"{e.filename or 'a file'}: {e.strerror or e}; {remedy}")
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as e:  # a panic of tokenizers' Rust is no Exception
-        _fail(stage, unexpected(e, _keep_trace(stage)))
+        _fail(stage, sentence_on(e, lambda: keep_trace(stage)))
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     took = time.monotonic() - started
     log.info(
@@ -146,19 +137,6 @@ def run(stage: str, args: argparse.Namespace, work: Callable[[Job], None]) -> No
 def _fail(stage: str, sentence: str) -> None:
     print(f"error in stage {stage}: {sentence}", file=sys.stderr)
     sys.exit(1)
-
-
-def _keep_trace(stage: str) -> str:
-    """Write the trace of the exception at hand to the log; where that is.
-
-    A job of snakemake has its log as stderr. Called by hand, a stage leaves the terminal to the
-    sentence and writes a file of its own.
-    """
-    if not stat.S_ISREG(os.fstat(2).st_mode):
-        return trace_file(stage)
-    print(trace_lines(), end="", file=sys.stderr)
-    link = Path("/proc/self/fd/2")
-    return str(link.readlink() if link.is_symlink() else "the log")
 
 
 def _seconds_since_start() -> float:

@@ -250,11 +250,12 @@ def from_folder(folder: Path, dtype: torch.dtype | str = torch.float32) -> Nativ
 
     from pipeline.errors import RetraceError
 
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config = _config(folder)
     try:
         out = NativeForCausalLM({k: v for k, v in config.items() if k != "model_type"})
         out.load_state_dict(load_file(folder / "model.safetensors"))
-    except (OSError, RuntimeError, LookupError, TypeError, ValueError, SafetensorError) as e:
+    except (OSError, RuntimeError, LookupError, TypeError, ValueError, AttributeError,
+            ArithmeticError, AssertionError, MemoryError, SafetensorError) as e:  # fmt: skip
         said = "; ".join(line.strip() for line in str(e).splitlines()[1:3]) or repr(e)
         raise RetraceError(f"{folder}: its weights do not fit its config.json ({said})") from e
     return out if dtype == "auto" else out.to(dtype)
@@ -262,11 +263,21 @@ def from_folder(folder: Path, dtype: torch.dtype | str = torch.float32) -> Nativ
 
 def is_native(folder: Path) -> bool:
     """Whether a model folder holds one of these."""
+    return (folder / "config.json").is_file() and _config(folder).get("model_type") == MODEL_TYPE
+
+
+def _config(folder: Path) -> dict[str, Any]:
+    """config.json of a model folder; RetraceError where it is damaged."""
+    from pipeline.errors import RetraceError
+
     file = folder / "config.json"
-    return (
-        file.is_file()
-        and json.loads(file.read_text(encoding="utf-8")).get("model_type") == MODEL_TYPE
-    )
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError, RecursionError) as e:
+        raise RetraceError(f"{file}: not valid JSON ({e}); give a whole copy of the model") from e
+    if not isinstance(found, dict):
+        raise RetraceError(f"{file}: must be a JSON object; give a whole copy of the model")
+    return found
 
 
 def to_bridge(hf: NativeForCausalLM, tokenizer: Any = None) -> Any:

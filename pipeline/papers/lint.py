@@ -25,7 +25,7 @@ from typing import Any
 from pydantic import ValidationError
 
 from pipeline.claims import expressions, verdicts
-from pipeline.errors import RetraceError, nearest
+from pipeline.errors import RetraceError, command, nearest
 from pipeline.job.source import tree
 from pipeline.papers import papers
 from pipeline.report import drawing
@@ -266,6 +266,7 @@ def main() -> None:
     )
     parser.add_argument("folders", nargs="+", type=Path, help="paper folders")
     args = parser.parse_args()
-    faults = [fault for folder in args.folders for fault in lint(folder)]
-    print("\n".join(faults) or "no faults")
+    with command("lint_paper"):
+        faults = [fault for folder in args.folders for fault in lint(folder)]
+        print("\n".join(faults) or "no faults")
     sys.exit(1 if faults else 0)

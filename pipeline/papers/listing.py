@@ -17,7 +17,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from pipeline.claims import scalars
-from pipeline.errors import RetraceError, nearest
+from pipeline.errors import RetraceError, command, nearest
 from pipeline.job import commands, source
 from pipeline.papers import papers
 from pipeline.report.kinds import KINDS
@@ -156,18 +156,20 @@ def main() -> None:
     verb = sys.argv[0].split()[-1]
     parser.add_argument("name", nargs="?", help=f"one of {', '.join(LISTS)}; a name, for show")
     name = parser.parse_args().name
-    try:
-        if verb == "show":
-            if not name:
-                raise RetraceError("show what? For instance `python -m pipeline show delta_loss`")
-            print("\n".join(shown(name)))
-        elif not name:
-            print("\n".join(lines({k: f.__doc__.split("\n")[0] for k, f in LISTS.items()})))
-        elif name in LISTS:
-            print("\n".join(lines(LISTS[name]())))
-        else:
-            raise RetraceError(
-                f"no list of '{name}'{nearest(name, LISTS)}; there are {', '.join(LISTS)}"
-            )
-    except RetraceError as e:
-        sys.exit(f"error: {e}")
+    with command(verb):
+        print("\n".join(answer(verb, name)))
+
+
+def answer(verb: str, name: str | None) -> list[str]:
+    """The lines of `list [NAME]` or `show NAME`."""
+    if verb == "show":
+        if not name:
+            raise RetraceError("show what? For instance `python -m pipeline show delta_loss`")
+        return shown(name)
+    if not name:
+        return lines({k: f.__doc__.split("\n")[0] for k, f in LISTS.items()})
+    if name not in LISTS:
+        raise RetraceError(
+            f"no list of '{name}'{nearest(name, LISTS)}; there are {', '.join(LISTS)}"
+        )
+    return lines(LISTS[name]())

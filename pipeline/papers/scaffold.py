@@ -14,6 +14,7 @@ import re
 import sys
 from pathlib import Path
 
+from pipeline import errors
 from pipeline.errors import RetraceError
 
 TEMPLATE = Path(__file__).parent / "template"
@@ -70,9 +71,7 @@ def main() -> None:
     parser.add_argument("name", help="name of the paper and of its folder")
     parser.add_argument("--dir", type=Path, default=HOME, help="where papers lie")
     args = parser.parse_args()
-    try:
+    with errors.command("scaffold"):
         folder = scaffold(args.name, args.dir)
-    except RetraceError as e:
-        sys.exit(f"error: {e}")
-    print(f"wrote {folder}; run it with\n\n  {command(folder)}\n")
-    print(f"and see what is missing with\n\n  python -m pipeline lint_paper {folder}\n")
+        print(f"wrote {folder}; run it with\n\n  {command(folder)}\n")
+        print(f"and see what is missing with\n\n  python -m pipeline lint_paper {folder}\n")

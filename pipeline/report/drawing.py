@@ -17,6 +17,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from pipeline.claims.scalars import whole
 from pipeline.errors import RetraceError, nearest
 from pipeline.job.source import functions, import_file
 from pipeline.report.kinds import KINDS
@@ -141,9 +142,12 @@ def read(path: str | Path) -> Any:
     from pipeline.store import tables
 
     if Path(path).suffix == ".csv":
-        return pd.read_csv(path)
+        try:
+            return pd.read_csv(path)
+        except ValueError as e:  # pandas's own errors and those of UTF-8 are such
+            raise RetraceError(f"{path}: is no table ({e}); make it again") from e
     if Path(path).suffix == ".json":
-        metrics = tables.read_json(path)["metrics"]
+        metrics = whole(tables.read_json(path).get("metrics"), path)
         rows = [{"name": n, **{k: m[k] for k in ("mean", "sd", "n")}} for n, m in metrics.items()]
         return pd.DataFrame(rows, columns=["name", "mean", "sd", "n"])
     nested = lambda t: pa.types.is_list(t) and pa.types.is_struct(t.value_type)  # noqa: E731

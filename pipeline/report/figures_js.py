@@ -4,6 +4,7 @@ It is an ordinary input of the figures. Marked `ancient` it would hide changes: 
 not look at jobs downstream of one that has to run, not even behind an ancient file.
 """
 
+from pipeline.errors import command
 from pipeline.report.pages import write
 
 
@@ -14,4 +15,5 @@ def main() -> None:
     parser.add_argument("--draw", required=True, nargs="+", help="walk.js and draw.js of templates")
     parser.add_argument("--out", required=True, help="figures.js")
     args = parser.parse_args()
-    write(args.out, args.draw)
+    with command("figures_js"):
+        write(args.out, args.draw)

@@ -13,7 +13,6 @@ the standard error itself is rough: read a z below 3 as no difference.
 import argparse
 import contextlib
 import math
-import sys
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -21,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.claims.summary import cut, short, tally, width
-from pipeline.errors import RetraceError
+from pipeline.errors import RetraceError, command
 from pipeline.job import source
 from pipeline.papers import papers
 from pipeline.report import pages
@@ -59,8 +58,9 @@ def settings(run: Results) -> dict[str, dict[str, Any]]:
 
 def card(run: Results) -> dict[str, Any]:
     """The sections of a paper at its scale that decide a result; {} where nothing tells them."""
-    if report := run.certificates.get("report.html"):
-        found = sections(report["spec"]["card"])
+    report = run.certificates.get("report.html", {}).get("spec", {}).get("card")
+    if isinstance(report, dict):
+        found = sections(report)
     else:
         try:
             found = papers.load(PAPERS / run.paper, run.scale).spec.model_dump(mode="json")
@@ -157,9 +157,9 @@ def z_score(a: dict[str, Any], b: dict[str, Any]) -> float | None:
         return None
     counts = [sum(map(math.isfinite, m["values"])) for m in spread]  # seeds that have the metric
     if len(spread) == 2:
-        variance = sum(m["sd"] ** 2 / n for m, n in zip(spread, counts, strict=True))
+        variance = sum(m["sd"] * m["sd"] / n for m, n in zip(spread, counts, strict=True))
     else:
-        variance = spread[0]["sd"] ** 2 * (1 + 1 / counts[0])
+        variance = spread[0]["sd"] * spread[0]["sd"] * (1 + 1 / counts[0])
     if variance == 0:
         return math.copysign(math.inf, gap) if gap else 0.0
     return gap / math.sqrt(variance)
@@ -371,7 +371,7 @@ def main() -> None:
     parser.add_argument("b", type=Path, help="another")
     parser.add_argument("--out", type=Path, help="an HTML page of the whole comparison")
     args = parser.parse_args()
-    try:
+    with command("compare"):
         with opened(args.a) as ours, opened(args.b) as theirs:
             found = [compare(a, b) for a, b in pairs(ours, theirs)]
         print("\n\n".join(told(f, width()) for f in found))
@@ -381,5 +381,3 @@ def main() -> None:
             made = provenance.certificate("compare", spec, source.job_code("compare"), [])
             embed.write_page(args.out, page, made)
             print(f"\n{args.out.resolve()}")
-    except RetraceError as e:
-        sys.exit(f"error: {e}")

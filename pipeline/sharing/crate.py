@@ -10,14 +10,15 @@ stay behind; they are named with their sha256. Needs the extra `crate` of pyproj
 
 import argparse
 import datetime
+import re
 import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import RetraceError
+from pipeline.errors import RetraceError, command
 from pipeline.papers.papers import load_yaml
-from pipeline.sharing.published import unpack
+from pipeline.sharing.published import certificate, unpack
 from pipeline.store import provenance, tables
 
 PROFILE = "https://w3id.org/ro/wfrun/process/0.5"
@@ -66,7 +67,12 @@ def build(root: Path, date: str) -> Any:
             "the archive holds no release.json; name the release.zip that snakemake made"
         )
     told = tables.read_json(about)
-    card = load_yaml(root / "rules/papers" / told["paper"] / "paper.yaml")
+    if any(not re.fullmatch(r"\w+", str(told.get(k))) for k in ("paper", "scale")):
+        raise RetraceError(f"{about}: names no paper and scale; make the release again")
+    file = root / "rules/papers" / told["paper"] / "paper.yaml"
+    card = load_yaml(file)
+    if wrong := [k for k in ("title", "url", "authors") if not isinstance(card.get(k), str)]:
+        raise RetraceError(f"{file}: has no {wrong[0]}; make the release again")
     crate = ROCrate()
     crate.metadata.extra_contexts.append(CONTEXT)
 
@@ -74,7 +80,7 @@ def build(root: Path, date: str) -> Any:
         return crate.add(ContextEntity(crate, id, properties={"@type": kind, **properties}))
 
     crate.name = f"{card['title']}: a replication at scale {told['scale']}"
-    crate.description = card.get("summary", "").strip() or card["title"]
+    crate.description = str(card.get("summary") or "").strip() or card["title"]
     crate.datePublished = datetime.date.fromisoformat(date)
     paper = entity(card["url"], "ScholarlyArticle", name=card["title"], author=card["authors"])
     crate.root_dataset["isBasedOn"] = paper
@@ -85,7 +91,7 @@ def build(root: Path, date: str) -> Any:
         facts = {"name": path.name, "sha256": provenance.sha256_file(path)}
         facts |= {"encodingFormat": TYPES[path.suffix]} if path.suffix in TYPES else {}
         files[name] = crate.add_file(path, name, properties=facts)
-        if not name.endswith((".csv.json", "release.json")) and (made := provenance.read(path)):
+        if not name.endswith((".csv.json", "release.json")) and (made := certificate(path)):
             certificates[name] = made
 
     def read(name: str, sha256: str) -> Any:
@@ -133,14 +139,12 @@ def main() -> None:
         datetime.date.fromisoformat(args.date)
     except ValueError:
         sys.exit(f"error: --date {args.date}: is no date; write it as 2024-06-30")
-    try:
+    with command("crate"):
         with tempfile.TemporaryDirectory() as folder:
             unpack(args.release, Path(folder))
             crate = build(Path(folder), args.date)
             tables.atomically(args.out, lambda to: _write(crate, to))
-    except RetraceError as e:
-        sys.exit(f"error: {e}")
-    print(args.out.resolve())
+        print(args.out.resolve())
 
 
 def _write(crate: Any, to: Path) -> None:

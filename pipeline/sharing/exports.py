@@ -34,6 +34,7 @@ from pipeline.store import provenance, tables
 
 PIECE = 2048  # latents whose cosines with all others are in memory at a time
 BLOCKS_A_PASS = 8  # as in evaluation.py
+ROUNDING = 1e-6  # nats a nat: what float32 losses differ by when the same tokens are summed anew
 
 
 class Export(Section):
@@ -55,14 +56,25 @@ def validated(format: type[BaseModel], data: dict, where: str) -> BaseModel:
 
 def dictionary(manifest: str | Path, name: str) -> tuple[Path, SaeLensConfig, dict]:
     """Folder, configuration and tensors of one dictionary of an SAE job, checked."""
+    from safetensors import SafetensorError
     from safetensors.numpy import load_file
 
-    listed = tables.read_json(manifest)["saes"]
-    if name not in listed:
-        raise RetraceError(f"{manifest}: holds no dictionary '{name}'{nearest(name, listed)}")
-    folder = Path(manifest).parent / listed[name]["folder"]
+    listed = tables.read_json(manifest).get("saes")
+    if not isinstance(listed, dict) or name not in listed:
+        known = listed if isinstance(listed, dict) else []
+        raise RetraceError(f"{manifest}: holds no dictionary '{name}'{nearest(name, known)}")
+    inside = listed[name].get("folder") if isinstance(listed[name], dict) else None
+    if not isinstance(inside, str) or Path(inside).is_absolute() or ".." in Path(inside).parts:
+        raise RetraceError(f"{manifest}: saes.{name}.folder is {inside!r}, no folder beside it")
+    folder = Path(manifest).parent / inside
     config = validated(SaeLensConfig, tables.read_json(folder / "cfg.json"), f"{folder}/cfg.json")
-    weights = load_file(folder / "sae_weights.safetensors")
+    try:
+        weights = load_file(folder / "sae_weights.safetensors")
+    except (SafetensorError, OSError, ValueError, TypeError, LookupError, AttributeError) as e:
+        raise RetraceError(
+            f"{folder}/sae_weights.safetensors: cannot be read ({e}); delete the folder, then run "
+            f"snakemake again"
+        ) from e
     check_weights(config, weights, f"{folder}/sae_weights.safetensors")
     return folder, config, weights
 
@@ -79,23 +91,51 @@ def mean_max_cosine(directions: np.ndarray) -> float:
     return float(np.clip(np.concatenate(largest).mean(), -1, 1))
 
 
+def plain_ratio(part: float, whole: float, *, loss: float, name: str) -> float:
+    """part / whole, SAEBench's score, where the ablation moves the model at all.
+
+    The ratio is also given where ablation lowers the loss, where metrics.loss_recovered is not.
+
+    Args:
+        loss: of the model, nats; a `whole` within ROUNDING of it is noise, and so is the ratio.
+        name: of the score.
+
+    Raises:
+        RetraceError: `whole` is zero or noise, so the score has no value.
+    """
+    if abs(whole) <= ROUNDING * max(loss, 1.0):
+        raise RetraceError(
+            f"{name} has no value: with the hook set to zero the model differs from itself by "
+            f"{whole:.3g} nats, which is rounding, and the score divides by that; export a "
+            f"dictionary of a hook that the output depends on"
+        )
+    return part / whole
+
+
 def core_metrics(row: dict[str, Any], n_ctx: int, weights: dict) -> dict[str, dict]:
-    """SAEBench's categories out of a row of the evaluation table and a dictionary's weights."""
+    """SAEBench's categories out of a row of the evaluation table and a dictionary's weights.
+
+    Raises:
+        RetraceError: a score has no value, since the ablation changes nothing.
+    """
+    loss, kl_zero, loss_zero = row["loss_model"], row["kl_zero_all"], row["loss_zero_all"]
     encoder = weights["W_enc"].T if "W_enc" in weights else weights["W_dec"]
     often = [f"{n}freq_over_{p}_percent" for n in ("", "normalized_") for p in (1, 10)]
     return {
         "model_behavior_preservation": {
-            "kl_div_score": (row["kl_zero_all"] - row["kl_spliced"]) / row["kl_zero_all"],
-            "kl_div_with_ablation": row["kl_zero_all"],
+            "kl_div_score": plain_ratio(
+                kl_zero - row["kl_spliced"], kl_zero, loss=loss, name="kl_div_score"
+            ),
+            "kl_div_with_ablation": kl_zero,
             "kl_div_with_sae": row["kl_spliced"],
         },
         "model_performance_preservation": {
-            # SAEBench's plain ratio, defined where fidelity.loss_recovered is not
-            "ce_loss_score": (row["loss_zero_all"] - row["loss_spliced"])
-            / (row["loss_zero_all"] - row["loss_model"]),
-            "ce_loss_with_ablation": row["loss_zero_all"],
+            "ce_loss_score": plain_ratio(
+                loss_zero - row["loss_spliced"], loss_zero - loss, loss=loss, name="ce_loss_score"
+            ),
+            "ce_loss_with_ablation": loss_zero,
             "ce_loss_with_sae": row["loss_spliced"],
-            "ce_loss_without_sae": row["loss_model"],
+            "ce_loss_without_sae": loss,
         },
         "reconstruction_quality": {
             "explained_variance": row["explained_variance"],
@@ -205,6 +245,11 @@ def saebench(job: cli.Job, export: Export) -> None:
     folder, config, weights = dictionary(args.sae, export.sae)
     row = tables.read_table(args.table).set_index("sae").loc[export.sae].to_dict()
     made, about = job.certificate([args.sae, args.table]), config.metadata
+    where = f"{args.table}: {export.sae}"
+    try:
+        measured = core_metrics(row, about.context_size, weights)
+    except RetraceError as e:
+        raise RetraceError(f"{where}: {e}") from None
     first = about.seqpos_slice[0] or 0
     result = {
         "eval_config": {
@@ -219,7 +264,7 @@ def saebench(job: cli.Job, export: Export) -> None:
         },
         "eval_id": str(uuid.uuid5(uuid.NAMESPACE_URL, provenance.digest(made["inputs"]))),
         "datetime_epoch_millis": int(Path(args.table).stat().st_mtime * 1000),
-        "eval_result_metrics": core_metrics(row, about.context_size, weights),
+        "eval_result_metrics": measured,
         "sae_bench_commit_hash": f"none: measured by retrace {made['retrace']}",
         "sae_lens_id": f"{export.arm}.{export.sae}",
         "sae_lens_release_id": export.paper,
@@ -230,7 +275,7 @@ def saebench(job: cli.Job, export: Export) -> None:
             "position is, where SAEBench leaves out BOS, EOS and padding wherever they stand."
         },
     }
-    checked = validated(CoreResult, result, f"{args.table}: {export.sae}")
+    checked = validated(CoreResult, result, where)
     tables.write_json(args.out, checked.model_dump(mode="json"), made)
 
 

@@ -12,6 +12,8 @@ from pathlib import Path
 
 import numpy as np
 
+from pipeline.errors import RetraceError
+
 SHARED = 0.7  # Paulo and Belrose 2025, section 3
 BLOCK = 2048  # rows of a product at a time
 
@@ -71,11 +73,21 @@ def match(a: np.ndarray, b: np.ndarray, rng: np.random.Generator) -> Match:
 
 
 def decoder(folder: Path) -> np.ndarray | None:
-    """W_dec [d_sae, d_in] of a SAELens folder, float32; None where its weights are not there."""
-    from safetensors import safe_open
+    """W_dec [d_sae, d_in] of a SAELens folder, float32; None where its weights are not there.
+
+    Raises:
+        RetraceError: they are damaged, or hold no such matrix.
+    """
+    from safetensors import SafetensorError, safe_open
 
     file = folder / "sae_weights.safetensors"
     if not file.is_file():
         return None
-    with safe_open(file, "numpy") as f:
-        return np.asarray(f.get_tensor("W_dec"), np.float32)
+    try:
+        with safe_open(file, "numpy") as f:
+            found = np.asarray(f.get_tensor("W_dec"), np.float32)
+    except (SafetensorError, OSError, ValueError, TypeError, LookupError, AttributeError) as e:
+        raise RetraceError(f"{file}: has no readable W_dec ({e}); copy the folder again") from e
+    if found.ndim != 2 or not found.size:
+        raise RetraceError(f"{file}: W_dec has shape {found.shape}, and not [d_sae, d_in]")
+    return found

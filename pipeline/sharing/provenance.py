@@ -8,7 +8,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from pipeline.errors import RetraceError
 from pipeline.sharing import verify
 from pipeline.store import provenance
 
@@ -40,16 +39,22 @@ def main() -> None:
     parser.add_argument("path")
     parser.add_argument("--base", default=".", help="folder in which snakemake ran")
     args = parser.parse_args()
-    if args.command == "verify":
-        sys.exit(_verify(args.path, args.base))
-    if not Path(args.path).exists():
-        sys.exit(printable(f"{args.path}: does not exist; run snakemake to make it"))
+    with command("provenance"):
+        if args.command == "verify":
+            sys.exit(_verify(args.path, args.base))
+        _show(args.path, args.base)
+
+
+def _show(path: str, base: str) -> None:
+    """Print a file's chain; what a certificate quotes cannot command the terminal."""
+    if not Path(path).exists():
+        sys.exit(printable(f"{path}: does not exist; run snakemake to make it"))
     try:
-        print(printable(show(args.path, args.base)))
+        print(printable(show(path, base)))
     except RetraceError as e:
         sys.exit(printable(f"error: {e}"))
     except (LookupError, TypeError, ValueError) as e:
-        sys.exit(printable(f"error: {args.path}: a certificate is damaged ({e!r})"))
+        sys.exit(printable(f"error: {path}: a certificate is damaged ({e!r})"))
 
 
 def _verify(path: str, base: str) -> int:

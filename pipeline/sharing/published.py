@@ -7,13 +7,16 @@ beside it; their names carry the digest of all that determines them.
 """
 
 import contextlib
+import lzma
 import tempfile
 import zipfile
+import zlib
 from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.claims.scalars import whole
 from pipeline.claims.summary import read_claims
 from pipeline.errors import RetraceError
 from pipeline.spec.base import SCALES
@@ -67,9 +70,8 @@ def read(folder: Path) -> Results:
     inner, outer = folder.resolve().name, folder.resolve().parent.name
     paper, scale = (outer, inner) if inner in SCALES else (inner, outer)
     base = _base(folder)
-    metrics = tables.read_json(folder / "metrics.json").get("metrics")
-    if not isinstance(metrics, dict):
-        raise RetraceError(f"{folder / 'metrics.json'}: holds no metrics; run snakemake again")
+    file = folder / "metrics.json"
+    metrics = whole(tables.read_json(file).get("metrics"), file)
     claims = read_claims(folder / "claims.csv")
     return Results(folder, base, paper, scale, metrics, claims, certificates(folder, base))
 
@@ -82,7 +84,7 @@ def _base(folder: Path) -> Path:
 def certificates(folder: Path, base: Path) -> dict[str, dict]:
     """The certificates of a folder's files, and of the store's artefacts that they name."""
     files = [p for p in sorted(folder.rglob("*")) if p.is_file() and p.name[-9:] != ".csv.json"]
-    read = {str(p.relative_to(folder)): provenance.read(p) for p in files}
+    read = {str(p.relative_to(folder)): certificate(p) for p in files}
     found = {name: made for name, made in read.items() if made}
     stack = list(found.values())
     while stack:
@@ -90,17 +92,47 @@ def certificates(folder: Path, base: Path) -> dict[str, dict]:
             name = stored(path)
             if name is None or name in found or not (base / path).is_file():
                 continue
-            if made := provenance.read(base / path):
+            if made := certificate(base / path):
                 found[name] = made
                 stack.append(made)
     return found
+
+
+CERTIFICATE = {
+    "retrace": str, "stage": str, "spec": dict, "code": str, "git": dict, "versions": dict,
+    "device": str, "inputs": dict,
+}  # fmt: skip
+
+
+def certificate(file: Path) -> dict[str, Any] | None:
+    """The certificate of a file; None where it has none.
+
+    Raises:
+        RetraceError: it lacks what every stage writes into it.
+    """
+    made = provenance.read(file)
+    if made is None:
+        return None
+    wrong = [k for k, kind in CERTIFICATE.items() if not isinstance(made.get(k), kind)]
+    states = [made["git"], made.get("paper") or made["git"]] if not wrong else []
+    if any(not isinstance(s, dict) or not isinstance(s.get("commit"), str)
+           or "dirty" not in s for s in states):  # fmt: skip
+        wrong.append("git")
+    texts = [v for k in ("versions", "inputs") if not wrong for v in made[k].values()]
+    if wrong or not all(isinstance(v, str) for v in texts):
+        raise RetraceError(
+            f"{file}: its certificate lacks {', '.join(wrong) or 'a version or digest'}, which "
+            f"every stage writes; make the file again"
+        )
+    return made
 
 
 def stored(path: str) -> str | None:
     """'results/store/sae/gpt2-0123456789ab/manifest.json' -> 'sae gpt2 manifest.json'."""
     if not path.startswith(STORE):
         return None
-    stage, item, *rest = path.removeprefix(STORE).split("/")
+    stage, _, inside = path.removeprefix(STORE).partition("/")
+    item, *rest = inside.split("/")
     return " ".join([stage, item.rsplit("-", 1)[0], "/".join(rest)])
 
 
@@ -130,7 +162,8 @@ def unpack(archive: Path, to: Path) -> None:
     try:
         with zipfile.ZipFile(archive) as z:
             z.extractall(to)
-    except (zipfile.BadZipFile, OSError) as e:
+    except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, OSError, ValueError, LookupError,
+            EOFError, RuntimeError, NotImplementedError) as e:  # fmt: skip
         raise RetraceError(f"{archive}: cannot be unpacked ({e}); fetch it again") from e
 
 

@@ -17,7 +17,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from pipeline.errors import RetraceError, nearest
+from pipeline.errors import RetraceError, command, nearest
 from pipeline.sharing.published import Results, opened
 from pipeline.store import provenance
 
@@ -121,7 +121,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="a folder for pages and numbers")
     args = parser.parse_args()
     failed = False
-    try:
+    with command("redraw"):
         from pipeline.report import pages
 
         with opened(args.results) as found:
@@ -140,6 +140,4 @@ def main() -> None:
                         said = f"not drawn: {e}"
                     failed |= not said.startswith(SAME)
                     print(f"{to / name}.html  {said}")
-    except RetraceError as e:
-        sys.exit(f"error: {e}")
     sys.exit(failed)

@@ -17,12 +17,12 @@ import os
 import re
 import shutil
 import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 from urllib.parse import unquote_to_bytes
 
+from pipeline import errors
 from pipeline.errors import RetraceError
 from pipeline.report.pages import PLOT
 from pipeline.store import embed, tables
@@ -99,6 +99,23 @@ def laid_out(page: str) -> dict[str, Any] | None:
     return {"data": plot["data"], "layout": layout}
 
 
+def figure(source: Path) -> dict[str, Any]:
+    """The plot of a figure's page, laid out for a slide.
+
+    Raises:
+        RetraceError: the page is none, or its plot is not as stage figures writes it.
+    """
+    try:
+        found = laid_out(source.read_text("utf-8"))
+    except (ValueError, LookupError, TypeError, AttributeError, RecursionError) as e:
+        raise RetraceError(
+            f"{source}: its plot is damaged ({' '.join(str(e).split())}); make the page again"
+        ) from e
+    if found is None:
+        raise RetraceError(f"{source}: is not one figure; name results/…/figures/<figure>.html")
+    return found
+
+
 def picture(plot: dict[str, Any], kind: str, command: str) -> bytes:
     """A laid-out plot as the bytes of an SVG or a PNG."""
     text = DRAW.format(
@@ -144,9 +161,7 @@ def make(source: Path, out: Path, named: str | None) -> None:
         raise RetraceError(f"--out {out}: name a .svg or .png of a figure, or a .pdf of a page")
     if not source.is_file():
         raise RetraceError(f"{source}: does not exist; run snakemake to make it")
-    plot = None if kind == "pdf" else laid_out(source.read_text("utf-8"))
-    if kind != "pdf" and plot is None:
-        raise RetraceError(f"{source}: is not one figure; name results/…/figures/<figure>.html")
+    plot = None if kind == "pdf" else figure(source)
     command = browser(named)
     content = printed(source, command) if plot is None else picture(plot, kind, command)
     tables.atomically(out, lambda to: to.write_bytes(content) and None)
@@ -162,8 +177,6 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help=".svg, .png or .pdf")
     parser.add_argument("--browser", help="Chromium or Chrome; default: one on the path")
     args = parser.parse_args()
-    try:
+    with errors.command("slide"):
         make(args.page, args.out, args.browser)
-    except RetraceError as e:
-        sys.exit(f"error: {e}")
-    print(args.out.resolve())
+        print(args.out.resolve())

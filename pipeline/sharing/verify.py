@@ -233,7 +233,9 @@ def _claims(file: Path, certificate: dict, base: Path, out: Report) -> list[str]
     from pipeline.job import source
     from pipeline.store import tables
 
-    name = next(iter(certificate["inputs"]))
+    name = next(iter(certificate["inputs"]), None)
+    if name is None:
+        return [f"{file}: its certificate names no metrics.json that it was judged by"]
     metrics = provenance.locate(name, file, base)
     if metrics is None or not provenance.is_file(metrics):
         return []

