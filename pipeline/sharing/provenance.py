@@ -8,6 +8,7 @@ import argparse
 import sys
 from pathlib import Path
 
+from pipeline.errors import RetraceError, command
 from pipeline.sharing import verify
 from pipeline.store import provenance
 
