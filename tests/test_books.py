@@ -6,9 +6,10 @@ from pathlib import Path
 
 import pytest
 
+from pipeline.downloads import fetch
 from pipeline.errors import RetraceError
 from pipeline.spec.paper import CorpusSpec
-from pipeline.text import documents, fetch, sources
+from pipeline.text import documents, sources
 
 BOOK = "one two three\nfour  five six seven\n"
 

@@ -15,11 +15,12 @@ import pandas as pd
 import pytest
 from conftest import stage
 
+from pipeline.downloads import fetch
 from pipeline.errors import RetraceError
 from pipeline.sharing import verify
 from pipeline.spec.paper import CorpusSpec, parse
 from pipeline.store import provenance
-from pipeline.text import corpus, documents, fetch
+from pipeline.text import corpus, documents
 from pipeline.text import sources as text
 from pipeline.text.documents import Document, Fields
 from pipeline.text.tokens import load_tokenizer

@@ -26,11 +26,12 @@ import pytest
 import yaml
 from conftest import byte_tokenizer
 
+from pipeline.downloads import fetch
 from pipeline.errors import RetraceError
 from pipeline.papers import papers
 from pipeline.sharing import verify
 from pipeline.store import provenance, shards, tables
-from pipeline.text import corpus, documents, fetch
+from pipeline.text import corpus, documents
 from pipeline.text.tokens import tokenizer_of
 from pipeline.weights import model
 

@@ -22,12 +22,12 @@ from conftest import byte_tokenizer, environment, rewrite, stage
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
+from pipeline.downloads import fetch
 from pipeline.errors import RetraceError
 from pipeline.models import loader
 from pipeline.sharing import verify
 from pipeline.spec.paper import ModelSpec
 from pipeline.store import provenance, tables
-from pipeline.text import fetch
 from pipeline.text.tokens import set_document_token
 from pipeline.weights import gguf_llama, model
 
@@ -285,7 +285,7 @@ def test_a_hub_repository_out_of_the_cache(tmp_path):
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_text("{}")
     code = (
-        "from pipeline.text import fetch; from pathlib import Path;"
+        "from pipeline.downloads import fetch; from pathlib import Path;"
         f"print(fetch.from_hub('owner/name', '{commit}', ['config.json'], Path('.'), 'model')[0])"
     )
     env = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
@@ -371,7 +371,7 @@ def hub(tiny_model, tmp_path, monkeypatch):
 
 
 FETCH = (  # names of repositories -> the folder and licence, or the sentence, of each
-    "import sys, pathlib; from pipeline.text import fetch; from pipeline.weights import model\n"
+    "import sys, pathlib; from pipeline.downloads import fetch; from pipeline.weights import model\n"
     "for name in sys.argv[1:]:\n"
     "    at = f'owner/{name}', ('d' if name == 'other_commit' else 'c') * 40\n"
     "    at = (at[0].replace('other_commit', 'tiny'), at[1])\n"

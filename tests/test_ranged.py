@@ -15,10 +15,11 @@ import pytest
 from conftest import environment
 from test_model import Hub, fetched, hub  # noqa: F401 (a fixture)
 
+from pipeline.downloads import fetch, ranged
+from pipeline.downloads.ranged import Source
 from pipeline.errors import RetraceError
 from pipeline.spec.paper import CorpusSpec
-from pipeline.text import fetch, ranged, sources
-from pipeline.text.ranged import Source
+from pipeline.text import sources
 
 BODY = b"".join(b"line %7d\n" % i for i in range(30_000))  # 390 kB
 SHA = hashlib.sha256(BODY).hexdigest()

@@ -201,8 +201,8 @@ def _of_one(file: Path, listed: set[Path], base: Path, out: Report) -> list[str]
 
 def _sources(file: Path, certificate: dict, base: Path, out: Report) -> list[str]:
     """Faults of local weights and text, by the digests that the artefact made from them holds."""
+    from pipeline.downloads import fetch
     from pipeline.papers import papers
-    from pipeline.text import fetch
 
     section = certificate.get("spec") or {}
     stage = certificate.get("stage")

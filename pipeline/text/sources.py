@@ -12,11 +12,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.downloads import fetch, ranged
 from pipeline.errors import RetraceError
 from pipeline.job import cli
 from pipeline.spec.paper import CorpusSpec
 from pipeline.store import provenance
-from pipeline.text import documents, fetch, ranged
+from pipeline.text import documents
 from pipeline.text.documents import Document
 
 ATTRIBUTION = {  # what the licence of a package's text asks to be said

