@@ -223,7 +223,7 @@ class CutHub(Hub):
 def test_weights_of_a_hub_go_on_where_they_were_cut_off(hub, tmp_path, monkeypatch):  # noqa: F811
     """Nothing is fetched twice; what is there has the digest that the hub names."""
     CutHub.repos, CutHub.first, CutHub.cut = hub.repos, [], 10_000
-    monkeypatch.setattr("test_model.FETCH", "from pipeline.text import fetch\nfetch.RESUMED = 1\n"
+    monkeypatch.setattr("test_model.FETCH", "from pipeline.downloads import fetch\nfetch.RESUMED = 1\n"
                         + sys.modules["test_model"].FETCH)  # fmt: skip
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), CutHub) as server:
         threading.Thread(target=server.serve_forever, daemon=True).start()
