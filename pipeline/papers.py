@@ -161,7 +161,10 @@ def _without_hub(raw: dict) -> dict:
     arms = raw.get("arms")
     if not isinstance(arms, dict):
         return raw
-    from_hub = lambda arm: isinstance(arm, dict) and arm.get("source") == "hub"  # noqa: E731
+
+    def from_hub(arm: Any) -> bool:
+        return isinstance(arm, dict) and spec.on_hub(arm).get("source") == "hub"
+
     here = {name: arm for name, arm in arms.items() if not from_hub(arm)} or arms
     circuits = raw.get("circuits")
     if isinstance(circuits, dict) and isinstance(circuits.get("without"), list):

@@ -10,6 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
+from pipeline import aliases
 from pipeline.errors import RetraceError, nearest
 from pipeline.spec_base import Dtype, Inside, Name, Requirement, Scale, Section, sentence
 from pipeline.spec_circuits import CircuitsSpec
@@ -61,6 +62,25 @@ class Config(Section):
         return self
 
 
+def on_hub(data: Any) -> Any:
+    """A section that names a repository and no source, with the hub as its source."""
+    if isinstance(data, dict) and data.get("repo") and "source" not in data:
+        return {**data, "source": "hub"}
+    return data
+
+
+def check_repository(repo: str, revision: str) -> None:
+    """ValueError where a repository of the hub, or its commit, cannot be one."""
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo, re.A) or ".." in repo:
+        raise ValueError(f"repo '{repo}' is not owner/name; write it as on its page on the hub")
+    if revision and (len(revision) != 40 or set(revision) - set("0123456789abcdef")):
+        raise ValueError(
+            f"revision '{revision}' is not a full commit of 40 hex digits; a branch can move, so "
+            f"pin the commit that the hub's page shows, or leave revision out once: the run prints "
+            f"the commit to pin"
+        )
+
+
 class ModelSpec(Section):
     """Where the weights come from. The default is SmolLM2-135M-Instruct, Q4_1, out of a package."""
 
@@ -78,8 +98,16 @@ class ModelSpec(Section):
         default="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         description="of that file",
     )
-    repo: str = Field(default="", description="hub: owner/name")
-    revision: str = Field(default="", description="hub: a full commit, 40 hex digits")
+    repo: str = Field(
+        default="",
+        description="hub: owner/name, or TransformerLens's name of a model (pythia-70m, "
+        "gpt2-small); where it is given, source is hub unless said otherwise",
+    )
+    revision: str = Field(
+        default="",
+        description="hub: a full commit, 40 hex digits; empty in a first run, which takes the "
+        "newest and prints the commit to pin",
+    )
     path: str = Field(default="", description="folder: a Hugging Face model folder")
     run: str = Field(default="", description="training: a run of the section training")
     member: str = Field(default="", description="training: default the run's first, such as s0")
@@ -101,16 +129,20 @@ class ModelSpec(Section):
         default="raw", description="compatibility: layer norm folded, weights centred"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _from_hub(cls, data: Any) -> Any:
+        data = on_hub(data)
+        if isinstance(data, dict) and isinstance(data.get("repo"), str):
+            return {**data, "repo": aliases.repository(data["repo"])}
+        return data
+
     @model_validator(mode="after")
     def _complete(self) -> "ModelSpec":
         if self.source == "hub":
             if not self.repo:
                 raise ValueError("source: hub needs repo: owner/name")
-            if len(self.revision) != 40 or set(self.revision) - set("0123456789abcdef"):
-                raise ValueError(
-                    f"revision '{self.revision}' is not a full commit of 40 hex digits; "
-                    f"a branch can move, so pin the commit that the hub's page shows"
-                )
+            check_repository(self.repo, self.revision)
         if self.source == "folder" and not self.path:
             raise ValueError("source: folder needs path: a Hugging Face model folder")
         if self.source == "training" and not self.run:
@@ -166,8 +198,16 @@ class CorpusSpec(Section):
         description="of that file; of a folder: of its lines 'sha256  name', as sha256sum prints",
     )
     licence: str = Field(default="", description="of the text, written into the manifest")
-    repo: str = Field(default="", description="hub: owner/name of a dataset")
-    revision: str = Field(default="", description="hub: a full commit, 40 hex digits")
+    repo: str = Field(
+        default="",
+        description="hub: owner/name of a dataset; where it is given, source is hub unless said "
+        "otherwise",
+    )
+    revision: str = Field(
+        default="",
+        description="hub: a full commit, 40 hex digits; empty in a first run, which takes the "
+        "newest and prints the commit to pin",
+    )
     url: str = Field(default="", pattern=r"^(https?://\S+)?$", description="url: of one file")
     path: str = Field(
         default="",
@@ -223,14 +263,20 @@ class CorpusSpec(Section):
     @model_validator(mode="before")
     @classmethod
     def _default_text(cls, data: Any) -> Any:
+        data = on_hub(data)
         if isinstance(data, dict) and not {"source", "package", "file"} & data.keys():
             return {**cls.DEFAULT_TEXT, **data}
         return data
 
     @model_validator(mode="after")
     def _complete(self) -> "CorpusSpec":
-        if self.source == "hub" and not (self.repo and len(self.revision) == 40 and self.file):
-            raise ValueError("source: hub needs repo, file and a revision of 40 hex digits")
+        if self.source == "hub":
+            if not self.repo or "file" not in self.model_fields_set:
+                raise ValueError(
+                    "source: hub needs repo: owner/name of a dataset, and file: its text, such as "
+                    "data/train-*.parquet"
+                )
+            check_repository(self.repo, self.revision)
         if self.source == "local" and not self.path:
             raise ValueError("source: local needs path: a .txt, .jsonl or .parquet file, or folder")
         if self.source == "url" and not (self.url and self.sha256):

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import cli, documents, fetch, provenance
+from pipeline import cli, documents, fetch, hub, provenance
 from pipeline.documents import Document
 from pipeline.errors import RetraceError
 from pipeline.spec import CorpusSpec
@@ -93,11 +93,9 @@ def open_source(spec: CorpusSpec, folder: Path) -> tuple[Path, str, str, str]:
     if spec.source == "url":
         return _open_url(spec, folder)
     if spec.source == "hub":
-        base, licence = fetch.from_hub(spec.repo, spec.revision, [spec.file], folder, "dataset")
-        path, name = base / spec.file, f"hub dataset {spec.repo}: {spec.file}"
-        if not path.is_file():
-            raise RetraceError(f"{name}: no such file at commit {spec.revision[:12]}")
-        licence = spec.licence or licence
+        found = hub.from_hub(spec.repo, spec.revision, hub.matching([spec.file]), folder, "dataset")
+        path, name = found.folder / spec.file, f"hub dataset {spec.repo}: {spec.file}"
+        licence = spec.licence or found.licence
     else:
         path, name, licence = Path(spec.path), Path(spec.path).name, spec.licence
     if spec.sha256:
