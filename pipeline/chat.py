@@ -1,8 +1,9 @@
 """Chats -> token ids, by the chat template that a model's tokenizer brings.
 
-The template makes one text of the messages, whose control tokens (<|im_start|>) are tokens, not
-text, as in transformers' `apply_chat_template`. It is Jinja, which transformers runs in a sandbox.
-A template may write today's date, as Llama 3.1's does; here it is always the same day.
+The control tokens that the template writes (<|im_start|>) are tokens; the same characters inside of
+a message are text, as everywhere in a corpus (`sanitize_control_tokens` of transformers'
+`apply_chat_template`). A template is Jinja, which transformers runs in a sandbox. It may write
+today's date, as Llama 3.1's does; here it is always the same day.
 """
 
 import datetime
@@ -14,7 +15,8 @@ import numpy as np
 
 from pipeline.errors import RetraceError
 
-DAY = datetime.date(2024, 7, 26)  # what Llama 3.1's template writes where no clock is given
+DAY = datetime.datetime(2024, 7, 26)  # what Llama 3.1's template writes where no clock is given
+CODES = "%a %A %b %B %d %H %j %m %M %S %y %Y".split()
 
 
 def encoder(
@@ -35,27 +37,49 @@ def encoder(
             f"{name}: corpus.chat: true, but the tokenizer of this model has no chat template; "
             f"take a model that was trained on chats, or a column of text"
         )
-    backend = tokenizer.backend_tokenizer
 
-    def rendered(chat: str) -> str:
-        messages = json.loads(chat)
+    template = dated(tokenizer.get_chat_template())
+
+    def ids_of(chats: list[list[dict]]) -> list[list[int]]:
+        return tokenizer.apply_chat_template(
+            chats, tokenize=True, return_dict=False, sanitize_control_tokens=True,
+            chat_template=template,
+        )  # fmt: skip
+
+    def refused(chats: list[list[dict]]) -> RetraceError:
+        """The fault of the first chat that the template does not take."""
+        for messages in chats:
+            try:
+                ids_of([messages])
+            except Exception as e:
+                said = (str(e).splitlines() or [type(e).__name__])[0]
+                roles = ", ".join(m["role"] for m in messages)
+                return RetraceError(
+                    f"{name}: the model's chat template does not take a chat of {roles} ({said}); "
+                    f"leave such chats out"
+                )
+        return RetraceError(f"{name}: the model's chat template does not take these chats together")
+
+    def encode(texts: list[str]) -> list[np.ndarray]:
+        chats = [json.loads(text) for text in texts]
         try:
-            return tokenizer.apply_chat_template(
-                messages, tokenize=False, strftime_now=DAY.strftime
-            )
+            found = ids_of(chats)
         except Exception as e:  # of Jinja, or whatever a template's code meets
-            said = (str(e).splitlines() or [type(e).__name__])[0]
-            roles = ", ".join(m["role"] for m in messages)
-            raise RetraceError(
-                f"{name}: the model's chat template does not take a chat of {roles} ({said}); "
-                f"leave such chats out"
-            ) from e
-
-    def encode(chats: list[str]) -> list[np.ndarray]:
-        backend.encode_special_tokens = False
-        found = backend.encode_batch_fast([rendered(c) for c in chats], add_special_tokens=False)
-        arrays = [np.asarray(e.ids, np.int32) for e in found]
+            raise refused(chats) from e
+        arrays = [np.asarray(ids, np.int32) for ids in found]
         leads = bos_id is not None
         return [ids[int(leads and len(ids) > 0 and ids[0] == bos_id) :] for ids in arrays]
 
     return encode
+
+
+def dated(template: str) -> str:
+    """The template with a clock that stands still, where it asks for one.
+
+    transformers gives a template a function strftime_now, and lets no caller give another; a macro
+    of the same name comes before it.
+    """
+    if "strftime_now" not in template:
+        return template
+    fixed = "".join(f" | replace('{code}', '{DAY.strftime(code)}')" for code in CODES)
+    return f"{{% macro strftime_now(form) %}}{{{{ form{fixed} }}}}{{% endmacro %}}{template}"

@@ -266,9 +266,14 @@ def _rows(batch: Any, fields: Fields) -> Iterator[dict[str, Any]]:
     if fields.kind != "tokens":
         return iter(batch.to_pylist())
     others = batch.select(fields.names[1:]).to_pylist()
-    values = (getattr(cell, "values", None) for cell in batch.column(fields.text))
-    arrays = (None if v is None else v.to_numpy(zero_copy_only=False) for v in values)
+    arrays = map(_array, batch.column(fields.text))
     return ({fields.text: ids, **other} for ids, other in zip(arrays, others, strict=True))
+
+
+def _array(cell: Any) -> Any:
+    """A cell of a Parquet file: a list of numbers as an array, all else as it is."""
+    values = getattr(cell, "values", None)
+    return cell.as_py() if values is None else values.to_numpy(zero_copy_only=False)
 
 
 def _documents(
