@@ -17,7 +17,7 @@ import fnmatch
 import json
 import os
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -31,6 +31,7 @@ OFFLINE = (
 )
 CARD = "README.md"  # of a repository: its licence stands in the front matter
 TIMEOUT = 5.0  # seconds until we say that there is no network
+SHARD = re.compile(r"(.*?)(\d{2,5})-of-(\d{2,5})(.*)", re.S)
 SHOWN = 5  # names of a repository's files that a sentence lists
 LARGE = (".safetensors", ".parquet")  # downloaded last: where they are whole, all else is there
 
@@ -102,10 +103,22 @@ def matching(patterns: list[str]) -> Choose:
                     f"no such file at this commit: '{pattern}'{nearest(pattern, names)}; it holds "
                     f"{', '.join(there[:SHOWN]) or 'nothing'}{more}; correct file"
                 )
+            if gone := next(_gaps(fit, pattern, set(names)), ""):
+                raise RetraceError(f"the shard {gone} is not there; fetch it, or correct file")
             out += fit
         return sorted(set(out))
 
     return choose
+
+
+def _gaps(fit: list[str], pattern: str, names: set[str]) -> Iterator[str]:
+    """Shards that a pattern means and a cache lacks: of train-00000-of-00002, number 1."""
+    kinds = {tuple(found.groups()) for name in fit if (found := SHARD.fullmatch(name))}
+    for front, digits, total, back in sorted({(f, len(i), t, b) for f, i, t, b in kinds}):
+        for i in range(int(total)):
+            name = f"{front}{i:0{digits}}-of-{total}{back}"
+            if name not in names and fnmatch.fnmatchcase(name, pattern):
+                yield name
 
 
 def tell_commit(repo: str, commit: str, kind: str) -> None:

@@ -12,7 +12,8 @@ from loopback_hub import COMMIT, fetched, fetching, serving
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
-from pipeline import aliases, lint_paper, papers, tables
+from pipeline import aliases, hub, lint_paper, papers, tables
+from pipeline.errors import RetraceError
 from pipeline.spec import CorpusSpec, ModelSpec
 
 TINY = f"model owner/tiny {COMMIT}"
@@ -24,12 +25,12 @@ def served(tiny_model, tmp_path, monkeypatch):
     files = {p.name: p.read_bytes() for p in tiny_model.iterdir()}
     shards = {f"data/train-{i:05}-of-00003.jsonl": b'{"text": "%d"}\n' % i for i in range(3)}
     repos = {"owner/tiny": files, "datasets/owner/text": shards | {"data/test.jsonl": b"{}"}}
-    with serving(repos, tmp_path / "hf", monkeypatch) as hub:
-        yield hub
+    with serving(repos, tmp_path / "hf", monkeypatch) as found:
+        yield found
 
 
-def gets(hub, name: str) -> int:
-    return sum(a.endswith(f"/{name}") for a in hub.asked)
+def gets(served, name: str) -> int:
+    return sum(a.endswith(f"/{name}") for a in served.asked)
 
 
 # --- the cache -----------------------------------------------------------------------------
@@ -77,6 +78,25 @@ def test_a_download_that_was_killed_is_not_taken_for_whole(served, tmp_path, mon
     assert gets(served, names[0]) == 1
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     assert fetched(pattern, cwd=tmp_path)[0].split()[2:] == names
+
+
+@pytest.mark.parametrize(
+    "pattern, there, gone",
+    [
+        ("a-*.parquet", [0, 1, 2], ""),
+        ("a-*.parquet", [0, 2], "a-00001-of-00003.parquet"),
+        ("a-0000[02]-*.parquet", [0, 2], ""),
+        ("a-00001-of-00003.parquet", [1], ""),
+    ],
+)
+def test_numbered_shards_tell_which_of_them_lacks(pattern, there, gone):
+    names = [f"a-{i:05}-of-00003.parquet" for i in there] + ["b-00000-of-00009.parquet"]
+    choose = hub.matching([pattern])
+    if gone:
+        with pytest.raises(RetraceError, match=f"the shard {gone} is not there"):
+            choose(names, None)
+    else:
+        assert choose(names, None) == names[:-1]
 
 
 def test_what_another_program_downloaded_serves_offline(served, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-from conftest import byte_tokenizer, environment, stage
+from conftest import ROOT, byte_tokenizer, environment, stage
 from loopback_hub import COMMIT, serving
 from pydantic import ValidationError
 
@@ -57,13 +57,16 @@ def tokenizer(tmp_path):
     return tokenizer_at(tmp_path / "tokenizer")
 
 
-def make(out: Path, tokenizer: Path, check: bool = True, threads: int = 1, **fields):
+def make(
+    out: Path, tokenizer: Path, check: bool = True, threads: int = 1, cwd: Path = ROOT, **fields
+):
     """Stage corpus; its tokens as a table, or what it said."""
     section = {"source": "local", "n_ctx": 16, "n_tokens": 0, "n_eval_tokens": 320} | fields
     files = {"out": out / "tokens.parquet", "documents": out / "documents.parquet"}
     done = stage(
-        "corpus", {"corpus": section}, check=check, tokenizer=tokenizer, threads=threads, **files
-    )
+        "corpus", {"corpus": section}, check=check, tokenizer=tokenizer, threads=threads, cwd=cwd,
+        **files
+    )  # fmt: skip
     if done.returncode:
         return done.stderr.splitlines()[-1]
     return pq.read_table(files["out"])
@@ -257,9 +260,12 @@ def test_local_shards_by_a_pattern(tokenizer, tmp_path, monkeypatch):
     assert item().id == before.id
     (shards / "train-2.jsonl.zst").write_bytes(zst(LINES))
     assert item().id != before.id
-    made = make(tmp_path / "out", tokenizer, path=str(tmp_path / before.spec["corpus"]["path"]))
+    made = make(tmp_path / "out", tokenizer, path=before.spec["corpus"]["path"], cwd=tmp_path)
     owners = np.unique(np.concatenate(made["documents"].to_pylist()))
     assert owners[-1] == 3 * len(RECORDS) - 1
+    assert provenance.verify(tmp_path / "out") == []
+    (shards / "train-1.jsonl.zst").write_bytes(zst(LINES, LINES))
+    assert "train-*.jsonl.zst: changed since" in provenance.verify(tmp_path / "out")[0]
     for file in shards.glob("train-*"):
         file.unlink()
     with pytest.raises(RetraceError, match=r"no file fits 'train-\*.*test-0.jsonl.zst; correct it"):
