@@ -9,8 +9,8 @@ memory   GiB at most resident, by the kernel's count, of the stage's process; `f
 rate     MB of text a second from shards to tokens.parquet; `floor` is the tokenizer alone, on texts
          that lie in memory, with as many threads
 
-What grows with the text are 24 bytes a document (its place, its turn, its use), so the first row
-gives the bytes a document as well.
+The arrays that grow with the text take 24 bytes a document (place, turn, use); the first
+row gives the bytes a document that were measured, which are more.
 """
 
 import json
