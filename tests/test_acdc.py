@@ -373,7 +373,7 @@ def test_a_native_folder_without_a_tokenizer_is_a_model(tmp_path):
 
     on_paper().save_pretrained(tmp_path)
     spec = ModelSpec(source="folder", path=str(tmp_path))
-    hf, tokenizer, _ = model.open_source(spec, tmp_path / "none", Namespace())
+    hf, tokenizer, *_ = model.open_source(spec, tmp_path / "none", Namespace())
     assert tokenizer is None and document_token(tokenizer, spec) is None
     assert hf.config.bidirectional
 

@@ -64,8 +64,8 @@ def test_a_corpus_with_books_has_all_texts_and_says_where_they_come_from(tmp_pat
     ]
     section = {"source": "local", "path": str(tmp_path / "x.txt"), "licence": "CC0"}
     found = sources.read(CorpusSpec(**section, books=books), tmp_path / "down")
-    assert found.texts == ["first", "second", "bible", "verse"]
-    assert [d.label for d in found.documents] == ["", "", "bible", "verse"]
+    assert list(found.texts) == ["first", "second", "bible", "verse"]
+    assert [label for _, label in found.about] == ["", "", "bible", "verse"]
     assert found.licence == "CC0; PD" and "verse==1.0" in found.attribution
     alone = sources.read(CorpusSpec(**section), tmp_path / "down")
     assert alone.sha256 == hashlib.sha256(b"first\n\nsecond").hexdigest() != found.sha256

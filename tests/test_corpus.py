@@ -12,6 +12,7 @@ import threading
 
 import numpy as np
 import pandas as pd
+import pyarrow as pa
 import pytest
 from conftest import stage
 
@@ -20,7 +21,7 @@ from pipeline.errors import RetraceError
 from pipeline.sharing import verify
 from pipeline.spec.paper import CorpusSpec, parse
 from pipeline.store import provenance
-from pipeline.text import corpus, documents
+from pipeline.text import corpus, documents, packing
 from pipeline.text import sources as text
 from pipeline.text.documents import Document, Fields
 from pipeline.text.tokens import load_tokenizer
@@ -46,36 +47,36 @@ def spec(**fields) -> CorpusSpec:
 
 def test_blocks_on_paper():
     """Documents ab, c, def in the order 2 0 1; n_ctx 4: BOS d e f | BOS EOS a b | BOS EOS c EOS."""
-    stream = corpus.take(["ab", "c", "def"], [2, 0, 1], 9, letters, EOS)
-    tokens, owners = corpus.cut(stream, 4, BOS)
+    stream = packing.take(["ab", "c", "def"], [2, 0, 1], 9, letters, EOS)
+    tokens, owners = packing.cut(stream, 4, BOS)
     a, b, c, d, e, f = map(ord, "abcdef")
     assert tokens.tolist() == [[BOS, d, e, f], [BOS, EOS, a, b], [BOS, EOS, c, EOS]]
     assert owners.tolist() == [[-1, 2, 2, 2], [-1, 2, 0, 0], [-1, 0, 1, 1]]
-    assert stream.used == {2: 4, 0: 3, 1: 2}
+    assert stream.used.tolist() == [[2, 4], [0, 3], [1, 2]]
 
 
 def test_the_last_document_is_cut_where_the_tokens_are_enough():
-    stream = corpus.take(["abcdef", "gh"], [0, 1], 3, letters, EOS)
+    stream = packing.take(["abcdef", "gh"], [0, 1], 3, letters, EOS)
     assert stream.tokens.tolist() == [ord(c) for c in "abc"]
-    assert stream.used == {0: 3}
+    assert stream.used.tolist() == [[0, 3]]
 
 
 def test_without_bos_a_block_is_all_text():
-    stream = corpus.take(["abc"], [0], 4, letters, EOS)
-    tokens, owners = corpus.cut(stream, 2, None)
+    stream = packing.take(["abc"], [0], 4, letters, EOS)
+    tokens, owners = packing.cut(stream, 2, None)
     assert tokens.tolist() == [[ord("a"), ord("b")], [ord("c"), EOS]]
     assert owners.tolist() == [[0, 0], [0, 0]]
 
 
 def test_shuffled_tokens_are_the_same_tokens_in_another_order_each_with_its_document():
-    before = {"train": corpus.take(["abcdefghij" * 9, "XYZ"], [0, 1], 93, letters, EOS)}
-    after = corpus.shuffled(before, 0)
+    before = {"train": packing.take(["abcdefghij" * 9, "XYZ"], [0, 1], 93, letters, EOS)}
+    after = packing.shuffled(before, 0)
     pairs = lambda s: list(zip(s.tokens.tolist(), s.document.tolist(), strict=True))  # noqa: E731
     assert pairs(after["train"]) != pairs(before["train"])
     assert sorted(pairs(after["train"])) == sorted(pairs(before["train"]))
-    assert after["train"].used == before["train"].used
-    assert pairs(corpus.shuffled(before, 0)["train"]) == pairs(after["train"])
-    assert pairs(corpus.shuffled(before, 1)["train"]) != pairs(after["train"])
+    assert np.array_equal(after["train"].used, before["train"].used)
+    assert pairs(packing.shuffled(before, 0)["train"]) == pairs(after["train"])
+    assert pairs(packing.shuffled(before, 1)["train"]) != pairs(after["train"])
 
 
 TEXTS = ["".join(chr(97 + (i + j) % 26) for j in range(5 + i % 9)) for i in range(200)]
@@ -83,15 +84,15 @@ TEXTS = ["".join(chr(97 + (i + j) % 26) for j in range(5 + i % 9)) for i in rang
 
 @pytest.mark.parametrize("seed", [0, 1])
 def test_no_document_is_in_both_splits(seed):
-    streams = corpus.split(
+    streams = packing.split(
         TEXTS, spec(n_tokens=800, n_eval_tokens=200, seed=seed), letters, EOS, "x"
     )
     train, held_out = streams["train"], streams["eval"]
-    assert not train.used.keys() & held_out.used.keys()
+    assert not set(train.used[:, 0]) & set(held_out.used[:, 0])
     assert len(train.tokens) == 800 // 4 * 3
     assert len(held_out.tokens) == 200 // 4 * 3
     for stream in streams.values():  # every document is there from its start, in one piece
-        for i, n in stream.used.items():
+        for i, n in stream.used.tolist():
             here = stream.tokens[stream.document == i]
             assert len(here) == n
             assert here.tolist() == [*letters([TEXTS[i]])[0], EOS][:n]
@@ -99,7 +100,7 @@ def test_no_document_is_in_both_splits(seed):
 
 def test_more_training_tokens_leave_the_rest_as_it_is():
     few, many = (
-        corpus.split(TEXTS, spec(n_tokens=n, n_eval_tokens=100), letters, EOS, "x")
+        packing.split(TEXTS, spec(n_tokens=n, n_eval_tokens=100), letters, EOS, "x")
         for n in (200, 800)
     )
     assert np.array_equal(few["eval"].tokens, many["eval"].tokens)
@@ -108,37 +109,32 @@ def test_more_training_tokens_leave_the_rest_as_it_is():
 
 
 def test_the_seed_orders_the_documents():
-    used = [
-        list(
-            corpus.split(TEXTS, spec(n_tokens=200, n_eval_tokens=0, seed=s), letters, EOS, "x")[
-                "train"
-            ].used
-        )
-        for s in (0, 0, 1)
-    ]
+    sections = [spec(n_tokens=200, n_eval_tokens=0, seed=s) for s in (0, 0, 1)]
+    trains = [packing.split(TEXTS, s, letters, EOS, "x")["train"] for s in sections]
+    used = [train.used[:, 0].tolist() for train in trains]
     assert used[0] == used[1] != used[2]
 
 
 def test_a_corpus_too_short_says_how_many_tokens_there_are():
     there = sum(len(t) + 1 for t in TEXTS)
     with pytest.raises(RetraceError, match=f"x: too short, 200 documents with {there} tokens"):
-        corpus.split(TEXTS, spec(n_tokens=10_000), letters, EOS, "x")
+        packing.split(TEXTS, spec(n_tokens=10_000), letters, EOS, "x")
     with pytest.raises(RetraceError, match=r"1 documents with 41 tokens.*different documents"):
-        corpus.split(["a" * 40], spec(n_tokens=8, n_eval_tokens=8), letters, EOS, "x")
+        packing.split(["a" * 40], spec(n_tokens=8, n_eval_tokens=8), letters, EOS, "x")
 
 
 def test_held_out_tokens_short_of_a_block():
     with pytest.raises(RetraceError, match="n_eval_tokens: 3 is less than one block of 4"):
-        corpus.split(TEXTS, spec(n_tokens=8, n_eval_tokens=3), letters, EOS, "x")
+        packing.split(TEXTS, spec(n_tokens=8, n_eval_tokens=3), letters, EOS, "x")
 
 
 def test_no_number_of_tokens_takes_every_document_that_is_not_held_out():
-    streams = corpus.split(TEXTS, spec(n_tokens=0, n_eval_tokens=200), letters, EOS, "x")
-    held_out = streams["eval"].used.keys()
+    streams = packing.split(TEXTS, spec(n_tokens=0, n_eval_tokens=200), letters, EOS, "x")
+    held_out = set(streams["eval"].used[:, 0])
     there = sum(len(t) + 1 for i, t in enumerate(TEXTS) if i not in held_out)
     assert len(streams["train"].tokens) == there // 3 * 3
     with pytest.raises(RetraceError, match="x: too short"):
-        corpus.split(["a"], spec(n_tokens=0, n_eval_tokens=0), letters, EOS, "x")
+        packing.split(["a"], spec(n_tokens=0, n_eval_tokens=0), letters, EOS, "x")
 
 
 TAIL = {"split": "tail", "close_documents": False, "prepend_bos": False, "n_tokens": 0,
@@ -160,19 +156,19 @@ TAIL = {"split": "tail", "close_documents": False, "prepend_bos": False, "n_toke
 )
 def test_the_tail_is_held_out_in_the_order_of_the_text(over, train, held_out):
     section = spec(**{**TAIL, "eval_share": 0.3, **over})
-    streams = corpus.split(["abc", "defgh", "ijk"], section, letters, None, "x")
+    streams = packing.split(["abc", "defgh", "ijk"], section, letters, None, "x")
     text = {name: "".join(map(chr, s.tokens)) for name, s in streams.items()}
     assert text == {"train": train, "eval": held_out}
     whole, owner = "abcdefghijk", [0] * 3 + [1] * 5 + [2] * 3
     for name, stream in streams.items():
         start = whole.index(text[name])
         assert stream.document.tolist() == owner[start : start + len(text[name])]
-        assert sum(stream.used.values()) == len(stream.tokens)
+        assert stream.used[:, 1].sum() == len(stream.tokens)
 
 
 def test_a_document_is_closed_only_where_the_spec_says_so():
     section = spec(**{**TAIL, "eval_share": 0.5})
-    closed = corpus.split(["abc", "de"], section, letters, EOS, "x")  # abc EOS de EOS
+    closed = packing.split(["abc", "de"], section, letters, EOS, "x")  # abc EOS de EOS
     assert closed["train"].tokens.tolist() == [*map(ord, "bc")]
     assert closed["eval"].tokens.tolist() == [EOS, *map(ord, "de"), EOS]
     assert corpus.special_ids(spec(), BOS, EOS) == [BOS, EOS]
@@ -182,8 +178,8 @@ def test_a_document_is_closed_only_where_the_spec_says_so():
 
 def test_blocks_of_a_tail_are_the_text():
     text = "".join(TEXTS)
-    streams = corpus.split([text], spec(**{**TAIL, "n_ctx": 8}), letters, None, "x")
-    table = corpus.block_table(streams, 8, None).to_pandas()
+    streams = packing.split([text], spec(**{**TAIL, "n_ctx": 8}), letters, None, "x")
+    table = pa.concat_tables(corpus.block_tables(streams, 8, None)).to_pandas()
     border = int(len(text) * 0.9)
     for name, whole in (("train", text[:border]), ("eval", text[border:])):
         tokens = np.concatenate(table.loc[table["split"] == name, "tokens"].to_list())
@@ -194,7 +190,7 @@ def test_blocks_of_a_tail_are_the_text():
 @pytest.mark.parametrize("over", [{"n_ctx": 8}, {"n_tokens": 10}, {"eval_share": 0.05}])
 def test_a_tail_too_short_says_how_many_tokens_there_are(over):
     with pytest.raises(RetraceError, match="x: too short, 11 tokens, of which eval_share"):
-        corpus.split(["abcdefghijk"], spec(**{**TAIL, **over}), letters, None, "x")
+        packing.split(["abcdefghijk"], spec(**{**TAIL, **over}), letters, None, "x")
 
 
 @pytest.mark.parametrize(
@@ -446,7 +442,7 @@ def read_text(section, tmp_path):
 
 def test_the_text_of_a_url(play, tmp_path):
     found = read_text(play, tmp_path)
-    assert found.texts == [PLAY]
+    assert list(found.texts) == [PLAY]
     assert (found.used, found.sha256, found.published) == ("url", play["sha256"], True)
     assert found.name == play["url"]
 
@@ -455,7 +451,7 @@ def test_a_local_copy_comes_first(play, tmp_path):
     (tmp_path / "copy.txt").write_text(PLAY)
     gone = play | {"url": "http://127.0.0.1:9/input.txt", "path": str(tmp_path / "copy.txt")}
     found = read_text(gone, tmp_path)
-    assert (found.texts, found.used, found.published) == ([PLAY], "path", True)
+    assert (list(found.texts), found.used, found.published) == ([PLAY], "path", True)
     (tmp_path / "copy.txt").write_text(PLAY + "more")
     with pytest.raises(RetraceError, match=r"copy\.txt: sha256 is .*, but the spec pins"):
         read_text(gone, tmp_path)
@@ -512,7 +508,7 @@ def test_the_fallback_serves_where_there_is_no_network(play, tmp_path, monkeypat
              "sha256": hashlib.sha256(FILES[0].encode()).hexdigest()}  # fmt: skip
     gone = play | {"url": "http://127.0.0.1:9/input.txt", "fallback": other}
     found = read_text(gone, tmp_path)
-    assert (found.texts, found.used, found.published) == ([FILES[0]], "fallback", False)
+    assert (list(found.texts), found.used, found.published) == ([FILES[0]], "fallback", False)
     assert (found.sha256, found.licence) == (other["sha256"], "public domain")
     assert found.name == "play==1.0: texts/b_gut.txt"
     with pytest.raises(RetraceError, match=r"sha256 is .*, but the spec pins 0000"):
@@ -539,11 +535,9 @@ def test_faults_of_a_section(fields, says):
 @pytest.mark.parametrize("largest, fits", [(9, True), (10, False)])
 def test_tokens_that_the_model_does_not_know_are_refused(largest, fits):
     ids = np.array([1, largest], np.int32)
-    streams = {
-        "train": corpus.Stream(ids, ids * 0, {}),
-        "eval": corpus.Stream(ids[:0], ids[:0], {}),
-    }
+    encode = corpus.checked(lambda texts: [ids for _ in texts], {"d_vocab": 10}, "model.json")
     if fits:
-        return corpus.check_fits(streams, {"d_vocab": 10}, "model.json")
+        assert encode(["a"])[0] is ids
+        return
     with pytest.raises(RetraceError, match="gives token 10, but the model's vocabulary ends at 9"):
-        corpus.check_fits(streams, {"d_vocab": 10}, "model.json")
+        encode(["a"])

@@ -1,7 +1,6 @@
 """Weights and tokenizers: GGUF, packages, hubs, folders, and the redrawn null arm."""
 
 import hashlib
-import http.server
 import io
 import json
 import math
@@ -11,18 +10,18 @@ import shutil
 import subprocess
 import sys
 import tarfile
-import threading
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from conftest import byte_tokenizer, environment, rewrite, stage
+from conftest import byte_tokenizer, rewrite, stage
+from loopback_hub import COMMIT, fetched, serving
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaForCausalLM
 
-from pipeline.downloads import fetch
+from pipeline.downloads import fetch, hub
 from pipeline.errors import RetraceError
 from pipeline.models import loader
 from pipeline.sharing import verify
@@ -275,7 +274,7 @@ def test_a_python_without_pip(tmp_path, monkeypatch):
 )
 def test_a_hub_without_network_names_the_offline_choices(kind, offers, tmp_path):
     with pytest.raises(RetraceError, match=f"owner/name@aaaaaaaaaaaa.*source: package.*{offers}"):
-        fetch.from_hub("owner/name", "a" * 40, ["*.json"], tmp_path, kind)  # HF_HUB_OFFLINE is set
+        hub.from_hub("owner/name", "a" * 40, hub.matching(["*.json"]), tmp_path, kind)
 
 
 def test_a_hub_repository_out_of_the_cache(tmp_path):
@@ -285,131 +284,45 @@ def test_a_hub_repository_out_of_the_cache(tmp_path):
     snapshot.mkdir(parents=True)
     (snapshot / "config.json").write_text("{}")
     code = (
-        "from pipeline.downloads import fetch; from pathlib import Path;"
-        f"print(fetch.from_hub('owner/name', '{commit}', ['config.json'], Path('.'), 'model')[0])"
+        "from pipeline.downloads import hub; from pathlib import Path;"
+        "choose = hub.matching(['config.json']);"
+        f"print(hub.from_hub('owner/name', '{commit}', choose, Path('.'), 'model').folder)"
     )
     env = {**os.environ, "HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run([sys.executable, "-c", code], env=env, capture_output=True, text=True)
     assert done.stdout.strip() == str(snapshot), done.stderr
 
 
-class Hub(http.server.BaseHTTPRequestHandler):
-    """As much of the hub's protocol as a download takes, on loopback: models at one commit."""
-
-    repos: dict[str, dict[str, bytes]] = {}  # noqa: RUF012
-    asked: list[str] = []  # noqa: RUF012
-    broken: set[str] = set()  # noqa: RUF012
-    commit = "c" * 40
-    denied = {  # noqa: RUF012
-        "owner/missing": (404, "RepoNotFound"),
-        "owner/private": (401, ""),
-        "owner/gated": (403, "GatedRepo"),
-    }
-
-    def do_GET(self) -> None:
-        path = self.path.split("?")[0]
-        repo = "/".join(path.removeprefix("/api/models").split("/")[1:3])
-        files = self.repos.get(repo, {})
-        if repo in self.denied:
-            self.refuse(*self.denied[repo])
-        elif path == f"/api/models/{repo}/revision/{self.commit}":
-            siblings = [{"rfilename": n, "size": len(b)} for n, b in files.items()]
-            about = {"id": repo, "modelId": repo, "sha": self.commit,
-                     "siblings": siblings, "cardData": {"license": "mit"}, "private": False,
-                     "gated": False, "tags": [], "downloads": 0, "likes": 0}  # fmt: skip
-            self.answer(json.dumps(about).encode(), "application/json")
-        elif path == f"/api/models/{repo}/tree/{self.commit}":
-            tree = [{"type": "file", "path": n, "size": len(b), "oid": "0" * 40}
-                    for n, b in files.items()]  # fmt: skip
-            self.answer(json.dumps(tree).encode(), "application/json")
-        elif path.startswith(found := f"/{repo}/resolve/{self.commit}/"):
-            name = path.removeprefix(found)
-            if self.command == "GET" and name in self.broken:
-                return self.refuse(410, "")
-            if self.command == "GET":
-                self.asked.append(f"{repo}/{name}")
-            self.answer(files[name], "application/octet-stream", name)
-        else:
-            self.refuse(404, "RevisionNotFound")
-
-    do_HEAD = do_GET
-
-    def refuse(self, status: int, code: str) -> None:
-        self.send_response(status)
-        self.send_header("X-Error-Code", code)
-        self.send_header("Content-Length", "0")
-        self.end_headers()
-
-    def answer(self, body: bytes, kind: str, name: str = "") -> None:
-        self.send_response(200)
-        self.send_header("Content-Type", kind)
-        self.send_header("Content-Length", str(len(body)))
-        if name:
-            self.send_header("X-Repo-Commit", self.commit)
-            self.send_header("ETag", f'"{hashlib.sha256(body).hexdigest()}"')
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, *_) -> None:
-        pass
-
-
 @pytest.fixture
-def hub(tiny_model, tmp_path, monkeypatch):
+def served(tiny_model, tmp_path, monkeypatch):
     """A hub on loopback with the tiny model as owner/tiny, and an empty cache."""
     files = {p.name: p.read_bytes() for p in tiny_model.iterdir()}
-    Hub.repos, Hub.asked, Hub.broken = {"owner/tiny": files}, [], set()
-    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        for name, value in {"HF_ENDPOINT": f"http://127.0.0.1:{server.server_port}",
-                            "HF_HUB_OFFLINE": "0", "HF_HOME": str(tmp_path / "hf"),
-                            "HF_HUB_DISABLE_XET": "1"}.items():  # fmt: skip
-            monkeypatch.setenv(name, value)
-        yield Hub
-        server.shutdown()
-
-
-FETCH = (  # names of repositories -> the folder and licence, or the sentence, of each
-    "import sys, pathlib; from pipeline.downloads import fetch; from pipeline.weights import model\n"
-    "for name in sys.argv[1:]:\n"
-    "    at = f'owner/{name}', ('d' if name == 'other_commit' else 'c') * 40\n"
-    "    at = (at[0].replace('other_commit', 'tiny'), at[1])\n"
-    "    try: print(*fetch.from_hub(*at, [], pathlib.Path('x'), 'model', model.hub_files))\n"
-    "    except fetch.RetraceError as e: print(e)\n"
-)
-
-
-def fetched(*names: str, cwd: Path) -> list[str]:
-    """What from_hub gives for each repository, in a process that reads the environment anew."""
-    done = subprocess.run(
-        [sys.executable, "-c", FETCH, *names], env=environment(), cwd=cwd, capture_output=True,
-        text=True,
-    )  # fmt: skip
-    assert done.returncode == 0, done.stderr
-    return done.stdout.splitlines()
+    with serving({"owner/tiny": files}, tmp_path / "hf", monkeypatch) as hub:
+        yield hub
 
 
 @pytest.mark.workflow
-def test_a_model_of_a_hub_is_downloaded_once_at_its_commit(hub, tiny_model, tmp_path, monkeypatch):
+def test_a_model_of_a_hub_is_downloaded_once_at_its_commit(
+    served, tiny_model, tmp_path, monkeypatch
+):
     """What transformers needs, and nothing else; another arm, without a network, finds it again."""
-    files = hub.repos["owner/tiny"]
+    files = served.repos["owner/tiny"]
     extra = ("pytorch_model.bin", "consolidated.safetensors", "onnx/model.safetensors")
     files |= dict.fromkeys(extra, b"not to be had") | {"README.md": b"---\nlicense: mit\n---\n"}
     out = tmp_path / "item"
-    spec = {"source": "hub", "repo": "owner/tiny", "revision": Hub.commit}
+    spec = {"source": "hub", "repo": "owner/tiny", "revision": COMMIT}
     stage("model", {"model": spec}, out=out / "model.json", checkpoint=out / "checkpoint")
     wanted = {n for n in files if n not in extra and n != "generation_config.json"}
-    assert sorted(hub.asked) == sorted(f"owner/tiny/{n}" for n in wanted)  # each once
+    assert sorted(served.asked) == sorted(f"owner/tiny/{n}" for n in wanted)  # each once
     info = tables.read_json(out / "model.json")
-    assert info["source"]["revision"] == Hub.commit and info["licence"] == "mit"
+    assert info["source"]["revision"] == COMMIT and info["licence"] == "mit"
     tokens = torch.arange(6)[None]
     want = AutoModelForCausalLM.from_pretrained(tiny_model)(tokens).logits
     assert torch.equal(loader.load(out / "model.json").hf(tokens).logits, want)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    (said,) = fetched("tiny", cwd=tmp_path)
-    assert said.endswith(f"snapshots/{Hub.commit} mit")
-    assert len(hub.asked) == len(wanted)
+    (said,) = fetched(f"model owner/tiny {COMMIT}", cwd=tmp_path)
+    assert f"snapshots/{COMMIT} mit" in said
+    assert len(served.asked) == len(wanted)
 
 
 def of_type(kind: str) -> bytes:
@@ -417,11 +330,11 @@ def of_type(kind: str) -> bytes:
 
 
 @pytest.mark.workflow
-def test_what_a_hub_refuses_is_told_before_weights_are_fetched(hub, tmp_path):
+def test_what_a_hub_refuses_is_told_before_weights_are_fetched(served, tmp_path):
     """Each fault has a sentence of its own, which names the repository and never a folder."""
-    tiny = hub.repos["owner/tiny"]
+    tiny = served.repos["owner/tiny"]
     index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
-    hub.repos |= {
+    served.repos |= {
         "owner/pickled": {"config.json": of_type("llama"), "pytorch_model.bin": b"pickle"},
         "owner/adapter": {"config.json": of_type("llama"), "adapter_model.safetensors": b"lora"},
         "owner/bare": {k: tiny[k] for k in ("config.json", "model.safetensors")},
@@ -431,11 +344,11 @@ def test_what_a_hub_refuses_is_told_before_weights_are_fetched(hub, tmp_path):
     }  # fmt: skip
     kinds = ["bloom", "mamba", "gemma3", "mixtral"]
     for kind in kinds:
-        hub.repos[f"owner/{kind}"] = {"config.json": of_type(kind), "model.safetensors": b"large"}
+        served.repos[f"owner/{kind}"] = {
+            "config.json": of_type(kind),
+            "model.safetensors": b"large",
+        }
     said = {
-        "missing": "the hub has no such model; correct its name, or, if it is private, `hf auth",
-        "private": "answers 401: there is no such repository, or it is private; .* `hf auth login`",
-        "gated": "gated; accept its terms on its page, then `hf auth login`",
         "pickled": r"holds no model.safetensors, only pytorch_model.bin; pickled weights are never",
         "adapter": r"holds no model.safetensors, only adapter_model.safetensors",
         "bare": r"holds no tokenizer \(tokenizer.json",
@@ -444,23 +357,24 @@ def test_what_a_hub_refuses_is_told_before_weights_are_fetched(hub, tmp_path):
         "other_commit": "the repository is there, but not its commit dddd",
         **{k: f"its config.json: model type '{k}'.* has no hooks here; supported" for k in kinds},
     }
-    sentences = fetched(*said, cwd=tmp_path)
+    at = {"other_commit": f"model owner/tiny {'d' * 40}"}
+    sentences = fetched(*(at.get(n, f"model owner/{n} {COMMIT}") for n in said), cwd=tmp_path)
     for (name, pattern), sentence in zip(said.items(), sentences, strict=True):
         name = name.replace("other_commit", "tiny")
         assert re.search(f"^hub model owner/{name}@[cd]{{12}}: .*{pattern}", sentence), sentence
         assert str(tmp_path) not in sentence
-    assert not [n for n in hub.asked if n.endswith((".safetensors", ".bin"))]
+    assert not [n for n in served.asked if n.endswith((".safetensors", ".bin"))]
 
 
 @pytest.mark.workflow
-def test_a_download_that_breaks_off_says_so(hub, tmp_path):
+def test_a_download_that_breaks_off_says_so(served, tmp_path):
     """Not that there is no network; and what had come is not fetched again."""
-    hub.broken = {"model.safetensors"}
-    (said,) = fetched("tiny", cwd=tmp_path)
-    assert "the download broke off" in said and "source: package" not in said
-    hub.broken = set()
-    assert f"snapshots/{Hub.commit}" in fetched("tiny", cwd=tmp_path)[0]
-    assert hub.asked.count("owner/tiny/config.json") == 1
+    served.cut = {"model.safetensors": -1}
+    (said,) = fetched(f"model owner/tiny {COMMIT}", cwd=tmp_path)
+    assert "the hub answers 410" in said and "source: package" not in said
+    served.cut = {}
+    assert f"snapshots/{COMMIT}" in fetched(f"model owner/tiny {COMMIT}", cwd=tmp_path)[0]
+    assert served.asked.count("owner/tiny/config.json") == 1
 
 
 def test_a_folder_keeps_its_weights(tiny_model, tiny_model_json):

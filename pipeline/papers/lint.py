@@ -76,7 +76,7 @@ def at_scale(folder: Path, scale: str, data: dict) -> list[str]:
     if spec is None or not whole:
         return out
     paper = papers.Paper(folder.name, folder, scale, spec)
-    for check in (verdicts.faults, reasons, able_to_fail, drawing.faults, own_stages):
+    for check in (verdicts.faults, reasons, able_to_fail, drawing.faults, own_stages, unpinned):
         try:
             out += dict.fromkeys(check(paper))
         except RetraceError as e:
@@ -186,6 +186,20 @@ def reasons(paper: papers.Paper) -> Iterator[str]:
             yield (
                 f"{paper.folder / 'paper.yaml'}: claim '{claim.id}': holds compares with "
                 f"{', '.join(chosen)} and gives no reason; add reason: why that number"
+            )
+
+
+def unpinned(paper: papers.Paper) -> Iterator[str]:
+    """A model or a text of a hub whose newest commit would be taken, whatever that is by then."""
+    spec = paper.spec
+    arms = spec.arm_names() if spec.model else []
+    named = [("model", spec.model_of(arm)) for arm in arms]
+    named += [("corpus", c) for c in map(spec.corpus_of, arms) if c]
+    for section, part in named:
+        if part.source == "hub" and not part.revision:
+            yield (
+                f"{paper.folder / 'paper.yaml'}: {section} {part.repo}: no revision is pinned, so "
+                f"another run may read another commit; add the revision that the first run printed"
             )
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from pipeline.downloads import fetch
 from pipeline.errors import RetraceError, nearest
 from pipeline.job.source import files_code
 from pipeline.spec import paper as spec
@@ -163,7 +164,10 @@ def _without_hub(raw: dict) -> dict:
     arms = raw.get("arms")
     if not isinstance(arms, dict):
         return raw
-    from_hub = lambda arm: isinstance(arm, dict) and arm.get("source") == "hub"  # noqa: E731
+
+    def from_hub(arm: Any) -> bool:
+        return isinstance(arm, dict) and spec.on_hub(arm).get("source") == "hub"
+
     here = {name: arm for name, arm in arms.items() if not from_hub(arm)} or arms
     circuits = raw.get("circuits")
     if isinstance(circuits, dict) and isinstance(circuits.get("without"), list):
@@ -235,8 +239,26 @@ def _no_way_out(path: Path, folder: Path, roots: list[Path]) -> None:
             )
 
 
-def path_digest(path: Path) -> str:
-    """Digest of a file's bytes, or of the names and bytes of a folder's files."""
+def resolve_many(path: str, folder: Path, roots: list[Path]) -> tuple[Path, list[Path]]:
+    """`resolve` for a path that may have * in its last part, and the files that fit it, if so."""
+    head, _, last = path.rpartition("/")
+    if "*" not in last:
+        return resolve(path, folder, roots), []
+    pattern = resolve(head or ".", folder, roots) / last
+    try:
+        return pattern, fetch.fitting(pattern)
+    except RetraceError as e:
+        raise RetraceError(f"{folder / 'paper.yaml'}: {e}") from None
+
+
+def path_digest(path: Path, files: list[Path] | None = None) -> str:
+    """Digest of a file's bytes, or of the names and bytes of a folder's files.
+
+    Args:
+        files: those of them that count; default: all.
+    """
+    if files:
+        return digest([[f.name, intact.noted_sha256(f, NOTES)] for f in files])
     files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
     return digest([[str(f.relative_to(path)), intact.noted_sha256(f, NOTES)] for f in files])
 
@@ -443,9 +465,9 @@ class Run:
         job = section.model_dump(exclude={"name"})
         identity = dict(job)
         if section.source == "local":
-            path = resolve(section.path, paper.folder, self.roots)
+            path, files = resolve_many(section.path, paper.folder, self.roots)
             job["path"] = str(near(path))
-            identity["path"] = path_digest(path)
+            identity["path"] = path_digest(path, files)
         inputs = {}
         if section.source == "url":  # pinned by its sha256, wherever it is read
             identity["path"] = identity["url"] = ""

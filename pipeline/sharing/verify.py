@@ -219,7 +219,8 @@ def _sources(file: Path, certificate: dict, base: Path, out: Report) -> list[str
     if not (local and wanted and about.get("path")):
         return []
     path = Path(about["path"])
-    if path.is_absolute() or ".." in path.parts or not (base / path).exists():
+    there = fetch.is_there(base / path)
+    if path.is_absolute() or ".." in path.parts or not there:
         out.absent.append(path)
         return []
     if digest(base / path) != wanted:

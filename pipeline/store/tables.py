@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from glob import escape
 from pathlib import Path
@@ -57,17 +57,39 @@ def write_table(
         row_group_size: rows that a reader must take at a time, at least; default: a million.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
     table = data if isinstance(data, pa.Table) else pa.Table.from_pandas(data, preserve_index=False)
 
-    bare = table.replace_schema_metadata(None)
+    write_tables(path, lambda: [table], table.schema, certificate, row_group_size)
+
+
+def write_tables(
+    path: str | Path,
+    parts: Callable[[], Iterable[Any]],
+    schema: Any,
+    certificate: dict,
+    row_group_size: int | None = None,
+) -> None:
+    """Write Arrow tables, one after another, as one Parquet file with its certificate.
+
+    Args:
+        parts: called twice, since the certificate holds a digest of all that is written; whoever
+            has more than memory holds gives a generator. Each part begins a row group.
+        schema: of each of them.
+    """
+    import pyarrow.parquet as pq
+
+    bare = schema.remove_metadata()
+
+    def once(to: Path, schema: Any) -> None:
+        with pq.ParquetWriter(to, schema, compression="zstd") as out:
+            for part in parts():
+                out.write_table(part.replace_schema_metadata(schema.metadata), row_group_size)
 
     def write(to: Path) -> None:
-        pq.write_table(bare, to, compression="zstd", row_group_size=row_group_size)
+        once(to, bare)
         made = intact.to_seal(certificate | {"content": provenance.parquet_digest(to)})
-        stamped = bare.replace_schema_metadata({provenance.KEY: provenance.canonical(made)})
-        pq.write_table(stamped, to, compression="zstd", row_group_size=row_group_size)
+        once(to, bare.with_metadata({provenance.KEY: provenance.canonical(made)}))
         intact.seal(to, ".parquet")
 
     atomically(path, write)

@@ -1,6 +1,7 @@
 """Text -> blocks of tokens, and the documents that they came from.
 
-1. text.py gives the documents of the section.
+1. text.py gives the documents of the section: text, token ids, or chats, which a template of the
+   model's tokenizer makes text (chat.py).
 2. `split: documents`: they are put in a random order, seeded. Held-out blocks take documents from
    the end of that order and training blocks from its start, so that no document is in both, and
    another number of training tokens leaves the held-out blocks as they are.
@@ -11,12 +12,15 @@
 4. The token ids of a split, each document closed by EOS, form one stream. It is cut into pieces
    of n_ctx - 1, each after a BOS: blocks without padding, as in GPT-2's training. Without BOS and
    EOS the blocks of a split, one after another, are the text itself.
+
+Text and tokens lie on disk while this happens (spool.py), so that memory does not grow with the
+corpus: 24 bytes a document stay, for its place, its turn and how much of it was used. Documents are
+tokenised on all threads; how many there are changes no byte.
 """
 
 import os
-import sys
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
+from collections.abc import Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -26,200 +30,83 @@ from pipeline.errors import RetraceError
 from pipeline.job import cli
 from pipeline.spec.paper import CorpusSpec
 from pipeline.store import tables
-from pipeline.text import sources
-from pipeline.text.documents import Document
+from pipeline.text import chat, sources, spool
+from pipeline.text.packing import Encode, Stream, cut, shuffled, split
 from pipeline.text.tokens import load_tokenizer
 
-BATCH = 512  # documents tokenised at a time
 ROW_GROUP = 1024  # blocks that a reader must take at a time
-Encode = Callable[[list[str]], list[np.ndarray]]
+DOCUMENTS = 1 << 16  # rows of documents.parquet that are written at a time
 
 
-@dataclass(frozen=True)
-class Stream:
-    """The tokens of one split.
+def block_schema() -> Any:
+    """Of tokens.parquet."""
+    import pyarrow as pa
 
-    tokens, document: int32 [n]; used: document -> tokens of it in the stream, in stream order.
-    """
-
-    tokens: np.ndarray
-    document: np.ndarray
-    used: dict[int, int]
+    ids = pa.list_(pa.int32())
+    names = {"block": pa.int32(), "split": pa.string(), "tokens": ids, "documents": ids}
+    return pa.schema(names)
 
 
-def take(
-    texts: list[str], order: Iterable[int], n: int, encode: Encode, eos_id: int | None
-) -> Stream:
-    """The first n tokens of documents in the given order, each closed by EOS.
+def block_tables(streams: dict[str, Stream], n_ctx: int, bos_id: int | None) -> Iterator[Any]:
+    """The row groups of tokens.parquet: block, split, tokens, documents; eval comes last."""
+    import pyarrow as pa
 
-    Args:
-        texts: all documents.
-        order: indices into texts, tokenised until n tokens are there.
-        encode: texts -> int32 token ids of each.
-        eos_id: None leaves documents unclosed.
-    """
-    end = np.array([] if eos_id is None else [eos_id], np.int32)
-    order, parts, owners = list(order), [], []
-    used: dict[int, int] = {}
-    found = 0
-    for start in range(0, len(order), BATCH):
-        if found >= n:
-            break
-        chunk = order[start : start + BATCH]
-        for i, ids in zip(chunk, encode([texts[i] for i in chunk]), strict=True):
-            kept = np.concatenate([ids, end])[: max(n - found, 0)]
-            found += len(ids) + len(end)
-            if len(kept):
-                parts.append(kept)
-                owners.append(np.full(len(kept), i, np.int32))
-                used[i] = len(kept)
-    empty = [np.empty(0, np.int32)]
-    return Stream(np.concatenate(parts or empty), np.concatenate(owners or empty), used)
-
-
-def cut(stream: Stream, n_ctx: int, bos_id: int | None) -> tuple[np.ndarray, np.ndarray]:
-    """Blocks of a stream.
-
-    Returns:
-        tokens and document, int32 [blocks, n_ctx]; the document of a BOS is -1.
-    """
     body = n_ctx - (bos_id is not None)
-    tokens, owners = stream.tokens.reshape(-1, body), stream.document.reshape(-1, body)
-    if bos_id is None:
-        return tokens, owners
-    front = np.full((len(tokens), 1), bos_id, np.int32)
-    return np.hstack([front, tokens]), np.hstack([np.full_like(front, -1), owners])
+    blocks = [(name, i) for name in streams for i in [len(streams[name].tokens) // body]]
+    spans, start = [], 0  # (split, first block, last + 1) of each, over all blocks
+    for name, n in blocks:
+        spans.append((name, start, start + n))
+        start += n
+    for first in range(0, start, ROW_GROUP):
+        last = min(first + ROW_GROUP, start)
+        parts, splits = [], []
+        for name, begin, end in spans:
+            a, b = max(first, begin) - begin, min(last, end) - begin
+            if a < b:
+                parts.append(cut(_slice(streams[name], a * body, b * body), n_ctx, bos_id))
+                splits += [name] * (b - a)
+        offsets = pa.array(np.arange(last - first + 1, dtype=np.int32) * n_ctx)
+        lists = [
+            pa.ListArray.from_arrays(offsets, pa.array(np.concatenate([x.ravel() for x in column])))
+            for column in zip(*parts, strict=True)
+        ]
+        ids = pa.array(range(first, last), pa.int32())
+        yield pa.Table.from_arrays([ids, pa.array(splits), *lists], schema=block_schema())
+        for stream in streams.values():
+            spool.forget(stream.tokens, stream.document)
 
 
-def split(
-    texts: list[str], spec: CorpusSpec, encode: Encode, eos_id: int | None, source: str
-) -> dict[str, Stream]:
-    """The streams of train and eval, cut to whole blocks.
+def _slice(stream: Stream, start: int, end: int) -> Stream:
+    """Tokens of a stream, out of their file, with no word on documents."""
+    parts = (np.array(x[start:end]) for x in (stream.tokens, stream.document))
+    return Stream(*parts, stream.used[:0])
+
+
+def document_schema() -> Any:
+    """Of documents.parquet."""
+    import pyarrow as pa
+
+    texts = {name: pa.string() for name in ("title", "label")}
+    return pa.schema(
+        {"document": pa.int32(), **texts, "n_tokens": pa.int32(), "split": pa.string()}
+    )
+
+
+def document_tables(about: Sequence[tuple[str, str]], streams: dict[str, Stream]) -> Iterator[Any]:
+    """Parts of documents.parquet: the documents whose tokens stand in blocks, in order of use.
 
     Args:
-        eos_id: closes every document; None: nothing does.
-
-    Raises:
-        RetraceError: the corpus is too short; it says how many tokens there are.
+        about: document -> (title, label).
     """
-    return (_split_tail if spec.split == "tail" else _split_documents)(
-        texts, spec, encode, eos_id, source
-    )
-
-
-def _split_documents(
-    texts: list[str], spec: CorpusSpec, encode: Encode, eos_id: int | None, source: str
-) -> dict[str, Stream]:
-    """Train and eval from different documents, in a random order."""
-    if 0 < spec.n_eval_tokens < spec.n_ctx:
-        raise RetraceError(
-            f"corpus.n_eval_tokens: {spec.n_eval_tokens} is less than one block of {spec.n_ctx}; "
-            f"raise it, or set 0 for no held-out blocks"
-        )
-    body = spec.n_ctx - spec.prepend_bos
-    need = {s: n // spec.n_ctx * body for s, n in
-            (("train", spec.n_tokens), ("eval", spec.n_eval_tokens))}  # fmt: skip
-    order = np.random.default_rng(spec.seed).permutation(len(texts)).tolist()
-    held_out = take(texts, reversed(order), need["eval"], encode, eos_id)
-    rest = order[: len(order) - len(held_out.used)]
-    if spec.n_tokens:
-        train = take(texts, rest, need["train"], encode, eos_id)
-    else:
-        train = _whole_blocks(take(texts, rest, sys.maxsize, encode, eos_id), body)
-        need["train"] = body  # one block, at least
-    if len(train.tokens) < need["train"] or len(held_out.tokens) < need["eval"]:
-        there = sum(len(ids) + (eos_id is not None) for ids in encode(texts))
-        raise RetraceError(
-            f"{source}: too short, {len(texts)} documents with {there} tokens; n_tokens "
-            f"{spec.n_tokens} and n_eval_tokens {spec.n_eval_tokens} need {sum(need.values())} "
-            f"from different documents; lower them or give more text"
-        )
-    return {"train": train, "eval": held_out}
-
-
-def _split_tail(
-    texts: list[str], spec: CorpusSpec, encode: Encode, eos_id: int | None, source: str
-) -> dict[str, Stream]:
-    """The last eval_share of all tokens is eval, what stands before it train; in text order.
-
-    n_tokens keeps the end of train, n_eval_tokens the start of eval, so that they stay neighbours.
-    """
-    whole = take(texts, range(len(texts)), sys.maxsize, encode, eos_id)
-    n, body = len(whole.tokens), spec.n_ctx - spec.prepend_bos
-    border = int(n * (1 - spec.eval_share))
-    caps = [(k // spec.n_ctx or sys.maxsize) * body for k in (spec.n_tokens, spec.n_eval_tokens)]
-    sizes = [k // body * body for k in (min(border, caps[0]), min(n - border, caps[1]))]
-    if not all(sizes) or spec.n_tokens > border:
-        raise RetraceError(
-            f"{source}: too short, {n} tokens, of which eval_share {spec.eval_share:g} holds out "
-            f"{n - border}; n_tokens {spec.n_tokens} and one block of {spec.n_ctx} in either part "
-            f"do not fit; lower n_tokens or n_ctx, or give more text"
-        )
-    return {
-        "train": _part(whole, border - sizes[0], border),
-        "eval": _part(whole, border, border + sizes[1]),
-    }
-
-
-def _whole_blocks(stream: Stream, body: int) -> Stream:
-    return _part(stream, 0, len(stream.tokens) // body * body)
-
-
-def _part(stream: Stream, start: int, end: int) -> Stream:
-    """A piece of a stream."""
-    document = stream.document[start:end]
-    ids, counts = np.unique(document, return_counts=True)
-    size = dict(zip(ids.tolist(), counts.tolist(), strict=True))
-    used = {i: size[i] for i in stream.used if i in size}
-    return Stream(stream.tokens[start:end], document, used)
-
-
-def shuffled(streams: dict[str, Stream], seed: int) -> dict[str, Stream]:
-    """The tokens of each split in a random order, each still with its document."""
-    out = {}
-    for i, (name, stream) in enumerate(streams.items()):
-        order = np.random.default_rng([seed, i]).permutation(len(stream.tokens))
-        out[name] = Stream(stream.tokens[order], stream.document[order], stream.used)
-    return out
-
-
-def block_table(streams: dict[str, Stream], n_ctx: int, bos_id: int | None) -> Any:
-    """tokens.parquet as an Arrow table: block, split, tokens, documents; eval comes last."""
     import pyarrow as pa
 
-    pairs = {name: cut(stream, n_ctx, bos_id) for name, stream in streams.items()}
-    rows = {name: len(tokens) for name, (tokens, _) in pairs.items()}
-    n = sum(rows.values())
-
-    def lists(which: int) -> Any:
-        values = np.concatenate([pair[which].ravel() for pair in pairs.values()])
-        offsets = pa.array(np.arange(n + 1, dtype=np.int32) * n_ctx)
-        return pa.ListArray.from_arrays(offsets, pa.array(values, pa.int32()))
-
-    return pa.table(
-        {
-            "block": pa.array(range(n), pa.int32()),
-            "split": [name for name, count in rows.items() for _ in range(count)],
-            "tokens": lists(0),
-            "documents": lists(1),
-        }
-    )
-
-
-def document_table(found: list[Document], streams: dict[str, Stream]) -> Any:
-    """documents.parquet: the documents whose tokens stand in blocks, in order of use."""
-    import pyarrow as pa
-
-    rows = [(i, n, name) for name, stream in streams.items() for i, n in stream.used.items()]
-    return pa.table(
-        {
-            "document": pa.array([i for i, _, _ in rows], pa.int32()),
-            "title": [found[i].title for i, _, _ in rows],
-            "label": [found[i].label for i, _, _ in rows],
-            "n_tokens": pa.array([n for _, n, _ in rows], pa.int32()),
-            "split": [name for _, _, name in rows],
-        }
-    )
+    rows = ((name, i, n) for name, s in streams.items() for i, n in map(np.ndarray.tolist, s.used))
+    while part := list(islice(rows, DOCUMENTS)):
+        splits, ids, counts = zip(*part, strict=True)
+        titles, labels = zip(*(about[i] for i in ids), strict=True)
+        columns = (ids, titles, labels, counts, splits)
+        arrays = [pa.array(c, f.type) for c, f in zip(columns, document_schema(), strict=True)]
+        yield pa.Table.from_arrays(arrays, schema=document_schema())
 
 
 def encoder(tokenizer: Any) -> Encode:
@@ -260,14 +147,68 @@ def _same_text(tokenizer: dict, found: sources.Text, file: str) -> None:
         )
 
 
-def check_fits(streams: dict[str, Stream], info: dict, file: str) -> None:
-    """RetraceError where a token has no row in the embedding of the model that is to read it."""
-    largest = max((int(s.tokens.max()) for s in streams.values() if len(s.tokens)), default=0)
-    if largest >= info.get("d_vocab", largest + 1):
+def vocabulary(tokenizer: Any, info: dict) -> int:
+    """Token ids that text may hold lie below this: the tokenizer's, and the model's embeddings."""
+    known = max(tokenizer.get_vocab().values()) + 1
+    return min(known, info.get("d_vocab", known))
+
+
+def pretokenised(
+    found: sources.Alike, spec: CorpusSpec, bos_id: int | None, eos_id: int | None, name: str
+) -> Encode:
+    """Token ids of rows as they are, without the BOS and EOS that blocks and documents get here.
+
+    Raises:
+        RetraceError: the rows follow another convention than the section.
+    """
+    column = f"{name}: column '{spec.tokens_column}'"
+    leads, ends = found.first == bos_id is not None, found.last == eos_id is not None
+    if leads and not spec.prepend_bos:
         raise RetraceError(
-            f"{file}: its tokenizer gives token {largest}, but the model's vocabulary ends at "
-            f"{info['d_vocab'] - 1}; give the tokenizer that the model was trained with"
+            f"{column}: every row begins with BOS ({bos_id}), which would stand inside of blocks; "
+            f"set corpus.prepend_bos: true, and it stands once, at the front of each"
         )
+    if found.rows > 1 and found.length and spec.close_documents and not ends:
+        raise RetraceError(
+            f"{column}: every row has {found.length} tokens, so rows are windows of a text and no "
+            f"documents, and EOS would stand where none ends; set corpus.close_documents: false"
+        )
+    front, back = int(leads), int(ends and spec.close_documents)
+
+    def encode(rows: list[np.ndarray]) -> list[np.ndarray]:
+        return [ids[front : len(ids) - back] for ids in rows]
+
+    return encode
+
+
+def encoding(found: sources.Text, spec: CorpusSpec, tokenizer: Any, info: dict) -> Encode:
+    """How the documents of a text become token ids, tokens that the model lacks refused."""
+    eos_id = tokenizer.eos_token_id
+    if spec.tokens_column:
+        return pretokenised(found.alike, spec, info["bos_id"], eos_id, found.name)
+    if spec.chat:
+        return chat.encoder(tokenizer, info["bos_id"] if spec.prepend_bos else None, found.name)
+    return encoder(tokenizer)
+
+
+def checked(encode: Encode, info: dict, file: str) -> Encode:
+    """`encode`; RetraceError where a token has no row in the embedding of the model that reads it.
+
+    Args:
+        info: model.json, of which d_vocab is the number of those rows.
+    """
+
+    def encode_checked(texts: list[Any]) -> list[np.ndarray]:
+        found = encode(texts)
+        largest = max((int(ids.max()) for ids in found if len(ids)), default=0)
+        if largest >= info.get("d_vocab", largest + 1):
+            raise RetraceError(
+                f"{file}: its tokenizer gives token {largest}, but the model's vocabulary ends at "
+                f"{info['d_vocab'] - 1}; give the tokenizer that the model was trained with"
+            )
+        return found
+
+    return encode_checked
 
 
 def main() -> None:
@@ -281,10 +222,11 @@ def main() -> None:
         os.environ |= {"RAYON_NUM_THREADS": str(args.threads), "TOKENIZERS_PARALLELISM": "true"}
         tokenizer, info = load_tokenizer(args.tokenizer), tables.read_json(args.tokenizer)
         bos_id, eos_id = special_ids(spec, info["bos_id"], tokenizer.eos_token_id)
-        found = sources.read(spec, Path(f"{args.out}.partial"))
+        room = Path(args.out).parent
+        found = sources.read(spec, Path(f"{args.out}.partial"), vocabulary(tokenizer, info))
         _same_text(info, found, args.tokenizer)
-        streams = split(found.texts, spec, encoder(tokenizer), eos_id, found.name)
-        check_fits(streams, info, args.tokenizer)
+        encode = checked(encoding(found, spec, tokenizer, info), info, args.tokenizer)
+        streams = split(found.texts, spec, encode, eos_id, found.name, room)
         if spec.shuffle:
             streams = shuffled(streams, spec.seed)
         made = job.certificate(
@@ -295,9 +237,11 @@ def main() -> None:
             seed=spec.seed,
             **found.certificate(),
         )
-        blocks = block_table(streams, spec.n_ctx, bos_id)
-        tables.write_table(args.documents, document_table(found.documents, streams), made)
-        tables.write_table(args.out, blocks, made, row_group_size=ROW_GROUP)
-        cli.log.info("%d blocks of %d tokens from %s", len(blocks), spec.n_ctx, found.name)
+        parts = (lambda: document_tables(found.about, streams)), document_schema()
+        tables.write_tables(args.documents, *parts, made)
+        blocks = (lambda: block_tables(streams, spec.n_ctx, bos_id)), block_schema()
+        tables.write_tables(args.out, *blocks, made, ROW_GROUP)
+        n = sum(len(s.tokens) for s in streams.values()) // (spec.n_ctx - (bos_id is not None))
+        cli.log.info("%d blocks of %d tokens from %s", n, spec.n_ctx, found.name)
 
     cli.run("corpus", parser.parse_args(), work)

@@ -10,7 +10,7 @@
 
 import os
 import shutil
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +29,11 @@ def char(texts: Iterable[str]) -> Any:
     from tokenizers import Tokenizer, decoders, models
     from transformers import PreTrainedTokenizerFast
 
-    characters = sorted(set().union(*texts))
+    characters: set[str] = set()
+    for document in texts:
+        characters.update(document)
     # BPE without merges: several times faster than a pre-tokenizer that cuts at every character.
-    vocabulary = {c: i for i, c in enumerate(characters)}
+    vocabulary = {c: i for i, c in enumerate(sorted(characters))}
     # The name of a token that is not there makes other characters an error, not nothing.
     backend = Tokenizer(models.BPE(vocabulary, [], unk_token=OUTSIDE, cache_capacity=0))
     backend.decoder = decoders.Fuse()
@@ -61,7 +63,7 @@ def bpe(texts: Iterable[str], vocab_size: int) -> Any:
     )
 
 
-def make(texts: list[str], spec: TokenizerSpec) -> Any:
+def make(texts: Sequence[str], spec: TokenizerSpec) -> Any:
     """The tokenizer of a section.
 
     Raises:

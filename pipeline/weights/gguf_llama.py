@@ -137,7 +137,10 @@ def tokenizer(info: dict[str, Any]) -> Any:
     bpe.decoder = decoders.ByteLevel()
     control = [t for t, kind in zip(tokens, types, strict=True) if kind == CONTROL]
     bpe.add_special_tokens([AddedToken(t, special=True, normalized=False) for t in control])
-    return PreTrainedTokenizerFast(tokenizer_object=bpe, clean_up_tokenization_spaces=False)
+    return PreTrainedTokenizerFast(
+        tokenizer_object=bpe, clean_up_tokenization_spaces=False,
+        chat_template=info.get("tokenizer.chat_template"),
+    )  # fmt: skip
 
 
 def load(path: Path) -> tuple[Any, Any, dict[str, Any]]:

