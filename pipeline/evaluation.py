@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -27,6 +28,9 @@ from pipeline import cli, hooks, metrics, shards, splice, tables
 from pipeline import model as models
 from pipeline.errors import RetraceError
 from pipeline.spec import EvaluationSpec
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 N_OUTLIERS = 4  # SmolLM2: four dimensions hold 58 % of the variance at layer 8 (measured)
 BLOCKS_A_PASS = 8
@@ -307,6 +311,7 @@ def load_saes(manifest: str | Path, device: torch.device, names: list[str] | Non
             sae = SAE.load_from_disk(str(folder), device=str(device))
         except Exception as e:  # SAELens raises what its readers raise
             raise RetraceError(f"{folder}: not a readable SAE ({e}); delete it, run again") from e
+        sae.turn_off_forward_pass_hook_z_reshaping()  # our rows hold all heads side by side
         out[name] = sae.to(torch.float32).eval().requires_grad_(False)
     return out
 
@@ -317,6 +322,7 @@ def evaluate(job: cli.Job, manifest: str) -> list[dict]:
     trained = tables.read_json(manifest)
     hook, output_hook = trained["hook"], trained.get("output_hook")
     stored = tables.read_json(job.args.activations)
+    warn_of_conventions(manifest, stored)
     saes = load_saes(manifest, device)
     rows = shards.Rows(job.args.activations, hook, "eval")
     if output_hook:
@@ -337,11 +343,36 @@ def evaluate(job: cli.Job, manifest: str) -> list[dict]:
         {"sae": name}
         | {c: trained["saes"][name]["spec"].get(c) for c in SPEC_COLUMNS}
         | fit[name]
-        | {"dead_share": trained["saes"][name]["dead_share"]}
+        | {"dead_share": known(trained["saes"][name]["dead_share"])}
         | {"eval_rows": moments.n, "splice_blocks": len(tokens)}
         | losses[name]
         for name in saes
     ]
+
+
+def known(value: float | None) -> float:
+    """A number that a published dictionary does not tell, as NaN."""
+    return float("nan") if value is None else value
+
+
+def warn_of_conventions(manifest: str, stored: dict) -> None:
+    """A word to the log where a published dictionary was made on text cut otherwise than ours."""
+    said = tables.read_json(manifest).get("original") or {}
+    for key, ours in (("prepend_bos", "prepend_bos"), ("context_size", "n_ctx")):
+        if said.get(key) is not None and said[key] != stored[ours]:
+            cli.log.warning(
+                "%s: was made with %s %s, and is evaluated with %s; set corpus.%s",
+                manifest, key, said[key], stored[ours], ours,
+            )  # fmt: skip
+
+
+def histories(manifests: list[str]) -> "pd.DataFrame":
+    """The histories of all that was trained here, joined; a published dictionary has none."""
+    import pandas as pd
+
+    files = [Path(m).parent / "history.parquet" for m in manifests]
+    found = [tables.read_table(f) for f in files if f.is_file()]
+    return pd.concat(found) if found else pd.DataFrame(columns=["sae", "step", "rows"])
 
 
 def main() -> None:
@@ -361,9 +392,8 @@ def main() -> None:
 
         args = job.args
         rows = [row for manifest in args.saes for row in evaluate(job, manifest)]
-        histories = [Path(m).parent / "history.parquet" for m in args.saes]
         made = job.certificate([args.model, args.corpus, args.activations, *args.saes])
-        tables.write_table(args.history, pd.concat(map(tables.read_table, histories)), made)
+        tables.write_table(args.history, histories(args.saes), made)
         tables.write_table(args.out, pd.DataFrame(rows), made)
 
     cli.run("evaluation", parser.parse_args(), work)

@@ -169,6 +169,19 @@ def site(hf: nn.Module, hook: str) -> tuple[nn.Module, Side]:
     return (_submodule(layer, path) if path else layer), side
 
 
+def width(hf: nn.Module, hook: str) -> int:
+    """Length of a row at a hook, read off the weights without a forward pass.
+
+    Behind an MLP's nonlinearity and before the output projection of attention it is what the next
+    linear map reads; elsewhere it is d_model.
+    """
+    module, _ = site(hf, hook)
+    if not hook.endswith(("mlp.hook_post", "attn.hook_z")):
+        return hf.config.hidden_size
+    weight = module.weight
+    return weight.shape[1] if isinstance(module, nn.Linear) else weight.shape[0]  # GPT-2: Conv1D
+
+
 def _submodule(module: nn.Module, path: str) -> nn.Module:
     for part in path.split("."):  # not get_submodule: a bridge's wrappers delegate by getattr
         module = getattr(module, part)

@@ -30,6 +30,7 @@ def told(function, *args):
         sys.exit(f"error: {unexpected(e, trace_file('rules'))}")
 
 
+DICTIONARIES = ("sae", "sae_import")  # the stages that make some
 # Folders that a relative path of config.yaml is looked up in: beside the main Snakefile (a
 # group's, where it imports this one as a module), beside this Snakefile, where snakemake was called.
 BASES = [Path(os.path.abspath(workflow.basedir)), ROOT, Path(workflow.workdir_init)]
@@ -66,6 +67,7 @@ wildcard_constraints:
     corpus=r"[^/]+-[0-9a-f]{12}",
     activations=r"[^/]+-[0-9a-f]{12}",
     sae=r"[^/]+-[0-9a-f]{12}",
+    sae_import=r"[^/]+-[0-9a-f]{12}",
 
 
 def paper_rules():
@@ -213,12 +215,16 @@ def paper_of(wildcards):
 
 
 def arm_input_of(stage, file, arm_section=None):
-    """Input: a store file of an arm; the arm is a wildcard, or named by a section of paper.yaml."""
+    """Input: a store file of an arm; the arm is a wildcard, or named by a section of paper.yaml.
+
+    `stage` may be several: those of DICTIONARIES.
+    """
+    stages = (stage,) if isinstance(stage, str) else stage
 
     def path(wildcards):
         store = told(RUN.store, wildcards.paper, wildcards.scale, _arm(wildcards, arm_section))
-        items = [i for i in store.values() if i.stage == stage]
-        return [f"results/store/{stage}/{i.id}/{file}" for i in items]
+        items = [i for i in store.values() if i.stage in stages]
+        return [f"results/store/{i.stage}/{i.id}/{file}" for i in items]
 
     return path
 
@@ -282,16 +288,16 @@ def lent_of(section, stage, file):
 
 
 def sae_input_of(section, file):
-    """Input: the file of the SAE job that trained the dictionary a section or wildcard names."""
+    """Input: a file beside the dictionary that a section or wildcard names, trained or imported."""
 
     def path(wildcards):
         arm = _arm(wildcards, section)
         name = wildcards.get("latents") or getattr(paper_of(wildcards).spec, section).sae
         spec = paper_of(wildcards).spec
         saes = spec.saes_of(arm) if spec.sae else {}
-        stream = saes[known("SAE", name, saes, paper_of(wildcards))].stream
-        store = told(RUN.store, wildcards.paper, wildcards.scale, arm)
-        return f"results/store/sae/{store[f'sae:{stream}'].id}/{file}"
+        known("SAE", name, saes, paper_of(wildcards))
+        item = told(RUN.sae_item, wildcards.paper, wildcards.scale, arm, name)
+        return f"results/store/{item.stage}/{item.id}/{file}"
 
     return path
 
