@@ -61,6 +61,7 @@ wildcard_constraints:
     latents=r"\w+",
     figure=r"\w+",
     run=r"[A-Za-z]\w*",
+    layout="sparsify|dictionary_learning|circuit_tracer",
     model=r"[^/]+-[0-9a-f]{12}",
     tokenizer=r"[^/]+-[0-9a-f]{12}",
     training=r"[^/]+-[0-9a-f]{12}",
@@ -368,8 +369,8 @@ def drawing_code(wildcards):
     return [unstored(str(papers.near(f))) for f in files]
 
 
-def export_spec(format):
-    """Params: which dictionary is exported."""
+def export_spec(format=None):
+    """Params: which dictionary is exported; the format may be a wildcard."""
 
     def params(wildcards):
         paper = paper_of(wildcards)
@@ -381,7 +382,7 @@ def export_spec(format):
                 f"'{wildcards.arm}' has none to export; set features.arm"
             )
         named = {"arm": wildcards.arm, "sae": wildcards.latents, "paper": paper.name}
-        return papers.to_json({"export": {"format": format, **named}})
+        return papers.to_json({"export": {"format": format or wildcards.layout, **named}})
 
     return params
 
