@@ -8,12 +8,17 @@ import json
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 import yaml
 from safetensors.torch import save_file
+from synthetic import call
 from torch import Tensor
 
 D, N, K = 16, 40, 5  # d_model, latents, active latents
+RESID, Z = "blocks.1.hook_resid_post", "blocks.1.attn.hook_z"
+IN, OUT = "blocks.1.mlp.hook_in", "blocks.1.hook_mlp_out"
+CODER = {"hook": IN, "output_hook": OUT}
 
 
 def draw(seed: int = 0, d_in: int = D, d_out: int = D) -> dict[str, Tensor]:
@@ -136,12 +141,18 @@ CLASSES = ("AutoEncoder", "AutoEncoderNew", "GatedAutoEncoder", "AutoEncoderTopK
            "MatryoshkaBatchTopKSAE", "JumpReluAutoEncoder")  # fmt: skip
 
 
-def dictionary_learning(folder: Path, dict_class: str = "AutoEncoderTopK", **trainer) -> Path:
-    """ae.pt and config.json, as trainSAE of dictionary_learning 0.1.0 leaves them."""
+def dictionary_learning(
+    folder: Path, dict_class: str = "AutoEncoderTopK", named: str = "", **trainer
+) -> Path:
+    """ae.pt and config.json, as trainSAE of dictionary_learning 0.1.0 leaves them.
+
+    Args:
+        named: the class that config.json names, if it is another.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     torch.save(state_of(dict_class, draw()), folder / "ae.pt")
-    about = {"dict_class": dict_class, "activation_dim": D, "dict_size": N, "k": K, "layer": 1,
-             "lm_name": "gpt2", "submodule_name": "resid_post_layer_1"}  # fmt: skip
+    about = {"dict_class": named or dict_class, "activation_dim": D, "dict_size": N, "k": K,
+             "layer": 1, "lm_name": "gpt2", "submodule_name": "resid_post_layer_1"}  # fmt: skip
     write_json(folder / "config.json", {"trainer": about | trainer, "buffer": {"ctx_len": 64}})
     return folder
 
@@ -188,3 +199,31 @@ def tiny_gpt2(folder: Path) -> Path:
     GPT2LMHeadModel(config).save_pretrained(folder)
     byte_tokenizer().save_pretrained(folder)
     return folder
+
+
+# --- bringing them in ----------------------------------------------------------------------
+
+
+def bring(model: Path, out: Path, path: Path, format: str, **over) -> Path:
+    """Stage sae_import on files at `path`; its manifest."""
+    job = {"name": "x", "source": "folder", "format": format, "path": str(path), "hook": RESID}
+    call("sae_import", {"import": job | over}, model=model, out=out / "manifest.json",
+         saes=out / "saes")  # fmt: skip
+    return out / "manifest.json"
+
+
+def brought(manifest: Path):
+    """SAELens's object of a manifest that `bring` made."""
+    from pipeline.evaluation import load_saes
+
+    return load_saes(manifest, torch.device("cpu"))["x"]
+
+
+def refused(capsys, *args, **over) -> str:
+    """The one sentence with which the stage refuses."""
+    capsys.readouterr()
+    with pytest.raises(SystemExit):
+        bring(*args, **over)
+    said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
+    assert len(said) == 1 and "full trace" not in said[0], said
+    return said[0]

@@ -11,32 +11,27 @@ import torch
 from published import CLASSES, D, K, N
 from synthetic import call
 
-from pipeline import evaluation, tables
+from pipeline import tables
 
 LIBRARIES = os.environ.get("RETRACE_LIBRARIES")
 if not LIBRARIES:
     pytest.skip("needs the libraries: tests/libraries/run.sh", allow_module_level=True)
 sys.path.append(LIBRARIES)  # behind the project's own packages
 
-RESID, IN, OUT = "blocks.1.hook_resid_post", "blocks.{}.mlp.hook_in", "blocks.{}.hook_mlp_out"
+IN, OUT = "blocks.{}.mlp.hook_in", "blocks.{}.hook_mlp_out"
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
 X = torch.randn(64, D, generator=torch.Generator().manual_seed(3)) * 2
 
 
-@pytest.fixture(scope="module")
-def model(tmp_path_factory) -> Path:
-    root = tmp_path_factory.mktemp("gpt2")
-    section = {"name": "tiny", "source": "folder", "path": str(published.tiny_gpt2(root / "hf"))}
-    call("model", {"model": section}, out=root / "model.json", checkpoint=root / "checkpoint")
-    return root / "model.json"
+@pytest.fixture
+def model(tiny_gpt2_json) -> Path:
+    return tiny_gpt2_json
 
 
-def brought_in(model: Path, out: Path, path: Path, format: str, **over):
-    """Manifest and SAELens dictionary of the item that the stage makes of files at `path`."""
-    job = {"name": "x", "source": "folder", "format": format, "path": str(path), "hook": RESID}
-    call("sae_import", {"import": job | over}, model=model, out=out / "manifest.json",
-         saes=out / "saes")  # fmt: skip
-    return out / "manifest.json", evaluation.load_saes(out / "manifest.json", "cpu")["x"]
+def brought_in(*args, **over):
+    """Manifest and SAELens dictionary of the item that the stage makes of files."""
+    manifest = published.bring(*args, **over)
+    return manifest, published.brought(manifest)
 
 
 def left(manifest: Path, format: str, out: Path) -> Path:
