@@ -73,6 +73,11 @@ def dictionary_learning(folder: Path, config: SaeLensConfig, weights: Weights) -
     import torch
 
     _only(config, tuple(CLASSES), "dictionary_learning")
+    if config.metadata.hook_name_out is not None:
+        raise RetraceError(
+            f"dictionary_learning has no layout for a transcoder, and this writes "
+            f"{config.metadata.hook_name_out}; sparsify has one"
+        )
     kind = config.architecture
     w = shifted(config, weights, kind in ("topk", "gated"))
     k = config.model_extra.get("k", 0)
