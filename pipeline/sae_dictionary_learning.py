@@ -11,8 +11,10 @@ from pipeline.errors import RetraceError, nearest
 from pipeline.sae_original import (
     Files,
     Original,
+    decoded,
     jump,
     linear,
+    product,
     read_config,
     setting,
     take,
@@ -58,7 +60,7 @@ def _auto_encoder(files: Files, found: dict, trainer: dict) -> Original:
         "standard",
         {"W_enc": W.T * norm, "W_dec": (W_d / norm).T, "b_enc": b_enc * norm, "b_dec": bias},
         lambda x: torch.relu(linear(x - bias.to(x), W, b_enc)) * norm.to(x),
-        lambda f: linear(f / norm.to(f), W_d, bias),
+        lambda f: decoded(f / norm.to(f), W_d.T, bias),
         apply_b_dec_to_input=True,
     )
 
@@ -72,7 +74,7 @@ def _auto_encoder_new(files: Files, found: dict, trainer: dict) -> Original:
         "standard",
         {"W_enc": W.T, "W_dec": W_d.T, "b_enc": b_enc, "b_dec": b_dec},
         lambda x: torch.relu(linear(x, W, b_enc)),
-        lambda f: linear(f, W_d, b_dec),
+        lambda f: decoded(f, W_d.T, b_dec),
     )
 
 
@@ -83,7 +85,7 @@ def _gated(files: Files, found: dict, trainer: dict) -> Original:
     )  # fmt: skip
 
     def encode(x: Tensor) -> Tensor:
-        h = linear(x - b_dec.to(x), W)
+        h = linear(x - b_dec.to(x), W, torch.zeros(len(W)))
         return (h + b_gate.to(x) > 0) * torch.relu(r_mag.to(x).exp() * h + b_mag.to(x))
 
     return Original(
@@ -93,7 +95,7 @@ def _gated(files: Files, found: dict, trainer: dict) -> Original:
             "b_mag": b_mag,
         },
         encode,
-        lambda f: linear(f, W_d, b_dec),
+        lambda f: decoded(f, W_d.T, b_dec),
         apply_b_dec_to_input=True,
     )  # fmt: skip
 
@@ -108,7 +110,7 @@ def _top_k(files: Files, found: dict, trainer: dict) -> Original:
         "topk",
         {"W_enc": W.T, "W_dec": W_d.T, "b_enc": b_enc, "b_dec": b_dec},
         lambda x: top(linear(x - b_dec.to(x), W, b_enc), k),
-        lambda f: linear(f, W_d, b_dec),
+        lambda f: decoded(f, W_d.T, b_dec),
         k=k,
         apply_b_dec_to_input=True,
     )
@@ -128,8 +130,8 @@ def _batch_top_k(files: Files, found: dict, trainer: dict) -> Original:
     return Original(
         "jumprelu",
         {"W_enc": W, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec, "threshold": thresholds},
-        lambda x: jump((x - b_dec.to(x)) @ W.to(x) + b_enc.to(x), threshold),
-        lambda f: f @ W_dec.to(f) + b_dec.to(f),
+        lambda x: jump(product(x - b_dec.to(x), W, b_enc), threshold),
+        lambda f: decoded(f, W_dec, b_dec),
         apply_b_dec_to_input=True,
         notes=notes,
     )
@@ -143,8 +145,8 @@ def _jump_relu(files: Files, found: dict, trainer: dict) -> Original:
     return Original(
         "jumprelu",
         dict(zip(names, values, strict=True)),
-        lambda x: jump(x @ W_enc.to(x) + b_enc.to(x), threshold),
-        lambda f: f @ W_dec.to(f) + b_dec.to(f),
+        lambda x: jump(product(x, W_enc, b_enc), threshold),
+        lambda f: decoded(f, W_dec, b_dec),
     )
 
 

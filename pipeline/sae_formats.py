@@ -31,9 +31,11 @@ from pipeline.errors import RetraceError
 from pipeline.sae_original import (
     Files,
     Original,
+    decoded,
     jump,
     kind_of,
     linear,
+    product,
     read_config,
     refuse_skip,
     setting,
@@ -57,8 +59,8 @@ def gemma_scope(files: Files) -> Original:
     return Original(
         kind_of(files, True),
         dict(zip(names, values, strict=True)),
-        lambda x: jump(x @ W_enc.to(x) + b_enc.to(x), threshold),
-        lambda f: f @ W_dec.to(f) + b_dec.to(f),
+        lambda x: jump(product(x, W_enc, b_enc), threshold),
+        lambda f: decoded(f, W_dec, b_dec),
     )
 
 
@@ -90,8 +92,8 @@ def gemma_scope_2(files: Files) -> Original:
     return Original(
         kind_of(files, True),
         {"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec, "threshold": threshold},
-        lambda x: jump(x @ W_enc.to(x) + b_enc.to(x), threshold),
-        lambda f: f @ W_dec.to(f) + b_dec.to(f),
+        lambda x: jump(product(x, W_enc, b_enc), threshold),
+        lambda f: decoded(f, W_dec, b_dec),
         {
             "model_name": config.get("model_name"),
             "hook_name": hook("hf_hook_point_in"),
@@ -128,7 +130,7 @@ def llama_scope(files: Files) -> Original:
             "threshold": thresholds,
         },
         lambda x: jump(linear(x * s, W, b_enc), thresholds),
-        lambda f: linear(f, W_d, b_dec) / s,
+        lambda f: decoded(f, W_d.T, b_dec) / s,
         {"hook_name": point, "norm_scaling_factor": s},
     )  # fmt: skip
 
@@ -163,7 +165,7 @@ def sparsify(files: Files) -> Original:
         "topk",
         {"W_enc": W.T, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec},
         lambda x: top(linear(x if transcode else x - b_dec.to(x), W, b_enc), k),
-        lambda f: f @ W_dec.to(f) + b_dec.to(f),
+        lambda f: decoded(f, W_dec, b_dec),
         about,
         k=k,
         apply_b_dec_to_input=not transcode,
@@ -189,7 +191,7 @@ def openai(files: Files) -> Original:
         "standard",
         {"W_enc": W.T, "W_dec": W_d.T, "b_enc": b_enc, "b_dec": b_dec},
         lambda x: torch.relu(linear(x - b_dec.to(x), W, b_enc)),
-        lambda f: linear(f, W_d, b_dec),
+        lambda f: decoded(f, W_d.T, b_dec),
         {"model_name": "gpt2"},
         apply_b_dec_to_input=True,
         writes=False,
@@ -232,7 +234,7 @@ def circuit_tracer(files: Files) -> Original:
         "transcoder" if threshold is None else "jumprelu_transcoder",
         weights,
         encode,
-        lambda f: f @ W_dec.to(f) + b_dec.to(f),
+        lambda f: decoded(f, W_dec, b_dec),
         {"model_name": config.get("model_name"), **about},
         writes=True,
     )

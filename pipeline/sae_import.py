@@ -17,20 +17,29 @@ import os
 import re
 import shutil
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from pipeline import cli, fetch, hooks, provenance, sae_dictionary_learning, sae_formats, tables
+from pipeline import (
+    cli,
+    fetch,
+    hooks,
+    provenance,
+    sae_dictionary_learning,
+    sae_formats,
+    sealed_tensors,
+    tables,
+)
 from pipeline import model as models
 from pipeline import sae_saelens as of_saelens
 from pipeline.errors import RetraceError
-from pipeline.resume import write_tensors
-from pipeline.sae_original import Files, Original, check_shapes
+from pipeline.sae_original import Files, Original, check_shapes, decoded
 from pipeline.spec_import import ImportSpec, listing
 
 TOLERANCE = 1e-5
+WEIGHTS = "sae_weights.safetensors"
 N_ROWS = 8  # of each kind in the check
 FORMATS = {
     "saelens": of_saelens.saelens,
@@ -193,24 +202,41 @@ def probes(original: Original) -> tuple[Tensor, Tensor]:
     return x, f
 
 
+class Expected(NamedTuple):
+    """What an original makes of `probes`, float64."""
+
+    x: Tensor
+    encoded: Tensor
+    f: Tensor
+    decoded: Tensor
+
+
 @torch.no_grad()
-def check_same(original: Original, sae: Any, where: Path) -> float:
+def expected(original: Original, where: Path) -> Expected:
+    """What an original makes of rows and latents; RetraceError where nothing fires."""
+    x, f = probes(original)
+    encoded = original.encode(x)
+    if not bool((encoded != 0).any()):
+        raise RetraceError(f"{where}: no latent fires on any row of the check; take another file")
+    latents = torch.cat([f, encoded])
+    return Expected(x, encoded, latents, original.decode(latents))
+
+
+@torch.no_grad()
+def check_same(wanted: Expected, sae: Any, where: Path) -> float:
     """The largest difference between a dictionary and its original, relative to their size.
 
     Args:
-        sae: what SAELens makes of the written folder, in float64.
+        sae: what SAELens makes of the written folder.
 
     Raises:
-        RetraceError: it is above TOLERANCE, or nothing fires.
+        RetraceError: it is above TOLERANCE.
     """
-    x, f = probes(original)
-    theirs, ours = original.encode(x), sae.encode(x)
-    if not bool((theirs != 0).any()):
-        raise RetraceError(f"{where}: no latent fires on any row of the check; take another file")
-    pairs = {"encode": (theirs, ours)}
-    latents = torch.cat([f, theirs])
-    pairs["decode"] = (original.decode(latents), sae.decode(latents))
-    pairs["f W_dec + b_dec"] = (pairs["decode"][0], latents @ sae.W_dec + sae.b_dec)
+    pairs = {
+        "encode": (wanted.encoded, of_saelens.encode(sae, wanted.x)),
+        "decode": (wanted.decoded, of_saelens.decode(sae, wanted.f)),
+        "f W_dec + b_dec": (wanted.decoded, decoded(wanted.f, sae.W_dec, sae.b_dec)),
+    }
     largest = 0.0
     for what, (a, b) in pairs.items():
         size = a.abs().amax(-1, keepdim=True).clamp_min(1)
@@ -247,9 +273,8 @@ def metadata(original: Original, job: ImportJob, info: dict[str, Any], model: st
 def write(original: Original, folder: Path, meta: dict, certificate: dict) -> None:
     """A SAELens folder of an original."""
     folder.mkdir(parents=True, exist_ok=True)
-    weights = folder / "sae_weights.safetensors"
-    write_tensors(weights, {name: t.contiguous() for name, t in original.weights.items()})
-    tables.stamp_safetensors(weights, certificate)
+    found = sealed_tensors.arrays(original.weights)
+    sealed_tensors.write(folder / WEIGHTS, found, sealed_tensors.content(found), certificate)
     config = original.config() | {"device": "cpu", "metadata": meta}
     heads = meta["hook_name"].endswith("hook_z") and "transcoder" not in config["architecture"]
     config["reshape_activations"] = "hook_z" if heads else "none"
@@ -271,9 +296,11 @@ def work(job: cli.Job) -> None:
         meta = metadata(original, section, tables.read_json(args.model), args.model)
         folder = partial / "saes" / section.name
         write(original, folder, meta, made)
-        sae = of_saelens.load(Files(folder / "sae_weights.safetensors"), "float64")
-        largest = check_same(original, sae, files.weights)
-        entry = entry_of(original, section)
+        wanted, config = expected(original, files.weights), original.config()
+        about, notes = original.about, original.notes
+        del original  # before it is read again: one copy at a time
+        sae = of_saelens.load(Files(folder / WEIGHTS))
+        largest = check_same(wanted, sae, files.weights)
         shutil.rmtree(saes, ignore_errors=True)
         (partial / "saes").rename(saes)
     finally:
@@ -282,22 +309,21 @@ def work(job: cli.Job) -> None:
     manifest = {
         "hook": section.hook,
         "output_hook": section.output_hook or None,
-        "d_in": original.config()["d_in"],
-        "d_out": original.weights["W_dec"].shape[1],
-        "saes": {section.name: entry},
-        "original": source | original.about | {"notes": original.notes, "differs_by": largest},
+        "d_in": config["d_in"],
+        "d_out": wanted.decoded.shape[1],
+        "saes": {section.name: entry_of(config, section)},
+        "original": source | about | {"notes": notes, "differs_by": largest},
         "files": {os.path.relpath(p, out.parent): provenance.sha256_file(p) for p in written},
     }
     tables.write_json(out, manifest, made)
-    for note in original.notes:
+    for note in notes:
         cli.log.warning("%s: %s", section.name, note)
     cli.log.info("%s: equal to the original within %.1g", section.name, largest)
 
 
-def entry_of(original: Original, job: ImportJob) -> dict[str, Any]:
+def entry_of(config: dict[str, Any], job: ImportJob) -> dict[str, Any]:
     """The manifest's entry, as of a dictionary that was trained here; what it had is not known."""
-    config = original.config()
-    spec = {"architecture": config["architecture"], "d_sae": config["d_sae"], "k": original.k}
+    spec = {key: config.get(key, 0) for key in ("architecture", "d_sae", "k")}
     return {
         "folder": f"saes/{job.name}",
         "dead_share": None,

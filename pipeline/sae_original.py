@@ -9,6 +9,7 @@ sae_formats.py has the formats.
 """
 
 import json
+import math
 import pickle
 import zipfile
 from collections.abc import Callable
@@ -18,13 +19,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from pipeline.errors import RetraceError
 from pipeline.yaml_files import load_yaml
 
 Map = Callable[[Tensor], Tensor]
 SHOWN = 8  # names of tensors in a sentence
+BLOCK = 2048  # latents that a product takes at a time
 
 
 @dataclass(frozen=True)
@@ -183,7 +185,8 @@ def take(found: dict[str, Any], files: Files, format: str, *names: str) -> list[
                 f"that is whole"
             )
         tensor = found[name].detach()
-        if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()):
+        # one pass without a copy: a sum in float64 of finite float32 numbers is finite
+        if not tensor.is_floating_point() or not math.isfinite(tensor.sum(dtype=torch.float64)):
             raise RetraceError(f"{files.weights}: '{name}' holds no finite numbers")
         out.append(tensor.float())
     return out
@@ -237,9 +240,23 @@ def top(h: Tensor, k: int) -> Tensor:
     return torch.zeros_like(h).scatter(-1, best.indices, best.values)
 
 
-def linear(x: Tensor, W: Tensor, b: Tensor | None = None) -> Tensor:
+def product(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
+    """x W + b in the dtype of x; W [in out] is cast block by block, never as a whole."""
+    parts = [x @ some.to(x) for some in W.split(BLOCK, 1)]
+    return torch.cat(parts, -1) + b.to(x)
+
+
+def linear(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
     """x W^T + b in the dtype of x; W [out in], as in torch's own layers."""
-    return nn.functional.linear(x, W.to(x), None if b is None else b.to(x))
+    return product(x, W.T, b)
+
+
+def decoded(f: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
+    """f W_dec + b_dec in the dtype of f; W_dec [d_sae d_out]."""
+    out = b_dec.to(f).expand(*f.shape[:-1], -1)
+    for start in range(0, len(W_dec), BLOCK):
+        out = out + f[..., start : start + BLOCK] @ W_dec[start : start + BLOCK].to(f)
+    return out
 
 
 def kind_of(files: Files, jumps: bool) -> str:

@@ -10,11 +10,14 @@
 
 import copy
 import importlib.metadata
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import cache
 from typing import Any, NamedTuple
 
 import torch
 import yaml
+from torch import Tensor
 
 from pipeline.errors import RetraceError, nearest
 from pipeline.sae_original import Files, Original, read_config, refuse_skip, setting, tensors
@@ -110,16 +113,15 @@ def saelens(files: Files) -> Original:
                 f"{files.weights}: holds no {part} (a decoder); take a file that is whole"
             )
     scale = files.factor if config["normalize_activations"] != "none" else 1.0
-    sae = load(files, "float32")
-    exact = cache(lambda: load(files, "float64"))
-    plain = fold(copy.deepcopy(sae), scale)
-    weights = {k: v.contiguous() for k, v in plain.state_dict().items() if k != "W_skip"}
+    sae = load(files)
+    plain = fold(copy.deepcopy(sae), scale) if scale != 1 or rescaled(sae) else sae
+    weights = {k: v for k, v in plain.state_dict().items() if k != "W_skip"}
     meta = config.get("metadata") or {}
     return Original(
         plain.cfg.architecture().replace("skip_", ""),
         weights,
-        lambda x: exact().encode(x.double() * scale).to(x),
-        lambda f: (exact().decode(f.double()) / scale).to(f),
+        lambda x: encode(sae, x * scale),
+        lambda f: decode(sae, f) / scale,
         {key: meta[key] for key in ABOUT if meta.get(key) is not None}
         | ({"norm_scaling_factor": scale} if scale != 1 else {}),
         k=int(getattr(plain.cfg, "k", 0)),
@@ -169,13 +171,13 @@ def check_config(files: Files, raw: dict[str, Any], config: dict[str, Any]) -> N
         )
 
 
-def load(files: Files, dtype: str) -> Any:
+def load(files: Files) -> Any:
     """SAELens's own object, on rows of all heads side by side."""
     from sae_lens import SAE
 
     folder = files.weights.parent
     try:
-        sae = SAE.load_from_disk(str(folder), device="cpu", dtype=dtype)
+        sae = SAE.load_from_disk(str(folder), device="cpu", dtype="float32")
     except Exception as e:  # SAELens raises what its readers raise
         said = (str(e).splitlines() or [type(e).__name__])[0][:160]
         raise RetraceError(f"{folder}: SAELens cannot read it ({said}); fetch it again") from e
@@ -183,10 +185,43 @@ def load(files: Files, dtype: str) -> Any:
     return sae.eval().requires_grad_(False)
 
 
+def encode(sae: Any, x: Tensor) -> Tensor:
+    """Latents of rows x, float64."""
+    spared = "" if rescaled(sae) or "W_enc" not in dict(sae.named_parameters()) else "W_dec"
+    with in_float64(sae, spared):
+        return sae.encode(x.double())
+
+
+def decode(sae: Any, f: Tensor) -> Tensor:
+    """Rows of latents f, float64."""
+    with in_float64(sae, "W_enc"):
+        return sae.decode(f.double())
+
+
+@contextmanager
+def in_float64(sae: Any, spared: str) -> Iterator[None]:
+    """Inside: all parameters but one, which is not needed, are float64."""
+    before, dtype = {n: p.data for n, p in sae.named_parameters() if n != spared}, sae.dtype
+    try:
+        for name, data in before.items():
+            getattr(sae, name).data = data.double()
+        sae.dtype = torch.float64
+        yield
+    finally:
+        for name, data in before.items():
+            getattr(sae, name).data = data
+        sae.dtype = dtype
+
+
+def rescaled(sae: Any) -> bool:
+    """Whether decoder norms choose among TopK's latents."""
+    return bool(getattr(sae.cfg, "rescale_acts_by_decoder_norm", False))
+
+
 @torch.no_grad()
 def fold(sae: Any, scale: float) -> Any:
     """A dictionary on rows as they are, whose x_hat is f W_dec + b_dec; changed in place."""
-    if getattr(sae.cfg, "rescale_acts_by_decoder_norm", False):
+    if rescaled(sae):
         sae.fold_W_dec_norm()
         sae.cfg.rescale_acts_by_decoder_norm = False
     if scale != 1:

@@ -103,3 +103,18 @@ def test_dictionary_learning_has_no_transcoder(tiny_gpt2_json, tmp_path, capsys)
     with pytest.raises(SystemExit):
         leave(manifest, "dictionary_learning", tmp_path / "out")
     assert "has no layout for a transcoder" in capsys.readouterr().err
+
+
+def test_a_published_dictionary_leaves_as_saelens_reads_it(tiny_gpt2_json, tmp_path):
+    """With a card, and the publisher's files in its certificate."""
+    from sae_lens import SAE
+
+    folder = published.sparsify(tmp_path / "layers.1")
+    manifest = bring(tiny_gpt2_json, tmp_path / "first", folder, "sparsify")
+    spec = {"export": {"format": "saelens", "arm": "trained", "sae": "x", "paper": "toy"}}
+    call("exports", spec, sae=manifest, model=tiny_gpt2_json, out=tmp_path / "out")
+    other = SAE.load_from_disk(tmp_path / "out")
+    with torch.no_grad():
+        torch.testing.assert_close(other(X), brought(manifest)(X))
+    said = provenance.read(tmp_path / "out/sae_weights.safetensors")["source"]
+    assert said["files"]["sae.safetensors"] == provenance.sha256_file(folder / "sae.safetensors")
