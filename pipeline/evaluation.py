@@ -343,16 +343,11 @@ def evaluate(job: cli.Job, manifest: str) -> list[dict]:
         {"sae": name}
         | {c: trained["saes"][name]["spec"].get(c) for c in SPEC_COLUMNS}
         | fit[name]
-        | {"dead_share": known(trained["saes"][name]["dead_share"])}
+        | {"dead_share": np.float64(trained["saes"][name]["dead_share"])}  # not told: NaN
         | {"eval_rows": moments.n, "splice_blocks": len(tokens)}
         | losses[name]
         for name in saes
     ]
-
-
-def known(value: float | None) -> float:
-    """A number that a published dictionary does not tell, as NaN."""
-    return float("nan") if value is None else value
 
 
 def warn_of_conventions(manifest: str, stored: dict) -> None:
