@@ -5,8 +5,8 @@ rule circuits:
         checkpoint=arm_input_of("model", "checkpoint"),
         prompts=own_file_of("prompts.py"),
         activations=circuit_input_of("activations", "manifest.json"),
-        saes=circuit_input_of("sae", "manifest.json"),
-        folders=circuit_input_of("sae", "saes"),
+        saes=circuit_input_of(DICTIONARIES, "manifest.json"),
+        folders=circuit_input_of(DICTIONARIES, "saes"),
     output:
         nodes="results/{scale}/{paper}/circuits/{arm}_nodes.parquet",
         edges="results/{scale}/{paper}/circuits/{arm}_edges.parquet",

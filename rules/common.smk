@@ -16,7 +16,7 @@ from pipeline.job import kills
 from pipeline.papers import papers, rule_helpers
 from pipeline.papers.rule_helpers import or_exit
 from pipeline.papers.rule_params import Params
-from pipeline.papers.workflow import Inputs
+from pipeline.papers.workflow import DICTIONARIES, Inputs
 
 rule_helpers.set_environment(ROOT)
 PYTHON = sys.executable

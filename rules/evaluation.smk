@@ -6,8 +6,8 @@ rule evaluation:
         corpus=arm_input_of("corpus", "tokens.parquet"),
         activations=arm_input_of("activations", "manifest.json"),
         shards=arm_input_of("activations", "shards"),
-        saes=arm_input_of("sae", "manifest.json"),
-        folders=arm_input_of("sae", "saes"),
+        saes=arm_input_of(DICTIONARIES, "manifest.json"),
+        folders=arm_input_of(DICTIONARIES, "saes"),
         histories=arm_input_of("sae", "history.parquet"),
     output:
         table="results/{scale}/{paper}/evaluation/{arm}.parquet",

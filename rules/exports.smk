@@ -1,4 +1,4 @@
-# One dictionary in the formats of other tools: SAELens, SAEBench, Neuronpedia.
+# One dictionary in the formats of other tools: SAELens, SAEBench, Neuronpedia, and libraries.
 rule export_saelens:
     input:
         sae=sae_input_of(None, "manifest.json"),
@@ -47,3 +47,19 @@ rule export_neuronpedia:
     shell:
         "{PYTHON:q} -m pipeline exports --spec {params.spec:q} --sae {input.sae:q}"
         " --table {input.table:q} --out {output:q} 2> {log:q}"
+
+
+rule export_layout:
+    input:
+        sae=sae_input_of(None, "manifest.json"),
+        folders=sae_input_of(None, "saes"),
+    output:
+        directory("results/{scale}/{paper}/exports/{arm}.{latents}/{layout}"),
+    log:
+        "results/logs/{scale}/{paper}/export_{layout}_{arm}.{latents}.log",
+    params:
+        spec=export_spec(),
+        code=code_of("exports"),
+    shell:
+        "{PYTHON:q} -m pipeline exports --spec {params.spec:q} --sae {input.sae:q}"
+        " --out {output:q} 2> {log:q}"

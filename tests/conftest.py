@@ -182,6 +182,18 @@ def tiny_model_json(tiny_model, tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def tiny_gpt2_json(tmp_path_factory) -> Path:
+    """model.json of a random 2-layer GPT-2 (d_model 16, 4 heads) for published dictionaries."""
+    from published import tiny_gpt2
+    from synthetic import call
+
+    out = tmp_path_factory.mktemp("gpt2")
+    section = {"name": "tiny", "source": "folder", "path": str(tiny_gpt2(out / "hf"))}
+    call("model", {"model": section}, out=out / "model.json", checkpoint=out / "checkpoint")
+    return out / "model.json"
+
+
+@pytest.fixture(scope="session")
 def tiny_text(tmp_path_factory) -> Path:
     """A .jsonl of 60 documents with fields text, title and label; one holds HTML."""
     words = "the cat sat on a mat and saw two dogs run over hills of red sand by the sea".split()

@@ -17,8 +17,9 @@ from pipeline.store import tables
 
 ROOT = Path(__file__).parent.parent
 ROOMS = (
-    "spec store job text models weights sae latents circuits claims report papers sharing".split()
-)
+    "spec store job downloads text models weights sae imports latents circuits claims report "
+    "papers sharing"
+).split()
 README = (ROOT / "README.md").read_text()
 PUBLISHED = sorted(f.parent for f in (ROOT / "results/reference").glob("*/*/claims.csv"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]

@@ -104,8 +104,8 @@ def test_every_rule_of_the_toy_paper_has_its_params_read(at_first):
         ("pipeline/claims/judge.py", "2 * near > n", "2 * near >= n", AFTER_METRICS),
         ("pipeline/report/index.py", "Retrace: replications", "Retrace: runs", {"index"}),
         ("pipeline/report/report.py", "SHORT = 12", "SHORT = 13", REPORT),
-        ("pipeline/report/figures.py", "DIGITS = 5", "DIGITS = 6", {"figures"} | REPORT),
-        ("pipeline/claims/metrics.py", "ddof=1", "ddof=0", {"metrics"} | AFTER_METRICS),
+        ("pipeline/report/drawing.py", "DIGITS = 5", "DIGITS = 6", {"figures"} | REPORT),
+        ("pipeline/claims/scalars.py", "ddof=1", "ddof=0", {"metrics"} | AFTER_METRICS),
         ("pipeline/store/tables.py", 'compression="zstd"', 'compression="gzip"', EVERYTHING),
     ],
 )  # fmt: skip
@@ -143,7 +143,8 @@ def comments(toy: Path) -> None:
 
 
 def docstrings(toy: Path) -> None:
-    for name in ("claims", "metrics", "tables", "figures", "report"):
+    names = ("claims/verdicts", "claims/scalars", "store/tables", "report/drawing", "report/report")
+    for name in names:
         file = toy / "pipeline" / f"{name}.py"
         file.write_text(file.read_text().replace('"""', '"""Edited. ', 1))
     edit(toy / PAPER / "measure.py", '"""One row a dimension', '"""Another row a dimension')
@@ -161,9 +162,9 @@ def layout(toy: Path) -> None:
 def frame(toy: Path) -> None:
     """Code that only hands a stage its arguments."""
     edit(toy / "pipeline" / "errors.py", "cutoff=0.6", "cutoff=0.7")
-    edit(toy / "pipeline" / "cli.py", "if now - self.told < 5", "if now - self.told < 6")
+    edit(toy / "pipeline/job/cli.py", "if now - self.told < 5", "if now - self.told < 6")
     edit(
-        toy / "pipeline" / "spec_claims.py",
+        toy / "pipeline/spec/claims.py",
         "def judged_at(self",
         "def spare(self): ...\n\n    def judged_at(self",
     )

@@ -156,7 +156,8 @@ def test_a_fault_of_paper_yaml_is_one_sentence(path, value, said):
 def test_a_transcoder_needs_the_same_tokens_at_both_hooks():
     card = laid("sae.dictionaries.l1.output_hook", HOOK)
     assert spec.parse(PaperSpec, card, "paper.yaml").sae.dictionaries["l1"].output_hook == HOOK
-    assert "'l1' is a transcoder" in fault(laid("attribution.sae", "l1", card))
+    attributed = laid("attribution.sae", "l1", card)
+    assert spec.parse(PaperSpec, attributed, "paper.yaml").attribution.sae == "l1"
     card["activations"]["max_norm_ratio"] = 2.75
     assert "max_norm_ratio drops tokens hook by hook; set it to 0" in fault(card)
 

@@ -14,6 +14,7 @@ STAGES = {
     "model": "pipeline.weights.model",
     "activations": "pipeline.models.activations",
     "sae": "pipeline.sae.sae",
+    "sae_import": "pipeline.imports.sae_import",
     "evaluation": "pipeline.latents.evaluation",
     "features": "pipeline.latents.features",
     "attribution": "pipeline.latents.attribution",

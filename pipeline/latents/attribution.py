@@ -12,6 +12,9 @@ With x = b_dec + sum_i f_i d_i + error at the hook, at every token that the dict
    is reported;
 4. truth: the `n_ablate` nodes of largest attribution are set to zero, one at a time, and the
    correlation of estimate and effect is reported.
+
+A transcoder's latents are f of the rows that it reads, and x above is what it reconstructs: their
+effect is the one through the output hook.
 """
 
 from dataclasses import dataclass
@@ -79,17 +82,27 @@ def _single(tokenizer: Any, prompt: str, word: str) -> int:
 
 @dataclass
 class Site:
-    """A stream at one hook of a model, from the position on that a dictionary may know."""
+    """A stream at one hook of a model, from the position on that a dictionary may know.
+
+    Attributes:
+        reads: of a transcoder: the hook whose rows it encodes; `hook` is then the one it writes.
+    """
 
     hf: torch.nn.Module
     hook: str
     skip_first: int
     max_norm: float = 0
+    reads: str = ""
 
     def stream(self, tokens: Tensor) -> Tensor:
         """x at the hook, [batch pos d_model]."""
         with torch.no_grad():
             return splice.stream(self.hf, self.hook, tokens)
+
+    def given(self, tokens: Tensor, whole: Tensor) -> Tensor:
+        """What a dictionary encodes, [batch pos d_in]; `whole` is the stream at the hook."""
+        with torch.no_grad():
+            return splice.stream(self.hf, self.reads, tokens) if self.reads else whole
 
     def metric(self, what: Task, x: Tensor, whole: Tensor) -> Tensor:
         """m with positions >= skip_first set to x [batch pos d_model]; `whole` gives the rest."""
@@ -146,9 +159,10 @@ def attribute(
     """
     whole = site.stream(what.tokens)
     x = whole[:, site.skip_first :]
-    known = splice.known(whole, site.skip_first, site.max_norm)[0, site.skip_first :, None]
+    given = site.given(what.tokens, whole)
+    known = splice.known(given, site.skip_first, site.max_norm)[0, site.skip_first :, None]
     with torch.no_grad():
-        acts = sae.encode(x)[0] * known  # [pos-skip d_sae]
+        acts = sae.encode(given[:, site.skip_first :])[0] * known  # [pos-skip d_sae]
         error = (x - sae.decode(acts[None]))[0] * known
         base = torch.where(known, sae.b_dec, x)
         logit_diff = float(site.metric(what, x, whole))
@@ -204,8 +218,10 @@ def work(job: cli.Job) -> None:
     sae = load_saes(args.sae, device, [section.sae])[section.sae]
     loaded = loader.load(args.model, device)
     stored = tables.read_json(args.activations)
-    hook = manifest["hook"]
-    site = Site(loaded.hf, hook, stored["skip_first"], stored["hooks"][hook]["max_norm"])
+    hook, output_hook = manifest["hook"], manifest.get("output_hook")
+    max_norm = stored["hooks"][hook]["max_norm"]
+    at = (output_hook, hook) if output_hook else (hook, "")
+    site = Site(loaded.hf, at[0], stored["skip_first"], max_norm, at[1])
     rows, frames, texts = [], [], tokens.Texts(loaded.tokenizer)
     for name, prompt in section.prompts.items():
         what = task(prompt, loaded, device)

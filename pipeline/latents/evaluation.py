@@ -18,6 +18,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -30,6 +31,9 @@ from pipeline.latents.stored import eval_tokens, load_saes
 from pipeline.models import hooks, loader, splice
 from pipeline.spec.paper import EvaluationSpec
 from pipeline.store import shards, tables
+
+if TYPE_CHECKING:
+    import pandas as pd
 
 N_OUTLIERS = 4  # SmolLM2: four dimensions hold 58 % of the variance at layer 8 (measured)
 BLOCKS_A_PASS = 8
@@ -295,6 +299,7 @@ def evaluate(job: cli.Job, manifest: str) -> list[dict]:
     trained = tables.read_json(manifest)
     hook, output_hook = trained["hook"], trained.get("output_hook")
     stored = tables.read_json(job.args.activations)
+    warn_of_conventions(manifest, stored)
     saes = load_saes(manifest, device)
     rows = shards.Rows(job.args.activations, hook, "eval")
     if output_hook:
@@ -315,11 +320,31 @@ def evaluate(job: cli.Job, manifest: str) -> list[dict]:
         {"sae": name}
         | {c: trained["saes"][name]["spec"].get(c) for c in SPEC_COLUMNS}
         | fit[name]
-        | {"dead_share": trained["saes"][name]["dead_share"]}
+        | {"dead_share": np.float64(trained["saes"][name]["dead_share"])}  # not told: NaN
         | {"eval_rows": moments.n, "splice_blocks": len(tokens)}
         | losses[name]
         for name in saes
     ]
+
+
+def warn_of_conventions(manifest: str, stored: dict) -> None:
+    """A word to the log where a published dictionary was made on text cut otherwise than ours."""
+    said = tables.read_json(manifest).get("original") or {}
+    for key, ours in (("prepend_bos", "prepend_bos"), ("context_size", "n_ctx")):
+        if said.get(key) is not None and said[key] != stored[ours]:
+            cli.log.warning(
+                "%s: was made with %s %s, and is evaluated with %s; set corpus.%s",
+                manifest, key, said[key], stored[ours], ours,
+            )  # fmt: skip
+
+
+def histories(manifests: list[str]) -> "pd.DataFrame":
+    """The histories of all that was trained here, joined; a published dictionary has none."""
+    import pandas as pd
+
+    files = [Path(m).parent / "history.parquet" for m in manifests]
+    found = [tables.read_table(f) for f in files if f.is_file()]
+    return pd.concat(found) if found else pd.DataFrame(columns=["sae", "step", "rows"])
 
 
 def main() -> None:
@@ -339,9 +364,8 @@ def main() -> None:
 
         args = job.args
         rows = [row for manifest in args.saes for row in evaluate(job, manifest)]
-        histories = [Path(m).parent / "history.parquet" for m in args.saes]
         made = job.certificate([args.model, args.corpus, args.activations, *args.saes])
-        tables.write_table(args.history, pd.concat(map(tables.read_table, histories)), made)
+        tables.write_table(args.history, histories(args.saes), made)
         tables.write_table(args.out, pd.DataFrame(rows), made)
 
     cli.run("evaluation", parser.parse_args(), work)

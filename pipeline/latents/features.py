@@ -275,7 +275,8 @@ def work(job: cli.Job) -> None:
 
     args, device = job.args, job.device()
     section, name = job.section("features", FeaturesSpec), job.spec["latents"]
-    hook = tables.read_json(args.sae)["hook"]
+    about = tables.read_json(args.sae)
+    hook = about["hook"]
     sae = load_saes(args.sae, device, [name])[name]
     loaded = loader.load(args.model, device)
     scanned = scan(sae, args.activations, hook, section.n_rows, device)
@@ -287,7 +288,7 @@ def work(job: cli.Job) -> None:
     rows = [describe(scanned, i, corpus, labels, section) for i in range(sae.cfg.d_sae)]
     texts = tokens.Texts(loaded.tokenizer)
     with torch.no_grad():
-        written = splice.written(loaded.hf, hook, sae.W_dec)
+        written = splice.written(loaded.hf, about.get("output_hook") or hook, sae.W_dec)
         logits = logit_weights(loaded.hf, written, section.n_logits, texts.ids)
     rows = decoded(rows, logits, documents, texts)
     inputs = [args.model, args.corpus, args.documents, args.activations, args.sae]

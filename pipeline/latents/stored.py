@@ -22,6 +22,7 @@ def load_saes(manifest: str | Path, device: torch.device, names: list[str] | Non
             sae = SAE.load_from_disk(str(folder), device=str(device))
         except Exception as e:  # SAELens raises what its readers raise
             raise RetraceError(f"{folder}: not a readable SAE ({e}); delete it, run again") from e
+        sae.turn_off_forward_pass_hook_z_reshaping()  # our rows hold all heads side by side
         out[name] = sae.to(torch.float32).eval().requires_grad_(False)
     return out
 

@@ -26,12 +26,13 @@ from pipeline.errors import RetraceError, nearest
 Side = Literal["input", "output"]
 
 # In the order in which a layer computes them.
-LAYER_HOOKS = ("hook_resid_pre", "hook_attn_out", "hook_resid_mid", "mlp.hook_post",
-               "hook_mlp_out", "hook_resid_post")  # fmt: skip
+LAYER_HOOKS = ("hook_resid_pre", "attn.hook_z", "hook_attn_out", "hook_resid_mid", "mlp.hook_in",
+               "mlp.hook_post", "hook_mlp_out", "hook_resid_post")  # fmt: skip
 # What TransformerBridge calls a hook itself, every family alike; the names above are its aliases.
 BRIDGE_NAMES = {
     "hook_embed": "embed.hook_out",
     "hook_resid_pre": "hook_in",
+    "attn.hook_z": "attn.o.hook_in",
     "hook_attn_out": "attn.hook_out",
     "hook_resid_mid": "ln2.hook_in",
     "mlp.hook_post": "mlp.out.hook_in",
@@ -51,24 +52,27 @@ class Family:
     ln2: str
     mlp: str
     mlp_end: str  # the last linear map of the MLP: its input is mlp.hook_post
+    attn_end: str  # the output projection: its input is attn.hook_z, all heads side by side
 
 
 LLAMA = Family(
     "model.embed_tokens", "model.layers", "input_layernorm", "self_attn",
-    "post_attention_layernorm", "mlp", "down_proj",
+    "post_attention_layernorm", "mlp", "down_proj", "o_proj",
 )  # fmt: skip
 FAMILIES = {
     "llama": LLAMA,
     "mistral": LLAMA,
     "qwen2": LLAMA,
     "qwen3": LLAMA,
-    "gpt2": Family("transformer.wte", "transformer.h", "ln_1", "attn", "ln_2", "mlp", "c_proj"),
+    "gpt2": Family(
+        "transformer.wte", "transformer.h", "ln_1", "attn", "ln_2", "mlp", "c_proj", "c_proj"
+    ),
     "retrace_native": Family(
-        "model.tok_embed", "model.layers", "ln1", "attn", "ln2", "mlp", "fc_out"
+        "model.tok_embed", "model.layers", "ln1", "attn", "ln2", "mlp", "fc_out", "o"
     ),
     "gpt_neox": Family(
         "gpt_neox.embed_in", "gpt_neox.layers", "input_layernorm", "attention",
-        "post_attention_layernorm", "mlp", "dense_4h_to_h",
+        "post_attention_layernorm", "mlp", "dense_4h_to_h", "dense",
     ),
 }  # fmt: skip
 
@@ -98,7 +102,7 @@ def hook_names(hf: nn.Module) -> list[str]:
     has_mid = not getattr(hf.config, "use_parallel_residual", False)  # GPT-NeoX: attn beside mlp
     has_mlp = getattr(hf.config, "d_mlp", 1) != 0  # models trained here may have none
     without = {"hook_resid_mid"} if not (has_mid and has_mlp) else set()
-    without |= set() if has_mlp else {"mlp.hook_post", "hook_mlp_out"}
+    without |= set() if has_mlp else {"mlp.hook_in", "mlp.hook_post", "hook_mlp_out"}
     layer = [h for h in LAYER_HOOKS if h not in without]
     n_layers = len(hf.get_submodule(family(hf).layers))
     return ["hook_embed", *(f"blocks.{i}.{h}" for i in range(n_layers) for h in layer)]
@@ -149,14 +153,33 @@ def site(hf: nn.Module, hook: str) -> tuple[nn.Module, Side]:
         if hasattr(mlp, "out"):  # inside a bridge: folded weights bypass the last linear module
             return mlp.out.hook_in, "output"
         return _submodule(mlp, names.mlp_end), "input"
+    if rest == "attn.hook_z":
+        attn = _submodule(layer, names.attn)
+        if hasattr(attn, "o") and hasattr(attn.o, "hook_in"):  # inside a bridge, likewise
+            return attn.o.hook_in, "output"
+        return _submodule(attn, names.attn_end), "input"
     path, side = {
         "hook_resid_pre": ("", "input"),
         "hook_attn_out": (names.attn, "output"),
         "hook_resid_mid": (names.ln2, "input"),
+        "mlp.hook_in": (names.mlp, "input"),
         "hook_mlp_out": (names.mlp, "output"),
         "hook_resid_post": ("", "output"),
     }[rest]
     return (_submodule(layer, path) if path else layer), side
+
+
+def width(hf: nn.Module, hook: str) -> int:
+    """Length of a row at a hook, read off the weights without a forward pass.
+
+    Behind an MLP's nonlinearity and before the output projection of attention it is what the next
+    linear map reads; elsewhere it is d_model.
+    """
+    module, _ = site(hf, hook)
+    if not hook.endswith(("mlp.hook_post", "attn.hook_z")):
+        return hf.config.hidden_size
+    weight = module.weight
+    return weight.shape[1] if isinstance(module, nn.Linear) else weight.shape[0]  # GPT-2: Conv1D
 
 
 def _submodule(module: nn.Module, path: str) -> nn.Module:

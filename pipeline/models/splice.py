@@ -107,10 +107,10 @@ def _skipped_below(hf: nn.Module, hook: str) -> Iterator[None]:
 def written(hf: nn.Module, hook: str, directions: Tensor) -> Tensor:
     """What directions [n d] at a hook write into the residual stream, [n d_model].
 
-    Behind an MLP's nonlinearity that is the MLP's last matrix times them; elsewhere they lie in
-    the stream.
+    Behind an MLP's nonlinearity that is the MLP's last matrix times them, before the output
+    projection of attention that projection; elsewhere they lie in the stream.
     """
-    if not hook.endswith("mlp.hook_post"):
+    if not hook.endswith(("mlp.hook_post", "attn.hook_z")):
         return directions
     last, _ = hooks.site(hf, hook)
     return last(directions) - last(torch.zeros_like(directions[:1]))

@@ -17,6 +17,7 @@ from pipeline.errors import RetraceError, nearest
 from pipeline.job.source import files_code
 from pipeline.spec import paper as spec
 from pipeline.spec.base import SCALES
+from pipeline.spec.imports import ImportSpec, listing
 from pipeline.spec.paper import Config, CorpusSpec, PaperSpec
 from pipeline.spec.yaml_files import load_yaml
 from pipeline.store import intact
@@ -343,11 +344,17 @@ class Run:
         """The store's artefacts of one arm: stage -> item.
 
         Those that are several have names: 'training:<run>', and 'sae:<hook>' or, of transcoders,
-        'sae:<hook> to <output hook>'.
+        'sae:<hook> to <output hook>'; 'import:<dictionary>' is a published one.
         """
         if (name, scale, arm) not in self._stores:
             self._stores[name, scale, arm] = self._store(name, scale, arm)
         return self._stores[name, scale, arm]
+
+    def sae_item(self, name: str, scale: str, arm: str, sae: str) -> Item:
+        """The store's artefact that holds a dictionary of an arm, trained or published."""
+        store = self.store(name, scale, arm)
+        dictionary = self.paper(name, scale).spec.saes_of(arm)[sae]
+        return store.get(f"import:{sae}") or store[f"sae:{dictionary.stream}"]
 
     def upstream(self, items: Iterable[Item]) -> list[str]:
         """Files with certificates of some artefacts and of all that they are made from, sorted."""
@@ -379,6 +386,9 @@ class Run:
         if paper.spec.sae is not None:
             by_stream: dict[str, dict] = {}
             for sae, dictionary in paper.spec.saes_of(arm).items():
+                if isinstance(dictionary, ImportSpec):
+                    out[f"import:{sae}"] = self._import(paper, sae, dictionary, model.id)
+                    continue
                 by_stream.setdefault(dictionary.stream, {})[sae] = dictionary.model_dump(
                     exclude={"grid", "arms"}
                 )
@@ -434,6 +444,21 @@ class Run:
             name += f"-{section.weights}"
         identity = [source, section.model_dump(include=fates)]
         return self._item("model", name, {"model": job}, inputs, identity), source
+
+    def _import(self, paper: Paper, name: str, section: ImportSpec, model: str) -> Item:
+        """A published dictionary, checked against one model: known by its files or its commit."""
+        job = section.model_dump(exclude={"arms"}) | {"name": name}
+        identity = dict(job)
+        if section.source == "folder":
+            path = resolve(section.path, paper.folder, self.roots)
+            job["path"] = str(near(path))
+            file, beside, optional = listing(section.format, path.as_posix())
+            found = [Path(f) for f in (file, *beside, *optional)]
+            identity["path"] = [[f.name, path_digest(f)] for f in found if f.is_file()]
+        inputs = {"model": model}
+        return self._item(
+            "sae_import", f"{_slug(model)}-{name}", {"import": job}, inputs, [identity, model]
+        )
 
     def _training(self, paper: Paper, name: str) -> Item:
         """A run of the section training: made from the paper's data.py, or from its corpus."""

@@ -44,8 +44,8 @@ class Params:
         latents = getattr(wildcards, "latents", None)
         return to_json(picked | ({} if latents is None else {"latents": latents}))
 
-    def export_spec(self, wildcards: Any, format: str) -> str:
-        """Which dictionary is exported."""
+    def export_spec(self, wildcards: Any, format: str = "") -> str:
+        """Which dictionary is exported; the format may be a wildcard."""
         paper = self.inputs.paper(wildcards)
         features = paper.spec.features
         if format == "neuronpedia" and (features is None or features.arm != wildcards.arm):
@@ -55,7 +55,7 @@ class Params:
                 f"to export; set features.arm"
             )
         named = {"arm": wildcards.arm, "sae": wildcards.latents, "paper": paper.name}
-        return to_json({"export": {"format": format, **named}})
+        return to_json({"export": {"format": format or wildcards.layout, **named}})
 
     def graph_spec(self, wildcards: Any) -> str:
         """Which graph of a paper is exported."""

@@ -23,6 +23,8 @@ from pipeline.papers.papers import Item, Paper, Run, find, near
 
 DRAWING = ("walk", "draw")  # our code beside plotly.js, in this order
 
+DICTIONARIES = ("sae", "sae_import")  # the stages that make some
+
 
 class Inputs:
     """Paths that rules read, of the papers of one run."""
@@ -126,14 +128,20 @@ class Inputs:
         return getattr(paper.spec, section).arm
 
     def arm_input(
-        self, wildcards: Any, stage: str, file: str, arm_section: str | None = None
-    ) -> list[str]:
-        """A store file of an arm; the arm is a wildcard, or named by a section of paper.yaml."""
+        self, wildcards: Any, stage: str | tuple[str, ...], file: str,
+        arm_section: str | None = None,
+    ) -> list[str]:  # fmt: skip
+        """A store file of an arm; the arm is a wildcard, or named by a section of paper.yaml.
+
+        Args:
+            stage: or several, as DICTIONARIES.
+        """
         arm = self.arm(wildcards, arm_section)
         store = self.run.store(wildcards.paper, wildcards.scale, arm)
-        return [in_store(item, file) for item in store.values() if item.stage == stage]
+        stages = (stage,) if isinstance(stage, str) else stage
+        return [in_store(item, file) for item in store.values() if item.stage in stages]
 
-    def circuit_input(self, wildcards: Any, stage: str, file: str) -> list[str]:
+    def circuit_input(self, wildcards: Any, stage: str | tuple[str, ...], file: str) -> list[str]:
         """A store file of an arm, where the section circuits names dictionaries; else []."""
         needed = self.paper(wildcards).spec.circuits.saes
         return self.arm_input(wildcards, stage, file) if needed else []
@@ -151,12 +159,12 @@ class Inputs:
         return self.arms(wildcards, "model", file)
 
     def sae_input(self, wildcards: Any, section: str | None, file: str) -> str:
-        """The file of the SAE job that trained the dictionary a section or wildcard names."""
+        """A file beside the dictionary that a section or wildcard names, trained or imported."""
         paper, arm = self.paper(wildcards), self.arm(wildcards, section)
         name = getattr(wildcards, "latents", None) or getattr(paper.spec, section).sae
         saes = paper.spec.saes_of(arm) if paper.spec.sae else {}
-        stream = saes[known("SAE", name, saes, paper)].stream
-        return in_store(self.run.store(paper.name, paper.scale, arm)[f"sae:{stream}"], file)
+        known("SAE", name, saes, paper)
+        return in_store(self.run.sae_item(paper.name, paper.scale, arm, name), file)
 
     # --- models of other papers ------------------------------------------------------------
 

@@ -5,6 +5,8 @@
     snakemake results/<scale>/<paper>/exports/<arm>.<dictionary>/neuronpedia
 
 * `saelens`: its folder, as `SAE.load_from_disk` reads it, and a card (export_card.py).
+* `sparsify`, `dictionary_learning`, `circuit_tracer`: its weights as those libraries read them
+  (export_layouts.py).
 * `saebench_core.json`: what stage evaluation measured, under SAEBench's names. `explained_variance`
   and `mse` are ours (metrics.py): SAEBench 0.6.0's own subtract the square of a mean square from
   the variance, and divide by the number of tokens twice. Its ablation is SAEBench's: zero at every
@@ -29,6 +31,7 @@ from pipeline.errors import RetraceError, nearest
 from pipeline.job import cli
 from pipeline.sharing.export_card import card
 from pipeline.sharing.export_formats import CoreResult, FeatureDetails, SaeLensConfig, check_weights
+from pipeline.sharing.export_layouts import LAYOUTS
 from pipeline.spec.base import Section, sentence
 from pipeline.store import provenance, tables
 
@@ -40,7 +43,9 @@ ROUNDING = 1e-6  # nats a nat: what float32 losses differ by when the same token
 class Export(Section):
     """What --spec carries under `export`."""
 
-    format: Literal["saelens", "saebench", "neuronpedia"]
+    format: Literal[
+        "saelens", "saebench", "neuronpedia", "sparsify", "dictionary_learning", "circuit_tracer"
+    ]
     arm: str
     sae: str
     paper: str
@@ -221,7 +226,7 @@ def _whole(folder: str | Path) -> Iterator[Path]:
     partial.rename(folder)
 
 
-# --- the three formats ---------------------------------------------------------------------
+# --- the formats ---------------------------------------------------------------------------
 
 
 def saelens(job: cli.Job, export: Export) -> None:
@@ -236,6 +241,16 @@ def saelens(job: cli.Job, export: Export) -> None:
         copies.append(out / "README.md")
         copies[-1].write_text(text, encoding="utf-8")
         files = {copy.name: provenance.sha256_file(copy) for copy in copies}
+        tables.write_json(out / "provenance.json", {"files": files}, made)
+
+
+def layout(job: cli.Job, export: Export) -> None:
+    """The folder of another library; provenance.json names what it is made of."""
+    folder, config, weights = dictionary(job.args.sae, export.sae)
+    made = job.certificate([job.args.sae, *sorted(folder.iterdir())])
+    with _whole(job.args.out) as out:
+        LAYOUTS[export.format](out, config, weights)
+        files = {file.name: provenance.sha256_file(file) for file in sorted(out.iterdir())}
         tables.write_json(out / "provenance.json", {"files": files}, made)
 
 
@@ -298,6 +313,7 @@ def neuronpedia(job: cli.Job, export: Export) -> None:
 
 FORMATS: dict[str, Callable[[cli.Job, Export], None]] = {
     "saelens": saelens, "saebench": saebench, "neuronpedia": neuronpedia,
+    **dict.fromkeys(LAYOUTS, layout),
 }  # fmt: skip
 
 

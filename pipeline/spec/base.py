@@ -32,6 +32,8 @@ Seeds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1), AfterV
 Dtype = Literal["float32", "float16", "bfloat16"]
 SCALES = ("smoke", "laptop", "paper")
 Scale = Literal["smoke", "laptop", "paper"]
+# Tags of the two kinds of dictionaries; no name holds a space, so no key of a file is one.
+TRAINED, IMPORTED = "a trained dictionary", "a published dictionary"
 
 
 class Section(BaseModel):
@@ -55,7 +57,7 @@ class Section(BaseModel):
 def sentence(error: ValidationError) -> str:
     """The first fault of a section: the key, what is wrong, and the value."""
     first = error.errors()[0]
-    return told(first, ".".join(str(p) for p in first["loc"]))
+    return told(first, ".".join(str(p) for p in first["loc"] if p not in (TRAINED, IMPORTED)))
 
 
 def told(fault: Any, where: str) -> str:

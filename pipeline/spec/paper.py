@@ -15,7 +15,8 @@ from pipeline.spec import aliases
 from pipeline.spec.base import Dtype, Inside, Name, Requirement, Scale, Section, sentence
 from pipeline.spec.circuits import CircuitsSpec
 from pipeline.spec.claims import Budget, Claim
-from pipeline.spec.sae import SaeSection, SaeSpec
+from pipeline.spec.imports import ImportSpec
+from pipeline.spec.sae import SaeSection, SaeSpec, check_output
 from pipeline.spec.training import TrainingSpec
 
 T = TypeVar("T", bound=BaseModel)
@@ -554,12 +555,14 @@ class PaperSpec(Section):
                     f"add it to activations.hooks"
                 )
             if sae.output_hook:
-                sae.check_output(name, hooks, self.activations.max_norm_ratio)
+                check_output(sae.output_hook, name, hooks, self.activations.max_norm_ratio)
             for arm in sae.arms:
                 if arm not in self.arm_names():
                     raise ValueError(
                         f"sae.{name}: unknown arm '{arm}'{nearest(arm, self.arm_names())}"
                     )
+            if isinstance(sae, ImportSpec):
+                continue
             if sae.k > sae.d_sae:
                 raise ValueError(f"sae.{name}: k {sae.k} is more than its {sae.d_sae} latents")
             if sae.d_sae > self.sae.training.n_rows:
@@ -586,7 +589,7 @@ class PaperSpec(Section):
                 raise ValueError(f"{key}: no SAE '{name}'{nearest(name, saes)}")
             if arm not in (saes[name].arms or self.arm_names()):
                 raise ValueError(f"{key}: SAE '{name}' is not trained on arm '{arm}'")
-            if key != "features.saes" and saes[name].output_hook:
+            if key == "circuits.saes" and saes[name].output_hook:
                 raise ValueError(f"{key}: '{name}' is a transcoder; name one without output_hook")
 
     def budget_of(self, claim: Claim) -> str:
@@ -617,8 +620,8 @@ class PaperSpec(Section):
         """The arms whose circuits are measured."""
         return [a for a in self.arm_names() if a not in self.circuits.without]
 
-    def saes_of(self, arm: str) -> dict[str, SaeSpec]:
-        """Expanded name -> dictionary, for those that the arm trains; hooks filled in."""
+    def saes_of(self, arm: str) -> dict[str, SaeSpec | ImportSpec]:
+        """Expanded name -> dictionary, for those of the arm; hooks filled in."""
         hook = self.activations.hooks[0]
         return {
             n: s if s.hook else s.model_copy(update={"hook": hook})

@@ -4,10 +4,11 @@ import math
 from itertools import product
 from typing import Annotated, Any, ClassVar, Literal
 
-from pydantic import BeforeValidator, Field, ValidationError, model_validator
+from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError, model_validator
 
 from pipeline.errors import nearest
-from pipeline.spec.base import Name, Section, sentence
+from pipeline.spec.base import IMPORTED, TRAINED, Name, Section, sentence
+from pipeline.spec.imports import ImportSpec
 
 MOST = 1_000  # dictionaries of a grid
 
@@ -176,19 +177,6 @@ class SaeSpec(Section):
         """matryoshka_batchtopk: latents of each level."""
         return sorted({max(1, round(share * self.d_sae)) for share in self.matryoshka_shares})
 
-    def check_output(self, name: str, hooks: list[str], max_norm_ratio: float) -> None:
-        """Raise where the activations section cannot serve a transcoder."""
-        if self.output_hook not in hooks:
-            raise ValueError(
-                f"sae.{name}: output_hook '{self.output_hook}' is not stored"
-                f"{nearest(self.output_hook, hooks)}; add it to activations.hooks"
-            )
-        if max_norm_ratio:
-            raise ValueError(
-                f"sae.{name}: output_hook needs the same tokens at two hooks, and "
-                f"activations.max_norm_ratio drops tokens hook by hook; set it to 0"
-            )
-
     def expand(self, name: str) -> "dict[str, SaeSpec]":
         """Name -> dictionary for every combination of the grid."""
         if not self.grid:
@@ -208,9 +196,35 @@ class SaeSpec(Section):
         return out
 
 
+def check_output(output_hook: str, name: str, hooks: list[str], max_norm_ratio: float) -> None:
+    """Raise where the activations section cannot serve a transcoder."""
+    if output_hook not in hooks:
+        raise ValueError(
+            f"sae.{name}: output_hook '{output_hook}' is not stored"
+            f"{nearest(output_hook, hooks)}; add it to activations.hooks"
+        )
+    if max_norm_ratio:
+        raise ValueError(
+            f"sae.{name}: output_hook needs the same tokens at two hooks, and "
+            f"activations.max_norm_ratio drops tokens hook by hook; set it to 0"
+        )
+
+
+def _kind(value: Any) -> str:
+    """Which of the two an entry of dictionaries is; only a published one has a source."""
+    named = isinstance(value, ImportSpec) or (isinstance(value, dict) and "source" in value)
+    return IMPORTED if named else TRAINED
+
+
+# Trained here, or published by others.
+Dictionary = Annotated[
+    Annotated[SaeSpec, Tag(TRAINED)] | Annotated[ImportSpec, Tag(IMPORTED)], Discriminator(_kind)
+]
+
+
 class SaeSection(Section):
     training: SaeTraining = SaeTraining()
-    dictionaries: dict[Name, SaeSpec] = Field(min_length=1)
+    dictionaries: dict[Name, Dictionary] = Field(min_length=1)
 
     @model_validator(mode="after")
     def _names_differ(self) -> "SaeSection":
@@ -219,7 +233,7 @@ class SaeSection(Section):
             raise ValueError(f"the grids make two dictionaries '{min(twice)}'; rename one")
         return self
 
-    def expanded(self) -> dict[str, SaeSpec]:
+    def expanded(self) -> dict[str, SaeSpec | ImportSpec]:
         """Expanded name -> dictionary."""
         return {
             n: s for name, spec in self.dictionaries.items() for n, s in spec.expand(name).items()

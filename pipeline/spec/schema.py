@@ -83,6 +83,8 @@ def finished(schema: dict[str, Any]) -> dict[str, Any]:
             for k, v in node.items()
             if k != "title" or not isinstance(v, str)
         }
+        if "oneOf" in out:  # an overlay of a few keys may fit both kinds of dictionaries
+            out["anyOf"] = out.pop("oneOf")
         if out.get("type") in ("integer", "number"):
             kept = {k: out.pop(k) for k in ("description", "default") if k in out}
             return {"anyOf": [out, GROUPED], **kept}

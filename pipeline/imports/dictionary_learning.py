@@ -1,0 +1,161 @@
+"""ae.pt and config.json of dictionary_learning 0.1.0, by the class in config.json. [torch]
+
+Each class's encode and decode are its own; the threshold of BatchTopK is one number for all latents
+and starts at -1, from which the first 1,000 steps of training do not move it.
+"""
+
+import torch
+from torch import Tensor
+
+from pipeline.errors import RetraceError, nearest
+from pipeline.imports.original import (
+    Files,
+    Original,
+    decoded,
+    jump,
+    linear,
+    product,
+    read_config,
+    setting,
+    take,
+    tensors,
+    top,
+)
+
+
+def dictionary_learning(files: Files) -> Original:
+    """ae.pt and config.json of dictionary_learning, by the class that config.json names."""
+    found, name = tensors(files.weights), "config.json"
+    config = read_config(files, name)
+    kind = setting(config, files, name, "trainer", "dict_class")
+    if kind not in CLASSES:
+        raise RetraceError(
+            f"{files.beside[name]}: dict_class '{kind}'{nearest(kind, CLASSES)} is not read; those "
+            f"that are: {', '.join(CLASSES)}"
+        )
+    out = CLASSES[kind](files, found, config["trainer"])
+    trainer, buffer = config["trainer"], config.get("buffer") or {}
+    part = str(trainer.get("submodule_name") or "resid")
+    sites = {"resid": "hook_resid_post", "mlp": "hook_mlp_out", "att": "hook_attn_out"}
+    site = next((at for word, at in sites.items() if word in part), None)
+    layer = trainer.get("layer")
+    out.about |= {
+        "model_name": trainer.get("lm_name"),
+        "hook_name": f"blocks.{layer}.{site}" if site and layer is not None else None,
+        "context_size": buffer.get("ctx_len"),
+    }
+    return out
+
+
+def _auto_encoder(files: Files, found: dict, trainer: dict) -> Original:
+    """AutoEncoder; its reader gives every decoder row length 1 and f its length."""
+    W, b_enc, W_d, bias = take(
+        found, files, "dictionary_learning", "encoder.weight", "encoder.bias", "decoder.weight",
+        "bias",
+    )  # fmt: skip
+    norm = W_d.norm(dim=0)
+    if torch.allclose(norm, torch.ones_like(norm)):
+        norm = torch.ones_like(norm)
+    return Original(
+        "standard",
+        {"W_enc": W.T * norm, "W_dec": (W_d / norm).T, "b_enc": b_enc * norm, "b_dec": bias},
+        lambda x: torch.relu(linear(x - bias.to(x), W, b_enc)) * norm.to(x),
+        lambda f: decoded(f / norm.to(f), W_d.T, bias),
+        apply_b_dec_to_input=True,
+    )
+
+
+def _auto_encoder_new(files: Files, found: dict, trainer: dict) -> Original:
+    W, b_enc, W_d, b_dec = take(
+        found, files, "dictionary_learning", "encoder.weight", "encoder.bias", "decoder.weight",
+        "decoder.bias",
+    )  # fmt: skip
+    return Original(
+        "standard",
+        {"W_enc": W.T, "W_dec": W_d.T, "b_enc": b_enc, "b_dec": b_dec},
+        lambda x: torch.relu(linear(x, W, b_enc)),
+        lambda f: decoded(f, W_d.T, b_dec),
+    )
+
+
+def _gated(files: Files, found: dict, trainer: dict) -> Original:
+    W, W_d, b_dec, r_mag, b_gate, b_mag = take(
+        found, files, "dictionary_learning", "encoder.weight", "decoder.weight", "decoder_bias",
+        "r_mag", "gate_bias", "mag_bias",
+    )  # fmt: skip
+
+    def encode(x: Tensor) -> Tensor:
+        h = linear(x - b_dec.to(x), W, torch.zeros(len(W)))
+        return (h + b_gate.to(x) > 0) * torch.relu(r_mag.to(x).exp() * h + b_mag.to(x))
+
+    return Original(
+        "gated",
+        {
+            "W_enc": W.T, "W_dec": W_d.T, "b_dec": b_dec, "r_mag": r_mag, "b_gate": b_gate,
+            "b_mag": b_mag,
+        },
+        encode,
+        lambda f: decoded(f, W_d.T, b_dec),
+        apply_b_dec_to_input=True,
+    )  # fmt: skip
+
+
+def _top_k(files: Files, found: dict, trainer: dict) -> Original:
+    W, b_enc, W_d, b_dec = take(
+        found, files, "dictionary_learning", "encoder.weight", "encoder.bias", "decoder.weight",
+        "b_dec",
+    )  # fmt: skip
+    k = int(found["k"]) if "k" in found else int(trainer["k"])
+    return Original(
+        "topk",
+        {"W_enc": W.T, "W_dec": W_d.T, "b_enc": b_enc, "b_dec": b_dec},
+        lambda x: top(linear(x - b_dec.to(x), W, b_enc), k),
+        lambda f: decoded(f, W_d.T, b_dec),
+        k=k,
+        apply_b_dec_to_input=True,
+    )
+
+
+def _batch_top_k(files: Files, found: dict, trainer: dict) -> Original:
+    """BatchTopKSAE and its Matryoshka: at inference a JumpReLU of one threshold."""
+    layers = ("encoder.weight", "encoder.bias", "decoder.weight", "b_dec", "threshold")
+    plain = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
+    W, b_enc, W_dec, b_dec, threshold = take(
+        found, files, "dictionary_learning", *(plain if "W_enc" in found else layers)
+    )
+    if "W_enc" not in found:
+        W, W_dec = W.T, W_dec.T
+    notes = ["threshold is as before training: f is ReLU, and its L0 not k"] * bool(threshold < 0)
+    thresholds = threshold.expand(W.shape[1]).contiguous()
+    return Original(
+        "jumprelu",
+        {"W_enc": W, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec, "threshold": thresholds},
+        lambda x: jump(product(x - b_dec.to(x), W, b_enc), threshold),
+        lambda f: decoded(f, W_dec, b_dec),
+        apply_b_dec_to_input=True,
+        notes=notes,
+    )
+
+
+def _jump_relu(files: Files, found: dict, trainer: dict) -> Original:
+    names = ["W_enc", "W_dec", "b_enc", "b_dec", "threshold"]
+    W_enc, W_dec, b_enc, b_dec, threshold = values = take(
+        found, files, "dictionary_learning", *names
+    )
+    return Original(
+        "jumprelu",
+        dict(zip(names, values, strict=True)),
+        lambda x: jump(product(x, W_enc, b_enc), threshold),
+        lambda f: decoded(f, W_dec, b_dec),
+    )
+
+
+CLASSES = {
+    "AutoEncoder": _auto_encoder,
+    "AutoEncoderNew": _auto_encoder_new,
+    "GatedAutoEncoder": _gated,
+    "AutoEncoderTopK": _top_k,
+    "BatchTopKSAE": _batch_top_k,
+    "MatryoshkaBatchTopKSAE": _batch_top_k,
+    "JumpReluAutoEncoder": _jump_relu,
+}

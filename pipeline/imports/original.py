@@ -1,0 +1,266 @@
+"""What a published dictionary is read from, and what was read: files, tensors, an original. [torch]
+
+1. `tensors` reads a file of weights without running what it brings.
+2. `take` and `setting` find what a format promises, in one sentence where it is not there.
+3. An `Original` holds the weights in SAELens's layout beside encode and decode as the format's own
+   library defines them, which `check_same` of sae_import.py compares with what SAELens makes of it.
+
+sae_formats.py has the formats.
+"""
+
+import json
+import math
+import pickle
+import zipfile
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from pipeline.errors import RetraceError
+from pipeline.spec.yaml_files import load_yaml
+
+Map = Callable[[Tensor], Tensor]
+SHOWN = 8  # names of tensors in a sentence
+BLOCK = 2048  # latents that a product takes at a time
+
+
+@dataclass(frozen=True)
+class Files:
+    """What a dictionary is read from.
+
+    Attributes:
+        weights: the file of weights; the others lie beside it, by name.
+        factor: norm_scaling_factor of paper.yaml or of SAELens's list; 0 is unknown.
+        transcoder: whether it is to be read as one.
+    """
+
+    weights: Path
+    beside: dict[str, Path] = field(default_factory=dict)
+    factor: float = 0
+    transcoder: bool = False
+
+
+@dataclass
+class Original:
+    """A dictionary as published.
+
+    Attributes:
+        architecture: SAELens's name.
+        weights: SAELens's names and shapes, float32.
+        encode, decode: of the original, [... d_in] -> [... d_sae] -> [... d_out], in the dtype of
+            what they are given.
+        about: what it says of its stream: model_name, hook_name, hook_name_out, context_size,
+            prepend_bos, dataset_path and the like, each where known.
+        writes: None where the file does not tell a transcoder from an autoencoder; else whether it
+            reconstructs another hook than it reads.
+        settings: further keys of cfg.json.
+        notes: what a reader should know.
+    """
+
+    architecture: str
+    weights: dict[str, Tensor]
+    encode: Map
+    decode: Map
+    about: dict[str, Any] = field(default_factory=dict)
+    k: int = 0
+    apply_b_dec_to_input: bool = False
+    writes: bool | None = None
+    settings: dict[str, Any] = field(default_factory=dict)
+    notes: list[str] = field(default_factory=list)
+
+    def config(self) -> dict[str, Any]:
+        """The keys of cfg.json that the weights decide."""
+        W_dec = self.weights["W_dec"]
+        out = {
+            "architecture": self.architecture,
+            "d_in": self.weights["W_enc"].shape[0] if "W_enc" in self.weights else W_dec.shape[1],
+            "d_sae": W_dec.shape[0],
+            "dtype": "float32",
+            "apply_b_dec_to_input": self.apply_b_dec_to_input,
+            "normalize_activations": "none",
+            "reshape_activations": "none",
+        }
+        out |= {"d_out": W_dec.shape[1]} if "transcoder" in self.architecture else {}
+        return out | self.settings | ({"k": self.k} if self.k else {})
+
+
+# --- files ---------------------------------------------------------------------------------
+
+
+def tensors(path: Path) -> dict[str, Any]:
+    """What a file of weights holds, without running what it brings; by its suffix.
+
+    Raises:
+        RetraceError: it is cut short, of another kind, or needs pickle.
+    """
+    try:
+        match path.suffix:
+            case ".safetensors":
+                from safetensors.torch import load_file
+
+                return load_file(path)
+            case ".npz":
+                with np.load(path, allow_pickle=False) as found:
+                    return {name: torch.from_numpy(found[name]) for name in found.files}
+            case ".pt" | ".pth":
+                loaded = _torch(path)
+            case other:
+                raise RetraceError(
+                    f"{path}: weights are read from .safetensors, .npz and .pt, not '{other}'"
+                )
+    except pickle.UnpicklingError as e:
+        raise RetraceError(
+            f"{path}: would run pickled code ({_first(e)}), and only tensors are read; ask for it "
+            f"as .safetensors, or convert it where you trust it"
+        ) from e
+    except (OSError, EOFError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile) as e:
+        raise RetraceError(f"{path}: cannot be read ({_first(e)}); fetch it again") from e
+    except Exception as e:  # SafetensorError has no base but Exception
+        if type(e).__name__ != "SafetensorError":
+            raise
+        raise RetraceError(f"{path}: cannot be read ({_first(e)}); fetch it again") from e
+    if not isinstance(loaded, dict):
+        raise RetraceError(f"{path}: holds a {type(loaded).__name__}, not named tensors")
+    return loaded
+
+
+def _torch(path: Path) -> Any:
+    """A .pt file's tensors and plain values; torch maps those of its zip format into memory."""
+    zipped = zipfile.is_zipfile(path)
+    with open(path, "rb") as f:
+        if not zipped and f.read(4) == b"PK\3\4":
+            raise OSError("its end is missing")
+    return torch.load(path, map_location="cpu", weights_only=True, mmap=zipped or None)
+
+
+def _first(e: Exception) -> str:
+    lines = [line for line in str(e).splitlines() if line.strip()]
+    return (lines or [type(e).__name__])[0][:160]
+
+
+def read_config(files: Files, name: str) -> dict[str, Any]:
+    """A JSON or YAML mapping beside the weights; {} where an optional one is not there."""
+    path = files.beside.get(name)
+    if path is None:
+        return {}
+    if path.suffix == ".yaml":
+        found = load_yaml(path)
+    else:
+        try:
+            found = json.loads(path.read_text(encoding="utf-8"))
+        except (OSError, ValueError, RecursionError) as e:
+            raise RetraceError(f"{path}: not readable JSON ({_first(e)}); fetch it again") from e
+    if not isinstance(found, dict):
+        raise RetraceError(f"{path}: holds no mapping; correct format, or fetch it again")
+    return found
+
+
+def setting(config: dict[str, Any], files: Files, name: str, *keys: str) -> Any:
+    """A value of a configuration; one sentence where it is not there."""
+    at: Any = config
+    for key in keys:
+        at = at.get(key) if isinstance(at, dict) else None
+    if at is None:
+        raise RetraceError(
+            f"{files.beside[name]}: has no '{'.'.join(keys)}', so it is of another format than "
+            f"said; correct format"
+        )
+    return at
+
+
+def take(found: dict[str, Any], files: Files, format: str, *names: str) -> list[Tensor]:
+    """Tensors by name; one sentence where one is missing, not of numbers, or not finite."""
+    out = []
+    for name in names:
+        if not isinstance(found.get(name), Tensor):
+            part = " (a decoder)" if "dec" in name.lower() and "b_" not in name else ""
+            raise RetraceError(
+                f"{files.weights}: holds no tensor '{name}'{part} of format {format}, but "
+                f"{', '.join(sorted(found)[:SHOWN]) or 'nothing'}; correct format, or take a file "
+                f"that is whole"
+            )
+        tensor = found[name].detach()
+        # one pass without a copy: a sum in float64 of finite float32 numbers is finite
+        if not tensor.is_floating_point() or not math.isfinite(tensor.sum(dtype=torch.float64)):
+            raise RetraceError(f"{files.weights}: '{name}' holds no finite numbers")
+        out.append(tensor.float())
+    return out
+
+
+def check_shapes(files: Files, original: Original) -> Original:
+    """The original; one sentence where its tensors do not fit each other."""
+    weights, W_dec = original.weights, original.weights["W_dec"]
+    d_in, d_sae = weights["W_enc"].shape if "W_enc" in weights else W_dec.T.shape
+    wanted = {"W_dec": (d_sae, W_dec.shape[-1]), "b_dec": (W_dec.shape[-1],)}
+    for name, tensor in weights.items():
+        if name == "W_enc":
+            continue
+        shape = wanted.get(name, (d_sae,))
+        if tuple(tensor.shape) != shape:
+            raise RetraceError(
+                f"{files.weights}: {name} is {tuple(tensor.shape)} beside an encoder of {d_in} to "
+                f"{d_sae}, and not {shape}; correct format, or fetch it again"
+            )
+    if original.k > d_sae:
+        raise RetraceError(f"{files.weights}: k {original.k} is more than its {d_sae} latents")
+    if "transcoder" not in original.architecture and W_dec.shape[-1] != d_in:
+        raise RetraceError(
+            f"{files.weights}: reads rows of {d_in} and writes rows of {W_dec.shape[-1]}; it is a "
+            f"transcoder, so name its output_hook"
+        )
+    return original
+
+
+def refuse_skip(files: Files, found: dict[str, Any], *names: str) -> None:
+    """Raise where a skip connection adds a part of x that decode(f) would leave out."""
+    for name in names:
+        if isinstance(found.get(name), Tensor) and bool((found[name] != 0).any()):
+            raise RetraceError(
+                f"{files.weights}: has a skip connection '{name}', which is no part of f W_dec + "
+                f"b_dec and would be left out of every reconstruction; take one without"
+            )
+
+
+# --- activation functions ------------------------------------------------------------------
+
+
+def jump(h: Tensor, threshold: Tensor) -> Tensor:
+    """JumpReLU (Rajamanoharan et al. 2024): ReLU(h) where h is above the threshold."""
+    return torch.relu(h) * (h > threshold.to(h))
+
+
+def top(h: Tensor, k: int) -> Tensor:
+    """The k largest of ReLU(h) [... d_sae], zero elsewhere."""
+    best = torch.relu(h).topk(k, dim=-1)
+    return torch.zeros_like(h).scatter(-1, best.indices, best.values)
+
+
+def product(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
+    """x W + b in the dtype of x; W [in out] is cast block by block, never as a whole."""
+    parts = [x @ some.to(x) for some in W.split(BLOCK, 1)]
+    return torch.cat(parts, -1) + b.to(x)
+
+
+def linear(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
+    """x W^T + b in the dtype of x; W [out in], as in torch's own layers."""
+    return product(x, W.T, b)
+
+
+def decoded(f: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
+    """f W_dec + b_dec in the dtype of f; W_dec [d_sae d_out]."""
+    out = b_dec.to(f).expand(*f.shape[:-1], -1)
+    for start in range(0, len(W_dec), BLOCK):
+        out = out + f[..., start : start + BLOCK] @ W_dec[start : start + BLOCK].to(f)
+    return out
+
+
+def kind_of(files: Files, jumps: bool) -> str:
+    """SAELens's architecture of an encoder without k."""
+    if files.transcoder:
+        return "jumprelu_transcoder" if jumps else "transcoder"
+    return "jumprelu" if jumps else "standard"

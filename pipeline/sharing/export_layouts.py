@@ -1,0 +1,161 @@
+"""One dictionary in the layouts of other libraries: sparsify, dictionary_learning, circuit-tracer.
+
+Each gives the same latents on the same rows when its library reads it:
+
+* sparsify 1.3.3 (`SparseCoder.load_from_disk`): TopK, autoencoders and transcoders.
+* dictionary_learning 0.1.0 (`load_dictionary`): L1 as AutoEncoderNew, whose reader leaves decoder
+  norms alone, TopK, JumpReLU (BatchTopK among them) and gated autoencoders.
+* circuit-tracer 0.5.0 (`load_relu_transcoder`): a layer of a transcoder set. A set has every layer
+  from 0 on, side by side in one folder.
+
+Whether b_dec is subtracted from x is fixed by each library's class; where a dictionary has it the
+other way, the biases of the encoder take it up:
+
+    (x - b_dec) W + b = x W + (b - b_dec W)
+"""
+
+import json
+import re
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from pipeline.errors import RetraceError
+from pipeline.sharing.export_formats import SaeLensConfig
+
+Weights = dict[str, np.ndarray]
+CLASSES = {
+    "standard": "AutoEncoderNew",
+    "topk": "AutoEncoderTopK",
+    "jumprelu": "JumpReluAutoEncoder",
+    "gated": "GatedAutoEncoder",
+}
+
+
+def shifted(config: SaeLensConfig, weights: Weights, subtracts: bool) -> Weights:
+    """The weights for a library that subtracts b_dec from x, or does not."""
+    if config.apply_b_dec_to_input == subtracts:
+        return weights
+    sign = 1 if subtracts else -1
+    shift = sign * (weights["b_dec"].astype(np.float64) @ weights["W_enc"].astype(np.float64))
+    moved = {"b_enc": shift, "b_gate": shift}
+    if "r_mag" in weights:
+        moved["b_mag"] = shift * np.exp(weights["r_mag"].astype(np.float64))
+    found = {name: weights[name] + by for name, by in moved.items() if name in weights}
+    return weights | {name: b.astype(np.float32) for name, b in found.items()}
+
+
+def sparsify(folder: Path, config: SaeLensConfig, weights: Weights) -> None:
+    """cfg.json and sae.safetensors."""
+    _only(config, ("topk",), "sparsify")
+    transcode = config.metadata.hook_name_out is not None
+    w = weights if transcode else shifted(config, weights, True)
+    found = {"encoder.weight": w["W_enc"].T, "encoder.bias": w["b_enc"], "W_dec": w["W_dec"]}
+    save_tensors(folder / "sae.safetensors", found | {"b_dec": w["b_dec"]})
+    about = {
+        "activation": "topk",
+        "expansion_factor": -(-config.d_sae // config.d_in),
+        "normalize_decoder": bool(np.allclose(np.linalg.norm(w["W_dec"], axis=1), 1)),
+        "num_latents": config.d_sae,
+        "k": config.model_extra["k"],
+        "multi_topk": False,
+        "skip_connection": False,
+        "transcode": transcode,
+        "d_in": config.d_in,
+    }
+    write_json(folder / "cfg.json", about)
+
+
+def dictionary_learning(folder: Path, config: SaeLensConfig, weights: Weights) -> None:
+    """ae.pt and config.json."""
+    import torch
+
+    _only(config, tuple(CLASSES), "dictionary_learning")
+    if config.metadata.hook_name_out is not None:
+        raise RetraceError(
+            f"dictionary_learning has no layout for a transcoder, and this writes "
+            f"{config.metadata.hook_name_out}; sparsify has one"
+        )
+    kind = config.architecture
+    w = shifted(config, weights, kind in ("topk", "gated"))
+    k = config.model_extra.get("k", 0)
+    linear = {"encoder.weight": w["W_enc"].T, "decoder.weight": w["W_dec"].T}
+    state = {
+        "standard": lambda: linear | {"encoder.bias": w["b_enc"], "decoder.bias": w["b_dec"]},
+        "topk": lambda: linear | {
+            "encoder.bias": w["b_enc"], "b_dec": w["b_dec"], "k": np.int32(k),
+            "threshold": np.float32(-1),
+        },
+        "jumprelu": lambda: {n: w[n] for n in ("W_enc", "W_dec", "b_enc", "b_dec", "threshold")},
+        "gated": lambda: linear | {
+            "decoder_bias": w["b_dec"], "r_mag": w["r_mag"], "gate_bias": w["b_gate"],
+            "mag_bias": w["b_mag"],
+        },
+    }[kind]()  # fmt: skip
+    torch.save({n: torch.tensor(v) for n, v in state.items()}, folder / "ae.pt")
+    about = config.metadata
+    layer, _ = place(about.hook_name)
+    trainer = {
+        "dict_class": CLASSES[kind], "activation_dim": config.d_in, "dict_size": config.d_sae,
+        "layer": layer, "lm_name": about.model_name, "submodule_name": about.hook_name,
+    }  # fmt: skip
+    trainer |= {"k": k} if k else {}
+    write_json(
+        folder / "config.json", {"trainer": trainer, "buffer": {"ctx_len": about.context_size}}
+    )
+
+
+def circuit_tracer(folder: Path, config: SaeLensConfig, weights: Weights) -> None:
+    """layer_<i>.safetensors and config.yaml."""
+    import yaml
+
+    _only(config, ("transcoder", "jumprelu_transcoder"), "circuit_tracer")
+    about = config.metadata
+    (layer, reads), (written, writes) = place(about.hook_name), place(about.hook_name_out)
+    if layer is None or layer != written:
+        raise RetraceError(
+            f"circuit-tracer's transcoders read and write one layer, and this reads "
+            f"{about.hook_name} and writes {about.hook_name_out}; export one of one layer"
+        )
+    found = {"W_enc": weights["W_enc"].T, **{n: weights[n] for n in ("W_dec", "b_enc", "b_dec")}}
+    if "threshold" in weights:
+        found["activation_function.threshold"] = weights["threshold"]
+    save_tensors(folder / f"layer_{layer}.safetensors", found)
+    set_of = {
+        "model_name": about.model_name, "model_kind": "transcoder_set", "scan": about.model_name,
+        "feature_input_hook": reads, "feature_output_hook": writes,
+    }  # fmt: skip
+    (folder / "config.yaml").write_text(yaml.safe_dump(set_of), encoding="utf-8")
+
+
+LAYOUTS: dict[str, Callable[[Path, SaeLensConfig, Weights], None]] = {
+    "sparsify": sparsify,
+    "dictionary_learning": dictionary_learning,
+    "circuit_tracer": circuit_tracer,
+}
+
+
+def place(hook: str) -> tuple[int | None, str]:
+    """Layer of a hook, None for the embedding, and its name in the layer."""
+    found = re.fullmatch(r"blocks\.(\d+)\.(.+)", hook)
+    return (int(found[1]), found[2]) if found else (None, hook)
+
+
+def _only(config: SaeLensConfig, kinds: tuple[str, ...], layout: str) -> None:
+    if config.architecture not in kinds:
+        raise RetraceError(
+            f"{layout} has no layout for {config.architecture}; it has one for {', '.join(kinds)}"
+        )
+
+
+def save_tensors(path: Path, found: Weights) -> None:
+    """Write a safetensors file of contiguous arrays."""
+    from safetensors.numpy import save_file
+
+    save_file({name: np.ascontiguousarray(a) for name, a in found.items()}, path)
+
+
+def write_json(path: Path, data: dict[str, Any]) -> None:
+    path.write_text(json.dumps(data, indent=1), encoding="utf-8")

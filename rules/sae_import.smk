@@ -1,0 +1,22 @@
+# A published dictionary, converted and compared with its original.
+rule sae_import:
+    input:
+        model=item_input_of("sae_import", "model", "model.json"),
+        checkpoint=item_input_of("sae_import", "model", "checkpoint"),
+    output:
+        manifest="results/store/sae_import/{sae_import}/manifest.json",
+        saes=directory("results/store/sae_import/{sae_import}/saes"),
+    log:
+        "results/logs/sae_import/{sae_import}.log",
+    benchmark:
+        "results/benchmarks/sae_import/{sae_import}.tsv"
+    threads: THREADS
+    resources:
+        mem_mb=8000,
+        runtime=120,
+    params:
+        spec=item_spec_of("sae_import"),
+        code=code_of("sae_import"),
+    shell:
+        "{PYTHON:q} -m pipeline sae_import --spec {params.spec:q} --model {input.model:q}"
+        " --out {output.manifest:q} --saes {output.saes:q} --threads {threads} 2> {log:q}"
