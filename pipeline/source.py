@@ -19,6 +19,7 @@ import importlib.metadata
 import importlib.util
 import json
 import os
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
@@ -76,16 +77,28 @@ def literal(file: Path, name: str) -> Any:
 
 
 def functions(file: Path) -> set[str]:
-    """Names of the functions that a Python file defines at its top level."""
+    """Names of the functions that a Python file defines, or takes from a file beside it."""
     if not file.exists():
         return set()
-    return {n.name for n in tree(file).body if isinstance(n, ast.FunctionDef)}
+    out = {n.name for n in tree(file).body if isinstance(n, ast.FunctionDef)}
+    for node in tree(file).body:
+        if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module:
+            there = functions(file.with_name(f"{node.module}.py"))
+            out |= {a.asname or a.name for a in node.names if a.name in there}
+    return out
 
 
 def import_file(path: str | Path) -> ModuleType:
-    """A paper's own .py file as a module. It is code of the paper's authors, and it runs."""
-    path = Path(path)
-    spec = importlib.util.spec_from_file_location(f"paper_{path.parent.name}_{path.stem}", path)
+    """A paper's own .py file as a module. It is code of the paper's authors, and it runs.
+
+    Its folder is a package, of which the files beside it are modules: `from . import waves`.
+    """
+    path = Path(path).resolve()
+    package = f"paper_{digest(str(path.parent))}"  # two papers have files of one name
+    if package not in sys.modules:
+        sys.modules[package] = ModuleType(package)
+        sys.modules[package].__path__ = [str(path.parent)]
+    spec = importlib.util.spec_from_file_location(f"{package}.{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     return module
@@ -101,7 +114,8 @@ def _facts(file: Path) -> dict[str, Any]:
     Snakemake asks for every module on every call.
     """
     try:
-        key = hashlib.sha256(file.read_bytes() + definitions.python().encode()).hexdigest()
+        kind = definitions.python() + _package(file)
+        key = hashlib.sha256(file.read_bytes() + kind.encode()).hexdigest()
     except OSError as e:
         raise RetraceError(f"{file}: cannot be read ({e.strerror})") from e
     if key not in _remembered():
@@ -134,7 +148,13 @@ def _remember() -> None:
 def _read_facts(file: Path) -> dict[str, Any]:
     _parsed(file)  # the sentence of a file that is no Python
     text = file.read_text(encoding="utf-8")
-    return definitions.facts(text) | {"code": definitions.file_hash(text)}
+    found = definitions.facts(text, _package(file))
+    return found | {"code": definitions.file_hash(text)}
+
+
+def _package(file: Path) -> str:
+    """What a relative import in a file starts from: '' in a paper's own, whose target is '.waves'."""
+    return "pipeline" if file.is_relative_to(PIPELINE) else ""
 
 
 def file_code(file: str | Path) -> str:
@@ -156,7 +176,7 @@ def _module(name: str) -> dict[str, Any] | None:
 
 
 def with_loaded(files: Iterable[str | Path]) -> list[Path]:
-    """A paper's own files and those that they load with import_file, sorted.
+    """A paper's own files and those that they import or load with import_file, sorted.
 
     A call that does not say which file it loads is held to load any of its folder.
     """
@@ -181,6 +201,9 @@ def _loads(found: dict[str, Any]) -> set[str]:
         for name in made.get("loads", []):
             constant = found["defs"].get(name[1:], {}) if name[0] == "=" else {}
             out |= set(constant.get("files", [])) or {"*" if name[0] == "=" else name}
+    for made in (found, *found["defs"].values()):
+        beside = [t.split(".")[1] for t in made.get("imports", {}).values() if t[0] == "."]
+        out |= {f"{name}.py" for name in beside}
     return out
 
 

@@ -264,6 +264,10 @@ def test_a_papers_own_files_count_with_what_they_reach(pipeline, tmp_path):
         "import_file(HELPER)",
         "source.import_file(which())",
         'import_file(HERE / f"{NAME}.py")',
+        "None\n\n\nfrom . import helper",
+        "None\n\n\nfrom .helper import twice as doubled",
+        "None\n\n\nfrom .helper import *",
+        "None\n\n\ndef g():\n    from . import helper\n\n    return helper",
     ],
 )
 @pytest.mark.parametrize("stage", ["metrics", "circuits", "training"])
@@ -528,6 +532,8 @@ def test_a_file_that_is_not_there_says_nothing(tmp_path):
 def test_functions_of_a_file(tmp_path):
     (tmp_path / "f.py").write_text("def a(): ...\nclass B:\n    def c(self): ...\nb = lambda: 1")
     assert functions(tmp_path / "f.py") == {"a"}
+    (tmp_path / "g.py").write_text("from .f import a, B\nfrom .f import a as again\nimport os")
+    assert functions(tmp_path / "g.py") == {"a", "again"}
 
 
 @pytest.mark.parametrize("text", ["def f(", "x = \x00", "\tx = 1\n y = 2"])
@@ -543,6 +549,21 @@ def test_two_papers_have_files_of_one_name(tmp_path):
         (tmp_path / name / "metrics.py").write_text(f"NAME = '{name}'")
     one, two = (import_file(tmp_path / n / "metrics.py") for n in ("one", "two"))
     assert (one.NAME, two.NAME) == ("one", "two")
+
+
+def test_a_papers_folder_is_a_package(tmp_path):
+    """Files beside each other import each other, also where two papers' have the same names."""
+    for name in ("one", "a.b two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "waves.py").write_text(f"NAME = '{name}'\n")
+        (tmp_path / name / "deep.py").write_text("from . import waves\n\nNAME = waves.NAME\n")
+        (tmp_path / name / "metrics.py").write_text("from . import waves\nfrom .deep import NAME\n")
+    one, two = (import_file(tmp_path / n / "metrics.py") for n in ("one", "a.b two"))
+    assert (one.NAME, two.NAME) == ("one", "a.b two")
+    assert (one.waves.NAME, two.waves.NAME) == ("one", "a.b two")
+    (tmp_path / "one/metrics.py").write_text("from . import wave\n")
+    with pytest.raises(ImportError, match="wave"):
+        import_file(tmp_path / "one/metrics.py")
 
 
 def test_a_hash_is_remembered_under_the_files_bytes(tmp_path, monkeypatch):
