@@ -21,6 +21,7 @@ from typing import Any
 from pipeline.errors import RetraceError, nearest
 from pipeline.kinds import KINDS
 from pipeline.source import functions, import_file
+from pipeline.spec_figures import faults as option_faults
 from pipeline.theme import PALETTE, template
 
 __all__ = ["KINDS", "PALETTE", "check"]  # a paper's figures.py finds the rest in pipeline.theme
@@ -60,6 +61,8 @@ def faults(paper: Any) -> Iterator[str]:
                 f"{where}: no {what}{nearest(wanted, known)}; name a kind ({', '.join(KINDS)}) or "
                 f"write the function"
             )
+        elif wanted not in own:
+            yield from (f"{where}: {said}" for said in option_faults(figure.kind, figure.options))
         for table in figure.tables:
             if table not in tables:
                 yield (

@@ -13,6 +13,9 @@ import numpy as np
 from pipeline import theme
 from pipeline.errors import RetraceError
 from pipeline.kinds_common import named, need, title_of
+from pipeline.kinds_effects import agreement, estimates, heads
+from pipeline.kinds_learning import learning
+from pipeline.kinds_lines import bars, lines
 from pipeline.kinds_sae import dead, pareto, scaling
 from pipeline.kinds_verdicts import verdicts
 
@@ -209,5 +212,8 @@ def _parts(frame: Any, suffix: str, table: str) -> Any:
 
 KINDS = {
     f.__name__: f
-    for f in (pareto, scaling, training, density, attribution, completeness, dead, verdicts)
-}
+    for f in (
+        pareto, scaling, training, density, attribution, completeness, dead, verdicts, lines,
+        learning, bars, agreement, estimates, heads,
+    )
+}  # fmt: skip

@@ -153,7 +153,7 @@ def _read_facts(file: Path) -> dict[str, Any]:
 
 
 def _package(file: Path) -> str:
-    """What a relative import in a file starts from: '' in a paper's own, whose target is '.waves'."""
+    """What a file's relative imports start from: '' in a paper's own, which import '.waves'."""
     return "pipeline" if file.is_relative_to(PIPELINE) else ""
 
 

@@ -14,6 +14,7 @@ from pipeline.errors import RetraceError, nearest
 from pipeline.spec_base import Dtype, Inside, Name, Requirement, Scale, Section, sentence
 from pipeline.spec_circuits import CircuitsSpec
 from pipeline.spec_claims import Budget, Claim
+from pipeline.spec_figures import completed
 from pipeline.spec_sae import SaeSection, SaeSpec
 from pipeline.spec_training import TrainingSpec
 
@@ -337,6 +338,8 @@ class Figure(Section):
     caption: str = Field(min_length=1, description="what to see, and the paper's figure number")
     tables: list[str] = Field(min_length=1, description="e.g. evaluation/trained, metrics")
     options: dict[str, Any] = {}
+
+    _of_its_kind = model_validator(mode="before")(completed)
 
 
 class PaperSpec(Section):

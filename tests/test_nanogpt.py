@@ -276,7 +276,7 @@ def test_samples_without_words_have_no_share():
 def drawn(name: str, scale: str = "laptop"):
     figure = papers.load(FOLDER, scale).spec.figures[name]
     tables = {t: TABLES[t] for t in figure.tables}
-    plot, frame = getattr(figures, name)(tables, figure.options)
+    plot, frame = core.make(name, figure.model_dump(), tables, FOLDER / "figures.py")
     return core.plain(plot), frame
 
 
@@ -325,7 +325,10 @@ def test_the_lens_by_layer():
     plot, frame = drawn("lens")
     assert [d["y"] for d in plot["data"]] == [[3, 1, 0], [0.1, 0.1, 0]]
     assert [b["label"] for b in plot["layout"]["updatemenus"][0]["buttons"]] == [
-        what for what, _ in figures.MEASURES.values()
+        "KL of the prediction from the lens (nats)",
+        "cross entropy of the next character (nats)",
+        "share of next characters that are right",
+        "share that agrees with the prediction",
     ]
     assert set(frame["arm"]) == {"trained", "untrained"}
 
