@@ -297,3 +297,35 @@ def toy(tmp_path, monkeypatch) -> Iterator[Path]:
     forget_code()
     yield project
     forget_code()
+
+
+@pytest.fixture(scope="session")
+def draw():
+    """(paper, figure's name, tables, options) -> figure and numbers, as the figure's job has them.
+
+    A job is handed its options as JSON, whose keys are sorted.
+    """
+    from pipeline.figures import drawing
+    from pipeline.papers import papers
+
+    def drawn(paper, name: str, frames: dict, **options):
+        spec = json.loads(papers.to_json(paper.spec.figures[name].model_dump(mode="json")))
+        spec["options"] |= options
+        given = {t: frames[t] for t in spec["tables"]}
+        figure, numbers = drawing.make(name, spec, given, paper.folder / "figures.py")
+        assert drawing.plain(figure)["data"] and len(numbers), name
+        return figure, numbers
+
+    return drawn
+
+
+@pytest.fixture(scope="session")
+def every_figure(draw):
+    """(paper, tables): draw every figure but the verdicts, which need claims.csv."""
+
+    def drawn(paper, frames: dict) -> None:
+        for name, figure in paper.spec.figures.items():
+            if figure.kind != "verdicts":
+                draw(paper, name, frames)
+
+    return drawn

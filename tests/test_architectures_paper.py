@@ -11,10 +11,10 @@ from scipy import sparse
 
 from pipeline.claims.scalars import compute, known, parts
 from pipeline.errors import RetraceError
+from pipeline.figures import drawing
 from pipeline.job.source import import_file
 from pipeline.latents.features import Scan
 from pipeline.papers import papers
-from pipeline.report import drawing
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "rules/papers/sae_architectures"

@@ -255,7 +255,7 @@ def test_every_node_and_edge_has_an_estimate_and_an_effect(made):
     assert (exact["forwards"] == exact["n"] + 2).all()
 
 
-def test_metrics_claims_and_figures(made):
+def test_metrics_claims_and_figures(made, every_figure):
     paper, frames = made
     found = compute(frames, known(parts(paper)), FOLDER / "metrics.py")
     assert all(m["definition"] and m["n"] == 2 for m in found.values())
@@ -263,12 +263,7 @@ def test_metrics_claims_and_figures(made):
         verdict = claims.judge(claim, found, "laptop")["verdict"]
         if claim.id != "saturated":  # no head of the tiny models is
             assert verdict in summary.JUDGED, claim.id
-    figures = import_file(FOLDER / "figures.py")
-    for name, figure in paper.spec.figures.items():
-        if figure.kind == "verdicts":
-            continue  # a core kind, drawn from claims.csv
-        drawn, numbers = getattr(figures, name)({t: frames[t] for t in figure.tables}, {})
-        assert len(drawn.data) and len(numbers), name
+    every_figure(paper, frames)
 
 
 def test_an_arm_or_a_function_that_is_not_there_is_told():
@@ -280,7 +275,7 @@ def test_an_arm_or_a_function_that_is_not_there_is_told():
 def test_figures_and_metrics_import_no_torch():
     code = (
         "import sys; from pipeline.job.source import import_file\n"
-        "for f in ('figures', 'figures_points', 'figures_lines', 'metrics', 'compared'):\n"
+        "for f in ('figures', 'metrics', 'compared'):\n"
         f"    import_file(r'{FOLDER}/' + f + '.py')\n"
         "assert 'torch' not in sys.modules"
     )

@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 import pytest
 from plotly.subplots import make_subplots
 
-from pipeline.report import drawing, theme
+from pipeline.figures import drawing, theme
 
 CHROMIUM = next((c for n in ("chromium", "chromium-browser") if (c := shutil.which(n))), None)
 CHROMEDRIVER = shutil.which("chromedriver")

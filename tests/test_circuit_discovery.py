@@ -302,17 +302,12 @@ def test_random_order_is_chance(made):
     assert areas[areas["method"] == "random"]["edges"].mean() == pytest.approx(0.5, abs=0.05)
 
 
-def test_metrics_claims_and_figures(made):
+def test_metrics_claims_and_figures(made, every_figure):
     paper, frames = made
     found = compute(frames, known(parts(paper)), FOLDER / "metrics.py")
     rows = [claims.judge(c, found, "laptop") for c in paper.spec.claims]
     assert {r["verdict"] for r in rows} <= set(summary.JUDGED) | {"not comparable"}
-    figures = import_file(FOLDER / "figures.py")
-    for name, figure in paper.spec.figures.items():
-        if figure.kind == "verdicts":
-            continue  # a core kind, drawn from claims.csv
-        drawn, numbers = getattr(figures, name)({t: frames[t] for t in figure.tables}, {})
-        assert len(drawn.data) and len(numbers), name
+    every_figure(paper, frames)
 
 
 def test_the_graph_counts_what_it_shows(made):
@@ -326,7 +321,7 @@ def test_the_graph_counts_what_it_shows(made):
 
 
 def test_figures_and_metrics_import_no_torch():
-    names = ("figures", "figures_graph", "figures_scores", "figures_common", "metrics")
+    names = ("figures", "figures_graph", "metrics")
     code = (
         "import sys; from pipeline.job.source import import_file\n"
         f"for f in {names}: import_file(r'{FOLDER}/' + f + '.py')\n"

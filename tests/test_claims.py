@@ -13,8 +13,8 @@ from pipeline.claims.expressions import evaluate, names, parse
 from pipeline.claims.judge import COLUMNS, interval_of_mean, interval_of_median, judge
 from pipeline.claims.scalars import summary
 from pipeline.errors import RetraceError
+from pipeline.figures.kinds_verdicts import verdicts as drawn
 from pipeline.papers.papers import Paper
-from pipeline.report.kinds_verdicts import verdicts as drawn
 from pipeline.spec.paper import Claim, PaperSpec
 
 

@@ -268,6 +268,10 @@ def test_a_papers_own_files_count_with_what_they_reach(pipeline, tmp_path):
         'runpy.run_path(str(HERE / "helper.py"))',
         "__import__('sys')\n\n\nimport helper",
         "1\n\n\ndef g():\n    from helper import twice\n\n    return twice",
+        "None\n\n\nfrom . import helper",
+        "None\n\n\nfrom .helper import twice as doubled",
+        "None\n\n\nfrom .helper import *",
+        "None\n\n\ndef g():\n    from . import helper\n\n    return helper",
     ],
 )
 @pytest.mark.parametrize("stage", ["metrics", "circuits", "training"])
@@ -438,7 +442,7 @@ EXACTLY = {  # definition -> the stages that an edit of it must rerun, and no ot
     "models/activations:compute": "activations",
     "weights/gguf_llama:load": "model",
     "claims/judge:judge": "claims",
-    "report/theme:template": "figures",
+    "figures/theme:template": "figures",
     "report/pages:render": "report index feature_page",
     "sharing/verify:examined": "",
     "store/provenance:git_state": "",
@@ -463,7 +467,13 @@ def test_the_definitions_that_count_for_nothing_are_there():
 
 
 COMPUTES = {"model", "corpus", "activations", "sae", "evaluation", "features", "attribution"}
-READING = ("pipeline.claims.", "pipeline.report.", "pipeline.papers.", "pipeline.sharing.")
+READING = (
+    "pipeline.claims.",
+    "pipeline.figures.",
+    "pipeline.report.",
+    "pipeline.papers.",
+    "pipeline.sharing.",
+)
 
 
 @pytest.mark.parametrize("stage", sorted(COMPUTES))
@@ -536,6 +546,8 @@ def test_a_file_that_is_not_there_says_nothing(tmp_path):
 def test_functions_of_a_file(tmp_path):
     (tmp_path / "f.py").write_text("def a(): ...\nclass B:\n    def c(self): ...\nb = lambda: 1")
     assert functions(tmp_path / "f.py") == {"a"}
+    (tmp_path / "g.py").write_text("from .f import a, B\nfrom .f import a as again\nimport os")
+    assert functions(tmp_path / "g.py") == {"a", "again"}
 
 
 @pytest.mark.parametrize("text", ["def f(", "x = \x00", "\tx = 1\n y = 2"])
@@ -551,6 +563,21 @@ def test_two_papers_have_files_of_one_name(tmp_path):
         (tmp_path / name / "metrics.py").write_text(f"NAME = '{name}'")
     one, two = (import_file(tmp_path / n / "metrics.py") for n in ("one", "two"))
     assert (one.NAME, two.NAME) == ("one", "two")
+
+
+def test_a_papers_folder_is_a_package(tmp_path):
+    """Files beside each other import each other, also where two papers' have the same names."""
+    for name in ("one", "a.b two"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "waves.py").write_text(f"NAME = '{name}'\n")
+        (tmp_path / name / "deep.py").write_text("from . import waves\n\nNAME = waves.NAME\n")
+        (tmp_path / name / "metrics.py").write_text("from . import waves\nfrom .deep import NAME\n")
+    one, two = (import_file(tmp_path / n / "metrics.py") for n in ("one", "a.b two"))
+    assert (one.NAME, two.NAME) == ("one", "a.b two")
+    assert (one.waves.NAME, two.waves.NAME) == ("one", "a.b two")
+    (tmp_path / "one/metrics.py").write_text("from . import wave\n")
+    with pytest.raises(ImportError, match="wave"):
+        import_file(tmp_path / "one/metrics.py")
 
 
 def test_a_hash_is_remembered_under_the_files_bytes(tmp_path, monkeypatch):

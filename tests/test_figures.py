@@ -15,9 +15,9 @@ import synthetic
 import yaml
 
 from pipeline.errors import RetraceError
+from pipeline.figures import drawing, theme
+from pipeline.figures.kinds import KINDS
 from pipeline.papers import papers
-from pipeline.report import drawing, theme
-from pipeline.report.kinds import KINDS
 from pipeline.sharing import verify
 from pipeline.store import embed, provenance
 

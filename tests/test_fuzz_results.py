@@ -16,8 +16,8 @@ from test_fuzz import CARD, SIZES, changed, damaged, try_all, try_apart
 
 from pipeline.claims import progress, summary
 from pipeline.errors import RetraceError
+from pipeline.figures import drawing
 from pipeline.papers import papers
-from pipeline.report import drawing
 from pipeline.sharing import compare, crate, published, slide, verify
 from pipeline.store import provenance, tables
 from pipeline.text import documents, fetch  # fmt: skip

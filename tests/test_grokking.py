@@ -386,7 +386,13 @@ def made_up_tables(model) -> dict[str, pd.DataFrame]:
             for name in ("train", "test"):
                 right = np.minimum(curves["step"] / 10, 1) if name == "train" else (
                     curves["test_accuracy"])  # fmt: skip
-                columns = {"seed": seed, "step": curves["step"], "set": name, "accuracy": right}
+                columns = {
+                    "member": f"s{seed}",
+                    "seed": seed,
+                    "step": curves["step"],
+                    "set": name,
+                    "accuracy": right,
+                }
                 rows.append(pd.DataFrame(columns | {"loss": curves["test_loss"]}))
         histories[f"training/{arm}"] = pd.concat(rows, ignore_index=True)
     joined = {f"fourier/{t}": pd.concat(parts, ignore_index=True) for t, parts in frames.items()}
@@ -432,16 +438,8 @@ def test_the_null_arm_has_every_metric_of_the_other(tables):
     assert np.isnan(found["null.phase.memorised"]).all()  # it does not generalise
 
 
-def test_figures_are_drawn(tables):
-    figures = import_file(FOLDER / "figures.py")
-    from pipeline.report.drawing import plain
-
-    for name, figure in papers.load(FOLDER, "smoke").spec.figures.items():
-        if figure.kind == "verdicts":
-            continue  # a core kind, drawn from claims.csv
-        drawn, numbers = getattr(figures, name)({t: tables[t] for t in figure.tables}, {})
-        assert len(drawn.data) and len(numbers), name
-        plain(drawn)
+def test_figures_are_drawn(tables, every_figure):
+    every_figure(papers.load(FOLDER, "smoke"), tables)
 
 
 def test_a_model_without_key_frequencies_is_told_not_drawn(tables):

@@ -332,7 +332,7 @@ def text(folder: Path) -> tuple[Path, Path]:
     return folder / "tokens.parquet", folder / "model.json"
 
 
-def test_the_stage_its_metrics_and_figures(tmp_path, monkeypatch):
+def test_the_stage_its_metrics_and_figures(tmp_path, monkeypatch, every_figure):
     spec = papers.load(FOLDER, "smoke").spec
     sections = {name: run.model_dump(mode="json") for name, run in spec.training.items()}
     runs = [
@@ -374,12 +374,7 @@ def test_the_stage_its_metrics_and_figures(tmp_path, monkeypatch):
     seen = 4 * batch_size * 48
     assert found["text_two_layer.passes"] == [pytest.approx(seen / (20 * 48))] * 2
     assert found["two_layer.passes"] == [1, 1] and found["two_layer.tokens_seen"][0] < 1
-    figures = import_file(FOLDER / "figures.py")
-    for name, figure in papers.load(FOLDER, "paper").spec.figures.items():
-        if figure.kind == "verdicts":
-            continue  # a core kind, drawn from claims.csv
-        drawn, numbers = getattr(figures, name)({t: frames[t] for t in figure.tables}, {})
-        assert len(drawn.data) and len(numbers), name
+    every_figure(papers.load(FOLDER, "paper"), frames)
 
 
 def two_seeds() -> dict[str, pd.DataFrame]:
@@ -455,7 +450,7 @@ def test_every_run_is_attention_only_and_long_enough(scale):
 def test_figures_and_metrics_import_no_torch():
     code = (
         "import sys; from pipeline.job.source import import_file\n"
-        f"for f in ('figures', 'metrics', 'figures_training', 'figures_heads', 'figures_circuits'):"
+        f"for f in ('figures', 'metrics'):"
         f" import_file(r'{FOLDER}/' + f + '.py')\n"
         "assert 'torch' not in sys.modules"
     )

@@ -351,7 +351,7 @@ def test_both_arms_go_through_every_step(made):
         assert methods.loc["attribution_patching", "largest"].str.match(r"(head|mlp) \d").all()
 
 
-def test_metrics_claims_and_figures(made):
+def test_metrics_claims_and_figures(made, every_figure):
     paper, frames = made
     found = compute(frames, known(parts(paper)), FOLDER / "metrics.py")
     assert {
@@ -370,12 +370,7 @@ def test_metrics_claims_and_figures(made):
         row = claims.judge(claim, here, "laptop")
         if claim.id.startswith("gpt2") and claim.comparable:
             assert row["verdict"] == "not run" and "hub=true" in row["reason"]
-    figures = import_file(FOLDER / "figures.py")
-    for name, figure in paper.spec.figures.items():
-        if figure.kind == "verdicts":
-            continue  # a core kind, drawn from claims.csv
-        drawn, numbers = getattr(figures, name)({t: frames[t] for t in figure.tables}, {})
-        assert len(drawn.data) and len(numbers), name
+    every_figure(paper, frames)
 
 
 def test_the_hubs_arm_is_there_when_asked_for():
@@ -391,7 +386,7 @@ def test_the_hubs_arm_is_there_when_asked_for():
 
 
 def test_figures_and_metrics_import_no_torch():
-    names = ("figures", "figures_heads", "figures_circuit", "metrics")
+    names = ("figures", "metrics")
     code = (
         "import sys; from pipeline.job.source import import_file\n"
         f"for f in {names}: import_file(r'{FOLDER}/' + f + '.py')\n"

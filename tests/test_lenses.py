@@ -16,10 +16,10 @@ from tiny_lms import FAMILIES, LAYERS, NEXT, READ, TOKENS, VOCAB, D, silence, ti
 from torch import nn
 
 from pipeline.errors import RetraceError
+from pipeline.figures import drawing
 from pipeline.job.source import import_file
 from pipeline.models import hooks, lens
 from pipeline.papers import papers
-from pipeline.report import drawing
 from pipeline.store import tables
 from pipeline.store.checkpoints import Checkpoints
 
@@ -485,8 +485,7 @@ def test_the_trajectory_figure(frames):
 
 def test_layers_of_a_deep_model_are_thinned():
     texts = import_file(FOLDER / "figures_texts.py")
-    assert texts.thinned([*range(31)], 11) == [*range(0, 31, 3)]
-    assert texts.thinned([0, 1, 2], 11) == [0, 1, 2]
+    assert texts.evenly(31, 11) == [*range(0, 31, 3)] and texts.evenly(3, 11) == [0, 1, 2]
     assert texts.seen(" a<b") == "a&lt;b" and texts.seen("  ") == "␣" and texts.seen("\n") == "↵"
 
 

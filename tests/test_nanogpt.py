@@ -11,6 +11,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from pipeline.figures import drawing
 from pipeline.job.source import import_file
 from pipeline.papers import papers
 from pipeline.spec.training import Architecture
@@ -276,8 +277,8 @@ def test_samples_without_words_have_no_share():
 def drawn(name: str, scale: str = "laptop"):
     figure = papers.load(FOLDER, scale).spec.figures[name]
     tables = {t: TABLES[t] for t in figure.tables}
-    plot, frame = getattr(figures, name)(tables, figure.options)
-    return figure.plain(plot), frame
+    plot, frame = drawing.make(name, figure.model_dump(), tables, FOLDER / "figures.py")
+    return drawing.plain(plot), frame
 
 
 def test_the_loss_figure_has_the_published_value_and_a_uniform_guess():
@@ -325,7 +326,10 @@ def test_the_lens_by_layer():
     plot, frame = drawn("lens")
     assert [d["y"] for d in plot["data"]] == [[3, 1, 0], [0.1, 0.1, 0]]
     assert [b["label"] for b in plot["layout"]["updatemenus"][0]["buttons"]] == [
-        what for what, _ in figures.MEASURES.values()
+        "KL of the prediction from the lens (nats)",
+        "cross entropy of the next character (nats)",
+        "share of next characters that are right",
+        "share that agrees with the prediction",
     ]
     assert set(frame["arm"]) == {"trained", "untrained"}
 

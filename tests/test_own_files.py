@@ -20,14 +20,12 @@ USED = {
         "fourier.py": "fourier", "measured.py": "fourier", "waves.py": "fourier",
         "circuit.py": "fourier", "ablations.py": "fourier", "phases.py": "fourier metrics",
         "data.py": "fourier training", "metrics.py": "metrics", "figures.py": "figures",
-        "figures_common.py": "figures", "figures_curves.py": "figures",
-        "figures_effects.py": "figures", "figures_waves.py": "figures",
+        "figures_waves.py": "figures",
     },
     "ioi": {
         "circuit.py": "circuit", "discovery.py": "circuit", "measures.py": "circuit",
         "prompts.py": "circuits", "judged.py": "circuit", "metrics.py": "metrics",
-        "figures.py": "figures", "figures_common.py": "figures", "figures_circuit.py": "figures",
-        "figures_heads.py": "figures",
+        "figures.py": "figures", "figures_graph.py": "figures",
     },
 }  # fmt: skip
 

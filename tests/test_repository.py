@@ -17,8 +17,8 @@ from pipeline.store import tables
 
 ROOT = Path(__file__).parent.parent
 ROOMS = (
-    "spec store job downloads text models weights sae imports latents circuits claims report "
-    "papers sharing"
+    "spec store job downloads text models weights sae imports latents circuits claims figures "
+    "report papers sharing"
 ).split()
 README = (ROOT / "README.md").read_text()
 PUBLISHED = sorted(f.parent for f in (ROOT / "results/reference").glob("*/*/claims.csv"))

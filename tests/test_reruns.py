@@ -104,7 +104,7 @@ def test_every_rule_of_the_toy_paper_has_its_params_read(at_first):
         ("pipeline/claims/judge.py", "2 * near > n", "2 * near >= n", AFTER_METRICS),
         ("pipeline/report/index.py", "Retrace: replications", "Retrace: runs", {"index"}),
         ("pipeline/report/report.py", "SHORT = 12", "SHORT = 13", REPORT),
-        ("pipeline/report/drawing.py", "DIGITS = 5", "DIGITS = 6", {"figures"} | REPORT),
+        ("pipeline/figures/drawing.py", "DIGITS = 5", "DIGITS = 6", {"figures"} | REPORT),
         ("pipeline/claims/scalars.py", "ddof=1", "ddof=0", {"metrics"} | AFTER_METRICS),
         ("pipeline/store/tables.py", 'compression="zstd"', 'compression="gzip"', EVERYTHING),
     ],
@@ -143,7 +143,13 @@ def comments(toy: Path) -> None:
 
 
 def docstrings(toy: Path) -> None:
-    names = ("claims/verdicts", "claims/scalars", "store/tables", "report/drawing", "report/report")
+    names = (
+        "claims/verdicts",
+        "claims/scalars",
+        "store/tables",
+        "figures/drawing",
+        "report/report",
+    )
     for name in names:
         file = toy / "pipeline" / f"{name}.py"
         file.write_text(file.read_text().replace('"""', '"""Edited. ', 1))

@@ -17,11 +17,11 @@ from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 from pipeline.claims import needs
 from pipeline.claims.scalars import compute, known, parts
 from pipeline.errors import RetraceError
+from pipeline.figures import drawing
 from pipeline.job.source import import_file
 from pipeline.latents import sites as latents
 from pipeline.latents.sites import ERROR, Latents
 from pipeline.papers import papers
-from pipeline.report import drawing
 from pipeline.sharing import attribution_graph
 from pipeline.store import provenance, tables
 
@@ -261,19 +261,14 @@ def test_nodes_are_patched_and_edges_lead_upwards(made):
         assert (own.loc[own["number"] >= 0, "logits"] != "").all()
 
 
-def test_metrics_claims_and_figures(made):
+def test_metrics_claims_and_figures(made, every_figure):
     paper, frames, _ = made
     found = compute(dict(frames), known(parts(paper)), FOLDER / "metrics.py")
     assert all(m["n"] == 2 for m in found.values())
     assert len(set(found["logit_diff.mean"]["values"])) == 2  # other prompts
     wanted = {n for c in paper.spec.claims for n in needs.wanted(c)}
     assert {n for n in wanted if not n.startswith("circuits.")} <= set(found)
-    for name, figure in paper.spec.figures.items():
-        if figure.kind == "verdicts":
-            continue  # a core kind, drawn from claims.csv
-        wanted = getattr(figures, figure.kind or name)
-        drawn, numbers = wanted({t: frames[t] for t in figure.tables}, figure.options)
-        assert len(drawn.data) and len(numbers), name
+    every_figure(paper, frames)
 
 
 def test_the_walk_of_a_graph_names_its_traces(made):

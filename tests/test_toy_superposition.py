@@ -301,7 +301,7 @@ def run_stage(folder: Path, *options: str) -> subprocess.CompletedProcess:
 
 
 @pytest.mark.workflow
-def test_the_stage_its_metrics_and_figures(tmp_path):
+def test_the_stage_its_metrics_and_figures(tmp_path, every_figure):
     for folder, threads in (("a", "1"), ("b", "2")):
         done = run_stage(tmp_path / folder, "--threads", threads)
         assert done.returncode == 0, done.stderr
@@ -316,12 +316,7 @@ def test_the_stage_its_metrics_and_figures(tmp_path):
 
     found = metrics.metrics(frames)
     assert all(definition(name, metrics.METRICS) for name in found)
-    figures = import_file(FOLDER / "figures.py")
-    for name, figure in spec.figures.items():
-        if figure.kind == "verdicts":
-            continue  # a core kind, drawn from claims.csv
-        drawn, numbers = getattr(figures, name)({t: frames[t] for t in figure.tables}, {})
-        assert len(drawn.data) and len(numbers), name
+    every_figure(papers.load(FOLDER, "smoke"), frames)
 
 
 def test_figures_and_metrics_import_no_torch():

@@ -5,8 +5,8 @@ import pytest
 import synthetic
 from test_browser import CHROMEDRIVER, CHROMIUM, FLAGS, Browser
 
-from pipeline.report import drawing
-from pipeline.report.kinds_graph import legend, ruled, walkable
+from pipeline.figures import drawing
+from pipeline.figures.kinds_graph import legend, ruled, walkable
 
 NAMES = ["a", "b <b>bold</b>", "c", "logits"]
 NODES = pd.DataFrame(

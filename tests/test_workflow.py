@@ -259,7 +259,7 @@ def test_strict_fails_a_run_whose_claim_is_not_reproduced(project):
 # --- the torch border ----------------------------------------------------------------------
 
 HEAVY = ["torch", "transformers", "transformer_lens", "sae_lens"]
-WITHOUT_TORCH = "spec store job downloads text claims report papers sharing".split()
+WITHOUT_TORCH = "spec store job downloads text claims figures report papers sharing".split()
 
 
 def imported_by(code: str, cwd: Path = ROOT) -> list[str]:

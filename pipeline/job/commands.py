@@ -22,7 +22,7 @@ STAGES = {
     "metrics": "pipeline.claims.metrics",
     "claims": "pipeline.claims.claims",
     "figures_js": "pipeline.report.figures_js",
-    "figures": "pipeline.report.figures",
+    "figures": "pipeline.figures.figures",
     "feature_page": "pipeline.report.feature_page",
     "report": "pipeline.report.report",
     "index": "pipeline.report.index",

@@ -20,6 +20,7 @@ import importlib.util
 import json
 import os
 import re
+import sys
 from collections.abc import Iterable
 from pathlib import Path
 from types import ModuleType
@@ -78,20 +79,31 @@ def literal(file: Path, name: str) -> Any:
 
 
 def functions(file: Path) -> set[str]:
-    """Names of the functions that a Python file defines at its top level."""
+    """Names of the functions that a Python file defines, or takes from a file beside it."""
     if not file.exists():
         return set()
-    return {n.name for n in tree(file).body if isinstance(n, ast.FunctionDef)}
+    out = {n.name for n in tree(file).body if isinstance(n, ast.FunctionDef)}
+    for node in tree(file).body:
+        if isinstance(node, ast.ImportFrom) and node.level == 1 and node.module:
+            there = functions(file.with_name(f"{node.module}.py"))
+            out |= {a.asname or a.name for a in node.names if a.name in there}
+    return out
 
 
 def import_file(path: str | Path) -> ModuleType:
     """A paper's own .py file as a module. It is code of the paper's authors, and it runs.
 
+    Its folder is a package, of which the files beside it are modules: `from . import waves`.
+
     Raises:
         RetraceError: it imports what is not there from a module of ours.
     """
-    path = Path(path)
-    spec = importlib.util.spec_from_file_location(f"paper_{path.parent.name}_{path.stem}", path)
+    path = Path(path).resolve()
+    package = f"paper_{digest(str(path.parent))}"  # two papers have files of one name
+    if package not in sys.modules:
+        sys.modules[package] = ModuleType(package)
+        sys.modules[package].__path__ = [str(path.parent)]
+    spec = importlib.util.spec_from_file_location(f"{package}.{path.stem}", path)
     module = importlib.util.module_from_spec(spec)
     try:
         spec.loader.exec_module(module)
@@ -103,7 +115,7 @@ def import_file(path: str | Path) -> ModuleType:
 
 
 def _home_of(fault: ImportError) -> str:
-    """'; it is pipeline.report.theme' for a module or a name of ours that stands elsewhere."""
+    """'; it is pipeline.figures.theme' for a module or a name of ours that stands elsewhere."""
     name = re.match(r"cannot import name '(\w+)'", fault.msg)
     last, room = (name[1], fault.name) if name else (fault.name.split(".")[-1], "")
     found = []
@@ -184,7 +196,7 @@ def _module(name: str) -> dict[str, Any] | None:
 
 
 def with_loaded(files: Iterable[str | Path]) -> list[Path]:
-    """A paper's own files and those that they load, with import_file or from beside, sorted.
+    """A paper's own files and those that they import, or load with import_file, sorted.
 
     A call that does not say which file it loads is held to load any of its folder. A stage that is
     run as a script finds the files of its folder by `import`, too.
@@ -215,9 +227,9 @@ def _loads(found: dict[str, Any]) -> set[str]:
 
 
 def _imported(found: dict[str, Any]) -> set[str]:
-    """Top-level names of all that a file imports."""
+    """Top-level names of all that a file imports, those of its own folder among them."""
     imports = [found["imports"], *(made.get("imports", {}) for made in found["defs"].values())]
-    return {t.split(".")[0] for i in imports for targets in i.values() for t in targets}
+    return {t.lstrip(".").split(".")[0] for i in imports for targets in i.values() for t in targets}
 
 
 def files_code(files: Iterable[str | Path]) -> list[list[str]]:

@@ -26,9 +26,9 @@ from pydantic import ValidationError
 
 from pipeline.claims import expressions, verdicts
 from pipeline.errors import RetraceError, command, nearest
+from pipeline.figures import drawing
 from pipeline.job.source import tree
 from pipeline.papers import papers
-from pipeline.report import drawing
 from pipeline.spec.base import SCALES, told
 from pipeline.spec.paper import PaperSpec
 from pipeline.store.provenance import canonical

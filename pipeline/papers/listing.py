@@ -18,9 +18,9 @@ from pathlib import Path
 
 from pipeline.claims import scalars
 from pipeline.errors import RetraceError, command, nearest
+from pipeline.figures.kinds import KINDS
 from pipeline.job import commands, source
 from pipeline.papers import papers
-from pipeline.report.kinds import KINDS
 from pipeline.spec.circuits import Method
 from pipeline.spec.yaml_files import load_yaml
 

@@ -117,7 +117,7 @@ def load(folder: Path, scale: str, raw: dict | None = None, hub: bool = False) -
     parsed = spec.parse(PaperSpec, merged, f"{file} ({scale})")
     paper = Paper(folder.name, folder, scale, filled(parsed, f"{file} ({scale})"))
     from pipeline.claims import verdicts
-    from pipeline.report import drawing  # they read papers, too
+    from pipeline.figures import drawing  # they read papers, too
 
     verdicts.check(paper)
     drawing.check(paper)

@@ -71,6 +71,21 @@ def differing(ours: Any, theirs: Any) -> int | None:
     return count
 
 
+def drawn_as(name: str, shown: dict[str, Any], folder: Path, scale: str) -> dict[str, Any]:
+    """A figure as published; of a function that is now a core kind, with kind and options of this
+    checkout's paper.yaml."""
+    from pipeline.figures.kinds import KINDS
+    from pipeline.job import source
+    from pipeline.papers import papers
+
+    wanted = shown["kind"] or name
+    own = folder / "figures.py"
+    if wanted in KINDS or wanted in source.functions(own) or not (folder / "paper.yaml").is_file():
+        return shown
+    figure = papers.load(folder, scale).spec.figures.get(name)
+    return shown | {"kind": figure.kind, "options": figure.options} if figure else shown
+
+
 def redraw(run: Results, name: str, made: dict[str, Any], papers: Path, out: Path) -> str:
     """Draw one figure into a folder; a sentence on how its numbers compare.
 
@@ -79,8 +94,8 @@ def redraw(run: Results, name: str, made: dict[str, Any], papers: Path, out: Pat
     """
     import pandas as pd
 
+    from pipeline.figures import drawing
     from pipeline.job import source
-    from pipeline.report import drawing
     from pipeline.store import embed, tables
 
     spec, inputs = made["spec"], tables_of(run, made)
@@ -88,7 +103,8 @@ def redraw(run: Results, name: str, made: dict[str, Any], papers: Path, out: Pat
     code = sorted(own.parent.glob("figures*.py")) if own.is_file() else []
     frames = dict(zip(spec["figure"]["tables"], map(drawing.read, inputs), strict=True))
     try:
-        figure, frame = drawing.make(name, spec["figure"], frames, own if code else None)
+        as_now = drawn_as(name, spec["figure"], own.parent, run.scale)
+        figure, frame = drawing.make(name, as_now, frames, own if code else None)
     except (LookupError, TypeError, ValueError, AttributeError) as e:
         raise RetraceError(
             f"the code of this checkout cannot draw these tables ({e!r}); "

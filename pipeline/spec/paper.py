@@ -15,6 +15,7 @@ from pipeline.spec import aliases
 from pipeline.spec.base import Dtype, Inside, Name, Requirement, Scale, Section, sentence
 from pipeline.spec.circuits import CircuitsSpec
 from pipeline.spec.claims import Budget, Claim
+from pipeline.spec.figures import completed
 from pipeline.spec.imports import ImportSpec
 from pipeline.spec.sae import SaeSection, SaeSpec, check_output
 from pipeline.spec.training import TrainingSpec
@@ -410,6 +411,8 @@ class Figure(Section):
     caption: str = Field(min_length=1, description="what to see, and the paper's figure number")
     tables: list[str] = Field(min_length=1, description="e.g. evaluation/trained, metrics")
     options: dict[str, Any] = {}
+
+    _of_its_kind = model_validator(mode="before")(completed)
 
 
 class PaperSpec(Section):

@@ -19,6 +19,7 @@ from typing import Any
 
 from pipeline.errors import command
 from pipeline.spec.base import SCALES
+from pipeline.spec.figures import OPTIONS, STANDARD
 from pipeline.spec.paper import Config, PaperSpec
 
 FOLDER = Path(__file__).parent / "schema"
@@ -42,7 +43,29 @@ def paper() -> dict[str, Any]:
         "properties": dict.fromkeys(SCALES, overlay),
         "additionalProperties": False,
     }
-    return finished(whole | {"$defs": definitions | parts})
+    definitions["Figure"] |= by_kind(definitions["Figure"].pop("required"))
+    return finished(whole | {"$defs": definitions | parts | options()})
+
+
+def by_kind(required: list[str]) -> dict[str, Any]:
+    """What depends on the kind of a figure: its options, and what it must say itself."""
+    of = lambda kind: {"properties": {"kind": {"const": kind}}, "required": ["kind"]}  # noqa: E731
+    alike = {"not": {"anyOf": [of(kind) for kind in STANDARD]}}
+    rules: list[dict] = [{"if": alike, "then": {"required": required}}]
+    for kind, model in OPTIONS.items():
+        ref = {"$ref": f"#/$defs/{model.__name__}Options"}
+        rules.append({"if": of(kind), "then": {"properties": {"options": ref}}})
+    return {"allOf": rules}
+
+
+def options() -> dict[str, Any]:
+    """The schemas of the options of all core kinds of figures, by name."""
+    out: dict[str, Any] = {}
+    for model in OPTIONS.values():
+        schema = model.model_json_schema()
+        out |= schema.pop("$defs", {})
+        out[f"{model.__name__}Options"] = schema
+    return out
 
 
 def config() -> dict[str, Any]:

@@ -171,7 +171,7 @@ def drawn(found: dict, path: Path) -> None:
     """The figure: seconds above, memory below, an axis a column."""
     from plotly.subplots import make_subplots
 
-    from pipeline.report import drawing, theme
+    from pipeline.figures import drawing, theme
 
     axes = list(found)
     figure = make_subplots(

@@ -2,7 +2,7 @@
 
 import plotly.graph_objects as go
 
-from pipeline.report.theme import axis, colour, slider
+from pipeline.figures.theme import axis, colour, slider
 
 
 def own_bars(tables, options):

@@ -1,50 +1,170 @@
-"""Figures of attribution patching: one function each, named as in paper.yaml; no torch.
+"""Figures of attribution patching that are no core kinds, a colour a method; no torch."""
 
-They are drawn in the figures_*.py beside this file.
-"""
-
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
-import plotly.graph_objects as go
 
-from pipeline.job.source import import_file
+from pipeline.figures.kinds_effects import cases_of, nodes_in_words
+from pipeline.figures.parts import Drawn, Panels, first, line, points, whiskers
+from pipeline.figures.theme import PALETTE, axis, rgba
 
-HERE = Path(__file__).parent
-Drawn = tuple[go.Figure, pd.DataFrame]
+METHODS = {
+    "attribution_patching": ("attribution patching", PALETTE[1]),
+    "attribution_ig": ("integrated gradients", PALETTE[0]),
+    "qk_fix": ("with QK fix", PALETTE[3]),
+    "atp_star": ("AtP*", PALETTE[2]),
+    "activation_patching": ("exact", PALETTE[6]),
+}
+NODES = list(METHODS)[:4]
+OF_EDGES = {"eap": "attribution_patching", "eap_ig": "attribution_ig"}
+GROUPS = {"head": "heads", "mlp": "MLPs", "q": "queries", "k": "keys", "v": "values",
+          "saturated": "q, k: attention above 0.9", "even": "q, k: below", "resid": "stream",
+          "edges": "edges"}  # fmt: skip
+CASES = {
+    "ioi": "indirect object", "greater_than": "greater than", "lookup": "lookup",
+    "smollm2": "SmolLM2", "small": "model trained here",
+    "random": "SmolLM2, weights redrawn", "small_random": "the same, weights redrawn",
+}  # fmt: skip
+LOW, HIGH = 1e-3, 10.0  # shares that are drawn; what lies beyond stands at the edge
 
 
-def estimates(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
-    """Every node by each estimate, against its exact effect."""
-    return import_file(HERE / "figures_points.py").estimates(tables, options)
-
-
-def edges(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
-    """Edges by EAP and EAP-IG, against their exact effect."""
-    return import_file(HERE / "figures_points.py").edges(tables, options)
-
-
-def saturation(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
-    """What is left of a query's or key's effect in its estimate, by how even attention is."""
-    return import_file(HERE / "figures_points.py").saturation(tables, options)
+def cases(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """(name, rows) of every task on every model, trained models first."""
+    return cases_of(table, ["task", "arm"], CASES)
 
 
 def search(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
-    """What is found by patching exactly in the order of an estimate."""
-    return import_file(HERE / "figures_lines.py").search(tables, options)
+    """Share of the nodes that matter most against nodes patched exactly, best first."""
+    table = first(next(iter(tables.values())))
+    found, panels = cases(table[table["unit"] == "node"]), Panels()
+    for number, (_, case) in enumerate(found):
+        n = int(case["n"].iloc[0])
+        wanted = round(1 / case["found"].min())  # the first that is found is one of so many
+        for label, last in {"if the order were right": wanted, "in any order": n}.items():
+            x = [1 + (last - 1) * i / 60 for i in range(61)]  # a line, bent by the log axis
+            dash = "dot" if last == n else "dash"
+            panels.add(0, line(x, [v / last for v in x], label, width=1, dash=dash), case=number)
+        for method in NODES:
+            some, (label, shade) = case[case["method"] == method], METHODS[method]
+            hover = f"{label}<br>%{{x}} patched exactly: %{{y:.0%}} found"
+            trace = line(some["checked"], some["found"], label, shade, shape="hv", hover=hover)
+            panels.add(0, trace, case=number)
+    panels.choose(name for name, _ in found)
+    return panels.finish(
+        420, top=60,
+        xaxis=axis("nodes patched exactly, in the order of the estimate", log=True),
+        yaxis=axis("share found of those that matter most", tickformat=".0%"),
+    ), table  # fmt: skip
 
 
 def kinds(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
-    """Correlation and false negatives by kind of node."""
-    return import_file(HERE / "figures_lines.py").kinds(tables, options)
+    """Two panels of points, a row a kind: correlation, and false negatives.
+
+    Points are means over seeds, and lines run from the least to the most.
+    """
+    (table,) = tables.values()
+    columns = {"correlation": "correlation with the exact effect", "missed": "share missed"}
+    groups = table[table["group"].isin(GROUPS)].groupby(
+        ["arm", "task", "method", "group"], sort=False
+    )
+    rows = groups.mean(numeric_only=True)
+    for c in columns:
+        rows[f"{c}_least"], rows[f"{c}_most"] = groups[c].min(), groups[c].max()
+    rows = rows.reset_index().drop(columns="seed")
+    found = cases(rows.assign(shown=rows["method"].replace(OF_EDGES)))
+    panels = Panels(list(columns.values()), gap=(0.06, 0), shared_yaxes=True)
+    for number, (_, case) in enumerate(found):
+        for i, c in enumerate(columns):
+            for method in NODES:
+                some, (label, shade) = case[case["shown"] == method], METHODS[method]
+                trace = points(
+                    some[c], [GROUPS[g] for g in some["group"]], label, shade, size=10,
+                    marker={"opacity": 0.85}, customdata=some["matter" if i else "n"],
+                    error_x=whiskers(some[c], some[f"{c}_least"], some[f"{c}_most"], width=2,
+                                     color=shade),
+                    hover=f"{label}<br>%{{y}}: %{{x:.3~g}}, of %{{customdata:.0f}}",
+                )  # fmt: skip
+                panels.add(i, trace, case=number)
+    order = {"categoryorder": "array", "categoryarray": list(GROUPS.values())[::-1]}
+    panels.figure.update_yaxes(type="category", **order)
+    panels.figure.update_xaxes(tickformat=".0%", rangemode="tozero", row=1, col=2)
+    panels.choose(name for name, _ in found)
+    return panels.finish(440), rows
+
+
+def saturation(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
+    """Queries and keys that matter: share of the effect that an estimate sees, by attention."""
+    nodes, totals = (first(tables[f"estimates/{t}"]) for t in ("nodes", "totals"))
+    total = totals.set_index(["arm", "task"])["total"].abs()
+    inputs = nodes[nodes["kind"].isin(["q", "k"])]
+    whole = np.array([total[key] for key in zip(inputs["arm"], inputs["task"], strict=True)])
+    inputs = inputs[inputs["exact_size"] >= 0.01 * whole]
+    inputs = inputs.assign(share=inputs["size"] / inputs["exact_size"])
+    found, panels, methods = cases(inputs), Panels(), ["attribution_patching", "qk_fix"]
+    for number, (_, case) in enumerate(found):
+        for method in methods:
+            some, (label, shade) = case[case["method"] == method], METHODS[method]
+            trace = points(
+                some["peak"], some["share"].clip(LOW, HIGH), label, rgba(shade, 0.75), size=7,
+                customdata=nodes_in_words(some),
+                hover="%{customdata}<br>attention %{x:.3~g}, share %{y:.3~g}",
+            )  # fmt: skip
+            panels.add(0, trace, case=number)
+    panels.add(0, line([0, 1], [1, 1], width=1, dash="dot"))
+    panels.choose(name for name, _ in found)
+    spans = np.log10([LOW * 0.8, HIGH * 1.2]).tolist()
+    kept = "arm task method kind layer head peak size exact_size share".split()
+    return panels.finish(
+        420, top=48,
+        xaxis=axis("largest attention weight of the head", range=[0, 1.02]),
+        yaxis=axis("estimated size over exact size", type="log", range=spans, dtick=1),
+    ), inputs[inputs["method"].isin(methods)][kept]  # fmt: skip
 
 
 def layers(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
-    """Error of the estimates by layer."""
-    return import_file(HERE / "figures_lines.py").layers(tables, options)
+    """Sum of |estimate - exact| over the sum of |exact|, of all nodes of a layer."""
+    (table,) = tables.values()
+    whole = table[(table["kind"] != "resid") & table["method"].isin(NODES[:-1])]
+    off, effect = (whole["score"] - whole["exact_score"]).abs(), whole["exact_score"].abs()
+    groups = whole.assign(off=off, effect=effect).groupby(
+        ["arm", "task", "method", "layer"], sort=False
+    )
+    sums = groups[["off", "effect"]].sum()
+    frame = sums.assign(error=sums["off"] / sums["effect"]).reset_index()
+    found, panels = cases(frame), Panels()
+    for number, (_, case) in enumerate(found):
+        for method in NODES[:-1]:
+            some, (label, shade) = case[case["method"] == method], METHODS[method]
+            hover = f"{label}<br>layer %{{x}}: %{{y:.3~g}}"
+            dots = {"marker": {"size": 5}, "hover": hover}
+            panels.add(0, line(some["layer"], some["error"], label, shade, **dots), case=number)
+    panels.choose(name for name, _ in found)
+    y = axis("error, relative", rangemode="tozero")
+    return panels.finish(400, top=48, xaxis=axis("layer"), yaxis=y), frame
 
 
 def cost(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
-    """Correlation against seconds."""
-    return import_file(HERE / "figures_lines.py").cost(tables, options)
+    """A point a method: seconds, and correlation over all nodes; exact patching is right."""
+    costs, quality = tables["estimates/costs"], tables["estimates/quality"]
+    keys = ["arm", "task", "method"]
+    by_case = quality[quality["group"] == "all"].groupby(keys, sort=False)
+    of_nodes = costs[costs["unit"] == "node"].groupby(keys, sort=False)
+    seen = of_nodes[["seconds", "forwards", "backwards"]].mean().reset_index()
+    frame = seen.merge(by_case["correlation"].mean().reset_index(), on=keys, how="left")
+    frame.loc[frame["method"] == "activation_patching", "correlation"] = 1.0  # with itself
+    found, panels = cases(frame), Panels()
+    for number, (_, case) in enumerate(found):
+        for row in case.itertuples():
+            label, shade = METHODS[row.method]
+            passes = f"{row.forwards:.0f} forward, {row.backwards:.0f} backward"
+            side = "left" if row.seconds == case["seconds"].max() else "right"
+            trace = points(
+                [row.seconds], [row.correlation], label, shade, size=13, mode="markers+text",
+                text=[passes], textposition=f"bottom {side}",
+                hover=f"{label}: {passes} passes<br>%{{x:.3~g}} s, %{{y:.3~g}}",
+            )  # fmt: skip
+            panels.add(0, trace, case=number)
+    panels.choose(name for name, _ in found)
+    x, y = axis("time for all nodes", "s", log=True), axis("correlation with the exact effect")
+    return panels.finish(420, top=60, xaxis=x, yaxis=y), frame

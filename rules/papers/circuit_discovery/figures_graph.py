@@ -1,6 +1,5 @@
 """The known circuit and the found one, as a graph from the embeddings to the logits."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -8,10 +7,21 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from pipeline.claims import roc
-from pipeline.job.source import import_file
-from pipeline.report.theme import INK, PAGE, PALETTE, selector
+from pipeline.figures.parts import Drawn, Panels, line
+from pipeline.figures.theme import INK, PAGE, PALETTE, selector
 
-common = import_file(Path(__file__).with_name("figures_common.py"))
+TASKS = {
+    "reverse": "reverse",
+    "xproportion": "xproportion",
+    "letters": "xproportion, letters",
+    "siit": "xproportion, trained",
+}
+ABLATIONS = {"zero": "zero ablation", "corrupt": "corrupt ablation"}
+TRUTHS = {
+    "wired": "what is built in",
+    "authors": "the authors' circuit",
+    "swapped": "what swapped tokens need",
+}
 CLASSES = {  # (in the circuit, found) -> name, colour, dash
     (True, True): ("in the circuit, found", PALETTE[2], "solid"),
     (False, True): ("found, not in the circuit", PALETTE[1], "dash"),
@@ -49,21 +59,32 @@ def bent(a: SPOT, b: SPOT) -> tuple[list[float], list[float]]:
     return [*x.tolist(), None], [*y.tolist(), None]
 
 
+def first(frame: pd.DataFrame) -> pd.DataFrame:
+    """The rows of the trained weights and the first seed."""
+    return frame[(frame["weights"] == "trained") & (frame["seed"] == frame["seed"].min())]
+
+
+def of(edges: pd.DataFrame, task: str, ablation: str) -> pd.DataFrame:
+    """The rows of one task and ablation."""
+    return edges[(edges["task"] == task) & (edges["ablation"] == ablation)]
+
+
+def known_of(truth: pd.DataFrame, task: str, name: str) -> np.ndarray:
+    """Which edges of a task are in a known circuit. [edges]"""
+    return truth[truth["task"] == task][name].to_numpy(bool)
+
+
 def drawn(edges: pd.DataFrame, place: dict[str, SPOT]) -> list[go.Scatter]:
     """The edges of each class, a trace each."""
     out = []
     for (known, found), (label, shade, dash) in CLASSES.items():
         some = edges[(edges["known"] == known) & (edges["found"] == found)]
-        x, y = [], []
-        for source, target in zip(some["source"], some["target"], strict=True):
-            for part, values in zip((x, y), bent(place[source], place[target]), strict=True):
-                part += values
-        line = {"color": shade, "dash": dash, "width": 2.5 if known and found else 2}
-        name = f"{label} ({len(some)})"
-        out.append(
-            go.Scatter(x=x or [None], y=y or [None], mode="lines", line=line, name=name,
-                       hoverinfo="skip")
-        )  # fmt: skip
+        curves = [
+            bent(place[s], place[t]) for s, t in zip(some["source"], some["target"], strict=True)
+        ]
+        x, y = ([v for curve in curves for v in curve[k]] or [None] for k in (0, 1))
+        width = 2.5 if known and found else 2
+        out.append(line(x, y, f"{label} ({len(some)})", shade, dash=dash, width=width))
     return out
 
 
@@ -106,46 +127,38 @@ def edge_table(rows: pd.DataFrame, known: np.ndarray) -> pd.DataFrame:
     return out.assign(known=known, found=found)
 
 
-def graph(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure, pd.DataFrame]:
+def graph(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     """A list chooses the task, the ablation and the known circuit."""
-    edges, truth = common.first(tables["discovery/edges"]), tables["discovery/truth"]
-    figure, choices, numbers, frames, heights = go.Figure(), {}, [], [], []
+    edges, truth = first(tables["discovery/edges"]), tables["discovery/truth"]
+    panels, ends, frames, heights = Panels(), {}, [], []
     for task, ablation, name in cases(edges, truth):
-        rows = edges[(edges["task"] == task) & (edges["ablation"] == ablation)]
-        own = truth[truth["task"] == task][name].to_numpy(bool)
-        table = edge_table(rows[rows["method"] == "acdc_canonical"], own)
+        rows = of(edges, task, ablation)
+        known = known_of(truth, task, name)
+        table = edge_table(rows[rows["method"] == "acdc_canonical"], known)
         place = spots(sorted({*table["source"], *table["target"]}))
         circuit = table[table["known"]]
-        for trace in [
-            *drawn(table, place),
-            node_trace(place, {*circuit["source"], *circuit["target"]}),
-        ]:
-            trace.visible = not choices
-            figure.add_trace(trace)
-            numbers.append(len(choices))
-        label = f"{common.TASKS[task]}, {common.ABLATIONS[ablation]}: {common.TRUTHS[name]}"
-        choices[label] = place["logits"][0] + 0.4
+        nodes = node_trace(place, {*circuit["source"], *circuit["target"]})
+        panels.add(0, *drawn(table, place), nodes, case=len(ends))
+        ends[f"{TASKS[task]}, {ABLATIONS[ablation]}: {TRUTHS[name]}"] = place["logits"][0] + 0.4
         heights += [y for _, y in place.values()]
         frames.append(table.assign(task=task, ablation=ablation, truth=name))
-    updates = {
-        label: [{"visible": [n == i for n in numbers]}, {"xaxis.range": [-0.4, end]}]
-        for i, (label, end) in enumerate(choices.items())
+    choices = {
+        label: [{"visible": [c == i for c in panels.cases]}, {"xaxis.range": [-0.4, end]}]
+        for i, (label, end) in enumerate(ends.items())
     }
     bare = {"visible": False, "showgrid": False}
-    first_end = next(iter(choices.values()))
-    figure.update_xaxes(**bare, range=[-0.4, first_end])
-    figure.update_yaxes(**bare, range=[-2.1, 0.9 + max(heights)])
-    figure.update_layout(height=460, updatemenus=[selector(updates)], margin={"l": 12})
-    return figure, pd.concat(frames, ignore_index=True)
+    panels.figure.update_xaxes(**bare, range=[-0.4, next(iter(ends.values()))])
+    panels.figure.update_yaxes(**bare, range=[-2.1, 0.9 + max(heights)])
+    figure = panels.finish(460, top=48, updatemenus=[selector(choices)])
+    return figure.update_layout(margin={"l": 12}), pd.concat(frames, ignore_index=True)
 
 
 def cases(edges: pd.DataFrame, truth: pd.DataFrame) -> list[tuple[str, str, str]]:
     """(task, ablation, known circuit) of each picture."""
     return [
         (task, ablation, name)
-        for task in common.TASKS
-        for ablation in common.ABLATIONS
-        for name in common.TRUTHS
-        if ((edges["task"] == task) & (edges["ablation"] == ablation)).any()
-        and truth[truth["task"] == task][name].any()
+        for task in TASKS
+        for ablation in ABLATIONS
+        for name in TRUTHS
+        if len(of(edges, task, ablation)) and known_of(truth, task, name).any()
     ]

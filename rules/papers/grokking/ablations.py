@@ -11,14 +11,12 @@ Sets of pairs: train, test and all. A loss is the mean of −log softmax(logits)
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from pipeline.job.source import import_file
+from . import waves
 
-waves = import_file(Path(__file__).with_name("waves.py"))
 SINGLE = 0.85  # a neuron is of one frequency where that explains more of its variance (Section 4.3)
 
 

@@ -1,133 +1,104 @@
 """Fourier spectra and circles, each with a slider over training."""
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pandas as pd
-import plotly.graph_objects as go
 from plotly.colors import cyclical
-from plotly.subplots import make_subplots
 
-from pipeline.job.source import import_file
-from pipeline.report.theme import GRID, axis, rgba, scale, slider
+from pipeline.figures.parts import Drawn, Panels, bars, key, nothing, plane, points, rounded
+from pipeline.figures.theme import GRID, PALETTE, axis, rgba, scale, slider
 
-common = import_file(Path(__file__).with_name("figures_common.py"))
+FREQUENCIES = {"key frequency": PALETTE[1], "other frequency": PALETTE[0]}
 PARTS = {"W_E": "embedding W_E", "neurons": "neurons", "W_L": "neurons to logits W_L"}
 ROWS = {"number": "embedding of n", "sum": "MLP(a, b)"}
 MOST = 4  # circles side by side
 
 
-def spectrum(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure, pd.DataFrame]:
+def seeds(table: pd.DataFrame, arm: str = "decay") -> list[int]:
+    """The seeds of an arm, ascending."""
+    return sorted(table.loc[table["arm"] == arm, "seed"].unique())
+
+
+def model(table: pd.DataFrame, arm: str, seed: int) -> pd.DataFrame:
+    """The rows of one model."""
+    return table[(table["arm"] == arm) & (table["seed"] == seed)]
+
+
+def of_frequency(is_key: pd.Series, alpha: float = 1) -> list[str]:
+    """The colour of each frequency."""
+    marked, other = FREQUENCIES.values()
+    return np.where(is_key, marked, rgba(other, alpha) if alpha < 1 else other).tolist()
+
+
+def spectrum(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     """Norm of each frequency in W_E, neurons and W_L of the first model."""
-    table = tables["fourier/spectrum"]
-    seed = common.seeds(table)[0]
-    table = common.model(table, "decay", seed).sort_values("frequency")
-    key = common.key_of(tables["fourier/frequencies"], "decay", seed)
+    table, frequencies = tables["fourier/spectrum"], tables["fourier/frequencies"]
+    seed = seeds(table)[0]
+    table, known = (model(t, "decay", seed) for t in (table, frequencies))
+    table, known = table.sort_values("frequency"), known.loc[known["key"], "frequency"]
     steps = sorted(table["step"].unique())
-    figure = make_subplots(
-        rows=len(PARTS),
-        cols=1,
-        shared_xaxes=True,
-        vertical_spacing=0.07,
-        subplot_titles=list(PARTS.values()),
-    )
-    for row, part in enumerate(PARTS, start=1):
+    panels = Panels(list(PARTS.values()), 1, gap=(0, 0.07), shared_xaxes=True)
+    for i, part in enumerate(PARTS):
         rows = table[table["part"] == part]
         last = rows[rows["step"] == steps[-1]]
-        is_key = last["frequency"].isin(key)
-        figure.add_trace(
-            go.Bar(
-                x=last["frequency"],
-                y=common.numbers(last["norm"]),
-                marker={"color": np.where(is_key, common.KEY, rgba(common.OTHER, 0.75)).tolist()},
-                showlegend=False,
-                hovertemplate="k = %{x}: %{y:.3g}<extra></extra>",
-            ),
-            row=row,
-            col=1,
-        )
-        top = 1.06 * float(rows["norm"].max())
+        colours = of_frequency(last["frequency"].isin(known), 0.75)
+        look = {"colour": colours, "hover": "k = %{x}: %{y:.3g}"}
+        panels.add(i, bars(last["frequency"], rounded(last["norm"]), **look))
         name = "root mean square" if part == "neurons" else "norm"
-        figure.update_yaxes(**axis(name, range=[0, top]), row=row, col=1)
-    for name, colour in (("key frequency", common.KEY), ("other frequency", common.OTHER)):
-        figure.add_trace(common.legend_square(name, colour), row=1, col=1)
+        top = 1.06 * float(rows["norm"].max())
+        panels.figure.update_yaxes(**axis(name, range=[0, top]), **panels.place(i))
+    panels.add(0, *(key(name, colour) for name, colour in FREQUENCIES.items()))
     shown = {}
     for step in steps:
         at = table[table["step"] == step]
-        y = [common.numbers(at.loc[at["part"] == part, "norm"]) for part in PARTS]
+        y = [rounded(at.loc[at["part"] == part, "norm"]) for part in PARTS]
         shown[f"{step:,}"] = [{"y": [*y, [None], [None]]}, {}]
-    figure.update_xaxes(**axis("frequency k (turns of the circle over all numbers)"), row=3, col=1)
-    figure.update_layout(
-        sliders=[slider(shown, "step ", active=len(steps) - 1)],
-        height=560,
-        bargap=0.15,
-        margin={"t": 64},
-        legend={"y": 1.07},
-    )
-    figure.update_annotations(font_size=12)
+    panels.axes("frequency k (turns of the circle over all numbers)")
+    sliders = [slider(shown, "step ", active=len(steps) - 1)]
+    figure = panels.finish(560, legend=32, top=64, sliders=sliders, bargap=0.15)
     return figure, table[["seed", "step", "part", "frequency", "norm"]]
 
 
-def circle(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure, pd.DataFrame]:
+def circle(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     """Numbers (above) and sums (below) on the plane of each key frequency of the first model."""
     table = tables["fourier/circle"]
-    steps = sorted(table["step"].unique())
-    key = strongest(tables["fourier/frequencies"], table)
-    if not key:
-        note = {"text": "no key frequency", "showarrow": False, "font": {"size": 14}}
-        bare = {"annotations": [note], "height": 160}
-        return go.Figure(layout=bare | {"xaxis_visible": False, "yaxis_visible": False}), table
+    steps, known = sorted(table["step"].unique()), strongest(tables["fourier/frequencies"], table)
+    if not known:
+        return nothing("no key frequency"), table
     p = int(table["value"].max()) + 1
-    figure = make_subplots(
-        rows=2,
-        cols=len(key),
-        horizontal_spacing=0.03,
-        vertical_spacing=0.05,
-        subplot_titles=[f"k = {k}" for k in key] + [""] * len(key),
-    )
-    table = table[table["frequency"].isin(key)]
-    panels = [(part, k) for part in ROWS for k in key]
-    for i, (part, k) in enumerate(panels):
-        row, col = i // len(key) + 1, i % len(key) + 1
-        figure.add_trace(dots(at(table, steps[-1], part, k), k, p), row=row, col=col)
+    titles = [f"k = {k}" for k in known] + [""] * len(known)
+    panels = Panels(titles, len(known), gap=(0.03, 0.05))
+    table = table[table["frequency"].isin(known)]
+    shown = [(part, k) for part in ROWS for k in known]
+    for i, (part, k) in enumerate(shown):
+        panels.add(i, dots(at(table, steps[-1], part, k), k, p))
         reach = 1.08 * float(table.loc[table["part"] == part, ["x", "y"]].abs().max().max())
-        plane(figure, row, col, reach)
+        plane(panels.figure, **panels.place(i), reach=reach)
+    panels.figure.update_xaxes(zerolinecolor=GRID)
     for row, name in enumerate(ROWS.values(), start=1):
-        figure.update_yaxes(title={"text": name}, row=row, col=1)
-    shown = {}
+        panels.figure.update_yaxes(zerolinecolor=GRID, title={"text": name}, row=row, col=1)
+    frames = {}
     for step in steps:
-        frames = [at(table, step, part, k) for part, k in panels]
-        xy = {c: [common.numbers(f[c]) for f in frames] for c in "xy"}
-        shown[f"{step:,}"] = [xy, {}]
-    figure.update_layout(
-        sliders=[slider(shown, "step ", active=len(steps) - 1)],
-        height=520,
-        margin={"t": 56, "b": 64, "r": 8},
-        coloraxis={
-            "colorscale": scale(cyclical.Phase),
-            "cmin": 0,
-            "cmax": p,
-            "colorbar": {
-                "orientation": "h",
-                "y": -0.02,
-                "yanchor": "top",
-                "len": 0.6,
-                "thickness": 10,
-                "tickvals": [0, p / 4, p / 2, 3 * p / 4, p],
-                "ticktext": ["0°", "90°", "180°", "270°", "360°"],
-                "title": {"text": "angle 2πkn/p that n should have", "side": "top"},
-            },
-        },
-    )
-    return figure, table
+        places = [at(table, step, part, k) for part, k in shown]
+        frames[f"{step:,}"] = [{c: [rounded(f[c]) for f in places] for c in "xy"}, {}]
+    bar = {
+        "orientation": "h", "y": -0.02, "yanchor": "top", "len": 0.6, "thickness": 10,
+        "tickvals": [0, p / 4, p / 2, 3 * p / 4, p],
+        "ticktext": ["0°", "90°", "180°", "270°", "360°"],
+        "title": {"text": "angle 2πkn/p that n should have", "side": "top"},
+    }  # fmt: skip
+    colours = {"colorscale": scale(cyclical.Phase), "cmin": 0, "cmax": p, "colorbar": bar}
+    sliders = [slider(frames, "step ", active=len(steps) - 1)]
+    figure = panels.finish(520, top=56, sliders=sliders, coloraxis=colours)
+    return figure.update_layout(margin={"b": 64, "r": 8}), table
 
 
 def strongest(frequencies: pd.DataFrame, table: pd.DataFrame) -> list[int]:
     """At most MOST key frequencies of the model in `table`, those of largest effect, ascending."""
     if not len(table):
         return []
-    rows = common.model(frequencies, table["arm"].iloc[0], table["seed"].iloc[0])
+    rows = model(frequencies, table["arm"].iloc[0], table["seed"].iloc[0])
     rows = rows[rows["key"]].sort_values("without_test", ascending=False)
     return sorted(rows["frequency"].head(MOST))
 
@@ -138,32 +109,11 @@ def at(table: pd.DataFrame, step: int, part: str, k: int) -> pd.DataFrame:
     return table[chosen].sort_values("value")
 
 
-def dots(points: pd.DataFrame, k: int, p: int) -> go.Scatter:
+def dots(rows: pd.DataFrame, k: int, p: int) -> Any:
     """The points of one panel, coloured by the angle that they should have."""
-    what = "n" if points["part"].iloc[0] == "number" else "a + b"
-    return go.Scatter(
-        x=common.numbers(points["x"]),
-        y=common.numbers(points["y"]),
-        mode="markers",
-        marker={
-            "size": 6,
-            "color": ((k * points["value"]) % p).tolist(),
-            "coloraxis": "coloraxis",
-            "opacity": 0.9,
-        },
-        customdata=points["value"].tolist(),
-        showlegend=False,
-        hovertemplate=f"{what} = %{{customdata}}<br>along cos %{{x:.2g}}, sin %{{y:.2g}}"
-        "<extra></extra>",
-    )
-
-
-def plane(figure: go.Figure, row: int, col: int, reach: float) -> None:
-    """A square panel without ticks, with axes through the origin."""
-    bare = {"showline": False, "showticklabels": False, "ticks": "", "showgrid": False}
-    bare |= {"zeroline": True, "zerolinewidth": 1, "zerolinecolor": GRID}
-    bare |= {"range": [-reach, reach], "constrain": "domain"}
-    figure.update_xaxes(**bare, row=row, col=col)
-    figure.update_yaxes(**bare, row=row, col=col)
-    x = figure.get_subplot(row, col).xaxis.plotly_name.removeprefix("xaxis")
-    figure.update_yaxes(scaleanchor=f"x{x}", row=row, col=col)
+    what = "n" if rows["part"].iloc[0] == "number" else "a + b"
+    return points(
+        rounded(rows["x"]), rounded(rows["y"]), colour=((k * rows["value"]) % p).tolist(),
+        marker={"coloraxis": "coloraxis", "opacity": 0.9}, customdata=rows["value"].tolist(),
+        hover=f"{what} = %{{customdata}}<br>along cos %{{x:.2g}}, sin %{{y:.2g}}",
+    )  # fmt: skip

@@ -1,19 +1,12 @@
 """Rows of the tables of stage `fourier`, each from one circuit; the measures stand in waves.py and
 ablations.py. Frequencies count from 1."""
 
-from pathlib import Path
-
 import numpy as np
 import pandas as pd
 import torch
 from torch import Tensor
 
-from pipeline.job.source import import_file
-
-HERE = Path(__file__).parent
-circuit = import_file(HERE / "circuit.py")
-waves = import_file(HERE / "waves.py")
-ablations = import_file(HERE / "ablations.py")
+from . import ablations, circuit, waves
 
 
 def array(t: Tensor) -> np.ndarray:

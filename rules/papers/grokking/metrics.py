@@ -7,14 +7,11 @@ end" is the median over the checkpoints of the last twentieth of the run, 2,000 
 40,000 steps; which frequencies are key is said by the last checkpoint.
 """
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from pipeline.job.source import import_file
-
-phases = import_file(Path(__file__).with_name("phases.py"))
+from . import phases
 
 METRICS = {
     "accuracy.train": "share of the training pairs that are answered right, at the end",

@@ -1,51 +1,193 @@
-"""Figures of the lenses: one function each, named as in paper.yaml; no torch.
+"""Figures of the lenses by layer, between layers, and of causal bases; no torch.
 
-Each takes the paper's tables and the figure's options, and returns a plotly figure and the numbers
-that it plots. They are drawn in the figures_*.py beside this file.
+Those along a text are drawn in figures_texts.py.
 """
 
-from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from pipeline.job.source import import_file
+from pipeline.figures.parts import Drawn, Panels, chosen, equal, heat, line, points
+from pipeline.figures.parts import first as first_seed
+from pipeline.figures.theme import INK, PALETTE, SEQUENTIAL, axis, literal, scale
 
-HERE = Path(__file__).parent
-Drawn = tuple[go.Figure, pd.DataFrame]
+from .figures_texts import attribution, trajectories
+
+__all__ = ["attribution", "basis", "bias", "layers", "trajectories", "transfer"]
+
+BITS = 1 / np.log(2)
+LENSES = {"logit": ("logit lens", PALETTE[1], "dot"), "tuned": ("tuned lens", PALETTE[0], "solid")}
+MEASURES = {
+    "kl": ("KL to the prediction", "nats"),
+    "unread": ("KL over that of the mean prediction", ""),
+    "loss": ("cross entropy of the next token", "nats"),
+    "agreement": ("share that agrees with the prediction", ""),
+    "accuracy": ("share of next tokens that are right", ""),
+    "echo": ("share whose likeliest token was just read", ""),
+}
+LOGARITHMIC = ("kl", "unread", "loss")
 
 
-def first(tables: dict[str, Any]) -> dict[str, Any]:
-    """The rows of the first seed; metrics have the others."""
-    return {name: t[t["seed"] == t["seed"].min()] for name, t in tables.items()}
+def named(options: dict[str, Any], table: pd.DataFrame) -> dict[str, str]:
+    """Model -> what the reader's list calls it, of those that this scale has (option names)."""
+    known = set(table["model"])
+    return {model: name for model, name in options["names"] if model in known}
 
 
-def trajectories(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
-    """The likeliest token at every layer and position of a text, tuned lens above logit lens."""
-    return import_file(HERE / "figures_texts.py").trajectories(first(tables), options)
+def by_layer(
+    options: dict[str, Any], table: pd.DataFrame, y: Any, unit: str = ""
+) -> tuple[Panels, list[list[str]], list[pd.DataFrame]]:
+    """Lines of a lens over layers: of a model in colour, of its null arm in grey.
 
+    Args:
+        y: rows -> what is plotted.
 
-def attribution(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
-    """What every attention and MLP adds to the likeliest token's logit."""
-    return import_file(HERE / "figures_texts.py").attribution(first(tables), options)
+    Returns:
+        The panels, the models of each (model, null arm), and the rows of every line.
+    """
+    known, drawn = set(table["model"]), []
+    given = {panel: [m for m in models if m in known] for panel, *models in options["panels"]}
+    given = {panel: models for panel, models in given.items() if models}
+    panels = Panels([literal(p) for p in given], gap=(0.1, 0))
+    for i, models in enumerate(given.values()):
+        for null, model in enumerate(models):
+            for lens, (name, colour, dash) in LENSES.items():
+                rows = table[(table["model"] == model) & (table["lens"] == lens)]
+                rows = rows.sort_values("layer")
+                name = f"{name}, null arm" if null else name
+                look = {"dash": dash, "marker": {"size": 4 if null else 5}}
+                hover = f"{literal(name)}, layer %{{x}}: %{{y:.3~g}}{unit}"
+                colour = PALETTE[-1] if null else colour
+                panels.add(i, line(rows["layer"], y(rows), name, colour, hover=hover, **look))
+                drawn.append(rows)
+        deepest = table.loc[table["model"].isin(models), "layer"].max()  # about six ticks
+        ticks = axis("layers before the lens", dtick=int(max(1, deepest // 6)))
+        panels.figure.update_xaxes(**ticks, **panels.place(i))
+    return panels, list(given.values()), drawn
 
 
 def layers(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
-    """Both lenses by layer, a panel a model."""
-    return import_file(HERE / "figures_layers.py").layers(first(tables), options)
+    """Both lenses by layer, a panel a model; the reader chooses the measure.
+
+    Options: panels, a list of [title, model, null arm].
+    """
+    table = first_seed(tables["lenses/layers"])
+    table = table.assign(unread=lambda t: t["kl"] / t["kl_marginal"])
+    first = next(iter(MEASURES))
+    panels, models, drawn = by_layer(options, table, lambda rows: shown(rows, first))
+    levels = []
+    for i, (model, *_) in enumerate(models):
+        rows = table[table["model"] == model]
+        levels.append([rows["kl_marginal"].iloc[0]] * 2)
+        hover = "the model's mean prediction, whatever was read: %{y:.3~g} nats"
+        ends = [rows["layer"].min(), rows["layer"].max()]
+        look = {"width": 1, "dash": "dash", "hover": hover}
+        panels.add(i, line(ends, levels[-1], "mean prediction", **look))
+    choices = {}
+    for m, (what, unit) in MEASURES.items():
+        ys = [shown(rows, m) for rows in drawn]
+        ys += [{"kl": y, "unread": [1, 1]}.get(m, [None, None]) for y in levels]
+        change = {"yaxis.title.text": axis(what, unit)["title"]["text"]}
+        for place in ("yaxis", "yaxis2")[: len(models)]:
+            change |= {f"{place}.{k}": v for k, v in scale_of(m).items()}
+        choices[what] = [{"y": ys}, change]
+    chosen(panels.figure, choices).update_yaxes(rangemode="tozero", **scale_of(first))
+    figure = panels.finish(450, yaxis=axis(*MEASURES[first]))
+    return figure, table[["model", "lens", "layer", *MEASURES, "kl_marginal", "n_tokens"]]
+
+
+def scale_of(measure: str) -> dict[str, Any]:
+    """Distances are on a log axis; ticks at 1, 2 and 5, as in theme.axis."""
+    log = measure in LOGARITHMIC
+    return {"type": "log" if log else "linear", "dtick": "D2" if log else None}
+
+
+def shown(rows: pd.DataFrame, measure: str) -> list[float | None]:
+    """The values of a line; a log axis has no place for the prediction's 0."""
+    values = rows[measure].tolist()
+    return [v if v > 0 else None for v in values] if measure in LOGARITHMIC else values
 
 
 def bias(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
-    """Bias of both lenses by layer."""
-    return import_file(HERE / "figures_layers.py").bias(first(tables), options)
+    """Bias in bits by layer, on a log axis, a panel a model. Options: as `layers`."""
+    table = first_seed(tables["lenses/layers"])
+    table = table[table["layer"] < table.groupby("model")["layer"].transform("max")]
+    table = table.assign(bias_bits=table["bias"] * BITS)
+    panels, models, _ = by_layer(options, table, lambda rows: rows["bias_bits"].tolist(), " bits")
+    for i, some in enumerate(models):
+        values = table.loc[table["model"].isin(some), "bias"]
+        wide = values.max() > 100 * values.min()  # every decade has a tick, or 1, 2 and 5
+        look = {"type": "log", "exponentformat": "power", "minexponent": 2}
+        panels.figure.update_yaxes(**look, dtick=1 if wide else "D2", **panels.place(i))
+    figure = panels.finish(450, yaxis=axis("bias", "bits"))
+    return figure, table[["model", "lens", "layer", "bias_bits"]]
 
 
 def transfer(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
-    """The penalty of every translator on every layer's stream."""
-    return import_file(HERE / "figures_layers.py").transfer(first(tables), options)
+    """Transfer penalty of every translator on every layer's stream; the reader chooses the model.
+
+    Options: names, a list of [model, what the list calls it]; ceiling, the penalty in nats at which
+    colour ends at most (default 5).
+    """
+    table, place = first_seed(tables["lenses/transfer"]), {}
+    for model, name in named(options, table).items():
+        rows = table[table["model"] == model]
+        grid = rows.pivot(index="translator", columns="layer", values="penalty")
+        place[name] = {
+            "x": list(map(str, grid.columns)), "y": list(map(str, grid.index)),
+            "z": grid.to_numpy().tolist(),
+            "zmax": min(float(grid.to_numpy().max()), options.get("ceiling", 5)),
+        }  # fmt: skip
+    field = heat(
+        **next(iter(place.values())), zmin=0, xgap=None, ygap=None,
+        colorbar={"title": {"text": "transfer penalty (nats)", "side": "right"}},
+        hover="translator of layer %{y} on layer %{x}: %{z:.3~g} nats",
+    )  # fmt: skip
+    choices = {n: [{k: [v] for k, v in change.items()}, {}] for n, change in place.items()}
+    figure = chosen(go.Figure(field), choices).update_layout(
+        xaxis=axis("layer that is read", type="category"),
+        yaxis=axis("layer that the translator is of", type="category"),
+        height=520,
+    )
+    return figure, table[["model", "translator", "layer", "penalty", "kl", "similarity"]]
 
 
 def basis(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
-    """Influence of each direction on the tuned lens and on the model."""
-    return import_file(HERE / "figures_layers.py").basis(first(tables), options)
+    """Influence of each direction on the tuned lens and on the model; the reader chooses the model.
+
+    Options: names, a list of [model, what the list calls it].
+    """
+    table = first_seed(tables["lenses/basis"])
+    table = table[table["lens"] == "tuned"].assign(
+        lens_bits=lambda t: t["influence_lens"].clip(lower=1e-9) * BITS,
+        model_bits=lambda t: t["influence_model"].clip(lower=1e-9) * BITS,
+    )
+    panels, names = Panels(), named(options, table)
+    for case, model in enumerate(names):
+        for kind, name in (("random", "random directions"), ("causal", "causal basis")):
+            rows = table[(table["model"] == model) & (table["kind"] == kind)]
+            null = kind == "random"
+            edge = {"width": 1.2 if null else 0.5, "color": PALETTE[-1] if null else INK}
+            trace = points(
+                rows["lens_bits"], rows["model_bits"], name, rows["layer"], size=8,
+                symbol="x-thin" if null else "circle",
+                marker={"coloraxis": "coloraxis", "line": edge},
+                customdata=rows[["layer", "rank", "alignment"]].to_numpy(),
+                hover="layer %{customdata[0]}, direction %{customdata[1]}<br>lens %{x:.3~g} bits, "
+                "model %{y:.3~g} bits<br>alignment %{customdata[2]:.2f}",
+            )  # fmt: skip
+            panels.add(0, trace, case=case)
+    panels.add(0, equal(table[["lens_bits", "model_bits"]], name="equal"))
+    panels.choose(names.values())
+    decades = {"dtick": 1, "exponentformat": "power", "minexponent": 2}
+    bar = {"title": {"text": "layer"}, "dtick": int(max(1, table["layer"].max() // 6))}
+    figure = panels.finish(
+        520, top=48,
+        xaxis=axis("influence on the tuned lens", "bits", log=True) | decades,
+        yaxis=axis("influence on the model", "bits", log=True) | decades,
+        coloraxis={"colorscale": scale(SEQUENTIAL), "colorbar": bar},
+    )  # fmt: skip
+    columns = ["model", "layer", "kind", "rank", "lens_bits", "model_bits", "alignment"]
+    return figure, table[columns]

@@ -2,13 +2,12 @@
 
 from typing import Any
 
-import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
 from pipeline.errors import RetraceError
-from pipeline.report.theme import INK, PALETTE, axis, literal, selector
+from pipeline.figures.parts import Drawn, Panels, bars, chosen, evenly, first, heat, line
+from pipeline.figures.theme import INK, PALETTE, axis, literal
 
 LENSES = {"tuned": "tuned lens", "logit": "logit lens"}
 LONGEST = 8  # characters of a token in a cell
@@ -25,46 +24,39 @@ def whole(token: str) -> str:
     return literal(token.replace(" ", "␣"))
 
 
-def thinned(layers: list[int], rows: int) -> list[int]:
-    """At most so many layers, evenly spaced, the first and the last among them."""
-    at = np.unique(np.linspace(0, len(layers) - 1, min(rows, len(layers))).round().astype(int))
-    return [layers[i] for i in at]
-
-
-def trajectories(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure, pd.DataFrame]:
+def trajectories(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     """The likeliest token at every layer and position, the tuned lens above the logit lens.
 
     The reader chooses the text. Options: model; rows, layers shown at most (default 11).
     """
-    table = tables["lenses/trajectories"]
+    table = first(tables["lenses/trajectories"])
     table = table[table["model"] == options["model"]]
     if table.empty:
         raise RetraceError(f"lenses/trajectories: no model '{options['model']}'")
-    layers = thinned(sorted(table["layer"].unique()), options.get("rows", 11))
+    layers = sorted(table["layer"].unique())
+    layers = [layers[i] for i in evenly(len(layers), options.get("rows", 11))]
     table = table[table["layer"].isin(layers)]
     names = [*map(str, layers[:-1]), "output"]
     by_text = dict(iter(table.groupby("text", sort=False)))
     fields = {text: [field(t[t["lens"] == name], layers) for name in LENSES]
               for text, t in by_text.items()}  # fmt: skip
-    first = next(iter(by_text))
-    figure = make_subplots(2, 1, shared_xaxes=True, vertical_spacing=0.07,
-                           subplot_titles=list(LENSES.values()))  # fmt: skip
-    for row, cells in enumerate(fields[first], 1):
-        figure.add_heatmap(
-            **cells, y=names, zmin=0, zmax=1, xgap=1, ygap=1, coloraxis="coloraxis",
-            texttemplate="%{text}", textfont={"size": 10}, row=row, col=1,
-            hovertemplate="%{customdata}<extra></extra>",
-        )  # fmt: skip
+    seen_first = next(iter(by_text))
+    panels = Panels(list(LENSES.values()), 1, gap=(0, 0.07), shared_xaxes=True)
+    for i, cells in enumerate(fields[seen_first]):
+        look = {"texttemplate": "%{text}", "textfont": {"size": 10}, "coloraxis": "coloraxis"}
+        panels.add(i, heat(**cells, y=names, zmin=0, zmax=1, hover="%{customdata}", **look))
+    figure = panels.figure
     ticks = {text: ticks_of(t) for text, t in by_text.items()}
     choices = {}
     for text, t in by_text.items():
         change = {k: [f[k] for f in fields[text]] for k in ("x", "z", "text", "customdata")}
         layout = {f"{a}.{k}": v for a in ("xaxis", "xaxis2") for k, v in ticks[text].items()}
         choices[label(t["words"].iloc[0])] = [change, layout]
-    if len(choices) > 1:
-        figure.update_layout(updatemenus=[selector(choices)])
+    chosen(figure, choices)
     widest = max(t["position"].nunique() for t in by_text.values())
-    figure.update_xaxes(**ticks[first], showgrid=False, tickangle=-35, showline=False, ticks="")
+    figure.update_xaxes(
+        **ticks[seen_first], showgrid=False, tickangle=-35, showline=False, ticks=""
+    )
     figure.update_yaxes(type="category", showgrid=False, showline=False, ticks="")
     figure.update_yaxes(title={"text": "layers before the lens"}, row=2)
     figure.update_xaxes(title={"text": "token read"}, row=2)
@@ -134,36 +126,34 @@ def hover(cell: Any, is_output: bool, layer: int) -> str:
     return "<br>".join(lines)
 
 
-def attribution(tables: dict[str, Any], options: dict[str, Any]) -> tuple[go.Figure, pd.DataFrame]:
+def attribution(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     """What every attention and MLP adds to the likeliest token's logit, and the sum so far.
 
     The reader chooses the place. Options: names, a list of [model, what the list calls it]; places,
     of each text: that many with the largest logits, and its last (default 2).
     """
-    table = tables["lenses/attribution"]
-    chosen = []
+    table, wanted = first(tables["lenses/attribution"]), []
     for model, name in options["names"]:
         of_model = table[table["model"] == model]
         for _, rows in of_model.groupby("text", sort=False):
             logits = rows.groupby("position")["logit"].first()
             largest = logits.drop(logits.index.max()).nlargest(options.get("places", 2)).index
             for at in [logits.index.max(), *largest]:
-                chosen.append((name, rows[rows["position"] == at]))
+                wanted.append((name, rows[rows["position"] == at]))
     figure, choices, frames = go.Figure(), {}, []
-    for name, rows in chosen:
+    for name, rows in wanted:
         parts = ordered(rows)
         words = label("…" + rows["words"].iloc[0][-20:])
         what = f"{name}: “{words}” → “{rows['top'].iloc[0]}”"
         ys = [parts["contribution"].where(parts["part"] == p).tolist() for p in PARTS]
         ys.append(parts["contribution"].cumsum().tolist())
         if not choices:
-            bars(figure, parts["place"].tolist(), ys)
+            figure.add_traces(traces(parts["place"].tolist(), ys))
         choices[what] = [{"x": [parts["place"].tolist()] * len(ys), "y": ys}, {}]
         frames.append(parts)
-    figure.update_layout(
+    chosen(figure, choices).update_layout(
         barmode="relative",
         bargap=0.15,
-        updatemenus=[selector(choices)],
         xaxis=axis("part of the model, in the order of computation", type="category"),
         yaxis=axis("logit over the vocabulary's mean"),
         height=460,
@@ -189,11 +179,10 @@ def ordered(rows: pd.DataFrame) -> pd.DataFrame:
     return rows.assign(place=names)
 
 
-def bars(figure: go.Figure, x: list[str], ys: list[list]) -> None:
+def traces(x: list[str], ys: list[list]) -> list[Any]:
     """Bars of each part, and the line of their sum so far."""
-    for (part, colour), y in zip(PARTS.items(), ys, strict=False):
-        figure.add_bar(x=x, y=y, name=part, marker={"color": colour},
-                       hovertemplate="%{x}: %{y:+.3~g}<extra></extra>")  # fmt: skip
-    figure.add_scatter(x=x, y=ys[-1], name="sum so far", mode="lines",
-                       line={"color": INK, "width": 1.2, "shape": "hvh"},
-                       hovertemplate="up to %{x}: %{y:.3~g}<extra></extra>")  # fmt: skip
+    hover = "%{x}: %{y:+.3~g}"
+    parts = zip(PARTS.items(), ys, strict=False)
+    out: list[Any] = [bars(x, y, part, colour, hover=hover) for (part, colour), y in parts]
+    hover = "up to %{x}: %{y:.3~g}"
+    return [*out, line(x, ys[-1], "sum so far", INK, width=1.2, shape="hvh", hover=hover)]

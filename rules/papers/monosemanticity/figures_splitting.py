@@ -6,9 +6,13 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from pipeline.report.theme import GRID, INK, PALETTE, axis, literal, rgba
+from pipeline.figures.parts import Drawn, line, points
+from pipeline.figures.theme import GRID, INK, PALETTE, axis, literal, rgba
 
-Drawn = tuple[go.Figure, pd.DataFrame]
+
+def shade(i: int, n: int) -> str:
+    """The i-th of n shades, light to dark blue: narrow to wide."""
+    return rgba(PALETTE[0], 0.35 + 0.65 * i / max(n - 1, 1))
 
 
 def splitting(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
@@ -19,16 +23,9 @@ def splitting(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     for i, (wide, rows) in enumerate(groups):
         counts = np.arange(1, max(int(rows["n_near"].max()), 1) + 1)
         share = [(rows["n_near"] >= n).mean() for n in counts]
-        ink = rgba(PALETTE[0], 0.35 + 0.65 * i / max(len(groups) - 1, 1))
-        figure.add_scatter(
-            x=counts,
-            y=share,
-            mode="lines+markers",
-            line={"color": ink, "width": 2},
-            marker={"size": 5},
-            name=f"{wide}: mean {rows['n_near'].mean():.2f} (null {rows['n_null'].mean():.2f})",
-            hovertemplate=f"{wide}: %{{y:.1%}} have %{{x}} or more",
-        )
+        name = f"{wide}: mean {rows['n_near'].mean():.2f} (null {rows['n_null'].mean():.2f})"
+        look = {"marker": {"size": 5}, "hover": f"{wide}: %{{y:.1%}} have %{{x}} or more"}
+        figure.add_trace(line(counts, share, name, shade(i, len(groups)), **look))
         null = [(rows["n_null"] >= n).mean() for n in counts]
         out.append(pd.DataFrame({"wide": wide, "n_near": counts, "share": share, "null": null}))
     figure.update_layout(
@@ -52,32 +49,21 @@ def tree(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     figure, at = go.Figure(), frame.set_index(["level", "latent"])
     for row in frame[frame["parent"] >= 0].itertuples():
         y = at.loc[(row.level - 1, row.parent), "y"]
-        figure.add_scatter(
-            x=[row.level - 1, row.level],
-            y=[y, row.y],
-            mode="lines",
-            line={"color": GRID, "width": 1 + 3 * max(row.cosine_parent, 0)},
-            hoverinfo="skip",
-            showlegend=False,
-        )
+        width = 1 + 3 * max(row.cosine_parent, 0)
+        figure.add_trace(line([row.level - 1, row.level], [y, row.y], colour=GRID, width=width))
     leaf = frame["level"] == frame["level"].max()
     where = np.where(leaf, "middle right", "top center").tolist()
     rarest = np.log10(frame["density"].clip(lower=1e-7))
-    figure.add_scatter(
-        x=frame["level"],
-        y=frame["y"],
-        mode="markers+text",
-        marker={"size": 10 + 5 * (rarest - rarest.min()), "color": PALETTE[0],
-                "line": {"color": INK, "width": 0.5}},
-        text=[f" {shown(t)}" for t in frame["tokens"]],
-        textposition=where,
-        textfont={"size": 11},
-        cliponaxis=False,
+    hover = "%{customdata[0]}, latent %{customdata[1]}: fires on %{customdata[2]:.2%} of tokens"
+    nodes = points(
+        frame["level"], frame["y"], colour=PALETTE[0], size=10 + 5 * (rarest - rarest.min()),
+        mode="markers+text", marker={"line": {"color": INK, "width": 0.5}},
+        text=[f" {shown(t)}" for t in frame["tokens"]], textposition=where,
+        textfont={"size": 11}, cliponaxis=False,
         customdata=frame[["dictionary", "latent", "density", "cosine"]],
-        hovertemplate="%{customdata[0]}, latent %{customdata[1]}: fires on %{customdata[2]:.2%} of "
-        "tokens<br>cosine with the first %{customdata[3]:.2f}<extra></extra>",
-        showlegend=False,
+        hover=hover + "<br>cosine with the first %{customdata[3]:.2f}",
     )  # fmt: skip
+    figure.add_trace(nodes)
     levels = frame.drop_duplicates("level")
     widest = frame.groupby("level").size().max()
     figure.update_layout(

@@ -1,16 +1,14 @@
-"""Figures of SynthSAEBench; no torch. Each takes the paper's tables and the figure's options, and
-returns a plotly figure and the numbers that it plots."""
+"""Figures of SynthSAEBench; no torch."""
 
 from typing import Any
 
 import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
-from plotly.subplots import make_subplots
 
-from pipeline.report.theme import INK, PALETTE, SEQUENTIAL, axis, rgba, scale, selector
+from pipeline.figures.parts import Drawn, Panels, heat, key, line, points
+from pipeline.figures.theme import INK, PALETTE, SEQUENTIAL, axis, rgba, scale
 
-Drawn = tuple[go.Figure, pd.DataFrame]
 LOOK = {  # architecture of a dictionary's name -> what the legend says, colour
     "matryoshka": ("Matryoshka", PALETTE[0]),
     "batchtopk": ("BatchTopK", PALETTE[2]),
@@ -25,6 +23,7 @@ PANELS = {
     "f1": "F1", "mcc": "MCC", "explained_variance": "explained variance",
     "precision": "precision", "recall": "recall", "uniqueness": "uniqueness",
 }  # fmt: skip
+LEVELS = {"true": "L0 of the most frequent features", "low": "low L0"}
 BINS = np.linspace(0, 1, 41)  # of cosines
 
 
@@ -64,116 +63,75 @@ def pareto(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     """
     ours = finished(tables["recovery/dictionaries"]).assign(source="ours")
     ours["architecture"] = ours["dictionary"].map(architecture)
-    theirs = [
-        pd.DataFrame(v).assign(architecture=k, source="published")
+    theirs = {
+        k: pd.DataFrame(v).assign(
+            architecture=k, source="published",
+            relative_l0=lambda t: t["l0"] / options["published_true_l0"],
+        )
         for k, v in options.get("published", {}).items()
-    ]
-    for table in theirs:
-        table["relative_l0"] = table["l0"] / options["published_true_l0"]
-    figure = make_subplots(
-        rows=2, cols=3, subplot_titles=list(PANELS.values()), shared_xaxes=True,
-        horizontal_spacing=0.09, vertical_spacing=0.12,
-    )  # fmt: skip
+    }  # fmt: skip
+    panels = Panels(list(PANELS.values()), 3, gap=(0.09, 0.12), shared_xaxes=True)
     for name in [a for a in LOOK if a in set(ours["architecture"])]:
         rows = ours[ours["architecture"] == name].sort_values("l0")
-        known = [t for t in theirs if t["architecture"].iloc[0] == name]
         for i, measure in enumerate(PANELS):
-            place = {"row": i // 3 + 1, "col": i % 3 + 1}
-            figure.add_trace(_ours(rows, measure, name, first=i == 0), **place)
-            for table in known:
-                if measure in table:
-                    figure.add_trace(_published(table, measure, name), **place)
+            panels.add(i, _ours(rows, measure, name))
+            if name in theirs and measure in theirs[name]:
+                panels.add(i, _published(theirs[name], measure, name))
     if theirs:
-        ring = {"symbol": "circle-open", "size": 11, "color": INK}
-        entry = go.Scatter(x=[None], y=[None], mode="markers", marker=ring, name="published ± sd")
-        figure.add_trace(entry, row=1, col=1)
-    figure.update_xaxes(**axis("L0 ÷ true L0"), row=2)
-    figure.update_annotations(font_size=12)
-    figure.update_layout(height=600, margin={"t": 104}, legend={"y": 1.09})
-    return figure, pd.concat([ours, *theirs], ignore_index=True)
-
-
-def _ours(rows: pd.DataFrame, measure: str, name: str, first: bool) -> go.Scatter:
-    label, colour = LOOK[name]
-    return go.Scatter(
-        x=rows["relative_l0"].tolist(),
-        y=rows[measure].tolist(),
-        mode="lines+markers",
-        name=label,
-        legendgroup=name,
-        showlegend=first,
-        line={"color": rgba(colour, 0.6), "width": 1.5},
-        marker={
-            "color": colour,
-            "size": 7,
-            "symbol": "x" if name == "random_decoder" else "circle",
-        },
-        customdata=rows[["l0", "n_samples"]].to_numpy().tolist(),
-        hovertemplate=f"{label}, L0 %{{customdata[0]:.1f}}: %{{y:.4f}}<br>"
-        "%{customdata[1]:,.0f} samples<extra></extra>",
+        panels.add(0, key("published ± sd", INK, "circle-open", size=11))
+    panels.axes("L0 ÷ true L0")
+    return panels.finish(600, legend=40, top=104), pd.concat(
+        [ours, *theirs.values()], ignore_index=True
     )
+
+
+def _ours(rows: pd.DataFrame, measure: str, name: str) -> go.Scatter:
+    label, colour = LOOK[name]
+    symbol = "x" if name == "random_decoder" else "circle"
+    hover = f"{label}, L0 %{{customdata[0]:.1f}}: %{{y:.4f}}<br>%{{customdata[1]:,.0f}} samples"
+    return line(
+        rows["relative_l0"], rows[measure], label, rgba(colour, 0.6), width=1.5,
+        marker={"color": colour, "size": 7, "symbol": symbol}, legendgroup=name,
+        customdata=rows[["l0", "n_samples"]].to_numpy().tolist(), hover=hover,
+    )  # fmt: skip
 
 
 def _published(table: pd.DataFrame, measure: str, name: str) -> go.Scatter:
     label, colour = LOOK[name]
     sd = {"type": "data", "array": table[f"{measure}_sd"].tolist(), "thickness": 1, "width": 3}
-    return go.Scatter(
-        x=table["relative_l0"].tolist(),
-        y=table[measure].tolist(),
-        error_y=sd,
-        customdata=table["l0"].tolist(),
-        mode="markers",
-        legendgroup=name,
-        showlegend=False,
-        marker={"color": colour, "size": 12, "symbol": "circle-open", "line": {"width": 1.5}},
-        hovertemplate=f"{label}, published at L0 %{{customdata}}: %{{y:.4f}}<extra></extra>",
-    )
+    return points(
+        table["relative_l0"], table[measure], "", colour, size=12, symbol="circle-open",
+        marker={"line": {"width": 1.5}}, error_y=sd, legendgroup=name, customdata=table["l0"],
+        hover=f"{label}, published at L0 %{{customdata}}: %{{y:.4f}}",
+    )  # fmt: skip
 
 
 def matched(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     """How near the latents are to their matched features: a row a dictionary, a column a cosine."""
     table = tables["recovery/latents"]
     names = ordered(table["dictionary"])[::-1]
-    shares, means = [], []
-    for name in names:
-        cosines = table.loc[table["dictionary"] == name, "matched_cosine"].dropna()
-        shares.append(np.histogram(cosines, BINS)[0] / len(cosines))
-        means.append(float(cosines.mean()))
+    by_name = table.dropna(subset="matched_cosine").groupby("dictionary")["matched_cosine"]
+    cosines = [by_name.get_group(name) for name in names]
+    shares = np.array([np.histogram(c, BINS)[0] / len(c) for c in cosines])
     middle, labels = (BINS[:-1] + BINS[1:]) / 2, [titled(n) for n in names]
-    heat = go.Heatmap(
-        x=middle,
-        y=labels,
-        z=np.sqrt(shares),
-        customdata=np.array(shares),
-        colorscale=scale(SEQUENTIAL),
-        colorbar={"title": {"text": "share of<br>latents"}, **_shares(np.max(shares))},
-        hovertemplate="%{y}<br>|cos| %{x:.2f}: %{customdata:.2%} of the latents<extra></extra>",
-    )
-    mean = go.Scatter(
-        x=means,
-        y=labels,
-        mode="markers",
-        marker={
-            "symbol": "diamond",
-            "size": 9,
-            "color": "#ffffff",
-            "line": {"color": INK, "width": 1},
-        },
-        name="mean: MCC",
-        hovertemplate="%{y}: MCC %{x:.4f}<extra></extra>",
-    )
-    figure = go.Figure([heat, mean])
-    figure.update_xaxes(**axis("|cos| of a latent and its matched feature", range=[0, 1]))
-    figure.update_yaxes(**axis(""))
-    figure.update_layout(height=140 + 34 * len(names), showlegend=True)
-    frame = pd.DataFrame(np.array(shares).T, columns=names).assign(cosine=middle)
+    ticks = [t for t in (0, 0.01, 0.05, 0.1, 0.2, 0.4, 0.8) if t <= shares.max()]
+    bar = {"tickvals": [t**0.5 for t in ticks], "ticktext": [f"{t:.0%}" for t in ticks]}
+    field = heat(
+        np.sqrt(shares), x=middle, y=labels, customdata=shares, colorscale=scale(SEQUENTIAL),
+        colorbar={"title": {"text": "share of<br>latents"}, **bar}, xgap=None, ygap=None,
+        hover="%{y}<br>|cos| %{x:.2f}: %{customdata:.2%} of the latents",
+    )  # fmt: skip
+    mean = points(
+        [float(c.mean()) for c in cosines], labels, "mean: MCC", "#ffffff", size=9,
+        symbol="diamond", marker={"line": {"color": INK, "width": 1}}, hover="%{y}: MCC %{x:.4f}",
+    )  # fmt: skip
+    figure = go.Figure([field, mean])
+    figure.update_layout(
+        xaxis=axis("|cos| of a latent and its matched feature", range=[0, 1]),
+        yaxis=axis(""), height=140 + 34 * len(names), showlegend=True,
+    )  # fmt: skip
+    frame = pd.DataFrame(shares.T, columns=names).assign(cosine=middle)
     return figure, frame[["cosine", *names[::-1]]]
-
-
-def _shares(largest: float) -> dict[str, Any]:
-    """Ticks of a colour bar whose values are square roots of shares."""
-    ticks = [t for t in (0, 0.01, 0.05, 0.1, 0.2, 0.4, 0.8) if t <= largest]
-    return {"tickvals": [t**0.5 for t in ticks], "ticktext": [f"{t:.0%}" for t in ticks]}
 
 
 def frequency(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
@@ -183,43 +141,30 @@ def frequency(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     """
     table = tables["recovery/features"]
     table = table[table["probability"] > 0]
-    low, high = np.log10(table["probability"].min()), np.log10(table["probability"].max())
-    edges = np.linspace(low, high, options.get("bins", 24) + 1)
-    place = np.clip(np.digitize(np.log10(table["probability"]), edges) - 1, 0, len(edges) - 2)
-    table = table.assign(bin=place)
-    keys = ["dictionary", "bin"]
-    frame = table.groupby(keys, as_index=False).agg(
+    log = np.log10(table["probability"])
+    edges = np.linspace(log.min(), log.max(), options.get("bins", 24) + 1)
+    table = table.assign(bin=np.clip(np.digitize(log, edges) - 1, 0, len(edges) - 2))
+    frame = table.groupby(["dictionary", "bin"], as_index=False).agg(
         probability=("probability", "mean"), cosine=("cosine", "mean"), features=("cosine", "size"),
         recovered=("cosine", lambda c: float((c > 0.8).mean())),
     )  # fmt: skip
-    names = ordered(frame["dictionary"])
-    levels = sorted({n.rpartition("_")[2] for n in names}, key=["true", "low"].index)
-    figure = go.Figure([_by_frequency(frame, n, n.endswith(levels[0])) for n in names])
-    labels = {"true": "L0 of the most frequent features", "low": "low L0"}
-    choices = {labels[k]: [{"visible": [n.endswith(f"_{k}") for n in names]}, {}] for k in levels}
-    if len(levels) > 1:
-        figure.update_layout(updatemenus=[selector(choices)])
-    figure.update_xaxes(
-        **axis("samples in which the feature is active", log=True, tickformat=".2~%")
-    )
-    figure.update_yaxes(**axis("mean |cos| of feature and nearest latent", range=[0, 1.03]))
-    figure.update_layout(height=460)
-    return figure, frame.drop(columns="bin")
+    names, panels = ordered(frame["dictionary"]), Panels()
+    levels = [level for level in LEVELS if any(n.endswith(f"_{level}") for n in names)]
+    for name in names:
+        trace = _by_frequency(frame[frame["dictionary"] == name], name)
+        panels.add(0, trace, case=levels.index(name.rpartition("_")[2]))
+    panels.choose(LEVELS[level] for level in levels)
+    x = axis("samples in which the feature is active", log=True, tickformat=".2~%")
+    y = axis("mean |cos| of feature and nearest latent", range=[0, 1.03])
+    return panels.finish(460, top=72, xaxis=x, yaxis=y), frame.drop(columns="bin")
 
 
-def _by_frequency(frame: pd.DataFrame, name: str, visible: bool) -> go.Scatter:
-    rows, colour = frame[frame["dictionary"] == name], LOOK[architecture(name)][1]
+def _by_frequency(rows: pd.DataFrame, name: str) -> go.Scatter:
     label = titled(name).removesuffix(", low L0")  # the list says it
     dash = "dot" if architecture(name) == "random_decoder" else "solid"
-    return go.Scatter(
-        x=rows["probability"].tolist(),
-        y=rows["cosine"].tolist(),
-        mode="lines+markers",
-        visible=visible,
-        name=label,
-        line={"color": colour, "width": 1.8, "dash": dash},
-        marker={"size": 5},
+    hover = f"{label}: %{{y:.3f}}<br>%{{customdata[0]:,}} features active in %{{x:.2%}} of samples"
+    return line(
+        rows["probability"], rows["cosine"], label, LOOK[architecture(name)][1], width=1.8,
+        dash=dash, marker={"size": 5}, hover=hover + ", %{customdata[1]:.0%} of them above 0.8",
         customdata=rows[["features", "recovered"]].to_numpy().tolist(),
-        hovertemplate=f"{label}: %{{y:.3f}}<br>%{{customdata[0]:,}} features active in %{{x:.2%}} "
-        "of samples, %{customdata[1]:.0%} of them above 0.8<extra></extra>",
-    )
+    )  # fmt: skip

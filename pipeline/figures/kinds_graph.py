@@ -9,7 +9,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from pipeline.report.theme import GRID, INK, PAGE, PALETTE, literal, rgba
+from pipeline.figures.theme import GRID, INK, PAGE, PALETTE, literal, rgba
 
 UP, DOWN = PALETTE[0], PALETTE[1]  # links of positive and of negative weight
 WIDTHS = (0.7, 1.6, 3.2)  # of the weakest, middle and strongest third of the range of |weight|

@@ -3,7 +3,7 @@
 import os
 from pathlib import Path
 
-from pipeline.report.drawing import make, page, plain, read
+from pipeline.figures.drawing import make, page, plain, read
 
 
 def main() -> None:

@@ -19,9 +19,10 @@ from typing import Any
 
 from pipeline.claims.scalars import whole
 from pipeline.errors import RetraceError, nearest
+from pipeline.figures.kinds import KINDS
+from pipeline.figures.theme import template
 from pipeline.job.source import functions, import_file
-from pipeline.report.kinds import KINDS
-from pipeline.report.theme import template
+from pipeline.spec.figures import faults as option_faults
 
 DIGITS = 5  # of plotted floats: a pixel in 10,000; the CSV has them whole
 ALONE = """\
@@ -58,6 +59,8 @@ def faults(paper: Any) -> Iterator[str]:
                 f"{where}: no {what}{nearest(wanted, known)}; name a kind ({', '.join(KINDS)}) or "
                 f"write the function"
             )
+        elif wanted not in own:
+            yield from (f"{where}: {said}" for said in option_faults(figure.kind, figure.options))
         for table in figure.tables:
             if table not in tables:
                 yield (

@@ -4,8 +4,8 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.report import theme
-from pipeline.report.kinds_common import need
+from pipeline.figures import theme
+from pipeline.figures.kinds_common import need
 
 COLOURS = {
     "reproduced": theme.PALETTE[2],

@@ -11,10 +11,13 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import RetraceError
-from pipeline.report import theme
-from pipeline.report.kinds_common import named, need, title_of
-from pipeline.report.kinds_sae import dead, pareto, scaling
-from pipeline.report.kinds_verdicts import verdicts
+from pipeline.figures import theme
+from pipeline.figures.kinds_common import named, need, title_of
+from pipeline.figures.kinds_effects import agreement, estimates, heads
+from pipeline.figures.kinds_learning import learning
+from pipeline.figures.kinds_lines import bars, lines
+from pipeline.figures.kinds_sae import dead, pareto, scaling
+from pipeline.figures.kinds_verdicts import verdicts
 
 
 def training(tables: dict[str, Any], options: dict[str, Any]) -> tuple[Any, Any]:
@@ -209,5 +212,8 @@ def _parts(frame: Any, suffix: str, table: str) -> Any:
 
 KINDS = {
     f.__name__: f
-    for f in (pareto, scaling, training, density, attribution, completeness, dead, verdicts)
-}
+    for f in (
+        pareto, scaling, training, density, attribution, completeness, dead, verdicts, lines,
+        learning, bars, agreement, estimates, heads,
+    )
+}  # fmt: skip

@@ -8,8 +8,8 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import RetraceError
-from pipeline.report import theme
-from pipeline.report.kinds_common import named, need, title_of
+from pipeline.figures import theme
+from pipeline.figures.kinds_common import named, need, title_of
 
 ARCHITECTURES = {
     "topk": "TopK",
