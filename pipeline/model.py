@@ -13,6 +13,7 @@ a repository brings is run.
 """
 
 import fnmatch
+import functools
 import json
 import os
 import shutil
@@ -21,7 +22,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline import cli, fetch, provenance, tables, tokens
+from pipeline import cli, families, fetch, provenance, tables, tokens
 from pipeline.errors import RetraceError
 from pipeline.spec import ModelSpec
 
@@ -31,6 +32,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when huggingf
 BESIDE = ["config.json", "tokenizer*.json", "vocab*", "merges.txt", "*.model",
           "special_tokens_map.json"]  # fmt: skip
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+UNBOUNDED = 2**31  # tokens: ALiBi (Bloom), and layers with a state in place of attention (Mamba)
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -59,6 +61,8 @@ def load(model_json: str | Path, device: Any = "cpu", dtype: Any = None) -> Load
     """
     import torch
 
+    from pipeline import proof
+
     info = tables.read_json(model_json)
     dtype = dtype or torch.float32
     has_tokenizer = (checkpoint_of(model_json) / "tokenizer.json").exists()
@@ -66,8 +70,11 @@ def load(model_json: str | Path, device: Any = "cpu", dtype: Any = None) -> Load
     if info["processing"] == "compatibility":
         wrapped = bridge(model_json, device, dtype)
         return Loaded(wrapped.original_model, tokenizer, info["bos_id"], info, wrapped)
-    hf = _from_folder(checkpoint_of(model_json), dtype).to(device)
-    return Loaded(hf.eval().requires_grad_(False), tokenizer, info["bos_id"], info)
+    hf = _from_folder(checkpoint_of(model_json), dtype).to(device).eval().requires_grad_(False)
+    if "family" in info:
+        hf.retrace_layout = families.Layout(**info["family"])
+    proof.prove(hf)
+    return Loaded(hf, tokenizer, info["bos_id"], info)
 
 
 def checkpoint_of(model_json: str | Path) -> Path:
@@ -202,8 +209,9 @@ def open_source(spec: ModelSpec, folder: Path, args: Any) -> tuple[Any, Any, str
         return model, tokenizer, info.get("general.license", "")
     path, licence = Path(spec.path), ""
     if spec.source == "hub":
-        path, licence = fetch.from_hub(spec.repo, spec.revision, [], folder, "model", hub_files)
-    else:
+        chosen = functools.partial(hub_files, own=bool(spec.family))
+        path, licence = fetch.from_hub(spec.repo, spec.revision, [], folder, "model", chosen)
+    elif not spec.family:
         check_config(path / "config.json", str(path))
     from pipeline import native
 
@@ -211,7 +219,7 @@ def open_source(spec: ModelSpec, folder: Path, args: Any) -> tuple[Any, Any, str
     return _from_folder(path, "auto"), None if bare else _tokenizer_of(path), licence
 
 
-def hub_files(names: list[str], read: Callable[[str], Path]) -> list[str]:
+def hub_files(names: list[str], read: Callable[[str], Path], own: bool = False) -> list[str]:
     """The files of a repository that a model is made of: those that transformers would read.
 
     Not consolidated.safetensors (the same weights once more), onnx/ and the like.
@@ -219,6 +227,7 @@ def hub_files(names: list[str], read: Callable[[str], Path]) -> list[str]:
     Args:
         names: all files of the repository.
         read: name -> that file; only small ones are read.
+        own: the paper brings the layout of the model's type, so that any type will do.
 
     Raises:
         RetraceError: a model type without hooks, pickled weights alone, or no tokenizer.
@@ -226,7 +235,7 @@ def hub_files(names: list[str], read: Callable[[str], Path]) -> list[str]:
     top = [n for n in names if "/" not in n]
     if "config.json" not in top:
         raise RetraceError("holds no config.json, so it is no model of transformers")
-    kind = check_config(read("config.json"), "its config.json")
+    kind = check_config(read("config.json"), "its config.json", own)
     if WEIGHTS in top:
         weights = [WEIGHTS]
     elif INDEX in top:
@@ -245,18 +254,17 @@ def hub_files(names: list[str], read: Callable[[str], Path]) -> list[str]:
     return weights + [n for n in top if any(fnmatch.fnmatchcase(n, p) for p in BESIDE)]
 
 
-def check_config(file: Path, where: str) -> str:
+def check_config(file: Path, where: str, own: bool = False) -> str:
     """The model type of a config.json, told before weights are fetched or read.
 
     Raises:
         RetraceError: a type that no stage knows the hooks of.
     """
-    from pipeline import hooks
-
     if not file.is_file():
         return ""
     kind = str(_json(file).get("model_type", ""))
-    hooks.check_type(kind, where)
+    if not own:
+        families.check_type(kind, where)
     return kind
 
 
@@ -403,8 +411,9 @@ def describe(model: Any, bos_id: int | None, spec: ModelSpec, licence: str) -> d
     source = spec.model_dump(include=set(fields))
     if spec.source == "folder":
         source["content"] = _content(Path(spec.path))
+    own = {"family": families.of_file(Path(spec.family)).model_dump()} if spec.family else {}
     cfg = model.config
-    return {
+    return own | {
         "name": _name(spec),
         "source": source,
         "weights": spec.weights,
@@ -412,12 +421,20 @@ def describe(model: Any, bos_id: int | None, spec: ModelSpec, licence: str) -> d
         "architecture": type(model).__name__,
         "d_model": cfg.hidden_size,
         "n_layers": cfg.num_hidden_layers,
-        "n_ctx": cfg.max_position_embeddings,
+        "n_ctx": context_of(cfg),
         "d_vocab": cfg.vocab_size,
         "bos_id": bos_id,
         "n_parameters": sum(p.numel() for p in model.parameters()),
         "licence": licence,
     }
+
+
+def context_of(config: Any) -> int:
+    """The longest block that a model takes; UNBOUNDED where its positions have no end."""
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length"):
+        if isinstance(value := getattr(config, name, None), int):
+            return value
+    return UNBOUNDED
 
 
 def _content(folder: Path) -> str:
