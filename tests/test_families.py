@@ -192,3 +192,56 @@ def test_what_is_no_json_object_is_told(text, tmp_path):
     file.write_text(text)
     with pytest.raises(RetraceError, match=r"family\.json"):
         families.of_file(file)
+
+
+def test_a_type_that_the_table_lacks_by_a_file_of_its_own(tmp_path):
+    """Helium has Llama's layout; TransformerLens has no adapter of it."""
+    from conftest import byte_tokenizer
+
+    from pipeline import model, tables
+    from pipeline.spec import ModelSpec
+    from pipeline.tiny_models import tiny_config, tiny_model
+
+    hf = tiny_model(tiny_config("helium"))
+    hf.save_pretrained(tmp_path / "weights")
+    byte_tokenizer().save_pretrained(tmp_path / "weights")
+    with pytest.raises(RetraceError, match=r"'helium'.* has no hooks here.*model\.family"):
+        model.open_source(
+            ModelSpec(source="folder", path=str(tmp_path / "weights")), tmp_path / "none", None
+        )
+    file = tmp_path / "helium.json"
+    file.write_text(json.dumps(families.table()["layouts"][families.table()["types"]["llama"][0]["layout"]]))
+    spec = ModelSpec(source="folder", path=str(tmp_path / "weights"), family=str(file))
+    opened, tokenizer, _ = model.open_source(spec, tmp_path / "none", None)
+    info = model.describe(opened, 0, spec, "")
+    made = {"stage": "model"}
+    model.save(opened, tokenizer, tmp_path / "item" / "checkpoint", made)
+    tables.write_json(tmp_path / "item" / "model.json", info, made)
+    loaded = model.load(tmp_path / "item" / "model.json")
+    assert loaded.hf.retrace_refused == {} and loaded.hf.retrace_fails == {}
+    hook = "blocks.1.mlp.hook_post"
+    ours, theirs = hooks.run_to(loaded.hf, check.TOKENS, [hook])[hook], []
+    layer = hf.model.layers[1]
+    layer.mlp.down_proj.register_forward_pre_hook(lambda _, args: theirs.append(args[0]))
+    hf(check.TOKENS)
+    torch.testing.assert_close(ours, theirs[0])
+
+
+def test_a_layout_is_a_part_of_the_models_digest(tmp_path):
+    from pipeline.papers import Run
+
+    folder = tmp_path / "papers" / "own"
+    (folder / "weights").mkdir(parents=True)
+    (folder / "weights" / "config.json").write_text("{}")
+    (folder / "paper.yaml").write_text(
+        "title: own\nauthors: [A]\nyear: 2026\nurl: https://example.org\n"
+        "model: {source: folder, path: weights, family: own.json}\n"
+    )
+    items = []
+    for text in ("{}", "{ }"):
+        (folder / "own.json").write_text(text)
+        run = Run.load({"papers": ["own"], "papers_dirs": [str(tmp_path / "papers")]}, [tmp_path])
+        item = run.items("own", "laptop")["model"] if hasattr(run, "items") else None
+        items.append(item)
+    assert items[0].id != items[1].id
+    assert items[0].spec["model"]["family"].endswith("own.json")
