@@ -17,9 +17,6 @@ from pipeline.patching import Edge, Receiver, activation_patching, edge_patching
 
 # float32 sums in another order, of logits of size 1 to 10
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
-KINDS = [("gpt_neox", 0), ("gpt_neox", 1), ("gemma", 0), ("gemma2", 0), ("gptj", 0), ("opt", 0),
-         ("phi", 0), ("olmo", 0), ("olmo2", 0), ("granite", 0), ("phi3", 0), ("gpt_neo", 0),
-         ("stablelm", 1)]  # fmt: skip
 CAPPED = {"gemma2": {"final_logit_softcapping": 3.0}}
 # Two pairs of unequal length, so that one is padded; the third token differs, and the fifth.
 PROMPTS = {
@@ -31,7 +28,7 @@ PROMPTS = {
 }
 
 
-@pytest.fixture(scope="module", params=KINDS, ids=lambda case: f"{case[0]}-{case[1]}")
+@pytest.fixture(scope="module", params=check.CIRCUITS, ids=lambda case: f"{case[0]}-{case[1]}")
 def task(request):
     kind, variant = request.param
     hf = check.model_of(kind, variant, **CAPPED.get(kind, {}))

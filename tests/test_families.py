@@ -210,7 +210,8 @@ def test_a_type_that_the_table_lacks_by_a_file_of_its_own(tmp_path):
             ModelSpec(source="folder", path=str(tmp_path / "weights")), tmp_path / "none", None
         )
     file = tmp_path / "helium.json"
-    file.write_text(json.dumps(families.table()["layouts"][families.table()["types"]["llama"][0]["layout"]]))
+    (llama,) = families.table()["types"]["llama"]
+    file.write_text(json.dumps(families.table()["layouts"][llama["layout"]]))
     spec = ModelSpec(source="folder", path=str(tmp_path / "weights"), family=str(file))
     opened, tokenizer, _ = model.open_source(spec, tmp_path / "none", None)
     info = model.describe(opened, 0, spec, "")
@@ -225,23 +226,3 @@ def test_a_type_that_the_table_lacks_by_a_file_of_its_own(tmp_path):
     layer.mlp.down_proj.register_forward_pre_hook(lambda _, args: theirs.append(args[0]))
     hf(check.TOKENS)
     torch.testing.assert_close(ours, theirs[0])
-
-
-def test_a_layout_is_a_part_of_the_models_digest(tmp_path):
-    from pipeline.papers import Run
-
-    folder = tmp_path / "papers" / "own"
-    (folder / "weights").mkdir(parents=True)
-    (folder / "weights" / "config.json").write_text("{}")
-    (folder / "paper.yaml").write_text(
-        "title: own\nauthors: [A]\nyear: 2026\nurl: https://example.org\n"
-        "model: {source: folder, path: weights, family: own.json}\n"
-    )
-    items = []
-    for text in ("{}", "{ }"):
-        (folder / "own.json").write_text(text)
-        run = Run.load({"papers": ["own"], "papers_dirs": [str(tmp_path / "papers")]}, [tmp_path])
-        item = run.items("own", "laptop")["model"] if hasattr(run, "items") else None
-        items.append(item)
-    assert items[0].id != items[1].id
-    assert items[0].spec["model"]["family"].endswith("own.json")
