@@ -70,7 +70,9 @@ def metadata(activations: dict, hook: str, output_hook: str | None = None) -> di
     activations names.
     """
     named = {"hook_name": hook} | ({"hook_name_out": output_hook} if output_hook else {})
-    own = {h: about["bridge"] for h, about in activations["hooks"].items() if "bridge" in about}
+    own = {
+        h: about["bridge"] for h, about in activations.get("hooks", {}).items() if "bridge" in about
+    }
     return {
         "model_name": Path(activations["model"]).parent.name,
         **named,
