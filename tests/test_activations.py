@@ -26,7 +26,9 @@ from pipeline.spec.paper import ActivationsSpec
 from pipeline.store import provenance, tables
 from pipeline.store.shards import Blocks, Rows
 
-ALL = ["hook_embed", *(f"blocks.{i}.{h}" for i in range(2) for h in hooks.LAYER_HOOKS)]
+LAYER = ("hook_resid_pre", "attn.hook_q", "attn.hook_z", "hook_attn_out", "hook_resid_mid",
+         "ln2.hook_normalized", "mlp.hook_post", "hook_mlp_out", "hook_resid_post")  # fmt: skip
+ALL = ["hook_embed", *(f"blocks.{i}.{h}" for i in range(2) for h in LAYER), "ln_final.hook_scale"]
 
 
 def run(out: Path, model_json, corpus, check=True, **spec):

@@ -479,3 +479,24 @@ def test_a_text_that_names_no_setting_is_told(place):
     wrong = spec.model_copy(update={"deviations": [f"after {{{place}}} rows, {{k}} of {{}}"]})
     with pytest.raises(RetraceError, match=f"no setting '{place}'"):
         papers.filled(wrong, "paper.yaml (smoke)")
+
+
+def test_a_layout_of_ones_own_is_part_of_the_models_id(home):
+    """It lies beside paper.yaml, or in a folder of papers_dirs, and its bytes count."""
+    model = {"source": "folder", "path": "weights", "family": "own.json"}
+    folder = write(home, "p", CARD | {"model": model, "scales": {}})
+    (folder / "weights").mkdir()
+    (folder / "weights" / "config.json").write_text("{}")
+    (home / "papers" / "own.json").write_text("{}")
+    shared = run_of(home, "p").store("p", "laptop", "model")["model"]
+    assert shared.spec["model"]["family"].endswith("papers/own.json")
+    (folder / "own.json").write_text("{}")
+    own = run_of(home, "p").store("p", "laptop", "model")["model"]
+    assert own.spec["model"]["family"].endswith("papers/p/own.json") and own.id == shared.id
+    (folder / "own.json").write_text("{ }")
+    assert run_of(home, "p").store("p", "laptop", "model")["model"].id != own.id
+    (folder / "paper.yaml").write_text(
+        yaml.safe_dump(CARD | {"model": model | {"family": "none.json"}, "scales": {}})
+    )
+    said = fault(run_of, home, "p")
+    assert "none.json" in said and "does not exist" in said

@@ -26,6 +26,7 @@ from pipeline.models import hooks
 from pipeline.models.heads import Heads
 from pipeline.models.native import NativeForCausalLM
 from pipeline.models.pairs import Node, Pairs, Task
+from pipeline.models.tiny_models import tiny_config, tiny_model
 from pipeline.spec.training import Architecture
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
@@ -396,12 +397,9 @@ def test_faults_are_told():
     swapped = Pairs.of(PROMPTS, None, "cpu", denoising=True)
     assert swapped.base.tolist()[1] == PROMPTS["corrupt"][1]
 
-    class Other(torch.nn.Module):
-        config = GPT2Config(vocab_size=8)
-
-    Other.config.model_type = "gpt_neox"
-    with pytest.raises(RetraceError, match="has no heads here"):
-        Heads(Other())
+    mamba = tiny_model(tiny_config("mamba"))
+    with pytest.raises(RetraceError, match=r"'mamba' has no heads here.*no attn\.hook_z"):
+        Heads(mamba)
 
 
 def first(out):

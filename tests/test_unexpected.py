@@ -96,6 +96,7 @@ def test_traces_of_libraries_stay_in_the_log_too():
 # --- every program, stage or not -----------------------------------------------------------
 
 TOOLS = {  # command -> its arguments, and the function of its that fails
+    "adapters": ([], "table"),
     "aliases": ([], "of_transformer_lens"),
     "compare": (["a", "b"], "opened"),
     "crate": (["release.zip", "--out", "crate.zip"], "unpack"),

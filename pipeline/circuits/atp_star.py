@@ -35,20 +35,12 @@ from pipeline.models.pairs import Node, Task
 @contextmanager
 def inputs_of_source(task: Task, slot: Slot) -> Iterator[None]:
     """Inside: every layer reads its base stream, but for the queries, or keys, of all its heads."""
-    heads, width = task.heads, task.heads.count(slot) * task.heads.d_head
-    start = [heads.place(i, slot, 0).columns.start for i in range(heads.n_layers)]
+    heads = task.heads
     with ExitStack() as stack:
         for i in range(heads.n_layers):
-            at = slice(start[i], start[i] + width)
-            new = heads.read(i, slot, task.source.pre[i])[..., at]
-
-            def after(_, __, out: Tensor, new=new, at=at) -> Tensor:
-                out = out.clone()
-                out[..., at] = new
-                return out
-
-            handle = heads.place(i, slot, 0).module.register_forward_hook(after)
-            stack.callback(handle.remove)
+            new = heads.read(i, slot, task.source.pre[i])
+            put = lambda _, new=new: new  # noqa: E731
+            stack.enter_context(hooks.edited(task.hf, f"blocks.{i}.attn.hook_{slot}", put))
             keep = lambda _, i=i: task.base.pre[i]  # noqa: E731
             stack.enter_context(hooks.edited(task.hf, f"blocks.{i}.hook_resid_pre", keep))
         yield
@@ -74,8 +66,7 @@ def fixed(
     heads, out = task.heads, {}
     share = heads.n_heads // heads.n_key_heads
     for i in range(heads.n_layers):
-        at = heads.place(i, "v", 0).columns.start
-        v = heads.read(i, "v", task.base.pre[i])[..., at : at + heads.n_key_heads * heads.d_head]
+        v = heads.read(i, "v", task.base.pre[i])
         v = v.unflatten(-1, (heads.n_key_heads, -1)).repeat_interleave(share, -2)
         g = grads.z[i].unflatten(-1, (heads.n_heads, -1))
         by_pattern = torch.einsum("nqhd,nkhd->nhqk", g, v)

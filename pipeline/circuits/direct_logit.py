@@ -14,6 +14,8 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
+from pipeline.errors import RetraceError
+from pipeline.models import places, splice
 from pipeline.models.pairs import Node, Run, Task
 
 
@@ -27,8 +29,9 @@ def frozen_norm(norm: nn.Module, x: Tensor) -> tuple[Callable[[Tensor], Tensor],
     if isinstance(norm, nn.LayerNorm):
         scale = (x.var(-1, correction=0, keepdim=True) + norm.eps).sqrt()
         return (lambda c: (c - c.mean(-1, keepdim=True)) / scale * norm.weight), norm.bias
-    scale = (x.pow(2).mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()
-    return (lambda c: c / scale * norm.weight), 0.0
+    _, scale, _ = places.standardised(norm, x)
+    bias = places.as_function(norm)(torch.zeros_like(x[:1]))
+    return (lambda c: places.linear_part(norm, c / scale)), bias
 
 
 def direct_logit(task: Task, run: Run, scale_of: Run | None = None) -> dict[Node | str, Tensor]:
@@ -41,13 +44,18 @@ def direct_logit(task: Task, run: Run, scale_of: Run | None = None) -> dict[Node
         scale_of: the run whose final scale is kept; default: the same.
     """
     heads = task.heads
+    if splice.tail(task.hf)[1]:
+        raise RetraceError(
+            f"model type '{task.hf.config.model_type}': its logits are capped by a tanh, so that "
+            f"they are no sum of what its parts write; use an attribution by gradients or patches"
+        )
     linear, constant = frozen_norm(task.norm, task.at_end((scale_of or run).post[-1]))
     logit = lambda c: (linear(c) * task.direction).sum(-1)  # noqa: E731
     out: dict[Node | str, Tensor] = {Node("resid", 0): logit(task.at_end(run.pre[0]))}
-    bias = (constant * task.direction).sum(-1)
+    bias = (constant * task.direction).sum(-1) + task.constant
     for layer in range(heads.n_layers):
         written = heads.written(task.at_end(run.z[layer]), layer)  # [n n_heads d_model]
         out |= {Node("head", layer, h): logit(written[:, h]) for h in range(heads.n_heads)}
         out[Node("mlp", layer)] = logit(task.at_end(run.mlp(layer)))
-        bias = bias + logit(torch.zeros_like(written[:, 0]) + heads.b_O(layer))
+        bias = bias + logit(heads.rest(task.at_end(run.z[layer]), layer))
     return out | {"bias": bias}

@@ -19,9 +19,10 @@ TransformerLens's `tools.analysis.attribution_patching` has the nodes only ("gra
 and ig_steps above 1 are not implemented there); the tests hold ours equal to it.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 
 import torch
 from torch import Tensor, nn
@@ -39,8 +40,7 @@ class Taps:
     """Tensors that a forward pass consumes, by layer; after `gradients`, dm/d of each.
 
     Attributes:
-        pre: the stream before each layer, [points*n pos d_model]; x: the same, as a value.
-        mid, mid_x: the stream between attention and MLP.
+        pre: the stream before each layer, [points*n pos d_model].
         z, mlp: what the output projection reads, and what the MLP writes.
         q, k, v, normed: what the input projections write, and what the MLP reads.
         end: the stream that the final norm reads.
@@ -51,7 +51,6 @@ class Taps:
     mlp: list[Tensor] = field(default_factory=list)
     attn: list[Tensor] = field(default_factory=list)
     normed: list[Tensor] = field(default_factory=list)
-    mid: list[Tensor] = field(default_factory=list)
     end: list[Tensor] = field(default_factory=list)
     inputs: dict[tuple[int, Slot], Tensor] = field(default_factory=dict)
 
@@ -60,31 +59,28 @@ class Taps:
 def tapped(task: Task) -> Iterator[Taps]:
     """Inside: a forward pass fills the taps with the tensors that it goes on with."""
     heads, taps = task.heads, Taps()
-    keep_in = lambda into: lambda _, a, k: into.append(hooks.stream_of(a, k))  # noqa: E731
-    first = lambda out: out[0] if isinstance(out, tuple) else out  # noqa: E731
     with ExitStack() as stack:
 
-        def reads(module: nn.Module, into: list[Tensor]) -> None:
-            handle = module.register_forward_pre_hook(keep_in(into), with_kwargs=True)
-            stack.callback(handle.remove)
+        def tap(hook: str, keep: Callable[[Tensor], None], copied: bool = False) -> None:
+            """Keep what the forward pass goes on with; a copy is read by nothing else."""
 
-        def writes(module: nn.Module, see) -> None:
-            handle = module.register_forward_hook(lambda _, __, out: see(first(out)))
-            stack.callback(handle.remove)
+            def see(x: Tensor) -> Tensor:
+                x = x.clone() if copied else x
+                keep(x)
+                return x
 
-        for i, layer in enumerate(heads.layers):
-            reads(layer, taps.pre)
-            reads(heads.out(i), taps.z)
-            reads(getattr(layer, heads.names.ln2), taps.mid)
-            writes(getattr(layer, heads.names.ln2), taps.normed.append)
-            writes(getattr(layer, heads.names.mlp), taps.mlp.append)
-            writes(heads.attn(i), taps.attn.append)
-            for name in set(heads.inputs.values()):
-                slots = [s for s in SLOTS if heads.inputs[s] == name]
-                key = (i, slots[0])
-                module = getattr(heads.attn(i), name)
-                writes(module, lambda out, key=key: taps.inputs.__setitem__(key, out))
-        reads(task.norm, taps.end)
+            stack.enter_context(hooks.edited(task.hf, hook, see))
+
+        for i in range(heads.n_layers):
+            at = f"blocks.{i}."
+            tap(f"{at}hook_resid_pre", taps.pre.append)
+            tap(f"{at}attn.hook_z", taps.z.append)
+            tap(f"{at}mlp.hook_in", taps.normed.append, copied=True)
+            tap(f"{at}hook_mlp_out", taps.mlp.append)
+            tap(f"{at}hook_attn_out", taps.attn.append)
+            for slot in SLOTS:
+                tap(f"{at}attn.hook_{slot}", partial(taps.inputs.__setitem__, (i, slot)))
+        tap(f"blocks.{heads.n_layers - 1}.hook_resid_post", taps.end.append)
         yield taps
 
 
@@ -140,11 +136,7 @@ def by_part(task: Task, grads: Taps) -> dict[tuple[str, int], Tensor]:
         dots["head", i] = heads((source.z[i] - base.z[i]) * total(grads.z[i]))
     for (i, slot), gradient in grads.inputs.items():
         change = task.heads.read(i, slot, source.pre[i]) - task.heads.read(i, slot, base.pre[i])
-        shared = heads(change * total(gradient))
-        if slot == SLOTS[0] and (i, SLOTS[1]) not in grads.inputs:  # one module for all three
-            dots |= {(s, i): part for s, part in zip(SLOTS, shared.chunk(3, -1), strict=True)}
-        else:
-            dots[slot, i] = shared
+        dots[slot, i] = heads(change * total(gradient))
     return dots
 
 
@@ -178,7 +170,7 @@ def midpoints(steps: int) -> list[float]:
     return [(j + 0.5) / steps for j in range(steps)]
 
 
-def pulled_back(norm: nn.Module, x: Tensor, cotangents: Tensor) -> Tensor:
+def pulled_back(norm: Callable[[Tensor], Tensor], x: Tensor, cotangents: Tensor) -> Tensor:
     """cotangents [t ... d] of norm(x) as gradients of x [... d]."""
     with torch.enable_grad():
         x = x.detach().requires_grad_(True)
@@ -206,15 +198,19 @@ def edges(task: Task, alphas: list[float]) -> tuple[list[Edge], Tensor]:
         scores.append(dot.flatten() / len(task.before))
         found.extend(Edge(s, *t) for s in sources for t in targets)
 
-    for i, layer in enumerate(heads.layers):
-        names = heads.names
+    for i in range(heads.n_layers):
         targets, back = _attention_inputs(task, taps, grads, i)
         join(targets, total(back))
         new = [Node("head", i, h) for h in range(heads.n_heads)]
-        middle = total(pulled_back(getattr(layer, names.ln2), taps.mid[i], grads.normed[i][None]))
+        read = taps.pre[i] if heads.parallel else taps.pre[i] + taps.attn[i]
+        middle = total(pulled_back(partial(heads.mlp_reads, i), read, grads.normed[i][None]))
+        into_mlp = [(Node("mlp", i), "")]
+        if heads.parallel:  # the MLP reads nothing of this layer's heads
+            join(into_mlp, middle)
         sources += new
         written += [task.changed_by(n) for n in new]
-        join([(Node("mlp", i), "")], middle)
+        if not heads.parallel:
+            join(into_mlp, middle)
         sources.append(Node("mlp", i))
         written.append(task.changed_by(sources[-1]))
     join([(LOGITS, "")], total(grads.end[0][None]))
@@ -225,16 +221,16 @@ def _attention_inputs(
     task: Task, taps: Taps, grads: Taps, layer: int
 ) -> tuple[list[tuple[Node, str]], Tensor]:
     """The queries, keys and values of a layer, and dm/d(their input), [targets points*n pos d]."""
-    heads, module = task.heads, task.heads.layers[layer]
+    heads = task.heads
     targets, cotangents = [], []
     for slot in SLOTS:
-        key = (layer, slot if (layer, slot) in grads.inputs else SLOTS[0])
+        gradient = grads.inputs[layer, slot].unflatten(-1, (-1, heads.d_head))
         for h in range(heads.count(slot)):
             place = heads.place(layer, slot, h)
             weight = place.module.weight
             if not isinstance(place.module, nn.Linear):  # GPT-2: transposed
                 weight = weight.T
-            cotangents.append(grads.inputs[key][..., place.columns] @ weight[place.columns])
+            cotangents.append(gradient[..., h, :] @ weight[place.columns])
             targets.append((Node("head", layer, h), slot))
-    norm = getattr(module, heads.names.ln1)
-    return targets, pulled_back(norm, taps.pre[layer], torch.stack(cotangents))
+    reads = partial(heads.attn_reads, layer)
+    return targets, pulled_back(reads, taps.pre[layer], torch.stack(cotangents))

@@ -18,13 +18,14 @@ biases of attention, which no edge carries. A cut q is the q of a run in which e
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from functools import partial
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.circuits.patching import Edge
-from pipeline.models import hooks, splice
+from pipeline.errors import RetraceError
+from pipeline.models import hooks
 from pipeline.models.heads import SLOTS, Heads
 from pipeline.models.pairs import Node
 
@@ -52,8 +53,9 @@ class EdgeGraph:
             positions: the positional embedding is a node of its own.
         """
         self.hf, self.tokens, self.heads = hf, tokens, Heads(hf)
-        self.names, self.n_embeds = self.heads.names, 1 + positions
-        self.has_mlp = hasattr(self.heads.layers[0], self.names.mlp)
+        self.n_embeds = 1 + positions
+        self.has_mlp = "blocks.0.hook_mlp_out" in hooks.hook_names(hf)
+        self.check_linear()
         self.sources = self._sources()
         self.targets = self._targets()
         self.edges = list(self._edges())
@@ -85,6 +87,16 @@ class EdgeGraph:
         self.on = torch.stack(run.made).squeeze(1)
         self.on_inputs = {key: x.squeeze(0) for key, x in run.inputs.items()}
 
+    def check_linear(self) -> None:
+        """RetraceError where attention's bias passes a norm, whose scale the heads decide."""
+        for i in range(self.heads.n_layers):
+            _, norm = self.heads.post(i, "attn")
+            if norm is not None and isinstance(self.heads.b_O(i), Tensor):
+                raise RetraceError(
+                    f"model type '{self.hf.config.model_type}': a norm behind attention scales its "
+                    f"bias by what its heads write, so that no constant stands for it; patch nodes"
+                )
+
     def _sources(self) -> list[Node]:
         out = [Node("embed", 0), Node("pos", 0)][: self.n_embeds]
         for i in range(self.heads.n_layers):
@@ -106,7 +118,8 @@ class EdgeGraph:
         """The sources that a target can read."""
         layer, what = key
         n = self.n_embeds + layer * (self.heads.n_heads + self.has_mlp)
-        return self.sources[: n + self.heads.n_heads * (what == "mlp")]
+        beside = what == "mlp" and not self.heads.parallel
+        return self.sources[: n + self.heads.n_heads * beside]
 
     def _gate(self, layer: int, head: int, slot: str) -> Edge:
         return Edge(Node("input", layer, head), Node("head", layer, head), slot)
@@ -192,8 +205,9 @@ class Pass:
         n = m.shape[-1]
         x = torch.einsum("kts,sknpd->ktnpd", m, torch.stack(self.made[:n]))
         x = x + torch.einsum("kts,snpd->ktnpd", 1 - m, graph.off[:n])
-        for i in range(layer + (what == "mlp")):
-            x = x + graph.heads.b_O(i)
+        for i in range(layer + (what == "mlp" and not graph.heads.parallel)):
+            bias = graph.heads.b_O(i)
+            x = x + bias * graph.heads.post(i, "attn")[0]
         self.read[key] = x
         return x
 
@@ -201,29 +215,27 @@ class Pass:
     def hooked(self) -> Iterator[None]:
         """Inside: the next forward pass of the model is that of the graphs."""
         graph = self.graph
-        names, layers, heads = graph.names, graph.heads.layers, graph.heads
+        layers, heads = graph.heads.layers, graph.heads
         with ExitStack() as stack:
             add = lambda handle: stack.callback(handle.remove)  # noqa: E731
-            embed, _ = hooks.site(graph.hf, "hook_embed")
-            add(embed.register_forward_hook(self._keep_embed))
+            add(hooks.site(graph.hf, "hook_embed").register(self._keep_embed))
             add(layers[0].register_forward_pre_hook(self._begin, with_kwargs=True))
-            for i, layer in enumerate(layers):
-                for name in dict.fromkeys(heads.inputs.values()):
-                    slots = [s for s in SLOTS if heads.inputs[s] == name]
-                    module = getattr(heads.attn(i), name)
+            for i in range(heads.n_layers):
+                modules = {s: heads.module_of(i, s) for s in SLOTS}
+                for module in dict.fromkeys(modules.values()):
+                    slots = [s for s in SLOTS if modules[s] is module]
                     add(module.register_forward_hook(self._projection(i, slots)))
-                add(heads.out(i).register_forward_pre_hook(self._heads_write(i)))
+                add(heads.site(i, "attn.hook_z").register(self._heads_write(i)))
                 if graph.has_mlp:
-                    mlp = getattr(layer, names.mlp)
-                    norm = getattr(layer, names.ln2)
-                    add(mlp.register_forward_pre_hook(self._stream((i, "mlp"), norm)))
-                    add(mlp.register_forward_hook(self._mlp_writes))
+                    reads = self._stream((i, "mlp"), partial(heads.mlp_reads, i))
+                    add(heads.site(i, "mlp.hook_in").register(reads))
+                    add(heads.site(i, "hook_mlp_out").register(self._mlp_writes))
             end = (heads.n_layers, "logits")
-            final = splice.final_norm(graph.hf)
-            add(final.register_forward_pre_hook(self._stream(end, lambda x: x)))
+            last = heads.site(heads.n_layers - 1, "hook_resid_post")
+            add(last.register(self._stream(end, lambda x: x)))
             yield
 
-    def _keep_embed(self, _: nn.Module, __: tuple, out: Tensor) -> None:
+    def _keep_embed(self, out: Tensor) -> None:
         self.embed = out
 
     def _begin(self, _: nn.Module, args: tuple, kwargs: dict) -> None:
@@ -232,21 +244,21 @@ class Pass:
         self.made = [*(self.embeds or map(self.by_graph, parts))]
 
     def _projection(self, layer: int, slots: list[str]) -> Callable:
-        heads, norm = (
-            self.graph.heads,
-            getattr(self.graph.heads.layers[layer], self.graph.names.ln1),
-        )
+        heads = self.graph.heads
+        order = torch.cat([heads.columns(layer, s) for s in slots])
+        back = None if bool((order.diff() == 1).all()) else order.argsort()
 
         def after(module: nn.Module, _: tuple, __: Tensor) -> Tensor:
             columns = []
             for slot in slots:
-                x = norm(self.reads((layer, slot)))
+                x = heads.attn_reads(layer, self.reads((layer, slot)))
                 each = [
                     module.forward(x[:, h].contiguous())[..., heads.place(layer, slot, h).columns]
                     for h in range(heads.count(slot))
                 ]
                 columns.append(self._gated((layer, slot), torch.cat(each, -1)))
-            return torch.cat(columns, -1).flatten(0, 1)
+            whole = torch.cat(columns, -1).flatten(0, 1)
+            return whole if back is None else whole[..., back.to(whole.device)]
 
         return after
 
@@ -261,17 +273,13 @@ class Pass:
         return value
 
     def _heads_write(self, layer: int) -> Callable:
-        def before(_: nn.Module, args: tuple) -> None:
-            written = self.by_graph(self.graph.heads.written(args[0], layer))
-            self.made += written.unbind(-2)
+        def see(z: Tensor) -> None:
+            self.made += self.by_graph(self.graph.heads.written(z, layer)).unbind(-2)
 
-        return before
+        return see
 
     def _stream(self, key: Target, norm: Callable[[Tensor], Tensor]) -> Callable:
-        def before(_: nn.Module, args: tuple) -> tuple[Any, ...]:
-            return (norm(self.reads(key)[:, 0]).flatten(0, 1), *args[1:])
+        return lambda _: norm(self.reads(key)[:, 0]).flatten(0, 1)
 
-        return before
-
-    def _mlp_writes(self, _: nn.Module, __: tuple, out: Tensor) -> None:
+    def _mlp_writes(self, out: Tensor) -> None:
         self.made.append(self.by_graph(out))

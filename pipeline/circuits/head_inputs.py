@@ -85,10 +85,9 @@ def many_edges(
         changes = torch.stack([change(i) for i in some])
         if kind == "logits":
             return task.metric(task.at_end(base.post[-1] + changes))
-        module, x = heads.layers[layer], base.mid[layer]
-        mlp = getattr(module, heads.names.mlp)(getattr(module, heads.names.ln2)(x + changes))
+        mlp = heads.mlp_writes(layer, base.mlp_input(layer) + changes)
         places = task.suffix(task.first_change(""))
-        changed = torch.stack([task.gathered(x + one, places) for one in mlp])
+        changed = torch.stack([task.gathered(base.mid[layer] + one, places) for one in mlp])
         return task.resumed(f"blocks.{layer}.hook_resid_post", changed, places)
 
     return _grouped(task, [(e.target.kind, e.target.layer) for e in edges], passed, told)

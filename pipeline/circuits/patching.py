@@ -34,8 +34,10 @@ class Receiver(NamedTuple):
     head: int
 
 
-# Where a node's change enters: the stream of the Run, and its hook.
+# Where a node's change enters: the stream of the Run, and its hook. The MLP of a parallel layer
+# does not read what its attention writes, so that the change enters behind it.
 ENTRY = {"resid": "pre", "head": "mid", "attn": "mid", "mlp": "post"}
+PARALLEL_ENTRY = ENTRY | {"head": "post", "attn": "post"}
 
 
 def activation_patching(
@@ -47,7 +49,8 @@ def activation_patching(
         told: called with the number of nodes done so far.
     """
     out = torch.zeros(len(nodes), len(task.before), device=task.before.device)
-    entry = lambda i: (ENTRY[nodes[i].kind], nodes[i].layer, nodes[i].position)  # noqa: E731
+    streams = PARALLEL_ENTRY if task.heads.parallel else ENTRY
+    entry = lambda i: (streams[nodes[i].kind], nodes[i].layer, nodes[i].position)  # noqa: E731
     done = 0
     for (stream, layer, position), group in groupby(
         sorted(range(len(nodes)), key=entry), key=entry
@@ -77,17 +80,13 @@ def through_mlps(
         frozen: keep the MLPs as in the base run, too.
     """
     at = lambda stream: stream[task.rows, place]  # noqa: E731
-    names = task.heads.names
-    for i in range(layer, task.heads.n_layers):
-        module = task.heads.layers[i]
-        if frozen:
-            mlp = at(task.base.mlp(i))
-        else:
-            mlp = getattr(module, names.mlp)(getattr(module, names.ln2)(x))
-        x = x + mlp
+    heads, before = task.heads, None
+    for i in range(layer, heads.n_layers):
+        read = before if heads.parallel else x  # None: the MLP beside the first change
+        x = x + (at(task.base.mlp(i)) if frozen or read is None else heads.mlp_writes(i, read))
         yield i + 1, x
-        if i + 1 < task.heads.n_layers:
-            x = x + at(task.base.attn(i + 1))
+        if i + 1 < heads.n_layers:
+            before, x = x, x + at(task.base.attn(i + 1))
 
 
 def path_patching(
@@ -138,8 +137,7 @@ def path_patching(
 def project(heads: Heads, receiver: Receiver, stream: Tensor) -> Tensor:
     """Its query, key or value, [... d_head], of the stream [... d_model] before its layer."""
     place = heads.place(receiver.layer, receiver.slot, receiver.head)
-    layer = heads.layers[receiver.layer]
-    return place.module(getattr(layer, heads.names.ln1)(stream))[..., place.columns]
+    return place.module(heads.attn_reads(receiver.layer, stream))[..., place.columns]
 
 
 def received(task: Task, values: list[dict[Receiver, Tensor]], place: Tensor) -> Tensor:
@@ -182,12 +180,9 @@ def edge_patching(task: Task, edge: Edge) -> Tensor:
     layer = target.layer
     whole = task.suffix(torch.zeros_like(task.pairs.end))[:, : change.shape[1]]
     if target.kind == "mlp":
-        names, module = task.heads.names, task.heads.layers[layer]
-        x = task.base.mid[layer]
-        mlp = getattr(module, names.mlp)(getattr(module, names.ln2)(x + change))
-        return (
-            task.resumed(f"blocks.{layer}.hook_resid_post", (x + mlp)[None], whole)[0] - task.before
-        )
+        mlp = task.heads.mlp_writes(layer, task.base.mlp_input(layer) + change)
+        x = (task.base.mid[layer] + mlp)[None]
+        return task.resumed(f"blocks.{layer}.hook_resid_post", x, whole)[0] - task.before
     receiver = Receiver(layer, edge.slot, target.head)
     x = task.base.pre[layer]
     new = project(task.heads, receiver, x + change)

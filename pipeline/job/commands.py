@@ -37,6 +37,7 @@ TOOLS = {
     "lint_paper": "pipeline.papers.lint",
     "schema": "pipeline.spec.schema",
     "aliases": "pipeline.spec.aliases",
+    "adapters": "pipeline.models.adapters",
     "progress": "pipeline.claims.progress",
     "provenance": "pipeline.sharing.provenance",
     "redraw": "pipeline.sharing.redraw",

@@ -7,7 +7,7 @@ and only then. The hash covers
 1. the syntax tree, docstrings left out, of every definition of ours that the job can reach
    (pipeline/job/reach.py): comments, layout, and the module where a definition stands do not count;
 2. the paper's own .py files that take part, those that they load, and what they reach;
-3. the templates that its pages are made of;
+3. the templates that its pages are made of, and the table of families where it is read;
 4. the versions of the packages in KEYED that it uses.
 """
 
@@ -39,6 +39,9 @@ REMEMBERED = 4000  # files and jobs; beyond it the note starts anew
 KEYED = (
     "torch triton transformers transformer_lens sae_lens tokenizers gguf numpy scipy pandas plotly"
 ).split()
+TABLES = {
+    ("pipeline.spec.families", "table"): "spec/families.json"
+}  # what reads a file of ours: the file
 PAGES = (".html", ".css", ".js")  # files of templates/; an editor's swap file is none
 
 
@@ -264,7 +267,9 @@ def job_code(stage: str, files: Iterable[str | Path] = ()) -> str:
     ours = [code for (module, _), code in walk.reached.items() if not module.endswith(".py")]
     templates = _templates(frozenset(walk.templates))
     _remember()
-    return digest([sorted(ours), files_code(own), templates, packages(walk.packages)])
+    read = [hashlib.sha256((PIPELINE / f).read_bytes()).hexdigest()
+            for reader, f in TABLES.items() if reader in walk.reached]  # fmt: skip
+    return digest([sorted(ours), files_code(own), templates, packages(walk.packages), *read])
 
 
 def packages(used: Iterable[str]) -> dict[str, str]:

@@ -159,6 +159,11 @@ class Sites:
                 raise RetraceError(
                     f"'{name}' cannot be a site of latents; take {', '.join(ENTRY)} of a layer"
                 )
+            if name.endswith("mlp.hook_post") and self._is_normed(name):
+                raise RetraceError(
+                    f"'{name}' cannot be a site of latents, since a norm behind the MLP scales "
+                    f"what its neurons write by all of them; take hook_mlp_out"
+                )
         self.hooks = sorted(set(names), key=hooks.hook_names(task.hf).index)
         self.base = hooks.run_to(task.hf, task.pairs.base, self.hooks)
         self.source = hooks.run_to(task.hf, task.pairs.source, self.hooks)
@@ -167,7 +172,12 @@ class Sites:
     def entry(self, hook: str) -> tuple[str, int]:
         """Name of the stream that the hook writes into, see Run of pairs.py, and the layer."""
         _, layer, name = hook.split(".", 2)
+        if self.task.heads.parallel and name == "hook_attn_out":
+            return "post", int(layer)  # the MLP beside it reads nothing of it
         return ENTRY[name], int(layer)
+
+    def _is_normed(self, hook: str) -> bool:
+        return self.task.heads.post(int(hook.split(".")[1]), "mlp")[1] is not None
 
     def written(self, hook: str, change: Tensor) -> Tensor:
         """A change of x [... d] as a change of the stream [... d_model]."""

@@ -439,6 +439,8 @@ def main() -> None:
         shards, partial = Path(args.shards), Path(f"{args.shards}.partial")
         digests = run(loaded.hf, planned, blocks, partial, made, key)
         listed = manifest(partial, planned, digests)
+        for hook, about in listed["hooks"].items():
+            about["bridge"] = hooks.bridge_name(hook, hooks.family(loaded.hf))
         shutil.rmtree(shards, ignore_errors=True)
         os.replace(partial, shards)
         (shards / KEY).unlink()

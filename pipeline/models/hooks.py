@@ -13,25 +13,26 @@ needed, `edited` replaces the stream. Everything here keeps gradients where the 
 
 import re
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
-from typing import Literal
+from contextlib import ExitStack, contextmanager, suppress
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from pipeline.errors import RetraceError, nearest
+from pipeline.models import places
+from pipeline.models.places import Place
+from pipeline.spec import families
+from pipeline.spec.families import Layout
 
-Side = Literal["input", "output"]
-
-# In the order in which a layer computes them.
-LAYER_HOOKS = ("hook_resid_pre", "attn.hook_z", "hook_attn_out", "hook_resid_mid", "mlp.hook_in",
-               "mlp.hook_post", "hook_mlp_out", "hook_resid_post")  # fmt: skip
-# What TransformerBridge calls a hook itself, every family alike; the names above are its aliases.
+# What TransformerBridge calls a hook itself in families without norms behind attention and MLP;
+# the names on the left are its aliases.
 BRIDGE_NAMES = {
     "hook_embed": "embed.hook_out",
     "hook_resid_pre": "hook_in",
+    "attn.hook_q": "attn.q.hook_out",
+    "attn.hook_k": "attn.k.hook_out",
+    "attn.hook_v": "attn.v.hook_out",
     "attn.hook_z": "attn.o.hook_in",
     "hook_attn_out": "attn.hook_out",
     "hook_resid_mid": "ln2.hook_in",
@@ -41,180 +42,202 @@ BRIDGE_NAMES = {
 }
 
 
-@dataclass(frozen=True)
-class Family:
-    """Where the modules of an architecture lie."""
+def family(hf: nn.Module) -> Layout:
+    """The layout of a model: the one that came with it, or that of its type.
 
-    embed: str
-    layers: str
-    ln1: str
-    attn: str
-    ln2: str
-    mlp: str
-    mlp_end: str  # the last linear map of the MLP: its input is mlp.hook_post
-    attn_end: str  # the output projection: its input is attn.hook_z, all heads side by side
-
-
-LLAMA = Family(
-    "model.embed_tokens", "model.layers", "input_layernorm", "self_attn",
-    "post_attention_layernorm", "mlp", "down_proj", "o_proj",
-)  # fmt: skip
-FAMILIES = {
-    "llama": LLAMA,
-    "mistral": LLAMA,
-    "qwen2": LLAMA,
-    "qwen3": LLAMA,
-    "gpt2": Family(
-        "transformer.wte", "transformer.h", "ln_1", "attn", "ln_2", "mlp", "c_proj", "c_proj"
-    ),
-    "retrace_native": Family(
-        "model.tok_embed", "model.layers", "ln1", "attn", "ln2", "mlp", "fc_out", "o"
-    ),
-    "gpt_neox": Family(
-        "gpt_neox.embed_in", "gpt_neox.layers", "input_layernorm", "attention",
-        "post_attention_layernorm", "mlp", "dense_4h_to_h", "dense",
-    ),
-}  # fmt: skip
-
-
-def family(hf: nn.Module) -> Family:
-    """The family of a model; RetraceError for one that has no entry here."""
-    check_type(hf.config.model_type)
-    return FAMILIES[hf.config.model_type]
-
-
-def check_type(kind: str, where: str = "") -> None:
-    """RetraceError for a model type that has no entry here.
-
-    Args:
-        where: the file that names it, if one does.
+    Raises:
+        RetraceError: a type without one.
     """
-    if kind not in FAMILIES:
-        raise RetraceError(
-            f"{where and where + ': '}model type '{kind}'{nearest(kind, FAMILIES)} has no hooks "
-            f"here; supported are {', '.join(FAMILIES)}; add an entry to FAMILIES in "
-            f"pipeline/models/hooks.py"
-        )
+    return getattr(hf, "retrace_layout", None) or families.layout(hf.config)
+
+
+def layers_of(hf: nn.Module) -> nn.ModuleList:
+    """The layers of a model, in order."""
+    return submodule(hf, family(hf).layers)
 
 
 def hook_names(hf: nn.Module) -> list[str]:
     """Every hook of this model that can be read, in the order of computation."""
-    has_mid = not getattr(hf.config, "use_parallel_residual", False)  # GPT-NeoX: attn beside mlp
-    has_mlp = getattr(hf.config, "d_mlp", 1) != 0  # models trained here may have none
-    without = {"hook_resid_mid"} if not (has_mid and has_mlp) else set()
-    without |= set() if has_mlp else {"mlp.hook_in", "mlp.hook_post", "hook_mlp_out"}
-    layer = [h for h in LAYER_HOOKS if h not in without]
-    n_layers = len(hf.get_submodule(family(hf).layers))
-    return ["hook_embed", *(f"blocks.{i}.{h}" for i in range(n_layers) for h in layer)]
+    names, refused = family(hf), _refused(hf)
+    out = ["hook_embed"]
+    for i, layer in enumerate(layers_of(hf)):
+        out += [f"blocks.{i}.{h}" for h in families.LAYER_HOOKS if _in_layer(names, layer, h)]
+    out += [f"ln_final.{h}" for h in families.NORM_HOOKS if _find(hf, f"ln_final.{h}")]
+    return [h for h in out if h not in refused]
 
 
-def bridge_name(hook: str) -> str:
+def _in_layer(names: Layout, layer: nn.Module, hook: str) -> tuple[str, str] | None:
+    """(path, what) of a hook, where the layer has its module: layers of a model may differ."""
+    place = names.place(hook)
+    return place if place and reached(layer, place[0]) is not None else None
+
+
+def _refused(hf: nn.Module) -> dict[str, str]:
+    """Hooks that the model's own proof refused when it was loaded: hook -> why (proof.py)."""
+    return getattr(hf, "retrace_refused", {})
+
+
+def require(hf: nn.Module, what: str) -> None:
+    """RetraceError where the model failed a part of its proof: resume, unembed or heads."""
+    if what in getattr(hf, "retrace_fails", {}):
+        raise RetraceError(f"{hf.retrace_fails[what]}; activations of its hooks can be stored")
+
+
+def bridge_name(hook: str, names: Layout | None = None) -> str:
     """TransformerBridge's own name of a hook: blocks.8.hook_out for blocks.8.hook_resid_post.
 
     SAELens's SAETransformerBridge (6.54) ignores aliases in run_with_hooks and run_with_cache.
+
+    Args:
+        names: the model's layout; families with norms behind attention and MLP have other names.
     """
     layer, at = re.fullmatch(r"(blocks\.\d+\.|)(.+)", hook).groups()
-    return layer + BRIDGE_NAMES.get(at, at)
+    own = names.bridge if names else {}
+    return layer + own.get(at, BRIDGE_NAMES.get(at, at))
 
 
 def check(hf: nn.Module, hook: str) -> None:
     """RetraceError where the model has no such hook, naming the nearest that it has."""
-    known = hook_names(hf)
-    if hook in known:
-        return
-    n_layers = len(hf.get_submodule(family(hf).layers))
+    if _find(hf, hook) is None:
+        _refuse(hf, hook)
+
+
+def _refuse(hf: nn.Module, hook: str) -> None:
+    """The sentence of a hook that the model has not."""
+    if hook in _refused(hf):
+        raise RetraceError(f"hook '{hook}': {_refused(hf)[hook]}")
+    known, n_layers = hook_names(hf), len(layers_of(hf))
     layer = re.match(r"blocks\.(\d+)\.", hook)
     if layer and int(layer[1]) >= n_layers:
         raise RetraceError(
             f"hook '{hook}': the model has {n_layers} layers; use blocks.0 to blocks.{n_layers - 1}"
         )
+    if hook.endswith(("mlp.hook_pre", "mlp.hook_post")) and family(hf).experts:
+        raise RetraceError(
+            f"hook '{hook}': the MLP of this layer is a mixture of experts, which has no neurons "
+            f"that every token passes; use mlp.hook_in or hook_mlp_out"
+        )
     here = [k for k in known if layer and k.startswith(layer[0])] or known
     raise RetraceError(
         f"hook '{hook}': the model has not{nearest(hook, here)}; a layer has "
-        f"{', '.join(sorted({k.split('.', 2)[2] for k in known if k.startswith('blocks.')}))}"
+        f"{', '.join(dict.fromkeys(k.split('.', 2)[2] for k in known if k.startswith('blocks.')))}"
     )
 
 
-def site(hf: nn.Module, hook: str) -> tuple[nn.Module, Side]:
-    """The module whose input or output is the stream at a hook.
+def _find(hf: nn.Module, hook: str) -> tuple[nn.Module, nn.Module, str] | None:
+    """(layer or model, module, what) of a hook; None where the model has it not, or it failed."""
+    names = family(hf)
+    if hook in _refused(hf):
+        return None
+    if hook == "hook_embed":
+        return hf, submodule(hf, names.embed), "out"
+    part, _, kind = hook.partition(".")
+    if part == "ln_final" and kind in families.NORM_HOOKS and names.final_norm:
+        norm = reached(hf, names.final_norm)
+        return None if norm is None else (hf, norm, kind.removeprefix("hook_"))
+    found = re.fullmatch(r"blocks\.(\d+)\.(.+)", hook)
+    layers = layers_of(hf)
+    if not found or int(found[1]) >= len(layers):
+        return None
+    layer = layers[int(found[1])]
+    place = _in_layer(names, layer, found[2])
+    return (layer, reached(layer, place[0]), place[1]) if place else None
+
+
+def site(hf: nn.Module, hook: str) -> Place:
+    """Where the stream at a hook is read.
 
     Args:
         hf: a Hugging Face causal LM.
         hook: TransformerLens's name, such as blocks.8.hook_resid_post.
     """
-    check(hf, hook)
-    names = family(hf)
-    if hook == "hook_embed":
-        return _submodule(hf, names.embed), "output"
-    _, number, rest = hook.split(".", 2)
-    layer = _submodule(hf, names.layers)[int(number)]
-    if rest == "mlp.hook_post":
-        mlp = _submodule(layer, names.mlp)
-        if hasattr(mlp, "out"):  # inside a bridge: folded weights bypass the last linear module
-            return mlp.out.hook_in, "output"
-        return _submodule(mlp, names.mlp_end), "input"
-    if rest == "attn.hook_z":
-        attn = _submodule(layer, names.attn)
-        if hasattr(attn, "o") and hasattr(attn.o, "hook_in"):  # inside a bridge, likewise
-            return attn.o.hook_in, "output"
-        return _submodule(attn, names.attn_end), "input"
-    path, side = {
-        "hook_resid_pre": ("", "input"),
-        "hook_attn_out": (names.attn, "output"),
-        "hook_resid_mid": (names.ln2, "input"),
-        "mlp.hook_in": (names.mlp, "input"),
-        "hook_mlp_out": (names.mlp, "output"),
-        "hook_resid_post": ("", "output"),
-    }[rest]
-    return (_submodule(layer, path) if path else layer), side
+    found = _find(hf, hook)
+    if found is None:
+        _refuse(hf, hook)
+    layer, module, what = found
+    if (inside := _in_bridge(layer, hook)) is not None:
+        return Place(inside, "output")
+    rows = _rows(layer) if family(hf).flat and layer is not hf else []
+    if what in ("normalized", "scale"):
+        return Place(module, "norm", what=what, rows=rows)
+    if what.startswith("out times "):
+        return Place(module, "output", scale=float(getattr(hf.config, what.split()[-1])), rows=rows)
+    if what in ("in", "out"):
+        kept = hook.split(".", 2)[-1] not in family(hf).overwritten
+        return Place(module, "input" if what == "in" else "output", rows=rows, kept=kept)
+    end = reached(layer, (family(hf).place("attn.hook_z") or ("", ""))[0])
+    columns = places.columns_of(module, what, end, hf.config.num_attention_heads)
+    return Place(module, "output", columns=columns, rows=rows)
 
 
 def width(hf: nn.Module, hook: str) -> int:
     """Length of a row at a hook, read off the weights without a forward pass.
 
     Behind an MLP's nonlinearity and before the output projection of attention it is what the next
-    linear map reads; elsewhere it is d_model.
+    linear map reads; elsewhere in the stream it is d_model.
+
+    Raises:
+        RetraceError: a hook whose width is not read off one map, such as a query.
     """
-    module, _ = site(hf, hook)
-    if not hook.endswith(("mlp.hook_post", "attn.hook_z")):
+    place, at = site(hf, hook), hook.split(".", 2)[-1]
+    if at in ("mlp.hook_post", "attn.hook_z"):
+        weight = place.module.weight  # of GPT-2's Conv1D it stands the other way round
+        return weight.shape[1] if isinstance(place.module, nn.Linear) else weight.shape[0]
+    if at.startswith("hook_") or at == "mlp.hook_in" or at.endswith("hook_normalized"):
         return hf.config.hidden_size
-    weight = module.weight
-    return weight.shape[1] if isinstance(module, nn.Linear) else weight.shape[0]  # GPT-2: Conv1D
+    raise RetraceError(f"hook '{hook}': a dictionary that was trained there cannot be brought in")
 
 
-def _submodule(module: nn.Module, path: str) -> nn.Module:
-    for part in path.split("."):  # not get_submodule: a bridge's wrappers delegate by getattr
+# Inside a bridge, folded weights bypass some modules; its own hook points see them all.
+IN_BRIDGE = {k: v for k, v in BRIDGE_NAMES.items() if k.startswith(("attn.", "mlp."))}
+
+
+def _in_bridge(layer: nn.Module, hook: str) -> nn.Module | None:
+    """The hook point of a TransformerBridge around this layer, for hooks within a part of it."""
+    at = hook.split(".", 2)[-1]
+    path = IN_BRIDGE.get(at, at)
+    if not type(layer).__module__.startswith("transformer_lens") or "." not in path:
+        return None
+    return reached(layer, path)
+
+
+def _rows(layer: nn.Module) -> list[tuple[int, int]]:
+    """(batch, pos) of the last input of a layer, in a list that each forward pass renews."""
+    if "_retrace_rows" not in layer.__dict__:
+        rows: list[tuple[int, int]] = []
+
+        def before(_: nn.Module, args: tuple, kwargs: dict) -> None:
+            rows[:] = [tuple(places.stream_of(args, kwargs).shape[:2])]
+
+        layer.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
+        layer.__dict__["_retrace_rows"] = rows
+    return layer.__dict__["_retrace_rows"]
+
+
+def submodule(module: nn.Module, path: str) -> nn.Module:
+    """The module at a path; '' is the module itself."""
+    for part in path.split(".") if path else ():  # not get_submodule: a bridge's wrappers delegate
         module = getattr(module, part)
+    return module
+
+
+def reached(module: nn.Module, path: str) -> nn.Module | None:
+    """`submodule`, or None where a part of the path is missing or None."""
+    for part in path.split(".") if path else ():
+        module = getattr(module, part, None)
+        if module is None:
+            return None
     return module
 
 
 def stream_of(args: tuple, kwargs: dict) -> Tensor:
     """The stream among a module's arguments: the first, or hidden_states."""
-    return args[0] if args else kwargs["hidden_states"]
+    return places.stream_of(args, kwargs)
 
 
 def _on(hf: nn.Module, hook: str, see: Callable[[Tensor], Tensor | None]):
     """Call `see` on the stream at a hook; what it returns, if anything, takes its place."""
-    module, side = site(hf, hook)
-    if side == "input":
-
-        def before(_: nn.Module, args: tuple, kwargs: dict):
-            new = see(stream_of(args, kwargs))
-            if new is None:
-                return None
-            if args:
-                return (new, *args[1:]), kwargs
-            return args, {**kwargs, "hidden_states": new}
-
-        return module.register_forward_pre_hook(before, with_kwargs=True)
-
-    def after(_: nn.Module, args: tuple, out):
-        new = see(out[0] if isinstance(out, tuple) else out)
-        if new is None:
-            return None
-        return (new, *out[1:]) if isinstance(out, tuple) else new
-
-    return module.register_forward_hook(after)
+    return site(hf, hook).register(see)
 
 
 @contextmanager
@@ -243,20 +266,23 @@ def stop_after(hf: nn.Module, hooks: list[str]) -> Iterator[None]:
     with capture(hf, hooks) as acts, stop_after(hf, hooks):
         hf(tokens)                                            # what stands behind this never runs
     """
-    order = hook_names(hf)
+    left = set(hooks)
     for hook in hooks:
         check(hf, hook)
 
-    def stop(_: Tensor) -> None:
-        raise Stopped
+    def seen(hook: str) -> Callable[[Tensor], None]:
+        def see(_: Tensor) -> None:
+            left.discard(hook)
+            if not left:
+                raise Stopped
 
-    handle = _on(hf, max(hooks, key=order.index), stop)
-    try:
-        yield
-    except Stopped:
-        pass
-    finally:
-        handle.remove()
+        return see
+
+    with ExitStack() as stack:
+        for hook in hooks:
+            stack.callback(_on(hf, hook, seen(hook)).remove)
+        with suppress(Stopped):
+            yield
 
 
 def run_to(hf: nn.Module, tokens: Tensor, hooks: list[str]) -> dict[str, Tensor]:
@@ -291,20 +317,73 @@ def edited(hf: nn.Module, hook: str, fn: Callable[[Tensor], Tensor]) -> Iterator
             handle.remove()
         return
     check(hf, hook)
-    names = family(hf)
-    layer = _submodule(hf, names.layers)[int(hook.split(".")[1])]
+    names, layer = family(hf), layers_of(hf)[int(hook.split(".")[1])]
     seen: dict[str, Tensor] = {}
 
-    def before_ln1(_: nn.Module, args: tuple, kwargs: dict) -> None:
+    def before_attention(_: nn.Module, args: tuple, kwargs: dict) -> None:
         seen["resid_pre"] = stream_of(args, kwargs)
 
-    handle = _submodule(layer, names.ln1).register_forward_pre_hook(before_ln1, with_kwargs=True)
+    handle = first_reader(names, layer).register_forward_pre_hook(
+        before_attention, with_kwargs=True
+    )
     attn_out = hook.replace("resid_mid", "attn_out")
     try:
         with edited(hf, attn_out, lambda a: fn(seen["resid_pre"] + a) - seen["resid_pre"]):
             yield
     finally:
         handle.remove()
+
+
+def written_by(hf: nn.Module, layer: nn.Module, part: str) -> tuple[Place, nn.Module | None]:
+    """(the place of hook_attn_out or hook_mlp_out, the norm behind that part or None).
+
+    Args:
+        part: attn or mlp.
+    """
+    number = next(i for i, other in enumerate(layers_of(hf)) if other is layer)
+    out = site(hf, f"blocks.{number}.hook_{part}_out")
+    path = family(hf).place(f"hook_{part}_out")[0]
+    return out, (out.module if path in norm_paths(family(hf)) else None)
+
+
+def norm_paths(names: Layout) -> list[str]:
+    """Paths of the norms of a layer."""
+    return [path for part, path in names.parts.items() if part.startswith("ln")]
+
+
+def answer_of(hf: nn.Module, module: nn.Module) -> Callable[[Tensor], object]:
+    """x -> what a layer or an attention would return with x in it: a tensor, a tuple or a list.
+
+    Families differ, and so do releases of transformers, so that one token is run to see it.
+    """
+    if "_retrace_answer" not in module.__dict__:
+        _see_answers(hf)
+    kind, more = module.__dict__["_retrace_answer"]
+    return lambda x: x if kind is None else kind([x, *[None] * more])
+
+
+@torch.no_grad()
+def _see_answers(hf: nn.Module) -> None:
+    """Note at every layer and attention what it returns."""
+    names = family(hf)
+
+    def see(module: nn.Module, _: tuple, out: object) -> None:
+        several = isinstance(out, tuple | list)
+        module.__dict__["_retrace_answer"] = (type(out), len(out) - 1) if several else (None, 0)
+
+    with ExitStack() as stack:
+        for layer in layers_of(hf):
+            for module in (layer, reached(layer, names.attn)):
+                if module is not None:
+                    stack.callback(module.register_forward_hook(see).remove)
+        token = torch.zeros(1, 1, dtype=torch.long, device=next(hf.parameters()).device)
+        hf.base_model(input_ids=token, use_cache=False)
+
+
+def first_reader(names: Layout, layer: nn.Module) -> nn.Module:
+    """What reads the stream before a layer: the norm before attention, or attention itself."""
+    behind = (names.place("hook_attn_out") or ("", ""))[0] == names.parts.get("ln1")
+    return submodule(layer, names.attn if behind else names.parts.get("ln1", names.attn))
 
 
 def to_tensor(raw: np.ndarray, dtype: str, device: torch.device | str = "cpu") -> Tensor:

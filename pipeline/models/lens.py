@@ -7,7 +7,7 @@ from), the model's final norm N and unembedding W_U:
     tuned lens   softmax(W_U N(x_l + A_l x_l + b_l))  Belrose et al. (2023, 2303.08112), Section 3
 
 1. `streams` gives x_0 … x_(n-1) and the logits out of one forward pass of any model of
-   `hooks.FAMILIES`.
+   `families.json`.
 2. `measure` compares lenses with the prediction over held-out text, layer by layer.
 3. `trajectory` shows the likeliest tokens at every layer and position of one text.
 4. `parts` splits a logit into what each attention and each MLP wrote: x_n is their sum, and N is
@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from pipeline.errors import RetraceError
-from pipeline.models import hooks, splice
+from pipeline.models import hooks, places, splice
 
 PASS_LOGITS = 1 << 25  # numbers in the logits of a forward pass, about
 PASS_TOKENS = 1 << 14
@@ -49,7 +49,7 @@ def streams(hf: nn.Module, tokens: Tensor) -> tuple[list[Tensor], Tensor]:
 
 def unembed(hf: nn.Module, x: Tensor) -> Tensor:
     """W_U N(x): logits [… d_vocab] of a stream [… d_model]."""
-    return hf.get_output_embeddings()(splice.final_norm(hf)(x))
+    return splice.unembed(hf, x)
 
 
 @dataclass(frozen=True)
@@ -238,13 +238,10 @@ def held_norm(hf: nn.Module, x: Tensor, part: Tensor) -> Tensor:
         return part
     if isinstance(norm, nn.LayerNorm):
         part, x, eps = part - part.mean(-1, keepdim=True), x - x.mean(-1, keepdim=True), norm.eps
-    elif hasattr(norm, "variance_epsilon"):  # RMS norms of transformers
+    elif type(norm).__name__ == "LlamaRMSNorm":
         eps = norm.variance_epsilon
-    else:
-        raise RetraceError(
-            f"model type '{hf.config.model_type}': its final norm {type(norm).__name__} is neither "
-            f"a layer norm nor an RMS norm; add it to held_norm in pipeline/models/lens.py"
-        )
+    else:  # gains of 1 + weight (Gemma), norms without weights (OLMo)
+        return places.linear_part(norm, part) / places.standardised(norm, x)[1]
     return part * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * norm.weight
 
 
@@ -273,7 +270,13 @@ def parts(hf: nn.Module, tokens: Tensor, first: int = 0) -> pd.DataFrame:
         logits = hf(input_ids=tokens[None], use_cache=False).logits[0]
     top = logits.argmax(-1)
     head, norm = hf.get_output_embeddings(), splice.final_norm(hf)
-    u = head.weight[top] - head.weight.mean(0)  # [pos d_model]
+    scale, cap = splice.tail(hf)
+    if cap:
+        raise RetraceError(
+            f"model type '{hf.config.model_type}': its logits are capped by a tanh, so that they "
+            f"are no sum of what its parts write; take a lens"
+        )
+    u = (head.weight[top] - head.weight.mean(0)) * scale  # [pos d_model]
     found = {
         part: (held_norm(hf, seen[end][0], seen[hook][0]) * u).sum(-1)
         for part, hook in names.items()
@@ -282,7 +285,7 @@ def parts(hf: nn.Module, tokens: Tensor, first: int = 0) -> pd.DataFrame:
     if getattr(norm, "bias", None) is not None:
         found["bias", -1] += u @ norm.bias
     if head.bias is not None:
-        found["bias", -1] += head.bias[top] - head.bias.mean()
+        found["bias", -1] += (head.bias[top] - head.bias.mean()) * scale
     whole = logits.gather(-1, top[:, None])[:, 0] - logits.mean(-1)
     columns = {"position": range(len(tokens)), "id": top.tolist(), "logit": whole.tolist()}
     frames = [

@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline.errors import RetraceError
 from pipeline.models import native
+from pipeline.spec import families
 from pipeline.store import tables
 from pipeline.text.tokens import checkpoint_of, load_tokenizer
 
@@ -39,6 +40,8 @@ def load(model_json: str | Path, device: Any = "cpu", dtype: Any = None) -> Load
     """
     import torch
 
+    from pipeline.models import proof
+
     info = tables.read_json(model_json)
     dtype = dtype or torch.float32
     has_tokenizer = (checkpoint_of(model_json) / "tokenizer.json").exists()
@@ -46,8 +49,11 @@ def load(model_json: str | Path, device: Any = "cpu", dtype: Any = None) -> Load
     if info["processing"] == "compatibility":
         wrapped = bridge(model_json, device, dtype)
         return Loaded(wrapped.original_model, tokenizer, info["bos_id"], info, wrapped)
-    hf = from_folder(checkpoint_of(model_json), dtype).to(device)
-    return Loaded(hf.eval().requires_grad_(False), tokenizer, info["bos_id"], info)
+    hf = from_folder(checkpoint_of(model_json), dtype).to(device).eval().requires_grad_(False)
+    if "family" in info:
+        hf.retrace_layout = families.Layout(**info["family"])
+    proof.prove(hf)
+    return Loaded(hf, tokenizer, info["bos_id"], info)
 
 
 def bridge(model_json: str | Path, device: Any = "cpu", dtype: Any = None) -> Any:

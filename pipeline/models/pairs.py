@@ -127,6 +127,11 @@ class Run:
     post: list[Tensor]
     z: list[Tensor]
     past: list[tuple[Tensor, Tensor]]
+    parallel: bool = False
+
+    def mlp_input(self, layer: int) -> Tensor:
+        """The stream that the MLP reads, before its norm."""
+        return (self.pre if self.parallel else self.mid)[layer]
 
     def attn(self, layer: int) -> Tensor:
         return self.mid[layer] - self.pre[layer]
@@ -137,31 +142,25 @@ class Run:
 
 def watched(heads: Heads, tokens: Tensor) -> Run:
     """A forward pass on tokens [n pos]; of a Hugging Face model the unembedding does not run."""
-    names = hooks.hook_names(heads.hf)
-    if not any(n.endswith("hook_resid_mid") for n in names):
+    layers = range(heads.n_layers)
+    name = lambda hook: [f"blocks.{i}.{hook}" for i in layers]  # noqa: E731
+    middle = "hook_attn_out" if heads.parallel else "hook_resid_mid"
+    wanted = {"pre": "hook_resid_pre", "mid": middle, "post": "hook_resid_post", "z": "attn.hook_z"}
+    if "blocks.0.hook_mlp_out" not in hooks.hook_names(heads.hf):
         raise RetraceError(
             f"model type '{heads.hf.config.model_type}' has no stream between attention and MLP; "
-            f"circuits need layers of attention and then an MLP"
+            f"circuits need layers of attention and an MLP"
         )
-    wanted = {
-        k: [n for n in names if n.endswith(f"hook_resid_{k}")] for k in ("pre", "mid", "post")
-    }
-    z: list[Tensor] = []
-    handles = [
-        heads.out(i).register_forward_pre_hook(lambda _, args: z.append(args[0]))
-        for i in range(heads.n_layers)
-    ]
-    try:
-        with hooks.capture(heads.hf, [n for some in wanted.values() for n in some]) as acts:
-            out = heads.hf.base_model(input_ids=tokens, use_cache=True)
-    finally:
-        for handle in handles:
-            handle.remove()
+    with hooks.capture(heads.hf, [n for hook in wanted.values() for n in name(hook)]) as acts:
+        out = heads.hf.base_model(input_ids=tokens, use_cache=True)
+    streams = {k: [acts[n] for n in name(hook)] for k, hook in wanted.items()}
+    if heads.parallel:  # the stream that would be there
+        streams["mid"] = [a + b for a, b in zip(streams["pre"], streams["mid"], strict=True)]
     cache = getattr(out, "past_key_values", None)
     past = [(layer.keys, layer.values) for layer in cache.layers] if cache else []
     if any(keys.shape[-2] != tokens.shape[1] for keys, _ in past):
         past = []
-    return Run(*([acts[n] for n in wanted[k]] for k in wanted), z=z, past=past)
+    return Run(**streams, past=past, parallel=heads.parallel)
 
 
 def level(ids: list) -> list:
@@ -185,13 +184,23 @@ class Task:
 
     Attributes:
         direction: [n d_model], what the output of the final norm is multiplied with to give m.
+        constant: [n], what biases of the unembedding add to m; 0.0 where it has none.
+        cap: of the logits; 0 is none.
         base, source: the runs; before: m of the base run, [n]; total: m(source) - m(base), [n].
     """
 
     def __init__(self, hf: nn.Module, pairs: Pairs) -> None:
         self.hf, self.pairs, self.heads = hf, pairs, Heads(hf)
-        W_U = hf.get_output_embeddings().weight
-        self.direction = mean_rows(W_U, pairs.answer) - mean_rows(W_U, pairs.foil)  # [n d_model]
+        hooks.require(hf, "unembed")
+        head = hf.get_output_embeddings()
+        scale, self.cap = splice.tail(hf)
+        answers = [mean_rows(head.weight, ids) * scale for ids in (pairs.answer, pairs.foil)]
+        self.direction = answers[0] - answers[1]  # [n d_model]
+        self.tokens_of = pairs.answer, pairs.foil
+        self.constant: Tensor | float = 0.0
+        if head.bias is not None:  # Phi, GPT-J
+            each = [mean_rows(head.bias[:, None], ids)[:, 0] for ids in self.tokens_of]
+            self.constant = (each[0] - each[1]) * scale
         self.norm = splice.final_norm(hf)
         self.rows = torch.arange(len(pairs.end), device=pairs.end.device)
         # now, before anybody edits the model
@@ -201,7 +210,19 @@ class Task:
 
     def metric(self, x: Tensor) -> Tensor:
         """m [... n] of the stream at the last positions before the final norm, [... n d_model]."""
-        return (self.norm(x) * self.direction).sum(-1)
+        if self.cap:
+            return self._capped(self.norm(x), *self.tokens_of)
+        return (self.norm(x) * self.direction).sum(-1) + self.constant
+
+    def _capped(self, y: Tensor, *tokens: Tensor) -> Tensor:
+        """m [... n] of what the unembedding reads, where logits are capped by a tanh (Gemma 2)."""
+        W_U, found = self.hf.get_output_embeddings().weight, []
+        for ids in tokens:
+            ids = ids[:, None] if ids.dim() == 1 else ids
+            logits = torch.einsum("...nd,ntd->...nt", y, W_U[ids.clamp(min=0)])
+            given = (ids >= 0).to(y.dtype)
+            found.append((splice.capped(self.hf, logits) * given).sum(-1) / given.sum(-1))
+        return found[0] - found[1]
 
     def at_end(self, x: Tensor) -> Tensor:
         """[... n pos d] at the last position of each prompt, [... n d]."""
@@ -284,9 +305,20 @@ class Task:
         if node.kind == "head":
             at = slice(node.head * self.heads.d_head, (node.head + 1) * self.heads.d_head)
             z = source.z[layer][..., at] - base.z[layer][..., at]
-            change = z @ self.heads.W_O(layer)[node.head]
+            change = self._written(layer, z, node.head)
         elif node.kind == "resid":
             change = source.pre[layer] - base.pre[layer]
         else:
             change = getattr(source, node.kind)(layer) - getattr(base, node.kind)(layer)
         return change * self.pairs.mask(node.position)[..., None]
+
+    def _written(self, layer: int, z: Tensor, head: int) -> Tensor:
+        """How what attention writes changes with z of one head, a norm behind it included."""
+        heads = self.heads
+        scale, norm = heads.post(layer, "attn")
+        change = z @ heads.W_O(layer)[head]
+        if norm is None:
+            return change if scale == 1.0 else change * scale
+        whole = self.base.z[layer].unflatten(-1, (heads.n_heads, heads.d_head))
+        raw = torch.einsum("...hd,hdm->...m", whole, heads.W_O(layer)) + heads.b_O(layer)
+        return (norm(raw + change) - norm(raw)) * scale

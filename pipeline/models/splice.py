@@ -6,16 +6,14 @@ layers below the hook, which would only compute what is thrown away. Gradients f
 """
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from pipeline.errors import RetraceError
-from pipeline.models import hooks, native
-
-PROBE = 1e3  # size of the coordinates that a norm is measured with; its epsilon vanishes beside it
+from pipeline.models import hooks, places
 
 
 def stream(hf: nn.Module, hook: str, tokens: Tensor) -> Tensor:
@@ -42,8 +40,11 @@ def resume(hf: nn.Module, hook: str, tokens: Tensor, x: Tensor, last: int = 0) -
         last: only the logits of this many last positions; 0 for all. With a vocabulary of 49,152
             the unembedding is a fifth of the work.
     """
-    with hooks.edited(hf, hook, lambda _: x), _skipped_below(hf, hook):
-        return hf(input_ids=tokens, use_cache=False, logits_to_keep=last).logits
+    hooks.require(hf, "resume")
+    with _skipped_below(hf, hook), hooks.edited(hf, hook, lambda _: x):
+        few = {"logits_to_keep": last} if last else {}
+        logits = hf(input_ids=tokens, use_cache=False, **few).logits
+    return logits[:, -last:]  # some models give all of them whatever is asked
 
 
 def resume_stream(hf: nn.Module, hook: str, x: Tensor, **given: Any) -> Tensor:
@@ -54,34 +55,36 @@ def resume_stream(hf: nn.Module, hook: str, x: Tensor, **given: Any) -> Tensor:
             layer does not run either: x enters before it, and it writes nothing.
         given: what else the model takes, such as the keys and values of earlier positions.
     """
-    silent = None
-    if hook.endswith("hook_resid_mid"):
-        layer = hf.get_submodule(hooks.family(hf).layers)[int(hook.split(".")[1])]
-        silent = getattr(layer, hooks.family(hf).attn)
-        nothing = torch.zeros((), device=x.device)
-        out = nothing if hf.config.model_type == native.MODEL_TYPE else (nothing, None)
-        hook = hook.replace("resid_mid", "resid_pre")
-    end = final_norm(hf)
-    seen: list[Tensor] = []
+    hooks.require(hf, "resume")
+    with ExitStack() as stack:
+        if hook.endswith("hook_resid_mid"):
+            stack.enter_context(_silent(hf, int(hook.split(".")[1]), x))
+            hook = hook.replace("resid_mid", "resid_pre")
+        stack.enter_context(_skipped_below(hf, hook))
+        stack.enter_context(hooks.edited(hf, hook, lambda _: x))
+        last = f"blocks.{len(hooks.layers_of(hf)) - 1}.hook_resid_post"
+        end = stack.enter_context(hooks.capture(hf, [last]))
+        stack.enter_context(hooks.stop_after(hf, [last]))
+        tokens = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
+        hf.base_model(input_ids=tokens, **{"use_cache": False, **given})
+    return end[last]
 
-    def stop(_: nn.Module, args: tuple) -> None:
-        seen.append(args[0])
-        raise hooks.Stopped
 
-    tokens = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
-    handle = end.register_forward_pre_hook(stop)
+@contextmanager
+def _silent(hf: nn.Module, number: int, x: Tensor) -> Iterator[None]:
+    """Inside: the attention of a layer writes nothing, and where it can be, is not run."""
+    names, layer = hooks.family(hf), hooks.layers_of(hf)[number]
+    attention = hooks.reached(layer, names.attn)
+    if names.place("hook_attn_out") != (names.attn, "out"):
+        with hooks.edited(hf, f"blocks.{number}.hook_attn_out", torch.zeros_like):
+            yield
+        return
+    answer = hooks.answer_of(hf, attention)
     try:
-        if silent is not None:
-            silent.forward = lambda *_, **__: out
-        with hooks.edited(hf, hook, lambda _: x), _skipped_below(hf, hook):
-            hf.base_model(input_ids=tokens, **{"use_cache": False, **given})
-    except hooks.Stopped:
-        pass
+        attention.forward = lambda *_, **__: answer(torch.zeros((), dtype=x.dtype, device=x.device))
+        yield
     finally:
-        handle.remove()
-        if silent is not None:
-            silent.__dict__.pop("forward", None)
-    return seen[0]
+        attention.__dict__.pop("forward", None)
 
 
 @contextmanager
@@ -90,14 +93,14 @@ def _skipped_below(hf: nn.Module, hook: str) -> Iterator[None]:
 
     Only where the hook is the residual stream itself; elsewhere the stream beside it is needed.
     """
-    layers = hf.get_submodule(hooks.family(hf).layers)
     skipped: list[nn.Module] = []
     if hook.endswith(("hook_resid_pre", "hook_resid_post")):
         number = int(hook.split(".")[1])
-        skipped = list(layers)[: number + hook.endswith("hook_resid_post")]
+        skipped = list(hooks.layers_of(hf))[: number + hook.endswith("hook_resid_post")]
+    answers = [hooks.answer_of(hf, layer) for layer in skipped]
     try:
-        for layer in skipped:
-            layer.forward = lambda hidden_states, *_, **__: hidden_states
+        for layer, answer in zip(skipped, answers, strict=True):
+            layer.forward = lambda hidden_states, *_, answer=answer, **__: answer(hidden_states)
         yield
     finally:
         for layer in skipped:
@@ -107,13 +110,26 @@ def _skipped_below(hf: nn.Module, hook: str) -> Iterator[None]:
 def written(hf: nn.Module, hook: str, directions: Tensor) -> Tensor:
     """What directions [n d] at a hook write into the residual stream, [n d_model].
 
-    Behind an MLP's nonlinearity that is the MLP's last matrix times them, before the output
-    projection of attention that projection; elsewhere they lie in the stream.
+    Behind an MLP's nonlinearity, and at z, that is the last matrix of the MLP or of attention times
+    them, and the gain of a norm behind it, whose scale depends on the token and is left out.
+    Elsewhere they lie in the stream.
+
+    Raises:
+        RetraceError: what follows the hook is not linear.
     """
-    if not hook.endswith(("mlp.hook_post", "attn.hook_z")):
+    at = hook.split(".", 2)[-1]
+    if not at.startswith(("attn.", "mlp.", "ln")):
         return directions
-    last, _ = hooks.site(hf, hook)
-    return last(directions) - last(torch.zeros_like(directions[:1]))
+    if at not in ("attn.hook_z", "mlp.hook_post"):
+        raise RetraceError(
+            f"hook '{hook}': what a direction there writes into the stream depends on the token; "
+            f"take one of hook_resid_*, hook_attn_out, hook_mlp_out, attn.hook_z, mlp.hook_post"
+        )
+    names, layer = hooks.family(hf), hooks.layers_of(hf)[int(hook.split(".")[1])]
+    last = hooks.submodule(layer, names.place(at)[0])
+    rows = last(directions) - last(torch.zeros_like(directions[:1]))
+    out, post = hooks.written_by(hf, layer, at.split(".")[0])
+    return rows * out.scale if post is None else _gained(post, rows)
 
 
 def normed(hf: nn.Module, rows: Tensor) -> Tensor:
@@ -123,24 +139,43 @@ def normed(hf: nn.Module, rows: Tensor) -> Tensor:
     layer norm and nothing in an RMS norm, s(x) is one number a token. This gives g * c(row).
     g and c are measured, since models write the gain in several ways (Gemma's is 1 + its weight).
     """
-    norm, d = final_norm(hf), rows.shape[-1]
-    if isinstance(norm, nn.Identity):
-        return rows
-    n = (d + 1) // 2
-    probe = torch.full((1, d), PROBE, dtype=rows.dtype, device=rows.device)
-    probe[:, n:] *= -n / max(d - n, 1)  # mean 0, and no coordinate is
-    scale = probe.square().mean().sqrt()
-    gain = (norm(probe) - norm(-probe)) / 2 * scale / probe
-    centres = torch.allclose(norm(probe), norm(probe + PROBE), rtol=1e-3)
-    return gain * (rows - rows.mean(-1, keepdim=True) if centres else rows)
+    norm = final_norm(hf)
+    return rows if isinstance(norm, nn.Identity) else _gained(norm, rows)
+
+
+def _gained(norm: nn.Module, rows: Tensor) -> Tensor:
+    """g * c(row) of a norm g c(x) / s(x) + b."""
+    centred = places.centres(norm, rows)
+    return places.gain(norm, rows) * (rows - rows.mean(-1, keepdim=True) if centred else rows)
 
 
 def final_norm(hf: nn.Module) -> nn.Module:
-    """The norm before the unembedding; its weight, if it has one, is a gain [d_model]."""
-    for name in ("norm", "ln_f", "final_layer_norm", "ln_out"):
-        if hasattr(hf.base_model, name):
-            return getattr(hf.base_model, name)
-    raise RetraceError(
-        f"model type '{hf.config.model_type}': no final norm is known; add its name to "
-        f"final_norm in pipeline/models/splice.py"
-    )
+    """The norm before the unembedding, as a module; Identity where a model has none."""
+    path = hooks.family(hf).final_norm
+    return (hooks.reached(hf, path) if path else None) or nn.Identity()
+
+
+def tail(hf: nn.Module) -> tuple[float, float]:
+    """(scale, cap) between unembedding and logits: cap * tanh(scale * x / cap); a cap of 0 is none.
+
+    Cohere and Falcon-H1 multiply, Granite divides, Gemma 2 caps. The proof of a loaded model holds
+    it to the model's own logits.
+    """
+    cfg = hf.config
+    scale = getattr(cfg, "logit_scale", None) or getattr(cfg, "lm_head_multiplier", None) or 1.0
+    scale = float(scale) / float(getattr(cfg, "logits_scaling", None) or 1.0)
+    cap = getattr(cfg, "final_logit_softcapping", None) or getattr(cfg, "logits_soft_cap", None)
+    return scale, float(cap or 0.0)
+
+
+def capped(hf: nn.Module, x: Tensor) -> Tensor:
+    """Logits of what the unembedding gives."""
+    scale, cap = tail(hf)
+    x = x if scale == 1.0 else x * scale
+    return cap * torch.tanh(x / cap) if cap else x
+
+
+def unembed(hf: nn.Module, x: Tensor) -> Tensor:
+    """Logits [... d_vocab] of the stream [... d_model] behind the last layer."""
+    hooks.require(hf, "unembed")
+    return capped(hf, hf.get_output_embeddings()(final_norm(hf)(x)))

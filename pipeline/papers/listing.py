@@ -21,6 +21,7 @@ from pipeline.errors import RetraceError, command, nearest
 from pipeline.figures.kinds import KINDS
 from pipeline.job import commands, source
 from pipeline.papers import papers
+from pipeline.spec import families
 from pipeline.spec.circuits import Method
 from pipeline.spec.yaml_files import load_yaml
 
@@ -79,20 +80,18 @@ def list_metrics() -> dict[str, str]:
 
 
 def list_hooks() -> dict[str, str]:
-    """Name of a hook, of TransformerLens -> what reads it there."""
-    from pipeline.models import hooks
-
-    out = {"hook_embed": "TransformerBridge's embed.hook_out"}
-    for name in hooks.LAYER_HOOKS:
-        out[f"blocks.N.{name}"] = f"TransformerBridge's blocks.N.{hooks.BRIDGE_NAMES[name]}"
-    return out
+    """Name of a hook, TransformerLens's, in the order of computation -> what it reads."""
+    names = ["hook_embed", *(f"blocks.N.{h}" for h in families.LAYER_HOOKS)]
+    return dict.fromkeys([*names, *(f"ln_final.{h}" for h in families.NORM_HOOKS)], "")
 
 
 def list_models() -> dict[str, str]:
-    """Model type of a config.json -> where its layers lie."""
-    from pipeline.models import hooks
-
-    return {kind: f"layers in {family.layers}" for kind, family in hooks.FAMILIES.items()}
+    """Model type of a config.json whose hooks are known -> the layout of its modules."""
+    found = families.table()["types"]
+    return {
+        kind: ", ".join(v.get("layout", "none for some settings") for v in found[kind])
+        for kind in sorted(found)
+    }
 
 
 def list_commands() -> dict[str, str]:

@@ -419,7 +419,10 @@ class Run:
         }[section.source]
         source = section.model_dump(include=set(fields))
         inputs = {}
-        job = section.model_dump(exclude={"name"})
+        job = section.model_dump(exclude={"name"} if section.family else {"name", "family"})
+        if section.family:
+            path = resolve(section.family, paper.folder, [*self.roots, *self.dirs])
+            source["family"], job["family"] = path_digest(path), str(near(path))
         if section.source == "folder":
             path = resolve(section.path, paper.folder, self.roots)
             source["content"] = path_digest(path)

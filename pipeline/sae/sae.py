@@ -69,13 +69,17 @@ def metadata(activations: dict, hook: str, output_hook: str | None = None) -> di
     """What SAELens records about the stream a dictionary was trained on.
 
     Its readers unpack `seqpos_slice` into a slice: [1] would be position 0 alone. They take hooks
-    by `hook_name`, and SAETransformerBridge those of `hook_name_bridge` (`hooks.bridge_name`).
+    by `hook_name`, and SAETransformerBridge those of `hook_name_bridge`, which the manifest of the
+    activations names.
     """
     named = {"hook_name": hook} | ({"hook_name_out": output_hook} if output_hook else {})
+    own = {
+        h: about["bridge"] for h, about in activations.get("hooks", {}).items() if "bridge" in about
+    }
     return {
         "model_name": Path(activations["model"]).parent.name,
         **named,
-        **{f"{key}_bridge": hooks.bridge_name(name) for key, name in named.items()},
+        **{f"{key}_bridge": own.get(n, hooks.bridge_name(n)) for key, n in named.items()},
         "context_size": activations["n_ctx"],
         "prepend_bos": activations["prepend_bos"],
         "seqpos_slice": [activations["skip_first"], None],

@@ -22,7 +22,10 @@ from pipeline.spec.training import TrainingSpec
 
 T = TypeVar("T", bound=BaseModel)
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
-Hook = Annotated[str, Field(pattern=r"^(hook_embed|blocks\.\d+\.[a-z_.]+)$")]
+Hook = Annotated[
+    str,
+    Field(pattern=r"^(hook_embed|(blocks\.\d+|ln_final)\.([a-z]+[12]?[a-z_]*\.)?hook_[a-z_]+)$"),
+]
 
 
 class Config(Section):
@@ -130,6 +133,11 @@ class ModelSpec(Section):
     processing: Literal["raw", "compatibility"] = Field(
         default="raw", description="compatibility: layer norm folded, weights centred"
     )
+    family: str = Field(
+        default="",
+        description="a JSON file with the layout of a model type that the table of families lacks, "
+        "beside paper.yaml or in a folder of papers_dirs",
+    )
 
     @model_validator(mode="before")
     @classmethod
@@ -153,6 +161,11 @@ class ModelSpec(Section):
             raise ValueError(
                 "processing: compatibility is for models of a hub, folder or package; those that "
                 "are trained here have nothing to fold, so write raw"
+            )
+        if self.family and (self.source == "training" or self.processing == "compatibility"):
+            raise ValueError(
+                "family: a layout of its own is for models of a hub, folder or package, with "
+                "processing: raw; leave it out"
             )
         if self.source == "training" and self.weights == "init":
             raise ValueError(

@@ -13,6 +13,7 @@ repository brings is run.
 """
 
 import fnmatch
+import functools
 import json
 import os
 import shutil
@@ -24,6 +25,7 @@ from pipeline.downloads import fetch, hub
 from pipeline.errors import RetraceError
 from pipeline.job import cli
 from pipeline.models import loader
+from pipeline.spec import families
 from pipeline.spec.paper import ModelSpec
 from pipeline.store import provenance, tables
 from pipeline.text.tokens import document_token, load_tokenizer, tokenizer_of
@@ -34,6 +36,7 @@ os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")  # read when huggingf
 BESIDE = ["config.json", "tokenizer*.json", "vocab*", "merges.txt", "*.model",
           "special_tokens_map.json", "chat_template*"]  # fmt: skip
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
+UNBOUNDED = 2**31  # tokens: ALiBi (Bloom), and layers with a state in place of attention (Mamba)
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -63,10 +66,11 @@ def open_source(spec: ModelSpec, folder: Path, args: Any) -> tuple[Any, Any, str
         return model, tokenizer, info.get("general.license", ""), spec
     path, licence = Path(spec.path), ""
     if spec.source == "hub":
-        found = hub.from_hub(spec.repo, spec.revision, hub_files, folder, "model")
+        chosen = functools.partial(hub_files, own=bool(spec.family))
+        found = hub.from_hub(spec.repo, spec.revision, chosen, folder, "model")
         path, licence = found.folder, found.licence
         spec = spec.model_copy(update={"revision": found.commit})
-    else:
+    elif not spec.family:
         check_config(path / "config.json", str(path))
     from pipeline.models import native
 
@@ -74,7 +78,7 @@ def open_source(spec: ModelSpec, folder: Path, args: Any) -> tuple[Any, Any, str
     return loader.from_folder(path, "auto"), None if bare else tokenizer_of(path), licence, spec
 
 
-def hub_files(names: list[str], read: Callable[[str], Path]) -> list[str]:
+def hub_files(names: list[str], read: Callable[[str], Path], own: bool = False) -> list[str]:
     """The files of a repository that a model is made of: those that transformers would read.
 
     Not consolidated.safetensors (the same weights once more), onnx/ and the like.
@@ -82,6 +86,7 @@ def hub_files(names: list[str], read: Callable[[str], Path]) -> list[str]:
     Args:
         names: all files of the repository.
         read: name -> that file; only small ones are read.
+        own: the paper brings the layout of the model's type, so that any type will do.
 
     Raises:
         RetraceError: a model type without hooks, pickled weights alone, or no tokenizer.
@@ -89,7 +94,7 @@ def hub_files(names: list[str], read: Callable[[str], Path]) -> list[str]:
     top = [n for n in names if "/" not in n]
     if "config.json" not in top:
         raise RetraceError("holds no config.json, so it is no model of transformers")
-    kind = check_config(read("config.json"), "its config.json")
+    kind = check_config(read("config.json"), "its config.json", own)
     if WEIGHTS in top:
         weights = [WEIGHTS]
     elif INDEX in top:
@@ -108,18 +113,17 @@ def hub_files(names: list[str], read: Callable[[str], Path]) -> list[str]:
     return weights + [n for n in top if any(fnmatch.fnmatchcase(n, p) for p in BESIDE)]
 
 
-def check_config(file: Path, where: str) -> str:
+def check_config(file: Path, where: str, own: bool = False) -> str:
     """The model type of a config.json, told before weights are fetched or read.
 
     Raises:
         RetraceError: a type that no stage knows the hooks of.
     """
-    from pipeline.models import hooks
-
     if not file.is_file():
         return ""
     kind = str(_json(file).get("model_type", ""))
-    hooks.check_type(kind, where)
+    if not own:
+        families.check_type(kind, where)
     return kind
 
 
@@ -219,8 +223,9 @@ def describe(model: Any, bos_id: int | None, spec: ModelSpec, licence: str) -> d
     source = spec.model_dump(include=set(fields))
     if spec.source == "folder":
         source["content"] = _content(Path(spec.path))
+    own = {"family": families.of_file(Path(spec.family)).model_dump()} if spec.family else {}
     cfg = model.config
-    return {
+    return own | {
         "name": _name(spec),
         "source": source,
         "weights": spec.weights,
@@ -228,12 +233,20 @@ def describe(model: Any, bos_id: int | None, spec: ModelSpec, licence: str) -> d
         "architecture": type(model).__name__,
         "d_model": cfg.hidden_size,
         "n_layers": cfg.num_hidden_layers,
-        "n_ctx": cfg.max_position_embeddings,
+        "n_ctx": context_of(cfg),
         "d_vocab": cfg.vocab_size,
         "bos_id": bos_id,
         "n_parameters": sum(p.numel() for p in model.parameters()),
         "licence": licence,
     }
+
+
+def context_of(config: Any) -> int:
+    """The longest block that a model takes; UNBOUNDED where its positions have no end."""
+    for name in ("max_position_embeddings", "n_positions", "max_seq_len", "max_sequence_length"):
+        if isinstance(value := getattr(config, name, None), int):
+            return value
+    return UNBOUNDED
 
 
 def _content(folder: Path) -> str:

@@ -62,8 +62,7 @@ def attention(task: Task) -> tuple[dict[str, Tensor], list[Tensor]]:
 def ov(task: Task, layer: int, x: Tensor) -> Tensor:
     """What each head would write if it saw only x [m d_model], [m n_heads d_model]."""
     heads = task.heads
-    module = heads.layers[layer]
-    normed = getattr(module, heads.names.ln1)(x)
+    normed = heads.attn_reads(layer, x)
     shared = heads.n_heads // heads.n_key_heads
     z = []
     for h in range(heads.n_heads):

@@ -1,0 +1,235 @@
+"""A model proves, when it is loaded, that its hooks are where their names say. [torch]
+
+One short pass on a few tokens, any family:
+
+    resid_pre + attn_out + mlp_out = resid_post             the parts of a layer, also resid_mid
+    resid_post of a layer = resid_pre of the next
+    the upper part, resumed on its own stream, gives the logits
+    the unembedding of the last stream gives the logits     final norm, scale, soft cap, bias
+    sum_h z_h W_O[h] + b_O gives what attention writes      the parts of a head
+    z at the first position = v there                       the columns of a joint projection
+    g n + b gives what a norm writes                        hook_normalized and hook_scale
+
+Hooks that fail are refused by name, each in a sentence, and nothing is computed on them; all others
+go on. Where resuming, the unembedding or the parts of heads fail, what needs them is refused.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.errors import RetraceError
+from pipeline.models import hooks, places, splice
+from pipeline.models.heads import Heads
+
+N_TOKENS = 5
+ROUNDING = 4  # units in the last place of each summand: a sum of three has one or two roundings
+# Sums over many products, in another order than the model's.
+LOOSE = {torch.float64: 1e-6, torch.float32: 1e-3, torch.float16: 2e-2, torch.bfloat16: 8e-2}
+STREAMS = ("hook_resid_pre", "hook_attn_out", "hook_resid_mid", "hook_mlp_out", "hook_resid_post")
+
+
+@torch.no_grad()
+def prove(hf: nn.Module) -> dict[str, str]:
+    """Hook -> why it is refused; noted at the model, where hooks.py and splice.py look it up.
+
+    Raises:
+        RetraceError: the model does not run on token ids alone.
+    """
+    hf.retrace_refused, hf.retrace_fails = {}, {}
+    names, tokens = hooks.hook_names(hf), few_tokens(hf)
+    try:
+        with hooks.capture(hf, names) as acts, norms_seen(hf) as outs:
+            logits = hf(input_ids=tokens, use_cache=False).logits
+    except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as e:
+        raise RetraceError(
+            f"model type '{hf.config.model_type}': does not run on {tokens.shape[1]} token ids "
+            f"alone ({str(e).splitlines()[0][:120]})"
+        ) from e
+    if not torch.isfinite(logits).all():
+        return {}  # no sum holds then; the stage that stores or sums values says where they begin
+    refused = {n: "never runs in a forward pass of this model" for n in names if n not in acts}
+    for i, layer in enumerate(hooks.layers_of(hf)):
+        at = {h: acts.get(f"blocks.{i}.{h}") for h in (*STREAMS, *_parts(hf))}
+        found = layer_faults({h: x for h, x in at.items() if x is not None})
+        found |= norm_faults(hf, layer, at, outs) | head_faults(hf, i, at)
+        after = acts.get(f"blocks.{i + 1}.hook_resid_pre")
+        if after is not None and not near(after, at["hook_resid_post"], at["hook_resid_post"]):
+            found["hook_resid_post"] = "is not what the next layer reads as its hook_resid_pre"
+        refused |= {f"blocks.{i}.{h}": why for h, why in found.items()}
+    final = acts.get("ln_final.hook_normalized")
+    if final is not None and not is_norm(norm := splice.final_norm(hf), final, outs[norm]):
+        why = "the final norm is not a gain times the standardised stream plus a bias"
+        refused |= {f"ln_final.{h}": why for h in ("hook_normalized", "hook_scale")}
+    hf.retrace_refused = refused
+    hf.retrace_fails = whole_faults(hf, tokens, acts, logits)
+    return refused
+
+
+@contextmanager
+def norms_seen(hf: nn.Module) -> Iterator[dict[nn.Module, Tensor]]:
+    """Inside: a forward pass fills the dictionary, norm -> its output."""
+    outs: dict[nn.Module, Tensor] = {}
+    names = hooks.family(hf)
+    norms = [
+        hooks.reached(layer, p) for layer in hooks.layers_of(hf) for p in hooks.norm_paths(names)
+    ]
+    with ExitStack() as stack:
+        for norm in [*norms, splice.final_norm(hf)]:
+            if norm is not None:
+                keep = lambda norm, _, out: outs.__setitem__(norm, out)  # noqa: E731
+                stack.callback(norm.register_forward_hook(keep).remove)
+        yield outs
+
+
+def few_tokens(hf: nn.Module) -> Tensor:
+    """[2 pos] token ids, no two neighbours alike."""
+    n = min(N_TOKENS, getattr(hf.config, "max_position_embeddings", N_TOKENS) or N_TOKENS)
+    ids = torch.arange(2 * n, device=next(hf.parameters()).device) * 7 + 3
+    return (ids % hf.config.vocab_size).view(2, n)
+
+
+def _parts(hf: nn.Module) -> list[str]:
+    names = hooks.family(hf)
+    norms = [f"{p}.{h}" for p in names.parts for h in ("hook_normalized",) if p.startswith("ln")]
+    return [*norms, "attn.hook_v", "attn.hook_z"]
+
+
+def near(a: Tensor, b: Tensor, *summands: Tensor) -> bool:
+    """Whether a = b but for the rounding of sums of these summands, coordinate by coordinate."""
+    eps = torch.finfo(a.dtype).eps
+    size = sum(x.abs().double() for x in summands)
+    return bool(((a.double() - b.double()).abs() <= ROUNDING * eps * size + 1e-12).all())
+
+
+def alike(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
+    """Whether a = b [... d] but for the rounding of long sums, relative to each row's size."""
+    size = b.abs().amax(-1, keepdim=True).double()
+    return bool(((a.double() - b.double()).abs() <= LOOSE[dtype] * size + 1e-9).all())
+
+
+# --- one layer -----------------------------------------------------------------------------
+
+
+def layer_faults(at: dict[str, Tensor]) -> dict[str, str]:
+    """Hook of a layer -> why it is refused, of the streams that the layer has."""
+    pre, attn, mid, mlp, post = (at.get(h) for h in STREAMS)
+    if pre is None or post is None:
+        return {}
+    told = "do not sum to the stream behind the layer, so that this name stands elsewhere here"
+    out = {}
+    if attn is not None and mid is not None and not near(mid, pre + attn, pre, attn):
+        why = (
+            "hook_resid_pre + hook_attn_out is not hook_resid_mid, so that one of them is elsewhere"
+        )
+        out = dict.fromkeys(("hook_attn_out", "hook_resid_mid"), f"{why} in this model")
+    if attn is not None and mlp is not None:
+        if not near(post, pre + attn + mlp, pre, attn, mlp):
+            out |= dict.fromkeys(
+                ("hook_attn_out", "hook_mlp_out"),
+                f"hook_resid_pre, hook_attn_out and hook_mlp_out {told}",
+            )
+            if mid is not None and not near(post, mid + mlp, mid, mlp):
+                out.setdefault("hook_resid_mid", f"hook_resid_mid and hook_mlp_out {told}")
+    elif mid is not None and mlp is not None and not near(post, mid + mlp, mid, mlp):
+        why = f"hook_resid_mid and hook_mlp_out {told}"
+        out |= dict.fromkeys(("hook_mlp_out", "hook_resid_mid"), why)
+    return out
+
+
+def norm_faults(
+    hf: nn.Module, layer: nn.Module, at: dict[str, Tensor | None], outs: dict[nn.Module, Tensor]
+) -> dict[str, str]:
+    """Hooks of norms whose output is not gain * normalized + bias.
+
+    Args:
+        outs: what each norm wrote in the pass.
+    """
+    found = {}
+    for part, path in hooks.family(hf).parts.items():
+        n, norm = at.get(f"{part}.hook_normalized"), hooks.reached(layer, path)
+        if n is not None and not is_norm(norm, n, outs[norm]):
+            why = "this norm is not a gain times the standardised stream plus a bias"
+            found |= {f"{part}.{h}": why for h in ("hook_normalized", "hook_scale")}
+    return found
+
+
+def is_norm(norm: nn.Module, n: Tensor, out: Tensor) -> bool:
+    """Whether out = g n + b, with the gain and bias of the norm."""
+    if isinstance(norm, nn.Identity):
+        return bool(torch.equal(n, out))
+    run, n = places.as_function(norm), n.float()
+    out = out.view(n.shape)
+    return alike(places.gain(run, n) * n + run(torch.zeros_like(n)), out, out.dtype)
+
+
+def head_faults(hf: nn.Module, i: int, at: dict[str, Tensor | None]) -> dict[str, str]:
+    """Queries, keys and values of a joint projection whose columns are not where the layout says.
+
+    The first position attends to itself alone, so that z there is v, for each query head that of
+    its key head.
+    """
+    z, v = at.get("attn.hook_z"), at.get("attn.hook_v")
+    place = hooks.family(hf).place("attn.hook_v")
+    if z is None or v is None or " of " not in place[1]:
+        return {}
+    n_heads = hf.config.num_attention_heads
+    by_head = v[:, 0].unflatten(-1, (-1, z.shape[-1] // n_heads))
+    there = by_head.repeat_interleave(n_heads // by_head.shape[1], 1).flatten(1)
+    if alike(z[:, 0], there, z.dtype):
+        return {}
+    why = "z at the first position is not v there, so that the columns of q, k and v lie elsewhere"
+    return dict.fromkeys(("attn.hook_q", "attn.hook_k", "attn.hook_v"), why)
+
+
+# --- the whole -----------------------------------------------------------------------------
+
+
+def whole_faults(
+    hf: nn.Module, tokens: Tensor, acts: dict[str, Tensor], logits: Tensor
+) -> dict[str, str]:
+    """resume, unembed or heads -> why what needs it is refused."""
+    kind, n = hf.config.model_type, len(hooks.layers_of(hf))
+    middle, last = f"blocks.{n // 2}.hook_resid_pre", f"blocks.{n - 1}.hook_resid_post"
+    tests: dict[str, tuple[Callable[[], tuple[Tensor, Tensor]], str]] = {
+        "resume": (
+            lambda: (splice.resume(hf, middle, tokens, acts[middle]), logits),
+            "its upper layers, resumed on their own stream, do not give its logits",
+        ),
+        "unembed": (
+            lambda: (splice.unembed(hf, acts[last]), logits),
+            "the final norm and the unembedding of its last stream do not give its logits",
+        ),
+        "heads": (
+            lambda: _heads(hf, acts),
+            "what its heads or its MLPs write, computed apart, is not what its layers write",
+        ),
+    }
+    out = {}
+    for name, (test, why) in tests.items():
+        try:
+            good = alike(*test(), logits.dtype)
+        except RetraceError as e:
+            good, why = False, str(e)
+        except Exception as e:  # of another's code on a stream that it does not expect
+            good, why = False, f"{why} ({type(e).__name__}: {str(e).splitlines()[0][:100]})"
+        if not good:
+            out[name] = why if why.startswith("model type") else f"model type '{kind}': {why}"
+    return out
+
+
+def _heads(hf: nn.Module, acts: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """(what heads and MLPs write, computed apart, and in the model's pass), of all layers."""
+    heads = Heads(hf)
+    ours, theirs = [], []
+    for i in range(heads.n_layers):
+        at = lambda hook, i=i: acts.get(f"blocks.{i}.{hook}")  # noqa: E731
+        ours.append(heads.written(at("attn.hook_z"), i).sum(-2) + heads.rest(at("attn.hook_z"), i))
+        theirs.append(at("hook_attn_out"))
+        if at("hook_mlp_out") is not None:
+            read = at("hook_resid_pre") if heads.parallel else at("hook_resid_mid")
+            ours.append(heads.mlp_writes(i, read))
+            theirs.append(at("hook_mlp_out"))
+    return torch.stack(ours), torch.stack(theirs)

@@ -1,0 +1,209 @@
+"""Which module of a Hugging Face model holds which of TransformerLens's hooks.
+
+`families.json` has one layout per model type. `python -m pipeline adapters` writes it from
+TransformerLens's own adapters, once a release; nothing here imports TransformerLens. A type that
+the table lacks is brought by a file of its own, which `model.family` in paper.yaml names.
+
+A place is a module's path and what to take of it:
+
+    self_attn.o_proj in                     the module's input
+    mlp out                                 its output; the first, where that is a tuple
+    self_attn out times residual_multiplier the output times a number of the model's config
+    attn.c_attn k of qkv                    the keys among the columns of a joint projection
+    mlp.gate_up_proj first half             half of the columns of its output
+
+The columns of a joint projection lie as `qkv` (all queries, all keys, all values), `group` (for
+each key head its queries, its key and its value; of GPT-NeoX one query) or `codegen` (in four
+parts, each with its queries, values and keys).
+"""
+
+import functools
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any
+
+from pydantic import Field, ValidationError, model_validator
+
+from pipeline.errors import RetraceError, nearest
+from pipeline.spec.base import Section, sentence
+
+TABLE = Path(__file__).parent / "families.json"
+NATIVE_TYPE = "retrace_native"
+PLACE = re.compile(
+    r"([A-Za-z_][\w.]*)? ?(in|out(?: times \w+)?|[qkv] of (?:qkv|group|codegen)|"
+    r"(?:first|second) half)"
+)
+ModulePath = Annotated[str, Field(pattern=r"^([A-Za-z_]\w*(\.\w+)*)?$")]
+# Within a layer, in the order in which a layer with norms before attention and MLP computes them.
+LAYER_HOOKS = (
+    "hook_resid_pre", "ln1.hook_scale", "ln1.hook_normalized", "attn.hook_q", "attn.hook_k",
+    "attn.hook_v", "attn.hook_z", "ln1_post.hook_scale", "ln1_post.hook_normalized",
+    "hook_attn_out", "hook_resid_mid", "ln2.hook_scale", "ln2.hook_normalized", "mlp.hook_in",
+    "mlp.hook_pre", "mlp.hook_pre_linear", "mlp.hook_post", "ln2_post.hook_scale",
+    "ln2_post.hook_normalized", "hook_mlp_out", "hook_resid_post",
+)  # fmt: skip
+NORM_HOOKS = ("hook_scale", "hook_normalized")
+PARTS = ("ln1", "ln1_post", "attn", "ln2", "ln2_post", "mlp")
+
+
+class Layout(Section):
+    """Where the modules of an architecture lie. Paths within a layer start at the layer."""
+
+    embed: ModulePath = Field(description="the embedding of tokens; its output is hook_embed")
+    layers: ModulePath = Field(min_length=1, description="the list of layers")
+    final_norm: ModulePath = Field(
+        default="", description="the norm before the unembedding, if any"
+    )
+    parts: dict[str, ModulePath] = Field(
+        default={}, description=f"modules of a layer by name: {', '.join(PARTS)}"
+    )
+    hooks: dict[str, str] = Field(description="hook within a layer: its place")
+    experts: bool = Field(default=False, description="the MLP is a mixture of experts")
+    flat: bool = Field(
+        default=False, description="some modules of a layer see sequences run together, [rows d]"
+    )
+
+    bridge: dict[str, str] = Field(
+        default={},
+        description="hook: what a TransformerBridge calls it itself, where that is not "
+        "what it calls it in most families",
+    )
+    overwritten: list[str] = Field(
+        default=[], description="hooks whose tensor the layer changes in place later on"
+    )
+
+    @model_validator(mode="after")
+    def _known(self) -> "Layout":
+        for name in self.parts:
+            if name not in PARTS:
+                raise ValueError(f"parts: '{name}'{nearest(name, PARTS)} is none of {PARTS}")
+        for hook, place in self.hooks.items():
+            if hook not in LAYER_HOOKS or hook.endswith(NORM_HOOKS):
+                raise ValueError(
+                    f"hooks: '{hook}'{nearest(hook, LAYER_HOOKS)} is no hook with a place; those "
+                    f"of norms follow from parts, the others are "
+                    f"{', '.join(h for h in LAYER_HOOKS if not h.endswith(NORM_HOOKS))}"
+                )
+            if not PLACE.fullmatch(place):
+                raise ValueError(
+                    f"hooks: {hook}: '{place}' is no place; write a module's path and in, out, "
+                    f"'out times' a number of the config, 'q of qkv', or 'first half'"
+                )
+        return self
+
+    @property
+    def attn(self) -> str:
+        """The path of the attention; '' where the layer has none."""
+        return self.parts.get("attn", "")
+
+    @property
+    def ln1(self) -> str:
+        """The path of the norm that the adapter calls ln1; '' where the layer has none."""
+        return self.parts.get("ln1", "")
+
+    @property
+    def ln2(self) -> str:
+        """The path of the norm that the adapter calls ln2; '' where the layer has none."""
+        return self.parts.get("ln2", "")
+
+    @property
+    def mlp(self) -> str:
+        """The path of the MLP; '' where the layer has none, or its maps stand in the layer."""
+        return self.parts.get("mlp", "")
+
+    def place(self, hook: str) -> tuple[str, str] | None:
+        """(path, what) of a hook within a layer, such as ('mlp', 'out'); None: it has none."""
+        part, _, kind = hook.partition(".")
+        if kind in NORM_HOOKS and part.startswith("ln") and self.parts.get(part):
+            return self.parts[part], kind.removeprefix("hook_")
+        if hook not in self.hooks:
+            return None
+        path, what = PLACE.fullmatch(self.hooks[hook]).groups()
+        return path or "", what
+
+    @property
+    def mlp_end(self) -> str:
+        """The last linear map of the MLP, whose input is mlp.hook_post; '' where it has none."""
+        place = self.place("mlp.hook_post")
+        return place[0] if place else ""
+
+
+NATIVE = Layout(
+    embed="model.tok_embed", layers="model.layers", final_norm="model.ln_out",
+    parts={"ln1": "ln1", "attn": "attn", "ln2": "ln2", "mlp": "mlp"},
+    hooks={
+        "hook_resid_pre": "in", "attn.hook_q": "attn.q out", "attn.hook_k": "attn.k out",
+        "attn.hook_v": "attn.v out", "attn.hook_z": "attn.o in", "hook_attn_out": "attn out",
+        "hook_resid_mid": "ln2 in", "mlp.hook_in": "mlp in", "mlp.hook_pre": "mlp.fc_in out",
+        "mlp.hook_post": "mlp.fc_out in", "hook_mlp_out": "mlp out", "hook_resid_post": "out",
+    },
+    bridge={"mlp.hook_pre": "mlp.in.hook_out"},
+)  # fmt: skip
+
+
+@functools.cache
+def table() -> dict[str, Any]:
+    """families.json: layouts by name, and per type the layouts that its configs may have."""
+    return json.loads(TABLE.read_text(encoding="utf-8"))
+
+
+def types() -> list[str]:
+    """Every model type that has a layout here."""
+    return [*table()["types"], NATIVE_TYPE]
+
+
+@functools.cache
+def _layout(name: str) -> Layout:
+    return Layout(**table()["layouts"][name])
+
+
+def layout(config: Any) -> Layout:
+    """The layout of a model with this config.
+
+    Raises:
+        RetraceError: a type that the table lacks, or a setting of it without a layout.
+    """
+    kind = config.model_type
+    check_type(kind)
+    if kind == NATIVE_TYPE:
+        return NATIVE
+    for variant in table()["types"][kind]:
+        if all(getattr(config, k, None) == v for k, v in variant.get("when", {}).items()):
+            if "layout" in variant:
+                return _layout(variant["layout"])
+            break
+    flags = sorted({k for v in table()["types"][kind] for k in v.get("when", {})})
+    set_to = ", ".join(f"{k}: {getattr(config, k, None)}" for k in flags)
+    raise RetraceError(
+        f"model type '{kind}' with {set_to} in its config has no hooks here; name a file with its "
+        f"layout as model.family in paper.yaml (README, 'Models')"
+    )
+
+
+def check_type(kind: str, where: str = "") -> None:
+    """RetraceError for a model type that the table lacks.
+
+    Args:
+        where: the file that names it, if one does.
+    """
+    if kind not in types():
+        raise RetraceError(
+            f"{where and where + ': '}model type '{kind}'{nearest(kind, types())} has no hooks "
+            f"here; README lists the {len(types())} types that have; for another, name a file with "
+            f"its layout as model.family in paper.yaml"
+        )
+
+
+def of_file(file: Path) -> Layout:
+    """The layout that a group's own JSON file holds.
+
+    Raises:
+        RetraceError: the file cannot be read, or is no layout; the sentence says where.
+    """
+    try:
+        return Layout(**json.loads(file.read_text(encoding="utf-8")))
+    except ValidationError as e:
+        raise RetraceError(f"{file}: {sentence(e)}") from e
+    except (OSError, ValueError, TypeError) as e:
+        raise RetraceError(f"{file}: no JSON object with a layout ({e}); see README") from e

@@ -1,0 +1,231 @@
+"""The table of families: equal to the adapters, its hooks equal to the bridge's, its refusals."""
+
+import json
+
+import families_check as check
+import pytest
+import torch
+
+from pipeline.errors import RetraceError
+from pipeline.models import adapters, hooks, proof, splice
+from pipeline.spec import families
+
+QUICK = ["gemma2", "gptj", "opt", "phi", "phi3", "olmo", "olmo2", "granite", "mixtral", "mamba"]
+
+
+@pytest.mark.slow
+def test_the_table_is_that_of_the_adapters():
+    found, _ = adapters.table()
+    assert adapters.text(found) == families.TABLE.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize(
+    ("kind", "variant"),
+    [pytest.param(k, i, marks=[] if k in QUICK else [pytest.mark.slow]) for k, i in check.cases()],
+)
+def test_every_hook_equals_the_bridges(kind, variant):
+    check.row(kind, variant)
+
+
+@pytest.mark.parametrize("case", check.NO_BRIDGE)
+@pytest.mark.slow
+def test_bridges_that_cannot_be_compared_still_cannot(case):
+    kind, said = check.NO_BRIDGE[case].split(": ")
+    with pytest.raises((RuntimeError, ValueError), match=said) as e:
+        check.compared(check.model_of(*case))
+    assert type(e.value).__name__ == kind
+
+
+def test_no_table_is_written_by_hand():
+    """Each layout is one that the model validates, and none is left over."""
+    table = families.table()
+    for layout in table["layouts"].values():
+        families.Layout(**layout)
+    used = {v.get("layout") for each in table["types"].values() for v in each}
+    assert used - {None} == set(table["layouts"])
+    assert families.TABLE.stat().st_size <= 60_000
+
+
+# --- a model proves itself -----------------------------------------------------------------
+
+
+def spoiled(kind, **changes):
+    """A tiny model whose layout is not its own in one place."""
+    hf = check.model_of(kind, 0)
+    own = hooks.family(hf).model_dump()
+    for key, value in changes.items():
+        own[key] = {**own[key], **value} if isinstance(value, dict) else value
+    hf.retrace_layout = families.Layout(**own)
+    return hf
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "refused"),
+    [
+        # the outputs of attention and MLP before their norms, as a family without post-norms has
+        ("gemma2", {"hooks": {"hook_attn_out": "self_attn out"}}, "hook_attn_out"),
+        ("gemma2", {"hooks": {"hook_mlp_out": "mlp out"}}, "hook_mlp_out"),
+        ("granite", {"hooks": {"hook_attn_out": "self_attn out"}}, "hook_attn_out"),
+        ("olmo2", {"hooks": {"hook_attn_out": "self_attn out"}}, "hook_resid_mid"),
+        ("phi", {"hooks": {"hook_resid_mid": "mlp in"}}, "hook_resid_mid"),
+        ("gpt_neox", {"hooks": {"attn.hook_k": "attention.query_key_value k of qkv",
+                                "attn.hook_v": "attention.query_key_value v of qkv"}},
+         "attn.hook_v"),
+    ],
+)  # fmt: skip
+def test_a_hook_that_stands_elsewhere_is_refused_and_the_others_go_on(kind, changes, refused):
+    hf = spoiled(kind, **changes)
+    proof.prove(hf)
+    for layer in range(2):
+        name = f"blocks.{layer}.{refused}"
+        with pytest.raises(RetraceError, match=rf"^hook '{name}': "):
+            hooks.run_to(hf, check.TOKENS, [name])
+        assert name not in hooks.hook_names(hf)
+    plain = check.model_of(kind, 0)
+    for name in ("blocks.1.hook_resid_pre", "blocks.1.hook_resid_post"):
+        ours = hooks.run_to(hf, check.TOKENS, [name])[name]
+        assert torch.equal(ours, hooks.run_to(plain, check.TOKENS, [name])[name])
+
+
+def test_a_wrong_final_norm_refuses_logits_and_nothing_else():
+    hf = spoiled("llama", final_norm="model.layers.0.input_layernorm")
+    proof.prove(hf)
+    x = hooks.run_to(hf, check.TOKENS, ["blocks.1.hook_resid_post"])["blocks.1.hook_resid_post"]
+    with pytest.raises(RetraceError, match="do not give its logits"):
+        splice.unembed(hf, x)
+    resumed = splice.resume(hf, "blocks.1.hook_resid_post", check.TOKENS, x)
+    torch.testing.assert_close(resumed, hf(check.TOKENS).logits)
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "cohere", "granite", "gemma", "phi", "opt", "olmo"])
+def test_logits_of_the_last_stream(kind):
+    """Final soft-capping, scales that multiply or divide, gains of 1 + weight, biases."""
+    hf = check.model_of(kind, 0, **{"gemma2": {"final_logit_softcapping": 3.0}}.get(kind, {}))
+    assert proof.prove(hf) == {} and hf.retrace_fails == {}
+    last = "blocks.1.hook_resid_post"
+    x = hooks.run_to(hf, check.TOKENS, [last])[last]
+    torch.testing.assert_close(splice.unembed(hf, x), hf(check.TOKENS).logits)
+
+
+def test_neurons_of_a_mixture_of_experts_are_refused():
+    """TransformerLens 3.9 gives the input of the whole block there."""
+    hf = check.model_of("mixtral", 0)
+    with pytest.raises(RetraceError, match=r"a mixture of experts.*use mlp\.hook_in or hook_mlp"):
+        hooks.site(hf, "blocks.0.mlp.hook_post")
+    assert "blocks.0.mlp.hook_in" in hooks.hook_names(hf)
+
+
+# --- hooks can be replaced -----------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "phi3", "gemma2", "opt", "codegen", "falcon"])
+def test_an_edit_of_every_hook_reaches_the_logits_and_is_seen(kind):
+    hf = check.model_of(kind, 0)
+    with torch.no_grad():
+        before = hf(check.TOKENS).logits
+        for hook in hooks.hook_names(hf):
+            plain = hooks.run_to(hf, check.TOKENS, [hook])[hook]
+            with hooks.edited(hf, hook, lambda x: x.clone()):
+                same = hf(check.TOKENS).logits
+            # resid_mid is edited as a difference of two float32 numbers: their rounding stays
+            torch.testing.assert_close(same, before, atol=1e-4, rtol=1e-4, msg=hook)
+            with hooks.edited(hf, hook, lambda x: 2 * x + torch.linspace(-1, 1, x.shape[-1])):
+                assert not torch.allclose(hf(check.TOKENS).logits, before, atol=1e-3), hook
+            assert plain.shape[:2] == check.TOKENS.shape
+
+
+@pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "phi3", "gpt_bigcode", "codegen", "falcon"])
+def test_values_of_a_joint_projection_by_hand(kind):
+    """Columns of v set to one, and of nothing else: z is one wherever attention looks."""
+    hf = check.model_of(kind, 0)
+    v, z = "blocks.0.attn.hook_v", "blocks.0.attn.hook_z"
+    with hooks.edited(hf, v, torch.ones_like), hooks.capture(hf, [z]) as seen:
+        hf(check.TOKENS)
+    torch.testing.assert_close(seen[z], torch.ones_like(seen[z]))
+
+
+@pytest.mark.parametrize("kind", ["gemma2", "olmo", "opt", "nemotron", "phi"])
+def test_a_norm_with_its_normalized_stream_replaced(kind):
+    """Standardised rows are fed to the module itself: it would standardise them to themselves."""
+    hf = check.model_of(kind, 0)
+    hook, out = "ln_final.hook_normalized", []
+    new = torch.randn(2, 8, 32, generator=torch.Generator().manual_seed(0))
+    new = (new - new.mean(-1, keepdim=True)) / new.std(-1, correction=0, keepdim=True)
+    norm = splice.final_norm(hf)
+    with hooks.edited(hf, hook, lambda _: new):
+        handle = norm.register_forward_hook(lambda _, __, y: out.append(y))
+        hf(check.TOKENS)
+        handle.remove()
+    torch.testing.assert_close(out[0], norm(new * 1e3), atol=1e-4, rtol=1e-4)
+
+
+# --- a layout of a group's own -------------------------------------------------------------
+
+
+def test_a_layout_of_ones_own_is_that_of_the_table(tmp_path):
+    file = tmp_path / "family.json"
+    file.write_text(json.dumps(families.table()["layouts"]["gemma2"]))
+    hf = check.model_of("gemma2", 0)
+    assert families.of_file(file) == hooks.family(hf)
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"hooks": {"hook_resid_pots": "out"}}, "did you mean 'hook_resid_post'"),
+        ({"hooks": {"hook_mlp_out": "mlp output"}}, "'mlp output' is no place"),
+        ({"hooks": {"ln1.hook_scale": "ln1 out"}}, "those of norms follow from parts"),
+        ({"parts": {"attention": "attn"}}, "parts: 'attention'"),
+        ({"layer": "h"}, "unknown key 'layer' (did you mean 'layers'?)"),
+    ],
+)
+def test_what_is_no_layout_is_told_in_a_sentence(change, says, tmp_path):
+    file = tmp_path / "family.json"
+    file.write_text(json.dumps({**families.table()["layouts"]["gemma2"], **change}))
+    with pytest.raises(RetraceError) as e:
+        families.of_file(file)
+    assert says in str(e.value) and str(file) in str(e.value) and "\n" not in str(e.value)
+
+
+@pytest.mark.parametrize("text", ["", "[]", "{", "null"])
+def test_what_is_no_json_object_is_told(text, tmp_path):
+    file = tmp_path / "family.json"
+    file.write_text(text)
+    with pytest.raises(RetraceError, match=r"family\.json"):
+        families.of_file(file)
+
+
+def test_a_type_that_the_table_lacks_by_a_file_of_its_own(tmp_path):
+    """Helium has Llama's layout; TransformerLens has no adapter of it."""
+    from conftest import byte_tokenizer
+
+    from pipeline.models import loader
+    from pipeline.models.tiny_models import tiny_config, tiny_model
+    from pipeline.spec.paper import ModelSpec
+    from pipeline.store import tables
+    from pipeline.weights import model
+
+    hf = tiny_model(tiny_config("helium"))
+    hf.save_pretrained(tmp_path / "weights")
+    byte_tokenizer().save_pretrained(tmp_path / "weights")
+    with pytest.raises(RetraceError, match=r"'helium'.* has no hooks here.*model\.family"):
+        model.open_source(
+            ModelSpec(source="folder", path=str(tmp_path / "weights")), tmp_path / "none", None
+        )
+    file = tmp_path / "helium.json"
+    (llama,) = families.table()["types"]["llama"]
+    file.write_text(json.dumps(families.table()["layouts"][llama["layout"]]))
+    spec = ModelSpec(source="folder", path=str(tmp_path / "weights"), family=str(file))
+    opened, tokenizer, *_ = model.open_source(spec, tmp_path / "none", None)
+    info = model.describe(opened, 0, spec, "")
+    made = {"stage": "model"}
+    model.save(opened, tokenizer, tmp_path / "item" / "checkpoint", made)
+    tables.write_json(tmp_path / "item" / "model.json", info, made)
+    loaded = loader.load(tmp_path / "item" / "model.json")
+    assert loaded.hf.retrace_refused == {} and loaded.hf.retrace_fails == {}
+    hook = "blocks.1.mlp.hook_post"
+    ours, theirs = hooks.run_to(loaded.hf, check.TOKENS, [hook])[hook], []
+    layer = hf.model.layers[1]
+    layer.mlp.down_proj.register_forward_pre_hook(lambda _, args: theirs.append(args[0]))
+    hf(check.TOKENS)
+    torch.testing.assert_close(ours, theirs[0])
