@@ -27,9 +27,9 @@ KINDS = {
 TASKS = {"ioi": "indirect object", "greater_than": "greater than", "lookup": "lookup"}
 ARMS = {
     "smollm2": "SmolLM2",
-    "random": "SmolLM2, weights redrawn",
+    "random": "SmolLM2, as training begins",
     "small": "model trained here",
-    "small_random": "the same, weights redrawn",
+    "small_random": "the same, before training",
 }
 
 

@@ -10,6 +10,8 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.metrics import share
+
 METRICS = {
     "*.correlation": "Pearson correlation of estimate and exact effect, mean over prompts; of "
     "atp_star and the mean absolute effect",
@@ -28,7 +30,8 @@ METRICS = {
     "difference",
     "*.missed": "share of those whose estimated size is below a fifth of the exact one: false "
     "negatives",
-    "*.completeness_gap": "(sum of estimates of all edges into the logits - total) / |total|",
+    "*.completeness_gap": "(sum of estimates of all edges into the logits - total) / |total|; "
+    "undefined where total is 0",
     "*.seconds": "seconds that the method took for all nodes, or for edges; the two runs on the "
     "prompts and their activations not counted",
     "*.forwards": "forward passes of a plain program: one for each prompt of the pair, and one a "
@@ -39,7 +42,8 @@ METRICS = {
     "*.clean": "mean of m on the clean prompts",
     "*.corrupt": "mean of m on the corrupt prompts",
     "*.right": "share of clean prompts with m > 0",
-    "*.kept": "m on the corrupt prompts over m on the clean ones",
+    "*.kept": "m on the corrupt prompts over m on the clean ones; undefined where that is "
+    "not above zero",
 }
 COLUMNS = (
     "correlation spearman correlation_without_largest sign error recall effort matter missed"
@@ -52,9 +56,9 @@ def of_seed(tables: dict[str, Any]) -> dict[str, float]:
     for row in tables["estimates/totals"].to_dict("records"):
         key, total = f"{row['arm']}.{row['task']}", row["total"]
         out |= {f"{key}.{name}": row[name] for name in ("total", "clean", "corrupt", "right")}
-        out[f"{key}.kept"] = row["corrupt"] / row["clean"]
+        out[f"{key}.kept"] = share(row["corrupt"], row["clean"])
         for method in ("eap", "eap_ig"):
-            gap = (row[f"into_logits_{method}"] - total) / abs(total)
+            gap = share(row[f"into_logits_{method}"] - total, abs(total))
             out[f"{key}.{method}.edges.completeness_gap"] = gap
     for row in tables["estimates/quality"].to_dict("records"):
         key = f"{row['arm']}.{row['task']}.{row['method']}.{row['group']}"

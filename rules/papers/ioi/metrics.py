@@ -1,13 +1,16 @@
 """Metrics of indirect object identification: what they mean, and how the tables give them.
 
-Names begin with an arm: smollm2, random (weights redrawn), gpt2 (only with --config hub=true).
+Names begin with an arm: smollm2, random (as training begins), gpt2 (only with --config hub=true).
 `found` is the circuit that path patching finds in the arm, `published` that of the paper. Every
-metric has one value a seed, NaN where the seed has none (no head of the class was found).
+metric has one value a seed, NaN where the seed has none: no head of the class was found, or a share
+of a logit difference that is not above zero.
 """
 
 from typing import Any
 
 import numpy as np
+
+from pipeline.metrics import share
 
 METRICS = {  # the first pattern that fits a name counts: those of more parts stand first
     "*.demo.logit_diff": "logit difference on the eight prompts of TransformerLens's demo",
@@ -23,15 +26,16 @@ METRICS = {  # the first pattern that fits a name counts: those of more parts st
     "(all: all heads)",
     "*.suppresses.*": "the same with the sign of the OV circuit turned",
     "*.strongest.*": "largest effect of a head of the class by path patching to the logits, over "
-    "the logit difference",
+    "the logit difference; undefined, as every share of it, where that is not above zero",
     "*.rho": "least correlation, over name movers, of attention to a name and the logit of that "
     "name that the head writes; over prompts and both names",
     "*.published_movers": "how many of the paper's name movers 9.9, 9.6, 10.0 are among ours",
     "*.published_negative": "how many of 10.7 and 11.10 are among our negative name movers",
     "*.movers_direct": "what the name movers lose by path patching to the logits, over the logit "
     "difference",
-    "*.recovered": "1 - |F(M) - F(C)| / F(M), F the mean logit difference with all heads outside a "
-    "circuit mean-ablated; random: mean over random circuits of the same layers and positions",
+    "*.recovered": "1 - |F(M) - F(C)| / F(M), undefined where F(M) <= 0, F the mean logit "
+    "difference with all heads outside a circuit mean-ablated; random: mean over random circuits "
+    "of the same layers and positions",
     "*.gap": "|F(M) - F(C)|, logits",
     "*.incompleteness": "largest |F(M without K) - F(C without K)| over classes and random sets K, "
     "over F(M)",
@@ -73,13 +77,13 @@ def heads(table: Any, scatter: Any, logit_diff: float) -> dict[str, float]:
     out |= {"copies.name_mover": mean("name_mover", "copies")}
     for role in ("negative", "suppressor"):
         out[f"suppresses.{role}"] = mean(role, "suppresses")
-        out[f"strongest.{role}"] = part(role)["direct"].abs().max() / logit_diff
-    out["strongest.name_mover"] = part("name_mover")["direct"].abs().max() / logit_diff
+        out[f"strongest.{role}"] = share(part(role)["direct"].abs().max(), logit_diff)
+    out["strongest.name_mover"] = share(part("name_mover")["direct"].abs().max(), logit_diff)
     out |= {f"{c}.all": table[c].mean() for c in ("copies", "suppresses")}
     placed = lambda role: set(zip(part(role)["layer"], part(role)["head"], strict=True))  # noqa: E731
     out["published_movers"] = float(len(placed("name_mover") & MOVERS))
     out["published_negative"] = float(len(placed("negative") & NEGATIVE))
-    out["movers_direct"] = -part("name_mover")["direct"].sum() / logit_diff
+    out["movers_direct"] = share(-part("name_mover")["direct"].sum(), logit_diff)
     rho = [
         rows["attention"].corr(rows["logit"])
         for head, rows in scatter.groupby(["layer", "head"])
@@ -92,25 +96,26 @@ def circuits(cases: Any, minimality: Any) -> dict[str, float]:
     """Of one circuit of one arm."""
     plain = cases[cases["removed"] == "nothing"].set_index("circuit")
     f, whole = plain["f"], plain.loc["model", "f"]
-    recovered = lambda value: 1 - abs(whole - value) / whole  # noqa: E731
+    recovered = lambda value: 1 - share(abs(whole - value), whole)  # noqa: E731
     at_random = f[[name for name in f.index if name.startswith("random")]]
     out = {"recovered": recovered(f["circuit"]), "gap": abs(whole - f["circuit"])}
     out |= {"circuit_heads": plain.loc["circuit", "n_heads"]}
     out |= {"naive.recovered": recovered(f["naive"])}
-    out |= {"random.recovered": recovered(at_random).mean()}
+    out |= {"random.recovered": np.mean([recovered(value) for value in at_random])}
     sets = cases[cases["removed"] != "nothing"].pivot(
         index="removed", columns="circuit", values="f"
     )
     searched = sets[sets.index.str.startswith("greedy")]
     fixed = sets.drop(searched.index)
     widest = lambda t, c: (t["model"] - t[c]).abs().max() if c in t else np.nan  # noqa: E731
-    out |= {"incompleteness": widest(fixed, "circuit") / whole}
-    out |= {"naive.incompleteness": widest(fixed, "naive") / whole}
+    out |= {"incompleteness": share(widest(fixed, "circuit"), whole)}
+    out |= {"naive.incompleteness": share(widest(fixed, "naive"), whole)}
     out |= {"searched": widest(searched, "circuit")}
     if "name_mover" in fixed.index:
-        out["movers_knocked_out"] = 1 - fixed.loc["name_mover", "model"] / whole
+        out["movers_knocked_out"] = 1 - share(fixed.loc["name_mover", "model"], whole)
     if len(minimality):
-        change = (minimality["with"] - minimality["without"]).abs() / whole
+        base = whole if whole > 0 else np.nan
+        change = (minimality["with"] - minimality["without"]).abs() / base
         plain, heads = minimality["set"] == "class", ["layer", "head"]
         by_head = change[~plain].groupby([minimality[h] for h in heads]).max()
         out |= {"minimality": by_head.min(), "minimality_of_class": change[plain].min()}
