@@ -12,7 +12,13 @@ import numpy as np
 
 from pipeline.metrics import share
 
-METRICS = {
+METRICS = {  # the first pattern that fits a name counts
+    "*random.*.correlation": "as correlation below, of a null arm: a model as training begins",
+    "*random.*.correlation_without_largest": "as correlation_without_largest, of a null arm",
+    "*random.*.recall": "as recall, of a null arm: a model as training begins",
+    "*random.*.total": "as total, of a null arm: a model as training begins",
+    "*random.*.right": "as right, of a null arm: a model as training begins",
+    "*random.*.corrupt": "as corrupt, of a null arm: a model as training begins",
     "*.correlation": "Pearson correlation of estimate and exact effect, mean over prompts; of "
     "atp_star and the mean absolute effect",
     "*.spearman": "the same of ranks",
@@ -30,8 +36,7 @@ METRICS = {
     "difference",
     "*.missed": "share of those whose estimated size is below a fifth of the exact one: false "
     "negatives",
-    "*.completeness_gap": "(sum of estimates of all edges into the logits - total) / |total|; "
-    "undefined where total is 0",
+    "*.completeness_gap": "(sum of estimates of all edges into the logits - total) / |total|",
     "*.seconds": "seconds that the method took for all nodes, or for edges; the two runs on the "
     "prompts and their activations not counted",
     "*.forwards": "forward passes of a plain program: one for each prompt of the pair, and one a "
@@ -39,11 +44,11 @@ METRICS = {
     "*.backwards": "backward passes",
     "*.total": "mean over prompts of m(corrupt) - m(clean), m the logit of the right answer minus "
     "that of the wrong one",
-    "*.clean": "mean of m on the clean prompts",
+    "*.clean": "mean of m on the clean prompts; where it is not above zero, its share kept is "
+    "undefined",
     "*.corrupt": "mean of m on the corrupt prompts",
     "*.right": "share of clean prompts with m > 0",
-    "*.kept": "m on the corrupt prompts over m on the clean ones; undefined where that is "
-    "not above zero",
+    "*.kept": "m on the corrupt prompts over m on the clean ones",
 }
 COLUMNS = (
     "correlation spearman correlation_without_largest sign error recall effort matter missed"

@@ -13,6 +13,9 @@ import numpy as np
 from pipeline.metrics import share
 
 METRICS = {  # the first pattern that fits a name counts: those of more parts stand first
+    "random.logit_diff": "mean logit of IO minus logit of S at the last position, of the model as "
+    "training begins (null arm)",
+    "random.io_gt_s": "share of prompts with a larger logit of IO than of S, of the same",
     "*.demo.logit_diff": "logit difference on the eight prompts of TransformerLens's demo",
     "*.flipped.logit_diff": "the same with the subject's second mention replaced by the indirect "
     "object, measured for the old answer",
@@ -26,23 +29,23 @@ METRICS = {  # the first pattern that fits a name counts: those of more parts st
     "(all: all heads)",
     "*.suppresses.*": "the same with the sign of the OV circuit turned",
     "*.strongest.*": "largest effect of a head of the class by path patching to the logits, over "
-    "the logit difference; undefined, as every share of it, where that is not above zero",
+    "the logit difference",
     "*.rho": "least correlation, over name movers, of attention to a name and the logit of that "
     "name that the head writes; over prompts and both names",
     "*.published_movers": "how many of the paper's name movers 9.9, 9.6, 10.0 are among ours",
     "*.published_negative": "how many of 10.7 and 11.10 are among our negative name movers",
     "*.movers_direct": "what the name movers lose by path patching to the logits, over the logit "
     "difference",
-    "*.recovered": "1 - |F(M) - F(C)| / F(M), undefined where F(M) <= 0, F the mean logit "
-    "difference with all heads outside a circuit mean-ablated; random: mean over random circuits "
-    "of the same layers and positions",
+    "*.recovered": "1 - |F(M) - F(C)| / F(M), F the mean logit difference with all heads outside a "
+    "circuit mean-ablated; random: mean over random circuits of the same layers and positions",
     "*.gap": "|F(M) - F(C)|, logits",
     "*.incompleteness": "largest |F(M without K) - F(C without K)| over classes and random sets K, "
     "over F(M)",
     "*.searched": "the same for the set K of the greedy search, in logits",
     "*.movers_knocked_out": "share of F(M) that is lost without the name movers",
     "*.minimality": "least over heads v of the circuit of |F(C without K) - F(C without K and v)| "
-    "/ F(M), the largest over the sets K that stand for v (judged.py, after the paper's App. K)",
+    "/ F(M), the largest over the sets K that stand for v (judged.py, after the paper's App. K); "
+    "as every share of a logit difference, undefined where that is not above zero",
     "*.minimality_of_class": "the same with the rest of the class of v for K",
     "*.circuit_heads": "heads of the circuit",
     "*.logit_diff": "mean logit of IO minus logit of S at the last position",

@@ -30,14 +30,18 @@ METRICS = {
     "across.shared": "the same share between two architectures of different seeds, mean over all "
     "pairs",
     "across.standard_topk": "the same share between L1 and TopK",
-    "entropy.*": "mean token-distribution entropy, bits: entropy.<arm>.<dictionary>, one value a "
-    "seed, under the name of the first",
+    "entropy.reinit.*": "mean token-distribution entropy, bits, on the model as first initialised; "
+    "one value a seed, under the name of the first, as in the other arms",
+    "entropy_auroc.reinit.*": "probability that a latent of the trained model's dictionary has the "
+    "larger entropy than one of the same seed on the model as first initialised",
+    "entropy.*": "mean token-distribution entropy, bits: entropy.<arm>.<dictionary>",
     "entropy_single.*": "share of latents below 1 bit: entropy_single.<arm>.<dictionary>",
     "entropy_auroc.*": "probability that a latent of the trained model's dictionary has the larger "
     "entropy than one of this arm's: entropy_auroc.<arm>.<dictionary>",
+    "null.reinit": "explained variance of TopK (k of the nulls) on the model as first initialised; "
+    "as of the other arms, one value a seed that every arm has",
     "null.*": "explained variance: null.learned of TopK (k of the nulls) on the trained model, "
-    "null.frozen with decoder directions as drawn, null.reinit and null.shuffled on those arms; "
-    "one value a seed that every arm has",
+    "null.frozen with decoder directions as drawn, null.reinit and null.shuffled on those arms",
     "settings.rows": "training rows a dictionary was shown",
     "settings.d_sae": "latents of the dictionaries of the grid",
     "splice_check.max": "largest splice check of any dictionary of any arm, nats",
