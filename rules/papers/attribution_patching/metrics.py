@@ -16,6 +16,7 @@ METRICS = {  # the first pattern that fits a name counts
     "*random.*.correlation": "as correlation below, of a null arm: a model as training begins",
     "*random.*.correlation_without_largest": "as correlation_without_largest, of a null arm",
     "*random.*.recall": "as recall, of a null arm: a model as training begins",
+    "*random.*.sign": "as sign, of a null arm: a model as training begins",
     "*random.*.total": "as total, of a null arm: a model as training begins",
     "*random.*.right": "as right, of a null arm: a model as training begins",
     "*random.*.corrupt": "as corrupt, of a null arm: a model as training begins",
