@@ -14,12 +14,7 @@ from pipeline.metrics import share
 
 METRICS = {  # the first pattern that fits a name counts
     "*random.*.correlation": "as correlation below, of a null arm: a model as training begins",
-    "*random.*.correlation_without_largest": "as correlation_without_largest, of a null arm",
-    "*random.*.recall": "as recall, of a null arm: a model as training begins",
-    "*random.*.sign": "as sign, of a null arm: a model as training begins",
     "*random.*.total": "as total, of a null arm: a model as training begins",
-    "*random.*.right": "as right, of a null arm: a model as training begins",
-    "*random.*.corrupt": "as corrupt, of a null arm: a model as training begins",
     "*.correlation": "Pearson correlation of estimate and exact effect, mean over prompts; of "
     "atp_star and the mean absolute effect",
     "*.spearman": "the same of ranks",
