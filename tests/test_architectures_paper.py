@@ -289,6 +289,32 @@ def test_gaps_have_a_value_a_seed_whose_grids_are_whole(made_up):
     assert len(got["dead.topk"]) == 2
 
 
+def test_nulls_and_entropies_have_a_value_a_seed_that_every_arm_has(made_up):
+    """Seeds 0 and 1 of TopK on every arm, seed 2 on the trained model alone."""
+    more = [row("topk_twin_2", "topk", 32, 0.7, k=32, seed=2)]
+    made_up["evaluation/trained"] = pd.concat([made_up["evaluation/trained"], pd.DataFrame(more)])
+    for arm in ("reinit", "shuffled"):
+        null = pd.DataFrame([row("topk_twin", "topk", 32, 0.40, k=32, seed=1)])
+        made_up[f"evaluation/{arm}"] = pd.concat([made_up[f"evaluation/{arm}"], null])
+    bits = made_up["entropy/summary"]
+    again = bits.assign(sae="topk_twin", mean=bits["mean"] + 0.5)
+    made_up["entropy/summary"] = pd.concat([again, bits])
+    got = metrics.metrics(made_up)
+    np.testing.assert_allclose(got["null.learned"], [0.53, 0.5])
+    np.testing.assert_allclose(got["null.reinit"], [0.45, 0.40])
+    np.testing.assert_allclose(got["entropy.reinit.topk_32"], [3.0, 3.5])
+    np.testing.assert_allclose(got["entropy_auroc.reinit.topk_32"], [0.6, 0.6])
+    assert not any(name.endswith("topk_twin") for name in got)
+
+
+def test_only_dictionaries_that_have_twins_can_be_chosen():
+    groups = [["topk_k8", "topk_ends"], ["topk_k32", "topk_twin"]]
+    assert overlap.chosen(groups, []) == groups
+    assert overlap.chosen(groups, ["topk_k32"]) == groups[1:]
+    with pytest.raises(RetraceError, match=r"'topk_k23' that has a twin.*did you mean 'topk_k32'"):
+        overlap.chosen(groups, ["topk_k23"])
+
+
 @pytest.mark.parametrize("scale", ["smoke", "laptop", "paper"])
 def test_every_metric_has_a_definition(made_up, scale):
     paper = papers.load(FOLDER, scale)
@@ -319,6 +345,16 @@ def test_twins_are_in_the_grid_at_every_scale():
             assert name in found, (scale, name)
         for name in spec.own["entropy"]["dictionaries"]:
             assert name in found, (scale, name)
+
+
+def test_what_laptop_claims_read_has_three_whole_seeds():
+    """TopK, L1 and Gated: every point of the grid once a seed, so that no twin stands twice."""
+    found = papers.load(FOLDER, "laptop").spec.saes_of("trained").values()
+    for architecture in ("topk", "standard", "gated"):
+        mine = [s for s in found if s.architecture == architecture and not s.frozen_decoder]
+        points = [{(s.k, s.l1_coefficient) for s in mine if s.seed == seed} for seed in range(3)]
+        assert points[0] == points[1] == points[2]
+        assert len(mine) == 3 * len(points[0])
 
 
 # --- figures -------------------------------------------------------------------------------

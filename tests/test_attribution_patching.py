@@ -13,7 +13,8 @@ import torch
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
-from pipeline.claims import claims, summary
+from pipeline.claims import summary
+from pipeline.claims.judge import judge
 from pipeline.claims.scalars import compute, known, parts
 from pipeline.errors import RetraceError
 from pipeline.job.source import import_file
@@ -25,8 +26,9 @@ from pipeline.weights.batches import IGNORED
 
 ROOT = Path(__file__).parent.parent
 FOLDER = ROOT / "rules/papers/attribution_patching"
-data, prompts, compared, estimates = (
-    import_file(FOLDER / f"{name}.py") for name in ("data", "prompts", "compared", "estimates")
+data, prompts, compared, estimates, metrics = (
+    import_file(FOLDER / f"{name}.py")
+    for name in ("data", "prompts", "compared", "estimates", "metrics")
 )
 LIST = {"n_tokens": 9, "length": 6}
 
@@ -260,10 +262,23 @@ def test_metrics_claims_and_figures(made, every_figure):
     found = compute(frames, known(parts(paper)), FOLDER / "metrics.py")
     assert all(m["definition"] and m["n"] == 2 for m in found.values())
     for claim in paper.spec.claims:
-        verdict = claims.judge(claim, found, "laptop")["verdict"]
+        verdict = judge(claim, found, "laptop")["verdict"]
         if claim.id != "saturated":  # no head of the tiny models is
             assert verdict in summary.JUDGED, claim.id
     every_figure(paper, frames)
+
+
+def test_a_share_of_no_logit_difference_is_undefined(made):
+    _, frames = made
+    totals = frames["estimates/totals"]
+    for clean, total, kept, gap in ((2.0, -1.0, 0.5, 1.5), (0.0, 0.0, np.nan, np.nan)):
+        changed = totals.assign(clean=clean, total=total, corrupt=clean + total)
+        changed = changed.assign(into_logits_eap=0.5, into_logits_eap_ig=0.5)
+        found = metrics.metrics(frames | {"estimates/totals": changed})
+        every = {m: v for m, v in found.items() if m.endswith((".kept", ".completeness_gap"))}
+        assert bool(every) == np.isfinite(kept)  # what no seed has is left out
+        for name, values in every.items():
+            assert values == [kept if name.endswith("kept") else gap] * 2, name
 
 
 def test_an_arm_or_a_function_that_is_not_there_is_told():

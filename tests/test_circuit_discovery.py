@@ -17,7 +17,8 @@ from test_acdc import CIRCUIT, on_paper, small
 
 from pipeline.circuits import acdc
 from pipeline.circuits.edge_graph import EdgeGraph
-from pipeline.claims import claims, roc, summary
+from pipeline.claims import roc, summary
+from pipeline.claims.judge import judge
 from pipeline.claims.scalars import compute, known, parts
 from pipeline.errors import RetraceError
 from pipeline.job.source import import_file
@@ -305,7 +306,7 @@ def test_random_order_is_chance(made):
 def test_metrics_claims_and_figures(made, every_figure):
     paper, frames = made
     found = compute(frames, known(parts(paper)), FOLDER / "metrics.py")
-    rows = [claims.judge(c, found, "laptop") for c in paper.spec.claims]
+    rows = [judge(c, found, "laptop") for c in paper.spec.claims]
     assert {r["verdict"] for r in rows} <= set(summary.JUDGED) | {"not comparable"}
     every_figure(paper, frames)
 

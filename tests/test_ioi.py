@@ -19,7 +19,7 @@ from transformers import (
 )
 
 from pipeline.circuits import circuits
-from pipeline.claims import claims
+from pipeline.claims.judge import judge
 from pipeline.claims.scalars import compute, known, parts
 from pipeline.errors import RetraceError
 from pipeline.job.source import import_file
@@ -354,20 +354,18 @@ def test_both_arms_go_through_every_step(made):
 def test_metrics_claims_and_figures(made, every_figure):
     paper, frames = made
     found = compute(frames, known(parts(paper)), FOLDER / "metrics.py")
-    assert {
-        f"gpt2.{m}" for m in ("demo.logit_diff", "published.recovered", "look.s2")
-    } <= found.keys()
+    assert {f"gpt2.{m}" for m in ("demo.logit_diff", "published.gap", "look.s2")} <= found.keys()
     assert all(v["n"] == 2 for v in found.values())
     values = found["circuits.smollm2.attribution_patching.correlation"]["values"]
     assert len(set(values)) == 2  # other prompts
     flipped, demo = (found[f"gpt2.{m}.logit_diff"]["mean"] for m in ("flipped", "demo"))
     assert flipped == pytest.approx(-demo, abs=1e-4)
-    verdicts = {c.id: claims.judge(c, found, "laptop")["verdict"] for c in paper.spec.claims}
+    verdicts = {c.id: judge(c, found, "laptop")["verdict"] for c in paper.spec.claims}
     assert verdicts["gpt2_logit_diff"] in ("not reproduced", "undecided")  # random weights
     assert verdicts["gpt2_incomplete"] == "not comparable"
     here = {k: v for k, v in found.items() if not k.startswith(("gpt2.", "circuits.gpt2"))}
     for claim in papers.load(FOLDER, "laptop").spec.claims:
-        row = claims.judge(claim, here, "laptop")
+        row = judge(claim, here, "laptop")
         if claim.id.startswith("gpt2") and claim.comparable:
             assert row["verdict"] == "not run" and "hub=true" in row["reason"]
     every_figure(paper, frames)

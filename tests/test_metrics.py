@@ -1,5 +1,6 @@
 """Metrics: closed forms, definitions for all, seeds."""
 
+import json
 import math
 from types import SimpleNamespace
 
@@ -193,6 +194,16 @@ def test_a_thousand_dictionaries_fit_in_one_argument_of_a_command(tmp_path):
     parts = scalars.parts(made)
     assert len(scalars.known(parts)) >= 3000 * len(scalars.SAE)
     assert len(to_json({"parts": parts})) < 128 * 1024  # of Linux, MAX_ARG_STRLEN
+
+
+def test_a_job_takes_patterns_in_the_order_in_which_they_stand(tmp_path):
+    """The JSON of a job sorts the keys of mappings, and "*.ev" comes before "*.sparse.ev"."""
+    (tmp_path / "metrics.py").write_text('METRICS = {"*.sparse.ev": "sparse", "*.ev": "all"}')
+    given = scalars.parts(paper(tmp_path))
+    for parts in (given, json.loads(to_json(given))):
+        known = scalars.known(parts)
+        assert definition("a.sparse.ev", known) == "sparse"
+        assert definition("a.ev", known) == "all"
 
 
 @pytest.mark.parametrize(

@@ -134,11 +134,13 @@ def _is_summary(metric: Any) -> bool:
 def parts(paper: Any) -> dict[str, Any]:
     """What the names of a paper's metrics are made of, small enough for a command's argument.
 
-    own: METRICS of its metrics.py; saes: arm -> names; prompts: of attribution; circuits: arms and
-    methods; training: names of runs.
+    own: METRICS of its metrics.py, in pairs, for the JSON of a job sorts the keys of a mapping and
+    the first pattern that fits counts; saes: arm -> names; prompts: of attribution; circuits: arms
+    and methods; training: names of runs.
     """
     spec = paper.spec
-    out: dict[str, Any] = {"own": dict(literal(paper.folder / "metrics.py", "METRICS"))}
+    own = dict(literal(paper.folder / "metrics.py", "METRICS"))
+    out: dict[str, Any] = {"own": [[name, text] for name, text in own.items()]}
     out["saes"] = {a: list(spec.saes_of(a)) for a in spec.arm_names()} if spec.sae else {}
     out["prompts"] = list(spec.attribution.prompts) if spec.attribution else []
     arms = spec.circuit_arms() if spec.circuits else []

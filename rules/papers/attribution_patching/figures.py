@@ -24,7 +24,7 @@ GROUPS = {"head": "heads", "mlp": "MLPs", "q": "queries", "k": "keys", "v": "val
 CASES = {
     "ioi": "indirect object", "greater_than": "greater than", "lookup": "lookup",
     "smollm2": "SmolLM2", "small": "model trained here",
-    "random": "SmolLM2, weights redrawn", "small_random": "the same, weights redrawn",
+    "random": "SmolLM2, as training begins", "small_random": "the same, before training",
 }  # fmt: skip
 LOW, HIGH = 1e-3, 10.0  # shares that are drawn; what lies beyond stands at the edge
 

@@ -10,7 +10,11 @@ from typing import Any
 
 import numpy as np
 
-METRICS = {
+from pipeline.latents.fidelity import share
+
+METRICS = {  # the first pattern that fits a name counts
+    "*random.*.correlation": "as correlation below, of a null arm: a model as training begins",
+    "*random.*.total": "as total, of a null arm: a model as training begins",
     "*.correlation": "Pearson correlation of estimate and exact effect, mean over prompts; of "
     "atp_star and the mean absolute effect",
     "*.spearman": "the same of ranks",
@@ -36,7 +40,8 @@ METRICS = {
     "*.backwards": "backward passes",
     "*.total": "mean over prompts of m(corrupt) - m(clean), m the logit of the right answer minus "
     "that of the wrong one",
-    "*.clean": "mean of m on the clean prompts",
+    "*.clean": "mean of m on the clean prompts; where it is not above zero, its share kept is "
+    "undefined",
     "*.corrupt": "mean of m on the corrupt prompts",
     "*.right": "share of clean prompts with m > 0",
     "*.kept": "m on the corrupt prompts over m on the clean ones",
@@ -52,9 +57,9 @@ def of_seed(tables: dict[str, Any]) -> dict[str, float]:
     for row in tables["estimates/totals"].to_dict("records"):
         key, total = f"{row['arm']}.{row['task']}", row["total"]
         out |= {f"{key}.{name}": row[name] for name in ("total", "clean", "corrupt", "right")}
-        out[f"{key}.kept"] = row["corrupt"] / row["clean"]
+        out[f"{key}.kept"] = share(row["corrupt"], row["clean"])
         for method in ("eap", "eap_ig"):
-            gap = (row[f"into_logits_{method}"] - total) / abs(total)
+            gap = share(row[f"into_logits_{method}"] - total, abs(total))
             out[f"{key}.{method}.edges.completeness_gap"] = gap
     for row in tables["estimates/quality"].to_dict("records"):
         key = f"{row['arm']}.{row['task']}.{row['method']}.{row['group']}"

@@ -10,7 +10,7 @@
 All of it is done anew for each seed: other prompts, other reference prompts, a search of its own.
 
 GPT-2 small has two circuits, the published one and the one found here; other arms have theirs
-alone. The arm with redrawn weights is a null: its behaviour is measured and nothing else.
+alone. The arm with random weights is a null: its behaviour is measured and nothing else.
 """
 
 from itertools import pairwise

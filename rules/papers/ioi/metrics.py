@@ -1,15 +1,21 @@
 """Metrics of indirect object identification: what they mean, and how the tables give them.
 
-Names begin with an arm: smollm2, random (weights redrawn), gpt2 (only with --config hub=true).
+Names begin with an arm: smollm2, random (as training begins), gpt2 (only with --config hub=true).
 `found` is the circuit that path patching finds in the arm, `published` that of the paper. Every
-metric has one value a seed, NaN where the seed has none (no head of the class was found).
+metric has one value a seed, NaN where the seed has none: no head of the class was found, or a share
+of a logit difference that is not above zero.
 """
 
 from typing import Any
 
 import numpy as np
 
+from pipeline.latents.fidelity import share
+
 METRICS = {  # the first pattern that fits a name counts: those of more parts stand first
+    "random.logit_diff": "mean logit of IO minus logit of S at the last position, of the model as "
+    "training begins (null arm)",
+    "random.io_gt_s": "share of prompts with a larger logit of IO than of S, of the same",
     "*.demo.logit_diff": "logit difference on the eight prompts of TransformerLens's demo",
     "*.flipped.logit_diff": "the same with the subject's second mention replaced by the indirect "
     "object, measured for the old answer",
@@ -38,7 +44,8 @@ METRICS = {  # the first pattern that fits a name counts: those of more parts st
     "*.searched": "the same for the set K of the greedy search, in logits",
     "*.movers_knocked_out": "share of F(M) that is lost without the name movers",
     "*.minimality": "least over heads v of the circuit of |F(C without K) - F(C without K and v)| "
-    "/ F(M), the largest over the sets K that stand for v (judged.py, after the paper's App. K)",
+    "/ F(M), the largest over the sets K that stand for v (judged.py, after the paper's App. K); "
+    "as every share of a logit difference, undefined where that is not above zero",
     "*.minimality_of_class": "the same with the rest of the class of v for K",
     "*.circuit_heads": "heads of the circuit",
     "*.logit_diff": "mean logit of IO minus logit of S at the last position",
@@ -73,13 +80,13 @@ def heads(table: Any, scatter: Any, logit_diff: float) -> dict[str, float]:
     out |= {"copies.name_mover": mean("name_mover", "copies")}
     for role in ("negative", "suppressor"):
         out[f"suppresses.{role}"] = mean(role, "suppresses")
-        out[f"strongest.{role}"] = part(role)["direct"].abs().max() / logit_diff
-    out["strongest.name_mover"] = part("name_mover")["direct"].abs().max() / logit_diff
+        out[f"strongest.{role}"] = share(part(role)["direct"].abs().max(), logit_diff)
+    out["strongest.name_mover"] = share(part("name_mover")["direct"].abs().max(), logit_diff)
     out |= {f"{c}.all": table[c].mean() for c in ("copies", "suppresses")}
     placed = lambda role: set(zip(part(role)["layer"], part(role)["head"], strict=True))  # noqa: E731
     out["published_movers"] = float(len(placed("name_mover") & MOVERS))
     out["published_negative"] = float(len(placed("negative") & NEGATIVE))
-    out["movers_direct"] = -part("name_mover")["direct"].sum() / logit_diff
+    out["movers_direct"] = share(-part("name_mover")["direct"].sum(), logit_diff)
     rho = [
         rows["attention"].corr(rows["logit"])
         for head, rows in scatter.groupby(["layer", "head"])
@@ -92,25 +99,26 @@ def circuits(cases: Any, minimality: Any) -> dict[str, float]:
     """Of one circuit of one arm."""
     plain = cases[cases["removed"] == "nothing"].set_index("circuit")
     f, whole = plain["f"], plain.loc["model", "f"]
-    recovered = lambda value: 1 - abs(whole - value) / whole  # noqa: E731
+    recovered = lambda value: 1 - share(abs(whole - value), whole)  # noqa: E731
     at_random = f[[name for name in f.index if name.startswith("random")]]
     out = {"recovered": recovered(f["circuit"]), "gap": abs(whole - f["circuit"])}
     out |= {"circuit_heads": plain.loc["circuit", "n_heads"]}
     out |= {"naive.recovered": recovered(f["naive"])}
-    out |= {"random.recovered": recovered(at_random).mean()}
+    out |= {"random.recovered": np.mean([recovered(value) for value in at_random])}
     sets = cases[cases["removed"] != "nothing"].pivot(
         index="removed", columns="circuit", values="f"
     )
     searched = sets[sets.index.str.startswith("greedy")]
     fixed = sets.drop(searched.index)
     widest = lambda t, c: (t["model"] - t[c]).abs().max() if c in t else np.nan  # noqa: E731
-    out |= {"incompleteness": widest(fixed, "circuit") / whole}
-    out |= {"naive.incompleteness": widest(fixed, "naive") / whole}
+    out |= {"incompleteness": share(widest(fixed, "circuit"), whole)}
+    out |= {"naive.incompleteness": share(widest(fixed, "naive"), whole)}
     out |= {"searched": widest(searched, "circuit")}
     if "name_mover" in fixed.index:
-        out["movers_knocked_out"] = 1 - fixed.loc["name_mover", "model"] / whole
+        out["movers_knocked_out"] = 1 - share(fixed.loc["name_mover", "model"], whole)
     if len(minimality):
-        change = (minimality["with"] - minimality["without"]).abs() / whole
+        base = whole if whole > 0 else np.nan
+        change = (minimality["with"] - minimality["without"]).abs() / base
         plain, heads = minimality["set"] == "class", ["layer", "head"]
         by_head = change[~plain].groupby([minimality[h] for h in heads]).max()
         out |= {"minimality": by_head.min(), "minimality_of_class": change[plain].min()}

@@ -30,10 +30,16 @@ METRICS = {
     "across.shared": "the same share between two architectures of different seeds, mean over all "
     "pairs",
     "across.standard_topk": "the same share between L1 and TopK",
+    "entropy.reinit.*": "mean token-distribution entropy, bits, on the model as first initialised; "
+    "one value a seed, under the name of the first, as in the other arms",
+    "entropy_auroc.reinit.*": "probability that a latent of the trained model's dictionary has the "
+    "larger entropy than one of the same seed on the model as first initialised",
     "entropy.*": "mean token-distribution entropy, bits: entropy.<arm>.<dictionary>",
     "entropy_single.*": "share of latents below 1 bit: entropy_single.<arm>.<dictionary>",
     "entropy_auroc.*": "probability that a latent of the trained model's dictionary has the larger "
     "entropy than one of this arm's: entropy_auroc.<arm>.<dictionary>",
+    "null.reinit": "explained variance of TopK (k of the nulls) on the model as first initialised; "
+    "as of the other arms, one value a seed that every arm has",
     "null.*": "explained variance: null.learned of TopK (k of the nulls) on the trained model, "
     "null.frozen with decoder directions as drawn, null.reinit and null.shuffled on those arms",
     "settings.rows": "training rows a dictionary was shown",
@@ -45,6 +51,7 @@ PAIRS = (
     ("gated", "standard"), ("topk", "standard"), ("matryoshka_batchtopk", "batchtopk"),
     ("matching_pursuit", "topk"), ("topk", "matching_pursuit"),
 )  # fmt: skip
+SETTINGS = ("architecture_y", "d_sae", "k", "l1_coefficient", "l0_coefficient", "frozen_decoder")
 GAPS = ("explained_variance", "delta_loss", "loss_recovered_mean", "shrinkage")
 
 
@@ -132,6 +139,33 @@ def of_grids(by: dict[str, pd.DataFrame]) -> dict[str, float]:
     return out
 
 
+def _alike(table: pd.DataFrame, k: int) -> pd.Series:
+    """Explained variance of the TopK dictionaries of this k that learned: seed -> value."""
+    learned = (table["architecture"] == "topk") & ~table["frozen_decoder"].astype(bool)
+    return table[learned & (table["k"] == k)].set_index("seed")["explained_variance"]
+
+
+def _entropies(table: pd.DataFrame, arms: dict[str, pd.DataFrame]) -> dict[str, np.ndarray]:
+    """Every arm's entropies, dictionaries that differ in their seed alone under the first's name.
+
+    Args:
+        table: arm, sae, mean, single, auroc.
+        arms: arm -> its evaluation.
+    """
+    kinds: dict[tuple[str, str], list[dict[str, Any]]] = {}
+    first: dict[tuple, str] = {}
+    given = pd.concat(arms).rename_axis(["arm", "row"]).reset_index()
+    for row in table.merge(given, on=["arm", "sae"]).sort_values("seed").to_dict("records"):
+        same = tuple(row[c] for c in SETTINGS)
+        kinds.setdefault((row["arm"], first.setdefault(same, row["sae"])), []).append(row)
+    columns = {"entropy": "mean", "entropy_single": "single", "entropy_auroc": "auroc"}
+    return {
+        f"{name}.{arm}.{sae}": np.array([row[column] for row in rows])
+        for (arm, sae), rows in kinds.items()
+        for name, column in columns.items()
+    }
+
+
 def metrics(tables: dict[str, pd.DataFrame]) -> dict[str, Any]:
     """See METRICS."""
     arms = {n.removeprefix("evaluation/"): t for n, t in tables.items()
@@ -142,17 +176,13 @@ def metrics(tables: dict[str, pd.DataFrame]) -> dict[str, Any]:
     out: dict[str, Any] = {
         name: np.array([found[name] for found in seeds if name in found]) for name in seeds[0]
     } | _overlaps(tables["overlap/pairs"])
-    for row in tables["entropy/summary"].to_dict("records"):
-        where = f"{row['arm']}.{row['sae']}"
-        out[f"entropy.{where}"] = row["mean"]
-        out[f"entropy_single.{where}"] = row["single"]
-        out[f"entropy_auroc.{where}"] = row["auroc"]
+    out |= _entropies(tables["entropy/summary"], arms)
     frozen = trained[trained["frozen_decoder"].astype(bool)].iloc[0]
-    same = lambda t: t[(t["architecture"] == "topk") & (t["k"] == frozen["k"])].iloc[0]  # noqa: E731
+    alike = {arm: _alike(table, frozen["k"]) for arm, table in arms.items()}
+    shared = sorted(set.intersection(*(set(values.index) for values in alike.values())))
     out["null.frozen"] = frozen["explained_variance"]
-    out["null.learned"] = same(by["topk"])["explained_variance"]
-    for arm in arms.keys() - {"trained"}:
-        out[f"null.{arm}"] = same(arms[arm])["explained_variance"]
+    for arm, values in alike.items():
+        out[f"null.{'learned' if arm == 'trained' else arm}"] = values[shared].to_numpy()
     out["settings.rows"] = tables["evaluation/trained_history"]["rows"].max()
     out["settings.d_sae"] = by["topk"]["d_sae"].max()
     out["splice_check.max"] = max(t["splice_check"].max() for t in arms.values())

@@ -21,10 +21,11 @@ from pathlib import Path
 
 import numpy as np
 import pandas as pd
+from pydantic import Field
 from safetensors.numpy import load_file
 from scipy.optimize import linear_sum_assignment
 
-from pipeline.errors import RetraceError
+from pipeline.errors import RetraceError, nearest
 from pipeline.job import cli
 from pipeline.spec.base import Section
 from pipeline.store import tables
@@ -37,6 +38,9 @@ class Options(Section):
     """Section own.overlap of paper.yaml."""
 
     tables: list[str]
+    dictionaries: list[str] = Field(
+        default=[], description="whose twins are matched, by the first seed's name; none: all"
+    )
     seed: int = 0  # of the random directions
 
 
@@ -79,6 +83,22 @@ def twins(dictionaries: dict[str, tuple[dict, np.ndarray]]) -> list[list[str]]:
         kinds.setdefault(same, []).append(name)
     by_seed = lambda n: dictionaries[n][0]["seed"]  # noqa: E731
     return [sorted(names, key=by_seed) for names in kinds.values() if len(names) > 1]
+
+
+def chosen(groups: list[list[str]], wanted: list[str]) -> list[list[str]]:
+    """The groups of twins whose first dictionary is wanted; all where none is named.
+
+    Raises:
+        RetraceError: a dictionary of that name has no twin.
+    """
+    firsts = [g[0] for g in groups]
+    for name in wanted:
+        if name not in firsts:
+            raise RetraceError(
+                f"own.overlap.dictionaries: no dictionary '{name}' that has a twin of another seed"
+                f"{nearest(name, firsts)}; these have: {', '.join(firsts)}"
+            )
+    return [g for g in groups if g[0] in wanted or not wanted]
 
 
 def pairs(arms: dict[str, dict], groups: list[list[str]]) -> list[tuple]:
@@ -130,7 +150,7 @@ def main() -> None:
         args, options = job.args, job.section("own.overlap", Options)
         found = dict(zip(sorted(job.spec["arms"]), map(living, args.saes), strict=True))
         arms = {arm: found[arm] for arm in sorted(found, key=lambda a: a != "trained")}
-        groups = twins(next(iter(arms.values())))
+        groups = chosen(twins(next(iter(arms.values()))), options.dictionaries)
         wanted = []
         for kind, arm_a, a, arm_b, b in pairs(arms, groups):
             (of_a, rows_a), (of_b, rows_b) = arms[arm_a][a], arms[arm_b][b]
