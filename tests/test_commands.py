@@ -17,7 +17,7 @@ from snake import ROOT, copy_repository, snakemake
 
 from pipeline.papers.scaffold import scaffold
 
-DOCS = ("README.md", "CONTRIBUTING.md", "rules/profiles/README.md")
+DOCS = ("README.md", "CONTRIBUTING.md", "rules/profiles/README.md", "results/reference/README.md")
 BIN = Path(sys.executable).parent
 # What a test cannot call: needs a cluster, an object storage, the network, or is this suite.
 ELSEWHERE = ("--workflow-profile", "--default-storage-provider", "pip install", "-m pytest",

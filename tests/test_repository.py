@@ -21,6 +21,8 @@ ROOMS = (
     "report papers sharing"
 ).split()
 README = (ROOT / "README.md").read_text()
+RUNS = (ROOT / "results/reference/README.md").read_text()
+PAGES = ("README.md", "CONTRIBUTING.md", "results/reference/README.md", "rules/papers/TUTORIAL.md")
 PUBLISHED = sorted(f.parent for f in (ROOT / "results/reference").glob("*/*/claims.csv"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LOCK = [
@@ -30,16 +32,16 @@ LOCK = [
 ]
 
 
-def blocks(language: str) -> list[str]:
-    """The code blocks of the README in a language."""
-    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", README, re.M | re.S)
+def blocks(language: str, page: str = "README.md") -> list[str]:
+    """The code blocks of a page in a language."""
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", (ROOT / page).read_text(), re.M | re.S)
     return [text for name, text in fenced if name == language]
 
 
 @pytest.mark.parametrize("scale", SCALES)
-def test_the_paper_in_the_readme_is_valid(tmp_path, scale):
+def test_the_paper_in_contributing_is_valid(tmp_path, scale):
     (tmp_path / "gao").mkdir()
-    (tmp_path / "gao/paper.yaml").write_text(blocks("yaml")[0])
+    (tmp_path / "gao/paper.yaml").write_text(blocks("yaml", "CONTRIBUTING.md")[0])
     paper = papers.load(tmp_path / "gao", scale)
     assert len(paper.spec.saes_of("trained")) == 3 and len(paper.spec.claims) == 1
 
@@ -73,8 +75,16 @@ def test_files_and_papers_that_the_readme_names_exist():
     assert figure[1] in config["papers"]
     card = papers.load_yaml(ROOT / "rules/papers" / figure[1] / "paper.yaml")
     assert figure[2] in card["figures"]
-    for link in re.findall(r"\]\((?!http)([^)#]+)\)", README):
-        assert (ROOT / link).exists(), link
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    for link in re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / page).read_text()):
+        assert (ROOT / page).parent.joinpath(link).exists(), link
+
+
+def test_the_readme_is_one_screen():
+    assert len(README.splitlines()) <= 120
 
 
 def test_the_lock_pins_every_dependency_and_nothing_of_one_machine():
@@ -95,8 +105,8 @@ def test_one_version():
 
 
 def cell(path: str) -> str:
-    """What README's first table says of a table of claims."""
-    count = tally(read_claims(ROOT / path))
+    """What the page of the published runs says of a table of claims."""
+    count = tally(read_claims(ROOT / "results/reference" / path))
     rest = [f"{count[v]} {v}" for v in VERDICTS[1:] if count[v]]
     rest += [f"{OTHERS[w]} {count[w][0]} of {count[w][1]}" for w in OTHERS if count[w][1]]
     if count["second_hand"]:
@@ -106,8 +116,11 @@ def cell(path: str) -> str:
 
 @pytest.mark.parametrize("folder", PUBLISHED, ids=lambda f: "-".join(f.parts[-2:]))
 def test_readme_counts_verdicts_as_the_tables_do(folder):
-    said = cell(f"{folder.relative_to(ROOT)}/claims.csv")
-    assert f"| {said} |" in README, f"write into README's first table: {said}"
+    path = f"{folder.parent.name}/{folder.name}/claims.csv"
+    said = cell(path)
+    assert f"| {said} |" in RUNS, f"write into results/reference/README.md: {said}"
+    short = said.split(";")[0].replace("](", "](results/reference/")
+    assert f"| {short} |" in README, f"write into README's table: {short}"
 
 
 @pytest.mark.parametrize("folder", PUBLISHED, ids=lambda f: "-".join(f.parts[-2:]))

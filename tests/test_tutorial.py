@@ -67,7 +67,7 @@ def test_each_run_ends_with_its_claims_and_its_report(done, scale):
 
 
 def test_the_comparison_finds_the_settings_that_differ(done):
-    said = of(done[1], "pipeline.sharing.compare")
+    said = of(done[1], "pipeline compare")
     assert "measure.steps" in said and "400" in said and "800" in said
     assert "verdicts: 4 of 4 changed" in said  # a smoke run judges nothing
     assert (done[0] / "results/bigrams.html").exists()
