@@ -13,9 +13,10 @@
    of n_ctx - 1, each after a BOS: blocks without padding, as in GPT-2's training. Without BOS and
    EOS the blocks of a split, one after another, are the text itself.
 
-Text and tokens lie on disk while this happens (spool.py), so that memory does not grow with the
-corpus: 24 bytes a document stay, for its place, its turn and how much of it was used. Documents are
-tokenised on all threads; how many there are changes no byte.
+Text and tokens lie on disk while this happens (spool.py). What stays in memory is meant to be 24
+bytes a document, for its place, its turn and how much of it was used; measured are about 1.3 kB a
+document over 384,149 of them (tests/benchmarks/corpus_stream.py), 0.68 GiB for 1 GB of text.
+Documents are tokenised on all threads; how many there are changes no byte.
 """
 
 import os
