@@ -15,12 +15,13 @@ import pytest
 from test_fuzz import CARD, SIZES, changed, damaged, try_all, try_apart
 
 from pipeline.claims import progress, summary
+from pipeline.downloads import hub
 from pipeline.errors import RetraceError
 from pipeline.figures import drawing
 from pipeline.papers import papers
 from pipeline.sharing import compare, crate, published, slide, verify
 from pipeline.store import provenance, tables
-from pipeline.text import documents, fetch  # fmt: skip
+from pipeline.text import documents
 
 # --- configuration and text ----------------------------------------------------------------
 
@@ -70,7 +71,7 @@ def test_cards_of_a_hub(tmp_path, n):
 
     def once(rng):
         file.write_bytes(damaged(whole, rng))
-        if fetch._licence(file) == "":
+        if hub._licence(file) == "":
             raise RetraceError("no licence")
 
     try_all(n, once)

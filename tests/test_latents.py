@@ -10,8 +10,8 @@ from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausa
 from pipeline.circuits import circuits
 from pipeline.circuits.eap import midpoints
 from pipeline.errors import RetraceError
-from pipeline.latents import evaluation
 from pipeline.latents import sites as latents
+from pipeline.latents import stored
 from pipeline.latents.sites import (
     ALL,
     ERROR,
@@ -339,7 +339,7 @@ def test_dictionaries_are_loaded_by_name(tmp_path, monkeypatch):
     ):
         (tmp_path / job).write_text(json.dumps(about))
     (tmp_path / "acts").write_text(json.dumps({"skip_first": 1, "hooks": {hook: {"max_norm": 9}}}))
-    monkeypatch.setattr(evaluation, "load_saes", lambda m, d, names: {n: TopK(0) for n in names})
+    monkeypatch.setattr(stored, "load_saes", lambda m, d, names: {n: TopK(0) for n in names})
     manifests = [str(tmp_path / "a"), str(tmp_path / "b")]
     load = lambda *names: latents.load(manifests, list(names), tmp_path / "acts", "cpu")  # noqa: E731
     found = load("one")

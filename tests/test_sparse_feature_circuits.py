@@ -221,10 +221,10 @@ def test_a_correlation_of_one_latent_alone_is_seen():
 
 
 def test_curves_begin_at_none_and_end_at_the_model(made):
-    _, frames, _ = made
+    paper, frames, _ = made
     curves = frames["agreement/curves"]
     kinds = set(curves["kind"])
-    assert kinds == set(figures.KINDS)
+    assert kinds == set(dict(paper.spec.figures["faithfulness"].options["names"]))
     assert set(curves["seed"]) == {0, 1} and set(frames["agreement/graph_nodes"]["seed"]) == {0}
     for (_, _, kind), rows in curves.groupby(["seed", "structure", "kind"]):
         first = rows.iloc[0]
