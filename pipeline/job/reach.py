@@ -32,6 +32,7 @@ from pipeline.job.definitions import BODY, FIELDS, MAIN, canonical_hash
 # the result in its certificate. They decide nothing that a result holds: an edit reruns nothing.
 FRAME = {
     "pipeline": {"__version__"},
+    "pipeline.__main__": {"main"},  # hands a command to its module
     "pipeline.job.cli": {"run", "parser", "log", "Progress"},
     "pipeline.store.intact": {"check_alone", "check_inputs", "seal", "to_seal"},
     "pipeline.errors": {"nearest", "RetraceError"},
