@@ -28,7 +28,7 @@ def main() -> None:
     name, *rest = sys.argv[1:] or ["--help"]
     if name in ("-h", "--help"):
         with command("list"):
-            print("usage: python -m pipeline <command> ...   (<command> --help says more)")
+            print("python -m pipeline <command> ...   (<command> --help says more)")
             print(listed())
     elif name in MODULES:
         sys.argv = [f"python -m pipeline {name}", *rest]
