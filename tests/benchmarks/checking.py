@@ -87,9 +87,8 @@ def commands(args) -> list[tuple[list[str], Path]]:
 
 
 def stage_of(command: list[str]) -> str:
-    """pipeline.<stage>, or the name of a paper's own script."""
-    named = command[2] if command[1] == "-m" else Path(command[1]).stem
-    return named.removeprefix("pipeline.")
+    """The stage of `python -m pipeline <stage>`, or the name of a paper's own script."""
+    return command[3] if command[1:3] == ["-m", "pipeline"] else Path(command[1]).stem
 
 
 def processor_seconds(benchmark: Path) -> float:
