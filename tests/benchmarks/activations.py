@@ -58,7 +58,7 @@ HOOK = "blocks.{}.hook_resid_post"
 
 def stage(name: str, spec: dict, **paths) -> str:
     """Run a stage; its log."""
-    command = [sys.executable, "-m", f"pipeline.{name}", "--spec", json.dumps(spec)]
+    command = [sys.executable, "-m", "pipeline", name, "--spec", json.dumps(spec)]
     command += [x for option, path in paths.items() for x in (f"--{option}", str(path))]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
     if done.returncode:

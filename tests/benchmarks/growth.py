@@ -21,6 +21,7 @@ from harness import ROOT, Row, arguments, median, report
 sys.path.insert(0, str(ROOT / "tests"))
 from snake import copy_repository
 
+from pipeline.job.commands import MODULES
 from pipeline.papers.scaffold import scaffold
 
 # snakemake --touch, less the tenth of a second that it sleeps for each job.
@@ -85,7 +86,7 @@ def imports() -> None:
     """Print what each stage's imports take, and the slowest of them."""
     for stage in STAGES.split():
         done = subprocess.run(
-            [sys.executable, "-X", "importtime", "-c", f"import pipeline.{stage}"],
+            [sys.executable, "-X", "importtime", "-c", f"import {MODULES[stage]}"],
             cwd=ROOT, capture_output=True, text=True, check=True,
         )  # fmt: skip
         rows = re.findall(r"^import time:\s+(\d+) \|\s+(\d+) \| (\s*)(\S+)", done.stderr, re.M)

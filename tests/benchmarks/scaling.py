@@ -74,7 +74,7 @@ def text_of(path: Path, n_bytes: int) -> Path:
 
 def cost(stage: str, spec: dict, **paths: object) -> tuple[float, float]:
     """(seconds of its own work, peak GiB) of a stage."""
-    command = [sys.executable, "-m", f"pipeline.{stage}", "--spec", json.dumps(spec)]
+    command = [sys.executable, "-m", "pipeline", stage, "--spec", json.dumps(spec)]
     command += [part for name, path in paths.items() for part in (f"--{name}", str(path))]
     env = os.environ | {"PYTHONPROFILEIMPORTTIME": "1", "PYTHONPATH": str(ROOT)}
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
