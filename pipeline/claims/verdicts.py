@@ -139,6 +139,11 @@ def meaning(definition: str) -> str:
     return digest(re.sub(r" \([\w/]+\.py\)", "", definition), SHORT)
 
 
+def _digests(definition: str) -> tuple[str, str]:
+    """`meaning`, and what stood in a job's spec in its place before version 0.2."""
+    return meaning(definition), digest(definition, SHORT)
+
+
 def judged(spec: dict[str, Any], measured: dict[str, dict]) -> list[dict[str, Any]]:
     """The rows of claims.csv.
 
@@ -151,7 +156,7 @@ def judged(spec: dict[str, Any], measured: dict[str, dict]) -> list[dict[str, An
     same = {
         name: metric
         for name, metric in measured.items()
-        if name not in wanted or wanted[name] == meaning(metric.get("definition", ""))
+        if name not in wanted or wanted[name] in _digests(metric.get("definition", ""))
     }
     claims = [Claim.model_validate(c) for c in spec["claims"]]
     return [judge(c, same, spec["scale"], spec["budgets"]) for c in claims]
