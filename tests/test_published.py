@@ -25,6 +25,14 @@ def test_published_results_verify_as_published(folder, monkeypatch):
     assert found.faults == [] and "claims.csv" in found.sums
 
 
+def test_code_of_a_commit_that_a_shallow_checkout_lacks_is_told_and_no_fault(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(provenance, "has_commit", lambda *_: False)
+    found = verify.examined("results/reference/grokking/laptop")
+    assert found.faults == []
+    assert any("data.py: not checked, its commit is not in" in note for note in found.notes)
+
+
 def test_all_that_is_published_verifies_as_published(monkeypatch):
     monkeypatch.chdir(ROOT)
     assert verify.examined("results/reference").faults == []

@@ -160,21 +160,36 @@ def _followed(
             elif not provenance.is_file(there):
                 found.append(f"{there}: missing, and a result was made from it")
             else:
-                if intact.sha256_once(there) != sha and not _committed(there, sha, certificate):
-                    found.append(f"{there}: changed since a result was made from it")
+                if intact.sha256_once(there) != sha:
+                    then = _committed(there, sha, certificate)
+                    if then is None:
+                        out.notes.append(
+                            f"{there}: not checked, its commit is not in this checkout"
+                        )
+                    elif not then:
+                        found.append(f"{there}: changed since a result was made from it")
                 stack.append(there)
     return found
 
 
-def _committed(file: Path, sha: str, certificate: dict) -> bool:
+def _committed(file: Path, sha: str, certificate: dict) -> bool | None:
     """Whether code of a paper has those bytes at the commit that a certificate names.
 
-    Code goes on changing after its results were published; git still has what made them.
+    Code goes on changing after its results were published; git still has what made them, but for a
+    shallow checkout: None where it knows none of the commits.
     """
     if file.suffix != ".py":
         return False
     states = (certificate.get("paper") or {}, certificate.get("git") or {})
-    found = (provenance.at_commit(file, str(s.get("commit", ""))) for s in states)
+    commits = [
+        c
+        for s in states
+        if (c := str(s.get("commit", ""))) not in ("", "unknown", provenance.NOWHERE)
+    ]
+    known = [c for c in commits if provenance.has_commit(file.parent, c)]
+    if commits and not known:
+        return None
+    found = (provenance.at_commit(file, c) for c in known)
     return any(data is not None and provenance.sha256_bytes(data) == sha for data in found)
 
 

@@ -95,6 +95,17 @@ def paper_state(folder: str) -> dict[str, Any]:
         return {"commit": NOWHERE, "dirty": None}
 
 
+def has_commit(folder: Path, commit: str) -> bool:
+    """Whether the repository that a folder lies in has a commit; a shallow one may not."""
+    if not re.fullmatch(r"[0-9a-f]{40}", commit):
+        return False
+    command = ["git", "-C", str(folder), "cat-file", "-e", f"{commit}^{{commit}}"]
+    try:
+        return subprocess.run(command, capture_output=True).returncode == 0
+    except OSError:
+        return False
+
+
 def at_commit(file: Path, commit: str) -> bytes | None:
     """A file's bytes at a commit of the repository that it lies in; None where git has none."""
     if not re.fullmatch(r"[0-9a-f]{40}", commit):
