@@ -122,12 +122,6 @@ class Layout(Section):
         path, what = PLACE.fullmatch(self.hooks[hook]).groups()
         return path or "", what
 
-    @property
-    def mlp_end(self) -> str:
-        """The last linear map of the MLP, whose input is mlp.hook_post; '' where it has none."""
-        place = self.place("mlp.hook_post")
-        return place[0] if place else ""
-
 
 NATIVE = Layout(
     embed="model.tok_embed", layers="model.layers", final_norm="model.ln_out",
