@@ -50,23 +50,6 @@ def locked(file: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
         yield
 
 
-@pytest.hookimpl(wrapper=True)
-def pytest_runtest_protocol(item: pytest.Item):
-    """A test marked `timed` runs while no other worker runs one; all others run side by side.
-
-    Every test shares `tests.lock`, and a timed one has it alone. Whoever waits for it holds
-    `gate.lock`, so that short tests of the other worker cannot pass by one after another.
-    """
-    if not hasattr(item.config, "workerinput"):
-        return (yield)
-    shared = Path(item.config.option.basetemp).parent
-    how = fcntl.LOCK_EX if item.get_closest_marker("timed") else fcntl.LOCK_SH
-    with contextlib.ExitStack() as stack:
-        with locked(shared / "gate.lock"):
-            stack.enter_context(locked(shared / "tests.lock", how))
-        return (yield)
-
-
 def shared(factory: pytest.TempPathFactory, name: str, make: Callable[[Path], object]) -> Path:
     """A folder that the first worker to ask for it makes, and that all workers read.
 
