@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Our attribution graph in circuit-tracer's own page: fetches the page and the scripts that it
-# names (pinned), then runs tests/test_circuit_tracer.py, which is skipped without them.
+# names (pinned), then runs tests/sharing/test_circuit_tracer.py, which is skipped without them.
 #
 #     PYTHON=.venv/bin/python tests/circuit_tracer/run.sh
 #
@@ -19,4 +19,4 @@ for name in d3-7.9.0 d3-collection-1.0.7 d3-jetpack-2.3.0 dagre-0.8.5 pako-2.1.0
     mkdir -p "$page/js/$name"
     tar xzf "$page/$name.tgz" -C "$page/js/$name" --strip-components=1
 done
-RETRACE_CIRCUIT_TRACER=$page "$python" -m pytest -v tests/test_circuit_tracer.py "$@"
+RETRACE_CIRCUIT_TRACER=$page "$python" -m pytest -v tests/sharing/test_circuit_tracer.py "$@"

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Published dictionaries against the libraries that wrote them, in both directions: installs
 # dictionary_learning, sparsify and circuit-tracer (pinned, without the packages that they would
-# replace here) into a folder of its own, then runs tests/test_sae_libraries.py, which is skipped
+# replace here) into a folder of its own, then runs tests/imports/test_sae_libraries.py, which is skipped
 # without them.
 #
 #     PYTHON=.venv/bin/python tests/libraries/run.sh
@@ -17,4 +17,4 @@ python=${PYTHON:-python3}
     nnsight==0.3.7 python-socketio python-engineio bidict simple-websocket wsproto \
     websocket-client pillow umap-learn pynndescent numba llvmlite circuitsvis importlib_metadata \
     zstandard natsort schedulefree
-RETRACE_LIBRARIES=$folder "$python" -m pytest -v tests/test_sae_libraries.py "$@"
+RETRACE_LIBRARIES=$folder "$python" -m pytest -v tests/imports/test_sae_libraries.py "$@"

@@ -1,7 +1,8 @@
 """The ground truth of SynthSAEBench, and samples of it in bulk, on the device that trains.
 
 Section 2 of the paper, as `sae_lens.synthetic` builds it: that library makes the features, and what
-is drawn here has its distribution (tests/test_synth_sae_bench.py holds the two side by side).
+is drawn here has its distribution (tests/replications/test_synth_sae_bench.py holds the two
+side by side).
 
 1. Feature i fires where F_i eps + sqrt(1 - |F_i|^2) eta_i > t_i: eps [rank] is shared by all, eta_i
    is its own, and t_i the normal quantile of 1 - p_i (a Gaussian copula of low rank).

@@ -1,0 +1,81 @@
+"""The JSON schemas: in step with the models, and of one mind with them on every paper."""
+
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from jsonschema import Draft202012Validator
+
+from pipeline.papers.scaffold import scaffold
+from pipeline.spec import schema
+
+ROOT = Path(__file__).parents[2]
+CARDS = [*sorted((ROOT / "rules/papers").glob("*/paper.yaml")), ROOT / "tests/made_up/paper.yaml"]
+PAPER = Draft202012Validator(schema.paper())
+
+
+@pytest.mark.parametrize("name", ["paper.json", "config.json"])
+def test_the_files_are_those_of_the_models(name):
+    written = (schema.FOLDER / name).read_text()
+    assert written == schema.files()[name], "run python -m pipeline schema"
+    Draft202012Validator.check_schema(json.loads(written))
+
+
+def faults(card: str) -> list[str]:
+    return [e.json_path for e in PAPER.iter_errors(yaml.safe_load(card))]
+
+
+@pytest.mark.parametrize("file", CARDS, ids=lambda f: f.parent.name)
+def test_every_paper_fits(file):
+    assert faults(file.read_text()) == []
+
+
+def test_config_yaml_fits_and_a_mistyped_key_does_not():
+    config = yaml.safe_load((ROOT / "config.yaml").read_text())
+    check = Draft202012Validator(schema.config())
+    assert check.is_valid(config)
+    assert not check.is_valid(config | {"scal": "smoke"})
+    assert not check.is_valid(config | {"scale": "smal"})
+
+
+@pytest.mark.parametrize(
+    "old, new, path",
+    [
+        ("figures:\n", "figurs:\n", "$"),
+        ("year: 2026", "year: soon", "$.year"),
+        ("    kind: order\n", "    kind: ordr\n", "$.claims[0].kind"),
+        ("    source: any text on high-dimensional geometry\n", "", "$.claims[0]"),
+        ("    own: {measure: {n_pairs: 6_000}}", "    figurs: {}", "$.scales.smoke"),
+        ("  smoke:\n", "  smok:\n", "$.scales"),
+    ],
+)
+def test_what_the_models_refuse_an_editor_marks(tmp_path, old, new, path):
+    card = (scaffold("ours", tmp_path) / "paper.yaml").read_text()
+    assert card.count(old) == 1 and faults(card) == []
+    assert faults(card.replace(old, new)) == [path]
+
+
+def test_an_overlay_needs_no_required_key_and_may_remove_one():
+    card = {"title": "t", "authors": "a", "year": 2024, "url": "https://x"}
+    over = {"sae": {"training": {"n_rows": 5}}, "figures": {"f": None}, "features": None}
+    assert PAPER.is_valid(card | {"scales": {"smoke": over}})
+    assert not PAPER.is_valid(card | {"features": {}})  # where it is no overlay, saes are required
+
+
+def test_numbers_grouped_by_underscores_are_numbers_whatever_yaml_an_editor_speaks():
+    card = {"title": "t", "authors": "a", "year": 2024, "url": "https://x"}
+    for n, fits in (("100_000", True), (100_000, True), ("many", False), ("1__0", False)):
+        assert PAPER.is_valid(card | {"corpus": {"n_tokens": n}}) is fits
+
+
+@pytest.mark.parametrize("parent", ["rules/papers", "elsewhere/of/a/group"])
+def test_a_new_paper_names_the_schema(tmp_path, parent):
+    folder = scaffold("ours", tmp_path / parent)
+    named = re.match(
+        r"# yaml-language-server: \$schema=(\S+)\n", (folder / "paper.yaml").read_text()
+    )
+    found = Path(os.path.normpath(folder / named[1]))
+    assert found == schema.FOLDER / "paper.json" and found.is_file()

@@ -1,0 +1,164 @@
+"""Published results verify as they lie in results/reference, and are drawn again from there."""
+
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pandas as pd
+import pytest
+
+from pipeline.sharing import redraw, verify
+from pipeline.sharing.published import opened
+from pipeline.store import provenance
+
+ROOT = Path(__file__).parents[2]
+REFERENCE = ROOT / "results/reference"
+FOLDERS = sorted(f.parent for f in REFERENCE.glob("*/*/claims.csv"))
+TOPK = REFERENCE / "topk_saes/laptop"
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda f: f"{f.parent.name}-{f.name}")
+def test_published_results_verify_as_published(folder, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    found = verify.examined(folder.relative_to(ROOT))
+    assert found.faults == [] and "claims.csv" in found.sums
+
+
+def test_code_of_a_commit_that_a_shallow_checkout_lacks_is_told_and_no_fault(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setattr(provenance, "has_commit", lambda *_: False)
+    found = verify.examined("results/reference/grokking/laptop")
+    assert found.faults == []
+    assert any("data.py: not checked, its commit is not in" in note for note in found.notes)
+
+
+def test_all_that_is_published_verifies_as_published(monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert verify.examined("results/reference").faults == []
+
+
+@pytest.mark.parametrize("folder", FOLDERS, ids=lambda f: f"{f.parent.name}-{f.name}")
+def test_the_chain_of_published_claims_goes_on_to_the_tables(folder, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    steps = [f for _, f, made in provenance.chain(folder / "claims.csv") if made]
+    assert {"claims.csv", "metrics.json"} < {f.name for f in steps}
+    assert any(f.suffix == ".parquet" for f in steps)
+
+
+@pytest.fixture
+def copied(tmp_path) -> Path:
+    """A copy of published results, in a folder of no run."""
+    shutil.copytree(TOPK, tmp_path / "papers/topk_saes/laptop")
+    return tmp_path / "papers/topk_saes/laptop"
+
+
+def changed(file: Path) -> None:
+    data = bytearray(file.read_bytes())
+    data[min(len(data) // 3, 200)] ^= 1
+    file.write_bytes(data)
+
+
+@pytest.mark.parametrize("name", ["evaluation/trained.parquet", "metrics.json", "claims.csv"])
+def test_a_change_of_a_published_file_is_told(copied, name):
+    changed(copied / name)
+    assert any(name in fault for fault in verify.examined(copied, copied.parent).faults)
+
+
+def test_a_run_of_the_same_paper_is_not_what_was_published(copied, tmp_path):
+    """It lies below the base, under the names that the published certificates hold."""
+    run = tmp_path / "results/laptop/topk_saes"
+    shutil.copytree(copied, run)
+    changed(run / "evaluation/trained.parquet")
+    assert verify.examined(copied, tmp_path).faults == []
+    assert verify.examined(run, tmp_path).faults
+
+
+def test_a_published_figure_is_drawn_again_without_a_run_or_torch(copied, tmp_path):
+    (tmp_path / "stub").mkdir()
+    (tmp_path / "stub/torch.py").write_text("raise RuntimeError('no torch here')")
+    path = f"{tmp_path / 'stub'}:{ROOT}"
+    done = subprocess.run(
+        [sys.executable, "-m", "pipeline", "redraw", str(copied), "--out", str(tmp_path / "out")],
+        env={"PYTHONPATH": path, "PATH": "/usr/bin:/bin"}, capture_output=True, text=True,
+    )  # fmt: skip
+    lines = done.stdout.splitlines()
+    assert len(lines) == len(list((copied / "figures").glob("*.csv"))), done.stderr
+    drawn = [line for line in lines if "  same numbers" in line]
+    assert len(drawn) >= 5
+    for line in lines:  # what was not published cannot be drawn, and nothing else is missing
+        assert line in drawn or "was not published" in line
+    assert done.returncode == (len(drawn) < len(lines))
+    page = tmp_path / "out/laptop/topk_saes/frontier.html"
+    assert provenance.read(page)["stage"] == "figures" and page.with_name("figures.js").exists()
+
+
+def test_numbers_that_differ_are_counted():
+    a = pd.DataFrame({"x": [1.0, 2.0, None], "name": ["a", "b", None]})
+    b = a.copy()
+    assert redraw.differing(a, b) == 0
+    b.loc[0, "x"], b.loc[1, "name"] = 1.1, "c"
+    assert redraw.differing(a, b) == 2
+    assert redraw.differing(a, b[:2]) is None and redraw.differing(a[["x"]], b) is None
+    assert redraw.differing(a.assign(y=1), a) == 0
+
+
+def test_a_figure_is_not_drawn_from_a_table_that_changed(copied, tmp_path):
+    changed(copied / "evaluation/trained.parquet")
+    with opened(copied) as (run,), pytest.raises(Exception, match="changed since the figure"):
+        redraw.tables_of(run, redraw.published(run)["frontier"])
+
+
+# --- the commit of a paper's folder --------------------------------------------------------
+
+
+def git(folder: Path, *args: str) -> None:
+    who = ["-c", "user.name=a", "-c", "user.email=a@b.c"]
+    subprocess.run(["git", "-C", folder, *who, *args], check=True, capture_output=True)
+
+
+def test_the_commit_of_a_papers_folder_is_its_own(tmp_path, monkeypatch):
+    monkeypatch.delenv("GIT_DIR", raising=False)
+    monkeypatch.setenv("GIT_CEILING_DIRECTORIES", str(tmp_path))
+    states = []
+
+    def state() -> dict:
+        provenance.paper_state.cache_clear()
+        states.append(provenance.paper_state(str(tmp_path / "lab/paper")))
+        return states[-1]
+
+    folder = tmp_path / "lab/paper"
+    folder.mkdir(parents=True)
+    (folder / "metrics.py").write_text("x = 1\n")
+    assert state() == {"commit": "in no repository", "dirty": None}
+    git(tmp_path / "lab", "init")
+    assert state() == {"commit": "in no repository", "dirty": None}  # nothing was committed yet
+    git(tmp_path / "lab", "commit", "--allow-empty", "-m", "a")
+    assert state()["dirty"] is True  # a file that was never added
+    git(tmp_path / "lab", "add", ".")
+    git(tmp_path / "lab", "commit", "-m", "b")
+    assert state()["dirty"] is False and len(state()["commit"]) == 40
+    (folder / "metrics.py").write_text("x = 2\n")
+    assert state()["dirty"] is True
+    git(tmp_path / "lab", "checkout", ".")
+    (tmp_path / "lab/other.txt").write_text("of another paper")
+    assert state()["dirty"] is False
+    git(tmp_path / "lab", "rm", "-r", "--cached", "paper")
+    (tmp_path / "lab/.gitignore").write_text("paper\n")
+    git(tmp_path / "lab", "commit", "-am", "c")
+    assert state()["dirty"] is True  # ignored, so in no commit
+
+
+@pytest.mark.parametrize(
+    "paper, shown",
+    [
+        (None, "0123456789ab"),
+        ({"commit": "0123456789abcdef", "dirty": False}, "0123456789ab"),
+        ({"commit": "0123456789abcdef", "dirty": True}, "0123456789ab, paper 0123456789ab+"),
+        ({"commit": "fedcba9876543210", "dirty": False}, "0123456789ab, paper fedcba987654"),
+        ({"commit": "in no repository", "dirty": None}, "0123456789ab, paper in no repository"),
+    ],
+)
+def test_a_certificate_tells_both_commits_where_they_differ(paper, shown):
+    made = {"git": {"commit": "0123456789abcdef", "dirty": False}}
+    assert provenance.commits(made | ({"paper": paper} if paper else {})) == shown

@@ -1,0 +1,90 @@
+"""The rooms of pipeline/: imports run one way, and torch stays behind a border of folders."""
+
+import ast
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+README = (ROOT / "README.md").read_text()
+# In the order of imports, as README's tree has them.
+ROOMS = re.findall(
+    r"^  (\w+)/ ", README[README.index("\npipeline/") : README.index("\nrules/")], re.M
+)
+WITH_TORCH = re.findall(r"^  (\w+)/ .*\[torch\]$", README, re.M)
+# Folders of tests that are no room: rules/papers, what concerns all of the product, and means.
+BESIDE = {"replications", "whole", "benchmarks", "circuit_tracer", "libraries", "made_up", "slurm"}
+BESIDE |= {"traced"}
+LEAST, MOST = 3, 14  # files in a room, beside an empty __init__.py
+
+
+def modules(room: str) -> list[Path]:
+    return sorted((ROOT / "pipeline" / room).glob("*.py"))
+
+
+def imported(file: Path) -> Iterator[tuple[str, bool]]:
+    """(module, whether a statement at the top imports it) of all imports in a file."""
+    tree = ast.parse(file.read_text())
+    top = set(map(id, tree.body))
+    for node in ast.walk(tree):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        if isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{file}: write out the room of a relative import"
+            below = [f"{node.module}.{a.name}" for a in node.names]
+            names = below if node.module == "pipeline" else [node.module]
+        yield from ((name, id(node) in top) for name in names)
+
+
+def named(file: Path) -> set[str]:
+    """Every module that a file's imports may name: `from a import b` names a and a.b."""
+    found = [n for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.ImportFrom)]
+    return {n.module for n in found} | {f"{n.module}.{a.name}" for n in found for a in n.names}
+
+
+def room_of(module: str) -> str:
+    return [*module.split("."), ""][1] if module.startswith("pipeline.") else ""
+
+
+def test_the_tests_stand_in_the_same_rooms():
+    assert not list((ROOT / "tests").glob("test_*.py"))
+    folders = {f.name for f in (ROOT / "tests").iterdir() if f.is_dir() and f.name != "__pycache__"}
+    assert folders == set(ROOMS) | BESIDE
+
+
+def test_every_module_stands_in_a_room():
+    folders = {f.name for f in (ROOT / "pipeline").iterdir() if list(f.glob("*.py"))}
+    assert folders == set(ROOMS) and len(ROOMS) == 16 and len(WITH_TORCH) == 6
+    for file in (ROOT / "pipeline").glob("*/__init__.py"):
+        assert not file.read_text(), file
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_a_room_can_be_overlooked(room):
+    assert LEAST <= len([f for f in modules(room) if f.name != "__init__.py"]) <= MOST
+
+
+@pytest.mark.parametrize("room", ROOMS)
+def test_imports_run_one_way(room):
+    """From a room to those above it in the tree; inside functions as well."""
+    above = {"", "errors", "__version__", *ROOMS[: ROOMS.index(room) + 1]}
+    wrong = {f"{f.name}: {m}" for f in modules(room) for m, _ in imported(f)
+             if room_of(m) not in above}  # fmt: skip
+    assert wrong == set()
+
+
+@pytest.mark.parametrize("room", [r for r in ROOMS if r not in WITH_TORCH])
+def test_no_torch_at_the_top_of_a_room_without_it(room):
+    for file in modules(room):
+        for module, top in imported(file):
+            assert not (top and (module.split(".")[0] == "torch" or room_of(module) in WITH_TORCH))
+
+
+def test_no_stage_is_imported():
+    """A stage is a door: what others need of it stands in a module beside it."""
+    from pipeline.job import commands
+
+    doors = set(commands.STAGES.values())
+    found = {f"{f.name}: {d}" for room in ROOMS for f in modules(room) for d in doors & named(f)}
+    assert found == set()
