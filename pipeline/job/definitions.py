@@ -2,7 +2,8 @@
 
 Of a function, class, method or constant: a digest of its syntax tree, docstrings left out, and
 the names, attributes and files that it uses and does not bind itself (`pipeline/job/uses.py`).
-`pipeline/job/reach.py` follows the names from file to file.
+`pipeline/job/reach.py` follows the names from file to file. The shapes of tensors in signatures
+are left out, since only tests check them.
 
 An assignment such as `SIZE = size()` is held to do nothing but bind its name, and so is a function
 or class whose decorators are PLAIN. All other statements run when the module is imported, and
@@ -65,9 +66,33 @@ def _is_ours(node: ast.stmt) -> bool:
     )
 
 
+class _Shapeless(ast.NodeTransformer):
+    """Puts Tensor in the place of Float[Tensor, "batch pos"], and drops the import of Float."""
+
+    def __init__(self) -> None:
+        self.kinds: set[str] = set()
+
+    def visit_ImportFrom(self, node: ast.ImportFrom) -> ast.ImportFrom | None:
+        if node.module != "jaxtyping":
+            return node
+        self.kinds |= {a.asname or a.name for a in node.names}
+        return None
+
+    def visit_Subscript(self, node: ast.Subscript) -> Any:
+        self.generic_visit(node)
+        parts = node.slice.elts if isinstance(node.slice, ast.Tuple) else []
+        shaped = isinstance(node.value, ast.Name) and node.value.id in self.kinds
+        return parts[0] if shaped and len(parts) == 2 else node
+
+
+def parsed(text: str) -> ast.Module:
+    """The syntax tree of a file, without the shapes of its tensors."""
+    return _Shapeless().visit(ast.parse(text))
+
+
 def file_hash(text: str) -> str:
     """A digest of a whole file's syntax tree, docstrings left out."""
-    return canonical_hash(ast.dump(_Bare(imports=False).visit(ast.parse(text))))
+    return canonical_hash(ast.dump(_Bare(imports=False).visit(parsed(text))))
 
 
 def _definition(nodes: list[ast.stmt], package: str) -> dict[str, Any]:
@@ -97,7 +122,7 @@ def facts(text: str, package: str = "pipeline") -> dict[str, Any]:
     """
     out: dict[str, Any] = {"defs": {}, "classes": {}, "imports": {}, "parts": [], "runs": []}
     grouped: dict[str, list[ast.stmt]] = {}
-    for node in ast.parse(text).body:
+    for node in parsed(text).body:
         if isinstance(node, (ast.Import, ast.ImportFrom)):
             add_imports(out["imports"], node, package)
         elif isinstance(node, ast.ClassDef):

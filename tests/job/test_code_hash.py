@@ -64,6 +64,35 @@ def test_what_runs_counts(tmp_path, old, new):
     assert code(tmp_path, CODE.replace(old, new)) != code(tmp_path, CODE)
 
 
+SHAPED = """
+from jaxtyping import Float
+from torch import Tensor
+
+def n():
+    return 1
+
+def f(x: Float[Tensor, " n"], *, y: Float[Tensor, "n pos"] | None = None) -> dict[str, Tensor]:
+    return {"x": x}
+"""
+PLAIN = """
+from torch import Tensor
+
+def n():
+    return 1
+
+def f(x: Tensor, *, y: Tensor | None = None) -> dict[str, Tensor]:
+    return {"x": x}
+"""
+
+
+def test_the_shape_of_a_tensor_does_not_count(tmp_path):
+    """Tests alone check it; and its letters are no names that the job reaches."""
+    assert code(tmp_path, SHAPED) == code(tmp_path, PLAIN)
+    assert definitions.facts(SHAPED) == definitions.facts(PLAIN)
+    for old, new in {"dict[str": "dict[int", "x: Tensor": "x: Array"}.items():
+        assert code(tmp_path, PLAIN.replace(old, new)) != code(tmp_path, PLAIN)
+
+
 def test_a_string_that_is_no_docstring_counts(tmp_path):
     one, two = 'x = "one"\n', 'x = "two"\n'
     assert code(tmp_path, one) != code(tmp_path, two)
