@@ -20,19 +20,24 @@ from collections.abc import Callable, Sequence
 import numpy as np
 import torch
 import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pipeline.circuits.edge_graph import EdgeGraph
+from pipeline.models.rerun import OnDone, ignore
 
-Loss = Callable[[Tensor], Tensor]  # logits [k n pos d_vocab] -> [k]
-ROWS = 4096  # sequences a pass
+Logits = Float[Tensor, "graphs batch pos d_vocab"]
+Loss = Callable[[Logits], Float[Tensor, " graphs"]]
+Scores = Float[Tensor, " edges"]
+SEQUENCES_PER_PASS = 4096
 
 
-def squared_distance(clean: Tensor, first: int = 0, n_outputs: int | None = None) -> Loss:
+def squared_distance(
+    clean: Float[Tensor, "batch pos d_vocab"], first: int = 0, n_outputs: int | None = None
+) -> Loss:
     """Mean (y - clean)^2 over prompts, positions and outputs.
 
     Args:
-        clean: [n pos d_vocab].
         first: the first position that counts.
         n_outputs: how many of the logits count; None: all.
     """
@@ -40,12 +45,12 @@ def squared_distance(clean: Tensor, first: int = 0, n_outputs: int | None = None
     return lambda y: ((y[..., first:, :n_outputs] - wanted) ** 2).mean((-3, -2, -1))
 
 
-def kl_divergence(clean: Tensor, end: Tensor) -> Loss:
-    """Mean KL(clean || y) of the next token, in nats, at the positions end [n]."""
+def kl_divergence(clean: Float[Tensor, "batch pos d_vocab"], end: Int[Tensor, " batch"]) -> Loss:
+    """Mean KL(clean || y) of the next token, in nats, at the positions `end`."""
     rows = torch.arange(len(end), device=end.device)
     log_p = clean[rows, end].log_softmax(-1)
 
-    def loss(y: Tensor) -> Tensor:
+    def loss(y: Logits) -> Float[Tensor, " graphs"]:
         log_q = y[:, rows, end].log_softmax(-1)
         return (
             F.kl_div(log_q, log_p.expand_as(log_q), reduction="none", log_target=True)
@@ -62,20 +67,23 @@ def towards_cut(graph: EdgeGraph, first: int = 0, n_outputs: int | None = None) 
     d is what the outputs [pos n_outputs] of a prompt become with every edge cut, minus the clean
     ones, over its norm; prompts that do not change have none.
     """
-    view = lambda y: y[..., first:, :n_outputs].flatten(-2)  # noqa: E731
-    clean = view(graph.clean)
-    change = view(graph.run(graph.everything() * 0)[0]) - clean
+
+    def outputs(y: Float[Tensor, "*graphs batch pos d_vocab"]) -> Float[Tensor, "*graphs batch d"]:
+        return y[..., first:, :n_outputs].flatten(-2)
+
+    clean = outputs(graph.clean)
+    change = outputs(graph.run(graph.everything() * 0)[0]) - clean
     d = F.normalize(change, dim=-1)
-    return lambda y: ((view(y) - clean) * d).sum(-1).mean(-1)
+    return lambda y: ((outputs(y) - clean) * d).sum(-1).mean(-1)
 
 
 def drawn_order(graph: EdgeGraph, rng: np.random.Generator) -> list[int]:
     """An order of the edges that Algorithm 1 admits, drawn at random.
 
     The readers (a query, key or value and its input, an MLP, the logits) come in a reverse
-    topological order, one drawn among those whose own readers are all done at a time; the edges
-    into one reader follow each other in any order. `graph.edges` is one such order, that of the
-    authors' code.
+    topological order: at each turn one is drawn among those whose own readers are all done. The
+    edges into one reader follow each other in any order. `graph.edges` is one such order, that of
+    the authors' code.
     """
     group_of = [(e.target, e.slot, e.source.kind == "input") for e in graph.edges]
     groups: dict[tuple, list[int]] = {}
@@ -95,23 +103,23 @@ def acdc(
     graph: EdgeGraph,
     loss: Loss,
     thresholds: list[float],
-    told: Callable[[int], None] | None = None,
+    on_done: OnDone = ignore,
     order: Sequence[int] | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Which edges stay at each threshold, bool [thresholds edges], and the rises of L, likewise.
+) -> tuple[Bool[Tensor, "thresholds edges"], Float[Tensor, "thresholds edges"]]:
+    """Which edges stay at each threshold, and by how much L rose when each edge was tested.
 
     1. H <- G.  2. For v from the logits down, for each u -> v: cut it; if L rises by less than tau,
-    it stays cut.  All thresholds are run side by side, each as if alone. An edge into what nothing
+    it stays cut.  All thresholds run side by side, each as if alone. An edge into what nothing
     reads any more is cut without a run: its rise is 0.
 
     Args:
-        told: called with the number of edges done so far.
+        on_done: called with the number of edges done so far.
         order: the edges in the order of their turns, as `drawn_order` gives it; None: graph.edges.
     """
     tau = torch.tensor(thresholds, dtype=torch.float64, device=graph.tokens.device)
     kept = graph.everything(len(thresholds))
     current, rises = loss(graph.run(kept)), torch.zeros_like(kept)
-    for done, i in enumerate(range(len(graph.edges)) if order is None else order, 1):
+    for n_done, i in enumerate(range(len(graph.edges)) if order is None else order, 1):
         if not kept[:, graph.carriers(i)].any():
             kept[:, i] = 0
             continue
@@ -122,25 +130,30 @@ def acdc(
         gone = rises[:, i] < tau
         kept[gone, i] = 0
         current = torch.where(gone, after, current)
-        if told:
-            told(done)
+        on_done(n_done)
     return kept.bool(), rises
 
 
-def losses(graph: EdgeGraph, loss: Loss, present: Tensor) -> Tensor:
-    """L [k] of graphs present [k edges], as many in a pass as fit."""
-    some = max(1, ROWS // len(graph.tokens))
+def losses(
+    graph: EdgeGraph, loss: Loss, present: Float[Tensor, "graphs edges"]
+) -> Float[Tensor, " graphs"]:
+    """L of cut graphs, as many in a pass as fit.
+
+    Args:
+        present: 1 for an edge that is kept, 0 for one that is cut.
+    """
+    some = max(1, SEQUENCES_PER_PASS // len(graph.tokens))
     return torch.cat([loss(graph.run(piece)) for piece in present.split(some)])
 
 
-def exact(graph: EdgeGraph, loss: Loss) -> Tensor:
-    """L with each edge alone cut, [edges]."""
+def exact(graph: EdgeGraph, loss: Loss) -> Scores:
+    """L with each edge alone cut."""
     n = len(graph.edges)
     return losses(graph, loss, graph.everything(n) - torch.eye(n, device=graph.tokens.device))
 
 
-def attribution(graph: EdgeGraph, measure: Loss, alphas: list[float]) -> Tensor:
-    """(a_u' - a_u) . dm/d(input of v) of every edge, [edges].
+def attribution(graph: EdgeGraph, measure: Loss, alphas: list[float]) -> Scores:
+    """(a_u' - a_u) . dm/d(input of v) of every edge.
 
     Args:
         measure: m.
@@ -157,11 +170,13 @@ def attribution(graph: EdgeGraph, measure: Loss, alphas: list[float]) -> Tensor:
         logits, run = graph.traced(graph.everything(len(alphas)), embeds)
         wanted = [*run.read.values(), *run.inputs.values()]
         found = torch.autograd.grad(measure(logits).sum(), wanted, allow_unused=True)
-    means = [torch.zeros_like(w[0]) if g is None else g.mean(0)
-             for w, g in zip(wanted, found, strict=True)]  # fmt: skip
+    means = [
+        torch.zeros_like(w[0]) if g is None else g.mean(0)
+        for w, g in zip(wanted, found, strict=True)
+    ]
     scores = graph.everything()[0] * 0
     change = graph.off - graph.on
-    for key, g in zip(run.read, means, strict=False):  # [targets n pos d_model]
+    for key, g in zip(run.read, means, strict=False):  # [targets batch pos d_model]
         each = torch.einsum("snpd,tnpd->ts", change[: len(graph.before(key))], g)
         scores[graph.columns[key]] = each
     for key, g in zip(run.inputs, means[len(run.read) :], strict=True):

@@ -1,7 +1,7 @@
 """AtP*: attribution patching with two remedies for effects that it misses. [torch]
 
-Attribution patching says that a node does nothing where its gradient is nothing, and that is wrong
-in two cases (Kramár, Lieberum, Shah & Nanda 2024, 2403.00745, Sec. 3):
+Attribution patching says that a node does nothing where its gradient is zero, and that is wrong in
+two cases (Kramár, Lieberum, Shah & Nanda 2024, 2403.00745, Sec. 3):
 
     saturation     softmax is flat where a head gives all its weight to one token, so that the
                    gradient of its queries and keys vanishes, however far a patch turns the head
@@ -15,7 +15,7 @@ in two cases (Kramár, Lieberum, Shah & Nanda 2024, 2403.00745, Sec. 3):
    n_layers / (n_layers - 1), since the pass that drops a node's own layer gives exactly 0. A stream
    belongs to no layer: none of its estimates is 0 by construction, and its score is the plain mean.
 
-Patched queries and keys are those of all positions at once; the paper has a node a position.
+Patched queries and keys are those of all positions at once; the paper has one node per position.
 """
 
 from collections.abc import Iterator
@@ -23,13 +23,18 @@ from contextlib import ExitStack, contextmanager
 from functools import partial
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from pipeline.circuits import eap
-from pipeline.circuits.eap import Taps
+from pipeline.circuits.eap import OF_NODES, Taps
 from pipeline.models import hooks
 from pipeline.models.heads import Slot
 from pipeline.models.pairs import Node, Task
+
+# Of every layer, how attention changes when the queries, or keys, of all its heads are patched.
+Turns = dict[Slot, list[Float[Tensor, "batch n_heads pos pos"]]]
+OF_INPUTS = (*OF_NODES, "inputs")  # gradients of nodes, queries, keys and values
 
 
 @contextmanager
@@ -37,17 +42,19 @@ def inputs_of_source(task: Task, slot: Slot) -> Iterator[None]:
     """Inside: every layer reads its base stream, but for the queries, or keys, of all its heads."""
     heads = task.heads
     with ExitStack() as stack:
+
+        def keep(hook: str, x: Tensor) -> None:
+            """Inside: whatever comes to a hook, x goes on from there."""
+            stack.enter_context(hooks.edited(task.hf, hook, lambda _: x))
+
         for i in range(heads.n_layers):
-            new = heads.read(i, slot, task.source.pre[i])
-            put = lambda _, new=new: new  # noqa: E731
-            stack.enter_context(hooks.edited(task.hf, f"blocks.{i}.attn.hook_{slot}", put))
-            keep = lambda _, i=i: task.base.pre[i]  # noqa: E731
-            stack.enter_context(hooks.edited(task.hf, f"blocks.{i}.hook_resid_pre", keep))
+            keep(f"blocks.{i}.attn.hook_{slot}", heads.read(i, slot, task.source.pre[i]))
+            keep(f"blocks.{i}.hook_resid_pre", task.base.pre[i])
         yield
 
 
-def turned(task: Task) -> dict[Slot, list[Tensor]]:
-    """A' - A of every head with its queries, or keys, patched: a layer each, [n n_heads q k]."""
+def turned(task: Task) -> Turns:
+    """A' - A of every head with its queries, or keys, patched."""
     base, out = task.heads.patterns(task.pairs.base), {}
     for slot in ("q", "k"):
         with inputs_of_source(task, slot):
@@ -57,9 +64,9 @@ def turned(task: Task) -> dict[Slot, list[Tensor]]:
 
 
 def fixed(
-    task: Task, grads: Taps, turns: dict[Slot, list[Tensor]]
-) -> dict[tuple[str, int], Tensor]:
-    """sum over positions of (A' - A) dm/dA: (q or k, layer) -> [n heads].
+    task: Task, grads: Taps, turns: Turns
+) -> dict[tuple[str, int], Float[Tensor, "batch heads"]]:
+    """sum over positions of (A' - A) dm/dA, under (q or k, layer).
 
     Keys that query heads share count for all of them.
     """
@@ -76,8 +83,10 @@ def fixed(
     return out
 
 
-def with_fix(task: Task, nodes: list[Node], grads: Taps, turns: dict[Slot, list[Tensor]]) -> Tensor:
-    """Estimates of nodes out of these gradients, [nodes n]; queries and keys with the QK fix."""
+def with_fix(
+    task: Task, nodes: list[Node], grads: Taps, turns: Turns
+) -> Float[Tensor, "nodes batch"]:
+    """Estimates of nodes out of these gradients; queries and keys with the QK fix."""
     scores = eap.scored(task, nodes, eap.by_part(task, grads))
     better = fixed(task, grads, turns)
     for j, node in enumerate(nodes):
@@ -86,8 +95,12 @@ def with_fix(task: Task, nodes: list[Node], grads: Taps, turns: dict[Slot, list[
     return scores
 
 
-def qk_fix(task: Task, nodes: list[Node]) -> Tensor:
-    """Attribution patching with the QK fix alone, signed, [nodes n]; queries, keys: everywhere."""
+def qk_fix(task: Task, nodes: list[Node]) -> Float[Tensor, "nodes batch"]:
+    """Attribution patching with the QK fix alone, signed.
+
+    Args:
+        nodes: queries and keys are those of all positions.
+    """
     _, grads = eap.gradients(task, [0.0])
     return with_fix(task, nodes, grads, turned(task))
 
@@ -114,18 +127,13 @@ def dropped(task: Task) -> Iterator[Taps]:
                 name = f"blocks.{i}.hook_{part}_out"
                 stack.enter_context(hooks.edited(task.hf, name, partial(gate, i)))
         task.hf.base_model(input_ids=task.pairs.base, use_cache=False)
-        m = task.metric(task.at_end(taps.end[0])).sum()
-    wanted = [*taps.pre, *taps.z, *taps.mlp, *taps.attn, *taps.inputs.values()]
+        m = task.metric(task.pairs.at_end(taps.end[0])).sum()
     for layer in range(n_layers):  # the gates read it
-        found = iter(torch.autograd.grad(m, wanted, retain_graph=layer < n_layers - 1))
-        take = lambda old: [next(found) for _ in old]  # noqa: B023, E731
-        grads = Taps(pre=take(taps.pre), z=take(taps.z), mlp=take(taps.mlp), attn=take(taps.attn))
-        grads.inputs = dict(zip(taps.inputs, take(taps.inputs), strict=True))
-        yield grads
+        yield taps.gradients(m, OF_INPUTS, retain_graph=layer < n_layers - 1)
 
 
-def atp_star(task: Task, nodes: list[Node]) -> Tensor:
-    """How much each node matters, never below 0, [nodes n]: both remedies."""
+def atp_star(task: Task, nodes: list[Node]) -> Float[Tensor, "nodes batch"]:
+    """How much each node matters, never below 0: both remedies."""
     turns = turned(task)
     total = sum(with_fix(task, nodes, grads, turns).abs() for grads in dropped(task))
     n_layers = task.heads.n_layers

@@ -23,36 +23,52 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from functools import partial
+from typing import Any
 
 import torch
-from torch import Tensor, nn
+from jaxtyping import Float
+from torch import Tensor
 
-from pipeline.circuits.patching import Edge
+from pipeline.circuits.patching import LOGITS, Edge, changed_by
 from pipeline.models import hooks
 from pipeline.models.heads import SLOTS, Slot
 from pipeline.models.pairs import Node, Task
 
-LOGITS = Node("logits", -1)
+OF_NODES = ("pre", "z", "mlp", "attn")  # what Taps holds for nodes
+OF_EDGES = ("normed", "end", "inputs")  # and for edges
+Dots = dict[tuple[str, int], Float[Tensor, "batch pos *heads"]]  # (kind, layer) -> (a' - a) . dm/da
 
 
 @dataclass
 class Taps:
-    """Tensors that a forward pass consumes, by layer; after `gradients`, dm/d of each.
+    """Tensors that a forward pass goes on with, by layer; or the gradient of m by each of them.
 
     Attributes:
-        pre: the stream before each layer, [points*n pos d_model].
-        z, mlp: what the output projection reads, and what the MLP writes.
-        q, k, v, normed: what the input projections write, and what the MLP reads.
-        end: the stream that the final norm reads.
+        pre: the stream before each layer, [rows pos d_model], as in all of these.
+        z, mlp, attn: what the output projection reads; what MLP and attention write.
+        normed: what the MLP reads, behind its norm.
+        end: under 0, the stream that the final norm reads.
+        inputs: (layer, slot) -> what the input projections write.
     """
 
-    pre: list[Tensor] = field(default_factory=list)
-    z: list[Tensor] = field(default_factory=list)
-    mlp: list[Tensor] = field(default_factory=list)
-    attn: list[Tensor] = field(default_factory=list)
-    normed: list[Tensor] = field(default_factory=list)
-    end: list[Tensor] = field(default_factory=list)
+    pre: dict[int, Tensor] = field(default_factory=dict)
+    z: dict[int, Tensor] = field(default_factory=dict)
+    mlp: dict[int, Tensor] = field(default_factory=dict)
+    attn: dict[int, Tensor] = field(default_factory=dict)
+    normed: dict[int, Tensor] = field(default_factory=dict)
+    end: dict[int, Tensor] = field(default_factory=dict)
     inputs: dict[tuple[int, Slot], Tensor] = field(default_factory=dict)
+
+    def gradients(self, m: Float[Tensor, ""], names: tuple[str, ...], **options: Any) -> "Taps":
+        """The gradient of m by every tensor under some names.
+
+        Args:
+            options: of torch.autograd.grad.
+        """
+        held = {name: getattr(self, name) for name in names}
+        tensors = [x for some in held.values() for x in some.values()]
+        found = iter(torch.autograd.grad(m, tensors, **options))
+        return Taps(**{name: {key: next(found) for key in some} for name, some in held.items()})
 
 
 @contextmanager
@@ -61,26 +77,25 @@ def tapped(task: Task) -> Iterator[Taps]:
     heads, taps = task.heads, Taps()
     with ExitStack() as stack:
 
-        def tap(hook: str, keep: Callable[[Tensor], None], copied: bool = False) -> None:
+        def tap(hook: str, into: dict, key: Any, copied: bool = False) -> None:
             """Keep what the forward pass goes on with; a copy is read by nothing else."""
 
             def see(x: Tensor) -> Tensor:
-                x = x.clone() if copied else x
-                keep(x)
-                return x
+                into[key] = x.clone() if copied else x
+                return into[key]
 
             stack.enter_context(hooks.edited(task.hf, hook, see))
 
         for i in range(heads.n_layers):
             at = f"blocks.{i}."
-            tap(f"{at}hook_resid_pre", taps.pre.append)
-            tap(f"{at}attn.hook_z", taps.z.append)
-            tap(f"{at}mlp.hook_in", taps.normed.append, copied=True)
-            tap(f"{at}hook_mlp_out", taps.mlp.append)
-            tap(f"{at}hook_attn_out", taps.attn.append)
+            tap(f"{at}hook_resid_pre", taps.pre, i)
+            tap(f"{at}attn.hook_z", taps.z, i)
+            tap(f"{at}mlp.hook_in", taps.normed, i, copied=True)
+            tap(f"{at}hook_mlp_out", taps.mlp, i)
+            tap(f"{at}hook_attn_out", taps.attn, i)
             for slot in SLOTS:
-                tap(f"{at}attn.hook_{slot}", partial(taps.inputs.__setitem__, (i, slot)))
-        tap(f"blocks.{heads.n_layers - 1}.hook_resid_post", taps.end.append)
+                tap(f"{at}attn.hook_{slot}", taps.inputs, (i, slot))
+        tap(f"blocks.{heads.n_layers - 1}.hook_resid_post", taps.end, 0)
         yield taps
 
 
@@ -91,7 +106,7 @@ def gradients(task: Task, alphas: list[float], edges: bool = True) -> tuple[Taps
 
     Args:
         alphas: [0.0] is the base run.
-        edges: take those that `edges` needs, too.
+        edges: take the gradients that `edges` needs, too.
     """
     pairs, points = task.pairs, len(alphas)
     embed = hooks.run_to(task.hf, torch.cat([pairs.base, pairs.source]), ["hook_embed"])
@@ -106,45 +121,42 @@ def gradients(task: Task, alphas: list[float], edges: bool = True) -> tuple[Taps
     ):
         task.hf.base_model(input_ids=tokens, use_cache=False)
         end = taps.end[0].unflatten(0, (points, -1))
-        m = task.metric(task.at_end(end)).sum() / points
-        wanted = [*taps.pre, *taps.z, *taps.mlp, *taps.attn]
-        if edges:
-            wanted += [*taps.normed, *taps.end, *taps.inputs.values()]
-        found = iter(torch.autograd.grad(m, wanted))
-    take = lambda old: [next(found) for _ in old]  # noqa: E731
-    grads = Taps(pre=take(taps.pre), z=take(taps.z), mlp=take(taps.mlp), attn=take(taps.attn))
-    if edges:
-        grads.normed, grads.end = take(taps.normed), take(taps.end)
-        grads.inputs = dict(zip(taps.inputs, take(taps.inputs), strict=True))
-    return taps, grads
+        m = task.metric(pairs.at_end(end)).sum() / points
+        return taps, taps.gradients(m, OF_NODES + OF_EDGES if edges else OF_NODES)
 
 
-def by_part(task: Task, grads: Taps) -> dict[tuple[str, int], Tensor]:
+def by_part(task: Task, grads: Taps) -> Dots:
     """(a' - a) . dm/da of every part at every position, with gradients averaged over points.
 
     Returns:
-        (kind, layer) -> [n pos], of heads, queries, keys and values [n pos heads].
+        (kind, layer) -> [batch pos], of heads, queries, keys and values [batch pos heads].
     """
-    base, source, d = task.base, task.source, task.heads.d_head
-    total = lambda g: g.unflatten(0, (-1, len(task.before))).sum(0)  # noqa: E731
-    heads = lambda x: x.unflatten(-1, (-1, d)).sum(-1)  # noqa: E731
+    base, source, d_head = task.base, task.source, task.heads.d_head
+
+    def dot(change: Tensor, gradient: Tensor) -> Float[Tensor, "batch pos d"]:
+        """The products; gradients are summed over points."""
+        return change * gradient.unflatten(0, (-1, len(task.before))).sum(0)
+
+    def by_head(x: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos heads"]:
+        return x.unflatten(-1, (-1, d_head)).sum(-1)
+
     dots = {}
     for i in range(task.heads.n_layers):
-        dots["resid", i] = ((source.pre[i] - base.pre[i]) * total(grads.pre[i])).sum(-1)
-        dots["mlp", i] = ((source.mlp(i) - base.mlp(i)) * total(grads.mlp[i])).sum(-1)
-        dots["attn", i] = ((source.attn(i) - base.attn(i)) * total(grads.attn[i])).sum(-1)
-        dots["head", i] = heads((source.z[i] - base.z[i]) * total(grads.z[i]))
+        dots["resid", i] = dot(source.pre[i] - base.pre[i], grads.pre[i]).sum(-1)
+        dots["mlp", i] = dot(source.mlp(i) - base.mlp(i), grads.mlp[i]).sum(-1)
+        dots["attn", i] = dot(source.attn(i) - base.attn(i), grads.attn[i]).sum(-1)
+        dots["head", i] = by_head(dot(source.z[i] - base.z[i], grads.z[i]))
     for (i, slot), gradient in grads.inputs.items():
         change = task.heads.read(i, slot, source.pre[i]) - task.heads.read(i, slot, base.pre[i])
-        dots[slot, i] = heads(change * total(gradient))
+        dots[slot, i] = by_head(dot(change, gradient))
     return dots
 
 
-def scored(task: Task, nodes: list[Node], dots: dict[tuple[str, int], Tensor]) -> Tensor:
-    """Sums of `by_part` over the positions of each node, [nodes n]."""
+def scored(task: Task, nodes: list[Node], dots: Dots) -> Float[Tensor, "nodes batch"]:
+    """Sums of `by_part` over the positions of each node."""
     masks = {p: task.pairs.mask(p) for p in {n.position for n in nodes}}
 
-    def score(node: Node) -> Tensor:
+    def score(node: Node) -> Float[Tensor, " batch"]:
         dot = dots[node.kind, node.layer]
         dot = dot[..., node.head] if node.head >= 0 else dot
         return (dot * masks[node.position]).sum(-1)
@@ -154,8 +166,8 @@ def scored(task: Task, nodes: list[Node], dots: dict[tuple[str, int], Tensor]) -
 
 def attribution_patching(
     task: Task, nodes: list[Node], alphas: tuple[float, ...] = (0.0,)
-) -> Tensor:
-    """(a' - a) . dm/da of each node, [nodes n]; one forward and one backward pass.
+) -> Float[Tensor, "nodes batch"]:
+    """(a' - a) . dm/da of each node; one forward and one backward pass.
 
     Args:
         alphas: points over which the gradient is averaged, see `gradients`.
@@ -170,67 +182,70 @@ def midpoints(steps: int) -> list[float]:
     return [(j + 0.5) / steps for j in range(steps)]
 
 
-def pulled_back(norm: Callable[[Tensor], Tensor], x: Tensor, cotangents: Tensor) -> Tensor:
-    """cotangents [t ... d] of norm(x) as gradients of x [... d]."""
+def pulled_back(
+    norm: Callable[[Tensor], Tensor],
+    x: Float[Tensor, "*batch d"],
+    cotangents: Float[Tensor, "targets *batch d_out"],
+) -> Float[Tensor, "targets *batch d"]:
+    """Gradients of x from cotangents of norm(x)."""
     with torch.enable_grad():
         x = x.detach().requires_grad_(True)
         y = norm(x)
         return torch.autograd.grad(y, x, cotangents, is_grads_batched=True)[0]
 
 
-def edges(task: Task, alphas: list[float]) -> tuple[list[Edge], Tensor]:
-    """All edges, and their scores (a_u' - a_u) . dm/d(input of v) averaged over prompts, [edges].
+def edges(task: Task, alphas: list[float]) -> tuple[list[Edge], Float[Tensor, " edges"]]:
+    """All edges, and their scores (a_u' - a_u) . dm/d(input of v) averaged over prompts.
 
     Sources are the embedding, heads and MLPs; targets queries, keys and values of heads, MLPs, and
     the logits. With alphas [0.0] this is EAP, with `midpoints` EAP-IG (Hanna et al. take the right
     ends of the parts; the middles are nearer to the integral).
     """
-    heads, (taps, grads), points = task.heads, gradients(task, alphas), len(alphas)
-    sources = [Node("resid", 0)]
-    written = [task.changed_by(sources[0])]
+    heads, (taps, grads) = task.heads, gradients(task, alphas)
+    sources: list[Node] = []
+    written: list[Tensor] = []
     found: list[Edge] = []
     scores: list[Tensor] = []
-    total = lambda g: g.unflatten(-3, (points, -1)).sum(-4)  # noqa: E731
 
-    def join(targets: list[tuple[Node, str]], gradient: Tensor) -> None:
-        """Edges from all sources so far to targets with gradients [targets n pos d_model]."""
-        dot = torch.einsum("snpd,tnpd->st", torch.stack(written), gradient)
+    def write(nodes: list[Node]) -> None:
+        """From here on, these nodes are sources, too."""
+        sources.extend(nodes)
+        written.extend(changed_by(task, node) for node in nodes)
+
+    def join(
+        targets: list[tuple[Node, str]], gradient: Float[Tensor, "targets rows pos d"]
+    ) -> None:
+        """Edges from all sources so far to some targets."""
+        total = gradient.unflatten(-3, (len(alphas), -1)).sum(-4)
+        dot = torch.einsum("snpd,tnpd->st", torch.stack(written), total)
         scores.append(dot.flatten() / len(task.before))
         found.extend(Edge(s, *t) for s in sources for t in targets)
 
+    write([Node("resid", 0)])
     for i in range(heads.n_layers):
-        targets, back = _attention_inputs(task, taps, grads, i)
-        join(targets, total(back))
-        new = [Node("head", i, h) for h in range(heads.n_heads)]
+        join(*_attention_inputs(task, taps, grads, i))
+        of_heads, mlp = [Node("head", i, h) for h in range(heads.n_heads)], Node("mlp", i)
+        if not heads.parallel:  # else the MLP reads nothing of this layer's heads
+            write(of_heads)
         read = taps.pre[i] if heads.parallel else taps.pre[i] + taps.attn[i]
-        middle = total(pulled_back(partial(heads.mlp_reads, i), read, grads.normed[i][None]))
-        into_mlp = [(Node("mlp", i), "")]
-        if heads.parallel:  # the MLP reads nothing of this layer's heads
-            join(into_mlp, middle)
-        sources += new
-        written += [task.changed_by(n) for n in new]
-        if not heads.parallel:
-            join(into_mlp, middle)
-        sources.append(Node("mlp", i))
-        written.append(task.changed_by(sources[-1]))
-    join([(LOGITS, "")], total(grads.end[0][None]))
+        join([(mlp, "")], pulled_back(partial(heads.mlp_reads, i), read, grads.normed[i][None]))
+        if heads.parallel:
+            write(of_heads)
+        write([mlp])
+    join([(LOGITS, "")], grads.end[0][None])
     return found, torch.cat(scores)
 
 
 def _attention_inputs(
     task: Task, taps: Taps, grads: Taps, layer: int
-) -> tuple[list[tuple[Node, str]], Tensor]:
-    """The queries, keys and values of a layer, and dm/d(their input), [targets points*n pos d]."""
+) -> tuple[list[tuple[Node, str]], Float[Tensor, "targets rows pos d_model"]]:
+    """The queries, keys and values of a layer, and dm/d(their input)."""
     heads = task.heads
     targets, cotangents = [], []
     for slot in SLOTS:
         gradient = grads.inputs[layer, slot].unflatten(-1, (-1, heads.d_head))
         for h in range(heads.count(slot)):
-            place = heads.place(layer, slot, h)
-            weight = place.module.weight
-            if not isinstance(place.module, nn.Linear):  # GPT-2: transposed
-                weight = weight.T
-            cotangents.append(gradient[..., h, :] @ weight[place.columns])
+            cotangents.append(gradient[..., h, :] @ heads.W_in(layer, slot, h))
             targets.append((Node("head", layer, h), slot))
     reads = partial(heads.attn_reads, layer)
     return targets, pulled_back(reads, taps.pre[layer], torch.stack(cotangents))

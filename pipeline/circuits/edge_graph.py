@@ -19,37 +19,48 @@ biases of attention, which no edge carries. A cut q is the q of a run in which e
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from functools import partial
+from typing import Any
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
-from pipeline.circuits.patching import Edge
+from pipeline.circuits.patching import LOGITS, Edge
 from pipeline.errors import RetraceError
 from pipeline.models import hooks
 from pipeline.models.heads import SLOTS, Heads
 from pipeline.models.pairs import Node
 
-LOGITS = Node("logits", -1)
 Target = tuple[int, str]  # a layer, and what of it reads: q, k, v, mlp or logits
+Present = Float[Tensor, "graphs edges"]  # 1: the edge is kept, 0: it is cut
+Logits = Float[Tensor, "graphs batch pos d_vocab"]
 
 
 class EdgeGraph:
     """The graph of a model on some prompts.
 
     Attributes:
-        sources: what writes, in the order in which it is computed.
+        sources: the nodes that write, in the order in which they are computed.
+        targets: the nodes that read, by layer and by what they read.
         edges: in the order of ACDC: targets from the logits down; of one target the latest source
             first. Of a layer's heads v is before k before q, each cut whole before its inputs.
-        clean: logits of the whole graph, [n pos d_vocab].
+        clean: logits of the whole graph, [batch pos d_vocab].
+        on, off: what each source writes in the run itself, and on a cut edge,
+            [sources batch pos d_model]; on_inputs, off_inputs: likewise q, k and v of a layer.
+        columns, gates: target -> numbers of the edges into it; of those from its inputs to heads.
     """
 
     def __init__(
-        self, hf: nn.Module, tokens: Tensor, corrupt: Tensor | None = None, positions: bool = False
+        self,
+        hf: nn.Module,
+        tokens: Int[Tensor, "batch pos"],
+        corrupt: Int[Tensor, "batch pos"] | None = None,
+        positions: bool = False,
     ) -> None:
         """
         Args:
-            tokens: [n pos], prompts of one length or padded on the right.
-            corrupt: [n pos]: what a cut edge carries comes from these; None: a cut edge carries 0.
+            tokens: prompts of one length or padded on the right.
+            corrupt: what a cut edge carries comes from these; None: a cut edge carries 0.
             positions: the positional embedding is a node of its own.
         """
         self.hf, self.tokens, self.heads = hf, tokens, Heads(hf)
@@ -125,7 +136,9 @@ class EdgeGraph:
         return Edge(Node("input", layer, head), Node("head", layer, head), slot)
 
     def _edges(self) -> Iterator[Edge]:
-        latest_first = lambda s: (-s.layer, s.kind != "mlp", s.head)  # noqa: E731
+        def latest_first(source: Node) -> tuple:
+            return -source.layer, source.kind != "mlp", source.head
+
         for layer in range(self.heads.n_layers, -1, -1):
             for what in ("logits", "mlp", "uses", "v", "k", "q"):
                 for slot in "vkq" if what == "uses" and (layer, "v") in self.targets else "":
@@ -136,16 +149,19 @@ class EdgeGraph:
                     for source in [*parts, *self.sources[: self.n_embeds]]:
                         yield Edge(source, target, name)
 
-    def _index(self, edges: list) -> Tensor:
-        where = [[self.at[e] for e in row] if isinstance(row, list) else self.at[row]
-                 for row in edges]  # fmt: skip
+    def _index(self, edges: list) -> Int[Tensor, "*edges"]:
+        """The numbers of edges, in a list or in a list of lists."""
+        where = [
+            [self.at[e] for e in row] if isinstance(row, list) else self.at[row] for row in edges
+        ]
         return torch.tensor(where, device=self.tokens.device)
 
     def carriers(self, i: int) -> list[int]:
-        """The edges of which one at least must be there for what edge i carries to be felt.
+        """The edges that pass on what edge i carries: with all of them cut, i changes nothing.
 
-        Of the edges into a query, that to its head; of that, all edges out of heads of the layer,
-        as several may share a key; of an edge into the logits, itself.
+        For an edge into a query, the edge from that query to its head. For that edge, all edges out
+        of the layer's heads, since several heads may share a key. For an edge into the logits, the
+        edge itself.
         """
         edge = self.edges[i]
         if edge.target == LOGITS:
@@ -154,23 +170,26 @@ class EdgeGraph:
             return [self.at[self._gate(edge.target.layer, edge.target.head, edge.slot)]]
         return self.out_of[edge.target[:2]]
 
-    def everything(self, k: int = 1) -> Tensor:
-        """The whole graph, k times: ones [k edges]."""
+    def everything(self, k: int = 1) -> Present:
+        """The whole graph, k times: ones."""
         kind = next(self.hf.parameters())
         return torch.ones(k, len(self.edges), device=kind.device, dtype=kind.dtype)
 
-    def run(self, present: Tensor) -> Tensor:
-        """Logits [k n pos d_vocab] of graphs with the edges present [k edges]: 1 kept, 0 cut."""
+    def run(self, present: Present) -> Logits:
+        """Logits of cut graphs."""
         return self.traced(present)[0]
 
     def traced(
-        self, present: Tensor, embeds: list[Tensor] | None = None, tokens: Tensor | None = None
-    ) -> tuple[Tensor, "Pass"]:
+        self,
+        present: Present,
+        embeds: list[Float[Tensor, "graphs batch pos d_model"]] | None = None,
+        tokens: Int[Tensor, "batch pos"] | None = None,
+    ) -> tuple[Logits, "Pass"]:
         """The same, and what was read and written on the way.
 
         Args:
-            embeds: [k n pos d_model] each, in the place of what the embeddings write.
-            tokens: [n pos], in the place of the graph's own.
+            embeds: one per embedding, in the place of what the embeddings write.
+            tokens: in the place of the graph's own.
         """
         tokens = self.tokens if tokens is None else tokens
         run = Pass(self, present, embeds)
@@ -180,28 +199,28 @@ class EdgeGraph:
 
 
 class Pass:
-    """One forward pass of k graphs on n prompts.
+    """One forward pass of several cut graphs on all prompts.
 
     Attributes:
-        made: what each source so far writes, [k n pos d_model].
-        read: what each target reads, [k targets n pos d_model].
-        inputs: queries, keys and values that the heads use, [k n pos heads*d_head].
+        made: what each source so far writes, [graphs batch pos d_model].
+        read: what each target reads, [graphs targets batch pos d_model].
+        inputs: queries, keys and values that the heads use, [graphs batch pos heads*d_head].
     """
 
-    def __init__(self, graph: EdgeGraph, present: Tensor, embeds: list[Tensor] | None) -> None:
+    def __init__(self, graph: EdgeGraph, present: Present, embeds: list[Tensor] | None) -> None:
         self.graph, self.present, self.embeds = graph, present, embeds
         self.made: list[Tensor] = []
         self.read: dict[Target, Tensor] = {}
         self.inputs: dict[Target, Tensor] = {}
         self.embed: Tensor | None = None
 
-    def by_graph(self, x: Tensor) -> Tensor:
+    def by_graph(self, x: Float[Tensor, " rows *rest"]) -> Float[Tensor, "graphs batch *rest"]:
         return x.unflatten(0, (len(self.present), -1))
 
-    def reads(self, key: Target) -> Tensor:
-        """x_v of the targets of a kind and layer, [k targets n pos d_model]."""
+    def reads(self, key: Target) -> Float[Tensor, "graphs targets batch pos d_model"]:
+        """x_v of the targets of a kind and layer."""
         graph, (layer, what) = self.graph, key
-        m = self.present[:, graph.columns[key]]  # [k targets sources]
+        m = self.present[:, graph.columns[key]]  # [graphs targets sources]
         n = m.shape[-1]
         x = torch.einsum("kts,sknpd->ktnpd", m, torch.stack(self.made[:n]))
         x = x + torch.einsum("kts,snpd->ktnpd", 1 - m, graph.off[:n])
@@ -217,7 +236,10 @@ class Pass:
         graph = self.graph
         layers, heads = graph.heads.layers, graph.heads
         with ExitStack() as stack:
-            add = lambda handle: stack.callback(handle.remove)  # noqa: E731
+
+            def add(handle: Any) -> None:
+                stack.callback(handle.remove)
+
             add(hooks.site(graph.hf, "hook_embed").register(self._keep_embed))
             add(layers[0].register_forward_pre_hook(self._begin, with_kwargs=True))
             for i in range(heads.n_layers):
@@ -244,6 +266,7 @@ class Pass:
         self.made = [*(self.embeds or map(self.by_graph, parts))]
 
     def _projection(self, layer: int, slots: list[str]) -> Callable:
+        """A hook: what a projection writes, each head's part of what that head reads."""
         heads = self.graph.heads
         order = torch.cat([heads.columns(layer, s) for s in slots])
         back = None if bool((order.diff() == 1).all()) else order.argsort()
@@ -262,8 +285,10 @@ class Pass:
 
         return after
 
-    def _gated(self, key: Target, value: Tensor) -> Tensor:
-        """Queries, keys or values [k n pos heads*d_head], cut where their edge is."""
+    def _gated(
+        self, key: Target, value: Float[Tensor, "graphs batch pos d_slot"]
+    ) -> Float[Tensor, "graphs batch pos d_slot"]:
+        """Queries, keys or values, cut where their edge is."""
         if self.graph.off_inputs:
             m = self.present[:, self.graph.gates[key]].repeat_interleave(
                 self.graph.heads.d_head, -1
@@ -273,12 +298,15 @@ class Pass:
         return value
 
     def _heads_write(self, layer: int) -> Callable:
+        """A hook at z: what each head writes becomes a source."""
+
         def see(z: Tensor) -> None:
             self.made += self.by_graph(self.graph.heads.written(z, layer)).unbind(-2)
 
         return see
 
     def _stream(self, key: Target, norm: Callable[[Tensor], Tensor]) -> Callable:
+        """A hook: a norm of what the one target of a key reads."""
         return lambda _: norm(self.reads(key)[:, 0]).flatten(0, 1)
 
     def _mlp_writes(self, out: Tensor) -> None:

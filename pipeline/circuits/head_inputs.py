@@ -6,18 +6,19 @@ What a head reads is replaced at all positions, and what follows is recomputed f
 2. `many_edges`: it takes what it would read if one earlier part were patched, as
    `patching.edge_patching` does one edge at a time.
 
-Interventions of a layer are rows of one batch, as in patching.py.
+Interventions on one layer are rows of one batch, as in patching.py.
 """
 
 from collections.abc import Callable
-from itertools import groupby
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
-from pipeline.circuits.patching import Edge, Receiver, project
+from pipeline.circuits.patching import Edge, Receiver, changed_by
 from pipeline.models.heads import SLOTS
 from pipeline.models.pairs import Node, Task
+from pipeline.models.rerun import OnDone, ignore, in_passes, patched, rerun
 
 
 def input_nodes(task: Task) -> list[Node]:
@@ -31,13 +32,15 @@ def input_nodes(task: Task) -> list[Node]:
     ]
 
 
-def replaced(task: Task, items: list[tuple[Receiver, Tensor]]) -> Tensor:
-    """m [k n] of base runs, each with one input of one layer replaced.
+def replaced(
+    task: Task, items: list[tuple[Receiver, Float[Tensor, "batch pos d_head"]]]
+) -> Float[Tensor, "items batch"]:
+    """m of base runs, each with one input of one layer replaced.
 
     Args:
-        items: an input, and its new values [n pos d_head].
+        items: an input, and its new values.
     """
-    places = task.suffix(task.first_change(""))  # before it all is as in base
+    places = task.pairs.suffix(task.pairs.first_change(""))  # before it all is as in base
     n, s = places.shape
     inside = places < task.pairs.base.shape[1]
     row = torch.arange(n, device=places.device)[:, None].expand(n, s)[inside]
@@ -49,65 +52,62 @@ def replaced(task: Task, items: list[tuple[Receiver, Tensor]]) -> Tensor:
         new = [items[j][1][row, places[inside]] for j in has]
         given[receiver] = torch.cat([j * n + row for j in has]), at.repeat(len(has)), torch.cat(new)
     layer = items[0][0].layer
-    x = task.gathered(task.base.pre[layer], places).expand(len(items), -1, -1, -1)
+    x = task.pairs.gathered(task.base.pre[layer], places).expand(len(items), -1, -1, -1)
     with task.heads.set_inputs(given):
-        return task.resumed(f"blocks.{layer}.hook_resid_pre", x, places)
+        return rerun(task, f"blocks.{layer}.hook_resid_pre", x, places)
 
 
 def input_patching(
-    task: Task, nodes: list[Node], told: Callable[[int], None] = lambda _: None
-) -> Tensor:
-    """m(patched) - m(base) of queries, keys and values, [nodes n].
+    task: Task, nodes: list[Node], on_done: OnDone = ignore
+) -> Float[Tensor, "nodes batch"]:
+    """m(patched) - m(base) of queries, keys and values.
 
     Args:
         nodes: of kind q, k or v, at all positions.
-        told: called with the number of nodes done so far.
+        on_done: called with the number of nodes done so far.
     """
-    receivers = [Receiver(n.layer, n.kind, n.head) for n in nodes]
-    new = lambda i: project(task.heads, receivers[i], task.source.pre[nodes[i].layer])  # noqa: E731
-    return _grouped(task, [(r.layer,) for r in receivers], _replacing(task, receivers, new), told)
+
+    def new(node: Node) -> tuple[Receiver, Tensor]:
+        receiver = Receiver(node.layer, node.kind, node.head)
+        return receiver, task.heads.read_by(*receiver, task.source.pre[node.layer])
+
+    def m_of(_: int, some: list[int]) -> Tensor:
+        return replaced(task, [new(nodes[i]) for i in some])
+
+    return in_passes(task, [n.layer for n in nodes], m_of, _start(task), on_done)
 
 
 def many_edges(
-    task: Task, edges: list[Edge], told: Callable[[int], None] = lambda _: None
-) -> Tensor:
-    """`patching.edge_patching` of each edge, [edges n]."""
-    base, heads = task.base, task.heads
-    receivers = [Receiver(e.target.layer, e.slot, e.target.head) for e in edges]
-    change = lambda i: task.changed_by(edges[i].source)  # noqa: E731
-    new = lambda i: project(heads, receivers[i], base.pre[receivers[i].layer] + change(i))  # noqa: E731
-    replacing = _replacing(task, receivers, new)
+    task: Task, edges: list[Edge], on_done: OnDone = ignore
+) -> Float[Tensor, "edges batch"]:
+    """`patching.edge_patching` of each edge.
 
-    def passed(some: list[int]) -> Tensor:
-        kind, layer = edges[some[0]].target.kind, edges[some[0]].target.layer
+    Args:
+        on_done: called with the number of edges done so far.
+    """
+    base, heads, start_of = task.base, task.heads, _start(task)
+
+    def new(edge: Edge) -> tuple[Receiver, Tensor]:
+        receiver = Receiver(edge.target.layer, edge.slot, edge.target.head)
+        x = base.pre[receiver.layer] + changed_by(task, edge.source)
+        return receiver, heads.read_by(*receiver, x)
+
+    def m_of(key: tuple[str, int], some: list[int]) -> Tensor:
+        kind, layer = key
         if kind == "head":
-            return replacing(some)
-        changes = torch.stack([change(i) for i in some])
+            return replaced(task, [new(edges[i]) for i in some])
+        changes = torch.stack([changed_by(task, edges[i].source) for i in some])
         if kind == "logits":
-            return task.metric(task.at_end(base.post[-1] + changes))
-        mlp = heads.mlp_writes(layer, base.mlp_input(layer) + changes)
-        places = task.suffix(task.first_change(""))
-        changed = torch.stack([task.gathered(base.mid[layer] + one, places) for one in mlp])
-        return task.resumed(f"blocks.{layer}.hook_resid_post", changed, places)
+            return task.metric(task.pairs.at_end(base.post[-1] + changes))
+        written = heads.mlp_writes(layer, base.mlp_input(layer) + changes)
+        streams = [base.mid[layer] + one for one in written]
+        return patched(task, f"blocks.{layer}.hook_resid_post", streams, start_of(key))
 
-    return _grouped(task, [(e.target.kind, e.target.layer) for e in edges], passed, told)
-
-
-def _replacing(
-    task: Task, receivers: list[Receiver], new: Callable[[int], Tensor]
-) -> Callable[[list[int]], Tensor]:
-    return lambda some: replaced(task, [(receivers[i], new(i)) for i in some])
+    keys = [(e.target.kind, e.target.layer) for e in edges]
+    return in_passes(task, keys, m_of, start_of, on_done)
 
 
-def _grouped(
-    task: Task, keys: list[tuple], passed: Callable[[list[int]], Tensor], told: Callable
-) -> Tensor:
-    """m - m(base) of items, [items n]; those of one key share passes, as many as fit."""
-    out = torch.zeros(len(keys), len(task.before), device=task.before.device)
-    length, done = task.suffix(task.first_change("")).shape[1], 0
-    for _, group in groupby(sorted(range(len(keys)), key=keys.__getitem__), key=keys.__getitem__):
-        for some in task.pieces(list(group), length):
-            out[some] = passed(some) - task.before
-            done += len(some)
-            told(done)
-    return out
+def _start(task: Task) -> Callable[[object], Tensor]:
+    """Key of an intervention -> the first token at which the prompts differ, for all the same."""
+    first = task.pairs.first_change("")
+    return lambda _: first

@@ -6,30 +6,34 @@ position means the same in all prompts of a template). MLPs and embeddings alway
 a set of (layer, head, position); a head may count at one position and be ablated at the others.
 """
 
-from collections.abc import Callable
 from contextlib import ExitStack
 
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pipeline.models import splice
 from pipeline.models.heads import Heads
-from pipeline.models.pairs import Task, watched
+from pipeline.models.pairs import Run, Task
+from pipeline.models.rerun import OnDone, ignore, pieces
 
 Circuit = frozenset[tuple[int, int, str]]
 
 
-def group_means(heads: Heads, tokens: Tensor, groups: Tensor, piece: int = 64) -> list[Tensor]:
-    """Mean z by group, [n_groups pos n_heads*d_head], one a layer.
+def group_means(
+    heads: Heads, tokens: Int[Tensor, "m pos"], groups: Int[Tensor, " m"], piece: int = 64
+) -> list[Float[Tensor, "n_groups pos d_z"]]:
+    """Mean z of each group of prompts, by layer.
 
     Args:
-        tokens: [m pos], padded on the right as the prompts are.
-        groups: [m], the template of each.
+        tokens: padded on the right as the prompts are.
+        groups: the template of each.
+        piece: prompts per forward pass.
     """
     sums: list[Tensor] = []
     count = torch.bincount(groups).clamp(min=1)[:, None, None]
     for some, of in zip(tokens.split(piece), groups.split(piece), strict=True):
-        run = watched(heads, some)
+        run = Run.of(heads, some)
         if not sums:
             shape = (len(count), *run.z[0].shape[1:])
             sums = [torch.zeros(shape, device=tokens.device) for _ in run.z]
@@ -43,10 +47,15 @@ class Knockout:
 
     Args:
         means: see `group_means`.
-        groups: [n], the template of each prompt.
+        groups: the template of each prompt.
     """
 
-    def __init__(self, task: Task, means: list[Tensor], groups: Tensor) -> None:
+    def __init__(
+        self,
+        task: Task,
+        means: list[Float[Tensor, "n_groups pos d_z"]],
+        groups: Int[Tensor, " batch"],
+    ) -> None:
         self.task, self.heads = task, task.heads
         self.means = [m[groups] for m in means]
         self.masks: dict[str, Tensor] = {}
@@ -56,8 +65,10 @@ class Knockout:
         heads = self.heads
         return frozenset((i, h, "") for i in range(heads.n_layers) for h in range(heads.n_heads))
 
-    def kept(self, circuit: Circuit, removed: Circuit = frozenset()) -> Tensor:
-        """Where heads are kept, bool [n_layers n pos n_heads]: the circuit without `removed`."""
+    def kept(
+        self, circuit: Circuit, removed: Circuit = frozenset()
+    ) -> Bool[Tensor, "n_layers batch pos n_heads"]:
+        """Where heads are kept: the circuit without `removed`."""
         shape = (self.heads.n_layers, *self.task.pairs.base.shape, self.heads.n_heads)
         out = torch.zeros(shape, dtype=torch.bool, device=self.task.pairs.base.device)
         for layer, head, position in circuit:
@@ -66,26 +77,31 @@ class Knockout:
             out[layer, ..., head] &= ~self._mask(position)
         return out
 
-    def _mask(self, position: str) -> Tensor:
+    def _mask(self, position: str) -> Bool[Tensor, "batch pos"]:
         if position not in self.masks:
             self.masks[position] = self.task.pairs.mask(position)
         return self.masks[position]
 
     def metric(
-        self,
-        circuits: list[tuple[Circuit, Circuit]],
-        told: Callable[[int], None] = lambda _: None,
-    ) -> Tensor:
-        """F of each circuit without what is removed from it: m on each prompt, [circuits n]."""
-        out, done = [], 0
-        for some in self.task.pieces(circuits, self.task.pairs.base.shape[1]):
-            kept = torch.stack([self.kept(*c) for c in some], 1)  # [n_layers k n pos n_heads]
-            out.append(self._run(kept))
-            done += len(some)
-            told(done)
+        self, circuits: list[tuple[Circuit, Circuit]], on_done: OnDone = ignore
+    ) -> Float[Tensor, "circuits batch"]:
+        """F of each circuit without what is removed from it: m on each prompt.
+
+        Args:
+            circuits: (circuit, what is removed from it).
+            on_done: called with the number of circuits done so far.
+        """
+        pairs, out, n_done = self.task.pairs, [], 0
+        for some in pieces(pairs, circuits, pairs.base.shape[1]):
+            out.append(self._run(torch.stack([self.kept(*c) for c in some], 1)))
+            n_done += len(some)
+            on_done(n_done)
         return torch.cat(out)
 
-    def _run(self, kept: Tensor) -> Tensor:
+    def _run(
+        self, kept: Bool[Tensor, "n_layers runs batch pos n_heads"]
+    ) -> Float[Tensor, "runs batch"]:
+        """m of base runs in which the heads that are not kept write their mean."""
         k = kept.shape[1]
         with ExitStack() as stack:
             for layer in range(self.heads.n_layers):
@@ -99,4 +115,4 @@ class Knockout:
                 stack.enter_context(self.heads.z_edited(layer, ablate))
             x = self.task.base.pre[0].repeat(k, 1, 1)
             end = splice.resume_stream(self.task.hf, "blocks.0.hook_resid_pre", x)
-        return self.task.metric(self.task.at_end(end.unflatten(0, (k, -1))))
+        return self.task.metric(self.task.pairs.at_end(end.unflatten(0, (k, -1))))

@@ -32,6 +32,7 @@ from torch import Tensor, nn
 from pipeline.errors import RetraceError, nearest
 from pipeline.models import hooks, splice
 from pipeline.models.pairs import Task
+from pipeline.models.rerun import pieces, rerun
 from pipeline.store import tables
 
 ERROR = -1  # in the place of a latent's number
@@ -194,17 +195,17 @@ class Sites:
 
     def _mean_gradient(self, stream: str, layer: int, change: Tensor, alphas: list[float]):
         task = self.task
-        places = task.suffix(task.first_change(""))
+        places = task.pairs.suffix(task.pairs.first_change(""))
         start = getattr(task.base, stream)[layer]
-        x0, move = task.gathered(start, places), task.gathered(change, places)
+        x0, move = task.pairs.gathered(start, places), task.pairs.gathered(change, places)
         total = torch.zeros_like(x0)
-        for some in task.pieces(alphas, places.shape[1]):
+        for some in pieces(task.pairs, alphas, places.shape[1]):
             along = torch.tensor(some, device=x0.device)[:, None, None, None]
             points = (x0 + along * move).requires_grad_(True)
             with torch.enable_grad():
-                m = task.resumed(f"blocks.{layer}.hook_resid_{stream}", points, places).sum()
+                m = rerun(task, f"blocks.{layer}.hook_resid_{stream}", points, places).sum()
                 total += torch.autograd.grad(m, points)[0].sum(0)
-        at = (task.rows[:, None].expand_as(places), places.clamp(max=start.shape[1] - 1))
+        at = (task.pairs.rows[:, None].expand_as(places), places.clamp(max=start.shape[1] - 1))
         return torch.zeros_like(start).index_put(at, total / len(alphas), accumulate=True)
 
     def _pulled_back(self, hook: str, gradient: Tensor) -> Tensor:
@@ -222,17 +223,17 @@ class Sites:
         """
         stream, layer = self.entry(hook)
         task, out = self.task, []
-        places, x = task.suffix(start), getattr(task.base, stream)[layer]
-        for some in task.pieces(changes, places.shape[1]):
-            rows = torch.stack([task.gathered(x + c, places) for c in some])
+        places, x = task.pairs.suffix(start), getattr(task.base, stream)[layer]
+        for some in pieces(task.pairs, changes, places.shape[1]):
+            rows = torch.stack([task.pairs.gathered(x + c, places) for c in some])
             name = f"blocks.{layer}.hook_resid_{stream}"
-            out.append(task.resumed(name, rows, places) - task.before)
+            out.append(rerun(task, name, rows, places) - task.before)
         return torch.cat(out)
 
     def whole(self, hook: str) -> Tensor:
         """The exact effect of patching all of a site, [n]."""
         change = self.written(hook, self.source[hook] - self.base[hook])
-        return self.patched(hook, [change], self.task.first_change(""))[0]
+        return self.patched(hook, [change], self.task.pairs.first_change(""))[0]
 
 
 def effects(sites: Sites, hook: str, units: Units, alphas: list[float]) -> Effects:
@@ -274,8 +275,8 @@ def exact(
             direction = units[hook].direction(number).to(f)
             return sites.written(hook, f[..., number, None] * direction * mask)
 
-        start = task.first_change(at)
-        for piece in task.pieces(some, task.suffix(start).shape[1]):
+        start = task.pairs.first_change(at)
+        for piece in pieces(task.pairs, some, task.pairs.suffix(start).shape[1]):
             changes = [change(nodes[i].number) for i in piece]
             out[piece] = sites.patched(hook, changes, start)
             done += len(piece)

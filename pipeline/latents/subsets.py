@@ -29,6 +29,7 @@ from torch import Tensor
 from pipeline.errors import RetraceError
 from pipeline.latents.sites import ERROR, Latent, Sites, Units
 from pipeline.models import hooks, splice
+from pipeline.models.rerun import pieces
 
 Circuit = frozenset[Latent]
 
@@ -72,7 +73,7 @@ class Ablation:
     ) -> Tensor:
         """m of each circuit (or of all but it) on each prompt, [circuits n]."""
         task, out, done = self.sites.task, [], 0
-        for some in task.pieces(circuits, task.pairs.base.shape[1]):
+        for some in pieces(task.pairs, circuits, task.pairs.base.shape[1]):
             kept = [self.kept(c, complement) for c in some]
             out.append(self._run({h: torch.stack([k[h] for k in kept]) for h in self.units}))
             done += len(some)
@@ -83,7 +84,7 @@ class Ablation:
         """m [k n] of circuits kept [k pos units+1] a hook."""
         task, first = self.sites.task, self.sites.hooks[0]
         layer = int(first.split(".")[1])
-        (k, *_), n = next(iter(kept.values())).shape, len(task.rows)
+        (k, *_), n = next(iter(kept.values())).shape, len(task.pairs.rows)
         with ExitStack() as stack:
             for hook, unit in self.units.items():
 
@@ -97,7 +98,7 @@ class Ablation:
                 stack.enter_context(hooks.edited(task.hf, hook, ablate))
             x = task.base.pre[layer].repeat(k, 1, 1)
             end = splice.resume_stream(task.hf, f"blocks.{layer}.hook_resid_pre", x)
-        return task.metric(task.at_end(end.unflatten(0, (k, n))))
+        return task.metric(task.pairs.at_end(end.unflatten(0, (k, n))))
 
 
 class LatentEdge(NamedTuple):
@@ -140,12 +141,12 @@ def edges(
 
     with torch.enable_grad():
         task = sites.task
-        join(None, task.metric(task.at_end(end)).sum(), None)
+        join(None, task.metric(task.pairs.at_end(end)).sum(), None)
         for done, node in enumerate(nodes, 1):
             x = before[node.hook]
             join(node, x, _cotangent(sites, units[node.hook], node, alphas))
             told(done)
-    n = len(sites.task.rows)
+    n = len(sites.task.pairs.rows)
     total = torch.stack(weights) / n if weights else sites.task.before[:0]
     return found, total
 

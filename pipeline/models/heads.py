@@ -5,15 +5,19 @@
 A head's z is a slice of what the output projection reads, and its q, k or v a slice of what the
 input projections write, so plain forward hooks reach every head without splitting the module.
 Where several query heads share a key (grouped-query attention), k and v are counted by key head.
-hooks.py has the streams of whole layers.
+
+`Heads` is where circuits/ meets the names and forms of a family's modules: joint projections,
+transposed weights (GPT-2), norms behind attention (Gemma 2), MLPs without a module (OPT). Nothing
+there asks which family it has. hooks.py has the streams of whole layers.
 """
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from pipeline.errors import RetraceError
@@ -24,8 +28,8 @@ SLOTS: tuple[Slot, ...] = ("q", "k", "v")
 
 
 @dataclass(frozen=True)
-class Place:
-    """Where a head's q, k or v lies: in these columns of a module's output."""
+class HeadColumns:
+    """The columns of a module's output that hold one head's q, k or v."""
 
     module: nn.Module
     columns: slice
@@ -33,6 +37,8 @@ class Place:
 
 class Heads:
     """The attention heads of a model, and what attention and MLP of a layer read and write.
+
+    In shapes, d_z = n_heads * d_head.
 
     Attributes:
         n_layers, n_heads, d_head, d_model: as in TransformerLens.
@@ -66,25 +72,41 @@ class Heads:
                 f"values of {', '.join(map(str, widths))} heads, where z has {self.n_heads}"
             )
 
+    # --- modules -----------------------------------------------------------------------------
+
     def site(self, layer: int, at: str) -> places.Place:
         """The place of a hook of a layer, such as attn.hook_z."""
         return hooks.site(self.hf, f"blocks.{layer}.{at}")
 
     def attn(self, layer: int) -> nn.Module:
+        """The module of attention."""
         return hooks.submodule(self.layers[layer], self.names.attn)
 
+    def _of_hook(self, layer: int, at: str) -> nn.Module:
+        """The module whose input or output a hook is."""
+        return hooks.submodule(self.layers[layer], self.names.place(at)[0])
+
     def out(self, layer: int) -> nn.Module:
-        """The output projection, which reads z [batch pos n_heads*d_head]."""
-        return hooks.submodule(self.layers[layer], self.names.place("attn.hook_z")[0])
+        """The output projection, which reads z [batch pos d_z]."""
+        return self._of_hook(layer, "attn.hook_z")
 
-    def W_O(self, layer: int) -> Tensor:
-        """[n_heads d_head d_model]."""
-        out = self.out(layer)
-        weight = out.weight.T if isinstance(out, nn.Linear) else out.weight  # GPT-2: transposed
-        return weight.unflatten(0, (self.n_heads, -1))
+    def module_of(self, layer: int, slot: Slot) -> nn.Module:
+        """The input projection that writes a slot; one module may write all three."""
+        return self._of_hook(layer, f"attn.hook_{slot}")
 
-    def b_O(self, layer: int) -> Tensor | float:
-        """[d_model]: what attention writes that no head does; 0 where there is no bias."""
+    def post(self, layer: int, part: str) -> tuple[float, nn.Module | None]:
+        """(what a part's output is multiplied with, the norm behind it), of attn or mlp."""
+        place, norm = hooks.written_by(self.hf, self.layers[layer], part)
+        return place.scale, norm
+
+    # --- weights -----------------------------------------------------------------------------
+
+    def W_O(self, layer: int) -> Float[Tensor, "n_heads d_head d_model"]:
+        """The output projection, head by head."""
+        return places.weight_of(self.out(layer)).T.unflatten(0, (self.n_heads, -1))
+
+    def b_O(self, layer: int) -> Float[Tensor, " d_model"] | float:
+        """What attention writes that no head does; 0.0 where there is no bias."""
         bias = getattr(self.out(layer), "bias", None)
         return 0.0 if bias is None else bias
 
@@ -92,40 +114,68 @@ class Heads:
         """How many q, k or v a layer has."""
         return self.n_heads if slot == "q" else self.n_key_heads
 
-    def module_of(self, layer: int, slot: Slot) -> nn.Module:
-        """The input projection that writes a slot; one module may write all three."""
-        return hooks.submodule(self.layers[layer], self.names.place(f"attn.hook_{slot}")[0])
-
-    def columns(self, layer: int, slot: Slot) -> Tensor:
+    def columns(self, layer: int, slot: Slot) -> Int[Tensor, " columns"]:
         """The columns of a slot in the output of its projection, head by head."""
         place, module = self.site(layer, f"attn.hook_{slot}"), self.module_of(layer, slot)
-        width = module.weight.shape[0 if isinstance(module, nn.Linear) else 1]
-        every = torch.arange(width)
+        every = torch.arange(len(places.weight_of(module)))
         return every if place.columns is None else every[place.columns]
 
-    def place(self, layer: int, slot: Slot, head: int) -> Place:
+    def place(self, layer: int, slot: Slot, head: int) -> HeadColumns:
         """Where q, k or v of a head lies."""
         mine = self.columns(layer, slot)[head * self.d_head : (head + 1) * self.d_head]
-        return Place(self.module_of(layer, slot), places.as_slice(mine))
+        return HeadColumns(self.module_of(layer, slot), places.as_slice(mine))
 
-    def read(self, layer: int, slot: Slot, x: Tensor) -> Tensor:
-        """Queries, keys or values [... count*d_head] of the stream x before its layer."""
-        out = self.module_of(layer, slot)(self.attn_reads(layer, x))
-        place = self.site(layer, f"attn.hook_{slot}")
-        return out if place.columns is None else out[..., place.columns]
+    def W_in(self, layer: int, slot: Slot, head: int) -> Float[Tensor, "d_head d_model"]:
+        """The rows of the input projection that make q, k or v of a head."""
+        place = self.place(layer, slot, head)
+        return places.weight_of(place.module)[place.columns]
 
-    def attn_reads(self, layer: int, x: Tensor) -> Tensor:
+    # --- what a layer reads ------------------------------------------------------------------
+
+    def attn_reads(
+        self, layer: int, x: Float[Tensor, "*batch d_model"]
+    ) -> Float[Tensor, "*batch d_model"]:
         """What the input projections read, of the stream x before the layer."""
         reader = hooks.first_reader(self.names, self.layers[layer])
         return x if reader is self.attn(layer) else reader(x)
 
-    def post(self, layer: int, part: str) -> tuple[float, nn.Module | None]:
-        """(what a part's output is multiplied with, the norm behind it), of attn or mlp."""
-        place, norm = hooks.written_by(self.hf, self.layers[layer], part)
-        return place.scale, norm
+    def read(
+        self, layer: int, slot: Slot, x: Float[Tensor, "*batch d_model"]
+    ) -> Float[Tensor, "*batch d_slot"]:
+        """q, k or v of all heads, d_slot = count * d_head, of the stream x before its layer."""
+        out = self.module_of(layer, slot)(self.attn_reads(layer, x))
+        place = self.site(layer, f"attn.hook_{slot}")
+        return out if place.columns is None else out[..., place.columns]
 
-    def written(self, z: Tensor, layer: int) -> Tensor:
-        """What each head adds to the stream, [... n_heads d_model], of z [... n_heads*d_head].
+    def read_by(
+        self, layer: int, slot: Slot, head: int, x: Float[Tensor, "*batch d_model"]
+    ) -> Float[Tensor, "*batch d_head"]:
+        """q, k or v of one head, of the stream x before its layer."""
+        place = self.place(layer, slot, head)
+        return place.module(self.attn_reads(layer, x))[..., place.columns]
+
+    def mlp_reads(
+        self, layer: int, x: Float[Tensor, "*batch d_model"]
+    ) -> Float[Tensor, "*batch d_model"]:
+        """What the MLP reads, of the stream before it: resid_pre in parallel, else resid_mid."""
+        norm = self.mlp_norm(layer)
+        return x if norm is None else norm(x)
+
+    def mlp_norm(self, layer: int) -> nn.Module | None:
+        """The norm before the MLP; GPT-J's and Phi's is that of attention; OLMo 2 has none."""
+        parts = self.names.parts
+        out = (self.names.place("hook_mlp_out") or ("", ""))[0]
+        name = "ln2" if "ln2" in parts else "ln1"
+        if parts.get(name) == out or name not in parts:
+            return None
+        return hooks.submodule(self.layers[layer], parts[name])
+
+    # --- what a layer writes -----------------------------------------------------------------
+
+    def written(
+        self, z: Float[Tensor, "*batch d_z"], layer: int
+    ) -> Float[Tensor, "*batch n_heads d_model"]:
+        """What each head adds to the stream.
 
         Where a norm follows attention (Gemma 2), its scale is kept as z makes it, so that parts
         sum.
@@ -137,8 +187,8 @@ class Heads:
             raw = _kept(norm, raw.sum(-2) + self.b_O(layer), raw)
         return raw if scale == 1.0 else raw * scale
 
-    def rest(self, z: Tensor, layer: int) -> Tensor:
-        """What attention adds to the stream beside its heads: biases, [... d_model]."""
+    def rest(self, z: Float[Tensor, "*batch d_z"], layer: int) -> Float[Tensor, "*batch d_model"]:
+        """What attention adds to the stream beside its heads: biases."""
         scale, norm = self.post(layer, "attn")
         if norm is None:
             return (torch.zeros_like(z[..., :1]) + self.b_O(layer)).expand(
@@ -146,44 +196,59 @@ class Heads:
             ) * scale
         return self.attn_writes(layer, z) - self.written(z, layer).sum(-2)
 
-    def attn_writes(self, layer: int, z: Tensor) -> Tensor:
-        """What attention adds to the stream, [... d_model], of z [... n_heads*d_head]."""
-        by_head = z.unflatten(-1, (self.n_heads, self.d_head))
-        whole = torch.einsum("...hd,hdm->...m", by_head, self.W_O(layer)) + self.b_O(layer)
+    def attn_writes(
+        self, layer: int, z: Float[Tensor, "*batch d_z"]
+    ) -> Float[Tensor, "*batch d_model"]:
+        """What attention adds to the stream."""
         scale, norm = self.post(layer, "attn")
+        whole = self._before_norm(layer, z)
         return (whole if norm is None else norm(whole)) * scale
 
-    def mlp_reads(self, layer: int, x: Tensor) -> Tensor:
-        """What the MLP reads, of the stream before it: resid_pre in parallel, else resid_mid."""
-        norm = self.mlp_norm(layer)
-        return x if norm is None else norm(x)
+    def _before_norm(self, layer: int, z: Tensor) -> Tensor:
+        """The output projection of z, before a norm behind it."""
+        by_head = z.unflatten(-1, (self.n_heads, self.d_head))
+        return torch.einsum("...hd,hdm->...m", by_head, self.W_O(layer)) + self.b_O(layer)
 
-    def mlp_norm(self, layer: int) -> nn.Module | None:
-        """The norm before the MLP; GPT-J's and Phi's is that of attention; OLMo 2's has none."""
-        parts, module = self.names.parts, self.layers[layer]
-        out = (self.names.place("hook_mlp_out") or ("", ""))[0]
-        name = "ln2" if "ln2" in parts else "ln1"
-        if parts.get(name) == out or name not in parts:
-            return None
-        return hooks.submodule(module, parts[name])
+    def change_by(
+        self,
+        layer: int,
+        head: int,
+        change: Float[Tensor, "*batch d_head"],
+        z: Float[Tensor, "*batch d_z"],
+    ) -> Float[Tensor, "*batch d_model"]:
+        """How what attention adds to the stream changes with z of one head.
 
-    def mlp_writes(self, layer: int, x: Tensor) -> Tensor:
-        """What the MLP adds to the stream, of the stream x that it reads, [... d_model]."""
-        module, y = self.layers[layer], self.mlp_reads(layer, x)
+        Args:
+            change: of that head's z.
+            z: of all heads before the change, which decides the scale of a norm behind attention.
+        """
+        scale, norm = self.post(layer, "attn")
+        written = change @ self.W_O(layer)[head]
+        if norm is None:
+            return written if scale == 1.0 else written * scale
+        raw = self._before_norm(layer, z)
+        return (norm(raw + written) - norm(raw)) * scale
+
+    def mlp_writes(
+        self, layer: int, x: Float[Tensor, "*batch d_model"]
+    ) -> Float[Tensor, "*batch d_model"]:
+        """What the MLP adds to the stream, of the stream x that it reads."""
+        y = self.mlp_reads(layer, x)
         if self.names.mlp:
-            y = hooks.submodule(module, self.names.mlp)(y)
+            y = hooks.submodule(self.layers[layer], self.names.mlp)(y)
             y = y[0] if isinstance(y, tuple) else y
         else:  # its maps stand in the layer itself (OPT)
-            first, last = (self.names.place(f"mlp.hook_{h}")[0] for h in ("in", "post"))
-            act = module.activation_fn
-            y = hooks.submodule(module, last)(act(hooks.submodule(module, first)(y)))
+            first, last = (self._of_hook(layer, f"mlp.hook_{h}") for h in ("in", "post"))
+            y = last(self.layers[layer].activation_fn(first(y)))
         scale, norm = self.post(layer, "mlp")
         y = y if norm is None else norm(y)
         return y if scale == 1.0 else y * scale
 
+    # --- edits and patterns ------------------------------------------------------------------
+
     @contextmanager
     def z_edited(self, layer: int, fn: Callable[[Tensor], Tensor | None]) -> Iterator[None]:
-        """Inside: fn sees z [batch pos n_heads*d_head], and what it returns replaces it."""
+        """Inside: fn is called with z [batch pos d_z], and what it returns replaces z."""
 
         def before(_: nn.Module, args: tuple):
             new = fn(args[0])
@@ -202,30 +267,29 @@ class Heads:
         Args:
             values: (layer, slot, head) -> rows [m], positions [m] and new values [m d_head].
         """
-        handles = []
-        for (layer, slot, head), (rows, at, new) in values.items():
-            place = self.place(layer, slot, head)
-            columns = torch.arange(place.columns.start, place.columns.stop, device=new.device)
+        with ExitStack() as stack:
+            for (layer, slot, head), (rows, at, new) in values.items():
+                place = self.place(layer, slot, head)
+                columns = torch.arange(place.columns.start, place.columns.stop, device=new.device)
 
-            def after(_: nn.Module, __: tuple, out: Tensor, r=rows, a=at, c=columns, v=new):
-                out = out.clone()
-                out[r[:, None], a[:, None], c] = v
-                return out
+                def after(_: nn.Module, __: tuple, out: Tensor, r=rows, a=at, c=columns, v=new):
+                    out = out.clone()
+                    out[r[:, None], a[:, None], c] = v
+                    return out
 
-            handles.append(place.module.register_forward_hook(after))
-        try:
+                stack.callback(place.module.register_forward_hook(after).remove)
             yield
-        finally:
-            for handle in handles:
-                handle.remove()
 
-    def patterns(self, tokens: Tensor) -> list[Tensor]:
-        """Attention of every layer, [batch n_heads query key], of tokens [batch pos]."""
+    def patterns(
+        self, tokens: Int[Tensor, "batch pos"]
+    ) -> list[Float[Tensor, "batch n_heads pos pos"]]:
+        """Attention of every layer, from query (third axis) to key (last)."""
         if self.hf.config.model_type == "retrace_native":
-            ln1 = [f"blocks.{i}.hook_resid_pre" for i in range(self.n_layers)]
-            acts = hooks.run_to(self.hf, tokens, ln1)
+            streams = [f"blocks.{i}.hook_resid_pre" for i in range(self.n_layers)]
+            acts = hooks.run_to(self.hf, tokens, streams)
             return [
-                self.attn(i).pattern(self.attn_reads(i, acts[hook])) for i, hook in enumerate(ln1)
+                self.attn(i).pattern(self.attn_reads(i, acts[hook]))
+                for i, hook in enumerate(streams)
             ]
         before = self.hf.config._attn_implementation
         self.hf.set_attn_implementation("eager")  # the others never form the pattern
@@ -244,7 +308,9 @@ class Heads:
         return seen
 
 
-def _kept(norm: nn.Module, x: Tensor, parts: Tensor) -> Tensor:
-    """A norm of x [... d] on parts [... n d] of x, with the scale that x has; no bias."""
+def _kept(
+    norm: nn.Module, x: Float[Tensor, "*batch d_model"], parts: Float[Tensor, "*batch n d_model"]
+) -> Float[Tensor, "*batch n d_model"]:
+    """A norm of x on parts of x, with the scale that x has; no bias."""
     _, size, _ = places.standardised(norm, x)
     return places.linear_part(norm, parts) / size[..., None, :]

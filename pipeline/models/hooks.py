@@ -181,8 +181,7 @@ def width(hf: nn.Module, hook: str) -> int:
     """
     place, at = site(hf, hook), hook.split(".", 2)[-1]
     if at in ("mlp.hook_post", "attn.hook_z"):
-        weight = place.module.weight  # of GPT-2's Conv1D it stands the other way round
-        return weight.shape[1] if isinstance(place.module, nn.Linear) else weight.shape[0]
+        return places.weight_of(place.module).shape[1]
     if at.startswith("hook_") or at == "mlp.hook_in" or at.endswith("hook_normalized"):
         return hf.config.hidden_size
     raise RetraceError(f"hook '{hook}': a dictionary that was trained there cannot be brought in")

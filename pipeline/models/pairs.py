@@ -1,28 +1,40 @@
-"""Prompts in pairs, and a model's runs on both, for patching one into the other. [torch]
+"""A task for a model: prompts in pairs, the logit difference, and the runs on both. [torch]
 
-A run on the `base` prompts gets activations of a run on the `source` prompts, and the question is
-what becomes of
+The question that every method of circuits/ asks is what becomes of
 
-    m = logit(answer) - logit(foil) at the last position
+    m = logit(answer) - logit(foil)   at the last position of each prompt
 
-Where several tokens are right or wrong, the mean of their logits stands in the place of one. m
-needs no unembedding: the final norm's output times the difference of two of its rows is enough.
-`Task.resumed` runs the model on a changed stream from one layer and one position on: layers below
-do not run, and earlier positions give the keys and values that they gave in the base run.
+when activations of the run on the `source` prompts are put into the run on the `base` prompts.
+All of this is data: `Task.of` runs the model once on each prompt. rerun.py runs it with a patch.
+
+A patch at one position changes nothing at earlier ones, since attention looks back only. So what
+has to be computed again of each prompt is a suffix, from the first change to the last position:
+
+    base     the cat sat on the mat        first change of a patch at position 2
+    suffix           sat on the mat        places [2 3 4 5]
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from pipeline.errors import RetraceError, nearest
 from pipeline.models import hooks, splice
 from pipeline.models.heads import Heads
 
-TOKENS_A_PASS = {"cpu": 4096, "cuda": 32_768}
+Stream = Float[Tensor, "batch pos d_model"]
+# What a Run keeps of each layer, and the hook where it is read.
+KEPT = {
+    "pre": "hook_resid_pre",
+    "mid": "hook_resid_mid",
+    "post": "hook_resid_post",
+    "z": "attn.hook_z",
+}
 
 
 class Node(NamedTuple):
@@ -40,32 +52,36 @@ class Node(NamedTuple):
 
 @dataclass(frozen=True)
 class Pairs:
-    """Prompts in pairs that differ in some tokens, padded on the right.
+    """Prompts in pairs of one length, padded on the right.
 
     Attributes:
-        base, source: [n pos] token ids, of where patches go and where they come from.
-        answer, foil: [n] token ids, or [n tokens] where several are right or wrong; -1 is none.
-        end: [n], the last position of each prompt.
-        positions: name -> [n].
+        base, source: token ids of the prompts that are patched, and of those that patches are from.
+        answer, foil: the token id that is right, and the one that is wrong, of each prompt; or
+            several of them, filled up with -1.
+        end: the last position of each prompt.
+        positions: name -> a position in each prompt.
     """
 
-    base: Tensor
-    source: Tensor
-    answer: Tensor
-    foil: Tensor
-    end: Tensor
-    positions: dict[str, Tensor]
+    base: Int[Tensor, "batch pos"]
+    source: Int[Tensor, "batch pos"]
+    answer: Int[Tensor, " batch *answers"]
+    foil: Int[Tensor, " batch *foils"]
+    end: Int[Tensor, " batch"]
+    positions: dict[str, Int[Tensor, " batch"]]
 
     @classmethod
-    def of(cls, prompts: dict[str, Any], bos_id: int | None, device: Any, denoising: bool = False):
-        """Pairs of lists of token ids, BOS put in front where the model has one.
+    def of(
+        cls, prompts: dict[str, Any], bos_id: int | None, device: Any, denoising: bool = False
+    ) -> "Pairs":
+        """Pairs of lists of token ids; where the model has a BOS token, it is put in front.
 
         Args:
-            prompts: clean, corrupt (lists of token ids), answer, foil (a token id each, or a list
-                of them), positions (name -> places).
+            prompts: clean and corrupt (lists of token ids), answer and foil (one token id per
+                prompt, or a list of them), positions (name -> one position per prompt).
+            denoising: patches go from the clean prompts into the corrupt ones, not the other way.
 
         Raises:
-            RetraceError: a pair of unequal length.
+            RetraceError: the two prompts of a pair differ in length.
         """
         front = [] if bos_id is None else [bos_id]
         rows = {k: [[*front, *ids] for ids in prompts[k]] for k in ("clean", "corrupt")}
@@ -76,27 +92,34 @@ class Pairs:
                     f"prompts: pair {i} has {len(ids)} and {len(other)} tokens; a patch needs "
                     f"prompts of one length"
                 )
+
+        def tensor(values: Any) -> Tensor:
+            return torch.tensor(list(values), device=device)
+
         padded = {
-            k: torch.tensor([ids + [ids[0]] * (max(lengths) - len(ids)) for ids in v]).to(device)
-            for k, v in rows.items()
+            k: tensor(ids + [ids[0]] * (max(lengths) - len(ids)) for ids in some)
+            for k, some in rows.items()
         }
-        whole = lambda values: torch.tensor(list(values), device=device)  # noqa: E731
-        places = {k: whole(p + len(front) for p in v) for k, v in prompts["positions"].items()}
         base, source = ("corrupt", "clean") if denoising else ("clean", "corrupt")
         return cls(
-            padded[base], padded[source], whole(level(prompts["answer"])),
-            whole(level(prompts["foil"])), whole(n - 1 for n in lengths), places,
-        )  # fmt: skip
+            base=padded[base],
+            source=padded[source],
+            answer=tensor(filled(prompts["answer"])),
+            foil=tensor(filled(prompts["foil"])),
+            end=tensor(n - 1 for n in lengths),
+            positions={
+                name: tensor(p + len(front) for p in where)
+                for name, where in prompts["positions"].items()
+            },
+        )
 
-    def mask(self, position: str) -> Tensor:
-        """Which tokens a position names, bool [n pos]."""
-        index = torch.arange(self.base.shape[1], device=self.base.device)
-        if not position:
-            return (index >= 0).expand(self.base.shape)
-        return index == self.place(position)[:, None]
+    @cached_property
+    def rows(self) -> Int[Tensor, " batch"]:
+        """The numbers of the prompts, to index with."""
+        return torch.arange(len(self.end), device=self.end.device)
 
-    def place(self, position: str) -> Tensor:
-        """Where a position lies in each prompt, [n]."""
+    def place(self, position: str) -> Int[Tensor, " batch"]:
+        """Where a position, such as 'subject' or '@3', lies in each prompt."""
         if position.startswith("@"):
             return torch.full_like(self.end, int(position[1:]))
         if position not in self.positions:
@@ -106,219 +129,218 @@ class Pairs:
             )
         return self.positions[position]
 
+    def mask(self, position: str) -> Bool[Tensor, "batch pos"]:
+        """Which tokens a position means; blank means all."""
+        index = torch.arange(self.base.shape[1], device=self.base.device)
+        if not position:
+            return (index >= 0).expand(self.base.shape)
+        return index == self.place(position)[:, None]
+
     def differing(self) -> list[str]:
-        """The positions @i at which some pair differs."""
+        """The positions @i at which the prompts of some pair differ."""
         return [f"@{i}" for i in (self.base != self.source).any(0).nonzero()[:, 0].tolist()]
 
+    def first_change(self, position: str) -> Int[Tensor, " batch"]:
+        """The first position at which a patch changes each prompt's run.
 
-@dataclass
-class Run:
-    """What one forward pass leaves, by layer; every stream is [n pos d_model].
+        A patch everywhere changes nothing before the first token that differs. A patch behind a
+        prompt's last position does not count; then it is the last position.
+        """
+        if position:
+            return torch.minimum(self.place(position), self.end)
+        return (self.base != self.source).int().argmax(1)
 
-    Attributes:
-        pre, mid, post: the stream before attention, between attention and MLP, and behind.
-        z: [n pos n_heads*d_head].
-        past: keys and values, [n n_key_heads pos d_head]; none of models trained here, nor where a
-            sliding window has dropped some: then a patched run computes all positions.
-    """
+    def suffix(self, start: Int[Tensor, " batch"]) -> Int[Tensor, "batch suffix"]:
+        """The places from `start` to the last position, as many for every prompt.
 
-    pre: list[Tensor]
-    mid: list[Tensor]
-    post: list[Tensor]
-    z: list[Tensor]
-    past: list[tuple[Tensor, Tensor]]
-    parallel: bool = False
+        The places of a short prompt run on behind its end, like padding.
+        """
+        length = int((self.end - start).max()) + 1
+        return start[:, None] + torch.arange(length, device=start.device)
 
-    def mlp_input(self, layer: int) -> Tensor:
-        """The stream that the MLP reads, before its norm."""
-        return (self.pre if self.parallel else self.mid)[layer]
+    def gathered(
+        self, x: Shaped[Tensor, "batch pos d"], places: Int[Tensor, "batch suffix"]
+    ) -> Shaped[Tensor, "batch suffix d"]:
+        """x at places; at those behind the padding it is that of the last token."""
+        return x[self.rows[:, None], places.clamp(max=x.shape[1] - 1)]
 
-    def attn(self, layer: int) -> Tensor:
-        return self.mid[layer] - self.pre[layer]
-
-    def mlp(self, layer: int) -> Tensor:
-        return self.post[layer] - self.mid[layer]
-
-
-def watched(heads: Heads, tokens: Tensor) -> Run:
-    """A forward pass on tokens [n pos]; of a Hugging Face model the unembedding does not run."""
-    layers = range(heads.n_layers)
-    name = lambda hook: [f"blocks.{i}.{hook}" for i in layers]  # noqa: E731
-    middle = "hook_attn_out" if heads.parallel else "hook_resid_mid"
-    wanted = {"pre": "hook_resid_pre", "mid": middle, "post": "hook_resid_post", "z": "attn.hook_z"}
-    if "blocks.0.hook_mlp_out" not in hooks.hook_names(heads.hf):
-        raise RetraceError(
-            f"model type '{heads.hf.config.model_type}' has no stream between attention and MLP; "
-            f"circuits need layers of attention and an MLP"
-        )
-    with hooks.capture(heads.hf, [n for hook in wanted.values() for n in name(hook)]) as acts:
-        out = heads.hf.base_model(input_ids=tokens, use_cache=True)
-    streams = {k: [acts[n] for n in name(hook)] for k, hook in wanted.items()}
-    if heads.parallel:  # the stream that would be there
-        streams["mid"] = [a + b for a, b in zip(streams["pre"], streams["mid"], strict=True)]
-    cache = getattr(out, "past_key_values", None)
-    past = [(layer.keys, layer.values) for layer in cache.layers] if cache else []
-    if any(keys.shape[-2] != tokens.shape[1] for keys, _ in past):
-        past = []
-    return Run(**streams, past=past, parallel=heads.parallel)
+    def at_end(self, x: Shaped[Tensor, "*runs batch pos d"]) -> Shaped[Tensor, "*runs batch d"]:
+        """x at the last position of each prompt."""
+        return x[..., self.rows, self.end, :]
 
 
-def level(ids: list) -> list:
-    """Token ids, or lists of them filled up with -1 to one length."""
+def filled(ids: list) -> list:
+    """Token ids as they are; lists of them filled up with -1 to one length."""
     if not isinstance(ids[0], list):
         return ids
     most = max(map(len, ids))
     return [[*some, *[-1] * (most - len(some))] for some in ids]
 
 
-def mean_rows(W_U: Tensor, ids: Tensor) -> Tensor:
-    """[n d_model]: the row of each token id [n], or the mean of those that are [n tokens]."""
-    if ids.dim() == 1:
-        return W_U[ids]
-    given = (ids >= 0).to(W_U.dtype)
-    return torch.einsum("ntd,nt->nd", W_U[ids.clamp(min=0)], given / given.sum(1, keepdim=True))
+@dataclass(frozen=True)
+class Run:
+    """What one forward pass leaves, one entry per layer.
+
+    Attributes:
+        pre, mid, post: the stream before attention, between attention and MLP, and behind the MLP.
+        z: what the output projection reads, d_z = n_heads * d_head.
+        past: keys and values [batch n_key_heads pos d_head]. Models trained here give none, nor do
+            those whose sliding window has dropped some: then a patched run computes all positions.
+        parallel: attention and MLP both read `pre`; `mid` is what the stream between them would be.
+    """
+
+    pre: list[Stream]
+    mid: list[Stream]
+    post: list[Stream]
+    z: list[Float[Tensor, "batch pos d_z"]]
+    past: list[tuple[Tensor, Tensor]]
+    parallel: bool = False
+
+    @classmethod
+    def of(cls, heads: Heads, tokens: Int[Tensor, "batch pos"]) -> "Run":
+        """A forward pass; the unembedding of a Hugging Face model does not run.
+
+        Raises:
+            RetraceError: layers without an MLP, or without a stream before it.
+        """
+        if "blocks.0.hook_mlp_out" not in hooks.hook_names(heads.hf):
+            raise RetraceError(
+                f"model type '{heads.hf.config.model_type}' has no stream between attention and "
+                f"MLP; circuits need layers of attention and an MLP"
+            )
+        wanted = KEPT | ({"mid": "hook_attn_out"} if heads.parallel else {})
+        names = {
+            key: [f"blocks.{i}.{hook}" for i in range(heads.n_layers)]
+            for key, hook in wanted.items()
+        }
+        with hooks.capture(heads.hf, [n for some in names.values() for n in some]) as acts:
+            out = heads.hf.base_model(input_ids=tokens, use_cache=True)
+        kept = {key: [acts[name] for name in some] for key, some in names.items()}
+        if heads.parallel:
+            kept["mid"] = [x + attn for x, attn in zip(kept["pre"], kept["mid"], strict=True)]
+        cache = getattr(out, "past_key_values", None)
+        past = [(layer.keys, layer.values) for layer in cache.layers] if cache else []
+        if any(keys.shape[-2] != tokens.shape[1] for keys, _ in past):
+            past = []
+        return cls(**kept, past=past, parallel=heads.parallel)
+
+    def at(self, hook: str) -> Stream:
+        """The stream at a hook such as blocks.3.hook_resid_mid."""
+        _, layer, name = hook.split(".")
+        return getattr(self, name.removeprefix("hook_resid_"))[int(layer)]
+
+    def mlp_input(self, layer: int) -> Stream:
+        """The stream that the MLP reads, before its norm."""
+        return (self.pre if self.parallel else self.mid)[layer]
+
+    def attn(self, layer: int) -> Stream:
+        """What attention adds to the stream."""
+        return self.mid[layer] - self.pre[layer]
+
+    def mlp(self, layer: int) -> Stream:
+        """What the MLP adds to the stream."""
+        return self.post[layer] - self.mid[layer]
 
 
+@dataclass(frozen=True)
+class LogitDifference:
+    """m = logit(answer) - logit(foil) as a function of the stream before the final norm N.
+
+        m(x) = N(x) · direction + constant,   direction = scale (W_U[answer] - W_U[foil])
+
+    so that no other logit is computed. Where several tokens are right or wrong, the mean of their
+    logits stands in the place of one. Where logits are capped by a tanh (Gemma 2), m is not linear
+    in N(x), and the logits of these tokens are computed.
+
+    Attributes:
+        hf: the model, whose unembedding is read.
+        norm: N.
+        answer, foil: as in `Pairs`.
+        constant: what biases of the unembedding add to m; 0.0 where it has none.
+        cap: of the logits; 0 is none.
+    """
+
+    hf: nn.Module
+    norm: nn.Module
+    answer: Int[Tensor, " batch *answers"]
+    foil: Int[Tensor, " batch *foils"]
+    direction: Float[Tensor, "batch d_model"]
+    constant: Float[Tensor, " batch"] | float
+    cap: float
+
+    @classmethod
+    def of(cls, hf: nn.Module, pairs: Pairs) -> "LogitDifference":
+        hooks.require(hf, "unembed")
+        head, (scale, cap) = hf.get_output_embeddings(), splice.tail(hf)
+        answer, foil = (mean_rows(head.weight, t) * scale for t in (pairs.answer, pairs.foil))
+        constant: Tensor | float = 0.0
+        if head.bias is not None:  # Phi, GPT-J
+            right, wrong = (
+                mean_rows(head.bias[:, None], t)[:, 0] for t in (pairs.answer, pairs.foil)
+            )
+            constant = (right - wrong) * scale
+        norm = splice.final_norm(hf)
+        return cls(hf, norm, pairs.answer, pairs.foil, answer - foil, constant, cap)
+
+    def __call__(self, x: Float[Tensor, "*runs batch d_model"]) -> Float[Tensor, "*runs batch"]:
+        """m of the stream at the last position of each prompt."""
+        y = self.norm(x)
+        if self.cap:
+            return self._mean_logit(y, self.answer) - self._mean_logit(y, self.foil)
+        return (y * self.direction).sum(-1) + self.constant
+
+    def _mean_logit(
+        self, y: Float[Tensor, "*runs batch d_model"], tokens: Int[Tensor, " batch *tokens"]
+    ) -> Float[Tensor, "*runs batch"]:
+        """The mean of the capped logits of some tokens, of what the unembedding reads."""
+        tokens = tokens[:, None] if tokens.dim() == 1 else tokens
+        W_U = self.hf.get_output_embeddings().weight[tokens.clamp(min=0)]
+        logits = splice.capped(self.hf, torch.einsum("...nd,ntd->...nt", y, W_U))
+        given = (tokens >= 0).to(y.dtype)
+        return (logits * given).sum(-1) / given.sum(-1)
+
+
+def mean_rows(
+    W_U: Float[Tensor, "d_vocab d"], tokens: Int[Tensor, " batch *tokens"]
+) -> Float[Tensor, "batch d"]:
+    """The row of each prompt's token, or the mean of the rows of several."""
+    if tokens.dim() == 1:
+        return W_U[tokens]
+    given = (tokens >= 0).to(W_U.dtype)
+    weights = given / given.sum(1, keepdim=True)
+    return torch.einsum("ntd,nt->nd", W_U[tokens.clamp(min=0)], weights)
+
+
+@dataclass(frozen=True)
 class Task:
     """Pairs of prompts on a model, with the runs on both.
 
     Attributes:
-        direction: [n d_model], what the output of the final norm is multiplied with to give m.
-        constant: [n], what biases of the unembedding add to m; 0.0 where it has none.
-        cap: of the logits; 0 is none.
-        base, source: the runs; before: m of the base run, [n]; total: m(source) - m(base), [n].
+        hf, heads: the model, and its attention heads.
+        metric: m of the stream at the last positions.
+        base, source: the runs on the prompts.
+        before: m of the base run.
+        total: m(source) - m(base), the effect of patching everything.
     """
 
-    def __init__(self, hf: nn.Module, pairs: Pairs) -> None:
-        self.hf, self.pairs, self.heads = hf, pairs, Heads(hf)
-        hooks.require(hf, "unembed")
-        head = hf.get_output_embeddings()
-        scale, self.cap = splice.tail(hf)
-        answers = [mean_rows(head.weight, ids) * scale for ids in (pairs.answer, pairs.foil)]
-        self.direction = answers[0] - answers[1]  # [n d_model]
-        self.tokens_of = pairs.answer, pairs.foil
-        self.constant: Tensor | float = 0.0
-        if head.bias is not None:  # Phi, GPT-J
-            each = [mean_rows(head.bias[:, None], ids)[:, 0] for ids in self.tokens_of]
-            self.constant = (each[0] - each[1]) * scale
-        self.norm = splice.final_norm(hf)
-        self.rows = torch.arange(len(pairs.end), device=pairs.end.device)
-        # now, before anybody edits the model
-        self.base, self.source = (watched(self.heads, t) for t in (pairs.base, pairs.source))
-        self.before = self.metric(self.at_end(self.base.post[-1]))
-        self.total = self.metric(self.at_end(self.source.post[-1])) - self.before
+    hf: nn.Module
+    heads: Heads
+    pairs: Pairs
+    metric: Callable[[Tensor], Tensor]
+    base: Run
+    source: Run
+    before: Float[Tensor, " batch"]
+    total: Float[Tensor, " batch"]
 
-    def metric(self, x: Tensor) -> Tensor:
-        """m [... n] of the stream at the last positions before the final norm, [... n d_model]."""
-        if self.cap:
-            return self._capped(self.norm(x), *self.tokens_of)
-        return (self.norm(x) * self.direction).sum(-1) + self.constant
+    @classmethod
+    def of(cls, hf: nn.Module, pairs: Pairs) -> "Task":
+        """Run the model on both prompts of every pair.
 
-    def _capped(self, y: Tensor, *tokens: Tensor) -> Tensor:
-        """m [... n] of what the unembedding reads, where logits are capped by a tanh (Gemma 2)."""
-        W_U, found = self.hf.get_output_embeddings().weight, []
-        for ids in tokens:
-            ids = ids[:, None] if ids.dim() == 1 else ids
-            logits = torch.einsum("...nd,ntd->...nt", y, W_U[ids.clamp(min=0)])
-            given = (ids >= 0).to(y.dtype)
-            found.append((splice.capped(self.hf, logits) * given).sum(-1) / given.sum(-1))
-        return found[0] - found[1]
-
-    def at_end(self, x: Tensor) -> Tensor:
-        """[... n pos d] at the last position of each prompt, [... n d]."""
-        return x[..., self.rows, self.pairs.end, :]
-
-    def suffix(self, start: Tensor) -> Tensor:
-        """Places from start [n] to the last position, [n s]; short ones run over it, as padding."""
-        length = int((self.pairs.end - start).max()) + 1
-        return start[:, None] + torch.arange(length, device=start.device)
-
-    def resumed(self, hook: str, x: Tensor, places: Tensor) -> Tensor:
-        """m [k n] with the stream at `hook` set to x, base keys and values before it.
-
-        Args:
-            x: [k n s d_model], the stream from the first position on that differs from base.
-            places: [n s], see `suffix`.
+        Raises:
+            RetraceError: a model without heads, without an MLP, or whose logits its own proof could
+                not reproduce (proof.py).
         """
-        k, n = x.shape[:2]
-        rows = x.flatten(0, 1)
-        if not self.base.past:
-            layer, stream = int(hook.split(".")[1]), hook.rsplit("_", 1)[1]
-            whole = getattr(self.base, stream)[layer].repeat(k, 1, 1)
-            at = places.clamp(max=whole.shape[1] - 1).repeat(k, 1)
-            valid = (places < whole.shape[1]).repeat(k, 1)
-            index = torch.arange(k * n, device=x.device)[:, None].expand_as(at)
-            whole[index[valid], at[valid]] = rows[valid]
-            end = splice.resume_stream(self.hf, hook, whole).unflatten(0, (k, n))
-            return self.metric(self.at_end(end))
-        from transformers import DynamicCache
-
-        cache, first = DynamicCache(), int(hook.split(".")[1])
-        for i, (keys, values) in enumerate(self.base.past):
-            many = lambda t: t.repeat(k, 1, 1, 1)  # noqa: E731
-            cache.update(*((many(keys), many(values)) if i >= first else (keys, values)), i)
-        n_ctx = self.hf.config.max_position_embeddings - 1
-        end = splice.resume_stream(
-            self.hf, hook, rows, past_key_values=cache, use_cache=True,
-            position_ids=places.clamp(max=n_ctx).repeat(k, 1),
-            attention_mask=self._seen(places).repeat(k, 1, 1, 1),
-        ).unflatten(0, (k, n))  # fmt: skip
-        return self.metric(end[:, self.rows, self.pairs.end - places[:, 0]])
-
-    def _seen(self, places: Tensor) -> Tensor:
-        """Additive mask [n 1 s pos+s]: base keys before the suffix, then the suffix's own."""
-        n, s = places.shape
-        length = self.pairs.base.shape[1]
-        index = torch.arange(length, device=places.device)
-        before = (index < places[:, :1])[:, None, :].expand(n, s, length)
-        own = torch.ones(s, s, dtype=torch.bool, device=places.device).tril().expand(n, s, s)
-        seen = torch.cat([before, own], -1)[:, None]
-        kind = self.direction.dtype
-        return torch.zeros(seen.shape, dtype=kind, device=places.device).masked_fill(
-            ~seen, torch.finfo(kind).min
-        )
-
-    def gathered(self, stream: Tensor, places: Tensor) -> Tensor:
-        """[n s d] of a stream [n pos d] at places [n s]."""
-        at = places.clamp(max=stream.shape[1] - 1)
-        return stream[self.rows[:, None], at]
-
-    def first_change(self, position: str) -> Tensor:
-        """Where a patch at a position first changes a prompt, [n]; what is before is as in base.
-
-        Behind a prompt's end nothing changes it; then it is the end.
-        """
-        if position:
-            return torch.minimum(self.pairs.place(position), self.pairs.end)
-        return (self.pairs.base != self.pairs.source).int().argmax(1)
-
-    def pieces(self, items: list, length: int) -> Iterator[list]:
-        """Items, as many as make one pass with `length` tokens of all prompts."""
-        most = TOKENS_A_PASS.get(self.pairs.base.device.type, 4096)
-        some = max(1, most // (length * len(self.rows)))
-        for start in range(0, len(items), some):
-            yield items[start : start + some]
-
-    def changed_by(self, node: Node) -> Tensor:
-        """How the node's part of the stream changes when it is patched, [n pos d_model]."""
-        base, source, layer = self.base, self.source, node.layer
-        if node.kind == "head":
-            at = slice(node.head * self.heads.d_head, (node.head + 1) * self.heads.d_head)
-            z = source.z[layer][..., at] - base.z[layer][..., at]
-            change = self._written(layer, z, node.head)
-        elif node.kind == "resid":
-            change = source.pre[layer] - base.pre[layer]
-        else:
-            change = getattr(source, node.kind)(layer) - getattr(base, node.kind)(layer)
-        return change * self.pairs.mask(node.position)[..., None]
-
-    def _written(self, layer: int, z: Tensor, head: int) -> Tensor:
-        """How what attention writes changes with z of one head, a norm behind it included."""
-        heads = self.heads
-        scale, norm = heads.post(layer, "attn")
-        change = z @ heads.W_O(layer)[head]
-        if norm is None:
-            return change if scale == 1.0 else change * scale
-        whole = self.base.z[layer].unflatten(-1, (heads.n_heads, heads.d_head))
-        raw = torch.einsum("...hd,hdm->...m", whole, heads.W_O(layer)) + heads.b_O(layer)
-        return (norm(raw + change) - norm(raw)) * scale
+        heads, metric = Heads(hf), LogitDifference.of(hf, pairs)
+        base, source = (Run.of(heads, tokens) for tokens in (pairs.base, pairs.source))
+        before, after = (metric(pairs.at_end(run.post[-1])) for run in (base, source))
+        return cls(hf, heads, pairs, metric, base, source, before, after - before)

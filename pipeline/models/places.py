@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 import torch
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from pipeline.errors import RetraceError
@@ -52,6 +53,11 @@ def slots(form: str, width: int, n_heads: int, d_head: int) -> dict[str, Tensor]
     return {"q": q.flatten(), "k": k.flatten(), "v": v.flatten()}
 
 
+def weight_of(module: nn.Module) -> Float[Tensor, "d_out d_in"]:
+    """The weight of a linear map; GPT-2's Conv1D holds it the other way round."""
+    return module.weight if isinstance(module, nn.Linear) else module.weight.T
+
+
 def as_slice(columns: Tensor) -> Columns:
     """Adjacent columns as a slice, which reads without a copy."""
     first, last = int(columns[0]), int(columns[-1])
@@ -67,11 +73,11 @@ def columns_of(module: nn.Module, what: str, end: nn.Module, n_heads: int) -> Co
     Raises:
         RetraceError: the projection does not hold these heads in this form.
     """
-    width = module.weight.shape[0 if isinstance(module, nn.Linear) else 1]
+    width = len(weight_of(module))
     if what.endswith(" half"):
         return slice(0, width // 2) if what.startswith("first") else slice(width // 2, width)
     slot, _, form = what.split()
-    d_head = end.weight.shape[1 if isinstance(end, nn.Linear) else 0] // n_heads
+    d_head = weight_of(end).shape[1] // n_heads
     found = slots(form, width, n_heads, d_head)
     if not found:
         raise RetraceError(

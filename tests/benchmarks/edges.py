@@ -129,18 +129,18 @@ def rows(args: argparse.Namespace, folder: Path) -> list[Row]:
     ids = torch.randint(5, SHAPE["vocab_size"], (2, n, 16)).tolist()
     prompts = {"clean": ids[0], "corrupt": ids[1], "answer": [1] * n, "foil": [2] * n}
     pairs = Pairs.of({**prompts, "positions": {}}, None, device)
-    every = eap.edges(Task(hf, pairs), [0.0])[0]
+    every = eap.edges(Task.of(hf, pairs), [0.0])[0]
     some = [every[i] for i in sorted(torch.randperm(len(every))[:N_EXACT].tolist())]
     told = {**prompts, "ig_steps": STEPS, "edges": [name_of(e) for e in some]}
     (folder / "task.json").write_text(json.dumps(told))
     found = {}
 
     def attribution(method: str, alphas: list[float]) -> None:
-        edges, scores = eap.edges(Task(hf, pairs), alphas)
+        edges, scores = eap.edges(Task.of(hf, pairs), alphas)
         found[method] = dict(zip(edges, scores.tolist(), strict=True))
 
     def exact() -> None:
-        effects = many_edges(Task(hf, pairs), some).mean(-1)
+        effects = many_edges(Task.of(hf, pairs), some).mean(-1)
         found["exact"] = dict(zip(some, effects.tolist(), strict=True))
 
     ours = {

@@ -77,7 +77,7 @@ def compared(args, model_json: Path) -> list[Row]:
     loaded = loader.load(model_json, device)
     bridge = loader.bridge(model_json, device)
     pairs = tokens_of(loaded.hf, None if args.random else loaded.tokenizer, args.prompts, device)
-    task = Task(loaded.hf, pairs)
+    task = Task.of(loaded.hf, pairs)
     n_layers = task.heads.n_layers
     layers = sorted({round(i * (n_layers - 1) / (args.layers - 1)) for i in range(args.layers)})
     nodes = [Node("head", i, h) for i in layers for h in range(task.heads.n_heads)]
@@ -90,7 +90,7 @@ def compared(args, model_json: Path) -> list[Row]:
         return (last[rows, pairs.answer] - last[rows, pairs.foil]).mean()
 
     def ours() -> None:
-        again = Task(loaded.hf, pairs)  # both runs count, as the peer's do
+        again = Task.of(loaded.hf, pairs)  # both runs count, as the peer's do
         found["ours"] = (activation_patching(again, nodes) + again.before).mean(-1).cpu()
 
     def peer() -> None:
@@ -111,7 +111,7 @@ def compared(args, model_json: Path) -> list[Row]:
     ]
 
     def gradient() -> None:
-        eap.attribution_patching(Task(loaded.hf, pairs), every).cpu()
+        eap.attribution_patching(Task.of(loaded.hf, pairs), every).cpu()
 
     def forward() -> None:
         loaded.hf(input_ids=pairs.base, use_cache=False)

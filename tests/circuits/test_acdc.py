@@ -7,7 +7,7 @@ import pytest
 import torch
 from test_patching import EVEN, PROMPTS, tiny
 
-from pipeline.circuits import acdc, circuits, eap
+from pipeline.circuits import acdc, eap, methods, table
 from pipeline.circuits.edge_graph import EdgeGraph
 from pipeline.circuits.patching import Edge, edge_patching
 from pipeline.errors import RetraceError
@@ -288,7 +288,7 @@ def test_eap_ig_sums_to_the_loss_on_paper():
 def both(request):
     """(task, graph) on one pair of prompts."""
     with torch.no_grad():
-        task = Task(tiny(request.param), Pairs.of(EVEN, 0, "cpu"))
+        task = Task.of(tiny(request.param), Pairs.of(EVEN, 0, "cpu"))
         yield task, EdgeGraph(task.hf, task.pairs.base, task.pairs.source)
 
 
@@ -296,8 +296,8 @@ def change(task, graph):
     """m of logits [k n pos d_vocab] minus m of the clean run, [k]."""
 
     def measure(y):
-        last = y[:, task.rows, task.pairs.end]
-        m = last[:, task.rows, task.pairs.answer] - last[:, task.rows, task.pairs.foil]
+        last = y[:, task.pairs.rows, task.pairs.end]
+        m = last[:, task.pairs.rows, task.pairs.answer] - last[:, task.pairs.rows, task.pairs.foil]
         return (m - task.before).mean(-1)
 
     return measure
@@ -339,10 +339,10 @@ def test_the_stage_has_the_method(ablation):
         prompts="p", methods=["acdc"], acdc={"ablation": ablation, "thresholds": [0.01, 0.0001]}
     )
     with torch.no_grad():
-        task = Task(tiny("native"), Pairs.of(PROMPTS, 0, "cpu"))
-        frames = circuits.measure(task, spec, 0)
+        task = Task.of(tiny("native"), Pairs.of(PROMPTS, 0, "cpu"))
+        frames = methods.measure(task, spec, 0)
     edges, (row,) = frames["edges"], frames["methods"].to_dict("records")
-    assert list(edges.columns) == [*circuits.EDGES, "seed"] and set(edges["method"]) == {"acdc"}
+    assert list(edges.columns) == [*table.EDGES, "seed"] and set(edges["method"]) == {"acdc"}
     sizes = [(rows["score"] >= tau).sum() for tau, rows in edges.groupby("threshold")]
     assert sizes[0] > sizes[1] > 0
     assert (edges.groupby("threshold").size() == len(edges) / 2).all()

@@ -7,9 +7,9 @@ import torch
 from test_patching import CLOSE, KINDS, PROMPTS, logit_diff, small_step, tiny
 from transformers.models.llama.modeling_llama import LlamaRMSNorm
 
-from pipeline.circuits import atp_star, circuits, eap
+from pipeline.circuits import atp_star, eap, methods, table
 from pipeline.circuits.head_inputs import input_nodes, input_patching, many_edges
-from pipeline.circuits.patching import activation_patching, edge_patching
+from pipeline.circuits.patching import activation_patching, changed_by, edge_patching
 from pipeline.models import hooks
 from pipeline.models.native import NativeForCausalLM
 from pipeline.models.pairs import Node, Pairs, Task, mean_rows
@@ -20,7 +20,7 @@ from pipeline.spec.training import Architecture
 @pytest.fixture(params=KINDS)
 def task(request):
     with torch.no_grad():
-        yield Task(tiny(request.param), Pairs.of(PROMPTS, 0, "cpu"))
+        yield Task.of(tiny(request.param), Pairs.of(PROMPTS, 0, "cpu"))
 
 
 def input_of(task: Task, node: Node, tokens: torch.Tensor) -> torch.Tensor:
@@ -114,7 +114,7 @@ def detached(task: Task, layer: int, nodes: list[Node]) -> torch.Tensor:
 
 def test_dropped_gradients_are_those_of_detached_layers(task):
     nodes = [Node(kind, i) for i in range(3) for kind in ("attn", "mlp")]
-    nodes += [n for n in circuits.parts(task) if n.kind == "head"]
+    nodes += [n for n in table.parts(task) if n.kind == "head"]
     nodes += [n for n in input_nodes(task) if n.kind == "v"]
     nodes += [Node("resid", i, -1, "late") for i in range(3)]
     for layer, grads in enumerate(atp_star.dropped(task)):
@@ -149,7 +149,7 @@ def frozen(task: Task, layer: int, node: Node, by: float) -> torch.Tensor:
             stack.enter_context(task.heads.z_edited(node.layer, moved))
         else:
             name = f"blocks.{node.layer}.{stream[node.kind]}"
-            change = task.changed_by(node)
+            change = changed_by(task, node)
             stack.enter_context(hooks.edited(task.hf, name, lambda x: x + by * change))
         for part in ("attn", "mlp"):
             kept = getattr(task.base, part)(layer)
@@ -166,7 +166,7 @@ def test_atp_star_is_the_papers_formula(task, monkeypatch):
         return torch.nn.functional.rms_norm(x, x.shape[-1:], norm.weight, norm.variance_epsilon)
 
     monkeypatch.setattr(LlamaRMSNorm, "forward", exact_norm)
-    task, h = Task(task.hf.double(), task.pairs), 1e-5
+    task, h = Task.of(task.hf.double(), task.pairs), 1e-5
     nodes = [Node("head", i, j) for i in range(3) for j in (0, 3)]
     nodes += [Node(kind, i) for i in range(3) for kind in ("attn", "mlp")]
     nodes += [Node("mlp", 1, -1, "late"), *(Node("resid", i, -1, "late") for i in range(3))]
@@ -206,7 +206,7 @@ def blank() -> NativeForCausalLM:
 
 def on(hf: NativeForCausalLM, clean: list[int], corrupt: list[int]) -> Task:
     prompts = {"clean": [clean], "corrupt": [corrupt], "answer": [1], "foil": [0], "positions": {}}
-    return Task(hf, Pairs.of(prompts, None, "cpu"))
+    return Task.of(hf, Pairs.of(prompts, None, "cpu"))
 
 
 @pytest.mark.parametrize(
@@ -254,7 +254,7 @@ def test_a_node_whose_effects_cancel_is_seen_with_graddrop_alone():
 def test_several_answers_are_the_mean_of_their_logits():
     prompts = PROMPTS | {"answer": [[1, 7], [2]], "foil": [[3, 5, 9], [4, 8]]}
     with torch.no_grad():
-        task = Task(tiny("llama"), Pairs.of(prompts, 0, "cpu"))
+        task = Task.of(tiny("llama"), Pairs.of(prompts, 0, "cpu"))
         logits = task.hf(task.pairs.base).logits
     last = logits[torch.arange(2), task.pairs.end]
     want = [last[0, [1, 7]].mean() - last[0, [3, 5, 9]].mean(), last[1, 2] - last[1, [4, 8]].mean()]
@@ -268,16 +268,16 @@ def test_several_answers_are_the_mean_of_their_logits():
 
 
 def test_the_stage_has_atp_star_and_edges_drawn_at_random():
-    methods = ["activation_patching", "attribution_patching", "atp_star", "eap"]
-    spec = CircuitsSpec(prompts="p", methods=methods, n_exact=4, n_drawn=30)
+    named = ["activation_patching", "attribution_patching", "atp_star", "eap"]
+    spec = CircuitsSpec(prompts="p", methods=named, n_exact=4, n_drawn=30)
     with torch.no_grad():
-        frames = circuits.measure(Task(tiny("llama"), Pairs.of(PROMPTS, 0, "cpu")), spec, 0)
+        frames = methods.measure(Task.of(tiny("llama"), Pairs.of(PROMPTS, 0, "cpu")), spec, 0)
     nodes, edges = frames["nodes"], frames["edges"]
     star = nodes[nodes["method"] == "atp_star"]
     assert len(star) == 15 and (star["score"] >= 0).all() and star["score"].max() > 1e-3
-    assert frames["methods"]["method"].tolist() == methods
+    assert frames["methods"]["method"].tolist() == named
     known = edges["exact"].notna()
-    drawn = circuits.drawn(len(edges), 30, 0)
+    drawn = methods.drawn(len(edges), 30, 0)
     assert known[drawn].all() and 30 <= known.sum() <= 34
     strongest = edges["score"].abs().nlargest(4).index
     assert known[strongest].all()

@@ -15,6 +15,7 @@ from pipeline.circuits.patching import (
     Edge,
     Receiver,
     activation_patching,
+    changed_by,
     edge_patching,
     path_patching,
 )
@@ -41,7 +42,7 @@ def task(request):
     hf = check.model_of(kind, variant, **CAPPED.get(kind, {}))
     with torch.no_grad():
         assert proof.prove(hf) == {} and hf.retrace_fails == {}
-        return Task(hf, Pairs.of(PROMPTS, 0, "cpu"))
+        return Task.of(hf, Pairs.of(PROMPTS, 0, "cpu"))
 
 
 @pytest.fixture(autouse=True)
@@ -53,8 +54,8 @@ def no_grad():
 def plain(task, tokens=None) -> torch.Tensor:
     """m out of all logits."""
     logits = task.hf(task.pairs.base if tokens is None else tokens).logits
-    last = logits[task.rows, task.pairs.end]
-    return last[task.rows, task.pairs.answer] - last[task.rows, task.pairs.foil]
+    last = logits[task.pairs.rows, task.pairs.end]
+    return last[task.pairs.rows, task.pairs.answer] - last[task.pairs.rows, task.pairs.foil]
 
 
 def replaced(task, hook: str, columns: slice, mask: torch.Tensor) -> torch.Tensor:
@@ -131,7 +132,7 @@ def test_estimates_are_slopes_of_whole_forward_passes(task):
 
 
 def test_direct_logits_sum_to_the_metric(task):
-    if task.cap:
+    if task.metric.cap:
         with pytest.raises(RetraceError, match="capped by a tanh"):
             direct_logit.direct_logit(task, task.base)
         return
@@ -141,8 +142,8 @@ def test_direct_logits_sum_to_the_metric(task):
 
 def test_a_path_to_the_logits_and_an_edge_by_hand(task):
     """The sender's change, carried by the stream past frozen parts, and read by the final norm."""
-    change = task.changed_by(Node("head", 1, 2))
-    want = task.metric(task.at_end(task.base.post[-1] + change)) - task.before
+    change = changed_by(task, Node("head", 1, 2))
+    want = task.metric(task.pairs.at_end(task.base.post[-1] + change)) - task.before
     edge = Edge(Node("head", 1, 2), Node("logits", -1))
     torch.testing.assert_close(edge_patching(task, edge), want, **CLOSE)
     if task.heads.parallel:  # nothing of the last layer reads it: the path is the whole effect
@@ -155,7 +156,7 @@ def test_a_path_to_the_logits_and_an_edge_by_hand(task):
 def test_an_edge_into_an_mlp_is_a_whole_forward_pass(task):
     """The MLP's own norm and module read the changed stream, all else runs on as it would."""
     source = Node("mlp", 0)
-    change = task.changed_by(source)
+    change = changed_by(task, source)
     read = task.base.mlp_input(1) + change
     hook = "blocks.1.mlp.hook_in"
     with hooks.edited(task.hf, hook, lambda _: task.heads.mlp_reads(1, read)):
@@ -186,7 +187,7 @@ def test_a_graph_without_edges_of_a_part_is_the_model_with_it_patched(task):
         present = graph.everything()
         cut = [i for i, edge in enumerate(graph.edges) if edge.source == node]
         present[:, cut] = 0
-        last = graph.run(present)[0][task.rows, pairs.end]
-        m = last[task.rows, pairs.answer] - last[task.rows, pairs.foil]
+        last = graph.run(present)[0][task.pairs.rows, pairs.end]
+        m = last[task.pairs.rows, pairs.answer] - last[task.pairs.rows, pairs.foil]
         want = replaced(task, hook, columns, pairs.mask(""))
         torch.testing.assert_close(m, want, atol=5e-5, rtol=1e-4, msg=f"{node}")

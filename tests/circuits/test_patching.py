@@ -65,7 +65,7 @@ def tiny(kind: str) -> torch.nn.Module:
 @pytest.fixture(params=KINDS)
 def task(request):
     with torch.no_grad():
-        yield Task(tiny(request.param), Pairs.of(PROMPTS, 0, "cpu"))
+        yield Task.of(tiny(request.param), Pairs.of(PROMPTS, 0, "cpu"))
 
 
 def logit_diff(logits: torch.Tensor, pairs: Pairs) -> torch.Tensor:
@@ -152,7 +152,7 @@ def slow_path(task: Task, sender: tuple, receivers: list[Receiver] | None, place
     given = {}
     for r in receivers:
         seen[r, "handle"].remove()
-        given[r] = (task.rows, place, seen[r][task.rows, place])
+        given[r] = (task.pairs.rows, place, seen[r][task.pairs.rows, place])
     with heads.set_inputs(given):
         return logit_diff(task.hf(task.pairs.base).logits, task.pairs) - task.before
 
@@ -185,7 +185,7 @@ def test_a_path_to_a_head_below_does_nothing(task):
 
 def small_step(task: Task, share: float) -> Task:
     """The same pairs, the source's runs moved towards the base's."""
-    near = Task(task.hf, task.pairs)
+    near = Task.of(task.hf, task.pairs)
     for stream in ("pre", "mid", "post", "z"):
         for x, y in zip(getattr(near.base, stream), getattr(near.source, stream), strict=True):
             y.copy_(x + share * (y - x))
@@ -250,7 +250,7 @@ def test_edges_that_can_be_computed_on_paper():
     attn.o.weight[:2, :2] = torch.eye(2)  # and writes them
     prompts = {"clean": [[1, 2]], "corrupt": [[0, 2]], "answer": [1], "foil": [0], "positions": {}}
     with torch.no_grad():
-        task = Task(hf, Pairs.of(prompts, None, "cpu"))
+        task = Task.of(hf, Pairs.of(prompts, None, "cpu"))
         assert task.before.item() == pytest.approx(0.5)  # half of the attention is on token 1
         edges, scores = eap.edges(task, [0.0])
         score = dict(zip(edges, scores.tolist(), strict=True))
@@ -293,7 +293,7 @@ def test_equal_to_transformer_lens(kind, tmp_path):
 
     hf = tiny(kind)
     with torch.no_grad():
-        task = Task(hf, Pairs.of(EVEN, 0, "cpu"))
+        task = Task.of(hf, Pairs.of(EVEN, 0, "cpu"))
         bridge = bridge_of(hf, tmp_path)
         _, cache = bridge.run_with_cache(task.pairs.source)
         metric = lambda logits: logit_diff(logits, task.pairs).mean()  # noqa: E731
@@ -333,7 +333,7 @@ def test_direct_logits_and_patterns_are_transformer_lenss(kind, tmp_path):
             layer.attn.c_attn.bias.data[32:] = 0
             layer.ln_1.bias.data[:] = 0
     with torch.no_grad():
-        task = Task(hf, Pairs.of(EVEN, 0, "cpu"))
+        task = Task.of(hf, Pairs.of(EVEN, 0, "cpu"))
         bridge = bridge_of(hf, tmp_path, compatible=True)
         _, cache = bridge.run_with_cache(task.pairs.base)
         result = direct_logit_attribution(
@@ -425,7 +425,7 @@ def test_a_sliding_window_is_the_models_own(length):
     with torch.no_grad():
         pairs = Pairs.of(prompts, None, "cpu")
         before = logit_diff(hf(pairs.base).logits, pairs)
-        found = activation_patching(Task(hf, pairs), nodes)
+        found = activation_patching(Task.of(hf, pairs), nodes)
         for node, module, got in zip(nodes, modules, found, strict=True):
             kept = []
             handle = module.register_forward_hook(lambda _, a, out, k=kept: k.append(first(out)))

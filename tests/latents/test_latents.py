@@ -7,8 +7,8 @@ import pytest
 import torch
 from transformers import GPT2Config, GPT2LMHeadModel, LlamaConfig, LlamaForCausalLM
 
-from pipeline.circuits import circuits
 from pipeline.circuits.eap import midpoints
+from pipeline.circuits.methods import measure
 from pipeline.errors import RetraceError
 from pipeline.latents import sites as latents
 from pipeline.latents import stored
@@ -92,7 +92,7 @@ def units_of(names: list[str]) -> dict[str, latents.Units]:
 @pytest.fixture(params=["llama", "gpt2", "native"])
 def sites(request):
     with torch.no_grad():
-        task = Task(tiny(request.param), Pairs.of(PAIRS, 0, "cpu"))
+        task = Task.of(tiny(request.param), Pairs.of(PAIRS, 0, "cpu"))
         yield Sites(task, [*HOOKS, NEURONS])
 
 
@@ -317,7 +317,7 @@ def test_the_strongest_nodes_and_their_scores():
 
 
 def test_faults_are_told():
-    task = Task(tiny(), Pairs.of(PAIRS, 0, "cpu"))
+    task = Task.of(tiny(), Pairs.of(PAIRS, 0, "cpu"))
     with pytest.raises(RetraceError, match="hook_resid_pre' cannot be a site"):
         Sites(task, ["blocks.1.hook_resid_pre"])
     with pytest.raises(RetraceError, match="has 4 layers"):
@@ -326,7 +326,7 @@ def test_faults_are_told():
               for k, v in PAIRS.items() if k in ("clean", "corrupt")}  # fmt: skip
     uneven |= {"answer": [1, 2, 3], "foil": [3, 4, 5], "positions": {}}
     with torch.no_grad():
-        sites = Sites(Task(tiny(), Pairs.of(uneven, 0, "cpu")), HOOKS[:1])
+        sites = Sites(Task.of(tiny(), Pairs.of(uneven, 0, "cpu")), HOOKS[:1])
         with pytest.raises(RetraceError, match="4 to 6 tokens long"):
             Ablation(sites, units_of(HOOKS[:1]))
 
@@ -341,7 +341,8 @@ def test_dictionaries_are_loaded_by_name(tmp_path, monkeypatch):
     (tmp_path / "acts").write_text(json.dumps({"skip_first": 1, "hooks": {hook: {"max_norm": 9}}}))
     monkeypatch.setattr(stored, "load_saes", lambda m, d, names: {n: TopK(0) for n in names})
     manifests = [str(tmp_path / "a"), str(tmp_path / "b")]
-    load = lambda *names: latents.load(manifests, list(names), tmp_path / "acts", "cpu")  # noqa: E731
+    cpu = torch.device("cpu")
+    load = lambda *names: latents.load(manifests, list(names), tmp_path / "acts", cpu)  # noqa: E731
     found = load("one")
     assert list(found) == [hook] and (found[hook].skip_first, found[hook].max_norm) == (1, 9)
     with pytest.raises(RetraceError, match="no dictionary 'ones'"):
@@ -363,8 +364,8 @@ def test_the_stage_scores_latents_beside_exact_patching():
     spec = CircuitsSpec.model_validate(section)
     units = units_of(HOOKS[1:3])
     with torch.no_grad():
-        task = Task(tiny(), Pairs.of(PAIRS, 0, "cpu"))
-        frames = circuits.measure(task, spec, 0, units)
+        task = Task.of(tiny(), Pairs.of(PAIRS, 0, "cpu"))
+        frames = measure(task, spec, 0, units)
         sites = Sites(task, list(units))
         top = latents.strongest(
             {h: latents.effects(sites, h, u, [0.0]) for h, u in units.items()}, 1, False

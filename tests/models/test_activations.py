@@ -148,10 +148,11 @@ def test_a_smaller_dtype_rounds_the_same_numbers(
 # --- the plan ------------------------------------------------------------------------------
 
 
-class FakeBlocks:
+class FakeBlocks(Blocks):
     """100 training and 30 held-out blocks of 16 tokens."""
 
-    n_ctx = 16
+    def __init__(self):
+        self.n_ctx = 16
 
     def range(self, split):
         return (0, 100) if split == "train" else (100, 130)

@@ -251,7 +251,7 @@ def planted(sign: float) -> NativeForCausalLM:
 def test_a_planted_copying_head(sign):
     drawn = prompts.draw(TOKENIZER, 6, 0)
     with torch.no_grad():
-        task = Task(planted(sign), Pairs.of(drawn.data(), 0, "cpu"))
+        task = Task.of(planted(sign), Pairs.of(drawn.data(), 0, "cpu"))
         copies, suppresses = measures.copying(task, 4)
         looks, patterns = measures.attention(task)
         rows = measures.scatter(task, patterns, [(0, 0)])

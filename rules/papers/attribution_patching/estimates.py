@@ -31,9 +31,10 @@ from pydantic import Field
 from torch import Tensor
 
 from pipeline.circuits import atp_star, eap
-from pipeline.circuits.circuits import drawn, edge_rows, parts, streams
 from pipeline.circuits.head_inputs import input_nodes, input_patching, many_edges
+from pipeline.circuits.methods import drawn
 from pipeline.circuits.patching import activation_patching
+from pipeline.circuits.table import edge_rows, parts, streams
 from pipeline.errors import RetraceError, nearest
 from pipeline.job import cli
 from pipeline.job.source import import_file
@@ -101,12 +102,12 @@ def peaks(task: Task) -> list[Tensor]:
 
     Mean over prompts, and over the positions from the first change to the last.
     """
-    places = task.suffix(task.first_change(""))
+    places = task.pairs.suffix(task.pairs.first_change(""))
     at = places.clamp(max=task.pairs.base.shape[1] - 1)
     inside = (places <= task.pairs.end[:, None])[..., None]
     out = []
     for pattern in task.heads.patterns(task.pairs.base):
-        most = pattern.amax(-1).transpose(1, 2)[task.rows[:, None], at]  # [n s n_heads]
+        most = pattern.amax(-1).transpose(1, 2)[task.pairs.rows[:, None], at]  # [n s n_heads]
         out.append((most * inside).sum((0, 1)) / inside.sum())
     return out
 
@@ -229,7 +230,7 @@ def main() -> None:
                 for seed in options.seeds:
                     cli.log.info("%s on %s, seed %d", name, arm, seed)
                     with torch.no_grad():
-                        task = Task(loaded.hf, given(name, what, loaded, seed, device))
+                        task = Task.of(loaded.hf, given(name, what, loaded, seed, device))
                         made = measure(task, what, options, seed, Clock(device))
                     for table, frame in made.items():
                         key = {"arm": arm, "task": name, "seed": seed}

@@ -27,8 +27,9 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from pipeline.circuits import acdc, circuits, eap
+from pipeline.circuits import acdc, eap
 from pipeline.circuits.edge_graph import EdgeGraph
+from pipeline.circuits.table import edge_rows
 from pipeline.claims import roc
 from pipeline.errors import RetraceError
 from pipeline.job import cli
@@ -120,11 +121,11 @@ def found(
         "exact": alone,
     }
     rows = [
-        circuits.edge_rows(method, graph.edges, rise, alone, tau)
+        edge_rows(method, graph.edges, rise, alone, tau)
         for method, (_, rises) in cut.items()
         for tau, rise in zip(taus, rises, strict=True)
     ]
-    rows += [circuits.edge_rows(m, graph.edges, s, alone) for m, s in scores.items()]
+    rows += [edge_rows(m, graph.edges, s, alone) for m, s in scores.items()]
     sets = {m: kept.cpu().numpy() for m, (kept, _) in cut.items()}
     sets |= {m: roc.sets_of_scores(s.cpu().numpy()) for m, s in scores.items()}
     parts = []
@@ -160,7 +161,7 @@ def areas(edges: pd.DataFrame, known: pd.DataFrame, seed: int) -> pd.DataFrame:
 def truth_rows(graph: EdgeGraph, model: str) -> pd.DataFrame:
     """Rows of the table truth: a column a source."""
     nothing = torch.zeros(len(graph.edges))
-    rows = circuits.edge_rows("", graph.edges, nothing, nothing)[roc.COLUMNS]
+    rows = edge_rows("", graph.edges, nothing, nothing)[roc.COLUMNS]
     return rows.assign(**{k: v.numpy() for k, v in truth.truths(graph, model).items()})
 
 

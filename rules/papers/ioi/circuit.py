@@ -96,7 +96,7 @@ class Arm:
 
     def task(self, n: int, seed: int) -> tuple[Task, Any]:
         drawn = prompts.draw(self.loaded.tokenizer, n, seed)
-        return Task(self.loaded.hf, self.pairs(drawn, self.bos_id)), drawn
+        return Task.of(self.loaded.hf, self.pairs(drawn, self.bos_id)), drawn
 
     def behaviour(self) -> list[dict]:
         """Rows of the table behaviour."""

@@ -25,7 +25,7 @@ from torch import Tensor
 from pipeline.circuits.direct_logit import direct_logit
 from pipeline.circuits.patching import Receiver, path_patching
 from pipeline.job import cli
-from pipeline.models.pairs import Node, Run, Task, watched
+from pipeline.models.pairs import Node, Run, Task
 
 Head = tuple[int, int]
 LOOKS = 0.1  # attention of a head that looks at a name
@@ -199,7 +199,7 @@ def without(task: Task, means: list[Tensor], heads: list[Head]) -> Run:
                 return z
 
             stack.enter_context(task.heads.z_edited(layer, ablate))
-        return watched(task.heads, task.pairs.base)
+        return Run.of(task.heads, task.pairs.base)
 
 
 def placed(roles: dict[str, list[Head]]) -> dict[str, frozenset]:

@@ -55,19 +55,15 @@ def attention(task: Task) -> tuple[dict[str, Tensor], list[Tensor]]:
     out = {}
     for name, (query, key) in LOOKS.items():
         q, k = pairs.place(query), pairs.place(key)
-        out[name] = torch.stack([p[task.rows, :, q, k].mean(0) for p in patterns])
+        out[name] = torch.stack([p[task.pairs.rows, :, q, k].mean(0) for p in patterns])
     return out, patterns
 
 
 def ov(task: Task, layer: int, x: Tensor) -> Tensor:
     """What each head would write if it saw only x [m d_model], [m n_heads d_model]."""
     heads = task.heads
-    normed = heads.attn_reads(layer, x)
     shared = heads.n_heads // heads.n_key_heads
-    z = []
-    for h in range(heads.n_heads):
-        place = heads.place(layer, "v", h // shared)
-        z.append(place.module(normed)[..., place.columns])
+    z = [heads.read_by(layer, "v", h // shared, x) for h in range(heads.n_heads)]
     return torch.einsum("hmd,hdo->mho", torch.stack(z), heads.W_O(layer))
 
 
@@ -86,7 +82,7 @@ def copying(task: Task, n_names: int) -> tuple[Tensor, Tensor]:
     for layer in range(task.heads.n_layers):
         written = ov(task, layer, first)
         for sign, into in zip((1, -1), found, strict=True):
-            logits = task.norm(sign * written) @ W_U.T  # [names n_heads d_vocab]
+            logits = task.metric.norm(sign * written) @ W_U.T  # [names n_heads d_vocab]
             top = logits.topk(min(TOP, logits.shape[-1]), -1).indices
             into.append((top == names[:, None, None]).any(-1).float().mean(0))
     return torch.stack(found[0]), torch.stack(found[1])
@@ -94,19 +90,18 @@ def copying(task: Task, n_names: int) -> tuple[Tensor, Tensor]:
 
 def scatter(task: Task, patterns: list[Tensor], heads: list[tuple[int, int]]) -> list[dict]:
     """A row a head, prompt and name: attention from END to the name, and the logit it writes."""
-    linear, _ = frozen_norm(task.norm, task.at_end(task.base.post[-1]))
+    linear, _ = frozen_norm(task.metric.norm, task.pairs.at_end(task.base.post[-1]))
     W_U, rows = task.hf.get_output_embeddings().weight, []
     for layer, head in heads:
-        written = task.heads.written(task.at_end(task.base.z[layer]), layer)[:, head]
+        written = task.heads.written(task.pairs.at_end(task.base.z[layer]), layer)[:, head]
         scaled = linear(written)
         for name, ids in (("IO", task.pairs.answer), ("S", task.pairs.foil)):
             logit = (scaled * W_U[ids]).sum(-1).tolist()
-            key = task.pairs.place("IO" if name == "IO" else "S1")
-            seen = patterns[layer][task.rows, head, task.pairs.end, key]
+            pairs, pattern = task.pairs, patterns[layer]
+            key = pairs.place("IO" if name == "IO" else "S1")
+            seen = pattern[pairs.rows, head, pairs.end, key]
             if name == "S":  # it stands twice
-                seen = (
-                    seen + patterns[layer][task.rows, head, task.pairs.end, task.pairs.place("S2")]
-                )
+                seen = seen + pattern[pairs.rows, head, pairs.end, pairs.place("S2")]
             for prompt, (a, b) in enumerate(zip(seen.tolist(), logit, strict=True)):
                 row = {"layer": layer, "head": head, "name": name, "prompt": prompt}
                 rows.append(row | {"attention": a, "logit": b})

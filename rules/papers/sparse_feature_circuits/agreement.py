@@ -83,7 +83,7 @@ class Structure:
     def _sites(self, drawn: dict, device: Any) -> latents.Sites:
         every = dict.fromkeys(h for hooks in self.hooks.values() for h in hooks)
         pairs = Pairs.of(drawn, self.loaded.bos_id, device)
-        return latents.Sites(Task(self.loaded.hf, pairs), list(every))
+        return latents.Sites(Task.of(self.loaded.hf, pairs), list(every))
 
     def effects(self, kind: str, method: str) -> dict[str, latents.Effects]:
         """hook -> effects of the nodes of a kind, on the prompts that circuits are found on."""
