@@ -4,6 +4,7 @@ The tests hold `evaluation`, which works in passes over shards, against them.
 """
 
 import math
+from numbers import Real
 
 import numpy as np
 
@@ -45,6 +46,6 @@ def loss_recovered(loss_model: float, loss_spliced: float, loss_ablated: float) 
     return share(loss_ablated - loss_spliced, loss_ablated - loss_model)
 
 
-def share(part: float, whole: float) -> float:
+def share(part: Real, whole: Real) -> Real:
     """part / whole; nan where the whole is not above zero: it is no share of nothing."""
     return part / whole if whole > 0 else math.nan
