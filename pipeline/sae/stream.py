@@ -27,7 +27,7 @@ from torch import Tensor
 
 from pipeline.errors import RetraceError
 from pipeline.store import tables
-from pipeline.store.shards import Pairs, Rows
+from pipeline.store.shards import PairedRows, Rows
 
 CHUNKS = 64  # in a buffer; by default a chunk is a thousand rows, about a megabyte
 READERS = {"cuda": 4}  # threads that read one buffer each; one thread on a CPU
@@ -63,7 +63,7 @@ class Stream:
         device: torch.device | str = "cpu",
         target: Rows | None = None,
     ) -> None:
-        self.rows = Pairs(rows, target) if target else rows
+        self.rows = PairedRows(rows, target) if target else rows
         self.batch_size, self.seed, self.device = batch_size, seed, torch.device(device)
         if rows.n_rows == 0:
             raise RetraceError(f"{rows.manifest}: holds no training row; raise corpus.n_tokens")

@@ -2,7 +2,7 @@
 
     f = act(x W_enc + b_enc),  y_hat = f W_dec + b_dec            (Dunefsky et al. 2024, 2406.11944)
 
-1. The rows x and y of a token stand side by side, [rows d_in + d_out] (shards.Pairs).
+1. The rows x and y of a token stand side by side, [rows d_in + d_out] (shards.PairedRows).
 2. SAELens has transcoders for inference but does not train them. Here its training classes get a
    decoder of y's width, and their losses compare with y in place of x, so that every term of the
    loss is still computed by SAELens.
