@@ -25,6 +25,7 @@ from pipeline.job import cli
 from pipeline.job.source import import_file
 from pipeline.latents import sites as latents
 from pipeline.latents.subsets import Ablation
+from pipeline.latents.units import Latents, Neurons, RandomDirections
 from pipeline.models import loader
 from pipeline.models.pairs import Pairs, Task
 from pipeline.spec.base import Section, Seeds
@@ -183,16 +184,16 @@ def part(drawn: dict[str, Any], piece: slice) -> dict[str, Any]:
     return out | {"positions": {k: v[piece] for k, v in drawn["positions"].items()}}
 
 
-def units_of(found: dict[str, latents.Latents], loaded: Any, seed: int) -> dict[str, dict]:
+def units_of(found: dict[str, Latents], loaded: Any, seed: int) -> dict[str, dict]:
     """latents, neurons, random -> hook -> units, at the hooks of the dictionaries `found`."""
     d_mlp = loaded.hf.config.intermediate_size
     neurons = {}
     for hook, units in found.items():
         at_mlp = hook.endswith("hook_mlp_out")
         own = hook.replace("hook_mlp_out", "mlp.hook_post")
-        neurons[own] = latents.Neurons(d_mlp if at_mlp else units.sae.W_dec.shape[1])
+        neurons[own] = Neurons(d_mlp if at_mlp else units.sae.W_dec.shape[1])
     random = {
-        hook: latents.Latents(latents.RandomDirections(u.sae, seed + i), u.skip_first, u.max_norm)
+        hook: Latents(RandomDirections(u.sae, seed + i), u.skip_first, u.max_norm)
         for i, (hook, u) in enumerate(found.items())
     }
     return {"latents": found, "neurons": neurons, "random": random}

@@ -20,8 +20,9 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from pipeline.latents.sites import ERROR, Effects, Latent, strongest
+from pipeline.latents.sites import Effects, strongest
 from pipeline.latents.subsets import Ablation
+from pipeline.latents.units import ERROR, Latent
 
 
 class Kind(NamedTuple):

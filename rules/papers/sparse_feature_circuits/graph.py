@@ -12,8 +12,9 @@ import pandas as pd
 import torch
 
 from pipeline.latents import features
-from pipeline.latents.sites import ERROR, Effects, Latent, Latents, Sites, scores, strongest
+from pipeline.latents.sites import Effects, Sites, scores, strongest
 from pipeline.latents.subsets import edges
+from pipeline.latents.units import ERROR, Latent, Latents
 from pipeline.models import hooks
 from pipeline.store import shards
 from pipeline.text.tokens import Texts
