@@ -127,7 +127,7 @@ def history(dictionaries: list[Dictionary]) -> Any:
 
 def summary(dictionary: Dictionary, spec: SaeSpec) -> dict[str, Any]:
     """The manifest's entry of a trained dictionary."""
-    dead = dictionary.dead.cpu()
+    dead = dictionary.dead.mask.cpu()
     return {
         "folder": f"saes/{dictionary.name}",
         "dead_share": dead.double().mean().item(),

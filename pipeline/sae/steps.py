@@ -146,9 +146,9 @@ def topk(
     coefficients: dict,
     step: int,
     scratch: Scratch,
-    room: int | None = None,
+    capacity: int | None = None,
 ) -> Outcome:
-    """One batch of a TopKTrainingSAE; arguments as `reference`, and `room` as `auxk`."""
+    """One batch of a TopKTrainingSAE; arguments as `reference`, and `capacity` as `auxk`."""
     shape, k = (len(x), sae.cfg.d_sae), sae.cfg.k
     rescale = sae.cfg.rescale_acts_by_decoder_norm
     norm = sae.W_dec.norm(dim=1) if rescale else torch.ones_like(sae.b_enc)
@@ -161,7 +161,7 @@ def topk(
     grads = Gradients(sae, support, acts, x)
     loss = grads.mse
     if sae.cfg.aux_loss_coefficient:
-        loss = loss + auxk(grads, scores, norm, dead, scratch, room)
+        loss = loss + auxk(grads, scores, norm, dead, scratch, capacity)
     grads.store()
     fired = support.fired(acts)
     return Outcome(loss, grads.mse, support.l0_(acts), fired)
@@ -173,7 +173,7 @@ def auxk(
     norm: Tensor,
     dead: Tensor | None,
     scratch: Scratch,
-    room: int | None = None,
+    capacity: int | None = None,
 ) -> Tensor | float:
     """AuxK's loss; its gradients are added to `grads`. Dense, over the dead latents alone.
 
@@ -181,16 +181,21 @@ def auxk(
         scores: [batch d_sae], pre-activations times norms.
         norm: [d_sae].
         dead: bool [d_sae], or None.
-        room: so many latents, the dead ones among them, take part, the others with a value of
-            zero; then no shape depends on `dead`, and a GPU is not waited for.
+        capacity: number of latents that take part, at least that of the dead ones; the living
+            ones among them have a value of zero. No shape then depends on `dead`, so that the step
+            does not wait for a GPU. None: the dead latents alone.
     """
     if dead is None:
         return 0.0
-    at = dead.nonzero()[:, 0] if room is None else dead.byte().topk(room).indices.sort().values
+    at = (
+        dead.nonzero()[:, 0]
+        if capacity is None
+        else dead.byte().topk(capacity).indices.sort().values
+    )
     if len(at) == 0:
         return 0.0
     sae, cast, k_aux = grads.sae, scratch.cast, grads.r.shape[1] // 2
-    on = None if room is None else dead[at]
+    on = None if capacity is None else dead[at]
     n_dead = scores.new_tensor(len(at), dtype=norm.dtype) if on is None else on.sum().to(norm.dtype)
     coefficient = sae.cfg.aux_loss_coefficient * (n_dead / k_aux).clamp(max=1.0) / len(scores)
     acts, kept = scores[:, at].to(norm.dtype), on
@@ -234,4 +239,5 @@ def standard(
 
 
 FAST: dict[str, Callable[..., Outcome]] = {"topk": topk, "standard": standard}
-STATIC = {topk}  # given the room of the dead, the same kernels whatever the batch
+# Steps that run the same kernels on every batch, given a capacity for dead latents.
+STATIC = {topk}

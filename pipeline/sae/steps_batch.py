@@ -90,7 +90,12 @@ class Nested(Gradients):
 
 @torch.no_grad()
 def _batch(
-    sae: Any, x: Tensor, dead: Tensor | None, scratch: Scratch, widths: list[int], room: int | None
+    sae: Any,
+    x: Tensor,
+    dead: Tensor | None,
+    scratch: Scratch,
+    widths: list[int],
+    capacity: int | None,
 ) -> Outcome:
     """One batch of a dictionary whose active latents are the k B largest of all."""
     shape = (len(x), sae.cfg.d_sae)
@@ -105,7 +110,7 @@ def _batch(
     grads = Nested(sae, support, acts, x, widths)
     loss = grads.mse + grads.inner
     if sae.cfg.aux_loss_coefficient:
-        loss = loss + auxk(grads, scores, norm, dead, scratch, room)
+        loss = loss + auxk(grads, scores, norm, dead, scratch, capacity)
     grads.store()
     _move_threshold(sae, kept)
     fired = support.fired(acts)
@@ -131,10 +136,10 @@ def batchtopk(
     coefficients: dict,
     step: int,
     scratch: Scratch,
-    room: int | None = None,
+    capacity: int | None = None,
 ) -> Outcome:
     """One batch of a BatchTopKTrainingSAE; arguments as `sae_steps.topk`."""
-    return _batch(sae, x, dead, scratch, [sae.cfg.d_sae], room)
+    return _batch(sae, x, dead, scratch, [sae.cfg.d_sae], capacity)
 
 
 def matryoshka(
@@ -145,10 +150,10 @@ def matryoshka(
     coefficients: dict,
     step: int,
     scratch: Scratch,
-    room: int | None = None,
+    capacity: int | None = None,
 ) -> Outcome:
     """One batch of a MatryoshkaBatchTopKTrainingSAE; arguments as `sae_steps.topk`."""
-    return _batch(sae, x, dead, scratch, sae.cfg.matryoshka_widths, room)
+    return _batch(sae, x, dead, scratch, sae.cfg.matryoshka_widths, capacity)
 
 
 STATIC = {batchtopk, matryoshka}

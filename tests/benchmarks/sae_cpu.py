@@ -49,7 +49,7 @@ def pair(args, options: dict, x, n_dead: int, l0: float | None):
             if n_dead:
                 bias[:n_dead] = -100.0
     ours = Dictionary("ours", saes[0], training, 10_000)
-    ours.silent[:n_dead] = 10**12
+    ours.dead.rows_since_fired[:n_dead] = 10**12
     config = SAETrainerConfig(
         total_training_samples=n_rows,
         train_batch_size_samples=args.batch_size,

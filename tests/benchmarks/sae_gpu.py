@@ -104,7 +104,7 @@ def with_dead(spec, args) -> dict:
     trainer = theirs.trainer
     for of in (dictionary.sae, sae):
         of.b_enc.data[:n_dead] = -100.0
-    dictionary.silent[:n_dead] = 10**12
+    dictionary.dead.rows_since_fired[:n_dead] = 10**12
     trainer.n_forward_passes_since_fired[:n_dead] = 1e9
     return {"dead": step, "peer, dead": theirs}
 
@@ -133,6 +133,7 @@ def sparsify(args):
 def same_gradients(spec, args, x: torch.Tensor, n_dead: int = 0) -> None:
     """In float32 our step has the gradients of SAELens's, parameter by parameter."""
     from pipeline.sae import steps as sae_steps
+    from pipeline.sae.optimiser import coefficients
     from pipeline.sae.sparse import Scratch
     from pipeline.sae.train import FAST
 
@@ -142,8 +143,8 @@ def same_gradients(spec, args, x: torch.Tensor, n_dead: int = 0) -> None:
         sae = dictionary.sae
         how = {"dead": dead if n_dead else None, "step": 0, "scratch": Scratch()}
         if n_dead and step is not sae_steps.reference:
-            how["room"] = 2 * n_dead
-        outcome = step(sae, x, coefficients=dictionary.coefficients(0), **how)
+            how["capacity"] = 2 * n_dead
+        outcome = step(sae, x, coefficients=coefficients(dictionary.sae, 0), **how)
         found.append({"loss": outcome.loss} | {n: p.grad for n, p in sae.named_parameters()})
     for name, want in found[1].items():
         off = float((found[0][name] - want).norm() / want.norm())
@@ -156,14 +157,15 @@ def same_when_recorded(spec, args, pool: list[torch.Tensor], n_dead: int) -> Non
     moved = []
     for recorded in (True, False):
         dictionary, step = ours(spec, args)
-        dictionary.static = recorded
-        dictionary.silent[:n_dead] = 10**12
-        began = {n: p.detach().clone() for n, p in dictionary.trained.items()}
+        if not recorded:
+            dictionary.graphs = None
+        dictionary.dead.rows_since_fired[:n_dead] = 10**12
+        began = {n: p.detach().clone() for n, p in dictionary.optimiser.trained.items()}
         for i in range(8):
             step(pool[i], i)
-        if recorded != bool(dictionary.replays):
+        if recorded and not dictionary.graphs.recorded:
             raise SystemExit(f"{spec.architecture}: no step of ours was recorded")
-        moved.append({n: p.detach() - began[n] for n, p in dictionary.trained.items()})
+        moved.append({n: p.detach() - began[n] for n, p in dictionary.optimiser.trained.items()})
     for name, want in moved[1].items():
         off = float((moved[0][name] - want).norm() / want.norm())
         print(f"{spec.architecture}, {n_dead} dead: recorded, {name} moves with a difference of "

@@ -288,9 +288,9 @@ class Recorded:
 
     def replay(self) -> None:
         """Writes where the first outcome lies, as a graph does."""
-        given, self.one.room = self.one.room, self.room
+        given, self.one.dead.capacity = self.one.dead.capacity, self.room
         again = self.one.whole(self.one.x)
-        self.one.room = given
+        self.one.dead.capacity = given
         for name in ("loss", "mse", "l0", "fired"):
             getattr(self.outcomes[0], name).copy_(getattr(again, name))
 
@@ -312,7 +312,7 @@ def test_replayed_steps_are_the_plain_ones(truth, monkeypatch, broken):
 
     def new_graph():
         made_graphs.append(Recorded(replayed, broken))
-        made_graphs[-1].room = replayed.room
+        made_graphs[-1].room = replayed.dead.capacity
         return made_graphs[-1]
 
     aside = SimpleNamespace(wait_stream=lambda other: None)
@@ -326,7 +326,7 @@ def test_replayed_steps_are_the_plain_ones(truth, monkeypatch, broken):
         monkeypatch.setattr(torch.cuda, name, fake)
     for step, x in enumerate(stream.batches(0, 12)):
         if step in (6, 10):  # all alive again
-            plain.silent.zero_(), replayed.silent.zero_()
+            plain.dead.rows_since_fired.zero_(), replayed.dead.rows_since_fired.zero_()
         wanted, got = plain.step(x, step, None), replayed.step(x, step, None)
         assert torch.equal(wanted.loss, got.loss) and torch.equal(wanted.fired, got.fired)
     for key, value in plain.tensors().items():
@@ -418,7 +418,7 @@ def test_a_training_is_that_of_saelenss_runner(name):
     rows = [x for i in range(15) for x in stream.draw(i)[0].split(128)]
     most_dead = 0
     for step, x in enumerate(rows):
-        most_dead = max(most_dead, int(one.dead.sum()))
+        most_dead = max(most_dead, int(one.dead.mask.sum()))
         one.step(x, step, None)
     assert most_dead > 0 or ("topk" not in name and "matr" not in name)  # AuxK was at work
     one.sae.fold_activation_norm_scaling_factor(one.scale)  # as the runner does at its end

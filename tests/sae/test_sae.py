@@ -19,9 +19,10 @@ from conftest import ROOT, environment, stage
 
 from pipeline.errors import RetraceError
 from pipeline.sae import steps
+from pipeline.sae.optimiser import coefficients, learning_rate
 from pipeline.sae.sparse import Dense, Scratch, Sparse, largest
 from pipeline.sae.stream import CHUNKS, Stream, geometric_median
-from pipeline.sae.train import Dictionary, build, learning_rate, train
+from pipeline.sae.train import Dictionary, build, train
 from pipeline.sharing import verify
 from pipeline.spec.sae import SaeSpec, SaeTraining
 from pipeline.store import provenance, tables
@@ -352,12 +353,12 @@ def test_learning_rate_and_coefficients_are_saelens(warmup, decay):
         lr_end=lr / 10, num_cycles=1,
     )  # fmt: skip
     spec = L1.model_copy(update={"l1_warmup_steps": warmup})
-    dictionary = Dictionary("l1", build(spec, 8), training, n)
+    sae = build(spec, 8)
     l1 = CoefficientScheduler(warm_up_steps=warmup, final_value=2.0)
     for step in range(n):
         want = adam.param_groups[0]["lr"]
         assert learning_rate(step, n, training) == pytest.approx(want, rel=1e-9)
-        assert dictionary.coefficients(step) == {"l1": pytest.approx(l1.value)}
+        assert coefficients(sae, step) == {"l1": pytest.approx(l1.value)}
         adam.step()
         rates.step()
         l1.step()
@@ -439,11 +440,11 @@ def test_a_silent_latent_is_dead_after_dead_rows_and_alive_when_it_fires():
     dead = []
     for step in range(4):
         dictionary.step(x, step, Scratch())
-        dead.append(bool(dictionary.dead[7]))
+        dead.append(bool(dictionary.dead.mask[7]))
     assert dead == [False, False, True, True]
     sae.b_enc.data[7] = 1e3
     dictionary.step(x, 4, Scratch())
-    assert not dictionary.dead[7]
+    assert not dictionary.dead.mask[7]
 
 
 def test_in_a_run_shorter_than_dead_rows_a_latent_that_never_fired_is_dead():
@@ -452,9 +453,9 @@ def test_in_a_run_shorter_than_dead_rows_a_latent_that_never_fired_is_dead():
     sae.b_enc.data[7] = -1e3
     dictionary = Dictionary("topk", sae, training, 2)
     for step in range(2):
-        assert not dictionary.dead.any()
+        assert not dictionary.dead.mask.any()
         dictionary.step(torch.from_numpy(planted(10)[0]), step, Scratch())
-    assert dictionary.dead[7]
+    assert dictionary.dead.mask[7]
 
 
 def test_initial_weights_are_a_function_of_the_seed():

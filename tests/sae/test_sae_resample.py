@@ -62,11 +62,11 @@ def test_resampling_is_the_papers():
     stream, _ = stream_of(planted(2000)[0], BATCH, normalize=True)
     for step, x in enumerate(stream.batches(0, 20)):
         made.step(x, step, Scratch())
-    dead = (made.silent >= 10 * BATCH).nonzero()[:, 0].tolist()
+    dead = (made.dead.rows_since_fired >= 10 * BATCH).nonzero()[:, 0].tolist()
     assert dead[:n_silent] == list(range(n_silent)) and len(dead) < D_SAE
     before = {n: t.clone() for n, t in made.sae.state_dict().items()}
-    moments = {n: {k: v.clone() for k, v in made.adam.state[p].items()}
-               for n, p in made.trained.items()}  # fmt: skip
+    moments = {n: {k: v.clone() for k, v in made.optimiser.adam.state[p].items()}
+               for n, p in made.optimiser.trained.items()}  # fmt: skip
     rows = torch.cat(list(stream.batches(20, 24)))[:350]
     want = plain(before, dead, rows.numpy(), 1.0, [0, 20])
     resample([made], stream, 20)
@@ -74,16 +74,16 @@ def test_resampling_is_the_papers():
         got = made.sae.state_dict()[name].double().numpy()
         np.testing.assert_allclose(got, value, rtol=1e-5, atol=1e-6)
     alive = [i for i in range(D_SAE) if i not in dead]
-    for name, p in made.trained.items():
+    for name, p in made.optimiser.trained.items():
         for key in ("exp_avg", "exp_avg_sq"):
-            now, then = made.adam.state[p][key], moments[name][key]
+            now, then = made.optimiser.adam.state[p][key], moments[name][key]
             now, then = (now.T, then.T) if name == "W_enc" else (now, then)
             if name == "b_dec":
                 assert torch.equal(now, then)
                 continue
             assert not now[dead].any() and then[alive].any()
             assert torch.equal(now[alive], then[alive])
-    assert not made.silent[dead].any()
+    assert not made.dead.rows_since_fired[dead].any()
 
 
 @pytest.mark.parametrize("share", [0.0, 0.5])
@@ -127,13 +127,13 @@ def test_resampled_latents_live():
         dictionary(20, SPEC.model_copy(update={"resample_steps": []})),
     )
     train([with_it, without], stream, 40)
-    assert int((without.silent >= 10 * BATCH)[:20].sum()) == 20
-    assert int((with_it.silent >= 10 * BATCH)[:20].sum()) < 10
+    assert int((without.dead.rows_since_fired >= 10 * BATCH)[:20].sum()) == 20
+    assert int((with_it.dead.rows_since_fired >= 10 * BATCH)[:20].sum()) < 10
 
 
 def test_nothing_is_drawn_where_nothing_is_dead():
     made = dictionary(0)
     before = {n: t.clone() for n, t in made.sae.state_dict().items()}
     none = torch.zeros(D_SAE, dtype=torch.bool)
-    sae_resample.resample(made.sae, made.adam, none, torch.ones(3, D_IN), 1.0, None)
+    sae_resample.resample(made.sae, made.optimiser.adam, none, torch.ones(3, D_IN), 1.0, None)
     assert all(torch.equal(t, before[n]) for n, t in made.sae.state_dict().items())

@@ -1,15 +1,17 @@
-"""Steps that wait for nothing, as a GPU takes them, against the plain ones; here on the CPU."""
+"""Steps that never wait for a GPU, run here on the CPU, against the plain ones."""
 
 import pytest
 import torch
 from test_sae import one_thread  # noqa: F401
 from test_sae_steps import BATCH, SHAPES, dictionary_at
 
-from pipeline.sae import train
+from pipeline.sae import dead as dead_latents
+from pipeline.sae import graphs
 from pipeline.sae.sparse import Scratch
 from pipeline.sae.train import FAST, STATIC, Dictionary, build
 from pipeline.spec.sae import SaeSpec, SaeTraining
 
+LEAST = dead_latents.LEAST_CAPACITY
 NAMES = ["topk", "batchtopk", "matryoshka_batchtopk"]
 
 
@@ -27,21 +29,21 @@ def test_these_are_the_steps_that_wait_for_nothing():
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dead_share", [0.0, 0.02, 0.3, 1.0])
-@pytest.mark.parametrize("room", [0.3, 0.6, 1.0])
-def test_room_for_more_latents_than_are_dead_changes_nothing(name, shape, dead_share, room):
+@pytest.mark.parametrize("share", [0.3, 0.6, 1.0])
+def test_capacity_for_more_latents_than_are_dead_changes_nothing(name, shape, dead_share, share):
     batch, d_in, d_sae = shape
     sae = dictionary_at(name, d_in, d_sae, "float64", 0.0, **BATCH)
     x = torch.randn(batch, d_in, dtype=torch.float64)
     dead = torch.zeros(d_sae, dtype=torch.bool)
     dead[torch.randperm(d_sae)[: int(dead_share * d_sae)]] = True
     want = gradients(FAST[name], sae, x, dead)
-    got = gradients(FAST[name], sae, x, dead, room=max(int(room * d_sae), int(dead.sum())))
+    got = gradients(FAST[name], sae, x, dead, capacity=max(int(share * d_sae), int(dead.sum())))
     for key, value in want.items():
         torch.testing.assert_close(got[key], value, rtol=1e-11, atol=1e-12)
 
 
 class Recorded:
-    """A recording without a GPU: it calls the function that it was made of."""
+    """A recorded step without a GPU: it calls the function that it was made of."""
 
     made = 0
 
@@ -62,9 +64,9 @@ def started(name: str, n_steps: int) -> Dictionary:
 @pytest.fixture
 def small(monkeypatch):
     """As on a GPU, in small."""
-    monkeypatch.setattr(train, "Replay", Recorded)
-    monkeypatch.setattr(train, "LOOK_EVERY", 4)
-    monkeypatch.setattr(train, "LEAST_ROOM", 4)
+    monkeypatch.setattr(graphs, "RecordedStep", Recorded)
+    monkeypatch.setattr(dead_latents, "CHECK_EVERY", 4)
+    monkeypatch.setattr(dead_latents, "LEAST_CAPACITY", 4)
     monkeypatch.setattr(Recorded, "made", 0)
 
 
@@ -74,23 +76,23 @@ def test_a_training_that_waits_for_nothing_is_the_plain_one(name, small):
     random = torch.Generator().manual_seed(0)
     basis = torch.randn(8, 12, generator=random, dtype=torch.float64)
     plain, unwaited = started(name, 60), started(name, 60)
-    unwaited.static, rooms, scratch = True, set(), Scratch()
+    unwaited.graphs, capacities, scratch = graphs.StepGraphs("unwaited"), set(), Scratch()
     for step in range(60):
         x = torch.randn(16, 8, generator=random, dtype=torch.float64) @ basis
-        n_dead = int(unwaited.dead.sum())
+        n_dead = int(unwaited.dead.mask.sum())
         want, got = (d.step(x, step, scratch) for d in (plain, unwaited))
-        assert unwaited.room >= n_dead
-        rooms.add(unwaited.room)
+        assert unwaited.dead.capacity >= n_dead
+        capacities.add(unwaited.dead.capacity)
         torch.testing.assert_close(got.loss, want.loss)
-    assert 0 in rooms and len(rooms) >= 3 and Recorded.made >= 2
+    assert 0 in capacities and len(capacities) >= 3 and Recorded.made >= 2
     for key, value in plain.tensors().items():
         torch.testing.assert_close(unwaited.tensors()[key], value, rtol=1e-6, atol=1e-8)
 
 
-def test_the_room_is_part_of_a_checkpoint(small):
-    """A resumed run asks when an undisturbed one does."""
+def test_the_capacity_is_part_of_a_checkpoint(small):
+    """A resumed run counts the dead latents at the steps of an undisturbed one."""
     whole, half = started("topk", 40), started("topk", 40)
-    whole.static = half.static = True
+    whole.graphs, half.graphs = graphs.StepGraphs("whole"), graphs.StepGraphs("half")
     rows = torch.randn(40, 16, 12, dtype=torch.float64, generator=torch.Generator().manual_seed(0))
     rows[:, :, 2:] = 0
     scratch = Scratch()
@@ -99,9 +101,9 @@ def test_the_room_is_part_of_a_checkpoint(small):
     for step in range(18):
         half.step(rows[step], step, scratch)
     again = started("topk", 40)
-    again.static = True
+    again.graphs = graphs.StepGraphs("again")
     again.restore({n: t.clone() for n, t in half.tensors().items()})
-    assert again.room == half.room
+    assert again.dead.capacity == half.dead.capacity
     for step in range(18, 40):
         again.step(rows[step], step, scratch)
     for key, value in whole.tensors().items():
@@ -112,23 +114,23 @@ def test_where_recording_fails_steps_are_taken_one_by_one(small, monkeypatch, ca
     def fail(*_):
         raise RuntimeError("capture failed")
 
-    monkeypatch.setattr(train, "Replay", fail)
+    monkeypatch.setattr(graphs, "RecordedStep", fail)
     plain, unwaited = started("topk", 10), started("topk", 10)
-    unwaited.static = True
+    unwaited.graphs = graphs.StepGraphs("unwaited")
     x = torch.randn(16, 12, dtype=torch.float64)
     for step in range(8):
         plain.step(x, step, Scratch())
         unwaited.step(x, step, Scratch())
-    assert not unwaited.recording and not unwaited.replays
+    assert not unwaited.graphs.recording and not unwaited.graphs.recorded
     assert torch.equal(plain.sae.W_enc, unwaited.sae.W_enc)
 
 
-def test_a_short_window_of_dead_latents_asks_for_no_room_for_the_living():
+def test_a_short_window_of_dead_latents_keeps_no_place_for_the_living():
     """Else AuxK is computed over all of them: a step of 2 ms took 9 on an H100."""
     training = SaeTraining(n_rows=4096 * 100, batch_size=4096, dead_rows=100_000)
     spec = SaeSpec(architecture="topk", d_sae=1024, k=4)
     dictionary = Dictionary("short", build(spec, 12), training, 100)
-    assert dictionary.look_every * 4096 <= 25_000
-    assert dictionary._room_of_dead(0, 4096) == 0
-    dictionary.silent[:3] = 90_000
-    assert dictionary._room_of_dead(dictionary.look_every, 4096) == train.LEAST_ROOM
+    assert dictionary.dead.check_every * 4096 <= 25_000
+    assert dictionary.dead_capacity(0, 4096) == 0
+    dictionary.dead.rows_since_fired[:3] = 90_000
+    assert dictionary.dead_capacity(dictionary.dead.check_every, 4096) == LEAST

@@ -6,7 +6,7 @@
    than running them. The first replay is held against the plain step, which is used where they
    differ or where nothing can be recorded.
 2. AuxK runs over as many latents as can be dead before the host looks again, a power of two, and
-   is left out while none can: one graph for each such room (pipeline/sae/train.py).
+   is left out while none can: one graph for each such capacity (pipeline/sae/dead.py).
 3. Dictionaries may have CUDA streams of their own: a step's kernels are short, so those of several
    dictionaries fill the GPU better than those of one. Their numbers do not depend on it.
 4. `Tuner` moves the coefficient of standard, gated and jumprelu until L0 is what is asked for, as
@@ -24,6 +24,7 @@ from torch import Tensor
 from pipeline.errors import RetraceError
 from pipeline.job import cli
 from pipeline.job.source import import_file
+from pipeline.sae.optimiser import coefficients
 from pipeline.sae.sparse import Scratch
 from pipeline.sae.steps import Outcome
 from pipeline.sae.train import Dictionary
@@ -106,14 +107,14 @@ class Learner(Dictionary):
         n_steps = training.n_rows // training.batch_size
         own = steps.STEPS.get(sae.cfg.architecture())
         super().__init__(name, sae, training, n_steps, own)
-        self.device, self.scale = self.silent.device, scale
+        self.device, self.scale = sae.W_dec.device, scale
         self.tuner = Tuner(target, self.device) if target else None
         self.bad = torch.zeros((), dtype=torch.bool, device=self.device)
         self.own_step, self.scratch = own is not None, Scratch()
         self.target_l0 = 0.0  # what the recipe asks for
         self.x: Tensor | None = None  # where every graph reads its batch
         self.stream: Any = None  # a CUDA stream of its own; None: the current one
-        self.recorded: dict[int, Any] = {}  # room of dead latents -> a graph and its Outcome
+        self.recorded: dict[int, Any] = {}  # capacity for dead latents -> a graph and its Outcome
         self.recording = self.own_step and self.device.type == "cuda"
 
     def step(self, x: Tensor, step: int, scratch: Scratch) -> Outcome:
@@ -127,10 +128,10 @@ class Learner(Dictionary):
 
     def _step(self, x: Tensor, step: int) -> Outcome:
         if self.own_step and hasattr(self.sae.cfg, "aux_loss_coefficient"):
-            self._room_of_dead(step, len(x))
+            self.dead_capacity(step, len(x))
         if not self.recording:
             return self.whole(x)
-        room = self.room or 0
+        room = self.dead.capacity or 0
         if room not in self.recorded:
             self.recorded[room] = self.record_graph(x)
         if not self.recording:
@@ -142,24 +143,25 @@ class Learner(Dictionary):
 
     def whole(self, x: Tensor) -> Outcome:
         """A step, all of it on the device."""
-        given = {}
-        for name in self.sae.get_coefficients():
-            given[name] = self.tuner.coefficient() if self.tuner else self.coefficients(0)[name]
-        room = {"room": self.room} if self.own_step and self.room else {}
+        given, fixed = {}, coefficients(self.sae, 0)
+        for name in fixed:
+            given[name] = self.tuner.coefficient() if self.tuner else fixed[name]
+        capacity = self.dead.capacity if self.own_step else None
+        room = {"room": capacity} if capacity else {}
         outcome = self.gradients(
             self.sae,
             x * self.scale if self.scale != 1 else x,
-            dead=self.dead if room or not self.own_step else None,
+            dead=self.dead.mask if room or not self.own_step else None,
             coefficients=given,
             step=0,
             scratch=self.scratch,
             **room,
         )
-        self._clip()
-        self.adam.step()
+        self.optimiser.clip()
+        self.optimiser.adam.step()
         if not self.own_step:
-            self.adam.zero_grad()
-        self.silent.add_(len(x)).mul_(~outcome.fired)
+            self.optimiser.adam.zero_grad()
+        self.dead.count(outcome.fired, len(x))
         self.bad |= ~outcome.loss.isfinite()
         if self.tuner:
             self.tuner.update(outcome.l0)
@@ -177,7 +179,7 @@ class Learner(Dictionary):
                 self.put_back(before)
             self.whole(self.x)
         torch.cuda.current_stream().wait_stream(side)
-        plain = {n: p.detach().clone() for n, p in self.trained.items()}
+        plain = {n: p.detach().clone() for n, p in self.optimiser.trained.items()}
         self.put_back(before)
         graph = torch.cuda.CUDAGraph()
         try:
@@ -187,7 +189,7 @@ class Learner(Dictionary):
         except RuntimeError as e:
             return self.without_graph(str(e).splitlines()[0], before)
         for name, want in plain.items():
-            off = (self.trained[name].detach() - want).norm()
+            off = (self.optimiser.trained[name].detach() - want).norm()
             if not off <= AGREEMENT * (want - before[f"sae.{name}"]).norm():
                 return self.without_graph(f"{name} is off by {off.item():.3g}", before)
         self.put_back(before)
@@ -206,9 +208,8 @@ class Learner(Dictionary):
     def live(self) -> dict[str, Tensor]:
         """Every tensor that a step changes, itself and not a copy."""
         out = {f"sae.{n}": t.detach() for n, t in self.sae.state_dict(keep_vars=True).items()}
-        for name, parameter in self.trained.items():
-            out |= {f"adam.{name}.{k}": v for k, v in self.adam.state[parameter].items()}
-        out |= {"silent": self.silent, "bad": self.bad}
+        out |= self.optimiser.tensors()
+        out |= {"silent": self.dead.rows_since_fired, "bad": self.bad}
         return out | ({"tuner": self.tuner.state} if self.tuner else {})
 
     def put_back(self, before: dict[str, Tensor]) -> None:
