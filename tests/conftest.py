@@ -15,15 +15,37 @@ import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
+import jaxtyping
 import pytest
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).parent.parent
+TORCH_ROOMS = "models weights sae imports latents circuits".split()
 HOOK = "blocks.0.hook_resid_post"
 LONGEST = (  # files; they start first
     "test_smoke test_groups test_workflow test_tutorial test_browser test_kills test_saelens_evals "
     "test_training test_activations test_commands test_release test_model"
 ).split()
+
+
+# --- shapes --------------------------------------------------------------------------------
+
+
+def checked_modules() -> list[str]:
+    """Dotted names of the modules whose annotations are checked: those of the rooms with torch.
+
+    Triton reads the source of its kernels, so that nothing may wrap them.
+    """
+    files = [f for room in TORCH_ROOMS for f in sorted((ROOT / "pipeline" / room).glob("*.py"))]
+    return [f"pipeline.{f.parent.name}.{f.stem}" for f in files if f.stem != "kernels"]
+
+
+# From here on, importing one of these modules wraps its functions and dataclasses: a call with a
+# wrong type or shape, such as Float[Tensor, "batch pos d_model"], fails with a TypeCheckError that
+# names the argument. It imports no torch. Stages in processes of their own are not checked.
+# The tower: an int may stand where a float is asked for.
+CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+jaxtyping.install_import_hook(checked_modules(), CHECKER)
 
 
 # --- two workers ---------------------------------------------------------------------------

@@ -41,6 +41,7 @@ from pipeline.job import cli
 from pipeline.job.source import import_file
 from pipeline.latents import sites as latents
 from pipeline.latents.agreement import agreement
+from pipeline.latents.units import Units
 from pipeline.models import loader
 from pipeline.models.pairs import Node, Pairs, Task
 from pipeline.spec.circuits import LATENT_METHODS, CircuitsSpec
@@ -246,7 +247,7 @@ def acdc_rows(
 
 
 def latent_methods(
-    task: Task, spec: CircuitsSpec, units: dict[str, latents.Units]
+    task: Task, spec: CircuitsSpec, units: dict[str, Units]
 ) -> tuple[list[pd.DataFrame], list[dict]]:
     """Rows of nodes and methods: of latents and error terms, at all positions at once.
 
@@ -279,7 +280,7 @@ def latent_methods(
 
 
 def measure(
-    task: Task, spec: CircuitsSpec, seed: int, units: dict[str, latents.Units] | None = None
+    task: Task, spec: CircuitsSpec, seed: int, units: dict[str, Units] | None = None
 ) -> dict[str, pd.DataFrame]:
     """All tables of one model on the prompts of one seed.
 

@@ -1,11 +1,11 @@
-"""How well estimates agree with exact values: Pearson's correlation, and what it hangs on.
+"""How well estimates agree with exact values: Pearson's correlation, and what it depends on.
 
 Effects of a model's parts have heavy tails: one part may be a hundred times as large as the rest,
-and Pearson's correlation then says whether that one is right. So two more stand beside it:
+and Pearson's correlation then only says whether that one is right. So two more are reported:
 
     spearman           Pearson's correlation of ranks, ties at their mean rank
-    without_largest    Pearson's correlation without the one part of largest influence, the part
-                       whose leaving out changes Pearson's the most; `largest` says which it is
+    without_largest    Pearson's correlation without the part of largest influence, that is the part
+                       whose removal changes Pearson's correlation most; `largest` is its index
 """
 
 from typing import Any, NamedTuple
@@ -32,7 +32,7 @@ def correlation(a: Any, b: Any) -> float:
 
 
 def without_each(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Pearson correlation with each part left out, [n]; NaN where the rest does not vary.
+    """Pearson's correlation with each part left out, [n]; NaN if the others do not vary.
 
     With x and y the deviations from the means, leaving out i takes n/(n-1) x_i y_i from the sum of
     products and likewise from both sums of squares.
@@ -47,9 +47,9 @@ def without_each(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 
 def agreement(a: Any, b: Any) -> Agreement:
-    """How well estimates a [n] agree with exact values b [n]; NaN where a statistic has no value.
+    """How well estimates a [n] agree with exact values b [n]; NaN if a statistic is undefined.
 
-    A part without which nothing varies has the largest influence of all.
+    A part without which nothing varies has the largest influence.
     """
     a, b = np.asarray(a, float), np.asarray(b, float)
     pearson = correlation(a, b)

@@ -1,7 +1,7 @@
-"""What each latent does to a logit difference, and how right the cheap estimate is.
+"""The effect of each latent on a logit difference, and how far the estimates are right.
 
-With x = b_dec + sum_i f_i d_i + error at the hook, at every token that the dictionary knows (see
-`splice.known`; the others keep x throughout):
+Let x = b_dec + sum_i f_i d_i + error at the hook, at every token that the dictionary was trained on
+(`splice.known`; the others keep x throughout):
 
 1. gradient x activation of latent i at position p: f_i(p) d_i . dm/dx(p), and of the error term
    error(p) . dm/dx(p), with m = logit(answer) - logit(foil) at the last position (Marks et al.
@@ -10,11 +10,11 @@ With x = b_dec + sum_i f_i d_i + error at the hook, at every token that the dict
    (Sundararajan et al. 2017; Marks et al. 2024, Eq. 4);
 3. completeness: all latents and the error sum to m(x) - m(b_dec) if the estimate is right; the gap
    is reported;
-4. truth: the `n_ablate` nodes of largest attribution are set to zero, one at a time, and the
-   correlation of estimate and effect is reported.
+4. exact effects: the `n_ablate` nodes with the largest attribution are set to zero, one at a time,
+   and the correlation of estimate and exact effect is reported.
 
-A transcoder's latents are f of the rows that it reads, and x above is what it reconstructs: their
-effect is the one through the output hook.
+For a transcoder, f comes from the rows that it reads and x above is what it reconstructs, so that
+the effects are those through its output hook.
 """
 
 from dataclasses import dataclass
@@ -22,6 +22,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int64
 from torch import Tensor
 
 from pipeline.errors import RetraceError
@@ -33,24 +34,27 @@ from pipeline.spec.paper import AttributionSpec, Prompt
 from pipeline.store import tables
 from pipeline.text import tokens
 
-ABLATIONS_A_PASS = 32
+ABLATIONS_PER_PASS = 32
 
 
 @dataclass
-class Task:
-    """A prompt as tokens [1 pos], and the two tokens whose logits are compared."""
+class EncodedPrompt:
+    """A prompt as tokens, and the two tokens whose logits are compared."""
 
-    tokens: Tensor
+    tokens: Int64[Tensor, "1 pos"]
     answer: int
     foil: int
 
-    def metric(self, logits: Tensor) -> Tensor:
-        """logit(answer) - logit(foil) at the last position; logits [batch pos d_vocab]."""
+    def metric(self, logits: Float[Tensor, "batch pos d_vocab"]) -> Float[Tensor, " batch"]:
+        """logit(answer) - logit(foil) at the last position."""
         return logits[:, -1, self.answer] - logits[:, -1, self.foil]
 
 
-def task(prompt: Prompt, loaded: Any, device: torch.device) -> Task:
-    """Tokenise a prompt, BOS first.
+def encoded(prompt: Prompt, loaded: Any, device: torch.device | str) -> EncodedPrompt:
+    """Tokenise a prompt, with BOS in front if the model has one.
+
+    Args:
+        loaded: a model with its tokenizer.
 
     Raises:
         RetraceError: the answer or the foil is not a single token.
@@ -60,11 +64,11 @@ def task(prompt: Prompt, loaded: Any, device: torch.device) -> Task:
         _single(loaded.tokenizer, prompt.prompt, t) for t in (prompt.answer, prompt.foil)
     )
     front = [] if loaded.bos_id is None else [loaded.bos_id]
-    return Task(torch.tensor([[*front, *ids]], device=device), answer, foil)
+    return EncodedPrompt(torch.tensor([[*front, *ids]], device=device), answer, foil)
 
 
 def _single(tokenizer: Any, prompt: str, word: str) -> int:
-    """The token that `word` is behind a prompt."""
+    """The token that `word` becomes after a prompt."""
     ids = tokens.following(tokenizer, prompt, word)
     if len(ids) == 1:
         return ids[0]
@@ -82,10 +86,12 @@ def _single(tokenizer: Any, prompt: str, word: str) -> int:
 
 @dataclass
 class Site:
-    """A stream at one hook of a model, from the position on that a dictionary may know.
+    """The stream of a model at the hook of a dictionary.
 
     Attributes:
-        reads: of a transcoder: the hook whose rows it encodes; `hook` is then the one it writes.
+        hook: the hook whose rows are reconstructed.
+        skip_first, max_norm: tokens that the dictionary was not trained on, see `splice.known`.
+        reads: for a transcoder, the hook whose rows are encoded; empty: the same as `hook`.
     """
 
     hf: torch.nn.Module
@@ -94,83 +100,109 @@ class Site:
     max_norm: float = 0
     reads: str = ""
 
-    def stream(self, tokens: Tensor) -> Tensor:
-        """x at the hook, [batch pos d_model]."""
+    def stream(self, tokens: Int64[Tensor, "batch pos"]) -> Float[Tensor, "batch pos d_model"]:
+        """x at the hook."""
         with torch.no_grad():
             return splice.stream(self.hf, self.hook, tokens)
 
-    def given(self, tokens: Tensor, whole: Tensor) -> Tensor:
-        """What a dictionary encodes, [batch pos d_in]; `whole` is the stream at the hook."""
+    def encoded_rows(
+        self, tokens: Int64[Tensor, "batch pos"], whole: Float[Tensor, "batch pos d_model"]
+    ) -> Float[Tensor, "batch pos d_in"]:
+        """The rows that a dictionary encodes; `whole` is the stream at the hook."""
         with torch.no_grad():
             return splice.stream(self.hf, self.reads, tokens) if self.reads else whole
 
-    def metric(self, what: Task, x: Tensor, whole: Tensor) -> Tensor:
-        """m with positions >= skip_first set to x [batch pos d_model]; `whole` gives the rest."""
+    def metric(
+        self,
+        prompt: EncodedPrompt,
+        x: Float[Tensor, "batch rest d_model"],
+        whole: Float[Tensor, "1 pos d_model"],
+    ) -> Float[Tensor, " batch"]:
+        """m with the positions from skip_first on set to x; `whole` gives those before."""
         head = whole[:, : self.skip_first].expand(len(x), -1, -1)
-        tokens = what.tokens.expand(len(x), -1)
-        return what.metric(
+        tokens = prompt.tokens.expand(len(x), -1)
+        return prompt.metric(
             splice.resume(self.hf, self.hook, tokens, torch.cat([head, x], 1), last=1)
         )
 
 
 def mean_gradient(
-    site: Site, what: Task, whole: Tensor, base: Tensor, alphas: list[float]
-) -> Tensor:
-    """dm/dx averaged over points base + alpha (x - base), [pos-skip d_model].
+    site: Any,
+    prompt: EncodedPrompt,
+    whole: Float[Tensor, "1 pos d_model"],
+    base: Float[Tensor, "1 rest d_model"],
+    alphas: list[float],
+) -> Float[Tensor, "rest d_model"]:
+    """dm/dx averaged over the points base + alpha (x - base).
 
-    The points of the line are one batch: a row of the metric depends on its own point alone.
+    All points are one batch: m of one point does not depend on the others.
+
+    Args:
+        site: a Site.
+        base: from position skip_first on.
     """
     x = whole[:, site.skip_first :]
     along = torch.tensor(alphas, device=x.device)[:, None, None]
     points = (base + along * (x - base)).requires_grad_(True)
-    return torch.autograd.grad(site.metric(what, points, whole).sum(), points)[0].mean(0)
+    return torch.autograd.grad(site.metric(prompt, points, whole).sum(), points)[0].mean(0)
 
 
 def exact_effects(
-    site: Site, what: Task, whole: Tensor, directions: Tensor, positions: Tensor
-) -> Tensor:
+    site: Any,
+    prompt: EncodedPrompt,
+    whole: Float[Tensor, "1 pos d_model"],
+    directions: Float[Tensor, "nodes d_model"],
+    positions: Int64[Tensor, " nodes"],
+) -> Float[Tensor, " nodes"]:
     """m(x) - m(x without a node), one node at a time.
 
     Args:
-        directions: [nodes d_model], the node's contribution f_i(p) d_i.
-        positions: [nodes], p counted from skip_first.
+        site: a Site.
+        directions: the contribution f_i(p) d_i of each node.
+        positions: p of each node, counted from skip_first.
     """
     x = whole[:, site.skip_first :]
     out = []
     with torch.no_grad():
-        before = site.metric(what, x, whole)
+        before = site.metric(prompt, x, whole)
         for some, at in zip(
-            directions.split(ABLATIONS_A_PASS), positions.split(ABLATIONS_A_PASS), strict=True
+            directions.split(ABLATIONS_PER_PASS), positions.split(ABLATIONS_PER_PASS), strict=True
         ):
             ablated = x.repeat(len(some), 1, 1)
             ablated[torch.arange(len(some)), at] -= some
-            out.append(before - site.metric(what, ablated, whole))
+            out.append(before - site.metric(prompt, ablated, whole))
     return torch.cat(out)
 
 
 def attribute(
-    site: Site, what: Task, sae: Any, n_ablate: int, ig_steps: int
+    site: Any, prompt: EncodedPrompt, sae: Any, n_ablate: int, ig_steps: int
 ) -> tuple[dict[str, float], dict[str, np.ndarray]]:
     """Attributions of all active latents of one prompt.
 
+    Args:
+        site: a Site.
+        sae: a SAELens SAE.
+        n_ablate: number of nodes with exact effects.
+        ig_steps: number of points of integrated gradients.
+
     Returns:
-        a row of metrics; and the columns latent, position (in the prompt, BOS is 0), activation,
-        attribution, attribution_ig, exact (NaN where not ablated), largest attribution first.
+        A row of metrics; and the columns latent, position (in the prompt, BOS is 0), activation,
+        attribution, attribution_ig, exact (NaN if not ablated), largest attribution first.
     """
-    whole = site.stream(what.tokens)
+    whole = site.stream(prompt.tokens)
     x = whole[:, site.skip_first :]
-    given = site.given(what.tokens, whole)
-    known = splice.known(given, site.skip_first, site.max_norm)[0, site.skip_first :, None]
+    read = site.encoded_rows(prompt.tokens, whole)
+    known = splice.known(read, site.skip_first, site.max_norm)[0, site.skip_first :, None]
     with torch.no_grad():
-        acts = sae.encode(given[:, site.skip_first :])[0] * known  # [pos-skip d_sae]
+        acts = sae.encode(read[:, site.skip_first :])[0] * known  # [pos-skip d_sae]
         error = (x - sae.decode(acts[None]))[0] * known
         base = torch.where(known, sae.b_dec, x)
-        logit_diff = float(site.metric(what, x, whole))
-        baseline = float(site.metric(what, base.clone(), whole))
+        logit_diff = float(site.metric(prompt, x, whole))
+        baseline = float(site.metric(prompt, base.clone(), whole))
     midpoints = [(j + 0.5) / ig_steps for j in range(ig_steps)]
     grads = {
-        "attribution": mean_gradient(site, what, whole, base, [1.0]),
-        "attribution_ig": mean_gradient(site, what, whole, base, midpoints),
+        "attribution": mean_gradient(site, prompt, whole, base, [1.0]),
+        "attribution_ig": mean_gradient(site, prompt, whole, base, midpoints),
     }
     position, latent = acts.nonzero(as_tuple=True)
     active = acts[position, latent]
@@ -180,7 +212,7 @@ def attribute(
     order = nodes["attribution"].abs().argsort(descending=True, stable=True)
     top = order[:n_ablate]
     exact = torch.full_like(active, torch.nan)
-    exact[top] = exact_effects(site, what, whole, directions[top], position[top])
+    exact[top] = exact_effects(site, prompt, whole, directions[top], position[top])
     columns = {"latent": latent, "position": position + site.skip_first, "activation": active}
     columns |= nodes | {"exact": exact}
     frame = {k: v[order].cpu().numpy() for k, v in columns.items()}
@@ -224,11 +256,11 @@ def work(job: cli.Job) -> None:
     site = Site(loaded.hf, at[0], stored["skip_first"], max_norm, at[1])
     rows, frames, texts = [], [], tokens.Texts(loaded.tokenizer)
     for name, prompt in section.prompts.items():
-        what = task(prompt, loaded, device)
-        row, columns = attribute(site, what, sae, section.n_ablate, section.ig_steps)
+        tokenised = encoded(prompt, loaded, device)
+        row, columns = attribute(site, tokenised, sae, section.n_ablate, section.ig_steps)
         card = {"prompt": name, "text": prompt.prompt, "answer": prompt.answer, "foil": prompt.foil}
         rows.append(card | row)
-        text = texts.context(what.tokens[0].tolist())
+        text = texts.context(tokenised.tokens[0].tolist())
         frame = pd.DataFrame(columns).assign(token=lambda f, t=text: [t[p] for p in f["position"]])
         frame.insert(0, "prompt", name)
         frames.append(frame)
@@ -251,7 +283,7 @@ def main() -> None:
         model="model.json",
         activations="manifest.json of the activations",
         sae="manifest.json of the SAE job",
-        out="one row a prompt",
-        latents="one row an active latent and position",
+        out="one row per prompt",
+        latents="one row per active latent and position",
     )
     cli.run("attribution", parser.parse_args(), work)

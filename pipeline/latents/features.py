@@ -1,14 +1,14 @@
-"""What each latent of a dictionary looks like: density, histogram, top contexts, logits.
+"""Describe each latent of a dictionary: density, histogram, top contexts, logits.
 
-1. Every stored row passes the dictionary once; the non-zero activations are kept as a sparse
-   matrix [rows d_sae].
-2. A latent's top contexts are its largest activations, at most one a document, with the tokens
+1. Every stored row is encoded once; the non-zero activations are kept as a sparse matrix
+   [rows d_sae].
+2. A latent's top contexts are its largest activations, at most one per document, with the tokens
    around them and the latent's activation on each (Bricken et al. 2023, "feature dashboard").
-3. The logits that it raises and lowers are what its decoder row writes into the residual stream,
-   centred where the final norm is a layer norm, scaled by its gain, times the unembedding: the
-   direct path, which leaves the layers between out (Elhage et al. 2021).
-4. How topical and how token-bound it is: the document label whose share of the latent's activation
-   exceeds its base rate most, and the entropy of the tokens it fires on (Heap et al. 2025).
+3. The logits that it raises and lowers are those of the direct path, which leaves out the layers in
+   between (Elhage et al. 2021): what its decoder row writes into the residual stream, centred if
+   the final norm is a layer norm, times the norm's gain, times the unembedding.
+4. How topical it is: the document label whose share of the latent's activation exceeds its base
+   rate most. How token-bound it is: the entropy of the tokens on which it fires (Heap et al. 2025).
 """
 
 from dataclasses import dataclass
@@ -18,6 +18,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float, Int64
 from scipy import sparse
 from torch import Tensor
 
@@ -35,14 +36,19 @@ COLUMNS = "block position token document".split()
 
 @dataclass
 class Scan:
-    """Activations of a dictionary on stored rows, in the order of the store."""
+    """Activations of a dictionary on stored rows, in the order of the store.
 
-    acts: sparse.csc_matrix  # [rows d_sae]
-    at: dict[str, np.ndarray]  # block, position, token, document of every row; int32 [rows]
+    Attributes:
+        acts: [rows d_sae].
+        at: block, position, token and document of every row, int32 [rows] each.
+    """
+
+    acts: sparse.csc_matrix
+    at: dict[str, np.ndarray]
 
     @cached_property
     def row_at(self) -> np.ndarray:
-        """The row of (block, position), -1 where none is stored; int64 [blocks n_ctx]."""
+        """Index of the row of (block, position), -1 if it is not stored; int64 [blocks n_ctx]."""
         shape = (self.at["block"].max() + 1, self.at["position"].max() + 1)
         out = np.full(shape, -1, np.int64)
         out[self.at["block"], self.at["position"]] = np.arange(len(self.at["block"]))
@@ -50,19 +56,20 @@ class Scan:
 
     @cached_property
     def apart(self) -> np.ndarray:
-        """What examples of a latent must differ in: documents, or blocks of a single one; [rows]"""
-        found = self.at["document"][self.at["document"] >= 0]  # a BOS has none
+        """In what the examples of a latent must differ, [rows]: documents, or blocks if there is
+        only one document."""
+        found = self.at["document"][self.at["document"] >= 0]  # BOS has none
         single = len(found) == 0 or found.min() == found.max()
         return self.at["block" if single else "document"]
 
     def column(self, latent: int) -> tuple[np.ndarray, np.ndarray]:
-        """Rows on which a latent is active, ascending, and its activations there."""
+        """Rows on which a latent is active, ascending, and its activations on them."""
         start, stop = self.acts.indptr[latent : latent + 2]
         return self.acts.indices[start:stop], self.acts.data[start:stop]
 
 
 def scan(sae: Any, manifest: str | Path, hook: str, n_rows: int, device: torch.device) -> Scan:
-    """Encode the first `n_rows` stored rows, held-out rows after the training rows."""
+    """Encode the first `n_rows` stored rows: training rows first, then held-out rows."""
     parts, at = [], {c: [] for c in COLUMNS}
     left = n_rows
     with torch.no_grad():
@@ -84,8 +91,8 @@ def scan(sae: Any, manifest: str | Path, hook: str, n_rows: int, device: torch.d
     return Scan(matrix, {c: np.concatenate(v) for c, v in at.items()})
 
 
-def sparse_rows(acts: Tensor) -> sparse.csr_matrix:
-    """Activations [rows d_sae] as a sparse matrix; only what is not zero leaves the device."""
+def sparse_rows(acts: Float[Tensor, "rows d_sae"]) -> sparse.csr_matrix:
+    """Activations as a sparse matrix; only non-zero values leave the device."""
     row, latent = acts.nonzero(as_tuple=True)
     entries = (t.cpu().numpy() for t in (acts[row, latent].float(), row, latent))
     value, row, latent = entries
@@ -93,11 +100,11 @@ def sparse_rows(acts: Tensor) -> sparse.csr_matrix:
 
 
 def top_rows(rows: np.ndarray, values: np.ndarray, documents: np.ndarray, n: int) -> np.ndarray:
-    """The rows of the n largest values, at most one a document; ties by row.
+    """The rows of the n largest values, at most one per document; of equal values the first row.
 
     Args:
-        rows, values: [active], where a latent fires and how strongly.
-        documents: [all rows], the document of every row.
+        rows, values: on which rows a latent fires and how strongly, [active] each.
+        documents: the document of every stored row, [rows].
     """
     order = rows[np.lexsort((rows, -values))]
     _, first = np.unique(documents[order], return_index=True)
@@ -115,13 +122,13 @@ def example(
     """The tokens around a row and the latent's activation on each.
 
     Args:
-        corpus: tokens, [blocks n_ctx].
-        context: tokens before and after.
-        lead: tokens before those, which may hold the first bytes of a character.
+        corpus: token ids, [blocks n_ctx].
+        context: number of tokens before and after.
+        lead: number of tokens before those, which may hold the first bytes of a character.
 
     Returns:
-        tokens (ids), before (ids before them, see `tokens.Texts`), acts, peak (index of the row's
-        token), document.
+        tokens: ids; before: ids of the tokens before them, see `tokens.Texts`; acts; peak: index
+        of the row's token; document.
     """
     block, position = int(scanned.at["block"][row]), int(scanned.at["position"][row])
     there = scanned.row_at[block]
@@ -141,7 +148,7 @@ def example(
 
 
 def entropy_bits(weights: np.ndarray) -> float:
-    """Shannon entropy, in bits, of the distribution proportional to `weights` [n]."""
+    """Shannon entropy in bits of the distribution proportional to `weights` [n]."""
     p = weights[weights > 0] / weights.sum()
     return float(-(p * np.log2(p)).sum())
 
@@ -150,12 +157,12 @@ def label_excess(labels: np.ndarray, values: np.ndarray, base: np.ndarray) -> tu
     """The label whose share of a latent's activation exceeds its base rate most, and that share.
 
     Args:
-        labels: [active] label index of each active row.
-        values: [active] activations.
-        base: [n_labels] share of all rows.
+        labels: label index of each active row, [active].
+        values: activations, [active].
+        base: each label's share of all rows, [n_labels].
 
     Returns:
-        the label's index and the share; (0, 0.0) where nothing is active.
+        The label's index and the share; (0, 0.0) if nothing is active.
     """
     if len(values) == 0:
         return 0, 0.0
@@ -165,19 +172,19 @@ def label_excess(labels: np.ndarray, values: np.ndarray, base: np.ndarray) -> tu
 
 
 def logit_weights(
-    hf: torch.nn.Module, W_dec: Tensor, n: int, ids: list[int] | None = None
-) -> tuple[Tensor, Tensor]:
+    hf: torch.nn.Module, W_dec: Float[Tensor, "d_sae d_model"], n: int, ids: list[int] | None = None
+) -> tuple[Float[Tensor, "d_sae twice_n"], Int64[Tensor, "d_sae twice_n"]]:
     """Logits that each latent raises and lowers by the direct path.
 
     Args:
-        W_dec: what each latent writes into the residual stream, [d_sae d_model].
-        n: how many of each, at most as many as there are tokens.
-        ids: those that are tokens, ascending; default all. Rows that only pad the vocabulary to a
-            round size (Pythia, Qwen) are no token and take no part.
+        W_dec: what each latent writes into the residual stream.
+        n: how many of each kind, at most as many as there are tokens.
+        ids: ids that are tokens, ascending; default: all. Ids that only pad the vocabulary to a
+            round size (Pythia, Qwen) are no tokens and are left out.
 
     Returns:
-        values [d_sae 2n] (largest first, then smallest first) and token ids [d_sae 2n]. Each
-        latent's mean logit is subtracted: softmax does not see it.
+        Values (largest first, then smallest first) and token ids, [d_sae 2n] each. Each latent's
+        mean logit is subtracted, since softmax ignores it.
     """
     W_U = hf.get_output_embeddings().weight  # [d_vocab d_model]
     known = torch.arange(len(W_U), device=W_U.device)
@@ -198,7 +205,7 @@ def logit_weights(
 def describe(
     scanned: Scan, latent: int, tokens: np.ndarray, labels: tuple, section: FeaturesSpec
 ) -> dict[str, Any]:
-    """One latent's row of the table, token ids not yet decoded.
+    """One latent's row of the table, with token ids that are not yet decoded.
 
     Args:
         labels: see `label_table`.
@@ -222,7 +229,7 @@ def describe(
             "token_share": 0.0,
         }
     document = scanned.at["document"][rows]
-    there = document >= 0  # a BOS is of no document
+    there = document >= 0  # BOS has no document
     best, share = label_excess(of_document[document[there]], values[there], base)
     _, counts = np.unique(scanned.at["token"][rows], return_counts=True)
     top = top_rows(rows, values, scanned.apart, section.n_examples)
@@ -239,9 +246,13 @@ def describe(
 
 
 def label_table(documents: Any, at: dict[str, np.ndarray]) -> tuple:
-    """Label index by document number, label names, and each label's share of the rows.
+    """Label index of each document number, label names, and each label's share of the rows.
 
-    A BOS stands in front of a block and belongs to no document: its rows are left out.
+    Rows of a BOS, which stands in front of a block and belongs to no document, are left out.
+
+    Args:
+        documents: documents.parquet as a DataFrame.
+        at: see `Scan`.
     """
     names, index = np.unique(documents["label"].fillna("").astype(str), return_inverse=True)
     of_document = np.zeros(documents["document"].max() + 1, np.int64)
@@ -252,10 +263,10 @@ def label_table(documents: Any, at: dict[str, np.ndarray]) -> tuple:
 
 
 def decoded(rows: list[dict], logits: tuple, documents: Any, texts: tokens.Texts) -> list[dict]:
-    """Token ids -> strings, titles and logits added.
+    """Rows with strings in place of token ids, and with titles and logits.
 
     Args:
-        logits: values and ids [rows 2n] of `logit_weights`.
+        logits: values and ids, [rows 2n] each, as `logit_weights` gives them.
     """
     once = documents.drop_duplicates("document")  # split: tail may cut one in two
     titles = once.set_index("document")["title"].fillna("").astype(str)
@@ -275,8 +286,8 @@ def work(job: cli.Job) -> None:
 
     args, device = job.args, job.device()
     section, name = job.section("features", FeaturesSpec), job.spec["latents"]
-    about = tables.read_json(args.sae)
-    hook = about["hook"]
+    trained = tables.read_json(args.sae)
+    hook = trained["hook"]
     sae = load_saes(args.sae, device, [name])[name]
     loaded = loader.load(args.model, device)
     scanned = scan(sae, args.activations, hook, section.n_rows, device)
@@ -288,7 +299,7 @@ def work(job: cli.Job) -> None:
     rows = [describe(scanned, i, corpus, labels, section) for i in range(sae.cfg.d_sae)]
     texts = tokens.Texts(loaded.tokenizer)
     with torch.no_grad():
-        written = splice.written(loaded.hf, about.get("output_hook") or hook, sae.W_dec)
+        written = splice.written(loaded.hf, trained.get("output_hook") or hook, sae.W_dec)
         logits = logit_weights(loaded.hf, written, section.n_logits, texts.ids)
     rows = decoded(rows, logits, documents, texts)
     inputs = [args.model, args.corpus, args.documents, args.activations, args.sae]
@@ -304,6 +315,6 @@ def main() -> None:
         documents="documents.parquet",
         activations="manifest.json of the activations",
         sae="manifest.json of the SAE job",
-        out="one row a latent",
+        out="one row per latent",
     )
     cli.run("features", parser.parse_args(), work)

@@ -1,6 +1,6 @@
-"""Formulas of how well a dictionary reconstructs, on numbers and NumPy arrays.
+"""Formulas for how well a dictionary reconstructs or matches another, on NumPy arrays.
 
-The tests hold `evaluation`, which works in passes over shards, against them.
+The tests compare reconstruction.py, which works in passes over shards, with them.
 """
 
 import math
@@ -22,10 +22,10 @@ def explained_variance(x: np.ndarray, x_hat: np.ndarray, mean: np.ndarray | None
 
 
 def density_shares(density: np.ndarray) -> dict[str, float]:
-    """How many latents fire often, and how much of all firing is theirs (SAEBench, core).
+    """Share of latents that fire often, and their share of all firing (SAEBench, core).
 
     Args:
-        density: [d_sae], share of rows on which each latent is non-zero.
+        density: share of rows on which each latent is non-zero, [d_sae].
     """
     out, total = {}, density.sum()
     for percent in (1, 10):
@@ -38,13 +38,30 @@ def density_shares(density: np.ndarray) -> dict[str, float]:
 
 
 def loss_recovered(loss_model: float, loss_spliced: float, loss_ablated: float) -> float:
-    """(L_ablated - L_spliced) / (L_ablated - L_model): 1 is lossless, 0 as bad as the ablation.
+    """(L_ablated - L_spliced) / (L_ablated - L_model): 1 is lossless, 0 is as bad as the ablation.
 
-    nan where the ablation does not raise the loss, as it may not in a model with random weights.
+    NaN if the ablation does not raise the loss, which may happen in a model with random weights.
     """
     return share(loss_ablated - loss_spliced, loss_ablated - loss_model)
 
 
 def share(part: float, whole: float) -> float:
-    """part / whole; nan where the whole is not above zero: it is no share of nothing."""
+    """part / whole; NaN if the whole is not above zero."""
     return part / whole if whole > 0 else math.nan
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    """Rows of norm 1, [n d]."""
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def one_to_one(cosines: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The rows and the columns of the pairs of largest sum, [min(n, m)] each (Hungarian algorithm).
+
+    Args:
+        cosines: [n m], of latents of two dictionaries (Paulo & Belrose 2025, 2501.16615), or of
+            latents and the true features of synthetic data.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    return linear_sum_assignment(cosines, maximize=True)

@@ -6,7 +6,7 @@
 4. `Reconstruction`  explained variance, shrinkage and L0.
 
 These are the measures of SynthSAEBench (Chanin & Garriga-Alonso 2026, Sec. 3); MCC is the mean
-cosine over the pairs of pipeline/latents/one_to_one.py.
+cosine over the pairs of pipeline/latents/fidelity.py.
 """
 
 from dataclasses import dataclass, field

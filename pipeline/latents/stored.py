@@ -1,17 +1,29 @@
-"""What stages on dictionaries read from the store: these, and held-out blocks. [torch]"""
+"""What stages read from the store: trained dictionaries, and held-out blocks. [torch]"""
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Int64
 from torch import Tensor
 
 from pipeline.errors import RetraceError
 from pipeline.store import tables
 
 
-def load_saes(manifest: str | Path, device: torch.device, names: list[str] | None = None) -> dict:
-    """name -> SAELens SAE of an SAE job's folder, in float32, without gradients."""
+def load_saes(
+    manifest: str | Path, device: torch.device | str, names: list[str] | None = None
+) -> dict[str, Any]:
+    """name -> SAELens SAE of an SAE job, in float32 and without gradients.
+
+    Args:
+        manifest: manifest.json of the job.
+        names: default: all dictionaries of the job.
+
+    Raises:
+        RetraceError: a folder that SAELens cannot read.
+    """
     from sae_lens import SAE
 
     listed = tables.read_json(manifest)["saes"]
@@ -22,13 +34,17 @@ def load_saes(manifest: str | Path, device: torch.device, names: list[str] | Non
             sae = SAE.load_from_disk(str(folder), device=str(device))
         except Exception as e:  # SAELens raises what its readers raise
             raise RetraceError(f"{folder}: not a readable SAE ({e}); delete it, run again") from e
-        sae.turn_off_forward_pass_hook_z_reshaping()  # our rows hold all heads side by side
+        sae.turn_off_forward_pass_hook_z_reshaping()  # stored rows hold all heads side by side
         out[name] = sae.to(torch.float32).eval().requires_grad_(False)
     return out
 
 
-def eval_tokens(corpus: str | Path, n_blocks: int) -> Tensor:
-    """The first `n_blocks` held-out blocks of a corpus, int64 [blocks pos]."""
+def eval_tokens(corpus: str | Path, n_blocks: int) -> Int64[Tensor, "blocks pos"]:
+    """The first `n_blocks` held-out blocks of a corpus.
+
+    Raises:
+        RetraceError: the corpus has none.
+    """
     frame = tables.read_table(corpus, ["split", "tokens"])
     blocks = frame.loc[frame["split"] == "eval", "tokens"].tolist()[:n_blocks]
     if not blocks:

@@ -1,22 +1,23 @@
-"""Circuits of latents: mean ablation of all nodes but some, and edges between nodes. [torch]
+"""Circuits of latents: mean ablation of all nodes outside them, and edges between nodes. [torch]
 
-After Marks et al. 2024 (2403.19647, Sec. 3 and App. A.1), on the sites and units of latents.py.
+After Marks et al. 2024 (2403.19647, Sec. 3 and App. A.1), on the sites of sites.py and the units of
+units.py.
 
-1. `Ablation` runs the model with every node outside a circuit set to its mean over prompts, at each
-   site in turn: the x that comes there is split into latents and error, nodes that are kept stay
-   as they came, and the rest becomes the mean. With m averaged over prompts,
+1. `Ablation` runs the model with every node outside a circuit set to its mean over prompts. At each
+   site in turn, x is split into latents and error, nodes of the circuit keep their values, and the
+   others get their means. With m averaged over prompts,
 
-       faithfulness(C) = (m(C) - m(none)) / (m(all) - m(none))
-       completeness(C) = faithfulness(all but C)          (the paper's; small where C misses little)
+       faithfulness(C) = (m(C) - m(none)) / (m(all) - m(none)) completeness(C) = faithfulness(all
+       but C)          (as in the paper; small if C misses little)
 
 2. `edges` gives the effect of node u on m through node v alone,
 
        (u' - u) . dv/du . dm/dv,
 
-   with dm/dv from the effects of v and dv/du on the base run past the other sites: their values
-   are constants. Into the logits, dm/du is taken in the same way.
+   with dm/dv as for the effects of v, and dv/du on the base run along paths that pass through no
+   other site, whose values are constants. The effect on the logits uses dm/du in the same way.
 
-Prompts are of one template and length, so that a position means the same in all of them.
+Prompts have one template and length, so that a position means the same in all of them.
 """
 
 from collections.abc import Callable
@@ -24,17 +25,19 @@ from contextlib import ExitStack
 from typing import NamedTuple
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from pipeline.errors import RetraceError
-from pipeline.latents.sites import ERROR, Latent, Sites, Units
+from pipeline.latents.sites import Sites
+from pipeline.latents.units import ERROR, Latent, Units
 from pipeline.models import hooks, splice
 
 Circuit = frozenset[Latent]
 
 
 class Ablation:
-    """Circuits of a model, run on the base prompts of its sites.
+    """Runs circuits on the base prompts of some sites.
 
     Attributes:
         mean: hook -> (mean f [pos units], mean e [pos d]) over both prompts of all pairs.
@@ -54,7 +57,11 @@ class Ablation:
             self.mean[hook] = tuple(part.mean(0) for part in parts)
 
     def kept(self, circuit: Circuit, complement: bool) -> dict[str, Tensor]:
-        """hook -> which nodes stay, bool [pos units+1]; the last is the error term."""
+        """hook -> which nodes keep their values, bool [pos units+1]; the last is the error term.
+
+        Args:
+            complement: keep all nodes but the circuit's.
+        """
         out = {}
         for hook, (f, e) in self.mean.items():
             mask = torch.zeros(f.shape[0], f.shape[1] + 1, dtype=torch.bool)
@@ -68,19 +75,28 @@ class Ablation:
         self,
         circuits: list[Circuit],
         complement: bool = False,
-        told: Callable[[int], None] = lambda _: None,
-    ) -> Tensor:
-        """m of each circuit (or of all but it) on each prompt, [circuits n]."""
+        on_progress: Callable[[int], None] = lambda _: None,
+    ) -> Float[Tensor, "circuits n"]:
+        """m of each circuit on each prompt.
+
+        Args:
+            complement: of all nodes but each circuit's.
+            on_progress: called with the number of circuits done so far.
+        """
         task, out, done = self.sites.task, [], 0
         for some in task.pieces(circuits, task.pairs.base.shape[1]):
             kept = [self.kept(c, complement) for c in some]
             out.append(self._run({h: torch.stack([k[h] for k in kept]) for h in self.units}))
             done += len(some)
-            told(done)
+            on_progress(done)
         return torch.cat(out)
 
     def _run(self, kept: dict[str, Tensor]) -> Tensor:
-        """m [k n] of circuits kept [k pos units+1] a hook."""
+        """m [k n] of k circuits.
+
+        Args:
+            kept: hook -> which nodes keep their values, bool [k pos units+1].
+        """
         task, first = self.sites.task, self.sites.hooks[0]
         layer = int(first.split(".")[1])
         (k, *_), n = next(iter(kept.values())).shape, len(task.rows)
@@ -101,7 +117,7 @@ class Ablation:
 
 
 class LatentEdge(NamedTuple):
-    """From a node to another, or to the logits (None)."""
+    """An edge from a node to another one, or to the logits (None)."""
 
     source: Latent
     target: Latent | None
@@ -109,15 +125,15 @@ class LatentEdge(NamedTuple):
 
 def edges(
     sites: Sites, units: dict[str, Units], nodes: list[Latent], alphas: list[float],
-    told: Callable[[int], None] = lambda _: None,
-) -> tuple[list[LatentEdge], Tensor]:  # fmt: skip
-    """Edges among nodes and to the logits, and their effects averaged over prompts, [edges].
+    on_progress: Callable[[int], None] = lambda _: None,
+) -> tuple[list[LatentEdge], Float[Tensor, " edges"]]:  # fmt: skip
+    """Edges among nodes and to the logits, and their effects averaged over prompts.
 
     Args:
-        units: at the hooks that count as sites.
+        units: the units at the hooks that count as sites.
         nodes: each at one position.
-        alphas: points of dm/dv, as for `latents.effects`.
-        told: called with the number of targets done so far.
+        alphas: points of dm/dv, as for `sites.effects`.
+        on_progress: called with the number of targets done so far.
     """
     names = [h for h in sites.hooks if h in units]
     before, after, end = _cut_at(sites, names)
@@ -144,16 +160,16 @@ def edges(
         for done, node in enumerate(nodes, 1):
             x = before[node.hook]
             join(node, x, _cotangent(sites, units[node.hook], node, alphas))
-            told(done)
+            on_progress(done)
     n = len(sites.task.rows)
     total = torch.stack(weights) / n if weights else sites.task.before[:0]
     return found, total
 
 
 def _cut_at(sites: Sites, names: list[str]) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
-    """x as it comes to each hook, the leaf that goes on from there, and the last stream.
+    """x on arrival at each hook, the leaf that replaces it there, and the last stream.
 
-    Gradients from one hook's x to another's leaf so pass no third.
+    A gradient of one hook's x in another hook's leaf then passes through no third hook.
     """
     task, layer = sites.task, int(names[0].split(".")[1])
     before: dict[str, Tensor] = {}
@@ -178,7 +194,7 @@ def _changes(sites: Sites, units: Units, hook: str) -> tuple[Tensor, Tensor]:
 
 
 def _dot(node: Latent, units: Units, change: tuple[Tensor, Tensor], gradient: Tensor) -> Tensor:
-    """Change of a node times a gradient dy/dx [n pos d], summed over prompts."""
+    """Change of a node times a gradient dy/dx [n pos d], summed over prompts: []."""
     at = gradient[:, node.position]
     if node.number == ERROR:
         return (change[1][:, node.position] * at).sum()
@@ -187,7 +203,7 @@ def _dot(node: Latent, units: Units, change: tuple[Tensor, Tensor], gradient: Te
 
 
 def _cotangent(sites: Sites, units: Units, node: Latent, alphas: list[float]) -> Tensor:
-    """dm/dv . dv/dx of a node v at its own site, [n pos d]; a TopK's choice is kept."""
+    """dm/dv . dv/dx of a node v at its own site, [n pos d]; the choice of a TopK is constant."""
     gradient = sites.gradient(node.hook, alphas)[:, node.position]
     x = sites.base[node.hook].detach().requires_grad_(True)
     f, e = units.split(x)

@@ -20,6 +20,7 @@ from dataclasses import dataclass
 import pandas as pd
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float
 from torch import Tensor, nn
 
 from pipeline.errors import RetraceError
@@ -81,7 +82,9 @@ def tuned_lens(hf: nn.Module, translators: Translators) -> Lens:
     return lambda layer, x: unembed(hf, translators(layer, x))
 
 
-def kl(log_p: Tensor, log_q: Tensor) -> Tensor:
+def kl(
+    log_p: Float[Tensor, "*batch d_vocab"], log_q: Float[Tensor, "*batch d_vocab"]
+) -> Float[Tensor, "*batch"]:
     """KL(p || q) in nats over the last dimension: […]."""
     return (log_p.exp() * (log_p - log_q)).sum(-1)
 

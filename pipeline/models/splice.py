@@ -10,6 +10,7 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from pipeline.errors import RetraceError
@@ -21,7 +22,9 @@ def stream(hf: nn.Module, hook: str, tokens: Tensor) -> Tensor:
     return hooks.run_to(hf, tokens, [hook])[hook]
 
 
-def known(x: Tensor, skip_first: int, max_norm: float) -> Tensor:
+def known(
+    x: Float[Tensor, "batch pos d"], skip_first: int, max_norm: float
+) -> Bool[Tensor, "batch pos"]:
     """Which tokens a dictionary was trained on, bool [batch pos]; see ActivationsSpec.
 
     Args:

@@ -8,6 +8,7 @@
 """
 
 import torch
+from jaxtyping import Bool
 from torch import Tensor
 
 from pipeline.spec.sae import SaeTraining
@@ -43,11 +44,11 @@ class DeadLatents:
         self.rows_seen = self._none_before = 0
 
     @property
-    def mask(self) -> Tensor:
-        """Which latents are dead: bool [d_sae]."""
+    def mask(self) -> Bool[Tensor, " d_sae"]:
+        """Which latents are dead."""
         return self.rows_since_fired >= self.dead_rows
 
-    def mask_if_any(self) -> Tensor | None:
+    def mask_if_any(self) -> Bool[Tensor, " d_sae"] | None:
         """`mask`, or None while no latent is dead.
 
         Reading the counts waits for the device. It is done only when a latent can have died since
@@ -70,8 +71,8 @@ class DeadLatents:
             self.capacity = min(max(LEAST_CAPACITY, 1 << (n - 1).bit_length()), d_sae) if n else 0
         return self.capacity
 
-    def count(self, fired: Tensor, n_rows: int) -> None:
-        """Take in which latents fired on a batch: bool [d_sae]."""
+    def count(self, fired: Bool[Tensor, " d_sae"], n_rows: int) -> None:
+        """Take in which latents fired on a batch of n_rows."""
         self.rows_since_fired.add_(n_rows).masked_fill_(fired, 0)
 
     def tensors(self) -> dict[str, Tensor]:

@@ -1,18 +1,19 @@
-"""Train all dictionaries that share a stream of activations, in one job; SAELens folders out.
+"""Train all dictionaries that share a stream of activations in one job, and write SAELens folders.
 
-1. Every dictionary is a TrainingSAE of SAELens's: its configuration, initial weights, loss and file
-   format. `SAE.load_from_disk` reads what we write and reconstructs what ours does.
-2. One stream of batches serves all (sae/stream.py); an epoch is one pass through the data.
+1. Every dictionary is a TrainingSAE of SAELens, with its configuration, initial weights, loss and
+   file format. `SAE.load_from_disk` reads what is written and gives the same reconstructions.
+2. All dictionaries see the same batches (sae/stream.py); an epoch is one pass through the data.
 3. A step computes SAELens's loss and gradients, without the dense products where few latents are
    active (sae/steps.py and its siblings); sae/train.py is the loop.
-4. The scale of the rows is folded into the weights, so that a saved dictionary takes activations as
-   they are.
-5. Dictionaries with an output_hook are transcoders (sae/transcoder.py); a job's share both hooks.
-6. Until all is done, everything lies in `<saes>.partial/`, checkpoints among it
-   (checkpoints.py).
+4. Rows are scaled for training; when a dictionary is saved, the scale is folded into its weights,
+   so that it takes activations as they are.
+5. Dictionaries with an output_hook are transcoders (sae/transcoder.py); those of one job share both
+   hooks.
+6. Until the job is done, all files lie in `<saes>.partial/`, its checkpoints included
+   (store/checkpoints.py).
 
-`history.parquet` has about a hundred rows a dictionary, each the batch of one step: mse in the unit
-of the activations, loss as it was minimised, on scaled rows, with all its terms.
+`history.parquet` has about a hundred rows per dictionary, one for the batch of a step: `mse` is in
+the unit of the activations, `loss` is what was minimised, on scaled rows and with all its terms.
 """
 
 import json
@@ -34,7 +35,7 @@ from pipeline.store import provenance, tables
 from pipeline.store.checkpoints import Checkpoints, write_tensors
 from pipeline.store.shards import Rows
 
-MEDIAN_ROWS = 32_768  # of the sample for b_dec, as in Gao et al.'s released training code
+MEDIAN_ROWS = 32_768  # in the sample for b_dec, as in Gao et al.'s released training code
 
 
 class SaeJob(Section):
@@ -51,7 +52,7 @@ class SaeJob(Section):
 
 
 def check(job: SaeJob, rows: Rows) -> None:
-    """Raise where the data cannot train the dictionaries."""
+    """Raise RetraceError if there are too few rows or steps for one of the dictionaries."""
     for name, spec in job.dictionaries.items():
         if spec.d_sae > rows.n_rows:
             raise RetraceError(
@@ -66,16 +67,18 @@ def check(job: SaeJob, rows: Rows) -> None:
 
 
 def metadata(activations: dict, hook: str, output_hook: str | None = None) -> dict[str, Any]:
-    """What SAELens records about the stream a dictionary was trained on.
+    """What SAELens records about the activations a dictionary was trained on.
 
-    Its readers unpack `seqpos_slice` into a slice: [1] would be position 0 alone. They take hooks
-    by `hook_name`, and SAETransformerBridge those of `hook_name_bridge`, which the manifest of the
-    activations names.
+    SAELens unpacks `seqpos_slice` into a slice, so that [1] would mean position 0 alone. Its
+    HookedTransformer finds the hook by `hook_name`, its SAETransformerBridge by
+    `hook_name_bridge`, which the manifest of the activations gives.
+
+    Args:
+        activations: manifest.json of the activations.
     """
     named = {"hook_name": hook} | ({"hook_name_out": output_hook} if output_hook else {})
-    own = {
-        h: about["bridge"] for h, about in activations.get("hooks", {}).items() if "bridge" in about
-    }
+    stored = activations.get("hooks", {}).items()
+    own = {name: entry["bridge"] for name, entry in stored if "bridge" in entry}
     return {
         "model_name": Path(activations["model"]).parent.name,
         **named,
@@ -98,7 +101,8 @@ def save(
     """Write a trained dictionary as a SAELens folder. Its weights are changed in place.
 
     Args:
-        target_scale: of the rows that a transcoder reconstructs.
+        scale: factor by which the rows were multiplied for training.
+        target_scale: the same of the rows that a transcoder reconstructs; None: no transcoder.
     """
     sae = dictionary.sae.to("cpu")
     if target_scale is None:
@@ -117,7 +121,7 @@ def save(
 
 
 def history(dictionaries: list[Dictionary]) -> Any:
-    """The dictionaries' histories as one DataFrame."""
+    """The dictionaries' histories as one DataFrame, one row per dictionary and recorded step."""
     import pandas as pd
 
     frames = [pd.DataFrame(d.history, columns=HISTORY).assign(sae=d.name) for d in dictionaries]
@@ -126,7 +130,7 @@ def history(dictionaries: list[Dictionary]) -> Any:
 
 
 def summary(dictionary: Dictionary, spec: SaeSpec) -> dict[str, Any]:
-    """The manifest's entry of a trained dictionary."""
+    """The entry of a trained dictionary in the manifest."""
     dead = dictionary.dead.mask.cpu()
     return {
         "folder": f"saes/{dictionary.name}",
@@ -138,8 +142,12 @@ def summary(dictionary: Dictionary, spec: SaeSpec) -> dict[str, Any]:
     }
 
 
-def prepare(job: SaeJob, stream: Stream, about: dict) -> list[Dictionary]:
-    """Every dictionary of a job, with its initial weights, on the stream's device."""
+def prepare(job: SaeJob, stream: Stream, activations: dict) -> list[Dictionary]:
+    """Every dictionary of a job, with its initial weights, on the stream's device.
+
+    Args:
+        activations: manifest.json of the activations.
+    """
     b_dec = geometric_median(stream.sample(MEDIAN_ROWS)[:, -stream.d_out :])
     out = []
     for name, spec in job.dictionaries.items():
@@ -148,7 +156,7 @@ def prepare(job: SaeJob, stream: Stream, about: dict) -> list[Dictionary]:
             stream.d_in,
             d_out=stream.d_out,
             normalize=job.training.normalize,
-            metadata=metadata(about, job.hook, job.output_hook),
+            metadata=metadata(activations, job.hook, job.output_hook),
         ).to(stream.device)
         sae.b_dec.data.copy_(b_dec)
         step = steps.reference if job.output_hook else None
@@ -157,7 +165,7 @@ def prepare(job: SaeJob, stream: Stream, about: dict) -> list[Dictionary]:
 
 
 def work(job: cli.Job) -> None:
-    """Train, or take up an interrupted training, and write the store's item."""
+    """Train, or go on with an interrupted training, and write the outputs."""
     args, section = job.args, job.section("sae", SaeJob)
     device, training = job.device(), section.training
     rows = Rows(args.activations, section.hook, "train")
@@ -203,7 +211,7 @@ def work(job: cli.Job) -> None:
 def write(
     job: cli.Job, section: SaeJob, dictionaries: list[Dictionary], stream: Stream, partial: Path
 ) -> None:
-    """Write the outputs in `<saes>.partial/`, move them into place, the manifest last."""
+    """Write the outputs in `<saes>.partial/`, then move them into place, the manifest last."""
     args, out = job.args, Path(job.args.out)
     made = job.certificate([args.activations], seed=section.training.seed)
     folders, saes = partial / "saes", Path(args.saes)

@@ -1,10 +1,10 @@
-"""Products with a matrix [batch d_sae] of which few entries are active, and the k largest of a row.
+"""Products with a matrix [batch d_sae] that has few active entries, and the k largest of a row.
 
-`Sparse` holds where the entries are, their values are kept apart, so that one place serves
-activations and their gradients. A product is an `embedding_bag`: over the entries row by row for
-values @ W, over the same entries latent by latent for values' @ x. Each bag is summed by one thread
-in one order, so a result does not depend on scheduling. `Dense` has the same methods. On a GPU the
-kernels of sae/kernels.py stand in, and operands may be bfloat16; sums are float32 always.
+`Sparse` holds the places of the entries without their values, so that the same places serve for
+activations and for their gradients. A product is an `embedding_bag`: over the entries row by row
+for values @ W, latent by latent for values' @ x. Each bag is summed by one thread in one order, so
+that a result does not depend on scheduling. `Dense` has the same methods. On a GPU the kernels of
+sae/kernels.py are used instead, and operands may be bfloat16; sums are always float32.
 """
 
 from collections.abc import Callable
@@ -12,35 +12,39 @@ from functools import cached_property
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 # (d [batch d_in], offset [d_sae] or None) -> d @ weights' + offset at the entries: the gradient of
-# a `decode` in its values, and what else pulls on each latent.
+# a `decode` in its values, and a further gradient for each latent.
 Pull = Callable[[Tensor, Tensor | None], Tensor]
-GROUPS = 8  # of `largest`: 4, 16 and 32 were slower (measured, 2 cores, d_sae 4608, k 32)
-GROUPS_ON_GPU = 16  # 32 and 64 were slower (measured, H100, d_sae 24576, k 32)
+GROUPS = 8  # slices in `largest`; 4, 16 and 32 were slower (2 cores, d_sae 4608, k 32)
+GROUPS_ON_GPU = 16  # 32 and 64 were slower (H100, d_sae 24576, k 32)
 
 
 class Scratch:
-    """Blocks of memory for [batch d_sae] matrices, reused by every dictionary.
+    """Memory for [batch d_sae] matrices, reused by every dictionary and step.
 
-    The page faults of a fresh block cost a tenth of the encoder's product (measured).
+    The page faults of fresh memory cost a tenth of the encoder's product (measured).
 
     Args:
-        half: operands of products in bfloat16, their sums in float32; on a GPU alone.
+        half: use bfloat16 for the operands of products; only on a GPU. Sums are float32.
+
+    Attributes:
+        recordings: CUDA graphs of the dictionaries' steps, which share their memory.
     """
 
     def __init__(self, half: bool = False) -> None:
         self.half = half
         self.blocks: dict[str, Tensor] = {}
-        self.recordings: list[torch.cuda.CUDAGraph] = []  # of the dictionaries' steps
+        self.recordings: list[torch.cuda.CUDAGraph] = []
 
     def cast(self, x: Tensor) -> Tensor:
-        """An operand of a product."""
+        """A tensor in the dtype of operands."""
         return x.bfloat16() if self.half else x
 
     def matrix(self, name: str, rows: int, columns: int, like: Tensor) -> Tensor:
-        """[rows columns], of `like`'s dtype or bfloat16; its content is whatever was there."""
+        """A matrix [rows columns] with `like`'s dtype or bfloat16; its content is undefined."""
         dtype = torch.bfloat16 if self.half else like.dtype
         size, block = rows * columns, self.blocks.get(name)
         if block is None or block.numel() < size or block.dtype != dtype:
@@ -48,11 +52,15 @@ class Scratch:
         return block[:size].view(rows, columns)
 
     def encode(
-        self, x: Tensor, W_enc: Tensor, b_enc: Tensor | None = None, scale: Tensor | None = None
-    ) -> Tensor:
-        """x W_enc + b_enc, its columns times `scale`: [batch d_sae], in the block `acts`.
+        self,
+        x: Float[Tensor, "batch d_in"],
+        W_enc: Float[Tensor, "d_in d_sae"],
+        b_enc: Float[Tensor, " d_sae"] | None = None,
+        scale: Float[Tensor, " d_sae"] | None = None,
+    ) -> Float[Tensor, "batch d_sae"]:
+        """(x W_enc + b_enc) * scale, in the memory named `acts`.
 
-        The scale is folded into W_enc, which is smaller than the product.
+        W_enc is scaled rather than the product, which is larger.
         """
         out = self.matrix("acts", len(x), W_enc.shape[1], x)
         if scale is not None:
@@ -62,7 +70,7 @@ class Scratch:
         return torch.addmm(self.cast(b_enc), self.cast(x), self.cast(W_enc), out=out)
 
     def _scaled(self, W_enc: Tensor, scale: Tensor) -> Tensor:
-        """W_enc with its columns times `scale`, as an operand of a product."""
+        """W_enc * scale, in the dtype of operands."""
         if self.half and W_enc.is_cuda and W_enc.T.is_contiguous():
             from pipeline.sae.kernels import scaled
 
@@ -75,17 +83,17 @@ class Sparse:
     """Where a matrix [batch d_sae] is active: n entries, row by row.
 
     Args:
-        latents: int64 [n], the column of each entry.
-        rows: int64 [n], the row of each entry, ascending.
+        latents: the column of each entry.
+        rows: the row of each entry, ascending.
         shape: (batch, d_sae).
-        half: what is gathered in bfloat16, its sums in float32; on a GPU alone.
-        most: entries of a row at most, where that is known.
+        half: read weights and x in bfloat16; only on a GPU. Sums are float32.
+        most: upper bound on the entries of a row, if known.
     """
 
     def __init__(
         self,
-        latents: Tensor,
-        rows: Tensor,
+        latents: Int64[Tensor, " n"],
+        rows: Int64[Tensor, " n"],
         shape: tuple[int, int],
         half: bool = False,
         most: int | None = None,
@@ -94,27 +102,29 @@ class Sparse:
         self.batch, self.d_sae = shape
 
     @cached_property
-    def row_starts(self) -> Tensor:
-        """The first entry of each row, and n: int64 [batch + 1]."""
+    def row_starts(self) -> Int64[Tensor, " batch_and_1"]:
+        """Index of the first entry of each row, then n: [batch + 1]."""
         return _starts(self.rows, self.batch)
 
     @cached_property
     def by_latent(self) -> tuple[Tensor, Tensor, Tensor]:
-        """Entries in the order of latents [n], their rows [n]; each latent's first, and n."""
-        # short integers sort in fewer passes
+        """The entries sorted by latent [n], their rows [n], and each latent's first, then n."""
+        # short integers are sorted in fewer passes
         short = torch.int16 if self.d_sae < 2**15 else torch.int32
         latents, order = self.latents.to(short).sort(stable=True)
         return order, self.rows[order], _starts(latents, self.d_sae)
 
-    def on(self, rows: Tensor, batch: int) -> "Sparse":
-        """The same entries on other rows, int64 [n], which ascend, too."""
+    def on(self, rows: Int64[Tensor, " n"], batch: int) -> "Sparse":
+        """The same entries in other rows, which must ascend, too."""
         out = Sparse(self.latents, rows, (batch, self.d_sae), self.half)
         order, _, starts = self.by_latent
         out.by_latent = order, rows[order], starts
         return out
 
-    def decode(self, values: Tensor, weights: Tensor) -> tuple[Tensor, Pull]:
-        """values @ weights: [batch d_in] from n values and [d_sae d_in]; and its Pull."""
+    def decode(
+        self, values: Float[Tensor, " n"], weights: Float[Tensor, "d_sae d_in"]
+    ) -> tuple[Float[Tensor, "batch d_in"], Pull]:
+        """values @ weights, and its Pull."""
         if values.is_cuda:
             return self._decode_on_gpu(values, weights.bfloat16() if self.half else weights)
         with torch.enable_grad():
@@ -136,37 +146,41 @@ class Sparse:
 
         return _bags(self.latents, self.row_starts, values, weights, self.most), pull
 
-    def gather(self, values: Tensor, x: Tensor) -> Tensor:
-        """values' @ x: [d_sae d_in] from n values and [batch d_in]."""
+    def gather(
+        self, values: Float[Tensor, " n"], x: Float[Tensor, "batch d_in"]
+    ) -> Float[Tensor, "d_sae d_in"]:
+        """values' @ x."""
         order, rows, starts = self.by_latent
         return _bags(rows, starts, values[order], x.bfloat16() if self.half else x)
 
-    def spread(self, of_latent: Tensor) -> Tensor:
-        """What each entry's latent has of [d_sae]."""
+    def spread(self, of_latent: Float[Tensor, " d_sae"]) -> Float[Tensor, " n"]:
+        """For each entry, the value of its latent."""
         return of_latent[self.latents]
 
-    def total(self, values: Tensor) -> Tensor:
-        """Sum over rows: [d_sae]."""
+    def total(self, values: Float[Tensor, " n"]) -> Float[Tensor, " d_sae"]:
+        """The sum over rows."""
         order, _, starts = self.by_latent
-        # unsafe: without a check of the offsets, for which a GPU would be waited for
+        # unsafe: a check of the offsets would wait for the GPU
         return torch.segment_reduce(values[order], "sum", offsets=starts, unsafe=True)
 
-    def fired(self, values: Tensor) -> Tensor:
-        """Whether a latent is above zero on any row: bool [d_sae]."""
+    def fired(self, values: Float[Tensor, " n"]) -> Bool[Tensor, " d_sae"]:
+        """Whether a latent is above zero on any row."""
         return self.total((values > 0).float()) > 0
 
-    def l0_(self, values: Tensor) -> Tensor:
-        """Mean number of values above zero a row: []. It may use up `values`."""
+    def l0_(self, values: Float[Tensor, " n"]) -> Float[Tensor, ""]:
+        """Mean number of values above zero per row. It may overwrite `values`."""
         return (values > 0).sum().to(values.dtype) / self.batch
 
 
 class Dense:
-    """The methods of `Sparse` for values [batch d_sae], where so many are active that it pays."""
+    """The methods of `Sparse` for all values of the matrix: faster where many are active."""
 
     def __init__(self, scratch: Scratch) -> None:
         self.scratch = scratch
 
-    def decode(self, values: Tensor, weights: Tensor) -> tuple[Tensor, Pull]:
+    def decode(
+        self, values: Float[Tensor, "batch d_sae"], weights: Float[Tensor, "d_sae d_in"]
+    ) -> tuple[Float[Tensor, "batch d_in"], Pull]:
         cast = self.scratch.cast
         weights = cast(weights)
 
@@ -178,19 +192,21 @@ class Dense:
 
         return product(cast(values), weights), pull
 
-    def gather(self, values: Tensor, x: Tensor) -> Tensor:
+    def gather(
+        self, values: Float[Tensor, "batch d_sae"], x: Float[Tensor, "batch d_in"]
+    ) -> Float[Tensor, "d_sae d_in"]:
         return product(self.scratch.cast(values).T, self.scratch.cast(x))
 
-    def spread(self, of_latent: Tensor) -> Tensor:
+    def spread(self, of_latent: Float[Tensor, " d_sae"]) -> Float[Tensor, " d_sae"]:
         return self.scratch.cast(of_latent)
 
-    def total(self, values: Tensor) -> Tensor:
+    def total(self, values: Float[Tensor, "batch d_sae"]) -> Float[Tensor, " d_sae"]:
         return values.sum(0, dtype=_wide(values))
 
-    def fired(self, values: Tensor) -> Tensor:
+    def fired(self, values: Float[Tensor, "batch d_sae"]) -> Bool[Tensor, " d_sae"]:
         return values.amax(0) > 0
 
-    def l0_(self, values: Tensor) -> Tensor:
+    def l0_(self, values: Float[Tensor, "batch d_sae"]) -> Float[Tensor, ""]:
         return values.sign_().sum(1, dtype=_wide(values)).mean()
 
 
@@ -199,13 +215,15 @@ def _wide(values: Tensor) -> torch.dtype:
     return torch.float32 if values.dtype == torch.bfloat16 else values.dtype
 
 
-def product(a: Tensor, b: Tensor) -> Tensor:
+def product(
+    a: Float[Tensor, "rows inner"], b: Float[Tensor, "inner columns"]
+) -> Float[Tensor, "rows columns"]:
     """a @ b, in the dtype of sums."""
     return a @ b if a.dtype == _wide(a) else torch.mm(a, b, out_dtype=_wide(a))
 
 
 def _starts(ascending: Tensor, n: int) -> Tensor:
-    """Where each of 0..n-1 begins in a sorted tensor, and its length: int64 [n + 1]."""
+    """Where each of 0 to n - 1 begins in a sorted tensor, then its length: int64 [n + 1]."""
     every = torch.arange(n + 1, dtype=ascending.dtype, device=ascending.device)
     return torch.searchsorted(ascending, every)
 
@@ -213,7 +231,7 @@ def _starts(ascending: Tensor, n: int) -> Tensor:
 def _bags(
     index: Tensor, starts: Tensor, values: Tensor, weights: Tensor, most: int | None = None
 ) -> Tensor:
-    """Sum of values[i] * weights[index[i]] over each bag, from starts[bag] to starts[bag + 1]."""
+    """Sum of values[i] * weights[index[i]] over each bag, i from starts[bag] to starts[bag + 1]."""
     if values.is_cuda:
         from pipeline.sae.kernels import bags
 
@@ -223,12 +241,15 @@ def _bags(
     )
 
 
-def largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The k largest of every row, in no order: values and indices, [rows k].
+def largest(
+    scores: Float[Tensor, "rows columns"], k: int
+) -> tuple[Float[Tensor, "rows k"], Int64[Tensor, "rows k"]]:
+    """Values and indices of the k largest of every row, in no order.
 
-    `torch.topk` over d_sae columns costs a third of the encoder's product. The columns are cut into
-    a few slices and the maximum is taken across them: the k columns of a slice with the largest
-    maxima hold the k largest scores, so `topk` runs over two short rows in place of a long one.
+    `torch.topk` over d_sae columns costs a third of the encoder's product. So the columns are cut
+    into a few slices and the maximum is taken across them. The k positions within a slice with the
+    largest maxima contain the k largest scores, so that `topk` runs over two short rows in place of
+    a long one.
     """
     rows, columns = scores.shape
     groups = GROUPS_ON_GPU if scores.is_cuda else GROUPS

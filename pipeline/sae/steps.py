@@ -1,27 +1,27 @@
-"""Loss and gradients of one batch: by SAELens's own object, and the same numbers faster.
+"""Loss and gradients of one batch: by SAELens's own code, and the same numbers faster.
 
-`reference` calls SAELens's `training_forward_pass` and autograd: it serves every architecture, and
-it is what the tests hold the fast steps against. `topk` and `standard` write the gradients by hand;
-sae/steps_batch.py, sae/steps_gates.py and sae/steps_pursuit.py do so for the others.
-With B rows x, x_c = x - b_dec, p = x_c W_enc + b_enc, activations a = relu(p), all but the active
-ones zero, and r = a W_dec + b_dec - x:
+`reference` calls SAELens's `training_forward_pass` and autograd. It works for every architecture,
+and the tests compare the fast steps with it. `topk` and `standard` write the gradients by hand;
+sae/steps_batch.py, sae/steps_gates.py and sae/steps_pursuit.py do so for the other architectures.
+With B rows x, x_c = x - b_dec, p = x_c W_enc + b_enc, activations a = relu(p) where a latent is
+active and 0 elsewhere, and r = a W_dec + b_dec - x:
 
-1. MSE is sum(r^2) / B: summed over d_in, averaged over rows, as SAELens has it. With d = 2 r / B,
-   dW_dec = a' d, and the pull on an active latent is g = d W_dec'.
+1. The MSE is sum(r^2) / B: summed over d_in, averaged over rows, as in SAELens. With d = 2 r / B,
+   dW_dec = a' d, and the gradient in an active latent, its pull, is g = d W_dec'.
 2. dW_enc = x_c' g and db_enc = sum of g over rows. db_dec = sum of d over rows - W_enc db_enc: g is
    summed over rows before it meets W_enc (Gao et al. 2024, as in their released code).
 3. Every product with a or g touches active latents only (sae/sparse.py). x_c W_enc is the one dense
    product.
-4. TopK keeps the k largest of p n, n the norms of W_dec's rows, and decodes (a n) / n (SAELens,
-   rescale_acts_by_decoder_norm): n takes part in the choice alone, its gradient is zero.
-5. AuxK (Gao et al. 2024, App. A.2): the dead latents, at most k_aux a row and without a relu,
-   reconstruct -r, which has no gradient of its own. SAELens's form is kept: k_aux is d_in / 2 where
-   the paper has 512, the coefficient falls with the number of dead latents once they are fewer than
-   k_aux, and the squared error is not divided by the residual's variance as the paper's is.
+4. TopK keeps the k largest of p n, where n are the norms of W_dec's rows, and decodes (a n) / n
+   (SAELens, rescale_acts_by_decoder_norm): n only takes part in the choice, so it has no gradient.
+5. AuxK (Gao et al. 2024, App. A.2): the dead latents, at most k_aux per row and without a relu,
+   reconstruct -r, which counts as a constant. SAELens's form is kept: k_aux is d_in / 2 where the
+   paper has 512, the coefficient falls with the number of dead latents once there are fewer than
+   k_aux, and the squared error is not divided by the variance of the residual as in the paper.
 6. L1 adds l1 sum(a n) / B: l1 n / B to the pull on active latents, and l1 sum(a) / B along the
    decoder's direction to dW_dec.
 
-A step leaves gradients in the parameters' `.grad`, and changes nothing else.
+A step sets the parameters' `.grad` and changes nothing else.
 """
 
 from collections.abc import Callable
@@ -29,40 +29,50 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from pipeline.sae.sparse import Dense, Scratch, Sparse, largest, product
 
-# Above this share of active latents a dense product is the faster one (measured on 2 cores,
-# d_in 576, d_sae 4608, see tests/benchmarks/sae_cpu.py).
+# Above this share of active latents a dense product is faster (measured on 2 cores, d_in 576,
+# d_sae 4608, see tests/benchmarks/sae_cpu.py).
 DENSE_SHARE = 0.07
-SAMPLE_ROWS = 256  # by which that share is judged
+SAMPLE_ROWS = 256  # rows on which that share is counted
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one batch did; nothing here has a gradient."""
+    """What one batch gave; nothing here has a gradient."""
 
-    loss: Tensor  # [], what was differentiated
-    mse: Tensor  # [], mean over rows of ||x - x_hat||^2
-    l0: Tensor  # [], mean number of active latents a row
-    fired: Tensor  # bool [d_sae], active on any row
+    loss: Float[Tensor, ""]  # what was differentiated
+    mse: Float[Tensor, ""]  # mean over rows of ||x - x_hat||^2
+    l0: Float[Tensor, ""]  # mean number of active latents per row
+    fired: Bool[Tensor, " d_sae"]  # active on any row
 
 
 class Gradients:
     """Gradients of the MSE, to which a step adds its own terms before `store`.
 
     Args:
-        support: a Sparse or Dense.
-        acts: values on the support.
+        support: where latents are active.
+        acts: activations on the support: [n] of a Sparse, [batch d_sae] of a Dense.
         x: [batch d_in].
-        offset: what else pulls on active latents, [d_sae].
+        offset: added to the pull on every active latent, [d_sae]; default: nothing.
 
-    W_enc stands transposed, [d_sae d_in], until `store`; W_dec is None where it is frozen.
+    Attributes:
+        r: x_hat - x, [batch d_in].
+        W_enc: its gradient, transposed until `store`: [d_sae d_in].
+        W_dec: its gradient; None if the decoder is frozen.
     """
 
     def __init__(
-        self, sae: Any, support: Any, acts: Tensor, x: Tensor, *, offset: Tensor | None = None
+        self,
+        sae: Any,
+        support: Sparse | Dense,
+        acts: Float[Tensor, "..."],
+        x: Float[Tensor, "batch d_in"],
+        *,
+        offset: Float[Tensor, " d_sae"] | None = None,
     ) -> None:
         W_dec = sae.W_dec.detach()
         self.sae, self.xc = sae, x - sae.b_dec
@@ -78,12 +88,20 @@ class Gradients:
         self.b_enc = support.total(g)
         self.b_dec = d.sum(0)
 
-    def add_latents(self, at: Tensor, acts: Tensor, g: Tensor, d: Tensor, scratch: Scratch) -> None:
+    def add_latents(
+        self,
+        at: Int64[Tensor, " n"],
+        acts: Float[Tensor, "batch n"],
+        g: Float[Tensor, "batch n"],
+        d: Float[Tensor, "batch d_in"],
+        scratch: Scratch,
+    ) -> None:
         """Add a dense term over the latents `at`.
 
         Args:
-            acts, g: [batch len(at)], activations and the pull on them.
-            d: [batch d_in], gradient of their reconstruction.
+            acts: their activations.
+            g: the gradient in the activations.
+            d: the gradient in their reconstruction.
         """
         cast = scratch.cast
         if self.W_dec is not None:
@@ -100,24 +118,32 @@ class Gradients:
         sae.W_dec.grad = self.W_dec
 
 
-def laid_out(gradient: Tensor, W_enc: Tensor) -> Tensor:
-    """The gradient [d_sae d_in] as that of W_enc [d_in d_sae], each value where W_enc has its."""
+def laid_out(
+    gradient: Float[Tensor, "d_sae d_in"], W_enc: Float[Tensor, "d_in d_sae"]
+) -> Float[Tensor, "d_in d_sae"]:
+    """A gradient transposed to W_enc's shape, with W_enc's strides."""
     turned = gradient.T
     return turned if turned.stride() == W_enc.stride() else turned.contiguous()
 
 
 def reference(
-    sae: Any, x: Tensor, *, dead: Tensor | None, coefficients: dict, step: int, scratch: Scratch
+    sae: Any,
+    x: Float[Tensor, "batch d"],
+    *,
+    dead: Bool[Tensor, " d_sae"] | None,
+    coefficients: dict[str, Any],
+    step: int,
+    scratch: Scratch | None = None,
 ) -> Outcome:
     """One batch by SAELens's `training_forward_pass`.
 
     Args:
         sae: a SAELens TrainingSAE.
-        x: [batch d_in]; for a transcoder (sae/transcoder.py) [batch d_in + d_out].
-        dead: bool [d_sae], latents that AuxK may use; None where there are none.
-        coefficients: SAELens's names -> values at this step.
+        x: rows; for a transcoder (sae/transcoder.py) those of both hooks, d = d_in + d_out.
+        dead: which latents AuxK may use; None: there are none.
+        coefficients: SAELens's name of a loss -> its coefficient at this step.
         step: number of steps done before.
-        scratch: memory that the fast steps share.
+        scratch: memory that the fast steps share; not used here.
     """
     from sae_lens.saes.sae import TrainStepInput
 
@@ -140,10 +166,10 @@ def reference(
 @torch.no_grad()
 def topk(
     sae: Any,
-    x: Tensor,
+    x: Float[Tensor, "batch d_in"],
     *,
-    dead: Tensor | None,
-    coefficients: dict,
+    dead: Bool[Tensor, " d_sae"] | None,
+    coefficients: dict[str, Any],
     step: int,
     scratch: Scratch,
     capacity: int | None = None,
@@ -169,18 +195,17 @@ def topk(
 
 def auxk(
     grads: Gradients,
-    scores: Tensor,
-    norm: Tensor,
-    dead: Tensor | None,
+    scores: Float[Tensor, "batch d_sae"],
+    norm: Float[Tensor, " d_sae"],
+    dead: Bool[Tensor, " d_sae"] | None,
     scratch: Scratch,
     capacity: int | None = None,
-) -> Tensor | float:
-    """AuxK's loss; its gradients are added to `grads`. Dense, over the dead latents alone.
+) -> Float[Tensor, ""] | float:
+    """The loss of AuxK; its gradients are added to `grads`. Its products are dense.
 
     Args:
-        scores: [batch d_sae], pre-activations times norms.
-        norm: [d_sae].
-        dead: bool [d_sae], or None.
+        scores: pre-activations times norms.
+        norm: norms of the decoder's rows.
         capacity: number of latents that take part, at least that of the dead ones; the living
             ones among them have a value of zero. No shape then depends on `dead`, so that the step
             does not wait for a GPU. None: the dead latents alone.
@@ -216,13 +241,19 @@ def auxk(
 
 @torch.no_grad()
 def standard(
-    sae: Any, x: Tensor, *, dead: Tensor | None, coefficients: dict, step: int, scratch: Scratch
+    sae: Any,
+    x: Float[Tensor, "batch d_in"],
+    *,
+    dead: Bool[Tensor, " d_sae"] | None,
+    coefficients: dict[str, Any],
+    step: int,
+    scratch: Scratch,
 ) -> Outcome:
     """One batch of a StandardTrainingSAE (L1); arguments as `reference`."""
     shape, l1 = (len(x), sae.cfg.d_sae), coefficients["l1"] / len(x)
     norm = sae.W_dec.norm(dim=1)
     pre = scratch.encode(x - sae.b_dec, sae.W_enc, sae.b_enc).relu_()
-    some = pre[:SAMPLE_ROWS]  # counting them all takes half as long as the encoder's product
+    some = pre[:SAMPLE_ROWS]  # counting all rows takes half as long as the encoder's product
     if some.count_nonzero() > DENSE_SHARE * some.numel():
         support, acts = Dense(scratch), pre
     else:

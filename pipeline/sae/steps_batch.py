@@ -1,37 +1,39 @@
 """The fast steps of BatchTopK and Matryoshka: SAELens's loss and gradients without dense products.
 
-What sae/steps.py says of TopK holds, with two changes.
+They differ from TopK's step (sae/steps.py) in two points.
 
 1. BatchTopK (Bussmann et al. 2024, 2412.06410, Sec. 3) keeps the k B largest of all scores of a
-   batch of B rows. The running threshold that takes their place at inference moves towards the
-   smallest kept score (SAELens, `topk_threshold_lr`).
+   batch of B rows. At inference a threshold takes the place of this choice; each step moves it
+   towards the smallest kept score (SAELens, `topk_threshold_lr`).
 2. Matryoshka (Bussmann et al. 2025, 2503.17547, Sec. 3.1) adds a squared error for every nested
    width m_1 < ... < m_n: with r_j = a[:m_j] W_dec[:m_j] + b_dec - x the loss is sum_j |r_j|^2 / B.
    A latent between m_(j-1) and m_j takes part in r_j to r_n, so with d_j = 2 r_j / B its pull and
-   its decoder's gradient come from D_j = d_j + ... + d_n. Each active latent is still touched once.
+   its decoder's gradient come from D_j = d_j + ... + d_n. Each active latent still takes part in
+   one product of each kind.
 
-Always k B entries are kept, those that are not above zero with a value of zero. On a GPU nothing is
-waited for and no shape depends on the batch: a step can be recorded as a CUDA graph.
+A step always keeps k B entries; those that are not above zero get the value zero. So no shape
+depends on the batch and nothing waits for a GPU: a step can be captured as a CUDA graph.
 """
 
 import math
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from pipeline.sae.sparse import Scratch, Sparse, largest
 from pipeline.sae.steps import SAMPLE_ROWS, Gradients, Outcome, auxk
 
-MARGIN = 1.5  # of the candidates over the n largest, so that a sample seldom asks for too few
+MARGIN = 1.5  # candidates per kept entry, so that the floor from a sample is seldom too high
 
 
-def largest_of_all(scores: Tensor, n: int) -> Tensor:
-    """Flat indices of the n largest entries, ascending: int64 [n].
+def largest_of_all(scores: Float[Tensor, "batch d_sae"], n: int) -> Int64[Tensor, " n"]:
+    """Flat indices of the n largest entries, ascending.
 
     `topk` over all entries of a batch costs more than the encoder's product (measured, 2 cores), so
-    a sample of rows sets a floor, and `topk` runs over what is above it. How many those are a GPU
-    would be asked for: there the batch is one long row of `largest`.
+    a sample of rows sets a floor, and `topk` runs over the entries above it. Their number would
+    have to be read from a GPU: there the batch is treated as one long row of `largest`.
     """
     if scores.is_cuda:
         return largest_at_once(scores, n)
@@ -47,8 +49,8 @@ def largest_of_all(scores: Tensor, n: int) -> Tensor:
     return at[kept]
 
 
-def largest_at_once(scores: Tensor, n: int) -> Tensor:
-    """`largest_of_all` by the same operations whatever the scores."""
+def largest_at_once(scores: Float[Tensor, "batch d_sae"], n: int) -> Int64[Tensor, " n"]:
+    """`largest_of_all`, with the same operations whatever the scores are."""
     return largest(scores.view(1, -1), n)[1][0].sort().values
 
 
@@ -57,17 +59,24 @@ class Nested(Gradients):
 
     Args:
         support: where latents are active; those of a row ascend.
-        acts: values on the support.
-        x: [batch d_in].
+        acts: activations on the support.
         widths: nested widths, rising to d_sae.
 
-    `r` and `mse` are those of the whole dictionary; `inner` is the sum of the others' errors.
+    `r` and `mse` are those of the whole dictionary; `inner` is the sum of the errors of the
+    narrower ones.
     """
 
-    def __init__(self, sae: Any, support: Sparse, acts: Tensor, x: Tensor, widths: list[int]):
+    def __init__(
+        self,
+        sae: Any,
+        support: Sparse,
+        acts: Float[Tensor, " n"],
+        x: Float[Tensor, "batch d_in"],
+        widths: list[int],
+    ) -> None:
         W_dec, (batch, d_in), n = sae.W_dec.detach(), x.shape, len(widths)
         self.sae, self.xc = sae, x - sae.b_dec
-        # A row's latents ascend, so those between two widths are a row of their own.
+        # A row's latents ascend, so those between two widths can be treated as a row of their own.
         level = sum((support.latents >= width).long() for width in widths[:-1])
         split = support.on(support.rows * n + level, batch * n)
         decoded, pull = split.decode(acts, W_dec)
@@ -97,7 +106,7 @@ def _batch(
     widths: list[int],
     capacity: int | None,
 ) -> Outcome:
-    """One batch of a dictionary whose active latents are the k B largest of all."""
+    """One batch of a dictionary that keeps the k B largest scores of the batch."""
     shape = (len(x), sae.cfg.d_sae)
     rescale = sae.cfg.rescale_acts_by_decoder_norm
     norm = sae.W_dec.norm(dim=1) if rescale else torch.ones_like(sae.b_enc)
@@ -118,9 +127,9 @@ def _batch(
 
 
 def _move_threshold(sae: Any, kept: Tensor) -> None:
-    """The running mean of the smallest positive score, in float64 as SAELens keeps it.
+    """Move the running mean of the smallest positive score, in float64 as in SAELens.
 
-    It stays where it lies in memory, so that a recorded step finds it.
+    It is changed in place, because a CUDA graph keeps its address.
     """
     mean = sae.topk_threshold
     smallest = kept.masked_fill(kept <= 0, torch.inf).min().to(mean.dtype)
@@ -130,29 +139,29 @@ def _move_threshold(sae: Any, kept: Tensor) -> None:
 
 def batchtopk(
     sae: Any,
-    x: Tensor,
+    x: Float[Tensor, "batch d_in"],
     *,
-    dead: Tensor | None,
-    coefficients: dict,
+    dead: Bool[Tensor, " d_sae"] | None,
+    coefficients: dict[str, Any],
     step: int,
     scratch: Scratch,
     capacity: int | None = None,
 ) -> Outcome:
-    """One batch of a BatchTopKTrainingSAE; arguments as `sae_steps.topk`."""
+    """One batch of a BatchTopKTrainingSAE; arguments as `steps.topk`."""
     return _batch(sae, x, dead, scratch, [sae.cfg.d_sae], capacity)
 
 
 def matryoshka(
     sae: Any,
-    x: Tensor,
+    x: Float[Tensor, "batch d_in"],
     *,
-    dead: Tensor | None,
-    coefficients: dict,
+    dead: Bool[Tensor, " d_sae"] | None,
+    coefficients: dict[str, Any],
     step: int,
     scratch: Scratch,
     capacity: int | None = None,
 ) -> Outcome:
-    """One batch of a MatryoshkaBatchTopKTrainingSAE; arguments as `sae_steps.topk`."""
+    """One batch of a MatryoshkaBatchTopKTrainingSAE; arguments as `steps.topk`."""
     return _batch(sae, x, dead, scratch, sae.cfg.matryoshka_widths, capacity)
 
 

@@ -4,23 +4,24 @@ With B rows, x_c = x - b_dec, p = x_c W_enc and the pull g = d W_dec' on active 
 sae/steps.py:
 
 1. Gated (Rajamanoharan et al. 2024, 2404.16014, Sec. 3.2). The gate is q = relu(p + b_gate); where
-   it is open, the magnitude is m = relu(p exp(r_mag) + b_mag). The loss is the squared error of m,
-   the squared error of q in its place, and l1 sum(q n) / B, n the decoder's norms. Everything lives
-   on the gate's support. SAELens lets the second error train the decoder, where the paper freezes
-   it there.
-2. JumpReLU (Rajamanoharan et al. 2024, 2407.14435, Sec. 3 and 4): a = p' 1[p' > theta] with
-   p' = p + b_enc, and the loss adds l0 (mean number active). Thresholds get the paper's
-   pseudo-derivatives: entries with |p' - theta| < bandwidth / 2 pull by
-   -(theta g + l0 / B) / bandwidth, and with `jumprelu_ste_to_input` (Anthropic's) p' by the
-   negative of that. The support is what is active or in that band.
+   it is positive, the magnitude is m = relu(p exp(r_mag) + b_mag). The loss is the squared error of
+   m, the squared error of q in its place, and l1 sum(q n) / B, n the decoder's norms. Only latents
+   with an open gate take part. SAELens lets the second error train the decoder, which the paper
+   freezes in that term.
+2. JumpReLU (Rajamanoharan et al. 2024, 2407.14435, Sec. 3 and 4): a = p' 1[p' > theta] with p' = p
+   + b_enc, and the loss adds l0 times the mean number of active latents. Thresholds get the paper's
+   pseudo-derivatives: an entry with |p' - theta| < bandwidth / 2 adds -(theta g + l0 / B) /
+   bandwidth to theta's gradient and, with `jumprelu_ste_to_input` (Anthropic's), the negative of
+   that to the gradient of p'. The support is what is active or in that band.
 
-A step falls back on dense products above sae_steps.DENSE_SHARE, by the same code: `Dense` has the
-methods of `Sparse`.
+Above steps.DENSE_SHARE of active latents a step uses dense products, by the same code: `Dense` has
+the methods of `Sparse`.
 """
 
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from pipeline.sae.sparse import Dense, Scratch, Sparse
@@ -28,29 +29,36 @@ from pipeline.sae.steps import DENSE_SHARE, SAMPLE_ROWS, Outcome, laid_out
 
 
 def _support(on: Tensor, scratch: Scratch, dtype: torch.dtype) -> tuple[Any, Any]:
-    """A Sparse of where a matrix is on, or a Dense, and a function that takes values for it.
+    """Where a matrix is on, as a Sparse, or as a Dense if that is in many places.
 
     Args:
         on: bool [batch d_sae].
-        dtype: of the values on a Sparse.
+        dtype: dtype of the values on a Sparse.
 
     Returns:
-        the support; [batch d_sae] -> values on it, for Dense all of them.
+        The support, and a function that takes the values on it from a matrix [batch d_sae]; a Dense
+        takes all of them.
     """
     some = on[:SAMPLE_ROWS]
     if some.count_nonzero() > DENSE_SHARE * some.numel():
-        return Dense(scratch), lambda full: full
+        return Dense(scratch), lambda matrix: matrix
     flat = on.view(-1).nonzero()[:, 0]
     rows = torch.div(flat, on.shape[1], rounding_mode="floor")
     support = Sparse(flat - rows * on.shape[1], rows, tuple(on.shape), scratch.half)
-    return support, lambda full: full.view(-1)[flat].to(dtype)
+    return support, lambda matrix: matrix.view(-1)[flat].to(dtype)
 
 
 @torch.no_grad()
 def gated(
-    sae: Any, x: Tensor, *, dead: Tensor | None, coefficients: dict, step: int, scratch: Scratch
+    sae: Any,
+    x: Float[Tensor, "batch d_in"],
+    *,
+    dead: Bool[Tensor, " d_sae"] | None,
+    coefficients: dict[str, Any],
+    step: int,
+    scratch: Scratch,
 ) -> Outcome:
-    """One batch of a GatedTrainingSAE; arguments as `sae_steps.reference`."""
+    """One batch of a GatedTrainingSAE; arguments as `steps.reference`."""
     W_dec, xc, l1 = sae.W_dec.detach(), x - sae.b_dec, coefficients["l1"] / len(x)
     norm, gain = W_dec.norm(dim=1), sae.r_mag.exp()
     p = scratch.encode(xc, sae.W_enc)
@@ -81,9 +89,15 @@ def gated(
 
 @torch.no_grad()
 def jumprelu(
-    sae: Any, x: Tensor, *, dead: Tensor | None, coefficients: dict, step: int, scratch: Scratch
+    sae: Any,
+    x: Float[Tensor, "batch d_in"],
+    *,
+    dead: Bool[Tensor, " d_sae"] | None,
+    coefficients: dict[str, Any],
+    step: int,
+    scratch: Scratch,
 ) -> Outcome:
-    """One batch of a JumpReLUTrainingSAE with the L0 loss; arguments as `sae_steps.reference`."""
+    """One batch of a JumpReLUTrainingSAE with the L0 loss; arguments as `steps.reference`."""
     W_dec, xc, l0 = sae.W_dec.detach(), x - sae.b_dec, coefficients["l0"] / len(x)
     theta = sae.threshold.data.clamp_(min=0).to(x.dtype)  # projected as SAELens does it
     width = sae.bandwidth

@@ -1,21 +1,22 @@
-"""The fast step of matching pursuit: SAELens's loss and gradients, with one dense product a batch.
+"""The fast step of matching pursuit: SAELens's loss and gradients with one dense product per batch.
 
-Matching pursuit (Mallat & Zhang 1993) takes k latents a row, one after another. With r_0 = x -
-b_dec and w_t the decoder row that r_t projects on most:
+Matching pursuit (Mallat & Zhang 1993) picks k latents for each row, one after another. With r_0 =
+x - b_dec and w_t the decoder row with the largest projection of r_t:
 
     v_t = relu(r_t . w_t),   r_(t+1) = r_t - v_t w_t,   loss |r_k|^2 / B
 
-1. SAELens multiplies r_t by the whole decoder at every step. Here the scores r_t W_dec' are kept,
-   and lose v_t times a row of the Gram matrix W_dec W_dec'.
-2. A row is finished when a step takes a latent that it has, or none, or when |r| is below SAELens's
-   threshold.
-3. Backward, with l_t the gradient of the loss in r_t, from l_k = 2 r_k / B and s_t = l_(t+1) . w_t
+1. SAELens multiplies r_t by the whole decoder at every step. Here the scores r_t W_dec' are
+   kept, and each step subtracts v_t times a row of the Gram matrix W_dec W_dec'.
+2. A row is finished when a step picks a latent that it already has, or none, or when |r| is below
+   SAELens's threshold.
+3. Backwards, with l_t the gradient of the loss in r_t, from l_k = 2 r_k / B and s_t = l_(t+1) . w_t
    where v_t > 0: w_t gets -v_t l_(t+1) - s_t r_t, and l_t = l_(t+1) - s_t w_t. b_dec gets -l_0.
 """
 
 from typing import Any
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from pipeline.sae.sparse import Scratch, Sparse
@@ -24,9 +25,15 @@ from pipeline.sae.steps import Outcome
 
 @torch.no_grad()
 def matching_pursuit(
-    sae: Any, x: Tensor, *, dead: Tensor | None, coefficients: dict, step: int, scratch: Scratch
+    sae: Any,
+    x: Float[Tensor, "batch d_in"],
+    *,
+    dead: Bool[Tensor, " d_sae"] | None,
+    coefficients: dict[str, Any],
+    step: int,
+    scratch: Scratch,
 ) -> Outcome:
-    """One batch of a MatchingPursuitTrainingSAE; arguments as `sae_steps.reference`."""
+    """One batch of a MatchingPursuitTrainingSAE; arguments as `steps.reference`."""
     W_dec, r = sae.W_dec.detach(), x - sae.b_dec
     scores = r @ W_dec.T
     gram = W_dec @ W_dec.T
@@ -54,8 +61,8 @@ def _backward(sae: Any, steps: list[tuple[Tensor, Tensor]], r: Tensor) -> None:
     """Set `.grad` of the parameters.
 
     Args:
-        steps: latent and value that each row took, [batch] each; int64 and float.
-        r: what was left, [batch d_in].
+        steps: the latents and values that the rows picked, int64 and float [batch], in order.
+        r: the residual after the last step, [batch d_in].
     """
     W_dec, rows = sae.W_dec.detach(), torch.arange(len(r), device=r.device)
     grad, pull = torch.zeros_like(W_dec), r * (2 / len(r))

@@ -1,16 +1,17 @@
-"""The rows that every dictionary of a job is shown, in an order that is a function of the seed.
+"""The rows that every dictionary of a job is trained on, in an order that the seed decides.
 
-1. An epoch permutes contiguous chunks of rows, and mixes the rows of CHUNKS chunks at a time in
-   memory. Both permutations are drawn from (seed, epoch) and (seed, epoch, buffer), so that the
-   batch of step s is the same whether the job got there in one go or was killed and resumed.
-2. Epochs follow each other without a gap: batch s is rows s B to (s + 1) B of that endless stream.
-3. Transcoders see the rows of two hooks side by side, both in that order, each with its own scale.
+1. An epoch permutes contiguous chunks of rows, and reads CHUNKS of them at a time into a buffer,
+   whose rows are permuted again. The two permutations are drawn from (seed, epoch) and from
+   (seed, epoch, buffer), so that a killed and resumed job gets the batches of an undisturbed one.
+2. Epochs follow each other without a gap: batch s is rows s B to (s + 1) B of an endless stream.
+3. Transcoders see the rows of two hooks side by side, in the same order, each with its own scale.
 4. Rows are scaled to a mean norm of sqrt(d_in) (Conerly et al. 2024, "April update"), so that one
    learning rate and one L1 coefficient fit all layers and models.
 
 The store is read in chunks, never row by row. The chunks of a buffer are read in the order of the
-store, so that a shard is opened once a buffer. While one buffer is used a thread reads the next, so
-two are in memory. With a GPU a few threads read further ahead, into pinned memory, and copy it.
+store, so that a shard is opened once per buffer. While one buffer is used, a thread reads the next
+one: two are in memory. With a GPU a few threads read further ahead, into pinned memory, and copy
+the buffers to the device.
 """
 
 import math
@@ -21,15 +22,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from pipeline.errors import RetraceError
 from pipeline.store import tables
-from pipeline.store.shards import Pairs, Rows
+from pipeline.store.shards import PairedRows, Rows
 
-CHUNKS = 64  # chunks mixed at a time; by default a chunk is a thousand rows, about a megabyte
-READERS = {"cuda": 4}  # threads, each a buffer ahead; on a CPU one
-CONSTANT = 1e-10  # rounding leaves constant float32 rows a variance of 1e-14 of their mean square
+CHUNKS = 64  # in a buffer; by default a chunk is a thousand rows, about a megabyte
+READERS = {"cuda": 4}  # threads that read one buffer each; one thread on a CPU
+# Variance, as a share of the mean square, below which rows are constant: rounding leaves constant
+# float32 rows 1e-14.
+CONSTANT = 1e-10
 
 
 class Stream:
@@ -37,12 +41,15 @@ class Stream:
 
     Args:
         rows: the stored rows of split train.
-        batch_size: rows a batch.
-        buffer_rows: rows mixed in memory at a time.
-        seed: of the order.
+        batch_size: rows per batch.
+        buffer_rows: rows per buffer.
+        seed: decides the order of rows.
         normalize: scale rows to a mean norm of sqrt(d_in).
         device: where batches lie.
         target: for transcoders, the rows to reconstruct; they stand to the right of `rows`.
+
+    Attributes:
+        scale, target_scale: factors by which `rows` and `target` are multiplied.
     """
 
     def __init__(
@@ -56,7 +63,7 @@ class Stream:
         device: torch.device | str = "cpu",
         target: Rows | None = None,
     ) -> None:
-        self.rows = Pairs(rows, target) if target else rows
+        self.rows = PairedRows(rows, target) if target else rows
         self.batch_size, self.seed, self.device = batch_size, seed, torch.device(device)
         if rows.n_rows == 0:
             raise RetraceError(f"{rows.manifest}: holds no training row; raise corpus.n_tokens")
@@ -68,7 +75,7 @@ class Stream:
             self.target_scale = math.sqrt(self.d_out) / mean_norm(target)
 
     def _scaled(self, raw: Tensor) -> Tensor:
-        """Stored rows in float32, each part times its scale; `raw` may be overwritten."""
+        """Stored rows in float32, multiplied by their scales; `raw` may be overwritten."""
         x = raw.float()
         if self.target_scale == self.scale:
             return x.mul_(self.scale)
@@ -76,8 +83,8 @@ class Stream:
         x[:, self.d_in :] *= self.target_scale
         return x
 
-    def batches(self, first: int, last: int) -> Iterator[Tensor]:
-        """Batches first to last - 1: [batch d_in], or [batch d_in + d_out]; float32, scaled."""
+    def batches(self, first: int, last: int) -> Iterator[Float[Tensor, "batch d"]]:
+        """Batches first to last - 1, float32 and scaled; d is d_in, of transcoders d_in + d_out."""
         parts, need, left = [], self.batch_size, last - first
         for buffer, order in self._buffers(first * self.batch_size, last * self.batch_size):
             at = 0
@@ -89,13 +96,13 @@ class Stream:
                     x = parts[0] if len(parts) == 1 else torch.cat(parts)
                     yield self._scaled(x)
                     parts, need, left = [], self.batch_size, left - 1
-            del buffer  # before the one after the next is read: two in memory at a time
+            del buffer  # freed before the next but one is read: two in memory at a time
 
-    def sample(self, n: int) -> Tensor:
-        """The first rows of the stream, at most n and a buffer: as a batch.
+    def sample(self, n: int) -> Float[Tensor, "rows d"]:
+        """The first rows of the stream, scaled: n of them, or one buffer if that is less.
 
         Raises:
-            RetraceError: they do not vary, or hold NaN or infinity.
+            RetraceError: they do not vary, or contain NaN or infinity.
         """
         buffer, order = self._load(*next(self._plans(0, 1)))
         x = self._scaled(buffer[order[:n]])
@@ -108,11 +115,11 @@ class Stream:
         return x
 
     def _buffers(self, position: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
-        """Buffers from a position of the stream to another.
+        """The buffers that contain the stream from `position` to `stop`.
 
         Yields:
-            rows in the order of the store [rows d_in], stored dtype; and the order in which to
-            show them, int64, less those before `position`.
+            Rows in the order of the store, [rows d_in] in the stored dtype; and the order in which
+            to use them, int64, which leaves out rows before `position`.
         """
         side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         readers = min(READERS.get(self.device.type, 1), os.cpu_count() or 1)
@@ -138,7 +145,7 @@ class Stream:
     def _plans(
         self, position: int, stop: int
     ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """Of each buffer the chunks' first rows and ends, and the order in which to show rows."""
+        """For each buffer: the first row and the end of its chunks, and the order of its rows."""
         epoch, skip = divmod(position, self.rows.n_rows)
         while True:
             starts = np.arange(0, self.rows.n_rows, self.chunk_rows)
@@ -159,22 +166,24 @@ class Stream:
     def _load(
         self, starts: np.ndarray, stops: np.ndarray, order: np.ndarray
     ) -> tuple[Tensor, Tensor]:
-        """The rows of some chunks, [rows d_in], stored dtype; and the order, int64."""
+        """The rows of a plan's chunks, [rows d_in] in the stored dtype; and the order, int64."""
         n, pinned = int((stops - starts).sum()), self.device.type == "cuda"
         dtype = getattr(torch, self.rows.dtype)
         rows = torch.empty(n, self.rows.d_model, dtype=dtype, pin_memory=pinned)
         raw = rows.view(torch.int16).numpy() if dtype == torch.bfloat16 else rows.numpy()
         raw = raw.view(tables.NUMPY[self.rows.dtype])
-        reader = self.rows.again()  # other threads read, too
+        reader = self.rows.again()  # a reader of this thread's own
         at = 0
         for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
             raw[at : at + stop - start] = reader.read(start, stop)[0]
             at += stop - start
-        move = lambda t: t.to(self.device, non_blocking=True)  # noqa: E731
-        return move(rows), move(torch.from_numpy(order))
+        return (
+            rows.to(self.device, non_blocking=True),
+            torch.from_numpy(order).to(self.device, non_blocking=True),
+        )
 
     def _load_ahead(self, side: "torch.cuda.Stream | None", *plan: np.ndarray) -> tuple:
-        """What `_load` gives, copied on the stream `side`, and the event after the copy if any."""
+        """What `_load` returns, copied on the CUDA stream `side`, and the event after that copy."""
         if side is None:
             return self._load(*plan), None
         with torch.cuda.stream(side):
@@ -183,7 +192,11 @@ class Stream:
 
 
 def mean_norm(rows: Rows) -> float:
-    """Mean Euclidean norm of the rows, from the manifest."""
+    """Mean Euclidean norm of the rows, from their manifest.
+
+    Raises:
+        RetraceError: it is zero or not finite.
+    """
     found = sum(s.rows * s.mean_norm for s in rows.shards) / rows.n_rows
     if not (math.isfinite(found) and found > 0):
         raise RetraceError(
@@ -193,15 +206,15 @@ def mean_norm(rows: Rows) -> float:
     return found
 
 
-def geometric_median(x: Tensor, *, tolerance: float = 1e-5, max_steps: int = 200) -> Tensor:
+def geometric_median(
+    x: Float[Tensor, "rows d_in"], *, tolerance: float = 1e-5, max_steps: int = 200
+) -> Float[Tensor, " d_in"]:
     """The point with the least sum of distances to the rows (Weiszfeld's algorithm).
 
-    Args:
-        x: [rows d_in].
-        tolerance: stop when a step is shorter than this share of the mean distance.
+    It starts from the mean; each step averages the rows with weights 1 / distance.
 
-    Returns:
-        [d_in]. It starts from the mean; each step averages the rows with weights 1 / distance.
+    Args:
+        tolerance: stop when a step is shorter than this share of the mean distance.
     """
     median = x.mean(0)
     for _ in range(max_steps):

@@ -16,12 +16,13 @@
 import math
 import random
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import fields
-from typing import Any
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from pipeline.errors import RetraceError
@@ -32,7 +33,6 @@ from pipeline.sae.dead import DeadLatents
 from pipeline.sae.graphs import StepGraphs
 from pipeline.sae.optimiser import Optimiser, coefficients, learning_rate, with_prefix
 from pipeline.sae.sparse import Scratch
-from pipeline.sae.stream import Stream
 from pipeline.sae.transcoder import training_class
 from pipeline.spec.sae import SaeSpec, SaeTraining
 
@@ -40,6 +40,22 @@ HISTORY = ("step", "rows", "lr", "mse", "explained_variance", "l0", "dead_share"
 N_RECORDS = 100  # entries of a history, about
 STATIC = steps.STATIC | steps_batch.STATIC
 FAST = steps.FAST | steps_batch.FAST | steps_gates.FAST | steps_pursuit.FAST
+
+
+@runtime_checkable
+class Batches(Protocol):
+    """Where batches come from, as sae/stream.py's Stream.
+
+    Attributes:
+        batch_size: rows per batch.
+        target_scale: factor by which the rows that are reconstructed were multiplied.
+    """
+
+    batch_size: int
+    target_scale: float
+
+    def batches(self, first: int, last: int) -> Iterator[Tensor]:
+        """Batches first to last - 1."""
 
 
 def build(
@@ -131,8 +147,8 @@ class Dictionary:
         self.history: list[list[float]] = []
         self._unchecked: list[tuple[int, Tensor]] = []  # step, loss
 
-    def step(self, x: Tensor, step: int, scratch: Scratch) -> steps.Outcome:
-        """Train on one batch [batch d_in]; `step` counts from 0."""
+    def step(self, x: Float[Tensor, "batch d"], step: int, scratch: Scratch) -> steps.Outcome:
+        """Train on one batch; `step` counts from 0."""
         self.optimiser.set_learning_rate(learning_rate(step, self.n_steps, self.training))
         if self.graphs is None:
             outcome = self._update(x, step, self.dead.mask_if_any(), scratch)
@@ -182,8 +198,8 @@ class Dictionary:
         """Whether dead latents are resampled after `done` steps."""
         return self.spec is not None and done in self.spec.resample_steps
 
-    def resample(self, x: Tensor, done: int) -> None:
-        """Resample dead latents from the rows x [rows d_in], after `done` steps."""
+    def resample(self, x: Float[Tensor, "rows d_in"], done: int) -> None:
+        """Resample dead latents from some rows, after `done` steps."""
         window = self.spec.resample_window * self.training.batch_size
         dead = self.dead.rows_since_fired >= window
         cli.log.info("%s: step %d, %d latents resampled", self.name, done, int(dead.sum()))
@@ -205,7 +221,9 @@ class Dictionary:
                 )
         self._unchecked.clear()
 
-    def record(self, outcome: steps.Outcome, x: Tensor, step: int, scale: float) -> None:
+    def record(
+        self, outcome: steps.Outcome, x: Float[Tensor, "batch d"], step: int, scale: float
+    ) -> None:
         """Append the batch of a step to the history, its MSE in the unit of the activations.
 
         Args:
@@ -243,7 +261,7 @@ class Dictionary:
 
 def train(
     dictionaries: list[Dictionary],
-    stream: Stream,
+    stream: Batches,
     n_steps: int,
     *,
     first: int = 0,
@@ -279,7 +297,7 @@ def train(
         progress(done * stream.batch_size)
 
 
-def resample(dictionaries: list[Dictionary], stream: Stream, done: int) -> None:
+def resample(dictionaries: list[Dictionary], stream: Batches, done: int) -> None:
     """Resample dead latents where a dictionary asks for it, from the stream's next rows."""
     wanted = [d for d in dictionaries if d.resamples_after(done)]
     if not wanted:

@@ -2,11 +2,12 @@
 
     f = act(x W_enc + b_enc),  y_hat = f W_dec + b_dec            (Dunefsky et al. 2024, 2406.11944)
 
-1. The two rows of a token stand side by side, [rows d_in + d_out] (shards.Pairs).
-2. SAELens has transcoders for inference and trains none. Here its training classes get a decoder of
-   y's width and see y wherever their losses compare or rescue, so every term is still SAELens's.
-3. b_dec, which is of y's space, is not subtracted from x.
-4. A trained one is saved as SAELens's `transcoder` (L1) or `jumprelu_transcoder` (the others).
+1. The rows x and y of a token stand side by side, [rows d_in + d_out] (shards.PairedRows).
+2. SAELens has transcoders for inference but does not train them. Here its training classes get a
+   decoder of y's width, and their losses compare with y in place of x, so that every term of the
+   loss is still computed by SAELens.
+3. b_dec lies in y's space, so it is not subtracted from x.
+4. A trained transcoder is saved as SAELens's `transcoder` (L1) or `jumprelu_transcoder` (others).
 """
 
 import functools
@@ -46,7 +47,7 @@ def training_class(sae_class: type, d_out: int) -> type:
 
         @torch.no_grad()
         def fold_scales(self, scale: float, target_scale: float) -> None:
-            """From x and y times their scales to x and y as they are."""
+            """Make a transcoder of scaled x and y one of x and y as they are."""
             self.fold_activation_norm_scaling_factor(target_scale)
             self.W_enc.data *= scale / target_scale
 
@@ -54,6 +55,6 @@ def training_class(sae_class: type, d_out: int) -> type:
 
 
 def inference_config(config: dict[str, Any], d_out: int) -> dict[str, Any]:
-    """cfg.json of the SAELens transcoder that an inference autoencoder's configuration becomes."""
+    """An inference autoencoder's configuration as one of SAELens's transcoders, for cfg.json."""
     kind = {"standard": "transcoder", "jumprelu": "jumprelu_transcoder"}[config["architecture"]]
     return config | {"architecture": kind, "d_out": d_out, "apply_b_dec_to_input": False}

@@ -1,7 +1,7 @@
 """Reading stored tokens and activations, without torch.
 
 `Blocks` gives the blocks of a corpus; `Rows` the activations of one hook and split, across shards;
-`Pairs` those of two hooks side by side.
+`PairedRows` those of two hooks side by side.
 A shard is opened when a row of it is first asked for. Then its digest is compared with the
 manifest's, once a process, so that a truncated or altered shard never reaches a result. The
 last few shards stay mapped; memory does not grow with the number of rows.
@@ -26,7 +26,7 @@ OPEN_SHARDS = 2  # at most this many stay mapped: two adjacent ones serve a read
 COLUMNS = ("document", "block", "position", "token")
 
 
-class Shard(BaseModel):
+class ShardEntry(BaseModel):
     """An entry of a manifest: a file beside it, and the rows that it holds."""
 
     file: Inside
@@ -42,7 +42,7 @@ class Stored(BaseModel):
     dtype: Dtype
     mean_norm: float
     rows: dict[str, int]
-    shards: list[Shard]
+    shards: list[ShardEntry]
 
 
 class Manifest(BaseModel):
@@ -229,7 +229,7 @@ class Rows:
             self._verified.add(i)
 
 
-class Pairs:
+class PairedRows:
     """The rows of two hooks at the same tokens, side by side: [rows d_in + d_out].
 
     Args:
@@ -253,9 +253,9 @@ class Pairs:
             f"activations.max_norm_ratio: 0, which drops tokens hook by hook"
         )
 
-    def again(self) -> "Pairs":
+    def again(self) -> "PairedRows":
         """As `Rows.again`."""
-        return Pairs(self.rows.again(), self.target.again())
+        return PairedRows(self.rows.again(), self.target.again())
 
     def read(self, start: int, stop: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """As `Rows.read`."""

@@ -1,8 +1,10 @@
 """Small transformers trained from scratch, all members of a run together. [torch]
 
-1. Every step updates all members, an arm and a seed each (members.py).
-2. At named steps the weights are kept, at others loss and accuracy of every evaluation set.
-3. A killed run goes on at its last state (checkpoints.py), and ends with the same bytes.
+1. Every step updates all members; a member is an arm with a seed (members.py).
+2. The weights of named steps are kept; at others, loss and accuracy are measured on every
+   evaluation set.
+3. A killed run goes on from its last checkpoint (store/checkpoints.py) and ends with the same
+   bytes.
 """
 
 import math
@@ -20,42 +22,47 @@ from pipeline.store import provenance, tables
 from pipeline.store.checkpoints import Checkpoints, write_tensors
 from pipeline.weights import batches
 from pipeline.weights.batches import Batches
-from pipeline.weights.members import Team
+from pipeline.weights.members import Members
 from pipeline.weights.trained import checkpoint_name
 
 
-def run(team: Team, folder: Path, checkpoints: Checkpoints) -> float:
-    """Train to the end, writing weights into `folder`; tokens a second of this call."""
-    spec, kept, evaluated = team.spec, set(team.spec.kept()), set(team.spec.evaluated())
-    first = checkpoints.load([team])
-    team.count.fill_(first)
-    per_step = math.prod(team.data[0].batch(0)[0].shape) * len(team.members)
+def run(members: Members, folder: Path, checkpoints: Checkpoints) -> float:
+    """Train to the end and write the weights of named steps into `folder`.
+
+    Returns:
+        Tokens per second of this call.
+    """
+    spec = members.spec
+    kept, evaluated = set(spec.kept()), set(spec.evaluated())
+    first = checkpoints.load([members])
+    members.optimiser.count.fill_(first)
+    per_step = math.prod(members.data[0].batch(0)[0].shape) * len(spec.members())
     progress = cli.Progress("training", spec.steps * per_step, "tokens", first * per_step)
     started = saved = monotonic()
     for step in range(first, spec.steps + 1):
         if step in kept:
-            write_tensors(folder / checkpoint_name(step), team.state_dict(team.flat))
-        if step in evaluated and not any(row[1] == step for row in team.rows[-64:]):
-            team.evaluate(step)
+            write_tensors(folder / checkpoint_name(step), members.state_dict())
+        if step in evaluated and not any(row[1] == step for row in members.curves.rows[-64:]):
+            members.evaluate(step)
         if step == spec.steps:
             break
         if step > first and monotonic() - saved > spec.resume_seconds:
-            checkpoints.save(step, [team])
+            checkpoints.save(step, [members])
             saved = monotonic()
-        team.step(step)
+        members.step(step)
         if step % 16 == 0:
             progress.at((step + 1) * per_step)
-    if team.device.type == "cuda":
-        torch.cuda.synchronize(team.device)
+    if members.device.type == "cuda":
+        torch.cuda.synchronize(members.device)
     progress.at(spec.steps * per_step)
     return (spec.steps - first) * per_step / (monotonic() - started)
 
 
 def forget_if_gone(spec: TrainingSpec, folder: Path, states: Checkpoints) -> None:
-    """Start anew where weights that a killed run had kept before its last state are gone.
+    """Start anew if weights that a killed run wrote before its last checkpoint are gone.
 
-    That is so where it was killed between moving them into place and writing the manifest: then
-    snakemake removes them, as it does with the outputs of every failed job.
+    They are if it was killed between moving them into place and writing the manifest: snakemake
+    then removes them, as it does with the outputs of every failed job.
     """
     wanted = [checkpoint_name(step) for step in spec.kept() if step < states.newest()]
     if not all((folder / name).exists() for name in wanted):
@@ -76,10 +83,10 @@ def data_of(args: Any, spec: TrainingSpec, device: torch.device) -> list[Batches
 
 
 def work(job: cli.Job) -> None:
-    """Train a run, or take up one that was killed, and write the store's item."""
+    """Train a run, or go on with one that was killed, and write the outputs."""
     args, spec = job.args, job.section("training", TrainingSpec)
     device = job.device()
-    team = Team(spec, data_of(args, spec, device), device)
+    members = Members(spec, data_of(args, spec, device), device)
     folder = Path(args.checkpoints)
     partial = Path(f"{folder}.partial")
     inputs = [*args.data, *args.corpus, *args.tokenizer]
@@ -88,38 +95,39 @@ def work(job: cli.Job) -> None:
     states = Checkpoints(partial, provenance.digest([given, made_by]), partial / "weights")
     forget_if_gone(spec, partial / "weights", states)
     cli.log.info(
-        "%d members of %s parameters, %d steps",
-        len(team.members), f"{team.flat.shape[1]:,}", spec.steps,
+        "%s members of %s parameters, %d steps",
+        *(f"{n:,}" for n in members.flat.shape), spec.steps,
     )  # fmt: skip
-    rate = run(team, partial / "weights", states)
-    write_tensors(partial / "weights" / "best.safetensors", team.state_dict(team.best))
-    write(job, team, partial, rate, inputs)
+    rate = run(members, partial / "weights", states)
+    best = members.forward.state_dict(members.curves.best)
+    write_tensors(partial / "weights" / "best.safetensors", best)
+    write(job, members, partial, rate, inputs)
 
 
-def write(job: cli.Job, team: Team, partial: Path, rate: float, inputs: list[str]) -> None:
+def write(job: cli.Job, members: Members, partial: Path, rate: float, inputs: list[str]) -> None:
     """Move the weights into place, and write history and manifest."""
-    args, out = job.args, Path(job.args.out)
-    made = job.certificate(inputs, seed=team.spec.seeds, tokens_per_second=round(rate))
+    args, out, spec = job.args, Path(job.args.out), members.spec
+    made = job.certificate(inputs, seed=spec.seeds, tokens_per_second=round(rate))
     folder = Path(args.checkpoints)
     for file in sorted((partial / "weights").glob("*.safetensors")):
-        tables.stamp_safetensors(file, job.certificate(inputs, seed=team.spec.seeds))
+        tables.stamp_safetensors(file, job.certificate(inputs, seed=spec.seeds))
     shutil.rmtree(folder, ignore_errors=True)
     (partial / "weights").rename(folder)
-    history = team.history()
+    history = members.curves.history()
     tables.write_table(args.history, history, made)
     files = [*sorted(folder.iterdir()), Path(args.history)]
     manifest = {
-        "training": team.spec.model_dump(mode="json"),
-        "d_vocab": team.data[0].d_vocab,
-        "members": [{"name": n, "arm": a, "seed": s} for n, a, s in team.members],
-        "steps": team.spec.kept(),
-        "n_parameters": team.flat.shape[1],
-        "best_loss": [x if math.isfinite(x) else None for x in team.best_loss.tolist()],
+        "training": spec.model_dump(mode="json"),
+        "d_vocab": members.data[0].d_vocab,
+        "members": [{"name": n, "arm": a, "seed": s} for n, a, s in spec.members()],
+        "steps": spec.kept(),
+        "n_parameters": members.flat.shape[1],
+        "best_loss": [x if math.isfinite(x) else None for x in members.curves.best_loss.tolist()],
         "files": {os.path.relpath(p, out.parent): provenance.sha256_file(p) for p in files},
     }
     tables.write_json(out, manifest, made)
     shutil.rmtree(partial, ignore_errors=True)
-    last = history[history["step"] == team.spec.steps]
+    last = history[history["step"] == spec.steps]
     for row in last.itertuples():
         cli.log.info(
             "%s, %s: loss %.4g, accuracy %.3f", row.member, row.set, row.loss, row.accuracy

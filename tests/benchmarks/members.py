@@ -20,20 +20,20 @@ from harness import ROOT, Row, arguments, interleaved, median, report
 STEPS = 40_000
 
 
-def team(n_seeds: int, device):
+def members_of(n_seeds: int, device):
     """The members of a run of the paper grokking at paper scale, with so many seeds."""
     import torch
 
     from pipeline.papers import papers
     from pipeline.weights import batches
-    from pipeline.weights.members import Team
+    from pipeline.weights.members import Members
 
     folder = ROOT / "rules/papers/grokking"
     spec = papers.load(folder, "paper").spec.training["decay"]
     spec = spec.model_copy(update={"seeds": list(range(n_seeds))})
     device = torch.device(device)
     data = [batches.own(folder / "data.py", spec, s, device) for s in spec.seeds]
-    return Team(spec, data, device)
+    return Members(spec, data, device)
 
 
 def plain(one):
@@ -86,8 +86,8 @@ def same_gradient(five) -> None:
     import torch
 
     batch = five.batch(0)
-    want = torch.autograd.grad(five.forward(*batch), five.flat)[0]
-    off = (five.side_by_side(*batch) - want).norm(dim=1) / want.norm(dim=1)
+    want = torch.autograd.grad(five.forward.total_loss(five.flat, *batch), five.flat)[0]
+    off = (five.forward.side_by_side(five.flat, *batch) - want).norm(dim=1) / want.norm(dim=1)
     if off.max() > 1e-5:
         raise SystemExit(f"the members' gradients differ by {off.tolist()} of their size")
 
@@ -99,18 +99,18 @@ def main() -> None:
     args = parser.parse_args()
     import torch
 
-    teams = {"one": team(1, args.device), "five": team(5, args.device)}
-    if teams["five"].streams:
-        same_gradient(teams["five"])
-    steps = {name: made.step for name, made in teams.items()}
-    steps["plain"] = plain(teams["one"])
+    runs = {"one": members_of(1, args.device), "five": members_of(5, args.device)}
+    if runs["five"].forward.streams:
+        same_gradient(runs["five"])
+    steps = {name: made.step for name, made in runs.items()}
+    steps["plain"] = plain(runs["one"])
 
     def work(name: str):
         def run() -> None:
             for step in range(args.steps):
                 steps[name](step)
-            for made in teams.values():
-                made.count.zero_()  # the plan of step sizes ends with the last step
+            for made in runs.values():
+                made.optimiser.count.zero_()  # the plan of step sizes ends with the last step
             if args.device == "cuda":
                 torch.cuda.synchronize()
 
@@ -119,7 +119,7 @@ def main() -> None:
     seconds = interleaved({name: work(name) for name in steps}, args.repeats)
     whole = {n: [s * STEPS / args.steps for s in runs] for n, runs in seconds.items()}
     one, five, alone = (median(whole[n]) for n in ("one", "five", "plain"))
-    least = floor(teams["one"])
+    least = floor(runs["one"])
     on_gpu = args.device == "cuda"
     name = torch.cuda.get_device_name() if on_gpu else "cpu"
     units = "seconds of 40,000 steps"

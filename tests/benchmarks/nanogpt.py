@@ -3,7 +3,7 @@
     python tests/benchmarks/nanogpt.py                  the CPU recipe on the CPU
     python tests/benchmarks/nanogpt.py --device cuda    the GPU recipe in bfloat16, and the CPU one
 
-ours     Team.step of weights/members.py: Hugging Face's GPT-2, own AdamW on flat weights; on a
+ours     Members.step of weights/members.py: Hugging Face's GPT-2, own AdamW on flat weights; on a
          GPU the step is one CUDA graph
 peer     a GPT of 40 lines below: SDPA, fused AdamW, autocast, clipping; torch.compile on a GPU
 
@@ -109,15 +109,15 @@ class Peer:
         self.adam.zero_grad(set_to_none=True)
 
 
-def same_loss(team, peer: Peer) -> None:
+def same_loss(members, peer: Peer) -> None:
     """Both give the loss of the same batch, without dropout, to rounding."""
     tokens, targets = peer.data.batch(0)
-    team.model.eval()
+    members.forward.model.eval()
     peer.model.eval()
     with torch.no_grad():
-        ours = team.loss(team.flat[0], tokens, targets).item()
+        ours = members.forward.loss(members.flat[0], tokens, targets).item()
         theirs = peer.model(tokens, targets).item()
-    team.model.train()
+    members.forward.model.train()
     peer.model.train()
     if not math.isclose(ours, theirs, rel_tol=1e-4):
         raise SystemExit(f"the two models differ: loss {ours} of ours, {theirs} of plain PyTorch")
@@ -129,17 +129,17 @@ def measure(recipe: str, args, device: torch.device) -> Row:
 
     from pipeline.papers import papers
     from pipeline.weights import batches
-    from pipeline.weights.members import Team
+    from pipeline.weights.members import Members
 
     spec = papers.load(Path(FOLDER), "paper").spec.training[recipe]
     spec = spec.model_copy(update={"seeds": [0]})
     ids = np.random.default_rng(0).integers(0, D_VOCAB, N_TOKENS).astype(np.int32)
     text = {"train": ids, "eval": ids[:10_000]}
     data = batches.of_corpus(text, D_VOCAB, spec, 0, device)
-    team = Team(spec, [data], device)
-    team.model.train()
-    peer = Peer(spec, data, team.parameters(team.flat[0].detach()), device)
-    same_loss(team, peer)
+    members = Members(spec, [data], device)
+    members.forward.model.train()
+    peer = Peer(spec, data, members.forward.layout.named(members.flat[0].detach()), device)
+    same_loss(members, peer)
 
     def several(step):
         def work() -> None:
@@ -147,11 +147,12 @@ def measure(recipe: str, args, device: torch.device) -> Row:
                 step(i)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
-            team.count.zero_()  # the plan of step sizes ends with the recipe's last step
+            # the plan of step sizes ends with the recipe's last step
+            members.optimiser.count.zero_()
 
         return work
 
-    work = {"ours": several(team.step), "peer": several(peer.step)}
+    work = {"ours": several(members.step), "peer": several(peer.step)}
     per_run = args.steps * spec.batch_size * spec.architecture.n_ctx
     found = rates(interleaved(work, args.repeats), per_run)
     return Row(

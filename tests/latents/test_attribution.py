@@ -43,7 +43,7 @@ class Linear:
     def stream(self, tokens):
         return self.x
 
-    def given(self, tokens, whole):
+    def encoded_rows(self, tokens, whole):
         return whole
 
     def metric(self, what, x, whole):
@@ -60,7 +60,7 @@ def model():
     return LlamaForCausalLM(config).eval().requires_grad_(False)
 
 
-TASK = attribution.Task(torch.tensor([[0, 3, 5, 7, 11]]), answer=4, foil=9)
+TASK = attribution.EncodedPrompt(torch.tensor([[0, 3, 5, 7, 11]]), answer=4, foil=9)
 
 
 def test_on_a_linear_metric_every_estimate_is_exact():
@@ -113,9 +113,11 @@ def test_an_answer_is_a_token_where_it_stands():
     """Encoded alone, " cat" is "▁" and "▁cat" of a Llama tokenizer; behind a word it is "▁cat"."""
     loaded = SimpleNamespace(tokenizer=sentencepiece(), bos_id=1)
     id_of = loaded.tokenizer.convert_tokens_to_ids
-    ask = lambda **over: attribution.task(  # noqa: E731
-        Prompt(**{"prompt": "the cat", "answer": " cat", "foil": " sat", **over}), loaded, "cpu"
-    )
+
+    def ask(**over):
+        prompt = Prompt(**{"prompt": "the cat", "answer": " cat", "foil": " sat", **over})
+        return attribution.encoded(prompt, loaded, "cpu")
+
     good = ask()
     assert good.tokens.tolist() == [[1, id_of("▁the"), id_of("▁cat")]]
     assert (good.answer, good.foil) == (id_of("▁cat"), id_of("▁sat"))

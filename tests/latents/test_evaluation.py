@@ -10,6 +10,8 @@ from transformers import LlamaConfig, LlamaForCausalLM
 
 from pipeline.errors import RetraceError
 from pipeline.latents import evaluation, fidelity
+from pipeline.latents import splicer as splicing
+from pipeline.latents.reconstruction import Moments, reconstruction
 
 GEN = torch.Generator().manual_seed(0)
 X = torch.randn(500, 6, generator=GEN) * torch.tensor([9.0, 5, 1, 1, 1, 0.5]) + 3
@@ -30,7 +32,7 @@ class Dictionary:
 
 
 def measure(f, x=X):
-    return evaluation.reconstruction({"a": Dictionary(f)}, x.split(128), x.shape[1])[0]["a"]
+    return reconstruction({"a": Dictionary(f)}, x.split(128), x.shape[1])[0]["a"]
 
 
 @pytest.mark.parametrize("scale", [0.1, 1.0, 3.0, 10.0])
@@ -39,7 +41,7 @@ def test_explained_variance_has_no_unit_and_no_origin(scale, shift):
     """SAEBench 0.6.0's form fails this: .880, .876, .831, 1.053 at these scales for .750."""
     half = lambda x: x.mean(0) + 0.5 * (x - x.mean(0))  # noqa: E731
     x = X * scale + shift
-    got = evaluation.reconstruction({"a": Dictionary(half)}, [x], 6)[0]["a"]
+    got = reconstruction({"a": Dictionary(half)}, [x], 6)[0]["a"]
     assert got["explained_variance"] == pytest.approx(0.75, abs=1e-5)
 
 
@@ -85,7 +87,7 @@ class Known:
 
 
 def known(x, x_hat):
-    return evaluation.reconstruction({"a": Known(x_hat)}, [x], x.shape[1])[0]["a"]
+    return reconstruction({"a": Known(x_hat)}, [x], x.shape[1])[0]["a"]
 
 
 @pytest.mark.parametrize("scale", [0.01, 3.0, 1e3])
@@ -135,7 +137,7 @@ def test_relative_bias_is_the_factor_by_which_a_reconstruction_is_too_long(facto
     assert measure(lambda x: factor * x)["relative_bias"] == pytest.approx(factor)
     noise = torch.randn(X.shape, generator=torch.Generator().manual_seed(0))
     noise -= X * (noise * X).sum() / X.square().sum()  # orthogonal to the rows, taken together
-    got = evaluation.reconstruction({"a": Dictionary(lambda x: factor * x + noise)}, [X], 6)
+    got = reconstruction({"a": Dictionary(lambda x: factor * x + noise)}, [X], 6)
     want = factor + noise.square().sum().item() / X.square().sum().item() / factor
     assert got[0]["a"]["relative_bias"] == pytest.approx(want, rel=1e-4)
 
@@ -168,13 +170,13 @@ def test_outlier_dimensions_are_left_out():
 def test_sparsity_counts():
     x = torch.tensor([[1.0, -1, 0, 2], [3, -1, 0, -2]])
     saes = {"a": Dictionary(lambda x: x, d_sae=4)}
-    got = evaluation.reconstruction(saes, [x], 4)[0]["a"]
+    got = reconstruction(saes, [x], 4)[0]["a"]
     assert got["l0"] == 1.5 and got["l1"] == 3
     assert got["silent_share"] == 0.5
 
 
 def test_moments_do_not_depend_on_batches():
-    whole, parts = evaluation.Moments(6), evaluation.Moments(6)
+    whole, parts = Moments(6), Moments(6)
     whole.add(X + 1e4)
     for part in (X + 1e4).split(37):
         parts.add(part)
@@ -189,7 +191,7 @@ def test_constant_activations_are_an_error():
 
 def test_uniform_logits_cost_the_logarithm_of_the_vocabulary():
     tokens = torch.randint(0, 11, (2, 5), generator=GEN)
-    loss, n = evaluation.next_token_loss(torch.zeros(2, 5, 11), tokens, skip_first=1)
+    loss, n = splicing.next_token_loss(torch.zeros(2, 5, 11), tokens, skip_first=1)
     assert n == 6 and loss / n == pytest.approx(math.log(11))
 
 
@@ -199,8 +201,8 @@ def splicer():
     sizes = {"vocab_size": 50, "hidden_size": 16, "num_hidden_layers": 2, "intermediate_size": 32}
     config = LlamaConfig(**sizes, num_attention_heads=2, initializer_range=0.3)
     hf = LlamaForCausalLM(config).eval().requires_grad_(False)
-    tokens = torch.randint(0, 50, (evaluation.BLOCKS_A_PASS + 3, 9), generator=GEN)
-    return evaluation.Splicer(hf, "blocks.0.hook_resid_post", tokens, skip_first=1)
+    tokens = torch.randint(0, 50, (splicing.BLOCKS_PER_PASS + 3, 9), generator=GEN)
+    return splicing.Splicer(hf, "blocks.0.hook_resid_post", tokens, skip_first=1)
 
 
 def test_the_spliced_identity_gives_the_models_own_loss(splicer):
@@ -213,7 +215,7 @@ def test_the_spliced_identity_gives_the_models_own_loss(splicer):
 def test_a_perfect_dictionary_recovers_all_and_the_mean_recovers_nothing(splicer):
     mean = torch.cat(splicer.streams)[:, 1:].mean((0, 1))
     saes = {"same": Dictionary(lambda x: x), "mean": Dictionary(lambda x: mean.expand_as(x))}
-    got = evaluation.spliced_losses(splicer, saes, mean)
+    got = splicing.spliced_losses(splicer, saes, mean)
     assert got["same"]["delta_loss"] == 0
     for row, ablation, ours in ((got["same"], "zero", 1), (got["mean"], "mean", 0)):
         there_is_something = row[f"loss_{ablation}"] > row["loss_model"]  # the weights are random
@@ -234,7 +236,7 @@ def test_a_model_worse_than_uniform_is_told(loss, warned, caplog):
 
 def test_tokens_that_no_dictionary_has_seen_keep_their_stream(splicer):
     norms = torch.cat(splicer.streams).norm(dim=-1)
-    none_known = evaluation.Splicer(
+    none_known = splicing.Splicer(
         splicer.hf, splicer.hook, splicer.tokens, 1, max_norm=float(norms.min()) / 2
     )
     assert none_known.loss(torch.zeros_like) == none_known.loss(lambda x: x)
@@ -245,7 +247,7 @@ def test_tokens_that_no_dictionary_has_seen_keep_their_stream(splicer):
 def mlp(splicer):
     """A splicer at the MLP of layer 0, and the MLP itself as a stand-in for its transcoder."""
     hook, output_hook = "blocks.0.hook_resid_mid", "blocks.0.hook_mlp_out"
-    at_mlp = evaluation.Splicer(splicer.hf, hook, splicer.tokens, 1, 0, output_hook)
+    at_mlp = splicing.Splicer(splicer.hf, hook, splicer.tokens, 1, 0, output_hook)
     layer = splicer.hf.model.layers[0]
     return at_mlp, Dictionary(lambda x: layer.mlp(layer.post_attention_layernorm(x)), 16)
 
@@ -254,11 +256,11 @@ def test_the_mlp_itself_is_the_perfect_transcoder(mlp, splicer):
     at_mlp, same = mlp
     rows = torch.cat(at_mlp.streams).flatten(0, 1)
     assert rows.shape[1] == 32  # x and y
-    fit, moments = evaluation.reconstruction({"mlp": same}, rows.split(50), 16, 16)
+    fit, moments = reconstruction({"mlp": same}, rows.split(50), 16, 16)
     assert fit["mlp"]["explained_variance"] == pytest.approx(1, abs=1e-9)
     np.testing.assert_allclose(moments.mean, rows[:, 16:].mean(0), atol=1e-5)
     mean = rows[:, 16:].mean(0)
-    found = evaluation.spliced_losses(at_mlp, {"mlp": same}, mean)["mlp"]
+    found = splicing.spliced_losses(at_mlp, {"mlp": same}, mean)["mlp"]
     assert found["loss_model"] == pytest.approx(splicer.loss(lambda x: x), rel=1e-6)
     assert found["delta_loss"] == pytest.approx(0, abs=1e-6)
     assert found["kl_spliced"] == pytest.approx(0, abs=1e-6) and found["kl_zero"] > 1e-3
@@ -270,7 +272,7 @@ def test_a_transcoder_is_judged_by_the_rows_that_it_reconstructs():
     wide = torch.cat([X, X[:, :3] * 7 + 1], 1)
     mean = wide[:, 6:].mean(0)
     saes = {"a": Dictionary(lambda x: mean.expand(len(x), 3))}
-    got = evaluation.reconstruction(saes, wide.split(100), 6, 3)[0]["a"]
+    got = reconstruction(saes, wide.split(100), 6, 3)[0]["a"]
     assert got["explained_variance"] == pytest.approx(0, abs=1e-6)
     assert got["mse"] == pytest.approx(49 * float(X[:, :3].var(0, correction=0).sum()), rel=1e-4)
 
@@ -278,7 +280,7 @@ def test_a_transcoder_is_judged_by_the_rows_that_it_reconstructs():
 def test_divergence_of_two_coins_and_of_a_model_from_itself():
     p, q = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.9, 0.1]).log()
     logits = p.expand(2, 5, 2) + 3.0  # a constant changes no distribution
-    total, n = evaluation.divergence(logits, q.expand(2, 5, 2), skip_first=1)
+    total, n = splicing.divergence(logits, q.expand(2, 5, 2), skip_first=1)
     assert n == 8
     assert total / n == pytest.approx(0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1))
-    assert evaluation.divergence(logits, logits, 0)[0] == 0
+    assert splicing.divergence(logits, logits, 0)[0] == 0

@@ -11,18 +11,9 @@ from pipeline.circuits import circuits
 from pipeline.circuits.eap import midpoints
 from pipeline.errors import RetraceError
 from pipeline.latents import sites as latents
-from pipeline.latents import stored
-from pipeline.latents.sites import (
-    ALL,
-    ERROR,
-    Effects,
-    Latent,
-    Latents,
-    Neurons,
-    RandomDirections,
-    Sites,
-)
+from pipeline.latents.sites import Effects, Sites
 from pipeline.latents.subsets import Ablation, edges
+from pipeline.latents.units import ALL, ERROR, Latent, Latents, Neurons, RandomDirections
 from pipeline.models import hooks
 from pipeline.models.native import NativeForCausalLM
 from pipeline.models.pairs import Pairs, Task
@@ -339,7 +330,7 @@ def test_dictionaries_are_loaded_by_name(tmp_path, monkeypatch):
     ):
         (tmp_path / job).write_text(json.dumps(about))
     (tmp_path / "acts").write_text(json.dumps({"skip_first": 1, "hooks": {hook: {"max_norm": 9}}}))
-    monkeypatch.setattr(stored, "load_saes", lambda m, d, names: {n: TopK(0) for n in names})
+    monkeypatch.setattr(latents, "load_saes", lambda m, d, names: {n: TopK(0) for n in names})
     manifests = [str(tmp_path / "a"), str(tmp_path / "b")]
     load = lambda *names: latents.load(manifests, list(names), tmp_path / "acts", "cpu")  # noqa: E731
     found = load("one")

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipeline.latents import recovery
-from pipeline.latents.one_to_one import one_to_one, unit
+from pipeline.latents.fidelity import one_to_one, unit
 
 
 def matched(cosines: np.ndarray) -> np.ndarray:

@@ -14,7 +14,7 @@ from pipeline.errors import RetraceError
 from pipeline.figures import drawing
 from pipeline.job.source import import_file
 from pipeline.latents.features import Scan
-from pipeline.latents.one_to_one import unit
+from pipeline.latents.fidelity import unit
 from pipeline.papers import papers
 
 ROOT = Path(__file__).parents[2]

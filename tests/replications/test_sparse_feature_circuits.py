@@ -20,7 +20,7 @@ from pipeline.errors import RetraceError
 from pipeline.figures import drawing
 from pipeline.job.source import import_file
 from pipeline.latents import sites as latents
-from pipeline.latents.sites import ERROR, Latents
+from pipeline.latents.units import ERROR, Latents
 from pipeline.papers import papers
 from pipeline.sharing import attribution_graph
 from pipeline.store import provenance, tables

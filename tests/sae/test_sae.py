@@ -101,28 +101,30 @@ def activations(tmp_path_factory) -> Path:
     return store(tmp_path_factory.mktemp("activations"), planted(3000)[0])
 
 
+class ArrayRows(Rows):
+    """An array in place of stored shards."""
+
+    def __init__(self, x: np.ndarray) -> None:
+        self.x, self.reads = x, []
+        self.n_rows, self.d_model, self.dtype = len(x), x.shape[1], "float32"
+        self.manifest, self.hook = "manifest.json", HOOK
+        norm = float(np.linalg.norm(x, axis=1).mean())
+        self.shards = [SimpleNamespace(rows=len(x), mean_norm=norm)]
+
+    def read(self, start, stop):
+        self.reads.append((start, stop))
+        return self.x[start:stop], {}
+
+    def again(self):
+        return self
+
+
 def stream_of(x: np.ndarray, batch_size: int, buffer_rows: int = 10**6, seed: int = 0, **more):
     """A Stream over an array; `reads` keeps every (start, stop) that it asked for."""
-    reads = []
-
-    def read(start, stop):
-        reads.append((start, stop))
-        return x[start:stop], {}
-
-    norm = float(np.linalg.norm(x, axis=1).mean())
-    rows = SimpleNamespace(
-        n_rows=len(x),
-        d_model=x.shape[1],
-        dtype="float32",
-        manifest="manifest.json",
-        hook=HOOK,
-        read=read,
-        shards=[SimpleNamespace(rows=len(x), mean_norm=norm)],
-        again=lambda: rows,
-    )
+    rows = ArrayRows(x)
     given = {"normalize": False, **more}
     stream = Stream(rows, batch_size=batch_size, buffer_rows=buffer_rows, seed=seed, **given)
-    return stream, reads
+    return stream, rows.reads
 
 
 def trained(specs: dict, x: np.ndarray, n_steps: int, batch_size: int = 256, lr: float = 3e-3):

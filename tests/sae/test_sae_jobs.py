@@ -24,7 +24,7 @@ from pipeline.sae.stream import CHUNKS, Stream, geometric_median
 from pipeline.sae.train import Dictionary, build, train
 from pipeline.spec.sae import SaeSpec, SaeTraining
 from pipeline.store import provenance, tables
-from pipeline.store.shards import Pairs, Rows
+from pipeline.store.shards import PairedRows, Rows
 
 HOOK, OUT = "blocks.0.hook_resid_mid", "blocks.0.hook_mlp_out"
 SPARSITY = {
@@ -294,7 +294,7 @@ def test_rows_of_other_tokens_are_no_pairs(tmp_path, change):
 
         target.read = shifted
     with pytest.raises(RetraceError, match="do not hold the same tokens"):
-        Pairs(rows, target).read(0, 200)
+        PairedRows(rows, target).read(0, 200)
 
 
 @pytest.mark.parametrize("name", TRANSCODERS)

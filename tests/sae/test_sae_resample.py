@@ -135,5 +135,7 @@ def test_nothing_is_drawn_where_nothing_is_dead():
     made = dictionary(0)
     before = {n: t.clone() for n, t in made.sae.state_dict().items()}
     none = torch.zeros(D_SAE, dtype=torch.bool)
-    sae_resample.resample(made.sae, made.optimiser.adam, none, torch.ones(3, D_IN), 1.0, None)
+    sae_resample.resample(
+        made.sae, made.optimiser.adam, none, torch.ones(3, D_IN), 1.0, np.random.default_rng(0)
+    )
     assert all(torch.equal(t, before[n]) for n, t in made.sae.state_dict().items())

@@ -12,7 +12,9 @@ import torch
 from conftest import HOOK, stage
 from synthetic import call
 
-from pipeline.latents import evaluation, fidelity, stored
+from pipeline.latents import fidelity, stored
+from pipeline.latents.reconstruction import reconstruction
+from pipeline.latents.splicer import Splicer
 from pipeline.models import hooks, loader
 from pipeline.sharing import verify
 from pipeline.spec.sae import SaeSpec
@@ -170,10 +172,10 @@ def test_zero_at_every_position_is_what_a_hook_of_zeros_gives(chain):
 def test_of_two_batches_saelens_averages_two_relative_biases_where_ours_is_one_ratio(chain):
     """Ours: sums over the whole set. Theirs: the mean of a ratio a batch, and so legacy EV."""
     theirs = run_evals(chain, "topk", n_batches=2)
-    splicer = evaluation.Splicer(loader.load(chain.model_json).hf, HOOK, chain.tokens, skip_first=1)
+    splicer = Splicer(loader.load(chain.model_json).hf, HOOK, chain.tokens, skip_first=1)
     rows = torch.cat([x[known] for x, known in zip(splicer.streams, splicer.known, strict=True)])
     halves = [
-        evaluation.reconstruction({"topk": chain.saes["topk"]}, [half], 32)[0]["topk"]
+        reconstruction({"topk": chain.saes["topk"]}, [half], 32)[0]["topk"]
         for half in rows.chunk(2)
     ]
     whole = chain.table.loc["topk"]

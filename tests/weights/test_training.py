@@ -22,7 +22,7 @@ from pipeline.models import native
 from pipeline.spec.training import Architecture, Optimiser, TrainingSpec
 from pipeline.store import provenance
 from pipeline.weights import batches, initial, trained, training
-from pipeline.weights.members import Team
+from pipeline.weights.members import Members
 
 CPU = torch.device("cpu")
 SMALL = {"n_layers": 1, "d_model": 16, "n_heads": 2, "d_mlp": 32, "act_fn": "relu", "n_ctx": 6}
@@ -73,13 +73,13 @@ def data(tmp_path_factory) -> Path:
     return file
 
 
-def team(given: TrainingSpec, data: Path) -> Team:
+def members_of(given: TrainingSpec, data: Path) -> Members:
     seeds = [seed for _, _, seed in given.members()]
-    return Team(given, [batches.own(data, given, s, CPU) for s in seeds], CPU)
+    return Members(given, [batches.own(data, given, s, CPU) for s in seeds], CPU)
 
 
-def trained_for(given: TrainingSpec, data: Path, steps: int) -> Team:
-    out = team(given, data)
+def trained_for(given: TrainingSpec, data: Path, steps: int) -> Members:
+    out = members_of(given, data)
     for step in range(steps):
         out.step(step)
     return out
@@ -149,7 +149,7 @@ GPT2 = {"family": "gpt2", "bias": "none", "tied": True, "d_mlp": 64}
 
 def test_biases_that_are_not_trained_stay_zero(data):
     made = trained_for(spec(architecture=SMALL | GPT2), data, 5)
-    state = made.state_dict(made.flat)
+    state = made.state_dict()
     biases = [p for n, p in state.items() if n.endswith("bias")]
     assert biases and all((p == 0).all() for p in biases)
     assert not any(n.startswith("lm_head") for n in state)  # tied: one tensor
@@ -172,10 +172,10 @@ def test_a_step_is_that_of_torchs_adamw(data, how, family):
     """A plain loop over the same batches: torch.optim.AdamW, its clipping, a scheduler by hand."""
     given = spec(architecture=SMALL | GPT2 if family == "gpt2" else NO_KEY_BIAS, optimiser=how)
     ours = trained_for(given, data, 12)
-    start = team(given, data)
-    model = start.model
-    model.load_state_dict({n: p[0] for n, p in start.state_dict(start.flat).items()}, strict=False)
-    named = {n: p for n, p in model.named_parameters() if n in start.names}
+    start = members_of(given, data)
+    model = start.forward.model
+    model.load_state_dict({n: p[0] for n, p in start.state_dict().items()}, strict=False)
+    named = {n: p for n, p in model.named_parameters() if n in start.forward.layout.names}
     rest = [p for n, p in model.named_parameters() if n not in named]
     decays = [p for p in named.values() if given.optimiser.decay == "all" or p.dim() > 1]
     others = [p for p in named.values() if not any(p is d for d in decays)]
@@ -194,7 +194,7 @@ def test_a_step_is_that_of_torchs_adamw(data, how, family):
         for p in rest:
             p.grad = None
         plain.step()
-    want = torch.cat([named[n].detach().flatten() for n in ours.names])
+    want = torch.cat([named[n].detach().flatten() for n in ours.forward.layout.names])
     torch.testing.assert_close(ours.flat.detach()[0], want, rtol=1e-4, atol=1e-5)
 
 
@@ -214,7 +214,7 @@ def test_members_are_those_that_train_alone(data):
     both = {"architecture": NO_KEY_BIAS, "seeds": [3, 4]}
     both |= {"arms": {"decay": {"weight_decay": 0.3}, "slow": {"lr": 0.001}}}
     together = trained_for(spec(**both), data, 10)
-    names = [name for name, _, _ in together.members]
+    names = [name for name, _, _ in together.spec.members()]
     assert names == ["decay_s3", "decay_s4", "slow_s3", "slow_s4"]
     for i, how in enumerate([{"weight_decay": 0.3}] * 2 + [{"lr": 0.001}] * 2):
         one = {"seeds": [3 + i % 2], "optimiser": {"lr": 0.01} | how}
@@ -224,33 +224,34 @@ def test_members_are_those_that_train_alone(data):
 
 
 def test_evaluation_counts_only_what_has_a_target(data):
-    made = team(spec(), data)
+    made = members_of(spec(), data)
     tokens, targets = made.data[0].evaluation["test"]
     targets[:, 1:] = batches.IGNORED
-    logits = made.each(made.logits, tokens[None])[0, :, 0].double()
+    logits = made.forward.each(made.forward.logits, made.flat, tokens[None])[0, :, 0].double()
     made.evaluate(0)
     want = F.cross_entropy(logits, targets[:, 0]).item()
-    assert made.rows[0][3] == pytest.approx(want, rel=1e-6)
-    assert made.rows[0][4] == (logits.argmax(-1) == targets[:, 0]).double().mean().item()
+    assert made.curves.rows[0][3] == pytest.approx(want, rel=1e-6)
+    assert made.curves.rows[0][4] == (logits.argmax(-1) == targets[:, 0]).double().mean().item()
 
 
 def test_a_compiled_model_with_another_gradient_is_not_trained(data, caplog):
     """Equal losses are not enough: here one weight matrix has the gradient of its negative."""
-    made = team(spec(seeds=[0, 1]), data)
-    at = made.names.index("model.layers.0.attn.q.weight")
-    cut = (sum(made.sizes[:at]), sum(made.sizes[: at + 1]))
+    made = members_of(spec(seeds=[0, 1]), data)
+    forward, layout = made.forward, made.forward.layout
+    at = layout.names.index("model.layers.0.attn.q.weight")
+    cut = (sum(layout.sizes[:at]), sum(layout.sizes[: at + 1]))
 
-    def forward(tokens, targets):
-        flat, q = made.flat, made.flat[:, slice(*cut)]
-        wrong = 2 * q.detach() - q  # of the same value
-        made.flat = torch.cat([flat[:, : cut[0]], wrong, flat[:, cut[1] :]], 1)
-        loss = made._forward(tokens, targets)
-        made.flat = flat
-        return loss
+    def same(flat, *batch):
+        return forward.total_loss(flat, *batch)
 
-    same = lambda *batch: made._forward(*batch)  # noqa: E731
-    assert made.checked(same) is same
-    assert made.checked(forward) == made._forward
+    def other(flat, *batch):
+        q = flat[:, slice(*cut)]
+        negated = 2 * q.detach() - q  # has the same value
+        flat = torch.cat([flat[:, : cut[0]], negated, flat[:, cut[1] :]], 1)
+        return forward.total_loss(flat, *batch)
+
+    assert forward.checked(same, made.flat, *made.batch(0)) is same
+    assert forward.checked(other, made.flat, *made.batch(0)) == forward.total_loss
     assert "gradient of model.layers.0.attn.q.weight wrong by 2 of its size" in caplog.text
 
 

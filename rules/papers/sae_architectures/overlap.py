@@ -26,7 +26,7 @@ from safetensors.numpy import load_file
 
 from pipeline.errors import RetraceError, nearest
 from pipeline.job import cli, own
-from pipeline.latents.one_to_one import one_to_one, unit
+from pipeline.latents.fidelity import one_to_one, unit
 from pipeline.spec.base import Section
 from pipeline.store import tables
 

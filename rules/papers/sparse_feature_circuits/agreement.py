@@ -22,9 +22,10 @@ from pydantic import Field
 from pipeline.circuits import eap
 from pipeline.job import cli, own
 from pipeline.job.source import import_file
-from pipeline.latents import circuit_curves
+from pipeline.latents import latent_circuits
 from pipeline.latents import sites as latents
 from pipeline.latents.subsets import Ablation
+from pipeline.latents.units import Latents, Neurons, RandomDirections
 from pipeline.models import loader
 from pipeline.models.pairs import Pairs, Task
 from pipeline.spec.base import Section, Seeds
@@ -106,7 +107,7 @@ class Structure:
         }
         ablations = {k: Ablation(self.judged, u) for k, u in self.units.items()}
         kinds = curves.kinds(ablations, found, options.most_nodes, options.n_random, rng)
-        rows = circuit_curves.curves(kinds, self.progress("curves", len(kinds), "kinds"))
+        rows = latent_circuits.curves(kinds, self.progress("curves", len(kinds), "kinds"))
         out = {"behaviour": [self.behaviour()], "curves": rows}
         out |= self.estimates({"ig": found["latents"], "attribution": found["attribution"]})
         if self.seed == options.seeds[0]:
@@ -170,16 +171,16 @@ def part(drawn: dict[str, Any], piece: slice) -> dict[str, Any]:
     return {name: cut(values) for name, values in drawn.items()}
 
 
-def units_of(found: dict[str, latents.Latents], loaded: Any, seed: int) -> dict[str, dict]:
+def units_of(found: dict[str, Latents], loaded: Any, seed: int) -> dict[str, dict]:
     """latents, neurons, random -> hook -> units, at the hooks of the dictionaries `found`."""
     d_mlp = loaded.hf.config.intermediate_size
     neurons, random = {}, {}
     for i, (hook, u) in enumerate(found.items()):
         at_mlp = hook.endswith("hook_mlp_out")
         n = d_mlp if at_mlp else u.sae.W_dec.shape[1]
-        neurons[hook.replace("hook_mlp_out", "mlp.hook_post")] = latents.Neurons(n)
-        drawn = latents.RandomDirections(u.sae, seed + i)
-        random[hook] = latents.Latents(drawn, u.skip_first, u.max_norm)
+        neurons[hook.replace("hook_mlp_out", "mlp.hook_post")] = Neurons(n)
+        drawn = RandomDirections(u.sae, seed + i)
+        random[hook] = Latents(drawn, u.skip_first, u.max_norm)
     return {"latents": found, "neurons": neurons, "random": random}
 
 

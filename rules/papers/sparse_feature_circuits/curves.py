@@ -17,9 +17,10 @@ With no node and with all, the model is the same for every kind: means are linea
 
 import numpy as np
 
-from pipeline.latents.circuit_curves import Kind
-from pipeline.latents.sites import ERROR, Effects, strongest
+from pipeline.latents.latent_circuits import Kind
+from pipeline.latents.sites import Effects, strongest
 from pipeline.latents.subsets import Ablation
+from pipeline.latents.units import ERROR
 
 
 def kinds(

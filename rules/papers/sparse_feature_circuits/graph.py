@@ -1,7 +1,7 @@
 """The tables graph_nodes and graph_edges, and what a latent says. [torch]
 
-The graph is that of pipeline/latents/circuit_graph.py. The label of a latent is the held-out tokens
-on which it is largest, and the logits that its direction raises by the direct path.
+The graph is that of pipeline/latents/latent_circuits.py. The label of a latent is the held-out
+tokens on which it is largest, and the logits that its direction raises by the direct path.
 """
 
 from typing import Any
@@ -9,8 +9,9 @@ from typing import Any
 import pandas as pd
 import torch
 
-from pipeline.latents import circuit_graph, features
-from pipeline.latents.sites import ERROR, Latent, Latents, Sites
+from pipeline.latents import features, latent_circuits
+from pipeline.latents.sites import Sites
+from pipeline.latents.units import ERROR, Latent, Latents
 from pipeline.models import hooks
 from pipeline.store import shards
 from pipeline.text.tokens import Texts
@@ -69,7 +70,7 @@ def tables(
         found, units: hook -> effects, and the latents that have them.
         manifest: of the activations, out of which labels are read.
     """
-    nodes, edges, drawn = circuit_graph.graph(
+    nodes, edges, drawn = latent_circuits.graph(
         found, units, sites, alphas, options.graph_nodes, options.graph_edges, on_progress
     )
     said = labels(drawn, units, sites, manifest, loaded, options.n_label_rows)

@@ -14,7 +14,7 @@ import pandas as pd
 import torch
 from torch import Tensor
 
-from pipeline.latents.one_to_one import one_to_one
+from pipeline.latents.fidelity import one_to_one
 from pipeline.latents.recovery import Confusion, Reconstruction, cosine, uniqueness
 
 

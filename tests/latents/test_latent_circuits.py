@@ -5,7 +5,7 @@ import pandas as pd
 import pytest
 import torch
 
-from pipeline.latents import circuit_curves
+from pipeline.latents import latent_circuits
 
 
 @pytest.mark.parametrize("none, share", [(1.0, 0.5), (3.0, np.nan), (4.0, np.nan)])
@@ -20,7 +20,7 @@ def test_no_share_of_a_metric_that_no_circuit_has_to_restore(none, share):
         def metric(self, circuits, complement=False):
             return torch.tensor([[none if not c else (none + 3) / 2] for c in circuits])
 
-    rows = circuit_curves.curves([circuit_curves.Kind("random", Ablation(), [0])])
+    rows = latent_circuits.curves([latent_circuits.Kind("random", Ablation(), [0])])
     assert rows[-1]["faithfulness"] == pytest.approx(share, nan_ok=True)
     assert rows[0]["faithfulness"] == pytest.approx(0 if none < 3 else np.nan, nan_ok=True)
 
@@ -37,9 +37,9 @@ def test_a_curve_has_the_model_at_its_end_and_the_complement_where_it_is_taken_o
             kept = [4 - len(c) if complement else len(c) for c in circuits]
             return torch.tensor(kept, dtype=torch.float)[:, None]
 
-    kinds = [circuit_curves.Kind(f"k {i}", Ablation(), [0, 1, 2, 3], i == 1) for i in (0, 1)]
+    kinds = [latent_circuits.Kind(f"k {i}", Ablation(), [0, 1, 2, 3], i == 1) for i in (0, 1)]
     done = []
-    rows = pd.DataFrame(circuit_curves.curves(kinds, done.append))
+    rows = pd.DataFrame(latent_circuits.curves(kinds, done.append))
     assert done == [1, 2] and set(rows["kind"]) == {"k"}
     whole, gone = (rows[rows["draw"] == f"k {i}"] for i in (0, 1))
     assert gone["n_nodes"].tolist() == [0, 1, 2, 4]

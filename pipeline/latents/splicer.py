@@ -1,0 +1,181 @@
+"""What a model loses when its stream is replaced by a dictionary's reconstruction. [torch]
+
+1. The model runs up to the hook once per block (`Splicer`).
+2. From there on it runs with x_hat, with zero and with the mean in place of x (Gao et al. 2024,
+   Sec. 4.1, "downstream loss"). Tokens that no dictionary was trained on (positions below
+   `skip_first`, norms above `max_norm`) keep x.
+3. One more run has zero at every position: that is the ablation of SAELens and SAEBench.
+4. The splice is checked: x_hat + (x - x_hat) must leave the loss unchanged.
+"""
+
+import copy
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from jaxtyping import Float, Int64
+from torch import Tensor
+
+from pipeline.job import cli
+from pipeline.latents import fidelity
+from pipeline.models import hooks, splice
+
+BLOCKS_PER_PASS = 8
+Replace = Callable[[Tensor], Tensor]  # x [tokens d] -> its replacement [tokens d_out]
+
+
+def next_token_loss(
+    logits: Float[Tensor, "batch pos d_vocab"], tokens: Int64[Tensor, "batch pos"], skip_first: int
+) -> tuple[float, int]:
+    """Sum of the cross-entropy of the next token in nats, and the number of predictions.
+
+    Args:
+        skip_first: predictions made at positions below this do not count.
+    """
+    flat = logits[:, skip_first:-1].flatten(0, 1).float()
+    target = tokens[:, skip_first + 1 :].flatten()
+    return float(torch.nn.functional.cross_entropy(flat, target, reduction="sum")), len(target)
+
+
+def divergence(
+    logits: Float[Tensor, "batch pos d_vocab"],
+    others: Float[Tensor, "batch pos d_vocab"],
+    skip_first: int,
+) -> tuple[float, int]:
+    """Sum of KL(p || q) in nats over next-token distributions, and the number of these.
+
+    Args:
+        logits, others: logits of p and of q.
+        skip_first: positions below this do not count; the last one does.
+    """
+    total = 0.0
+    for p, q in zip(logits[:, skip_first:], others[:, skip_first:], strict=True):
+        log_p, log_q = p.float().log_softmax(-1), q.float().log_softmax(-1)
+        total += float((log_p.exp() * (log_p - log_q)).sum())
+    return total, logits.shape[0] * (logits.shape[1] - skip_first)
+
+
+class Splicer:
+    """Runs the upper part of a model with its stream at one hook replaced.
+
+    Args:
+        hf: the model.
+        hook: the hook at which the dictionary reads.
+        tokens: held-out blocks.
+        skip_first, max_norm: tokens that the dictionary was not trained on, see `splice.known`.
+        output_hook: for transcoders, the hook at which they write; y there is what is replaced.
+
+    Attributes:
+        at: the hook whose stream is replaced.
+        streams: x of each batch at the hook, [blocks pos d_model]; for transcoders x and y side by
+            side.
+        known: which tokens are replaced, bool [blocks pos] of each batch.
+    """
+
+    def __init__(
+        self,
+        hf: torch.nn.Module,
+        hook: str,
+        tokens: Int64[Tensor, "blocks pos"],
+        skip_first: int,
+        max_norm: float = 0,
+        output_hook: str | None = None,
+    ) -> None:
+        self.hf, self.hook, self.tokens, self.skip_first = hf, hook, tokens, skip_first
+        self.at = output_hook or hook
+        self.batches = list(tokens.split(BLOCKS_PER_PASS))
+        self.streams, both = [], list(dict.fromkeys([hook, self.at]))
+        with torch.no_grad():
+            for batch in self.batches:
+                seen = hooks.run_to(hf, batch, both)
+                self.streams.append(torch.cat([seen[h] for h in both], -1))
+        self.d_in, self.d_out = seen[hook].shape[-1], seen[self.at].shape[-1]
+        self.known = [splice.known(x, skip_first, max_norm) for x in self.streams]
+
+    def everywhere(self) -> "Splicer":
+        """A copy that replaces x at every position; the losses count the same predictions."""
+        out = copy.copy(self)
+        out.known = [torch.ones_like(known) for known in self.known]
+        return out
+
+    def encoded(self, x: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens d_in"]:
+        """The part of x that a dictionary encodes."""
+        return x[:, : self.d_in]
+
+    def target(self, x: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens d_out"]:
+        """The part of x that a dictionary reconstructs."""
+        return x[:, -self.d_out :]
+
+    def measure(
+        self, replacements: list[Replace], n_batches: int | None = None
+    ) -> list[tuple[float, float]]:
+        """Loss and KL divergence with the stream of known tokens replaced.
+
+        Args:
+            replacements: functions of x that give what stands in the place of `target(x)`.
+            n_batches: use only so many of the first batches; default: all.
+
+        Returns:
+            For each replacement, in nats: the mean next-token loss, and the mean divergence from
+            the model with the first replacement.
+        """
+        sums, counts = np.zeros((len(replacements), 2)), np.zeros(2)
+        batches = list(zip(self.batches, self.streams, self.known, strict=True))[:n_batches]
+        with torch.no_grad():
+            for tokens, x, known in batches:
+                first = None
+                for i, replace in enumerate(replacements):
+                    spliced = x[..., -self.d_out :].clone()
+                    spliced[known] = replace(x[known])
+                    logits = splice.resume(self.hf, self.at, tokens, spliced)
+                    first = logits if first is None else first
+                    loss, n = next_token_loss(logits, tokens, self.skip_first)
+                    kl, m = divergence(first, logits, self.skip_first)
+                    sums[i] += loss, kl
+                counts += n, m
+        return [tuple(row) for row in (sums / counts).tolist()]
+
+    def loss(self, replace: Replace, n_batches: int | None = None) -> float:
+        """Mean next-token loss with one replacement."""
+        return self.measure([replace], n_batches)[0][0]
+
+
+def spliced_losses(
+    splicer: Splicer, saes: dict[str, Any], mean: Float[Tensor, " d_out"]
+) -> dict[str, dict[str, float]]:
+    """Losses and KL divergences with each dictionary spliced in, and the splice_check.
+
+    Args:
+        saes: name -> SAELens SAE.
+        mean: mean of the rows that are reconstructed.
+
+    Returns:
+        name -> metric -> value.
+    """
+    target = splicer.target  # as a replacement, it changes nothing
+    hats = {n: lambda x, s=s: s.decode(s.encode(splicer.encoded(x))) for n, s in saes.items()}
+    ablations = [lambda x: torch.zeros_like(target(x)), lambda x: mean.expand_as(target(x))]
+    model, zero, average, *measured = splicer.measure([target, *ablations, *hats.values()])
+    base = {"loss_model": model[0], "loss_zero": zero[0], "loss_mean": average[0]}
+    base["kl_zero"] = zero[1]
+    _, whole = splicer.everywhere().measure([target, ablations[0]])
+    base["loss_zero_all"], base["kl_zero_all"] = whole
+    first = splicer.loss(target, n_batches=1)
+    out = {}
+    for (name, hat), (spliced, kl) in zip(hats.items(), measured, strict=True):
+        whole = splicer.loss(lambda x, hat=hat: (h := hat(x)) + (target(x) - h), n_batches=1)
+        out[name] = base | {
+            "loss_spliced": spliced,
+            "kl_spliced": kl,
+            "delta_loss": spliced - base["loss_model"],
+            "loss_recovered_zero": fidelity.loss_recovered(
+                base["loss_model"], spliced, base["loss_zero"]
+            ),
+            "loss_recovered_mean": fidelity.loss_recovered(
+                base["loss_model"], spliced, base["loss_mean"]
+            ),
+            "splice_check": abs(whole - first),
+        }
+        cli.log.info("%s: delta loss %.4f", name, out[name]["delta_loss"])
+    return out

@@ -1,0 +1,59 @@
+"""Shapes in signatures are checked in tests, and cost nothing anywhere else."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from conftest import TORCH_ROOMS, environment
+
+ROOT = Path(__file__).parents[2]
+
+
+def imported(file: Path) -> set[str]:
+    """First names of the packages that a file imports, anywhere in it."""
+    out = set()
+    for node in ast.walk(ast.parse(file.read_text())):
+        names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module] if isinstance(node, ast.ImportFrom) else []
+        out |= {name.split(".")[0] for name in names}
+    return out
+
+
+def test_a_wrong_shape_is_caught():
+    import jaxtyping
+    import torch
+
+    from pipeline.models import splice
+
+    x = torch.ones(2, 3, 4)
+    assert splice.known(x, 1, 0).sum() == 4
+    with pytest.raises(jaxtyping.TypeCheckError, match="typechecking parameter 'x'"):
+        splice.known(x[0], 1, 0.0)
+
+
+def test_two_arguments_agree_on_a_length():
+    import jaxtyping
+    import torch
+
+    from pipeline.models import lens
+
+    p = torch.full((2, 5), 0.2).log()
+    assert lens.kl(p, p).tolist() == [0.0, 0.0]
+    with pytest.raises(jaxtyping.TypeCheckError, match="typechecking parameter 'log_q'"):
+        lens.kl(p, p[:, :1])
+
+
+def test_the_switch_imports_no_torch():
+    """Tests of a room without torch do not wait for it."""
+    code = "import conftest, sys; assert not {'torch', 'beartype'} & set(sys.modules)"
+    path = {"PYTHONPATH": f"{ROOT}:{ROOT / 'tests'}"}
+    subprocess.run([sys.executable, "-c", code], env=environment() | path, check=True)
+
+
+def test_stages_check_nothing():
+    """No stage imports a checker; shapes are named where torch, which takes longer, is imported."""
+    for file in (ROOT / "pipeline").rglob("*.py"):
+        assert "beartype" not in imported(file), file
+        assert "jaxtyping" not in imported(file) or file.parent.name in TORCH_ROOMS, file
