@@ -66,9 +66,10 @@ def of_seed(trained: pd.DataFrame, null: pd.Series) -> dict[str, float]:
         out[f"step_width.{metric}"] = smallest_step(grid, "d_sae", "k", metric)
     same_width = grid[grid["d_sae"].isin(l1["d_sae"])]
     gaps = {m: at_matched_l0(same_width, l1, m) for m in ("explained_variance", "delta_loss")}
-    out["topk_minus_l1.explained_variance"] = min(gaps["explained_variance"], default=np.nan)
-    out["topk_minus_l1.delta_loss"] = max(gaps["delta_loss"], default=np.nan)
-    out["topk_minus_l1.n_matched"] = len(gaps["delta_loss"])
+    n = len(gaps["delta_loss"])
+    out["topk_minus_l1.explained_variance"] = gaps["explained_variance"].min() if n else np.nan
+    out["topk_minus_l1.delta_loss"] = gaps["delta_loss"].max() if n else np.nan
+    out["topk_minus_l1.n_matched"] = n
     without = topk[topk["aux_loss_coefficient"] == 0].iloc[0]
     frozen = trained[trained["frozen_decoder"].astype(bool)].iloc[0]
     twin, matched = (
