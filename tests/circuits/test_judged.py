@@ -5,11 +5,12 @@ import pytest
 import torch
 
 from pipeline.circuits import judged
+from pipeline.circuits.knockout import Knockout
 
 WHOLE = frozenset((i, h, "") for i in range(2) for h in range(3))
 
 
-class Counted:
+class Counted(Knockout):
     """F of a circuit is how many heads it keeps; each circuit that is run is noted."""
 
     class heads:

@@ -19,6 +19,7 @@ from transformers import (
 )
 
 from pipeline.circuits import circuits, head_scores, judged
+from pipeline.circuits.knockout import Knockout
 from pipeline.claims.judge import judge
 from pipeline.claims.scalars import compute, known, parts
 from pipeline.errors import RetraceError
@@ -139,7 +140,7 @@ def test_the_papers_circuit_has_26_heads_at_their_places():
     assert sorted((i, p) for i, _, p in drawn) == sorted((i, p) for i, _, p in whole)
 
 
-class Additive:
+class Additive(Knockout):
     """F is the sum of weights of the heads that are kept; two heads back each other up."""
 
     class heads:

@@ -142,7 +142,8 @@ def of_seed(tables: dict[str, Any]) -> dict[str, float]:
         here = {name: table[table["arm"] == arm] for name, table in tables.items()}
         found = behaviour(here["behaviour"])
         if len(here["heads"]):
-            found |= heads(here["heads"], here["scatter"], found["logit_diff"])
+            logit_diff = float(found["logit_diff"])
+            found |= heads(here["heads"], here["scatter"], logit_diff)
         for source, cases in here["cases"].groupby("source"):
             small = here["minimality"]
             worth = circuits(cases, small[small["source"] == source])
