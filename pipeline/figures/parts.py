@@ -13,7 +13,7 @@ Colours are those of theme.py. What a hover box says ends in no name of its own,
 all. No torch.
 """
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -242,3 +242,35 @@ def thinned(rows: pd.DataFrame, most: int) -> pd.DataFrame:
 def rounded(values: Any, digits: int = 3) -> list[float]:
     """Plain floats with so many significant digits: what a list changes fills most of a page."""
     return [float(f"{v:.{digits}g}") for v in np.asarray(values, dtype=float)]
+
+
+# --- cases and looks -----------------------------------------------------------------------
+
+
+def by_case(
+    panels: Panels,
+    found: Iterable[tuple[str, pd.DataFrame]],
+    draw: Callable[[pd.DataFrame], Iterable[tuple[int, Any]]],
+) -> Panels:
+    """Draw every case, of which a list above the figure chooses one.
+
+    Args:
+        found: (name, rows) of each case.
+        draw: rows -> (panel, trace) of everything that is drawn of them.
+    """
+    found = list(found)
+    for number, (_, rows) in enumerate(found):
+        for panel, trace in draw(rows):
+            panels.add(panel, trace, case=number)
+    panels.choose(name for name, _ in found)
+    return panels
+
+
+def styled(
+    rows: pd.DataFrame, column: str, looks: Mapping[Any, tuple]
+) -> Iterator[tuple[pd.DataFrame, Any, tuple]]:
+    """(rows, value, look) of each value of a column that has rows, in the order of `looks`."""
+    for value, look in looks.items():
+        own = rows[rows[column] == value]
+        if len(own):
+            yield own, value, look

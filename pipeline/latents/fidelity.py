@@ -1,4 +1,4 @@
-"""Formulas for how well a dictionary reconstructs, on numbers and NumPy arrays.
+"""Formulas for how well a dictionary reconstructs or matches another, on NumPy arrays.
 
 The tests compare reconstruction.py, which works in passes over shards, with them.
 """
@@ -49,3 +49,20 @@ def loss_recovered(loss_model: float, loss_spliced: float, loss_ablated: float) 
 def share(part: Real, whole: Real) -> Real:
     """part / whole; NaN if the whole is not above zero."""
     return part / whole if whole > 0 else math.nan
+
+
+def unit(rows: np.ndarray) -> np.ndarray:
+    """Rows of norm 1, [n d]."""
+    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
+
+
+def one_to_one(cosines: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """The rows and the columns of the pairs of largest sum, [min(n, m)] each (Hungarian algorithm).
+
+    Args:
+        cosines: [n m], of latents of two dictionaries (Paulo & Belrose 2025, 2501.16615), or of
+            latents and the true features of synthetic data.
+    """
+    from scipy.optimize import linear_sum_assignment
+
+    return linear_sum_assignment(cosines, maximize=True)

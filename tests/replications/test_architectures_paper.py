@@ -14,6 +14,7 @@ from pipeline.errors import RetraceError
 from pipeline.figures import drawing
 from pipeline.job.source import import_file
 from pipeline.latents.features import Scan
+from pipeline.latents.fidelity import unit
 from pipeline.papers import papers
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +29,7 @@ figures = import_file(FOLDER / "figures.py")
 
 
 def directions(n: int, d: int, seed: int = 0) -> np.ndarray:
-    return overlap.units(np.random.default_rng(seed).normal(size=(n, d)))
+    return unit(np.random.default_rng(seed).normal(size=(n, d)))
 
 
 def test_a_permuted_dictionary_matches_itself():

@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.numpy import load_file
-from test_acdc import CIRCUIT, on_paper, small
+from test_acdc import on_paper, small
 
 from pipeline.circuits import acdc
 from pipeline.circuits.edge_graph import EdgeGraph
@@ -21,8 +21,9 @@ from pipeline.claims import roc, summary
 from pipeline.claims.judge import judge
 from pipeline.claims.scalars import compute, known, parts
 from pipeline.errors import RetraceError
+from pipeline.job import own
 from pipeline.job.source import import_file
-from pipeline.models import native
+from pipeline.models import hooks, native
 from pipeline.papers import papers
 from pipeline.spec.paper import parse
 from pipeline.store import provenance
@@ -137,16 +138,6 @@ def test_an_edge_that_the_graph_has_not_is_an_error():
         truth.listed(graph, "0.0 > mlp0")
 
 
-def test_what_is_wired_on_paper():
-    graph = EdgeGraph(on_paper(), torch.tensor([[0, 1]]), positions=True)
-    assert [e for e, k in zip(graph.edges, truth.wired(graph), strict=True) if k] == CIRCUIT
-
-
-def test_all_of_a_dense_model_is_wired():
-    graph = EdgeGraph(small(), torch.tensor([[0, 1, 2, 3]]), positions=True)
-    assert truth.wired(graph).all()
-
-
 # --- sequences and reset networks ------------------------------------------------------------
 
 
@@ -197,18 +188,18 @@ def test_a_replaced_node_is_that_of_the_source():
     for p in hf.parameters():
         torch.nn.init.normal_(p, std=0.3)
     hf.requires_grad_(False)
-    model, every = siit.Swapped(hf), siit.every_sequence()
+    every = siit.every_sequence()
     base, source = every[3:40], every[100:137]
-    with model.seen() as acts:
-        wanted = model.outputs(source)
+    last = [siit.IS_X, siit.SHARE, *siit.outside(hf)]
+    with hooks.capture(hf, list({siit.hook_of(node) for node in last})) as acts:
+        wanted = siit.outputs(hf, source)
         embeds = [hf.model.tok_embed.weight[t] for t in (base, source)]
     mask = torch.ones(base.shape, dtype=torch.bool)
-    last = [siit.IS_X, siit.SHARE, *siit.outside(model.heads)]
     assert len(last) == len(set(last)) == 2 * 2 + 2
     with ExitStack() as stack:
         for node in last:
-            stack.enter_context(model.replaced(node, acts[node.kind, node.layer], mask))
-        got = model.outputs(base)
+            stack.enter_context(siit.replaced(hf, node, acts[siit.hook_of(node)], mask))
+        got = siit.outputs(hf, base)
     end = hf.model.ln_out
     seen = []
     handle = end.register_forward_pre_hook(lambda _, args: seen.append(args[0]))
@@ -241,19 +232,18 @@ def made():
     """(the paper, its tables) of the smoke scale, by the stage's own functions."""
     paper = papers.load(FOLDER, "smoke")
     options = parse(discovery.Options, paper.spec.own["discovery"], "paper.yaml")
-    frames: dict[str, list] = {t: [] for t in discovery.TABLES}
+    out = own.Tables(discovery.TABLES)
     runs = {s: siit.train(siit_options(), s, torch.device("cpu")) for s in options.seeds}
     trained = {seed: hf for seed, (hf, _) in runs.items()}
     with torch.no_grad():
         for name, task in options.tasks.items():
-            own = task.model == "siit"
-            hfs = trained if own else dict.fromkeys(options.seeds, model(task.model))
-            for table, some in discovery.measured(name, task, hfs, options, lambda: None).items():
-                frames[table] += some
+            compiled = task.model != "siit"
+            hfs = dict.fromkeys(options.seeds, model(task.model)) if compiled else trained
+            discovery.measure(name, task, hfs, options, out)
         checks = [siit.checks(hf, s + 1).assign(seed=s) for s, hf in trained.items()]
-    out = {f"discovery/{t}": pd.concat(f, ignore_index=True) for t, f in frames.items()}
+    found = {f"discovery/{table}": frame for table, frame in out.frames()}
     history = [h.assign(seed=s) for s, (_, h) in runs.items()]
-    return paper, out | {"siit/history": pd.concat(history), "siit/checks": pd.concat(checks)}
+    return paper, found | {"siit/history": pd.concat(history), "siit/checks": pd.concat(checks)}
 
 
 def test_tables_agree_with_each_other(made):

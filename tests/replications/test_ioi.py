@@ -18,7 +18,8 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from pipeline.circuits import circuits
+from pipeline.circuits import circuits, head_scores, judged
+from pipeline.circuits.knockout import Knockout
 from pipeline.claims.judge import judge
 from pipeline.claims.scalars import compute, known, parts
 from pipeline.errors import RetraceError
@@ -33,7 +34,7 @@ from pipeline.text import prompts_ioi as prompts
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "rules/papers/ioi"
-measures, discovery, judged, circuit, metrics = (
+measures, discovery, small, circuit, metrics = (
     import_file(FOLDER / f"{name}.py")
     for name in ("measures", "discovery", "judged", "circuit", "metrics")
 )
@@ -132,14 +133,14 @@ def test_the_papers_circuit_has_26_heads_at_their_places():
     parts = discovery.placed(discovery.PUBLISHED)
     whole = frozenset().union(*parts.values())
     assert len(whole) == 26 and (9, 9, "END") in whole and (5, 5, "S2") in whole
-    small = judged.naive(parts, discovery.PUBLISHED)
-    assert len(small) == 3 + 4 + 2 + 2 + 2 and not small & (parts["backup"] | parts["negative"])
+    few = small.naive(parts, discovery.PUBLISHED)
+    assert len(few) == 3 + 4 + 2 + 2 + 2 and not few & (parts["backup"] | parts["negative"])
     drawn = judged.random_circuit(whole, 12, np.random.default_rng(0))
     assert len(drawn) == 26 and not drawn & whole
     assert sorted((i, p) for i, _, p in drawn) == sorted((i, p) for i, _, p in whole)
 
 
-class Additive:
+class Additive(Knockout):
     """F is the sum of weights of the heads that are kept; two heads back each other up."""
 
     class heads:
@@ -169,7 +170,8 @@ def test_the_search_finds_what_the_circuit_lacks():
     assert first == {(0, 0, "")} and m - c == pytest.approx(2.5)
     roles = {"name_mover": [(0, 0)], "negative": [(1, 0)]}
     parts = {r: frozenset((*h, "") for h in heads) for r, heads in roles.items()}
-    cases = judged.cases(parts, roles, knockout, 1, np.random.default_rng(0))
+    others = {"naive": small.naive(parts, roles)}
+    cases = judged.cases(parts, others, knockout, 1, np.random.default_rng(0))
     f = dict(
         zip(((c.circuit, c.removed) for c in cases), judged.measure(cases, knockout), strict=True)
     )
@@ -187,7 +189,7 @@ def test_a_head_is_worth_what_it_is_worth_without_the_heads_that_back_it_up():
     weights = {(0, 0, ""): 0.0, (0, 1, ""): 0.25, (1, 0, ""): 1.0, (1, 1, ""): 0.5}
     knockout = Additive(weights)
     roles = {"name_mover": [(0, 0), (0, 1)], "negative": [(1, 0)], "backup": [(1, 1)]}
-    found = judged.minimality(roles, dict.fromkeys(roles, ""))
+    found = small.minimality(roles, dict.fromkeys(roles, ""))
     worth = {}
     for one in found:
         a, b = judged.measure([one.kept, one.lost], knockout)
@@ -213,9 +215,9 @@ def test_the_rule_of_the_sets_is_that_of_the_papers():
     assert {k: sorted(v) for k, v in roles.items()} == {
         k: sorted(v) for k, v in discovery.PUBLISHED.items()
     }
-    given = judged.minimality(discovery.PUBLISHED, discovery.PLACE, discovery.PUBLISHED_K)
+    given = small.minimality(discovery.PUBLISHED, discovery.PLACE, discovery.PUBLISHED_K)
     by_rule: dict[tuple, list] = {}
-    for one in judged.minimality(roles, discovery.PLACE):
+    for one in small.minimality(roles, discovery.PLACE):
         if one.kept.removed != "class":
             by_rule.setdefault(one.node, []).append(one.kept.gone)
     published = {w.node: w.kept.gone for w in given if w.kept.removed == "published"}
@@ -252,8 +254,9 @@ def test_a_planted_copying_head(sign):
     drawn = prompts.draw(TOKENIZER, 6, 0)
     with torch.no_grad():
         task = Task.of(planted(sign), Pairs.of(drawn.data(), 0, "cpu"))
-        copies, suppresses = measures.copying(task, 4)
-        looks, patterns = measures.attention(task)
+        copies, suppresses = head_scores.copy_scores(task, 4).values()
+        patterns = task.heads.patterns(task.pairs.base)
+        looks = head_scores.attention_between(task, patterns, measures.LOOKS)
         rows = measures.scatter(task, patterns, [(0, 0)])
     assert (copies if sign > 0 else suppresses)[0, 0] == 1
     assert (suppresses if sign > 0 else copies)[0, 0] == 0

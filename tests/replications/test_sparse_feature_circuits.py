@@ -169,8 +169,8 @@ def made(tmp_path_factory) -> tuple[papers.Paper, dict[str, pd.DataFrame], Path]
     files = {t: out / f"{t}.parquet" for t in agreement.TABLES}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(latents, "load", lambda *_: units)
-        patch.setattr(graph, "top_tokens", lambda _, u, h, numbers, *__: {i: [1] for i in numbers})
-        patch.setattr(agreement.graph, "top_tokens", graph.top_tokens)
+        top_tokens = lambda _, u, h, numbers, *__: {i: [1] for i in numbers}  # noqa: E731
+        patch.setattr(agreement.graph, "top_tokens", top_tokens)
         given = [x for t, f in files.items() for x in (f"--{t.replace('_', '-')}", f)]
         spec = json.dumps({"own.agreement": own})
         argv = ["agreement", "--spec", spec, "--model", out / "model.json", "--activations",
@@ -181,24 +181,6 @@ def made(tmp_path_factory) -> tuple[papers.Paper, dict[str, pd.DataFrame], Path]
         agreement.main()
         torch.set_num_threads(threads)
     return paper, {f"agreement/{t}": tables.read_table(f) for t, f in files.items()}, out
-
-
-@pytest.mark.parametrize("none, share", [(1.0, 0.5), (3.0, np.nan), (4.0, np.nan)])
-def test_no_share_of_a_metric_that_no_circuit_has_to_restore(none, share):
-    """m is 3 of the whole model: where none has as much, nothing is left to explain."""
-
-    class Ablation:
-        class sites:
-            class task:
-                before = torch.tensor([3.0])
-
-        def metric(self, circuits, complement=False):
-            return torch.tensor([[none if not c else (none + 3) / 2] for c in circuits])
-
-    curves = import_file(FOLDER / "curves.py")
-    rows = curves.curves([curves.Kind("random", Ablation(), [0])])
-    assert rows[-1]["faithfulness"] == pytest.approx(share, nan_ok=True)
-    assert rows[0]["faithfulness"] == pytest.approx(0 if none < 3 else np.nan, nan_ok=True)
 
 
 def test_a_correlation_of_one_latent_alone_is_seen():

@@ -1,7 +1,6 @@
 """SynthSAEBench: the measures, the controller, learners that are killed, and the card."""
 
 import itertools
-from contextlib import contextmanager, nullcontext
 from types import SimpleNamespace
 
 import numpy as np
@@ -20,8 +19,10 @@ from test_synth_sae_bench import (  # noqa: F401
     world,
 )
 
+from pipeline.errors import RetraceError
 from pipeline.job.source import import_file
 from pipeline.papers import papers
+from pipeline.sae import graphs
 from pipeline.sae.train import build
 
 measures = import_file(FOLDER / "measures.py")
@@ -34,45 +35,6 @@ def truth():
 
 
 # --- measures ------------------------------------------------------------------------------
-
-
-def test_matching_is_the_best_of_all_one_to_one_matchings():
-    cosines = np.random.default_rng(0).random((4, 6))
-    total = lambda features: sum(cosines[i, j] for i, j in enumerate(features))  # noqa: E731
-    best = max(itertools.permutations(range(6), 4), key=total)
-    assert measures.matching(cosines).tolist() == list(best)
-    more_latents = measures.matching(cosines.T)
-    assert (more_latents < 0).sum() == 2 and len(set(more_latents[more_latents >= 0])) == 4
-
-
-def test_cosines_ignore_sign_and_length():
-    directions = torch.eye(3)[:2]
-    decoder = torch.tensor([[0.0, -7.0, 0.0], [3.0, 4.0, 0.0]])
-    torch.testing.assert_close(
-        measures.cosine(decoder, directions), torch.tensor([[0.0, 1.0], [0.6, 0.8]])
-    )
-
-
-def test_uniqueness_counts_different_features():
-    assert measures.uniqueness(np.array([3, 3, 5, 9])) == 0.75
-
-
-def test_f1_of_a_latent_that_is_right_half_of_the_time():
-    """Two of four firings are true, and two of three of the feature's are caught."""
-    on = torch.tensor([1, 1, 1, 1, 0, 0], dtype=torch.bool)[:, None]
-    truth = torch.tensor([[1, 0], [1, 0], [0, 1], [0, 1], [1, 0], [0, 0]], dtype=torch.bool)
-    counts = measures.Confusion(torch.tensor([0]))
-    counts.add(on[:3], truth[:3])
-    counts.add(on[3:], truth[3:])
-    rates = counts.rates()
-    assert rates["precision"][0] == 1 / 2 and rates["recall"][0] == pytest.approx(2 / 3)
-    assert rates["f1"][0] == pytest.approx(2 * (1 / 2) * (2 / 3) / (1 / 2 + 2 / 3))
-
-
-def test_a_latent_that_never_fires_has_no_precision_and_no_f1():
-    counts = measures.Confusion(torch.tensor([1, 0]))
-    counts.add(torch.zeros(5, 2, dtype=torch.bool), torch.ones(5, 2, dtype=torch.bool))
-    assert all((v == 0).all() for v in counts.rates().values())
 
 
 def perfect():
@@ -96,7 +58,7 @@ def test_a_dictionary_of_the_true_features_is_perfect(truth):
         acts[part.row, part.feature] = part.value
     found = measures.Recovery(perfect(), 1.0, torch.eye(64))
     found.add(acts, active)  # features on the axes: x is the activations themselves
-    told = found.told()
+    told = found.summary()
     for name in ("mcc", "uniqueness", "explained_variance", "shrinkage"):
         assert told[name] == pytest.approx(1), name
     ever = active.any(0).double().mean().item()
@@ -122,7 +84,7 @@ def test_the_measures_are_saelenss(truth, name):
     found = measures.Recovery(sae, 1.0, truth.feature_dict.feature_vectors)
     for acts in kept:
         found.add(truth.feature_dict(acts), acts > 0)
-    told = found.told()
+    told = found.summary()
     assert told["mcc"] == pytest.approx(want.mcc, abs=1e-5)
     assert told["uniqueness"] == want.uniqueness
     assert told["explained_variance"] == pytest.approx(want.explained_variance, abs=1e-4)
@@ -248,91 +210,55 @@ def test_targets_of_l0_are_approached(whole):
     assert rows["coefficient"].notna().sum() == 3
 
 
+class Replayed:
+    """A RecordedStep without a GPU: always the step that was given first, on the batch it holds."""
+
+    def __init__(self, step, x, others) -> None:
+        self.step, self.x = step, x.clone()
+        others.append(self)
+
+    def __call__(self, x):
+        self.x.copy_(x)
+        return self.step(self.x)
+
+
+def failed(step, x, others):
+    raise RuntimeError("operation not permitted when stream is capturing")
+
+
 @pytest.mark.parametrize("name", ["batchtopk_true", "jumprelu_true", "matching_pursuit_true"])
-def test_what_a_step_changes_can_be_put_back(truth, name):
-    """What the recording of a CUDA graph relies on; Adam's state was not there before."""
-    stream = world.Stream(world.Sampler(truth), batch_size=32, bulk=3, seed=0)
-    (one,) = [o for o in recovery.learners(options(), stream, 16) if o.about["dictionary"] == name]
-    before = {k: t.clone() for k, t in one.live().items()}
-    x = next(stream.batches(0, 1))
-    outcomes = []
-    for _ in range(2):
-        outcomes.append(one.whole(x))
-        changed = {k: t.clone() for k, t in one.live().items()}
-        one.put_back(before)
-    for key, tensor in one.live().items():
-        assert torch.equal(tensor, before.get(key, torch.zeros_like(tensor))), key
-        assert key in ("bad", "silent") or not torch.equal(changed[key], tensor), key
-    assert torch.equal(outcomes[0].loss, outcomes[1].loss)
+@pytest.mark.parametrize("recorded", [Replayed, failed])
+def test_replayed_steps_are_the_plain_ones(truth, monkeypatch, name, recorded):
+    """One for each capacity of AuxK, after three plain ones; or none, where recording fails.
 
-
-class Recorded:
-    """A CUDA graph without a GPU: what is run inside `graph` is undone, and a replay runs it."""
-
-    def __init__(self, one, broken: bool) -> None:
-        self.one, self.broken, self.outcomes = one, broken, []
-
-    @contextmanager
-    def graph(self, _):
-        if self.broken:
-            raise RuntimeError("operation not permitted when stream is capturing")
-        before = {k: t.clone() for k, t in self.one.live().items()}
-        whole = self.one.whole
-        self.one.whole = lambda x: self.outcomes.append(whole(x)) or self.outcomes[-1]
-        yield
-        self.one.whole = whole
-        self.one.put_back(before)
-
-    def pool(self) -> None:
-        """Graphs of one dictionary share their memory."""
-
-    def replay(self) -> None:
-        """Writes where the first outcome lies, as a graph does."""
-        given, self.one.dead.capacity = self.one.dead.capacity, self.room
-        again = self.one.whole(self.one.x)
-        self.one.dead.capacity = given
-        for name in ("loss", "mse", "l0", "fired"):
-            getattr(self.outcomes[0], name).copy_(getattr(again, name))
-
-
-@pytest.mark.parametrize("broken", [False, True])
-def test_replayed_steps_are_the_plain_ones(truth, monkeypatch, broken):
-    """Two graphs, with AuxK and without, in turn; or none, where recording fails.
-
-    The room for dead latents is looked at after every step here: 3 steps of silence, a quarter.
+    The dead latents are counted after every step here: 3 steps of silence, a quarter.
     """
+    monkeypatch.setattr(graphs, "RecordedStep", recorded)
     stream = world.Stream(world.Sampler(truth), batch_size=32, bulk=3, seed=0)
     given = options(dead_steps=3)
-    pair = [
+    plain, replayed = (
         next(o for o in recovery.learners(given, stream, 16) if o.about["dictionary"] == name)
-        for name in ["batchtopk_true"] * 2
-    ]
-    plain, replayed = pair
-    replayed.recording, made_graphs = True, []
-
-    def new_graph():
-        made_graphs.append(Recorded(replayed, broken))
-        made_graphs[-1].room = replayed.dead.capacity
-        return made_graphs[-1]
-
-    aside = SimpleNamespace(wait_stream=lambda other: None)
-    for name, fake in {
-        "Stream": lambda: aside,
-        "current_stream": lambda: aside,
-        "stream": lambda _: nullcontext(),
-        "CUDAGraph": new_graph,
-        "graph": lambda g, **_: g.graph(None),
-    }.items():
-        monkeypatch.setattr(torch.cuda, name, fake)
-    for step, x in enumerate(stream.batches(0, 12)):
-        if step in (6, 10):  # all alive again
+        for _ in range(2)
+    )
+    replayed.graphs.recording = True
+    for step, x in enumerate(stream.batches(0, 20)):
+        if step in (8, 16):  # all alive again
             plain.dead.rows_since_fired.zero_(), replayed.dead.rows_since_fired.zero_()
         wanted, got = plain.step(x, step, None), replayed.step(x, step, None)
         assert torch.equal(wanted.loss, got.loss) and torch.equal(wanted.fired, got.fired)
     for key, value in plain.tensors().items():
         assert torch.equal(value, replayed.tensors()[key]), key
-    assert [g.room for g in made_graphs] == ([0] if broken else [0, 32])
-    assert replayed.recording is not broken
+    capacities = [0, 32] if name == "batchtopk_true" else [0]
+    assert sorted(replayed.graphs.recorded) == ([] if recorded is failed else capacities)
+    assert replayed.graphs.recording is not (recorded is failed) and not plain.graphs.recorded
+
+
+def test_a_loss_that_is_not_finite_is_told_with_its_key(truth):
+    stream = world.Stream(world.Sampler(truth), batch_size=32, bulk=3, seed=0)
+    one = recovery.learners(options(), stream, 16)[0]
+    one.step(torch.full((32, 16), torch.nan), 0, None)
+    with pytest.raises(RetraceError, match=r"loss is nan at step 1 of .*lower own\.recovery\.lr"):
+        one.check()
 
 
 AUTHORS = {  # released sweeps/common.py, sizes apart: SAELens's config class, and what is set in it

@@ -22,6 +22,7 @@ Estimates of nodes (Nanda 2023; Kramár et al. 2024) and of edges (Syed et al. 2
 
 import time
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -36,12 +37,11 @@ from pipeline.circuits.methods import drawn
 from pipeline.circuits.patching import activation_patching
 from pipeline.circuits.table import edge_rows, parts, streams
 from pipeline.errors import RetraceError, nearest
-from pipeline.job import cli
+from pipeline.job import cli, own
 from pipeline.job.source import import_file
 from pipeline.models import loader
 from pipeline.models.pairs import Node, Pairs, Task
 from pipeline.spec.base import Name, Section, Seeds
-from pipeline.store import tables
 
 prompts = import_file(Path(__file__).with_name("prompts.py"))
 compared = import_file(Path(__file__).with_name("compared.py"))
@@ -176,16 +176,19 @@ def edges_of(task: Task, wanted: int, options: Options, seed: int, clock: Clock)
 
 def measure(
     task: Task, what: TaskOptions, options: Options, seed: int, clock: Clock
-) -> dict[str, Any]:
+) -> dict[str, pd.DataFrame]:
     """Rows of every table, of one model on one task at one seed."""
     nodes = nodes_of(task, what.positions, options.ig_steps, clock)
     edges = edges_of(task, what.n_edges, options, seed, clock)
     sums = edges.groupby("method")["into_logits"].first()
-    totals = {"n_prompts": len(task.before), "clean": float(task.before.mean())}
-    totals |= {"corrupt": float((task.before + task.total).mean())}
-    totals |= {"right": float((task.before > 0).float().mean())}
-    totals |= {"total": float(task.total.mean())}
-    totals |= {f"into_logits_{m}": float(v) for m, v in sums.items()}
+    totals = {
+        "n_prompts": len(task.before),
+        "clean": float(task.before.mean()),
+        "corrupt": float((task.before + task.total).mean()),
+        "right": float((task.before > 0).float().mean()),
+        "total": float(task.total.mean()),
+    }
+    totals |= {f"into_logits_{method}": float(value) for method, value in sums.items()}
     return {
         "nodes": nodes,
         "edges": edges.drop(columns="into_logits"),
@@ -207,43 +210,28 @@ def given(name: str, what: TaskOptions, loaded: Any, seed: int, device: Any) -> 
     return Pairs.of(made, loaded.bos_id, device)
 
 
-def main() -> None:
-    parser = cli.parser(
-        "estimates", __doc__, models="model.json of every arm, sorted by name*",
-        **{t: f"{t}.parquet" for t in TABLES},
-    )  # fmt: skip
-
-    def work(job: cli.Job) -> None:
-        args, options = job.args, job.section("own.estimates", Options)
-        device, files = job.device(), dict(zip(sorted(job.spec["arms"]), args.models, strict=True))
-        for name, what in options.tasks.items():
-            for arm in set(what.arms) - set(files):
-                raise RetraceError(
-                    f"own.estimates.tasks.{name}.arms: no arm '{arm}'{nearest(arm, files)}"
-                )
-        frames: dict[str, list[pd.DataFrame]] = {t: [] for t in TABLES}
-        for arm, file in files.items():
-            loaded = loader.load(file, device)
-            for name, what in options.tasks.items():
-                if arm not in what.arms:
-                    continue
-                for seed in options.seeds:
-                    cli.log.info("%s on %s, seed %d", name, arm, seed)
-                    with torch.no_grad():
-                        task = Task.of(loaded.hf, given(name, what, loaded, seed, device))
-                        made = measure(task, what, options, seed, Clock(device))
-                    for table, frame in made.items():
-                        key = {"arm": arm, "task": name, "seed": seed}
-                        for place, (column, value) in enumerate(key.items()):
-                            frame.insert(place, column, value)
-                        frames[table].append(frame)
-        certificate = job.certificate(args.models, seed=options.seeds)
-        for table, some in frames.items():
-            tables.write_table(
-                getattr(args, table), pd.concat(some, ignore_index=True), certificate
+@torch.no_grad()
+def work(job: cli.Job, options: Options) -> own.Tables:
+    """Rows of all tables, each model, task and seed in turn."""
+    device, out, files = job.device(), own.Tables(TABLES), own.by_arm(job, job.args.models)
+    for name, what in options.tasks.items():
+        for arm in set(what.arms) - set(files):
+            raise RetraceError(
+                f"own.estimates.tasks.{name}.arms: no arm '{arm}'{nearest(arm, files)}"
             )
+    for arm, file in files.items():
+        loaded = loader.load(file, device)
+        tasks = {name: what for name, what in options.tasks.items() if arm in what.arms}
+        for (name, what), seed in product(tasks.items(), options.seeds):
+            cli.log.info("%s on %s, seed %d", name, arm, seed)
+            task = Task.of(loaded.hf, given(name, what, loaded, seed, device))
+            made = measure(task, what, options, seed, Clock(device))
+            out.add(made, {"arm": arm, "task": name, "seed": seed})
+    return out
 
-    cli.run("estimates", parser.parse_args(), work)
+
+def main() -> None:
+    own.main("estimates", __doc__, Options, TABLES, work, models="model.json of every arm*")
 
 
 if __name__ == "__main__":

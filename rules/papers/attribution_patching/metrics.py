@@ -8,8 +8,7 @@ late thirds of the layers; resid, the stream at named positions. Group edges: th
 
 from typing import Any
 
-import numpy as np
-
+from pipeline.claims.seeds import by_seed, defined, of_rows
 from pipeline.latents.fidelity import share
 
 METRICS = {  # the first pattern that fits a name counts
@@ -54,29 +53,20 @@ COLUMNS = (
 def of_seed(tables: dict[str, Any]) -> dict[str, float]:
     """Every metric at one seed, out of the tables' rows of that seed."""
     out: dict[str, float] = {}
-    for row in tables["estimates/totals"].to_dict("records"):
+    for row in tables["totals"].to_dict("records"):
         key, total = f"{row['arm']}.{row['task']}", row["total"]
         out |= {f"{key}.{name}": row[name] for name in ("total", "clean", "corrupt", "right")}
         out[f"{key}.kept"] = share(row["corrupt"], row["clean"])
         for method in ("eap", "eap_ig"):
             gap = share(row[f"into_logits_{method}"] - total, abs(total))
             out[f"{key}.{method}.edges.completeness_gap"] = gap
-    for row in tables["estimates/quality"].to_dict("records"):
-        key = f"{row['arm']}.{row['task']}.{row['method']}.{row['group']}"
-        out |= {f"{key}.{name}": row[name] for name in COLUMNS}
-    for row in tables["estimates/costs"].to_dict("records"):
-        key = f"{row['arm']}.{row['task']}.{row['method']}.{row['unit']}s"
-        out |= {f"{key}.{name}": row[name] for name in ("seconds", "forwards", "backwards")}
-    return out
+    costs = tables["costs"].assign(unit=tables["costs"]["unit"] + "s")
+    out |= of_rows(tables["quality"], ["arm", "task", "method", "group"], COLUMNS)
+    passes = ("seconds", "forwards", "backwards")
+    return out | of_rows(costs, ["arm", "task", "method", "unit"], passes)
 
 
 def metrics(tables: dict[str, Any]) -> dict[str, list[float]]:
-    """See METRICS; one value a seed, NaN where a seed has none. What no seed has is left out."""
-    wanted = {name: tables[f"estimates/{name}"] for name in ("totals", "quality", "costs")}
-    found = [
-        of_seed({f"estimates/{name}": f[f["seed"] == seed] for name, f in wanted.items()})
-        for seed in wanted["totals"]["seed"].unique()
-    ]
-    names = dict.fromkeys(name for one in found for name in one)
-    every = {name: [float(one.get(name, np.nan)) for one in found] for name in names}
-    return {name: values for name, values in every.items() if np.isfinite(values).any()}
+    """See METRICS; one value per seed, NaN where a seed has none. What no seed has is left out."""
+    names = ("totals", "quality", "costs")
+    return defined(by_seed({name: tables[f"estimates/{name}"] for name in names}, of_seed))

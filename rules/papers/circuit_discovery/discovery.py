@@ -2,10 +2,11 @@
 
 For each task, for its weights and for a reset network, for zero and corrupt ablation and each seed:
 
-1. edges   ACDC at every threshold, EAP, EAP-IG and exact single cuts (circuits/acdc.py): one row an
-           edge, and for ACDC one a threshold, score the rise of the loss at its turn. ACDC runs
-           twice: in an order of the edges that is drawn, another one for each seed (acdc), and in
-           that of the authors' code (acdc_canonical), of which their published areas are.
+1. edges   ACDC at every threshold, EAP, EAP-IG and exact single cuts (circuits/acdc.py): one row
+           per edge, for ACDC one per edge and threshold, whose score is the rise of the loss when
+           the edge was tested. ACDC runs twice: in an order of the edges that is drawn, another
+           one for each seed (acdc), and in that of the authors' code (acdc_canonical), which their
+           published areas are of.
 2. truth   which edges belong to the circuit, by three sources (truth.py).
 3. sets    the squared distance to the whole model's outputs of what each method keeps, by size.
 4. areas   under the ROC curves of edges and nodes (claims/roc.py), by truth; of edges in random
@@ -18,8 +19,9 @@ the model that was reset, as in the authors' runs.
 """
 
 import copy
+from itertools import product
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import numpy as np
 import pandas as pd
@@ -32,11 +34,10 @@ from pipeline.circuits.edge_graph import EdgeGraph
 from pipeline.circuits.table import edge_rows
 from pipeline.claims import roc
 from pipeline.errors import RetraceError
-from pipeline.job import cli
+from pipeline.job import cli, own
 from pipeline.job.source import import_file
 from pipeline.models import loader, native
 from pipeline.spec.base import Name, Section, Seeds
-from pipeline.store import tables
 
 HERE = Path(__file__).parent
 sequences = import_file(HERE / "sequences.py")
@@ -98,7 +99,7 @@ def reset(model: nn.Module, seed: int) -> nn.Module:
 
 def found(
     graph: EdgeGraph, clean: Tensor, task: Task, options: Options, seed: int
-) -> tuple[pd.DataFrame, pd.DataFrame]:
+) -> dict[str, pd.DataFrame]:
     """Rows of the tables edges and sets.
 
     Args:
@@ -107,37 +108,36 @@ def found(
     """
     where, t = {"first": 1, "n_outputs": task.n_outputs}, options.thresholds
     loss = acdc.squared_distance(clean, **where)
+    alone = acdc.exact(graph, loss) - loss(graph.clean[None])
     taus = np.geomspace(t.highest, t.lowest, t.n).tolist()
     orders = {
         "acdc": acdc.drawn_order(graph, np.random.default_rng([seed, ORDER])),
         "acdc_canonical": range(len(graph.edges)),
     }
-    cut = {m: acdc.acdc(graph, loss, taus, order=order) for m, order in orders.items()}
-    alone = acdc.exact(graph, loss) - loss(graph.clean[None])
-    towards = acdc.towards_cut(graph, **where)
+    rows, sets, distances = [], {}, []
+    for method, order in orders.items():
+        kept, rises = acdc.acdc(graph, loss, taus, order=order)
+        sets[method] = kept.cpu().numpy()
+        for tau, rise in zip(taus, rises, strict=True):
+            rows.append(edge_rows(method, graph.edges, rise, alone, tau))
     scores = {
-        "eap": acdc.attribution(graph, towards, [0.0]),
+        "eap": acdc.attribution(graph, acdc.towards_cut(graph, **where), [0.0]),
         "eap_ig": acdc.attribution(graph, loss, eap.midpoints(options.ig_steps)),
         "exact": alone,
     }
-    rows = [
-        edge_rows(method, graph.edges, rise, alone, tau)
-        for method, (_, rises) in cut.items()
-        for tau, rise in zip(taus, rises, strict=True)
-    ]
-    rows += [edge_rows(m, graph.edges, s, alone) for m, s in scores.items()]
-    sets = {m: kept.cpu().numpy() for m, (kept, _) in cut.items()}
-    sets |= {m: roc.sets_of_scores(s.cpu().numpy()) for m, s in scores.items()}
-    parts = []
+    for method, score in scores.items():
+        sets[method] = roc.sets_of_scores(score.cpu().numpy())
+        rows.append(edge_rows(method, graph.edges, score, alone))
     for method, some in sets.items():
         present = torch.tensor(some, device=graph.tokens.device).to(graph.off.dtype)
         distance = acdc.losses(graph, loss, present).cpu().numpy()
-        parts.append(pd.DataFrame({"method": method, "n_edges": some.sum(1), "loss": distance}))
-    return pd.concat(rows, ignore_index=True), pd.concat(parts, ignore_index=True)
+        about = {"method": method, "n_edges": some.sum(1), "loss": distance}
+        distances.append(pd.DataFrame(about))
+    return {"edges": pd.concat(rows), "sets": pd.concat(distances)}
 
 
 def areas(edges: pd.DataFrame, known: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """A row a method and truth: areas of edges and nodes.
+    """Areas of edges and nodes, a row for each method and truth.
 
     Args:
         edges: rows of one graph; known: its rows of the table truth.
@@ -148,53 +148,47 @@ def areas(edges: pd.DataFrame, known: pd.DataFrame, seed: int) -> pd.DataFrame:
     found["random"] = [roc.sets_of_scores(order) for order in orders]
     _, touched = roc.incidence(known)
     rows = []
-    for method, sets in found.items():
-        for name in truth.SOURCES:
-            own = known[name].to_numpy(bool)
-            if not own.any():
-                continue
-            each = pd.DataFrame([roc.areas(touched, some, own) for some in sets])
+    for (method, sets), name in product(found.items(), truth.SOURCES):
+        circuit = known[name].to_numpy(bool)
+        if circuit.any():
+            each = pd.DataFrame([roc.areas(touched, some, circuit) for some in sets])
             rows.append({"method": method, "truth": name, **each.mean()})
     return pd.DataFrame(rows)
 
 
 def truth_rows(graph: EdgeGraph, model: str) -> pd.DataFrame:
-    """Rows of the table truth: a column a source."""
+    """Rows of the table truth, with a column for each source."""
     nothing = torch.zeros(len(graph.edges))
     rows = edge_rows("", graph.edges, nothing, nothing)[roc.COLUMNS]
     return rows.assign(**{k: v.numpy() for k, v in truth.truths(graph, model).items()})
 
 
-def measured(
-    name: str, task: Task, models: dict[int, nn.Module], options: Options, told: Any
-) -> dict[str, list[pd.DataFrame]]:
-    """All rows of a task.
+def measure(
+    name: str, task: Task, models: dict[int, nn.Module], options: Options, out: own.Tables,
+    progress: cli.Progress | None = None,
+) -> None:  # fmt: skip
+    """Add all rows of a task.
 
     Args:
         models: the network of each seed; a compiled model is the same for all.
+        progress: counts graphs, of all tasks.
     """
-    out: dict[str, list[pd.DataFrame]] = {t: [] for t in TABLES}
-    draw = sequences.SEQUENCES[task.sequences]
     for seed in options.seeds:
         model = models[seed]
-        device = next(model.parameters()).device
-        drawn = draw(options.n_examples, np.random.default_rng(seed))
-        clean, corrupt = (tokens.to(device) for tokens in drawn)
+        drawn = sequences.SEQUENCES[task.sequences](options.n_examples, np.random.default_rng(seed))
+        clean, corrupt = (tokens.to(next(model.parameters()).device) for tokens in drawn)
         wanted = model(clean).logits
         known = truth_rows(EdgeGraph(model, clean, positions=True), task.model)
         if seed == options.seeds[0]:
-            out["truth"].append(known.assign(task=name))
-        for weights in options.weights:
+            out.add({"truth": known}, task=name)
+        for weights, ablation in product(options.weights, options.ablations):
             hf = model if weights == "trained" else reset(model, seed)
-            for ablation in options.ablations:
-                graph = EdgeGraph(hf, clean, None if ablation == "zero" else corrupt, True)
-                key = {"task": name, "weights": weights, "ablation": ablation, "seed": seed}
-                edges, sets = found(graph, wanted, task, options, seed)
-                out["edges"].append(edges.assign(**key))
-                out["sets"].append(sets.assign(**key))
-                out["areas"].append(areas(edges, known, seed).assign(**key))
-                told()
-    return out
+            graph = EdgeGraph(hf, clean, None if ablation == "zero" else corrupt, True)
+            made = found(graph, wanted, task, options, seed)
+            made["areas"] = areas(made["edges"], known, seed)
+            out.add(made, task=name, weights=weights, ablation=ablation, seed=seed)
+            if progress:
+                progress.at(len(out.parts["areas"]))  # a part for each graph
 
 
 def trained(folder: Path, seeds: list[int], device: torch.device) -> dict[int, nn.Module]:
@@ -209,40 +203,27 @@ def trained(folder: Path, seeds: list[int], device: torch.device) -> dict[int, n
     return {seed: hf.to(device).eval().requires_grad_(False) for seed, hf in read.items()}
 
 
+@torch.no_grad()
+def work(job: cli.Job, options: Options) -> own.Tables:
+    """Rows of all tables, each task in turn."""
+    device, out = job.device(), own.Tables(TABLES)
+    models = {
+        arm: dict.fromkeys(options.seeds, loader.load(file, device).hf)
+        for arm, file in own.by_arm(job, job.args.models).items()
+    }
+    models["siit"] = trained(Path(job.args.siit), options.seeds, device)
+    each = len(options.seeds) * len(options.weights) * len(options.ablations)
+    progress = cli.Progress("circuits", each * len(options.tasks), "graphs")
+    for name, task in options.tasks.items():
+        measure(name, task, models[task.model], options, out, progress)
+    return out
+
+
 def main() -> None:
-    parser = cli.parser(
-        "discovery", __doc__, models="model.json of every arm, sorted by name*",
+    own.main(
+        "discovery", __doc__, Options, TABLES, work, models="model.json of every arm*",
         siit="folder of the networks that siit.py trained",
-        **{t: f"{t}.parquet" for t in TABLES},
     )  # fmt: skip
-
-    def work(job: cli.Job) -> None:
-        args, options = job.args, job.section("own.discovery", Options)
-        device = job.device()
-        hfs = {
-            arm: dict.fromkeys(options.seeds, loader.load(file, device).hf)
-            for arm, file in zip(sorted(job.spec["arms"]), args.models, strict=True)
-        }
-        hfs["siit"] = trained(Path(args.siit), options.seeds, device)
-        frames: dict[str, list[pd.DataFrame]] = {t: [] for t in TABLES}
-        each = len(options.seeds) * len(options.weights) * len(options.ablations)
-        progress, done = cli.Progress("circuits", each * len(options.tasks), "graphs"), [0]
-
-        def told() -> None:
-            done[0] += 1
-            progress.at(done[0])
-
-        with torch.no_grad():
-            for name, task in options.tasks.items():
-                for table, some in measured(name, task, hfs[task.model], options, told).items():
-                    frames[table] += some
-        networks = [Path(args.siit) / str(s) / "model.safetensors" for s in options.seeds]
-        certificate = job.certificate([*args.models, *networks])
-        for table, some in frames.items():
-            frame = pd.concat(some, ignore_index=True)
-            tables.write_table(getattr(args, table), frame, certificate)
-
-    cli.run("discovery", parser.parse_args(), work)
 
 
 if __name__ == "__main__":

@@ -1,16 +1,16 @@
 """Figures of circuit discovery that are no core kinds; no torch. See also figures_graph.py."""
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from pipeline.claims import roc as curves
-from pipeline.figures.parts import Drawn, Panels, line, points
+from pipeline.figures.parts import Drawn, Panels, line, points, styled
 from pipeline.figures.theme import PALETTE, rgba
 
-from .figures_graph import ABLATIONS, TASKS, TRUTHS, first, graph, known_of, of
+from .figures_graph import ABLATIONS, TASKS, TRUTHS, ends_of, first, graph, known_of, of
 
 __all__ = ["graph", "roc", "scores"]
 
@@ -25,59 +25,60 @@ KNOWN = {True: ("in the circuit", PALETTE[2]), False: ("not in it", PALETTE[1])}
 NOUGHT = 1e-20  # where 0 stands on a log scale
 
 
-def small(edges: pd.DataFrame) -> tuple[Panels, list[tuple[str, str]]]:
-    """A panel a task (across) and ablation (down), and what each shows."""
+def multiples(
+    tables: dict[str, Any], drawn: Callable[[pd.DataFrame, np.ndarray], Iterable[tuple]]
+) -> tuple[Panels, pd.DataFrame]:
+    """A panel for each task (across) and ablation (down); a list chooses the known circuit.
+
+    Args:
+        drawn: edges, and which are known -> traces, each with its numbers.
+    """
+    edges, truth = first(tables["discovery/edges"]), tables["discovery/truth"]
     tasks = [t for t in TASKS if t in set(edges["task"])]
     pairs = [(t, a) for a in ABLATIONS if a in set(edges["ablation"]) for t in tasks]
     titles = [f"{TASKS[t]}<br>{ABLATIONS[a]}" for t, a in pairs]
-    return Panels(titles, len(tasks), gap=(0.04, 0.2), shared_yaxes=True), pairs
-
-
-def views(
-    edges: pd.DataFrame, truth: pd.DataFrame, pairs: list
-) -> Iterator[tuple[dict[str, Any], int, int, pd.DataFrame, np.ndarray]]:
-    """(what it is, case, panel, edges, which are known) of each known circuit and panel."""
+    panels, frames = Panels(titles, len(tasks), gap=(0.04, 0.2), shared_yaxes=True), []
     for case, name in enumerate(TRUTHS):
         for panel, (task, ablation) in enumerate(pairs):
-            key = {"truth": name, "task": task, "ablation": ablation}
-            yield key, case, panel, of(edges, task, ablation), known_of(truth, task, name)
+            for trace, frame in drawn(of(edges, task, ablation), known_of(truth, task, name)):
+                panels.add(panel, *([trace] if trace else []), case=case)
+                frames.append(frame.assign(truth=name, task=task, ablation=ablation))
+    return panels, pd.concat(frames, ignore_index=True)
 
 
 def roc(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
-    """A panel a task and ablation, a line a method; a list chooses the known circuit."""
-    edges, truth = first(tables["discovery/edges"]), tables["discovery/truth"]
-    (panels, pairs), rows = small(edges), []
-    for key, case, panel, here, own in views(edges, truth, pairs):
-        for method, (label, shade, width, dash) in METHODS.items() if own.any() else ():
-            found = curves.found_sets(here[here["method"] == method])
-            fpr, tpr = curves.curve(found, own)
-            trace = line(
-                fpr, tpr, label, shade, width=width, dash=dash, shape="hv", marker={"size": 4},
-                hover=f"{label}: %{{y:.2f}} of the circuit, %{{x:.2f}} of the rest",
-            )  # fmt: skip
-            panels.add(panel, trace, case=case)
-            rows.append(pd.DataFrame({"fpr": fpr, "tpr": tpr}).assign(**key, method=method))
-    for panel in range(len(pairs)):
+    """A line for each method in each panel of `multiples`."""
+
+    def lines(edges: pd.DataFrame, known: np.ndarray) -> Iterator[tuple]:
+        for rows, method, (label, shade, width, dash) in styled(edges, "method", METHODS):
+            if known.any():
+                fpr, tpr = curves.curve(curves.found_sets(rows), known)
+                hover = f"{label}: %{{y:.2f}} of the circuit, %{{x:.2f}} of the rest"
+                look = {"width": width, "dash": dash, "shape": "hv", "marker": {"size": 4}}
+                numbers = pd.DataFrame({"fpr": fpr, "tpr": tpr, "method": method})
+                yield line(fpr, tpr, label, shade, hover=hover, **look), numbers
+
+    panels, frame = multiples(tables, lines)
+    for panel in range(panels.rows * panels.columns):
         panels.add(panel, line([0, 1], [0, 1], width=1, dash="dot"))
     panels.choose(TRUTHS.values())
     panels.axes("share of the other edges", "share of the circuit")
     panels.figure.update_xaxes(range=[-0.03, 1.03])
     panels.figure.update_yaxes(range=[-0.03, 1.06])
-    return panels.finish(560, legend=38), pd.concat(rows, ignore_index=True)
+    return panels.finish(560, legend=38), frame["fpr tpr truth task ablation method".split()]
 
 
 def scores(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
-    """A panel a task and ablation, a point an edge: |score| over the largest, log scale."""
-    edges, truth = first(tables["discovery/edges"]), tables["discovery/truth"]
-    (panels, pairs), frames = small(edges), []
-    for key, case, panel, here, own in views(edges, truth, pairs):
-        table = relative(here, own)
-        frames.append(table.assign(task=key["task"], ablation=key["ablation"], truth=key["truth"]))
-        for known, (label, shade) in KNOWN.items() if own.any() else ():
-            some, hover = table[table["known"] == known], "%{hovertext}: %{y:.1e}"
-            look = {"hovertext": some["edge"], "hover": hover}
-            trace = points(some["x"], some["size"], label, rgba(shade, 0.6), **look)
-            panels.add(panel, trace, case=case)
+    """A point for each edge in each panel of `multiples`: |score| over the largest, log scale."""
+
+    def dots(edges: pd.DataFrame, known: np.ndarray) -> Iterator[tuple]:
+        table = relative(edges, known)
+        yield None, table
+        for some, _, (label, shade) in styled(table, "known", KNOWN) if known.any() else ():
+            look = {"hovertext": some["edge"], "hover": "%{hovertext}: %{y:.1e}"}
+            yield points(some["x"], some["size"], label, rgba(shade, 0.6), **look), table[:0]
+
+    panels, frame = multiples(tables, dots)
     panels.choose(TRUTHS.values())
     panels.axes(y="|score| / largest")
     panels.figure.update_xaxes(
@@ -88,7 +89,8 @@ def scores(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
         type="log", tickvals=[1, 1e-5, 1e-10, 1e-15, NOUGHT], range=[-21, 0.8],
         ticktext=["1", "10⁻⁵", "10⁻¹⁰", "10⁻¹⁵", "0"],
     )  # fmt: skip
-    return panels.finish(560, legend=38), pd.concat(frames, ignore_index=True)
+    order = "method edge x size known task ablation truth".split()
+    return panels.finish(560, legend=38), frame[order]
 
 
 def relative(edges: pd.DataFrame, known: np.ndarray) -> pd.DataFrame:
@@ -102,10 +104,9 @@ def relative(edges: pd.DataFrame, known: np.ndarray) -> pd.DataFrame:
         if method == "acdc":
             rows = rows[rows["threshold"] == rows["threshold"].min()]
         size = rows["score"].clip(lower=0) if method == "acdc" else rows["score"].abs()
-        ends = [curves.ends(e) for e in rows[curves.COLUMNS].itertuples(index=False, name=None)]
         columns = {
             "method": method,
-            "edge": [" → ".join(pair) for pair in ends],
+            "edge": [" → ".join(ends) for ends in ends_of(rows)],
             "x": place + np.linspace(-0.32, 0.32, len(rows)),
             "size": (size / (size.max() or 1)).clip(lower=NOUGHT).to_numpy(),
             "known": known,

@@ -1,5 +1,6 @@
 """The known circuit and the found one, as a graph from the embeddings to the logits."""
 
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -7,7 +8,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from pipeline.claims import roc
-from pipeline.figures.parts import Drawn, Panels, line
+from pipeline.figures.parts import Drawn, Panels, line, points
 from pipeline.figures.theme import INK, PAGE, PALETTE, selector
 
 TASKS = {
@@ -36,17 +37,18 @@ def spots(names: list[str]) -> dict[str, SPOT]:
     out: dict[str, SPOT] = {"embed": (0.0, 0.5), "pos": (0.0, -0.5)}
     layers = 0
     for name in names:
-        if name.startswith("head"):
-            layer, head = (int(i) for i in name.split()[1].split("."))
-            layers = max(layers, layer + 1)
-            y = 1.0 + 1.6 * head
-            out[name] = (2 * layer + 1.35, y)
-            for slot, up in (("q", 0.42), ("k", 0.0), ("v", -0.42)):
-                out[f"{layer}.{head}.{slot}"] = (2 * layer + 0.9, y + up)
-        elif name.startswith("mlp"):
-            layer = int(name.split()[1])
-            layers = max(layers, layer + 1)
+        kind, _, at = name.partition(" ")
+        if kind not in ("head", "mlp"):
+            continue
+        layer, head = (int(i) for i in f"{at}.0".split(".")[:2])
+        layers = max(layers, layer + 1)
+        if kind == "mlp":
             out[name] = (2 * layer + 1.9, -1.0)
+            continue
+        y = 1.0 + 1.6 * head
+        out[name] = (2 * layer + 1.35, y)
+        for slot, up in (("q", 0.42), ("k", 0.0), ("v", -0.42)):
+            out[f"{layer}.{head}.{slot}"] = (2 * layer + 0.9, y + up)
     return out | {"logits": (2 * layers + 0.9, 0.0)}
 
 
@@ -74,14 +76,18 @@ def known_of(truth: pd.DataFrame, task: str, name: str) -> np.ndarray:
     return truth[truth["task"] == task][name].to_numpy(bool)
 
 
+def ends_of(edges: pd.DataFrame) -> list[tuple[str, str]]:
+    """The two nodes of every edge."""
+    return [roc.ends(e) for e in edges[roc.COLUMNS].itertuples(index=False, name=None)]
+
+
 def drawn(edges: pd.DataFrame, place: dict[str, SPOT]) -> list[go.Scatter]:
     """The edges of each class, a trace each."""
     out = []
     for (known, found), (label, shade, dash) in CLASSES.items():
         some = edges[(edges["known"] == known) & (edges["found"] == found)]
-        curves = [
-            bent(place[s], place[t]) for s, t in zip(some["source"], some["target"], strict=True)
-        ]
+        ends = zip(some["source"], some["target"], strict=True)
+        curves = [bent(place[s], place[t]) for s, t in ends]
         x, y = ([v for curve in curves for v in curve[k]] or [None] for k in (0, 1))
         width = 2.5 if known and found else 2
         out.append(line(x, y, f"{label} ({len(some)})", shade, dash=dash, width=width))
@@ -89,27 +95,21 @@ def drawn(edges: pd.DataFrame, place: dict[str, SPOT]) -> list[go.Scatter]:
 
 
 def node_trace(place: dict[str, SPOT], touched: set[str]) -> go.Scatter:
-    """All nodes: filled where an edge of the circuit touches them."""
-    names = list(place)
-    inputs = {n for n in names if n[-2:] in (".q", ".k", ".v")}
-    small = [n in inputs for n in names]
-    text = [n[-1] if s else n.replace("head ", "") for n, s in zip(names, small, strict=True)]
-    return go.Scatter(
-        x=[place[n][0] for n in names],
-        y=[place[n][1] for n in names],
-        mode="markers+text",
-        text=text,
-        textposition=["middle center" if s else "top center" for s in small],
-        textfont={"size": [9 if s else 11 for s in small], "color": INK},
+    """All nodes: filled where an edge of the circuit touches them; q, k and v are open."""
+    names, (x, y) = list(place), zip(*place.values(), strict=True)
+    nodes = pd.DataFrame({"name": names, "touched": [n in touched for n in names]})
+    small = nodes["name"].str.contains(r"\.[qkv]$")
+    short = nodes["name"].str[-1].where(small, nodes["name"].str.removeprefix("head "))
+    choose = lambda where, yes, no: np.where(where, yes, no).tolist()  # noqa: E731
+    return points(
+        x, y, mode="markers+text", hovertext=names, hoverinfo="text", text=short.tolist(),
+        textposition=choose(small, "middle center", "top center"),
+        textfont={"size": choose(small, 9, 11), "color": INK},
         marker={
-            "opacity": 1,
-            "size": [15 if s else 12 for s in small],
-            "color": [INK if n in touched and n not in inputs else PAGE for n in names],
-            "line": {"color": INK, "width": [2 if n in touched else 0.8 for n in names]},
+            "opacity": 1, "size": choose(small, 15, 12),
+            "color": choose(nodes["touched"] & ~small, INK, PAGE),
+            "line": {"color": INK, "width": choose(nodes["touched"], 2, 0.8)},
         },
-        hovertext=names,
-        hoverinfo="text",
-        showlegend=False,
     )  # fmt: skip
 
 
@@ -117,8 +117,7 @@ def edge_table(rows: pd.DataFrame, known: np.ndarray) -> pd.DataFrame:
     """source, target, known, found of every edge; found at the threshold that is shown."""
     nearest = (np.log(rows["threshold"]) - np.log(SHOWN)).abs()
     last = rows[nearest == nearest.min()]
-    ends = [roc.ends(e) for e in last[roc.COLUMNS].itertuples(index=False, name=None)]
-    out = pd.DataFrame(ends, columns=["source", "target"])
+    out = pd.DataFrame(ends_of(last), columns=["source", "target"])
     is_input = out["source"].str.endswith("input")
     head = ["head " + t.rsplit(".", 1)[0] for t in out["target"]]
     out["source"] = out["source"].str.removesuffix(" input")
@@ -131,9 +130,10 @@ def graph(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     """A list chooses the task, the ablation and the known circuit."""
     edges, truth = first(tables["discovery/edges"]), tables["discovery/truth"]
     panels, ends, frames, heights = Panels(), {}, [], []
-    for task, ablation, name in cases(edges, truth):
-        rows = of(edges, task, ablation)
-        known = known_of(truth, task, name)
+    for task, ablation, name in product(TASKS, ABLATIONS, TRUTHS):
+        rows, known = of(edges, task, ablation), known_of(truth, task, name)
+        if rows.empty or not known.any():
+            continue
         table = edge_table(rows[rows["method"] == "acdc_canonical"], known)
         place = spots(sorted({*table["source"], *table["target"]}))
         circuit = table[table["known"]]
@@ -151,14 +151,3 @@ def graph(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     panels.figure.update_yaxes(**bare, range=[-2.1, 0.9 + max(heights)])
     figure = panels.finish(460, top=48, updatemenus=[selector(choices)])
     return figure.update_layout(margin={"l": 12}), pd.concat(frames, ignore_index=True)
-
-
-def cases(edges: pd.DataFrame, truth: pd.DataFrame) -> list[tuple[str, str, str]]:
-    """(task, ablation, known circuit) of each picture."""
-    return [
-        (task, ablation, name)
-        for task in TASKS
-        for ablation in ABLATIONS
-        for name in TRUTHS
-        if len(of(edges, task, ablation)) and known_of(truth, task, name).any()
-    ]

@@ -33,8 +33,13 @@ METRICS = {  # the first pattern that fits a name counts
     "*.acdc.order_differs": "edges that one of the two orders keeps and the other cuts, at the "
     "threshold where they are most",
 }
-KEYS = ["task", "weights", "ablation", "method"]
+KEYS = ["task", "weights", "ablation"]
 TRUTHS = ("wired", "authors", "swapped")
+AGREEMENT = {
+    "correlation": "pearson",
+    "spearman": "spearman",
+    "correlation_without_largest": "without_largest",
+}
 
 
 def prefix(task: str, weights: str, ablation: str) -> str:
@@ -49,15 +54,25 @@ def order_differs(edges: pd.DataFrame) -> list[float]:
         edges: the rows of ACDC of one graph, all seeds.
     """
     kept = edges.assign(kept=edges["score"] >= edges["threshold"])
-    sets = {m: rows["kept"].to_numpy() for m, rows in kept.groupby("method")}
-    here = kept[kept["method"] == "acdc"]
-    differs = pd.Series(sets["acdc"] != sets["acdc_canonical"], index=here.index)
-    each = differs.groupby([here["seed"], here["threshold"]], sort=False).sum()
+    drawn, other = (kept[kept["method"] == m] for m in ("acdc", "acdc_canonical"))
+    differs = drawn.assign(differs=drawn["kept"].to_numpy() != other["kept"].to_numpy())
+    each = differs.groupby(["seed", "threshold"], sort=False)["differs"].sum()
     return each.groupby(level=0, sort=False).max().astype(float).tolist()
 
 
+def of_truth(rows: pd.DataFrame) -> dict[str, float]:
+    """Sizes of the known circuits of one task, and how the authors' agrees with the wired one."""
+    out = {"n.edges": float(len(rows))}
+    out |= {f"n.{name}": float(rows[name].sum()) for name in TRUTHS}
+    if rows["authors"].any():
+        wired, authors = rows["wired"].to_numpy(bool), rows["authors"].to_numpy(bool)
+        out["authors_wired"] = float((wired & authors).sum() / authors.sum())
+        out["wired_authors"] = float((wired & authors).sum() / wired.sum())
+    return out
+
+
 def metrics(tables: dict[str, Any]) -> dict[str, Any]:
-    """See METRICS; one value a seed where seeds differ."""
+    """See METRICS; one value per seed where seeds differ."""
     edges, truth, sets, areas = (
         tables[f"discovery/{t}"] for t in ("edges", "truth", "sets", "areas")
     )
@@ -65,33 +80,24 @@ def metrics(tables: dict[str, Any]) -> dict[str, Any]:
         f"siit.error.{check}": rows.groupby("seed", sort=False)["error"].max().tolist()
         for check, rows in tables["siit/checks"].groupby("check")
     }
-    for (*key, method, name), rows in areas.groupby([*KEYS, "truth"], sort=False):
+    for (*key, method, name), rows in areas.groupby([*KEYS, "method", "truth"], sort=False):
         for unit in ("edges", "nodes"):
             out[f"{prefix(*key)}.{method}.{name}.{unit}"] = rows[unit].tolist()
     for task, rows in truth.groupby("task", sort=False):
-        out[f"{task}.n.edges"] = float(len(rows))
-        for name in TRUTHS:
-            out[f"{task}.n.{name}"] = float(rows[name].sum())
-        if not rows["authors"].any():
-            continue
-        wired, authors = rows["wired"].to_numpy(bool), rows["authors"].to_numpy(bool)
-        out[f"{task}.authors_wired"] = float((wired & authors).sum() / authors.sum())
-        out[f"{task}.wired_authors"] = float((wired & authors).sum() / wired.sum())
-    plain = edges[edges["threshold"].isna()]
-    for (*key, method), rows in plain.groupby(KEYS, sort=False):
-        found = [
-            agreement(some["score"].abs(), some["exact"].abs())
-            for _, some in rows.groupby("seed", sort=False)
+        out |= {f"{task}.{name}": value for name, value in of_truth(rows).items()}
+    by_acdc = edges["threshold"].notna()
+    for (*key, method), rows in edges[~by_acdc].groupby([*KEYS, "method"], sort=False):
+        seeds = [
+            some.abs() for _, some in rows[["score", "exact"]].groupby(rows["seed"], sort=False)
         ]
-        named = f"{prefix(*key)}.{method}"
-        out[f"{named}.correlation"] = [f.pearson for f in found]
-        out[f"{named}.spearman"] = [f.spearman for f in found]
-        out[f"{named}.correlation_without_largest"] = [f.without_largest for f in found]
-    for key, rows in edges[edges["threshold"].notna()].groupby(KEYS[:3], sort=False):
+        found = [agreement(some["score"], some["exact"]) for some in seeds]
+        for name, field in AGREEMENT.items():
+            out[f"{prefix(*key)}.{method}.{name}"] = [getattr(f, field) for f in found]
+    for key, rows in edges[by_acdc].groupby(KEYS, sort=False):
         out[f"{prefix(*key)}.acdc.order_differs"] = order_differs(rows)
-    by_acdc = sets[sets["method"].isin(["acdc", "acdc_canonical"])]
-    last = by_acdc.groupby([*KEYS, "seed"], sort=False).last()
-    for (*key, method), rows in last.groupby(KEYS, sort=False):
+    left = sets[sets["method"].isin(["acdc", "acdc_canonical"])]
+    left = left.groupby([*KEYS, "method", "seed"], sort=False).last()
+    for (*key, method), rows in left.groupby([*KEYS, "method"], sort=False):
         out[f"{prefix(*key)}.{method}.n_edges"] = rows["n_edges"].astype(float).tolist()
         out[f"{prefix(*key)}.{method}.loss"] = rows["loss"].tolist()
     return out

@@ -14,8 +14,7 @@ that is larger than needed: is_x is what MLP 0 writes, the share what one head o
 3. Each seed is a network of its own: other weights at the start, and other pairs.
 """
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager
 from itertools import product
 from pathlib import Path
 
@@ -25,9 +24,8 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from pipeline.job import cli
+from pipeline.job import cli, own
 from pipeline.models import hooks
-from pipeline.models.heads import Heads
 from pipeline.models.native import NativeForCausalLM
 from pipeline.models.pairs import Node
 from pipeline.spec.base import Section, Seeds
@@ -37,6 +35,7 @@ from pipeline.store import provenance, tables
 X = 3  # the id of x, as in the compiled vocabulary
 IS_X, SHARE = Node("mlp", 0), Node("head", 1, 0)
 CHECKS = "behaviour interchange strict".split()
+TABLES = ("history", "checks")
 
 
 class Options(Section):
@@ -64,78 +63,56 @@ def share(x: Tensor) -> Tensor:
     return x.cumsum(-1) / torch.arange(1, x.shape[-1] + 1, device=x.device)
 
 
-def outside(heads: Heads) -> list[Node]:
+def outside(hf: nn.Module) -> list[Node]:
     """Heads and MLPs that have no part in the program."""
-    every = [Node("head", i, h) for i in range(heads.n_layers) for h in range(heads.n_heads)]
-    every += [Node("mlp", i) for i in range(heads.n_layers)]
-    return [n for n in every if n not in (IS_X, SHARE)]
+    layers = range(hf.config.n_layers)
+    every = [Node("head", *at) for at in product(layers, range(hf.config.n_heads))]
+    return [n for n in [*every, *(Node("mlp", i) for i in layers)] if n not in (IS_X, SHARE)]
 
 
-class Swapped:
-    """A model whose nodes can be read and replaced: z of a head, the output of an MLP."""
+def outputs(hf: nn.Module, tokens: Tensor) -> Tensor:
+    """What the model says behind each token but BOS, [n 4]."""
+    return hf(tokens).logits[:, 1:, 0]
 
-    def __init__(self, hf: nn.Module) -> None:
-        self.hf, self.heads = hf, Heads(hf)
 
-    def outputs(self, tokens: Tensor) -> Tensor:
-        """What the model says behind each token but BOS, [n 4]."""
-        return self.hf(tokens).logits[:, 1:, 0]
+def hook_of(node: Node) -> str:
+    """Where a node is read and replaced: z of a head, the output of an MLP."""
+    return f"blocks.{node.layer}." + ("hook_mlp_out" if node.kind == "mlp" else "attn.hook_z")
 
-    @contextmanager
-    def seen(self) -> Iterator[dict[tuple[str, int], Tensor]]:
-        """Inside: a forward pass fills the dictionary, (kind, layer) -> [n pos d]."""
-        heads, out = self.heads, {}
-        handles = []
-        for i, layer in enumerate(heads.layers):
-            keep = lambda _, args, i=i: out.__setitem__(("head", i), args[0])  # noqa: E731
-            handles.append(heads.out(i).register_forward_pre_hook(keep))
-            keep = lambda _, __, y, i=i: out.__setitem__(("mlp", i), y)  # noqa: E731
-            handles.append(layer.mlp.register_forward_hook(keep))
-        try:
-            yield out
-        finally:
-            for handle in handles:
-                handle.remove()
 
-    @contextmanager
-    def replaced(self, node: Node, new: Tensor, where: Tensor) -> Iterator[None]:
-        """Inside: the node's activation is `new` [n pos d] where the mask [n pos] says."""
-        mask = where[..., None]
-        if node.kind == "mlp":
-            hook = f"blocks.{node.layer}.hook_mlp_out"
-            with hooks.edited(self.hf, hook, lambda y: torch.where(mask, new, y)):
-                yield
-            return
-        at = torch.arange(new.shape[-1], device=new.device) // self.heads.d_head == node.head
-        with self.heads.z_edited(node.layer, lambda z: torch.where(mask & at, new, z)):
-            yield
+def replaced(hf: nn.Module, node: Node, new: Tensor, where: Tensor) -> AbstractContextManager[None]:
+    """Inside: the node's activation is `new` [n pos d] where the mask [n pos] says."""
+    mask = where[..., None]
+    if node.kind == "head":
+        head = torch.arange(new.shape[-1], device=new.device) // hf.config.d_head
+        mask = mask & (head == node.head)
+    return hooks.edited(hf, hook_of(node), lambda x: torch.where(mask, new, x))
 
 
 def errors(
-    model: Swapped, base: Tensor, source: Tensor, part: Node, other: Node, where: Tensor
+    hf: nn.Module, base: Tensor, source: Tensor, part: Node, other: Node, where: Tensor
 ) -> dict[str, Tensor]:
     """The three squared errors, CHECKS -> scalar.
 
     Args:
         base, source: [n 5] tokens; where: bool [n 5], positions of the interchange.
     """
-    with model.seen() as acts:
-        plain = model.outputs(torch.cat([base, source]))
+    with hooks.capture(hf, [hook_of(part), hook_of(other)]) as acts:
+        plain = outputs(hf, torch.cat([base, source]))
     x, from_source = is_x(base), is_x(source)
-    both = torch.cat([x, from_source])
     at = where[:, 1:]
     if part == IS_X:
         wanted = share(torch.where(at, from_source, x))
     else:
         wanted = torch.where(at, share(from_source), share(x))
-    out = {"behaviour": plain - share(both)}
+    out = {"behaviour": plain - share(torch.cat([x, from_source]))}
     for name, node, mask, target in (
         ("interchange", part, where, wanted),
         ("strict", other, torch.ones_like(where), share(x)),
     ):
-        new = acts[node.kind, node.layer].chunk(2)[1]
-        with model.replaced(node, new, mask):
-            out[name] = model.outputs(base) - target
+        new = acts[hook_of(node)].chunk(2)[1]
+        with replaced(hf, node, new, mask):
+            out[name] = outputs(hf, base) - target
     return {name: (error**2).mean() for name, error in out.items()}
 
 
@@ -147,8 +124,7 @@ def train(
     rng = np.random.default_rng(seed)
     config = {"d_vocab": 6, **options.architecture.model_dump()}
     hf = NativeForCausalLM(config).to(device)
-    model, every = Swapped(hf), every_sequence().to(device)
-    others, n = outside(model.heads), options.batch_size
+    every, others, n = every_sequence().to(device), outside(hf), options.batch_size
     optimiser = torch.optim.Adam(hf.parameters(), lr=options.lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, options.steps)
     progress, rows = cli.Progress("training", options.steps, "steps"), []
@@ -156,7 +132,7 @@ def train(
         base, source = every[rng.integers(len(every), size=(2, n))]
         where = torch.tensor(rng.random((n, every.shape[1])) < 0.5, device=device)
         part, other = (IS_X, SHARE)[rng.integers(2)], others[rng.integers(len(others))]
-        found = errors(model, base, source, part, other, where)
+        found = errors(hf, base, source, part, other, where)
         optimiser.zero_grad()
         sum(found.values()).backward()
         optimiser.step()
@@ -168,53 +144,45 @@ def train(
 
 
 def checks(hf: NativeForCausalLM, seed: int) -> pd.DataFrame:
-    """A row a node: its error on all sequences; blank for behaviour."""
-    model, device = Swapped(hf), next(hf.parameters()).device
-    rng = np.random.default_rng(seed)
+    """The error of each node on all sequences; that of behaviour is of no node."""
+    device, rng, rows = next(hf.parameters()).device, np.random.default_rng(seed), []
     base = every_sequence().to(device)
     source = base[rng.permutation(len(base))]
     where = torch.tensor(rng.random(tuple(base.shape)) < 0.5, device=device)
-    rows = []
-    others = outside(model.heads)
+    others = outside(hf)
     for i in range(max(2, len(others))):
         part, other = (IS_X, SHARE)[i % 2], others[i % len(others)]
-        found = {k: float(v) for k, v in errors(model, base, source, part, other, where).items()}
-        named = {"behaviour": Node("", -1), "interchange": part, "strict": other}
+        found = errors(hf, base, source, part, other, where)
+        nodes = (Node("", -1), part, other)
         rows += [
-            {"check": k, "kind": n.kind, "layer": n.layer, "head": n.head, "error": found[k]}
-            for k, n in named.items()
+            {"check": check, "kind": n.kind, "layer": n.layer, "head": n.head}
+            | {"error": float(found[check])}
+            for check, n in zip(CHECKS, nodes, strict=True)
         ]
     return pd.DataFrame(rows).drop_duplicates()
 
 
+def work(job: cli.Job, options: Options) -> own.Tables:
+    """The network of each seed, in a folder of its own, and the rows of both tables."""
+    out, root, files = own.Tables(TABLES), Path(job.args.checkpoint), {}
+    for seed in options.seeds:
+        hf, history = train(options, seed, job.device())
+        with torch.no_grad():
+            out.add({"checks": checks(hf, seed + 1), "history": history}, seed=seed)
+        folder = root / str(seed)
+        hf.cpu().save_pretrained(folder)
+        certificate = job.certificate([], seed=seed)
+        tables.stamp_safetensors(folder / "model.safetensors", certificate)
+        written = sorted(f for f in folder.iterdir() if f.is_file())
+        files |= {str(f.relative_to(root)): provenance.sha256_file(f) for f in written}
+    tables.write_json(root / "provenance.json", {"files": files}, job.certificate([]))
+    return out
+
+
 def main() -> None:
-    parser = cli.parser(
-        "siit", __doc__, checkpoint="folder of the model",
-        history="history.parquet", checks="checks.parquet",
-    )  # fmt: skip
-
-    def work(job: cli.Job) -> None:
-        options = job.section("own.siit", Options)
-        made: dict[str, list[pd.DataFrame]] = {"history": [], "checks": []}
-        root, files = Path(job.args.checkpoint), {}
-        for seed in options.seeds:
-            hf, history = train(options, seed, job.device())
-            with torch.no_grad():
-                made["checks"].append(checks(hf, seed + 1).assign(seed=seed))
-            made["history"].append(history.assign(seed=seed))
-            folder = root / str(seed)
-            hf.cpu().save_pretrained(folder)
-            certificate = job.certificate([], seed=seed)
-            tables.stamp_safetensors(folder / "model.safetensors", certificate)
-            written = sorted(f for f in folder.iterdir() if f.is_file())
-            files |= {str(f.relative_to(root)): provenance.sha256_file(f) for f in written}
-        certificate = job.certificate([])
-        tables.write_json(root / "provenance.json", {"files": files}, certificate)
-        for name, frames in made.items():
-            frame = pd.concat(frames, ignore_index=True)
-            tables.write_table(getattr(job.args, name), frame, certificate)
-
-    cli.run("siit", parser.parse_args(), work)
+    own.main(
+        "siit", __doc__, Options, TABLES, work, writes={"checkpoint": "folder of the networks"}
+    )
 
 
 if __name__ == "__main__":

@@ -13,6 +13,7 @@ GPT-2 small has two circuits, the published one and the one found here; other ar
 alone. The arm with random weights is a null: its behaviour is measured and nothing else.
 """
 
+from dataclasses import replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -21,22 +22,27 @@ import numpy as np
 import pandas as pd
 import torch
 from pydantic import Field, field_validator
+from torch import Tensor
 
+from pipeline.circuits import head_scores, judged
 from pipeline.circuits.knockout import Knockout, group_means
-from pipeline.job import cli
+from pipeline.job import cli, own
 from pipeline.job.source import import_file
 from pipeline.models import loader
 from pipeline.models.pairs import Pairs, Task
 from pipeline.spec.base import Name, Section, Seeds
-from pipeline.store import tables
 from pipeline.text import prompts_ioi as prompts
 
 HERE = Path(__file__).parent
 measures = import_file(HERE / "measures.py")
 discovery = import_file(HERE / "discovery.py")
-judged = import_file(HERE / "judged.py")
+small = import_file(HERE / "judged.py")
 DRAWS = 4  # prompts to patch, to look at, of reference, and to judge by
 TABLES = "behaviour heads scatter cases minimality".split()
+COLUMNS = {  # of tables that may stay empty
+    "scatter": "arm layer head name prompt attention logit seed".split(),
+    "minimality": "arm source role layer head set with without seed".split(),
+}
 
 
 class Options(Section):
@@ -77,182 +83,134 @@ class Options(Section):
 
 
 class Arm:
-    """A model on the prompts of one seed.
-
-    Args:
-        name: of the arm.
-    """
+    """A model on the prompts of one seed."""
 
     def __init__(
         self, name: str, loaded: loader.Loaded, options: Options, seed: int, device: Any
     ) -> None:
-        self.name, self.options, self.seed, self.device = name, options, seed, device
-        self.loaded = loaded
+        self.loaded, self.options, self.seed, self.device = loaded, options, seed, device
         self.bos_id = None if name in options.without_bos else loaded.bos_id
-        self._means: list[torch.Tensor] = []
+        self.has_published = name == options.published
 
-    def pairs(self, drawn: Any, bos_id: int | None) -> Pairs:
-        return Pairs.of(drawn.data(), bos_id, self.device)
+    def drawn(self, n: int, draw: int = 0) -> tuple[prompts.Prompts, Pairs, Tensor]:
+        """n prompts, as pairs too, and the template of each."""
+        drawn = prompts.draw(self.loaded.tokenizer, n, self.seed + draw)
+        groups = torch.tensor(drawn.template, device=self.device)
+        return drawn, Pairs.of(drawn.data(), self.bos_id, self.device), groups
 
-    def task(self, n: int, seed: int) -> tuple[Task, Any]:
-        drawn = prompts.draw(self.loaded.tokenizer, n, seed)
-        return Task.of(self.loaded.hf, self.pairs(drawn, self.bos_id)), drawn
+    def behaviour(self, *, alone: bool) -> list[dict]:
+        """Rows of the table behaviour: means over prompts of each kind.
 
-    def behaviour(self) -> list[dict]:
-        """Rows of the table behaviour."""
-        tokenizer, n, seed = self.loaded.tokenizer, self.options.n_behaviour, self.seed
-        drawn = prompts.draw(tokenizer, n, seed)
-        pairs = self.pairs(drawn, self.bos_id)
-        rows = self._rows("all", pairs, pairs.base, drawn.variant)
-        if self.name in self.options.behaviour_only:
-            return rows
-        rows += self._rows("p_ABC", pairs, pairs.source)
-        spaced = prompts.Prompts(**{**vars(drawn), "clean": prompts.trailing(tokenizer, drawn)})
-        spaced.corrupt = spaced.clean
-        spaced_pairs = self.pairs(spaced, self.bos_id)
-        rows += self._rows("trailing space", spaced_pairs, spaced_pairs.base)
-        if (demo := prompts.demo(tokenizer)) is not None:
-            pairs = self.pairs(demo, self.loaded.bos_id)
-            rows += self._rows("demo", pairs, pairs.base)
-            rows += self._rows("demo, flipped", pairs, pairs.source)
-        return rows
+        Args:
+            alone: the ordinary prompts, and no others.
+        """
+        hf, tokenizer = self.loaded.hf, self.loaded.tokenizer
+        drawn, pairs, _ = self.drawn(self.options.n_behaviour)
+        found = measures.behaviour(hf, pairs, pairs.base)
+        kinds = {"all": found, **dict(iter(found.groupby(np.array(drawn.variant))))}
+        if not alone:
+            kinds["p_ABC"] = measures.behaviour(hf, pairs, pairs.source)
+            spaced = prompts.trailing(tokenizer, drawn)
+            drawn = replace(drawn, clean=spaced, corrupt=spaced)
+            pairs = Pairs.of(drawn.data(), self.bos_id, self.device)
+            kinds["trailing space"] = measures.behaviour(hf, pairs, pairs.base)
+            if (demo := prompts.demo(tokenizer)) is not None:
+                pairs = Pairs.of(demo.data(), self.loaded.bos_id, self.device)
+                kinds["demo"] = measures.behaviour(hf, pairs, pairs.base)
+                kinds["demo, flipped"] = measures.behaviour(hf, pairs, pairs.source)
+        return [{"prompts": name, "n": len(f), **f.mean()} for name, f in kinds.items()]
 
-    def _rows(
-        self, name: str, pairs: Pairs, tokens: torch.Tensor, variants: list[str] | None = None
-    ) -> list[dict]:
-        """Means over all prompts, and over those of each variant."""
-        given = (tokens, pairs.end, pairs.answer, pairs.foil)
-        found = pd.DataFrame(
-            {k: v.cpu().numpy() for k, v in measures.behaviour(self.loaded.hf, *given).items()}
-        )
-        parts = {name: found}
-        if variants:
-            parts |= dict(iter(found.groupby(np.array(variants))))
-        card = {"arm": self.name}
-        return [{**card, "prompts": k, "n": len(f), **f.mean()} for k, f in parts.items()]
-
-    def circuit(self) -> dict[str, list[dict]]:
-        """Rows of the other tables."""
-        options = self.options
-        task, drawn = self.task(options.n_patched, self.seed)
-        looks_task, _ = self.task(options.n_scatter, self.seed + 1)
-        looks, patterns = measures.attention(looks_task)
+    def search(self) -> tuple[dict[str, Any], dict[str, dict], list[Tensor]]:
+        """Rows of heads and scatter, the circuits by class of heads, and what ablates a head."""
+        options, hf = self.options, self.loaded.hf
+        _, pairs, groups = self.drawn(options.n_patched)
+        task = Task.of(hf, pairs)
+        looks_task = Task.of(hf, self.drawn(options.n_scatter, 1)[1])
+        patterns = looks_task.heads.patterns(looks_task.pairs.base)
+        looks = head_scores.attention_between(looks_task, patterns, measures.LOOKS)
         search = discovery.Search(task, looks, options.threshold, options.most)
         search.run()
-        means = self.means(task)
-        groups = torch.tensor(drawn.template, device=self.device)
+        _, reference, templates = self.drawn(options.n_reference, 2)
+        means = group_means(task.heads, reference.source, templates)
         if movers := search.roles["name_mover"]:
-            ablated = discovery.without(task, [m[groups] for m in means], movers)
-            search.find_backup(ablated)
-        shown = [h for r in ("name_mover", "suppressor", "negative") for h in search.roles[r][:2]]
-        out = {
-            "heads": self.heads(search, looks, measures.copying(looks_task, options.n_names)),
-            "scatter": [
-                {"arm": self.name, **r} for r in measures.scatter(looks_task, patterns, shown)
-            ],
-            "cases": [],
-            "minimality": [],
-        }
+            means_of = [m[groups] for m in shortened(means, task)]
+            search.find_backup(discovery.without(task, means_of, movers))
+        writers = (search.roles[role] for role in ("name_mover", "suppressor", "negative"))
+        strongest = [head for heads in writers for head in heads[:2]]
+        found = looks | head_scores.copy_scores(looks_task, options.n_names)
+        rows = {"heads": of_heads(search, found)}
+        rows["scatter"] = measures.scatter(looks_task, patterns, strongest)
         circuits = {"found": search.roles}
-        if self.name == options.published:
+        if self.has_published:
             circuits["published"] = discovery.PUBLISHED  # with the paper's sets K, see judge
-        for name, roles in circuits.items():
-            for table, rows in self.judge(name, roles).items():
-                out[table] += rows
-        return out
+        return rows, circuits, means
 
-    def means(self, like: Task) -> list[torch.Tensor]:
-        """Mean z over p_ABC by template, [n_templates pos n_heads*d_head], one a layer.
-
-        Positions behind a template's end stand for nothing; there are as many as `like` has.
-        """
-        if not self._means:
-            n, seed = self.options.n_reference, self.seed + 2
-            drawn = prompts.draw(self.loaded.tokenizer, n, seed)
-            tokens = self.pairs(drawn, self.bos_id).source
-            groups = torch.tensor(drawn.template, device=self.device)
-            self._means = group_means(like.heads, tokens, groups)
-        return [m[:, : like.pairs.base.shape[1]] for m in self._means]
-
-    def heads(self, search: Any, looks: dict, copied: tuple) -> list[dict]:
-        """Rows of the table heads."""
-        role = {h: r for r, heads in search.roles.items() for h in heads}
-        n = search.task.heads.n_heads
-        rows = []
-        for i, (layer, head) in enumerate(search.heads):
-            row = {"arm": self.name, "layer": layer, "head": head}
-            row |= {"role": role.get((layer, head), "")}
-            row |= {k: float(e[i].mean()) for k, e in search.effects.items()}
-            row |= {k: float(v[layer, head]) for k, v in looks.items()}
-            row |= {"copies": float(copied[0].flatten()[layer * n + head])}
-            row |= {"suppresses": float(copied[1].flatten()[layer * n + head])}
-            rows.append(row)
-        return rows
-
-    def judge(self, name: str, roles: dict) -> dict[str, list[dict]]:
+    def judge(self, source: str, roles: dict, means: list[Tensor]) -> dict[str, list[dict]]:
         """Rows of cases and minimality of one circuit."""
         options, rng = self.options, np.random.default_rng(self.seed)
-        task, drawn = self.task(options.n_judged, self.seed + 3)
-        groups = torch.tensor(drawn.template, device=self.device)
-        knockout = Knockout(task, self.means(task), groups)
+        _, pairs, groups = self.drawn(options.n_judged, 3)
+        task = Task.of(self.loaded.hf, pairs)
+        knockout = Knockout(task, shortened(means, task), groups)
         parts = discovery.placed(roles)
-        cases = judged.cases(parts, roles, knockout, options.n_random, rng)
-        given = discovery.PUBLISHED_K if name == "published" else None
-        small = judged.minimality(roles, discovery.PLACE, given)
-        every = cases + [c for worth in small for c in (worth.kept, worth.lost)]
-        progress = cli.Progress(f"{self.name}: circuits", len(every), "circuits")
+        others = {"naive": small.naive(parts, roles)}
+        cases = judged.cases(parts, others, knockout, options.n_random, rng)
+        given = discovery.PUBLISHED_K if source == "published" else None
+        worths = small.minimality(roles, discovery.PLACE, given)
+        every = cases + [case for worth in worths for case in (worth.kept, worth.lost)]
+        progress = cli.Progress(f"{source}: circuits", len(every), "circuits")
         values = judged.measure(every, knockout, progress.at)
-        card = {"arm": self.name, "source": name}
         rows = [
-            {**card, "circuit": c.circuit, "removed": c.removed, "n_heads": len(c.kept), "f": f}
+            {"circuit": c.circuit, "removed": c.removed, "n_heads": len(c.kept), "f": f}
             for c, f in zip(cases, values, strict=False)
         ]
         circuit = frozenset().union(*parts.values())
-        for gone, m, c in judged.greedy(circuit, knockout, *options.greedy, rng):
-            for which, f in (("model", m), ("circuit", c)):
-                row = {"circuit": which, "removed": f"greedy {len(gone)}", "n_heads": len(gone)}
-                rows.append({**card, **row, "f": f})
-        less = []
-        for i, worth in enumerate(small):
-            a, b = values[len(cases) + 2 * i : len(cases) + 2 * i + 2]
-            row = {"role": worth.role, "layer": worth.node[0], "head": worth.node[1]}
-            row |= {"set": worth.kept.removed, "with": a, "without": b}
-            less.append({**card, **row})
+        for gone, *f in judged.greedy(circuit, knockout, *options.greedy, rng):
+            about = {"removed": f"greedy {len(gone)}", "n_heads": len(gone)}
+            both = zip(("model", "circuit"), f, strict=True)
+            rows += [{"circuit": which, **about, "f": value} for which, value in both]
+        pairs = zip(values[len(cases) :: 2], values[len(cases) + 1 :: 2], strict=True)
+        less = [
+            {"role": w.role, "layer": w.node[0], "head": w.node[1], "set": w.kept.removed}
+            | {"with": a, "without": b}
+            for w, (a, b) in zip(worths, pairs, strict=True)
+        ]
         return {"cases": rows, "minimality": less}
 
 
-COLUMNS = {
-    "scatter": "arm layer head name prompt attention logit seed".split(),
-    "minimality": "arm source role layer head set with without seed".split(),
-}
+def shortened(means: list[Tensor], task: Task) -> list[Tensor]:
+    """Mean z by template over as many positions as the task has; none is behind a prompt's end."""
+    return [m[:, : task.pairs.base.shape[1]] for m in means]
+
+
+def of_heads(search: Any, scores: dict[str, Tensor]) -> pd.DataFrame:
+    """Rows of the table heads: class, mean effect in each step, and scores [n_layers n_heads]."""
+    role = {h: r for r, heads in search.roles.items() for h in heads}
+    columns = {"role": [role.get(h, "") for h in search.heads]}
+    columns |= {k: [float(e.mean()) for e in effects] for k, effects in search.effects.items()}
+    columns |= {k: v.flatten().tolist() for k, v in scores.items()}
+    return pd.DataFrame(search.heads, columns=["layer", "head"]).assign(**columns)
+
+
+@torch.no_grad()
+def work(job: cli.Job, options: Options) -> own.Tables:
+    """Rows of all tables, each arm and seed in turn."""
+    device, out = job.device(), own.Tables(TABLES, COLUMNS)
+    for name, file in own.by_arm(job, job.args.models).items():
+        loaded, alone = loader.load(file, device), name in options.behaviour_only
+        for seed in options.seeds:
+            arm, key = Arm(name, loaded, options, seed, device), {"arm": name}
+            out.add({"behaviour": arm.behaviour(alone=alone)}, key, seed=seed)
+            if alone:
+                continue
+            rows, circuits, means = arm.search()
+            out.add(rows, key, seed=seed)
+            for source, roles in circuits.items():
+                out.add(arm.judge(source, roles, means), key | {"source": source}, seed=seed)
+    return out
 
 
 def main() -> None:
-    parser = cli.parser(
-        "circuit", __doc__, models="model.json of every arm, sorted by name*",
-        **{t: f"{t}.parquet" for t in TABLES},
-    )  # fmt: skip
-
-    def work(job: cli.Job) -> None:
-        args, options = job.args, job.section("own.circuit", Options)
-        device = job.device()
-        rows: dict[str, list[dict]] = {t: [] for t in TABLES}
-        with torch.no_grad():
-            for name, file in zip(sorted(job.spec["arms"]), args.models, strict=True):
-                loaded = loader.load(file, device)
-                for seed in options.seeds:
-                    arm = Arm(name, loaded, options, seed, device)
-                    made = {"behaviour": arm.behaviour()}
-                    if name not in options.behaviour_only:
-                        made |= arm.circuit()
-                    for table, more in made.items():
-                        rows[table] += [row | {"seed": seed} for row in more]
-        certificate = job.certificate(args.models, seed=options.seeds)
-        for name, made in rows.items():
-            frame = pd.DataFrame(made, columns=COLUMNS.get(name) if not made else None)
-            tables.write_table(getattr(args, name), frame, certificate)
-
-    cli.run("circuit", parser.parse_args(), work)
+    own.main("circuit", __doc__, Options, TABLES, work, models="model.json of every arm*")
 
 
 if __name__ == "__main__":

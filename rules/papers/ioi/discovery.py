@@ -18,6 +18,8 @@ patching takes p_ABC as the source, so an effect below 0 is work that is lost.
 """
 
 from collections.abc import Iterable
+from contextlib import ExitStack
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -29,14 +31,9 @@ from pipeline.models.pairs import Node, Run, Task
 
 Head = tuple[int, int]
 LOOKS = 0.1  # attention of a head that looks at a name
-# Where a head of a class does its work.
-PLACE = {
-    "name_mover": "END",
-    "suppressor": "END",
-    "writer": "END",
-    "negative": "END",
-    "backup": "END",
-    "s_inhibition": "END",
+WRITERS = ("name_mover", "suppressor", "writer")
+PLACE = {  # where a head of a class does its work
+    **dict.fromkeys((*WRITERS, "negative", "backup", "s_inhibition"), "END"),
     "induction": "S2",
     "duplicate": "S2",
     "previous": "S1_next",
@@ -79,14 +76,11 @@ def clear(effects: Tensor, least: float, sign: int, most: int) -> list[int]:
     return [i for i in order if counts[i]][:most]
 
 
-def every_head(task: Task) -> list[Head]:
-    return [(i, h) for i in range(task.heads.n_layers) for h in range(task.heads.n_heads)]
-
-
 class Search:
     """The steps, with what they found.
 
     Attributes:
+        heads: all (layer, head).
         roles: class -> heads, strongest first.
         effects: step -> [n_layers*n_heads n], in logits.
     """
@@ -94,27 +88,24 @@ class Search:
     def __init__(self, task: Task, looks: dict[str, Tensor], threshold: float, most: int) -> None:
         self.task, self.looks, self.most = task, looks, most
         self.least = threshold * float(task.before.mean().abs())
-        self.heads = every_head(task)
+        self.heads = list(product(range(task.heads.n_layers), range(task.heads.n_heads)))
         self.roles: dict[str, list[Head]] = {name: [] for name in PLACE}
         self.effects: dict[str, Tensor] = {}
 
-    def taken(self) -> set[Head]:
-        return {h for heads in self.roles.values() for h in heads}
-
-    def look(self, head: Head, name: str) -> float:
-        return float(self.looks[name][head])
+    def counted(self, name: str, sign: int) -> list[Head]:
+        """The heads whose effect counts in a step and that have no class yet, largest first."""
+        taken = {h for heads in self.roles.values() for h in heads}
+        found = clear(self.effects[name], self.least, sign, len(self.heads))
+        return [self.heads[i] for i in found if self.heads[i] not in taken]
 
     def step(self, name: str, receivers: list[Receiver] | None, at: str = "") -> list[Head]:
         """Effects of all heads on some receivers; the heads that count and have no class yet."""
-        if receivers == []:
-            effects = torch.zeros(len(self.heads), len(self.task.before))
-            self.effects[name] = effects.to(self.task.before)
-            return []
-        progress = cli.Progress(f"path patching, {name}", len(self.heads), "heads")
-        effects = path_patching(self.task, self.heads, receivers, at, progress.at)
+        effects = torch.zeros(len(self.heads), len(self.task.before)).to(self.task.before)
+        if receivers != []:
+            progress = cli.Progress(f"path patching, {name}", len(self.heads), "heads")
+            effects = path_patching(self.task, self.heads, receivers, at, progress.at)
         self.effects[name] = effects
-        counted = clear(effects, self.least, -1, len(self.heads))
-        return [self.heads[i] for i in counted if self.heads[i] not in self.taken()]
+        return self.counted(name, -1)
 
     def receivers(self, heads: Iterable[Head], slot: str) -> list[Receiver]:
         """Queries, keys or values of heads, each once where heads share a key."""
@@ -128,27 +119,31 @@ class Search:
     def misplaced(self) -> list[Head]:
         """Take back the heads that lose more by way of other heads' queries than directly."""
         out = []
-        for role in ("name_mover", "suppressor", "writer"):
-            for head in list(self.roles[role]):
-                if self.effect("to_movers", head) < self.effect("direct", head):
-                    self.roles[role].remove(head)
-                    out.append(head)
+        for role in WRITERS:
+            lost = {h: self.effect("to_movers", h) < self.effect("direct", h)
+                    for h in self.roles[role]}  # fmt: skip
+            self.roles[role] = [h for h in self.roles[role] if not lost[h]]
+            out += [h for h, more in lost.items() if more]
         return out
 
     def writes(self, head: Head) -> str:
         """The class of a head that writes the answer, by the name that it looks at."""
-        on_io = self.look(head, "end_to_io")
-        on_s = self.look(head, "end_to_s1") + self.look(head, "end_to_s2")
-        if max(on_io, on_s) < LOOKS:
+        on_io, s1, s2 = (float(self.looks[f"end_to_{n}"][head]) for n in ("io", "s1", "s2"))
+        if max(on_io, s1 + s2) < LOOKS:
             return "writer"
-        return "name_mover" if on_io > on_s else "suppressor"
+        return "name_mover" if on_io > s1 + s2 else "suppressor"
+
+    def reads(self, head: Head) -> str:
+        """The class of a head that S-inhibition heads read, by what it looks at from S2."""
+        twice, behind = (float(self.looks[n][head]) for n in ("s2_to_s1", "s2_to_s1_next"))
+        return "duplicate" if twice > behind else "induction"
 
     def run(self) -> None:
+        """All steps but the backups."""
         roles, most = self.roles, self.most
         for head in self.step("direct", None):
-            role = self.writes(head)
-            if len(roles[role]) < most:
-                roles[role].append(head)
+            if len(into := roles[self.writes(head)]) < most:
+                into.append(head)
         rises = clear(self.effects["direct"], self.least, 1, most)
         roles["negative"] = [self.heads[i] for i in rises]
         movers = self.receivers(roles["name_mover"] + roles["suppressor"], "q")
@@ -156,10 +151,8 @@ class Search:
         roles["s_inhibition"] = sorted(found, key=lambda h: self.effect("to_movers", h))[:most]
         values = self.receivers(roles["s_inhibition"], "v")
         for head in self.step("to_inhibition", values, "S2"):
-            twice, behind = self.look(head, "s2_to_s1"), self.look(head, "s2_to_s1_next")
-            role = "duplicate" if twice > behind else "induction"
-            if len(roles[role]) < most:
-                roles[role].append(head)
+            if len(into := roles[self.reads(head)]) < most:
+                into.append(head)
         keys = self.receivers(roles["induction"], "k")
         roles["previous"] = self.step("to_induction", keys, "S1_next")[:most]
 
@@ -169,35 +162,25 @@ class Search:
         Args:
             ablated: the base run with the name movers knocked out.
         """
-        before = direct_logit(self.task, self.task.base)
-        after = direct_logit(self.task, ablated)
+        before, after = (direct_logit(self.task, run) for run in (self.task.base, ablated))
         nodes = [Node("head", *h) for h in self.heads]
-        rise = torch.stack([after[n] - before[n] for n in nodes])
-        self.effects["backup"] = rise
-        counted = [self.heads[i] for i in clear(rise, self.least, 1, len(self.heads))]
-        movers = [h for h in counted if h not in self.taken()]
-        self.roles["backup"] = movers[: self.most]
+        self.effects["backup"] = torch.stack([after[n] - before[n] for n in nodes])
+        self.roles["backup"] = self.counted("backup", 1)[: self.most]
 
 
 def without(task: Task, means: list[Tensor], heads: list[Head]) -> Run:
     """The base run with some heads mean-ablated at all positions.
 
     Args:
-        means: mean z of each prompt's template, [n pos n_heads*d_head], one a layer.
+        means: mean z of each prompt's template, [n pos n_heads*d_head], one for each layer.
     """
-    from contextlib import ExitStack
-
-    d = task.heads.d_head
+    gone = torch.zeros(len(means), task.heads.n_heads, dtype=torch.bool, device=means[0].device)
+    for head in heads:
+        gone[head] = True
     with ExitStack() as stack:
-        for layer in {i for i, _ in heads}:
-            gone = [h for i, h in heads if i == layer]
-
-            def ablate(z: Tensor, gone=gone, mean=means[layer]) -> Tensor:
-                z = z.clone()
-                for h in gone:
-                    z[..., h * d : (h + 1) * d] = mean[..., h * d : (h + 1) * d]
-                return z
-
+        for layer, (lost, mean) in enumerate(zip(gone, means, strict=True)):
+            at = lost.repeat_interleave(task.heads.d_head)
+            ablate = lambda z, at=at, mean=mean: torch.where(at, mean, z)  # noqa: E731
             stack.enter_context(task.heads.z_edited(layer, ablate))
         return Run.of(task.heads, task.pairs.base)
 

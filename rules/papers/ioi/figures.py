@@ -3,6 +3,7 @@
 The circuit as a graph is drawn in figures_graph.py.
 """
 
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -13,19 +14,21 @@ from pipeline.figures.parts import (
     Drawn,
     Panels,
     bars,
+    by_case,
     equal,
     first,
     nothing,
     points,
+    styled,
     whiskers,
 )
 from pipeline.figures.theme import GRID, INK, PALETTE, axis, rgba
 
-from .figures_graph import ROLES, arms_of, graph, pairs
+from .figures_graph import ARMS, ROLES, by_arm, graph, pairs
 
 __all__ = ["graph", "judged", "minimality", "movers", "paths"]
 
-NAMES = {"IO": PALETTE[0], "S": PALETTE[1]}
+NAMES = {"IO": (PALETTE[0],), "S": (PALETTE[1],)}
 STEPS = {
     "direct": ("→ logits", ("name_mover", "suppressor", "writer", "negative")),
     "to_movers": ("→ queries of those", ("s_inhibition",)),
@@ -38,46 +41,40 @@ CIRCUITS = {"circuit": ("the circuit", PALETTE[0]), "naive": ("the naive circuit
 def paths(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     """The four steps; a list chooses the arm; heads that count have their class's ring."""
     table = first(next(iter(tables.values())))
-    arms, n_layers = arms_of(table), table["layer"].nunique()
-    panels = maps([title for title, _ in STEPS.values()], n_layers)
-    for case, (arm, _) in enumerate(arms):
-        rows = table[table["arm"] == arm]
+    n_layers = table["layer"].nunique()
+
+    def steps(rows: pd.DataFrame) -> Iterator[tuple[int, Any]]:
         for i, (step, (_, roles)) in enumerate(STEPS.items()):
             values = rows.pivot(index="layer", columns="head", values=step).to_numpy(float)
             hover = "head %{y}.%{x}<br>logits: %{z:.3~g}"
+            yield i, by_head(values, hover, bar_of(i, len(STEPS)))
             rings = rows[rows["role"].isin(roles)]
-            ring = points(
+            yield i, points(
                 rings["head"], rings["layer"], colour=INK, size=11, symbol="square-open",
                 marker={"line": {"width": 1.6}}, customdata=[ROLES[r][0] for r in rings["role"]],
                 hover="head %{y}.%{x}: %{customdata}",
             )  # fmt: skip
-            panels.add(i, by_head(values, hover, bar_of(i, len(STEPS))), ring, case=case)
-    panels.choose(name for _, name in arms)
+
+    panels = by_case(maps([t for t, _ in STEPS.values()], n_layers), by_arm(table), steps)
     return tall(panels, n_layers), table[["arm", "layer", "head", "role", *STEPS]]
 
 
 def movers(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
-    """A point a prompt and name; a panel a head of the first arm."""
+    """A point for each prompt and name; a panel for each head of the first arm."""
     scatter, heads = (first(tables[f"circuit/{t}"]) for t in ("scatter", "heads"))
     if scatter.empty:
         return nothing("no head moves names here"), scatter
-    arm = arms_of(scatter)[0][0]
-    scatter = scatter[scatter["arm"] == arm]
-    role = heads[heads["arm"] == arm].set_index(["layer", "head"])["role"]
+    _, scatter = by_arm(scatter)[0]
+    role = heads[heads["arm"] == scatter["arm"].iloc[0]].set_index(["layer", "head"])["role"]
     chosen = list(dict.fromkeys(pairs(scatter)))[:6]
-    panels = Panels(
-        [f"head {i}.{h},<br>{ROLES[role[i, h]][0]}" for i, h in chosen], min(3, len(chosen))
-    )
+    titles = [f"head {i}.{h},<br>{ROLES[role[i, h]][0]}" for i, h in chosen]
+    panels = Panels(titles, min(3, len(chosen)))
     for k, (layer, head) in enumerate(chosen):
         own = scatter[(scatter["layer"] == layer) & (scatter["head"] == head)]
-        for name, shade in NAMES.items():
-            some, hover = (
-                own[own["name"] == name],
-                f"{name}: attention %{{x:.2f}}, logit %{{y:.2f}}",
-            )
-            panels.add(
-                k, points(some["attention"], some["logit"], name, rgba(shade, 0.7), hover=hover)
-            )
+        for some, name, (shade,) in styled(own, "name", NAMES):
+            hover = f"{name}: attention %{{x:.2f}}, logit %{{y:.2f}}"
+            dots = points(some["attention"], some["logit"], name, rgba(shade, 0.7), hover=hover)
+            panels.add(k, dots)
     panels.figure.update_xaxes(range=[-0.03, 1.03])
     panels.axes("attention from END to the name", "logit of the name")
     return panels.finish(130 + 250 * panels.rows, legend=40, top=88), scatter
@@ -90,11 +87,8 @@ def judged(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
         ["faithfulness", "completeness: without a set K of heads"],
         gap=(0.12, 0), column_widths=[0.42, 0.58],
     )  # fmt: skip
-    found = sources(table)
-    for case, (_, rows) in enumerate(found):
-        panels.add(0, by_circuit(rows), case=case)
-        panels.add(1, *without(rows), case=case)
-    panels.choose(name for name, _ in found)
+    sides = lambda rows: [(0, by_circuit(rows)), *((1, trace) for trace in without(rows))]  # noqa: E731
+    by_case(panels, sources(table), sides)
     panels.axes(y="logit difference F")
     panels.axes("F of the model without K", "F of the circuit without K", col=2)
     figure = panels.finish(440, top=56).update_layout(margin={"b": 100})
@@ -103,9 +97,8 @@ def judged(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
 
 def sources(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
     """(name, rows) of every circuit: its arm, and where it comes from."""
-    names = dict(arms_of(table))
     groups = table.groupby(["arm", "source"], sort=False)
-    return [(f"{names[arm]}, {source}", rows) for (arm, source), rows in groups]
+    return [(f"{ARMS.get(arm, arm)}, {source}", rows) for (arm, source), rows in groups]
 
 
 def by_circuit(rows: pd.DataFrame) -> Any:
@@ -122,7 +115,7 @@ def by_circuit(rows: pd.DataFrame) -> Any:
 
 
 def without(rows: pd.DataFrame) -> list[Any]:
-    """F without K, a point a set; on the line the circuit loses what the model loses."""
+    """F without K, a point for each set; on the line the circuit loses what the model loses."""
     sets = first(rows[rows["removed"] != "nothing"])
     wide = sets.pivot(index="removed", columns="circuit", values="f")
     wide = wide[[c for c in ("model", *CIRCUITS) if c in wide]]
@@ -140,7 +133,7 @@ def without(rows: pd.DataFrame) -> list[Any]:
 
 
 def minimality(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
-    """A bar a head of the circuit: what F loses with it, at the set K where that is most."""
+    """A bar for each head of the circuit: what F loses with it, at the set K where most is lost."""
     table = first(next(iter(tables.values())))
     table = table[table["set"] != "class"]
     size = (table["with"] - table["without"]).abs()
@@ -148,17 +141,15 @@ def minimality(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     table = table.loc[sorted(most)]
     if table.empty:
         return nothing("no circuit was found here"), table
-    panels, found = Panels(), sources(table)
-    for case, (_, rows) in enumerate(found):
-        for role, (label, shade) in ROLES.items():
-            some = rows[rows["role"] == role]
-            if len(some):
-                hover = f"head %{{x}}, {label}<br>%{{y:.3~g}} logits, K: %{{customdata}}"
-                trace = bars(
-                    [f"{i}.{h}" for i, h in pairs(some)], some["with"] - some["without"], label,
-                    shade, customdata=some["set"], hover=hover,
-                )  # fmt: skip
-                panels.add(0, trace, case=case)
-    panels.choose(name for name, _ in found)
+
+    def lost(rows: pd.DataFrame) -> Iterator[tuple[int, Any]]:
+        for some, _, (label, shade) in styled(rows, "role", ROLES):
+            yield 0, bars(
+                [f"{i}.{h}" for i, h in pairs(some)], some["with"] - some["without"], label, shade,
+                hover=f"head %{{x}}, {label}<br>%{{y:.3~g}} logits, K: %{{customdata}}",
+                customdata=some["set"],
+            )  # fmt: skip
+
+    panels = by_case(Panels(), sources(table), lost)
     x, y = axis("head", type="category"), axis("loss of logit difference")
     return panels.finish(400, top=70, xaxis=x, yaxis=y), table

@@ -6,7 +6,8 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from pipeline.figures.parts import Drawn, first, line, nothing
+from pipeline.figures.kinds_effects import cases_of
+from pipeline.figures.parts import Drawn, first, line, nothing, points, styled
 from pipeline.figures.theme import INK, PAGE, PALETTE, rgba
 
 # In the order in which the model computes them.
@@ -22,70 +23,65 @@ ROLES = {
     "negative": ("negative name mover", PALETTE[1]),
 }
 ARMS = {"smollm2": "SmolLM2-135M", "gpt2": "GPT-2 small"}
+WRITERS = ("name_mover", "suppressor", "writer", "backup", "negative")
 # class -> (column of the heads' effects, the classes that read it)
 FLOWS = {
     "previous": ("to_induction", ("induction",)),
     "duplicate": ("to_inhibition", ("s_inhibition",)),
     "induction": ("to_inhibition", ("s_inhibition",)),
     "s_inhibition": ("to_movers", ("name_mover", "suppressor", "backup", "negative")),
-    "name_mover": ("direct", ("logits",)),
-    "suppressor": ("direct", ("logits",)),
-    "writer": ("direct", ("logits",)),
-    "backup": ("direct", ("logits",)),
-    "negative": ("direct", ("logits",)),
+    **dict.fromkeys(WRITERS, ("direct", ("logits",))),
 }
 
 
-def arms_of(frame: pd.DataFrame) -> list[tuple[str, str]]:
-    """(arm, its name) of the arms in a table."""
-    there = list(dict.fromkeys(frame["arm"]))
-    return [(a, ARMS.get(a, a)) for a in sorted(there, key=lambda a: a != "smollm2")]
+def by_arm(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
+    """(name, rows) of the arms in a table."""
+    return cases_of(table, ["arm"], ARMS)
 
 
 def graph(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     """Heads by class (across) and layer (upwards); lines are as wide as the sender's effect."""
-    table = first(next(iter(tables.values())))
-    arm, named = arms_of(table)[0]
-    heads = table[(table["arm"] == arm) & (table["role"] != "")]
+    named, table = by_arm(first(next(iter(tables.values()))))[0]
+    heads = table[table["role"] != ""]
     if heads.empty:
         return nothing("no head counts here"), heads
-    figure, x, spots, edges = go.Figure(), {}, {}, []
-    for role in ROLES:
-        rows = heads[heads["role"] == role].sort_values(["layer", "head"])
-        x[role] = len(x)
-        for k, row in enumerate(rows.itertuples()):
-            spread = 0.5 * (k - (len(rows) - 1) / 2) / max(1, len(rows) - 1)
-            spots[row.layer, row.head] = (x[role] + spread, row.layer)
-    top = float(table[table["arm"] == arm]["layer"].max()) + 2
+    figure, spots, edges = go.Figure(), places(heads), []
+    end = (5.5, float(table["layer"].max()) + 2)
     for row in heads.itertuples():
         column, readers = FLOWS[row.role]
-        effect = abs(getattr(row, column))
-        ends = [
-            (spots[r.layer, r.head], f"{r.layer}.{r.head}")
-            for r in heads[heads["role"].isin(readers)].itertuples()
-            if r.layer > row.layer
-        ]
-        ends += [((5.5, top), "logits")] if "logits" in readers else []
-        for spot, target in ends:
-            edges.append((f"{row.layer}.{row.head}", target, row.role, effect))
-            figure.add_trace(flow(spots[row.layer, row.head], spot, row.role, effect))
-    for role, (label, shade) in ROLES.items():
-        rows = heads[heads["role"] == role]
-        if len(rows):
-            figure.add_trace(nodes(rows, [spots[k] for k in pairs(rows)], label, shade))
+        effect, at = abs(getattr(row, column)), (row.layer, row.head)
+        later = pairs(heads[heads["role"].isin(readers) & (heads["layer"] > row.layer)])
+        ends = [(spots[reader], "{}.{}".format(*reader)) for reader in later]
+        for spot, target in [*ends, *([(end, "logits")] if "logits" in readers else [])]:
+            edges.append(("{}.{}".format(*at), target, row.role, effect))
+            figure.add_trace(flow(spots[at], spot, row.role, effect))
+    for rows, _, (label, shade) in styled(heads, "role", ROLES):
+        figure.add_trace(nodes(rows, [spots[at] for at in pairs(rows)], label, shade))
     look = {"mode": "text", "text": ["<b>logits</b>"], "textfont": {"color": INK}}
-    figure.add_scatter(x=[5.5], y=[top], hoverinfo="skip", showlegend=False, **look)
+    figure.add_scatter(x=[end[0]], y=[end[1]], hoverinfo="skip", showlegend=False, **look)
     figure.update_xaxes(
-        tickvals=list(x.values()), ticktext=[ROLES[r][0].replace(" ", "<br>") for r in x],
-        showgrid=False, zeroline=False, range=[-0.6, len(x) - 0.4],
+        tickvals=list(range(len(ROLES))), showgrid=False, zeroline=False,
+        ticktext=[label.replace(" ", "<br>") for label, _ in ROLES.values()],
+        range=[-0.6, len(ROLES) - 0.4],
     )  # fmt: skip
-    figure.update_yaxes(title={"text": f"layer of {named}"}, zeroline=False, range=[-1, top + 1])
+    figure.update_yaxes(title={"text": f"layer of {named}"}, zeroline=False, range=[-1, end[1] + 1])
     figure.update_layout(height=560, showlegend=False)
     return figure, pd.DataFrame(edges, columns=["sender", "receiver", "role", "effect"])
 
 
 def pairs(rows: pd.DataFrame) -> list[tuple[int, int]]:
+    """(layer, head) of every row."""
     return list(zip(rows["layer"], rows["head"], strict=True))
+
+
+def places(heads: pd.DataFrame) -> dict[tuple[int, int], tuple[float, int]]:
+    """(layer, head) -> (x, y): a column for each class, in which its heads are spread out."""
+    out = {}
+    for x, role in enumerate(ROLES):
+        own = pairs(heads[heads["role"] == role].sort_values(["layer", "head"]))
+        for k, at in enumerate(own):
+            out[at] = (x + 0.5 * (k - (len(own) - 1) / 2) / max(1, len(own) - 1), at[0])
+    return out
 
 
 def flow(a: tuple, b: tuple, role: str, effect: float) -> go.Scatter:
@@ -96,19 +92,15 @@ def flow(a: tuple, b: tuple, role: str, effect: float) -> go.Scatter:
 
 def nodes(rows: pd.DataFrame, spots: list[tuple], label: str, shade: str) -> go.Scatter:
     """The heads of a class; names of neighbours in a layer take turns above and below."""
-    layers = [layer for layer, _ in pairs(rows)]
-    turns = [layers[:k].count(layer) % 2 for k, layer in enumerate(layers)]
-    beside = ["middle right" if layers.count(layer) == 1 else "" for layer in layers]
-    return go.Scatter(
-        x=[s[0] for s in spots],
-        y=[s[1] for s in spots],
-        mode="markers+text",
-        text=[f"{i}.{h}" for i, h in pairs(rows)],
+    layers, x, y = list(rows["layer"]), *zip(*spots, strict=True)
+    turns = [("top center", "bottom center")[layers[:k].count(v) % 2] for k, v in enumerate(layers)]
+    return points(
+        x, y, label, shade, size=13, marker={"line": {"color": PAGE, "width": 1.5}},
+        mode="markers+text", text=[f"{i}.{h}" for i, h in pairs(rows)],
         textfont={"size": 10, "color": INK},
         textposition=[
-            b or ("top center", "bottom center")[t] for b, t in zip(beside, turns, strict=True)
+            "middle right" if layers.count(layer) == 1 else turn
+            for layer, turn in zip(layers, turns, strict=True)
         ],
-        marker={"color": shade, "size": 13, "line": {"color": PAGE, "width": 1.5}},
-        name=label,
-        hovertemplate="head %{text}<br>" + label + "<extra></extra>",
-    )
+        hover="head %{text}<br>" + label,
+    )  # fmt: skip

@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.claims.seeds import by_seed, defined
 from pipeline.latents.fidelity import share
 
 METRICS = {  # the first pattern that fits a name counts: those of more parts stand first
@@ -52,109 +53,105 @@ METRICS = {  # the first pattern that fits a name counts: those of more parts st
     "*.io_gt_s": "share of prompts with a larger logit of IO than of S",
     "*.io_probability": "mean probability of IO",
 }
+BEHAVIOUR = {  # metric -> the prompts that it is of
+    **dict.fromkeys(("logit_diff", "io_gt_s", "io_probability"), "all"),
+    "abc.logit_diff": "p_ABC",
+    "trailing.io_gt_s": "trailing space",
+    "demo.logit_diff": "demo",
+    "flipped.logit_diff": "demo, flipped",
+}
 LOOK = {"name_mover": ("io", "end_to_io"), "s_inhibition": ("s2", "end_to_s2"),
         "duplicate": ("s1", "s2_to_s1"), "induction": ("s1_next", "s2_to_s1_next"),
         "previous": ("previous", "s1_next_to_s1")}  # fmt: skip
+ROLES = tuple(dict.fromkeys(("name_mover", "suppressor", "writer", "negative", "backup", *LOOK)))
 MOVERS, NEGATIVE = {(9, 9), (9, 6), (10, 0)}, {(10, 7), (11, 10)}
+TABLES = ("behaviour", "heads", "scatter", "cases", "minimality")
 
 
 def behaviour(table: Any) -> dict[str, float]:
-    """Of one arm."""
+    """What one arm does on each kind of prompts."""
     rows = table.set_index("prompts")
-    out = {k: rows.loc["all", k] for k in ("logit_diff", "io_gt_s", "io_probability")}
-    more = {"abc.logit_diff": "p_ABC", "trailing.io_gt_s": "trailing space",
-            "demo.logit_diff": "demo", "flipped.logit_diff": "demo, flipped"}  # fmt: skip
-    there = {m: row for m, row in more.items() if row in rows.index}
-    return out | {m: rows.loc[row, m.split(".")[1]] for m, row in there.items()}
+    there = {metric: row for metric, row in BEHAVIOUR.items() if row in rows.index}
+    return {metric: rows.loc[row, metric.split(".")[-1]] for metric, row in there.items()}
 
 
 def heads(table: Any, scatter: Any, logit_diff: float) -> dict[str, float]:
-    """Of one arm."""
-    of = dict(iter(table.groupby("role")))
-    empty = table.iloc[:0]
-    part = lambda role: of.get(role, empty)  # noqa: E731
-    roles = ("name_mover", "suppressor", "writer", "negative", "backup", *LOOK)
-    out = {f"n.{role}": float(len(part(role))) for role in dict.fromkeys(roles)}
-    mean = lambda role, column: part(role)[column].mean() if len(part(role)) else 0.0  # noqa: E731
+    """What the classes of heads of one arm are like."""
+    part = {role: table[table["role"] == role] for role in ROLES}
+    placed = {r: set(zip(rows["layer"], rows["head"], strict=True)) for r, rows in part.items()}
+    strongest = {r: share(f["direct"].abs().max(), logit_diff) for r, f in part.items()}
+
+    def mean(role: str, column: str) -> float:
+        return part[role][column].mean() if len(part[role]) else 0.0
+
+    out = {f"n.{role}": float(len(rows)) for role, rows in part.items()}
     out |= {f"look.{name}": mean(role, column) for role, (name, column) in LOOK.items()}
     out |= {"copies.name_mover": mean("name_mover", "copies")}
     for role in ("negative", "suppressor"):
         out[f"suppresses.{role}"] = mean(role, "suppresses")
-        out[f"strongest.{role}"] = share(part(role)["direct"].abs().max(), logit_diff)
-    out["strongest.name_mover"] = share(part("name_mover")["direct"].abs().max(), logit_diff)
+        out[f"strongest.{role}"] = strongest[role]
+    out["strongest.name_mover"] = strongest["name_mover"]
     out |= {f"{c}.all": table[c].mean() for c in ("copies", "suppresses")}
-    placed = lambda role: set(zip(part(role)["layer"], part(role)["head"], strict=True))  # noqa: E731
-    out["published_movers"] = float(len(placed("name_mover") & MOVERS))
-    out["published_negative"] = float(len(placed("negative") & NEGATIVE))
-    out["movers_direct"] = share(-part("name_mover")["direct"].sum(), logit_diff)
+    out["published_movers"] = float(len(placed["name_mover"] & MOVERS))
+    out["published_negative"] = float(len(placed["negative"] & NEGATIVE))
+    out["movers_direct"] = share(-part["name_mover"]["direct"].sum(), logit_diff)
     rho = [
         rows["attention"].corr(rows["logit"])
         for head, rows in scatter.groupby(["layer", "head"])
-        if head in placed("name_mover")
+        if head in placed["name_mover"]
     ]
     return out | {"rho": min(rho, default=np.nan)}
 
 
 def circuits(cases: Any, minimality: Any) -> dict[str, float]:
-    """Of one circuit of one arm."""
+    """How faithful, complete and minimal one circuit of one arm is."""
     plain = cases[cases["removed"] == "nothing"].set_index("circuit")
-    f, whole = plain["f"], plain.loc["model", "f"]
-    recovered = lambda value: 1 - share(abs(whole - value), whole)  # noqa: E731
-    at_random = f[[name for name in f.index if name.startswith("random")]]
+    sets = cases[cases["removed"] != "nothing"]
+    sets = sets.pivot(index="removed", columns="circuit", values="f")
+    f, whole, searched = plain["f"], plain.loc["model", "f"], sets.index.str.startswith("greedy")
+
+    def recovered(value: float) -> float:
+        return 1 - share(abs(whole - value), whole)
+
+    def widest(some: Any, circuit: str) -> float:
+        return (some["model"] - some[circuit]).abs().max() if circuit in some else np.nan
+
     out = {"recovered": recovered(f["circuit"]), "gap": abs(whole - f["circuit"])}
     out |= {"circuit_heads": plain.loc["circuit", "n_heads"]}
     out |= {"naive.recovered": recovered(f["naive"])}
+    at_random = f[f.index.str.startswith("random")]
     out |= {"random.recovered": np.mean([recovered(value) for value in at_random])}
-    sets = cases[cases["removed"] != "nothing"].pivot(
-        index="removed", columns="circuit", values="f"
-    )
-    searched = sets[sets.index.str.startswith("greedy")]
-    fixed = sets.drop(searched.index)
-    widest = lambda t, c: (t["model"] - t[c]).abs().max() if c in t else np.nan  # noqa: E731
-    out |= {"incompleteness": share(widest(fixed, "circuit"), whole)}
-    out |= {"naive.incompleteness": share(widest(fixed, "naive"), whole)}
-    out |= {"searched": widest(searched, "circuit")}
-    if "name_mover" in fixed.index:
-        out["movers_knocked_out"] = 1 - share(fixed.loc["name_mover", "model"], whole)
+    out |= {"incompleteness": share(widest(sets[~searched], "circuit"), whole)}
+    out |= {"naive.incompleteness": share(widest(sets[~searched], "naive"), whole)}
+    out |= {"searched": widest(sets[searched], "circuit")}
+    if "name_mover" in sets.index:
+        out["movers_knocked_out"] = 1 - share(sets.loc["name_mover", "model"], whole)
     if len(minimality):
         base = whole if whole > 0 else np.nan
         change = (minimality["with"] - minimality["without"]).abs() / base
-        plain, heads = minimality["set"] == "class", ["layer", "head"]
-        by_head = change[~plain].groupby([minimality[h] for h in heads]).max()
-        out |= {"minimality": by_head.min(), "minimality_of_class": change[plain].min()}
+        of_class = minimality["set"] == "class"
+        by_head = change[~of_class].groupby([minimality[h] for h in ("layer", "head")]).max()
+        out |= {"minimality": by_head.min(), "minimality_of_class": change[of_class].min()}
     return out
 
 
-def of_seed(part: dict[str, Any], judged: dict[str, Any]) -> dict[str, float]:
-    """Every metric that the arms have at one seed.
-
-    Args:
-        part, judged: name -> the rows of a table at that seed.
-    """
+def of_seed(tables: dict[str, Any]) -> dict[str, float]:
+    """Every metric of all arms at one seed, out of the tables' rows of that seed."""
     out: dict[str, float] = {}
-    for arm, rows in part["behaviour"].groupby("arm"):
-        found = behaviour(rows)
-        own = part["heads"][part["heads"]["arm"] == arm]
-        if len(own):
-            scatter = part["scatter"][part["scatter"]["arm"] == arm]
-            found |= heads(own, scatter, found["logit_diff"])
-        cases = judged["cases"][judged["cases"]["arm"] == arm]
-        for source, some in cases.groupby("source"):
-            small = judged["minimality"]
-            small = small[(small["arm"] == arm) & (small["source"] == source)]
-            found |= {f"{source}.{k}": v for k, v in circuits(some, small).items()}
+    for arm in sorted(set(tables["behaviour"]["arm"])):
+        here = {name: table[table["arm"] == arm] for name, table in tables.items()}
+        found = behaviour(here["behaviour"])
+        if len(here["heads"]):
+            logit_diff = float(found["logit_diff"])
+            found |= heads(here["heads"], here["scatter"], logit_diff)
+        for source, cases in here["cases"].groupby("source"):
+            small = here["minimality"]
+            worth = circuits(cases, small[small["source"] == source])
+            found |= {f"{source}.{k}": v for k, v in worth.items()}
         out |= {f"{arm}.{k}": float(v) for k, v in found.items()}
     return out
 
 
 def metrics(tables: dict[str, Any]) -> dict[str, list[float]]:
-    """See METRICS; one value a seed. What no seed has is left out."""
-    parts, judged = ("behaviour", "heads", "scatter"), ("cases", "minimality")
-    given = {name: tables[f"circuit/{name}"] for name in (*parts, *judged)}
-    found = []
-    for seed in given["behaviour"]["seed"].unique():
-        here = {name: frame[frame["seed"] == seed] for name, frame in given.items()}
-        found.append(of_seed({n: here[n] for n in parts}, {n: here[n] for n in judged}))
-    names = dict.fromkeys(name for one in found for name in one)
-    every = {name: [one.get(name, np.nan) for one in found] for name in names}
-    return {name: values for name, values in every.items() if np.isfinite(values).any()}
+    """See METRICS; one value per seed. What no seed has is left out."""
+    return defined(by_seed({name: tables[f"circuit/{name}"] for name in TABLES}, of_seed))

@@ -20,7 +20,7 @@ import pandas as pd
 from pydantic import Field
 
 from pipeline.errors import RetraceError, nearest
-from pipeline.job import cli
+from pipeline.job import cli, own
 from pipeline.latents import features
 from pipeline.latents.stored import load_saes
 from pipeline.spec.base import Section
@@ -29,6 +29,7 @@ from pipeline.store import tables
 CONTEXT = 32  # tokens of an example
 SINGLE = 1.0  # bits; below: about one or two tokens
 BIN = 0.25  # bits, of the histogram
+TABLES = ("summary", "histogram")
 
 
 class Options(Section):
@@ -85,25 +86,21 @@ def summary(bits: np.ndarray, trained: np.ndarray) -> dict[str, Any]:
     Returns:
         auroc: the probability that a latent of `trained` has the larger entropy, ties half.
     """
-    from scipy.stats import rankdata
+    from scipy.stats import mannwhitneyu
 
     found, others = bits[~np.isnan(bits)], trained[~np.isnan(trained)]
+    out = {"n_latents": len(bits), "n_counted": len(found)}
     if len(found) == 0:
-        return {"n_latents": len(bits), "n_counted": 0} | dict.fromkeys(
-            ("mean", "median", "q25", "q75", "single", "auroc"), np.nan
-        )
-    ranks = rankdata(np.concatenate([others, found]))[: len(others)]
+        names = ("mean", "median", "q25", "q75", "single", "auroc")
+        return out | dict.fromkeys(names, np.nan)
     n = len(others) * len(found)
-    above = ranks.sum() - len(others) * (len(others) + 1) / 2
-    return {
-        "n_latents": len(bits),
-        "n_counted": len(found),
+    return out | {
         "mean": found.mean(),
         "median": np.median(found),
         "q25": np.quantile(found, 0.25),
         "q75": np.quantile(found, 0.75),
         "single": (found < SINGLE).mean(),
-        "auroc": above / n if n else np.nan,
+        "auroc": mannwhitneyu(others, found, method="asymptotic").statistic / n if n else np.nan,
     }
 
 
@@ -128,38 +125,34 @@ def check(options: Options, trained: dict) -> None:
             )
 
 
+def work(job: cli.Job, options: Options) -> own.Tables:
+    """Rows of both tables, of every dictionary of every arm that has it."""
+    args, device, out = job.args, job.device(), own.Tables(TABLES)
+    manifests = own.by_arm(job, [tables.read_json(file) for file in args.saes])
+    check(options, manifests["trained"]["saes"])
+    files = own.by_arm(job, list(zip(args.saes, args.activations, strict=True)))
+    found: dict[tuple[str, str], np.ndarray] = {}
+    for arm, (file, activations) in files.items():
+        about = manifests[arm]
+        names = [n for n in options.dictionaries if n in about["saes"]]
+        for name, sae in (load_saes(file, device, names) if names else {}).items():
+            scanned = features.scan(sae, activations, about["hook"], options.n_rows, device)
+            found[arm, name] = entropies(scanned, options.n_contexts)
+            cli.log.info("%s, %s", arm, name)
+    top = np.ceil(max(bits[~np.isnan(bits)].max(initial=1) for bits in found.values()))
+    for (arm, name), bits in found.items():
+        architecture = manifests[arm]["saes"][name]["spec"]["architecture"]
+        which = {"arm": arm, "sae": name, "architecture": architecture}
+        out.add({"summary": [summary(bits, found["trained", name])]}, which)
+        out.add({"histogram": histogram(bits, top)}, **which)
+    return out
+
+
 def main() -> None:
-    parser = cli.parser(
-        "entropy", __doc__, saes="manifest.json of every arm's dictionaries, arms sorted by name*",
-        activations="manifest.json of every arm's activations, in the same order*",
-        summary="summary.parquet", histogram="histogram.parquet",
+    own.main(
+        "entropy", __doc__, Options, TABLES, work, activations="the same of its activations*",
+        saes="manifest.json of every arm's dictionaries, arms sorted by name*",
     )  # fmt: skip
-
-    def work(job: cli.Job) -> None:
-        args, options, device = job.args, job.section("own.entropy", Options), job.device()
-        arms = dict(zip(sorted(job.spec["arms"]), zip(args.saes, args.activations, strict=True),
-                        strict=True))  # fmt: skip
-        check(options, tables.read_json(arms["trained"][0])["saes"])
-        found: dict[tuple[str, str], tuple[str, np.ndarray]] = {}
-        for arm, (saes, activations) in arms.items():
-            manifest = tables.read_json(saes)
-            names = [n for n in options.dictionaries if n in manifest["saes"]]
-            for name, sae in (load_saes(saes, device, names) if names else {}).items():
-                scanned = features.scan(sae, activations, manifest["hook"], options.n_rows, device)
-                architecture = manifest["saes"][name]["spec"]["architecture"]
-                found[arm, name] = architecture, entropies(scanned, options.n_contexts)
-                cli.log.info("%s, %s", arm, name)
-        top = max(bits[~np.isnan(bits)].max(initial=1) for _, bits in found.values())
-        rows, bins = [], []
-        for (arm, name), (architecture, bits) in found.items():
-            which = {"arm": arm, "sae": name, "architecture": architecture}
-            rows.append(which | summary(bits, found["trained", name][1]))
-            bins.append(histogram(bits, np.ceil(top)).assign(**which))
-        certificate = job.certificate([*args.saes, *args.activations])
-        tables.write_table(args.summary, pd.DataFrame(rows), certificate)
-        tables.write_table(args.histogram, pd.concat(bins, ignore_index=True), certificate)
-
-    cli.run("entropy", parser.parse_args(), work)
 
 
 if __name__ == "__main__":

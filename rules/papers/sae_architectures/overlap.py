@@ -23,14 +23,15 @@ import numpy as np
 import pandas as pd
 from pydantic import Field
 from safetensors.numpy import load_file
-from scipy.optimize import linear_sum_assignment
 
 from pipeline.errors import RetraceError, nearest
-from pipeline.job import cli
+from pipeline.job import cli, own
+from pipeline.latents.fidelity import one_to_one, unit
 from pipeline.spec.base import Section
 from pipeline.store import tables
 
 SHARED = 0.7
+TABLES = ("pairs", "cosines")
 EDGES = np.linspace(-1, 1, 81)  # of the histogram of matched cosines
 
 
@@ -44,11 +45,6 @@ class Options(Section):
     seed: int = 0  # of the random directions
 
 
-def units(rows: np.ndarray) -> np.ndarray:
-    """Rows of norm 1, [n d]."""
-    return rows / np.linalg.norm(rows, axis=1, keepdims=True)
-
-
 def matched(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     """Cosines of the best one-to-one pairs of rows of norm 1: [min(n_a, n_b)].
 
@@ -56,7 +52,7 @@ def matched(a: np.ndarray, b: np.ndarray) -> np.ndarray:
         a, b: [n_a d], [n_b d].
     """
     cosine = a @ b.T
-    return cosine[linear_sum_assignment(cosine, maximize=True)]
+    return cosine[one_to_one(cosine)]
 
 
 def living(manifest: str | Path) -> dict[str, tuple[dict, np.ndarray]]:
@@ -71,7 +67,7 @@ def living(manifest: str | Path) -> dict[str, tuple[dict, np.ndarray]]:
         alive = np.delete(load_file(file)["W_dec"], entry["dead"], axis=0)
         if len(alive) == 0:
             raise RetraceError(f"{file}: every latent is dead; change the settings of '{name}'")
-        out[name] = entry["spec"], units(alive.astype(np.float32))
+        out[name] = entry["spec"], unit(alive.astype(np.float32))
     return out
 
 
@@ -120,56 +116,46 @@ def compare(kind: str, a: tuple, b: tuple, rows: tuple[np.ndarray, np.ndarray]) 
         rows: decoder rows of both.
     """
     cosines = matched(*rows)
-    (arm_a, name_a, architecture_a), (arm_b, name_b, architecture_b) = a, b
-    row = {
-        "kind": kind,
-        "arm_a": arm_a,
-        "a": name_a,
-        "architecture_a": architecture_a,
-        "arm_b": arm_b,
-        "b": name_b,
-        "architecture_b": architecture_b,
-        "n_a": len(rows[0]),
-        "n_b": len(rows[1]),
-        "cosine": float(cosines.mean()),
-        "shared": float((cosines >= SHARED).mean()),
-    }
+    names = [f"{what}_{end}" for end in "ab" for what in ("arm", "name", "architecture")]
+    who = dict(zip(names, (*a, *b), strict=True))
+    row = {"kind": kind} | {k.replace("name_", ""): v for k, v in who.items()}
+    row |= {"n_a": len(rows[0]), "n_b": len(rows[1])}
+    row |= {"cosine": float(cosines.mean()), "shared": float((cosines >= SHARED).mean())}
     counts = np.histogram(cosines.clip(-1, 1), EDGES)[0]
-    names = ("kind", "a", "architecture_a", "b", "architecture_b")
     bins = pd.DataFrame({"low": EDGES[:-1], "high": EDGES[1:], "pairs": counts})
-    return row, bins.assign(**{n: row[n] for n in names})
+    same = ("kind", "a", "architecture_a", "b", "architecture_b")
+    return row, bins.assign(**{name: row[name] for name in same})
+
+
+def work(job: cli.Job, options: Options) -> own.Tables:
+    """Rows of both tables: pairs of dictionaries, and each dictionary with random directions."""
+    found = own.by_arm(job, list(map(living, job.args.saes)))
+    arms = {arm: found[arm] for arm in sorted(found, key=lambda a: a != "trained")}
+    groups = chosen(twins(arms["trained"]), options.dictionaries)
+    wanted = []
+    for kind, *ends in pairs(arms, groups):
+        both = [(arm, name, *arms[arm][name]) for arm, name in (ends[:2], ends[2:])]
+        names = [(arm, name, spec["architecture"]) for arm, name, spec, _ in both]
+        wanted.append((kind, *names, tuple(rows for *_, rows in both)))
+    rng = np.random.default_rng(options.seed)
+    for name, *_ in groups:
+        spec, rows = arms["trained"][name]
+        drawn = unit(rng.standard_normal(rows.shape, dtype=np.float32))
+        names = ("", "random", "random"), ("trained", name, spec["architecture"])
+        wanted.append(("random", *names, (drawn, rows)))
+    with ProcessPoolExecutor(job.args.threads) as pool:  # the matching holds Python's lock
+        made = list(pool.map(compare, *zip(*wanted, strict=True)))
+    cli.log.info("%d pairs of dictionaries matched", len(made))
+    out = own.Tables(TABLES)
+    out.add({"pairs": [row for row, _ in made], "cosines": pd.concat([bins for _, bins in made])})
+    return out
 
 
 def main() -> None:
-    parser = cli.parser(
-        "overlap", __doc__, saes="manifest.json of every arm's dictionaries, arms sorted by name*",
-        pairs="pairs.parquet", cosines="cosines.parquet",
+    own.main(
+        "overlap", __doc__, Options, TABLES, work,
+        saes="manifest.json of every arm's dictionaries, arms sorted by name*",
     )  # fmt: skip
-
-    def work(job: cli.Job) -> None:
-        args, options = job.args, job.section("own.overlap", Options)
-        found = dict(zip(sorted(job.spec["arms"]), map(living, args.saes), strict=True))
-        arms = {arm: found[arm] for arm in sorted(found, key=lambda a: a != "trained")}
-        groups = chosen(twins(next(iter(arms.values()))), options.dictionaries)
-        wanted = []
-        for kind, arm_a, a, arm_b, b in pairs(arms, groups):
-            (of_a, rows_a), (of_b, rows_b) = arms[arm_a][a], arms[arm_b][b]
-            names = (arm_a, a, of_a["architecture"]), (arm_b, b, of_b["architecture"])
-            wanted.append((kind, *names, (rows_a, rows_b)))
-        rng = np.random.default_rng(options.seed)
-        for name in (g[0] for g in groups):
-            spec, rows = arms["trained"][name]
-            drawn = units(rng.standard_normal(rows.shape, dtype=np.float32))
-            names = ("", "random", "random"), ("trained", name, spec["architecture"])
-            wanted.append(("random", *names, (drawn, rows)))
-        with ProcessPoolExecutor(args.threads) as pool:  # the matching holds Python's lock
-            made = list(pool.map(compare, *zip(*wanted, strict=True)))
-        certificate = job.certificate(args.saes, seed=options.seed)
-        tables.write_table(args.pairs, pd.DataFrame([row for row, _ in made]), certificate)
-        tables.write_table(args.cosines, pd.concat([h for _, h in made]), certificate)
-        cli.log.info("%d pairs of dictionaries matched", len(made))
-
-    cli.run("overlap", parser.parse_args(), work)
 
 
 if __name__ == "__main__":

@@ -16,20 +16,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import pandas as pd
 import torch
 from pydantic import Field
 
 from pipeline.circuits import eap
-from pipeline.job import cli
+from pipeline.job import cli, own
 from pipeline.job.source import import_file
+from pipeline.latents import latent_circuits
 from pipeline.latents import sites as latents
 from pipeline.latents.subsets import Ablation
 from pipeline.latents.units import Latents, Neurons, RandomDirections
 from pipeline.models import loader
 from pipeline.models.pairs import Pairs, Task
 from pipeline.spec.base import Section, Seeds
-from pipeline.store import tables
 from pipeline.text.tokens import Texts
 
 HERE = Path(__file__).parent
@@ -61,49 +60,73 @@ class Options(Section):
 
 
 class Structure:
-    """The circuits of one structure of prompts, of the prompts of one seed."""
+    """The circuits of one structure of prompts, of the prompts of one seed.
+
+    Attributes:
+        found, judged: the sites on the prompts that circuits are found on, and judged on.
+    """
 
     def __init__(
         self, name: str, loaded: Any, units: dict, options: Options, seed: int, device: Any
     ) -> None:
-        self.name, self.loaded, self.units, self.options = name, loaded, units, options
-        self.seed = seed
+        self.name, self.loaded, self.units = name, loaded, units
+        self.options, self.seed = options, seed
         n, m = options.n_prompts, options.n_judged
         drawn = prompts.draw(loaded.tokenizer, name, n + m, seed)
         self.text = drawn.pop("text")
-        self.hooks = {
-            "latents": list(units["latents"]),
-            "neurons": list(units["neurons"]),
-            "random": list(units["random"]),
-        }
+        hooks = list(dict.fromkeys(hook for own_units in units.values() for hook in own_units))
         self.found, self.judged = (
-            self._sites(part(drawn, piece), device) for piece in (slice(0, n), slice(n, n + m))
+            latents.Sites(
+                Task.of(loaded.hf, Pairs.of(part(drawn, piece), loaded.bos_id, device)), hooks
+            )
+            for piece in (slice(0, n), slice(n, n + m))
         )
         self.alphas = {"attribution": [0.0], "ig": eap.midpoints(options.ig_steps)}
 
-    def _sites(self, drawn: dict, device: Any) -> latents.Sites:
-        every = dict.fromkeys(h for hooks in self.hooks.values() for h in hooks)
-        pairs = Pairs.of(drawn, self.loaded.bos_id, device)
-        return latents.Sites(Task.of(self.loaded.hf, pairs), list(every))
-
-    def effects(self, kind: str, method: str) -> dict[str, latents.Effects]:
+    def effects(self, kind: str, method: str = "ig") -> dict[str, latents.Effects]:
         """hook -> effects of the nodes of a kind, on the prompts that circuits are found on."""
         alphas = self.alphas[method]
         return {h: latents.effects(self.found, h, u, alphas) for h, u in self.units[kind].items()}
 
-    def behaviour(self) -> dict[str, Any]:
-        """A row of the table behaviour, on the prompts that circuits are judged on."""
-        task = self.judged.task
-        clean, corrupt = task.before, task.before + task.total
-        row = {"n": len(clean), "logit_diff": clean.mean(), "corrupt_logit_diff": corrupt.mean()}
-        row |= {"accuracy": (clean > 0).float().mean()}
-        return {k: v.item() if torch.is_tensor(v) else v for k, v in row.items()} | self.example()
+    def progress(self, what: str, total: int, unit: str) -> Any:
+        """Reports how much of a part of the work is done."""
+        return cli.Progress(f"{self.name}: {what}", total, unit).at
 
-    def example(self) -> dict[str, Any]:
-        """The first of the prompts that circuits are found on, and P(answer | answer or foil)."""
-        pairs, texts = self.found.task.pairs, Texts(self.loaded.tokenizer)
+    def measured(self, manifest: str) -> dict[str, Any]:
+        """Rows of every table; of the graph's at the first seed alone.
+
+        Args:
+            manifest: of the activations.
+        """
+        options, rng = self.options, np.random.default_rng(self.seed)
+        found = {
+            "latents": self.effects("latents"),
+            "attribution": self.effects("latents", "attribution"),
+            "neurons": self.effects("neurons"),
+            "random": self.effects("random"),
+        }
+        ablations = {k: Ablation(self.judged, u) for k, u in self.units.items()}
+        kinds = curves.kinds(ablations, found, options.most_nodes, options.n_random, rng)
+        rows = latent_circuits.curves(kinds, self.progress("curves", len(kinds), "kinds"))
+        out = {"behaviour": [self.behaviour()], "curves": rows}
+        out |= self.estimates({"ig": found["latents"], "attribution": found["attribution"]})
+        if self.seed == options.seeds[0]:
+            out |= graph.tables(
+                found["latents"], self.units["latents"], self.found, self.alphas["ig"], options,
+                self.loaded, manifest, self.progress("edges", options.graph_nodes, "nodes"),
+            )  # fmt: skip
+        return out
+
+    def behaviour(self) -> dict[str, Any]:
+        """A row of the table behaviour, and an example: the first prompt that is found on."""
+        task, pairs, texts = self.judged.task, self.found.task.pairs, Texts(self.loaded.tokenizer)
+        clean, corrupt = task.before, task.before + task.total
         answer, foil = int(pairs.answer[0]), int(pairs.foil[0])
         return {
+            "n": len(clean),
+            "logit_diff": clean.mean().item(),
+            "corrupt_logit_diff": corrupt.mean().item(),
+            "accuracy": (clean > 0).float().mean().item(),
             "example": self.text[0],
             "tokens": texts.context(pairs.base[0].tolist()),
             "answer": texts.alone(answer),
@@ -112,123 +135,74 @@ class Structure:
             "p_answer": self.found.task.before[0].sigmoid().item(),
         }
 
-    def measured(self, manifest: str) -> dict[str, Any]:
-        """Rows of every table; of the graph's at the first seed alone."""
-        options, rng = self.options, np.random.default_rng(self.seed)
-        found = {
-            "latents": self.effects("latents", "ig"),
-            "attribution": self.effects("latents", "attribution"),
-            "neurons": self.effects("neurons", "ig"),
-            "random": self.effects("random", "ig"),
-        }
-        ablations = {k: Ablation(self.judged, u) for k, u in self.units.items()}
-        kinds = curves.kinds(ablations, found, options.most_nodes, options.n_random, rng)
-        progress = cli.Progress(f"{self.name}: curves", len(kinds), "kinds")
-        out: dict[str, Any] = {"behaviour": [self.behaviour()]}
-        out["curves"] = curves.curves(kinds, progress.at)
-        out["nodes"], out["sites"] = self.estimates(found)
-        if self.seed == options.seeds[0]:
-            out |= self.graph(found["latents"], manifest)
-        return out
+    def estimates(self, by: dict[str, dict]) -> dict[str, list[dict]]:
+        """Rows of nodes and sites: estimates beside the exact effects, of latents.
 
-    def graph(self, found: dict[str, latents.Effects], manifest: str) -> dict[str, pd.DataFrame]:
-        """The tables graph_nodes and graph_edges, of the effects of latents."""
-        options = self.options
-        alphas, units, sites = self.alphas["ig"], self.units["latents"], self.found
-        progress = cli.Progress(f"{self.name}: edges", options.graph_nodes, "nodes")
-        nodes, edges, drawn = graph.graph(
-            found, units, sites, alphas, options.graph_nodes, options.graph_edges,
-            progress.at,
-        )  # fmt: skip
-        said = graph.labels(drawn, units, sites, manifest, self.loaded, options.n_label_rows)
-        for column in ("tokens", "logits"):
-            nodes[column] = [said.get((n.hook, n.number), {}).get(column, "") for n in drawn]
-        ids = self.found.task.pairs.base[0].tolist()
-        shown = Texts(self.loaded.tokenizer).context(ids)
-        nodes["token"] = [shown[n.position] for n in drawn]
-        return {"graph_nodes": nodes, "graph_edges": edges}
-
-    def estimates(self, found: dict[str, dict]) -> tuple[list[dict], list[dict]]:
-        """Rows of nodes and sites: both estimates beside the exact effects, of latents."""
-        by = {"ig": found["latents"], "attribution": found["attribution"]}
-        nodes = [
-            node
-            for hook in self.hooks["latents"]
-            for node in dict.fromkeys(
-                n
-                for method in by.values()
-                for n in latents.strongest({hook: method[hook]}, self.options.n_exact, True)
-            )
+        Args:
+            by: estimate -> hook -> effects.
+        """
+        tops = [
+            latents.strongest({hook: effects[hook]}, self.options.n_exact, True)
+            for hook in self.units["latents"]
+            for effects in by.values()
         ]
-        progress = cli.Progress(f"{self.name}: exact patching", len(nodes), "nodes")
-        exact = latents.exact(self.found, self.units["latents"], nodes, progress.at).mean(-1)
+        nodes = list(dict.fromkeys(node for top in tops for node in top))
+        progress = self.progress("exact patching", len(nodes), "nodes")
+        exact = latents.exact(self.found, self.units["latents"], nodes, progress).mean(-1).tolist()
         made = {k: latents.scores(f, nodes).mean(-1).tolist() for k, f in by.items()}
         rows = [
-            {"layer": n.layer, "kind": n.kind} | n._asdict()
-            | {"exact": e} | {k: v[i] for k, v in made.items()}
-            for i, (n, e) in enumerate(zip(nodes, exact.tolist(), strict=True))
-        ]  # fmt: skip
+            {"layer": n.layer, "kind": n.kind, **n._asdict(), "exact": exact[i]}
+            | {k: v[i] for k, v in made.items()}
+            for i, n in enumerate(nodes)
+        ]
         n = len(self.found.task.before)
         sites = [
             {"hook": hook, "whole": float(self.found.whole(hook).mean())}
             | {k: float(f[hook].latents.sum() + f[hook].error.sum()) / n for k, f in by.items()}
             | {"errors": float(by["ig"][hook].error.sum() / n)}
-            for hook in self.hooks["latents"]
+            for hook in self.units["latents"]
         ]
-        return rows, sites
+        return {"nodes": rows, "sites": sites}
 
 
 def part(drawn: dict[str, Any], piece: slice) -> dict[str, Any]:
     """Some of the prompts."""
-    out = {k: v[piece] for k, v in drawn.items() if k != "positions"}
-    return out | {"positions": {k: v[piece] for k, v in drawn["positions"].items()}}
+    cut = lambda v: {k: p[piece] for k, p in v.items()} if isinstance(v, dict) else v[piece]  # noqa: E731
+    return {name: cut(values) for name, values in drawn.items()}
 
 
 def units_of(found: dict[str, Latents], loaded: Any, seed: int) -> dict[str, dict]:
     """latents, neurons, random -> hook -> units, at the hooks of the dictionaries `found`."""
     d_mlp = loaded.hf.config.intermediate_size
-    neurons = {}
-    for hook, units in found.items():
+    neurons, random = {}, {}
+    for i, (hook, u) in enumerate(found.items()):
         at_mlp = hook.endswith("hook_mlp_out")
-        own = hook.replace("hook_mlp_out", "mlp.hook_post")
-        neurons[own] = Neurons(d_mlp if at_mlp else units.sae.W_dec.shape[1])
-    random = {
-        hook: Latents(RandomDirections(u.sae, seed + i), u.skip_first, u.max_norm)
-        for i, (hook, u) in enumerate(found.items())
-    }
+        n = d_mlp if at_mlp else u.sae.W_dec.shape[1]
+        neurons[hook.replace("hook_mlp_out", "mlp.hook_post")] = Neurons(n)
+        drawn = RandomDirections(u.sae, seed + i)
+        random[hook] = Latents(drawn, u.skip_first, u.max_norm)
     return {"latents": found, "neurons": neurons, "random": random}
 
 
+@torch.no_grad()
+def work(job: cli.Job, options: Options) -> own.Tables:
+    """Rows of all tables, each seed and structure in turn."""
+    args, device, out = job.args, job.device(), own.Tables(TABLES)
+    loaded = loader.load(args.model, device)
+    found = latents.load(args.saes, options.saes, args.activations, device)
+    for seed in options.seeds:
+        units = units_of(found, loaded, seed)
+        for name in options.structures:
+            structure = Structure(name, loaded, units, options, seed, device)
+            out.add(structure.measured(args.activations), {"structure": name}, seed=seed)
+    return out
+
+
 def main() -> None:
-    parser = cli.parser(
-        "agreement", __doc__, model="model.json",
+    own.main(
+        "agreement", __doc__, Options, TABLES, work, model="model.json",
         activations="manifest.json of the activations", saes="manifests of the SAE jobs*",
-        **{t: f"{t}.parquet" for t in TABLES},
     )  # fmt: skip
-
-    def work(job: cli.Job) -> None:
-        args, options = job.args, job.section("own.agreement", Options)
-        device = job.device()
-        made: dict[str, list[pd.DataFrame]] = {t: [] for t in TABLES}
-        with torch.no_grad():
-            loaded = loader.load(args.model, device)
-            found = latents.load(args.saes, options.saes, args.activations, device)
-            for seed in options.seeds:
-                units = units_of(found, loaded, seed)
-                for name in options.structures:
-                    structure = Structure(name, loaded, units, options, seed, device)
-                    for table, rows in structure.measured(args.activations).items():
-                        frame = pd.DataFrame(rows)
-                        frame.insert(0, "structure", name)
-                        made[table].append(frame.assign(seed=seed))
-        inputs = [args.model, args.activations, *args.saes]
-        certificate = job.certificate(inputs, seed=options.seeds)
-        for table, frames in made.items():
-            tables.write_table(
-                getattr(args, table), pd.concat(frames, ignore_index=True), certificate
-            )
-
-    cli.run("agreement", parser.parse_args(), work)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Faithfulness and completeness against the number of nodes, for every kind of node. [torch]
+"""The kinds of nodes whose faithfulness and completeness are compared. [torch]
 
 Nodes are found on one set of prompts and judged on another (Marks et al. 2024, Sec. 4). They enter
 in the order of |effect|. Kinds of nodes, all at the same sites:
@@ -15,80 +15,36 @@ in the order of |effect|. Kinds of nodes, all at the same sites:
 With no node and with all, the model is the same for every kind: means are linear.
 """
 
-from collections.abc import Callable
-from typing import Any, NamedTuple
-
 import numpy as np
 
+from pipeline.latents.latent_circuits import Kind
 from pipeline.latents.sites import Effects, strongest
 from pipeline.latents.subsets import Ablation
-from pipeline.latents.units import ERROR, Latent
-
-
-class Kind(NamedTuple):
-    """A kind of nodes: how the model is ablated by them, and their order."""
-
-    name: str
-    ablation: Ablation
-    order: list[Latent]
-
-
-def sizes(most: int) -> list[int]:
-    """1, 2, 4, … and `most`."""
-    return [*(2**i for i in range(64) if 2**i < most), most] if most else []
+from pipeline.latents.units import ERROR
 
 
 def kinds(
     ablations: dict[str, Ablation], effects: dict[str, dict[str, Effects]], most: int,
     n_random: int, rng: np.random.Generator,
 ) -> list[Kind]:  # fmt: skip
-    """All kinds of nodes, at most `most` of each.
+    """All kinds of nodes, at most `most` of each; latents and neurons are also taken out.
 
     Args:
         ablations: by latents, neurons, random.
         effects: of latents, attribution (of latents), neurons, random: hook -> effects.
         n_random: orders of random_nodes.
     """
-    everything = {name: strongest(found, 10**9, True) for name, found in effects.items()}
-    without = lambda nodes: [n for n in nodes if n.number != ERROR]  # noqa: E731
-    latents, random = everything["latents"], everything["random"]
-    out = [
-        Kind("latents", ablations["latents"], latents),
-        Kind("attribution", ablations["latents"], everything["attribution"]),
-        Kind("no_errors", ablations["latents"], without(latents)),
-        Kind("errors", ablations["latents"], [n for n in latents if n.number == ERROR]),
-        Kind("neurons", ablations["neurons"], everything["neurons"]),
-        Kind("random", ablations["random"], random),
-        Kind("random_no_errors", ablations["random"], without(random)),
-    ]
+    orders = {name: strongest(found, 10**9, True) for name, found in effects.items()}
+    latents = orders["latents"]
+    for whole, part in (("latents", "no_errors"), ("random", "random_no_errors")):
+        orders[part] = [n for n in orders[whole] if n.number != ERROR]
+    orders["errors"] = [n for n in latents if n.number == ERROR]
     for i in range(n_random):
-        order = [latents[j] for j in rng.permutation(len(latents))]
-        out.append(Kind(f"random_nodes {i}", ablations["latents"], order))
-    return [k._replace(order=k.order[:most]) for k in out]
-
-
-def curves(kinds: list[Kind], told: Callable[[int], None] = lambda _: None) -> list[dict[str, Any]]:
-    """A row a kind and number of nodes: m and m of the complement, and both as shares."""
-    rows = []
-    for done, (name, ablation, order) in enumerate(kinds, 1):
-        counts = sizes(len(order))
-        circuits = [frozenset(order[:n]) for n in counts]
-        none = float(ablation.metric([frozenset()]).mean())
-        whole = float(ablation.sites.task.before.mean())
-        kept = ablation.metric(circuits).mean(-1).tolist() if circuits else []
-        gone = [float("nan")] * len(counts)
-        if name in ("latents", "neurons"):
-            gone = ablation.metric(circuits, complement=True).mean(-1).tolist()
-        base = whole - none if whole > none else float("nan")  # no share of what is not there
-        share = lambda m, none=none, base=base: (m - none) / base  # noqa: E731
-        for n, m, without in [(0, none, whole), *zip(counts, kept, gone, strict=True)]:
-            row = {
-                "kind": name.split()[0],
-                "draw": name,
-                "n_nodes": n,
-                "m": m,
-                "m_without": without,
-            }
-            rows.append(row | {"faithfulness": share(m), "completeness": share(without)})
-        told(done)
-    return rows
+        orders[f"random_nodes {i}"] = [latents[j] for j in rng.permutation(len(latents))]
+    own = {"neurons": "neurons", "random": "random", "random_no_errors": "random"}
+    names = "latents attribution no_errors errors neurons random random_no_errors".split()
+    names += [f"random_nodes {i}" for i in range(n_random)]
+    return [
+        Kind(n, ablations[own.get(n, "latents")], orders[n][:most], n in ("latents", "neurons"))
+        for n in names
+    ]

@@ -1,9 +1,7 @@
-"""The circuit as a graph: its strongest nodes, edges between them, what a latent says. [torch]
+"""The tables graph_nodes and graph_edges, and what a latent says. [torch]
 
-1. nodes   of largest |latent_ig| at one position, error terms among them, and the logits.
-2. edges   of largest |effect| among those (subsets.py).
-3. labels  of a latent: the held-out tokens on which it is largest, and the logits that its
-           direction raises by the direct path.
+The graph is that of pipeline/latents/latent_circuits.py. The label of a latent is the held-out
+tokens on which it is largest, and the logits that its direction raises by the direct path.
 """
 
 from typing import Any
@@ -11,9 +9,8 @@ from typing import Any
 import pandas as pd
 import torch
 
-from pipeline.latents import features
-from pipeline.latents.sites import Effects, Sites, scores, strongest
-from pipeline.latents.subsets import edges
+from pipeline.latents import features, latent_circuits
+from pipeline.latents.sites import Sites
 from pipeline.latents.units import ERROR, Latent, Latents
 from pipeline.models import hooks
 from pipeline.store import shards
@@ -63,38 +60,22 @@ def labels(
     return out
 
 
-def name(node: Latent) -> str:
-    """Such as 'resid_post 12/345 @1'."""
-    number = "error" if node.number == ERROR else node.number
-    return f"{node.kind.removesuffix('_error')} {node.layer}/{number} @{node.position}"
+def tables(
+    found: dict, units: dict, sites: Any, alphas: list[float], options: Any, loaded: Any,
+    manifest: str, on_progress: Any,
+) -> dict[str, pd.DataFrame]:  # fmt: skip
+    """Nodes with the token of the first prompt that they stand on and what they say; edges.
 
-
-def graph(
-    found: dict[str, Effects], units: dict[str, Latents], sites: Sites, alphas: list[float],
-    n_nodes: int, n_edges: int, told: Any = lambda _: None,
-) -> tuple[pd.DataFrame, pd.DataFrame, list[Latent]]:  # fmt: skip
-    """Tables of nodes and edges, and the nodes.
-
-    The columns of nodes: name, hook, layer, kind, number (-1: error), position, activation (mean
-    over prompts; of an error its norm), effect. The logits are the node 'logits'.
+    Args:
+        found, units: hook -> effects, and the latents that have them.
+        manifest: of the activations, out of which labels are read.
     """
-    nodes = strongest(found, n_nodes, by_position=True)
-    effect = scores(found, nodes).mean(-1).tolist()
-    rows = []
-    for node, value in zip(nodes, effect, strict=True):
-        f, e = units[node.hook].split(sites.base[node.hook])
-        size = e[:, node.position].norm(dim=-1) if node.number == ERROR else (
-            f[:, node.position, node.number]
-        )  # fmt: skip
-        row = {"name": name(node), "layer": node.layer, "kind": node.kind} | node._asdict()
-        rows.append(row | {"activation": float(size.mean()), "effect": value})
-    made, weights = edges(sites, units, nodes, alphas, told)
-    end = {"source": "", "target": "logits", "effect": 0.0}
-    links = [
-        end | {"source": name(e.source), "effect": w}
-        | ({"target": name(e.target)} if e.target else {})
-        for e, w in zip(made, weights.tolist(), strict=True)
-    ]  # fmt: skip
-    table = pd.DataFrame([x for x in links if x["effect"]], columns=list(end))
-    strong = table["effect"].abs().sort_values(ascending=False, kind="stable").index[:n_edges]
-    return pd.DataFrame(rows), table.loc[sorted(strong)].reset_index(drop=True), nodes
+    nodes, edges, drawn = latent_circuits.graph(
+        found, units, sites, alphas, options.graph_nodes, options.graph_edges, on_progress
+    )
+    said = labels(drawn, units, sites, manifest, loaded, options.n_label_rows)
+    for column in ("tokens", "logits"):
+        nodes[column] = [said.get((n.hook, n.number), {}).get(column, "") for n in drawn]
+    prompt = Texts(loaded.tokenizer).context(sites.task.pairs.base[0].tolist())
+    nodes["token"] = [prompt[n.position] for n in drawn]
+    return {"graph_nodes": nodes, "graph_edges": edges}

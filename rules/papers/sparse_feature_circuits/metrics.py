@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.claims.seeds import by_seed
 from pipeline.latents.agreement import agreement
 
 METRICS = {  # the first pattern that fits a name counts
@@ -68,18 +69,15 @@ def area(n: np.ndarray, values: np.ndarray, last: int) -> float:
     return float(np.interp(grid, np.log(n), np.clip(values, 0, 1)).mean())
 
 
-def mean_curve(rows: Any) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """n, faithfulness and completeness of a kind, over its draws; without the empty circuit."""
-    own = rows[rows["n_nodes"] > 0].groupby("n_nodes")[["faithfulness", "completeness"]].mean()
-    return own.index.to_numpy(float), own["faithfulness"].to_numpy(), own["completeness"].to_numpy()
-
-
 def of_curves(rows: Any) -> dict[str, float]:
-    """Of one structure."""
-    out, drawn = {}, {kind: mean_curve(own) for kind, own in rows.groupby("kind", sort=False)}
-    drawn = {kind: c for kind, c in drawn.items() if len(c[0])}
-    last = int(max(n[-1] for n, _, _ in drawn.values()))
-    for kind, (n, faithful, without) in drawn.items():
+    """The metrics of one structure; curves are means over draws, without the empty circuit."""
+    out, some = {}, rows[rows["n_nodes"] > 0]
+    means = some.groupby(["kind", "n_nodes"], sort=False)[["faithfulness", "completeness"]].mean()
+    last = int(some["n_nodes"].max())
+    for kind, own in means.groupby(level=0, sort=False):
+        curve = own.droplevel(0).sort_index()
+        n = curve.index.to_numpy(float)
+        faithful, without = (curve[c].to_numpy() for c in ("faithfulness", "completeness"))
         out[f"{kind}.n_half"] = crossing(n, faithful, HALF)
         out[f"{kind}.area"] = area(n, faithful, last)
         out[f"{kind}.last"] = float(faithful[-1])
@@ -154,11 +152,6 @@ def of_seed(part: dict[str, Any]) -> dict[str, float]:
 
 
 def metrics(tables: dict[str, Any]) -> dict[str, list[float]]:
-    """See METRICS; one value a seed, NaN where a seed has none."""
-    part = {name: tables[f"agreement/{name}"] for name in ("behaviour", "curves", "nodes", "sites")}
-    found = [
-        of_seed({name: frame[frame["seed"] == seed] for name, frame in part.items()})
-        for seed in part["behaviour"]["seed"].unique()
-    ]
-    names = dict.fromkeys(name for one in found for name in one)
-    return {name: [float(one.get(name, np.nan)) for one in found] for name in names}
+    """See METRICS; one value per seed, NaN where a seed has none."""
+    names = ("behaviour", "curves", "nodes", "sites")
+    return by_seed({name: tables[f"agreement/{name}"] for name in names}, of_seed)

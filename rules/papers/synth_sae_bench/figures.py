@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from pipeline.figures.parts import Drawn, Panels, heat, key, line, points
+from pipeline.figures.parts import Drawn, Panels, heat, key, line, points, styled
 from pipeline.figures.theme import INK, PALETTE, SEQUENTIAL, axis, rgba, scale
 
 LOOK = {  # architecture of a dictionary's name -> what the legend says, colour
@@ -54,7 +54,7 @@ def finished(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def pareto(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
-    """Every measure over L0, one line an architecture; published points as open circles.
+    """Every measure over L0, a line for each architecture; published points as open circles.
 
     L0 is relative to that of as many features, the most frequent, as there are latents, so that
     ground truths of different sizes can be compared.
@@ -63,30 +63,27 @@ def pareto(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     """
     ours = finished(tables["recovery/dictionaries"]).assign(source="ours")
     ours["architecture"] = ours["dictionary"].map(architecture)
-    theirs = {
-        k: pd.DataFrame(v).assign(
-            architecture=k, source="published",
-            relative_l0=lambda t: t["l0"] / options["published_true_l0"],
-        )
+    theirs = pd.concat([pd.DataFrame({"architecture": []})] + [
+        pd.DataFrame(v).assign(architecture=k, source="published")
         for k, v in options.get("published", {}).items()
-    }  # fmt: skip
+    ])  # fmt: skip
+    if len(theirs):
+        theirs["relative_l0"] = theirs["l0"] / options["published_true_l0"]
     panels = Panels(list(PANELS.values()), 3, gap=(0.09, 0.12), shared_xaxes=True)
-    for name in [a for a in LOOK if a in set(ours["architecture"])]:
-        rows = ours[ours["architecture"] == name].sort_values("l0")
+    for rows, name, look in styled(ours.sort_values("l0"), "architecture", LOOK):
+        given = theirs[theirs["architecture"] == name].dropna(axis="columns", how="all")
         for i, measure in enumerate(PANELS):
-            panels.add(i, _ours(rows, measure, name))
-            if name in theirs and measure in theirs[name]:
-                panels.add(i, _published(theirs[name], measure, name))
-    if theirs:
+            panels.add(i, _ours(rows, measure, name, *look))
+            if measure in given and len(given):
+                panels.add(i, _published(given, measure, name, *look))
+    if len(theirs):
         panels.add(0, key("published ± sd", INK, "circle-open", size=11))
     panels.axes("L0 ÷ true L0")
-    return panels.finish(600, legend=40, top=104), pd.concat(
-        [ours, *theirs.values()], ignore_index=True
-    )
+    frame = pd.concat([ours, theirs], ignore_index=True)
+    return panels.finish(600, legend=40, top=104), frame
 
 
-def _ours(rows: pd.DataFrame, measure: str, name: str) -> go.Scatter:
-    label, colour = LOOK[name]
+def _ours(rows: pd.DataFrame, measure: str, name: str, label: str, colour: str) -> go.Scatter:
     symbol = "x" if name == "random_decoder" else "circle"
     hover = f"{label}, L0 %{{customdata[0]:.1f}}: %{{y:.4f}}<br>%{{customdata[1]:,.0f}} samples"
     return line(
@@ -96,8 +93,7 @@ def _ours(rows: pd.DataFrame, measure: str, name: str) -> go.Scatter:
     )  # fmt: skip
 
 
-def _published(table: pd.DataFrame, measure: str, name: str) -> go.Scatter:
-    label, colour = LOOK[name]
+def _published(table: pd.DataFrame, measure: str, name: str, label: str, colour: str) -> go.Scatter:
     sd = {"type": "data", "array": table[f"{measure}_sd"].tolist(), "thickness": 1, "width": 3}
     return points(
         table["relative_l0"], table[measure], "", colour, size=12, symbol="circle-open",
@@ -107,10 +103,10 @@ def _published(table: pd.DataFrame, measure: str, name: str) -> go.Scatter:
 
 
 def matched(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
-    """How near the latents are to their matched features: a row a dictionary, a column a cosine."""
-    table = tables["recovery/latents"]
+    """How near latents are to their matched features: a row per dictionary, a column per cosine."""
+    table = tables["recovery/latents"].dropna(subset="matched_cosine")
     names = ordered(table["dictionary"])[::-1]
-    by_name = table.dropna(subset="matched_cosine").groupby("dictionary")["matched_cosine"]
+    by_name = table.groupby("dictionary")["matched_cosine"]
     cosines = [by_name.get_group(name) for name in names]
     shares = np.array([np.histogram(c, BINS)[0] / len(c) for c in cosines])
     middle, labels = (BINS[:-1] + BINS[1:]) / 2, [titled(n) for n in names]
@@ -151,20 +147,17 @@ def frequency(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     names, panels = ordered(frame["dictionary"]), Panels()
     levels = [level for level in LEVELS if any(n.endswith(f"_{level}") for n in names)]
     for name in names:
-        trace = _by_frequency(frame[frame["dictionary"] == name], name)
+        rows = frame[frame["dictionary"] == name]
+        label = titled(name).removesuffix(", low L0")  # the list says it
+        hover = f"{label}: %{{y:.3f}}<br>%{{customdata[0]:,}} features active in %{{x:.2%}} of "
+        trace = line(
+            rows["probability"], rows["cosine"], label, LOOK[architecture(name)][1], width=1.8,
+            dash="dot" if architecture(name) == "random_decoder" else "solid",
+            marker={"size": 5}, customdata=rows[["features", "recovered"]].to_numpy().tolist(),
+            hover=hover + "samples, %{customdata[1]:.0%} of them above 0.8",
+        )  # fmt: skip
         panels.add(0, trace, case=levels.index(name.rpartition("_")[2]))
     panels.choose(LEVELS[level] for level in levels)
     x = axis("samples in which the feature is active", log=True, tickformat=".2~%")
     y = axis("mean |cos| of feature and nearest latent", range=[0, 1.03])
     return panels.finish(460, top=72, xaxis=x, yaxis=y), frame.drop(columns="bin")
-
-
-def _by_frequency(rows: pd.DataFrame, name: str) -> go.Scatter:
-    label = titled(name).removesuffix(", low L0")  # the list says it
-    dash = "dot" if architecture(name) == "random_decoder" else "solid"
-    hover = f"{label}: %{{y:.3f}}<br>%{{customdata[0]:,}} features active in %{{x:.2%}} of samples"
-    return line(
-        rows["probability"], rows["cosine"], label, LOOK[architecture(name)][1], width=1.8,
-        dash=dash, marker={"size": 5}, hover=hover + ", %{customdata[1]:.0%} of them above 0.8",
-        customdata=rows[["features", "recovered"]].to_numpy().tolist(),
-    )  # fmt: skip

@@ -2,19 +2,19 @@
 each recovers the true features (Chanin & Garriga-Alonso 2026).
 
 1. The ground truth is built from its config (world.py).
-2. All dictionaries are shown the same batches (pipeline/sae/train.py, learner.py). One with fewer
-   samples than the others leaves early.
-3. At every milestone the dictionaries that stand there are measured on fresh samples (measures.py);
-   so those of equal training can be compared.
+2. All dictionaries are trained on the same batches (pipeline/sae/train.py, learner.py). One with
+   fewer samples than the others leaves early.
+3. At every milestone the dictionaries that have come so far are measured on fresh samples
+   (measures.py), so that those of equal training can be compared.
 4. Until all is done everything lies in `<saes>.partial/`, checkpoints and the tables of passed
    milestones among it: a killed job goes on there and ends with the same numbers.
 5. With `parts` the dictionaries are divided. A process takes the first part that no other holds;
-   several, one a GPU, may be started with the same arguments and --train-only. The one without
-   that flag waits for all parts and joins them.
+   several, one for each GPU, may be started with the same arguments and --train-only. The one
+   without that flag waits for all parts and joins them.
 
-Tables: `dictionaries` has one row a dictionary, seed and milestone; `latents` one a latent of a
-finished dictionary, `features` one a true feature of it, `history` the batches of about a hundred
-steps. The folders in `saes` are SAELens's.
+Tables: `dictionaries` has a row for each dictionary, seed and milestone; `latents` one for each
+latent of a finished dictionary, `features` one for each true feature, `history` one for about every
+hundredth step. The folders in `saes` are SAELens's.
 """
 
 import fcntl
@@ -26,21 +26,27 @@ from typing import Any
 
 import numpy as np
 import pandas as pd
+import torch
 from pydantic import Field, model_validator
 
 from pipeline.errors import nearest
-from pipeline.job import cli
+from pipeline.job import cli, own
 from pipeline.job.source import import_file
+from pipeline.sae.sae import save
+from pipeline.sae.train import HISTORY, build, train
 from pipeline.spec.base import Name
 from pipeline.spec.paper import Section
 from pipeline.spec.sae import SaeSpec, SaeTraining
 from pipeline.store import provenance, tables
+from pipeline.store.checkpoints import Checkpoints
 
 HERE = Path(__file__).parent
 ground = import_file(HERE / "world.py")
 learning = import_file(HERE / "learner.py")
+measures = import_file(HERE / "measures.py")
 TABLES = ("dictionaries", "latents", "features", "history")
 TUNED = {"standard": "l1_coefficient", "gated": "l1_coefficient", "jumprelu": "l0_coefficient"}
+SHORT = ("f1", "mcc", "uniqueness", "explained_variance", "l0", "dead_share")  # for the log
 
 
 class Recipe(SaeSpec):
@@ -70,10 +76,7 @@ class Recipe(SaeSpec):
 
 
 class Part(Section):
-    """Dictionaries that share a process, its GPU and its stream; all parts draw the same samples.
-
-    Processes that are given the same folder divide the parts among them.
-    """
+    """Dictionaries that share a process and its GPU; all parts draw the same samples."""
 
     dictionaries: list[Name] = Field(min_length=1)
     seeds: list[int] = Field(default=[0], min_length=1, description="of initial weights")
@@ -125,12 +128,12 @@ class Options(Section):
         return self
 
     def divided(self) -> "list[Options]":
-        """One part each, in the order of their worth."""
-        rows = [
-            {"dictionaries": {n: self.dictionaries[n] for n in p.dictionaries}, "seeds": p.seeds}
-            for p in self.parts
-        ]
-        return [self.model_copy(update=row | {"parts": []}) for row in rows] or [self]
+        """The options of each part."""
+        chosen = [({n: self.dictionaries[n] for n in p.dictionaries}, p.seeds) for p in self.parts]
+        return [
+            self.model_copy(update={"dictionaries": some, "seeds": seeds, "parts": []})
+            for some, seeds in chosen
+        ] or [self]
 
     def steps_of(self, recipe: Recipe) -> int:
         """Steps of a dictionary's whole training."""
@@ -144,35 +147,27 @@ class Options(Section):
 
 def learners(options: Options, stream: Any, d_in: int) -> list[Any]:
     """Every dictionary and seed with its initial weights, on the stream's device."""
-    from pipeline.sae.train import build
-
-    scale = stream.norm_scale()
-    out = []
+    scale, out = stream.norm_scale(), []
     for name, recipe in options.dictionaries.items():
-        n_steps = options.steps_of(recipe)
-        start = round(recipe.start_share * n_steps)
-        target = None
+        n_steps, target = options.steps_of(recipe), None
         if recipe.target_l0:
             coefficient = getattr(recipe, TUNED[recipe.architecture])
+            start = round(recipe.start_share * n_steps)
             target = learning.Target(coefficient, recipe.target_l0, start, options.control)
         training = SaeTraining(
-            n_rows=n_steps * options.batch_size,
-            batch_size=options.batch_size,
-            lr=options.lr,
-            warmup_steps=0,
-            decay_share=0,
+            n_rows=n_steps * options.batch_size, batch_size=options.batch_size, lr=options.lr,
+            warmup_steps=0, decay_share=0,
             dead_rows=(options.dead_steps + 1) * options.batch_size,  # silent for more than that
-        )
+        )  # fmt: skip
+        normalize = "expected_average_only_in" if recipe.normalize else "none"
         for seed in options.seeds:
-            sae = build(
-                recipe.model_copy(update={"seed": seed}),
-                d_in,
-                normalize="expected_average_only_in" if recipe.normalize else "none",
-                metadata={"hook_name": "synthetic"},
-            ).to(stream.sampler.device)
+            spec, metadata = recipe.model_copy(update={"seed": seed}), {"hook_name": "synthetic"}
+            sae = build(spec, d_in, normalize=normalize, metadata=metadata)
             about = {"dictionary": name, "seed": seed, "architecture": recipe.architecture}
-            own_scale = scale if recipe.normalize else 1.0
-            one = learning.Learner(about, sae, training, scale=own_scale, target=target)
+            one = learning.Learner(
+                about, sae.to(stream.sampler.device), training,
+                scale=scale if recipe.normalize else 1.0, target=target,
+            )  # fmt: skip
             one.target_l0 = recipe.target_l0 or recipe.k
             out.append(one)
     return out
@@ -191,12 +186,9 @@ def batches(stream: Any, n: int) -> Iterator[tuple[Any, Any]]:
 
 def measured(some: list[Any], stream: Any, n: int, step: int) -> dict[str, pd.DataFrame]:
     """The tables `dictionaries`, `latents` and `features` of some learners after `step` steps."""
-    measures = import_file(HERE / "measures.py")
-    sampler = stream.sampler
+    sampler, out = stream.sampler, own.Tables(TABLES[:3])
     start = lambda one: measures.Recovery(one.sae, one.scale, sampler.directions)  # noqa: E731
-    with (
-        ThreadPoolExecutor() as pool
-    ):  # matching 4,096 latents takes a core seconds, without the GIL
+    with ThreadPoolExecutor() as pool:  # matching 4,096 latents takes seconds without the GIL
         found = list(pool.map(start, some))
     active, count = 0, 0
     for x, truth in batches(stream, n):
@@ -204,38 +196,26 @@ def measured(some: list[Any], stream: Any, n: int, step: int) -> dict[str, pd.Da
         for recovery in found:
             recovery.add(x, truth)
     rate = (active / count).cpu().numpy()
-    n_samples = step * stream.batch_size
-    numbers, latents, features = [], [], []
+    table = {"feature": np.arange(len(rate)), "level": sampler.level.cpu().numpy()}
+    features = pd.DataFrame(table).assign(probability=rate)
     for one, recovery in zip(some, found, strict=True):
-        key = {**one.about, "n_samples": n_samples}
-        ended = {"ended": one.n_steps == step, "target_l0": float(one.target_l0)}
-        tuned = {} if one.tuner is None else {"coefficient": float(one.tuner.coefficient())}
+        key = {**one.about, "n_samples": step * stream.batch_size}
         d_sae = len(recovery.matched)
-        more = {"true_l0": rate.sum(), "true_l0_first": rate[:d_sae].sum(), "d_sae": d_sae}
-        numbers.append(key | ended | {"coefficient": np.nan} | tuned | recovery.told() | more)
-        latents.append(recovery.latents().assign(**key))
-        table = {"feature": np.arange(len(rate)), "level": sampler.level.cpu().numpy()}
-        table |= {"probability": rate, "cosine": recovery.feature_cosine}
-        features.append(pd.DataFrame(table).assign(**key))
-        cli.log.info("%s after %d samples: %s", one.name, n_samples, _short(numbers[-1]))
-    join = lambda frames: pd.concat(frames, ignore_index=True)  # noqa: E731
+        row = {"ended": one.n_steps == step, "target_l0": float(one.target_l0)}
+        row["coefficient"] = float(one.tuner.coefficient()) if one.tuner else np.nan
+        row |= recovery.summary() | {"true_l0": rate.sum(), "true_l0_first": rate[:d_sae].sum()}
+        out.add({"dictionaries": [row | {"d_sae": d_sae}]}, key)
+        of_features = features.assign(cosine=recovery.feature_cosine)
+        out.add({"latents": recovery.latents(), "features": of_features}, **key)
+        said = ", ".join(f"{name} {row[name]:.4f}" for name in SHORT)
+        cli.log.info("%s after %d samples: %s", one.name, key["n_samples"], said)
+    made = dict(out.frames())
     small = {"level": "int8", "cosine": "float32", "probability": "float32"}
-    return {
-        "dictionaries": pd.DataFrame(numbers),
-        "latents": join(latents),
-        "features": join(features).astype(small),
-    }
-
-
-def _short(row: dict[str, Any]) -> str:
-    names = ("f1", "mcc", "uniqueness", "explained_variance", "l0", "dead_share")
-    return ", ".join(f"{n} {row[n]:.4f}" for n in names)
+    return made | {"features": made["features"].astype(small)}
 
 
 def history(some: list[Any]) -> pd.DataFrame:
     """The batches that were recorded in training."""
-    from pipeline.sae.train import HISTORY
-
     frames = [pd.DataFrame(o.history, columns=HISTORY).assign(sae=o.name) for o in some]
     frame = pd.concat(frames, ignore_index=True)[["sae", *HISTORY]]
     return frame.astype({"step": "int64", "rows": "int64"})
@@ -249,26 +229,19 @@ def key_of(options: Options, job: cli.Job) -> str:
 
 def run(options: Options, job: cli.Job, partial: Path) -> tuple[list[Any], list[dict]]:
     """Train, or go on training, and measure: the learners, and the tables of every milestone."""
-    import torch
-
-    from pipeline.sae.train import train
-    from pipeline.store.checkpoints import Checkpoints
-
-    device = job.torch_device
     torch.set_float32_matmul_precision("high")  # TF32, where the paper computes in bfloat16
-    sampler = ground.Sampler(ground.build(options.world, device))
+    sampler = ground.Sampler(ground.build(options.world, job.torch_device))
     how = {"batch_size": options.batch_size, "bulk": options.bulk, "seed": options.data_seed}
     stream = ground.Stream(sampler, **how)
     fresh = ground.Stream(sampler, **how, kind=ground.EVALUATION)
     some = learners(options, stream, options.world.d_model)
     learning.overlap(some, options.cuda_streams)
-    key = key_of(options, job)
-    checkpoints, out = Checkpoints(partial, key), []
-    done = checkpoints.load(some)
-    total = options.ends()[-1] * options.batch_size
-    progress = cli.Progress("recovery", total, "samples", done * options.batch_size)
-    for end in options.ends():
-        kept = [partial / f"{key[:12]}-{end}-{name}.parquet" for name in TABLES[:3]]
+    key, ends, out = key_of(options, job), options.ends(), []
+    checkpoints = Checkpoints(partial, key)
+    done, rows = checkpoints.load(some), options.batch_size
+    progress = cli.Progress("recovery", ends[-1] * rows, "samples", done * rows)
+    for end in ends:
+        kept = {n: partial / f"{key[:12]}-{end}-{n}.parquet" for n in TABLES[:3]}
         standing = [one for one in some if one.n_steps >= end]
         if done < end:
             train(
@@ -277,11 +250,10 @@ def run(options: Options, job: cli.Job, partial: Path) -> tuple[list[Any], list[
             )  # fmt: skip
             done = end
             checkpoints.save(done, some)
-        if not all(path.exists() for path in kept):
-            found = measured(standing, fresh, options.n_eval_samples, end)
-            for path, name in zip(kept, TABLES, strict=False):
-                tables.write_table(path, found[name], {})
-        out.append({n: tables.read_table(p) for p, n in zip(kept, TABLES, strict=False)})
+        if not all(path.exists() for path in kept.values()):
+            for name, frame in measured(standing, fresh, options.n_eval_samples, end).items():
+                tables.write_table(kept[name], frame, {})
+        out.append({name: tables.read_table(path) for name, path in kept.items()})
     return some, out
 
 
@@ -294,18 +266,12 @@ def finished(parts: list[dict], table: str) -> pd.DataFrame:
 
 def part(options: Options, job: cli.Job, folder: Path) -> None:
     """Train and measure one part, and leave its tables and dictionaries in `folder`/done."""
-    from pipeline.sae.sae import save
-
     some, parts = run(options, job, folder)
     made, writing = job.certificate([], seed=options.data_seed), folder / "writing-done"
     shutil.rmtree(writing, ignore_errors=True)
-    found = {
-        "dictionaries": pd.concat([p["dictionaries"] for p in parts], ignore_index=True),
-        "latents": finished(parts, "latents"),
-        "features": finished(parts, "features"),
-        "history": history(some),
-    }
-    for name, frame in found.items():
+    found = {name: finished(parts, name) for name in ("latents", "features")}
+    found["dictionaries"] = pd.concat([p["dictionaries"] for p in parts], ignore_index=True)
+    for name, frame in (found | {"history": history(some)}).items():
         tables.write_table(writing / f"{name}.parquet", frame, made)
     for one in some:
         save(one, writing / "saes" / one.name, one.scale, made)
@@ -314,24 +280,21 @@ def part(options: Options, job: cli.Job, folder: Path) -> None:
         shutil.rmtree(old)
 
 
-def take_part(options: Options, job: cli.Job, folder: Path, *, wait: bool) -> bool:
-    """Do one part, unless it is done or another process is at it; whether it is done now.
+def take_part(options: Options, job: cli.Job, folder: Path, *, wait: bool) -> None:
+    """Do one part, unless it is done or another process is at it.
 
     Args:
         wait: for the other process.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(
-        folder / "lock", "w", encoding="utf-8"
-    ) as lock:  # it ends with the process, killed or not
+    with open(folder / "lock", "w", encoding="utf-8") as lock:  # it ends with the process
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
         except BlockingIOError:
-            return False
+            return
         if not (folder / "done").is_dir():
             cli.log.info("part %s: %s", folder.name, ", ".join(options.dictionaries))
             part(options, job, folder)
-    return True
 
 
 def join(folders: list[Path], job: cli.Job, made: dict) -> None:
@@ -348,18 +311,15 @@ def join(folders: list[Path], job: cli.Job, made: dict) -> None:
 
 def work(job: cli.Job) -> None:
     """The stage: every part, and with all of them done the outputs."""
-    options = job.section("own.recovery", Options)
+    options, partial = job.section("own.recovery", Options), Path(f"{job.args.saes}.partial")
     job.torch_device = job.device()
-    partial = Path(f"{job.args.saes}.partial")
-    parts = [(one, partial / key_of(one, job)[:12]) for one in options.divided()]
-    for one, folder in parts:
-        take_part(one, job, folder, wait=False)
-    if job.args.train_only:
-        return
-    for one, folder in parts:
-        take_part(one, job, folder, wait=True)
-    join([f for _, f in parts], job, job.certificate([], seed=options.data_seed))
-    shutil.rmtree(partial, ignore_errors=True)
+    parts = {partial / key_of(one, job)[:12]: one for one in options.divided()}
+    for wait in (False,) if job.args.train_only else (False, True):
+        for folder, one in parts.items():
+            take_part(one, job, folder, wait=wait)
+    if not job.args.train_only:
+        join(list(parts), job, job.certificate([], seed=options.data_seed))
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 def main() -> None:

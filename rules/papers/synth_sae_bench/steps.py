@@ -36,12 +36,12 @@ from pipeline.sae.steps import Gradients, Outcome
 @torch.no_grad()
 def batchtopk(
     sae: Any, x: Tensor, *, dead: Tensor | None, coefficients: dict, step: int, scratch: Scratch,
-    room: int | None = None,
+    capacity: int | None = None,
 ) -> Outcome:  # fmt: skip
     """One batch of a BatchTopKTrainingSAE or a MatryoshkaBatchTopKTrainingSAE.
 
     Args:
-        room: the most latents that may be dead; default: all of them.
+        capacity: the most latents that may be dead; default: all of them.
     """
     xc, norm = x - sae.b_dec, sae.W_dec.norm(dim=1)
     pre = torch.addmm(sae.b_enc, xc, sae.W_enc)
@@ -60,10 +60,11 @@ def batchtopk(
     g *= kept
     loss = total
     if dead is not None:
-        own_level = getattr(sae.cfg, "use_matryoshka_aux_loss", False)
-        parts = zip(levels, residuals, strict=True) if own_level else _last(sae, residuals)
+        parts = [(slice(0, sae.cfg.d_sae), residuals[-1])]  # all latents, the whole residual
+        if getattr(sae.cfg, "use_matryoshka_aux_loss", False):
+            parts = list(zip(levels, residuals, strict=True))
         for level, r in parts:
-            loss = loss + _auxk(sae, pre, scores, r, dead, level, g, W_dec, room)
+            loss = loss + _auxk(sae, pre, scores, r, dead, level, g, W_dec, capacity)
     _store(sae, xc, g, W_dec, pulls[0])
     mse = residuals[-1].pow(2).sum() / len(x)
     return Outcome(loss, mse, kept.sum() / len(x), kept.any(0))
@@ -100,19 +101,14 @@ def _pulls(residuals: list[Tensor], batch: int) -> list[Tensor]:
     return out[::-1]
 
 
-def _last(sae: Any, residuals: list[Tensor]) -> list[tuple[slice, Tensor]]:
-    """AuxK without levels: all latents, and the residual of the whole dictionary."""
-    return [(slice(0, sae.cfg.d_sae), residuals[-1])]
-
-
 def _auxk(
     sae: Any, pre: Tensor, scores: Tensor, r: Tensor, dead: Tensor, level: slice, g: Tensor,
-    W_dec: Tensor, room: int | None,
+    W_dec: Tensor, capacity: int | None,
 ) -> Tensor:  # fmt: skip
     """AuxK's loss of one level (pipeline/sae/steps.py, 5); its gradients are added to g and W_dec.
 
-    The products run over `room` latents, the dead ones among them, so that a step costs what its
-    dead latents do and no shape depends on how many they are.
+    The products run over `capacity` latents, the dead ones among them, so that a step costs what
+    its dead latents do and no shape depends on how many they are.
 
     Args:
         pre, scores, g: [batch d_sae].
@@ -121,8 +117,8 @@ def _auxk(
         W_dec: [d_sae d_in], a gradient.
     """
     k_aux, dead = r.shape[1] // 2, dead[level]
-    at = (~dead).byte().sort(stable=True).indices[: min(room or len(dead), len(dead))]
-    on = dead[at]  # the others fill the room, with a value of zero
+    at = (~dead).byte().sort(stable=True).indices[: min(capacity or len(dead), len(dead))]
+    on = dead[at]  # the others only fill the capacity, with a value of zero
     share = (dead.sum() / k_aux).clamp(max=1.0)  # none dead in a level: no loss
     at = at + level.start
     acts, kept = pre[:, at], on.to(pre.dtype)

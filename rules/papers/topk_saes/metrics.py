@@ -66,22 +66,16 @@ def of_seed(trained: pd.DataFrame, null: pd.Series) -> dict[str, float]:
         out[f"step_width.{metric}"] = smallest_step(grid, "d_sae", "k", metric)
     same_width = grid[grid["d_sae"].isin(l1["d_sae"])]
     gaps = {m: at_matched_l0(same_width, l1, m) for m in ("explained_variance", "delta_loss")}
-    n_matched = len(gaps["delta_loss"])
-    nothing = np.array([np.nan])
-    out["topk_minus_l1.explained_variance"] = (
-        gaps["explained_variance"] if n_matched else nothing
-    ).min()
-    out["topk_minus_l1.delta_loss"] = (gaps["delta_loss"] if n_matched else nothing).max()
-    out["topk_minus_l1.n_matched"] = n_matched
-    (_, without), (_, frozen) = (
-        next(rows.iterrows())
-        for rows in (
-            topk[topk["aux_loss_coefficient"] == 0],
-            trained[trained["frozen_decoder"].astype(bool)],
-        )
+    n = len(gaps["delta_loss"])
+    out["topk_minus_l1.explained_variance"] = gaps["explained_variance"].min() if n else np.nan
+    out["topk_minus_l1.delta_loss"] = gaps["delta_loss"].max() if n else np.nan
+    out["topk_minus_l1.n_matched"] = n
+    without = topk[topk["aux_loss_coefficient"] == 0].iloc[0]
+    frozen = trained[trained["frozen_decoder"].astype(bool)].iloc[0]
+    twin, matched = (
+        grid[(grid["k"] == one["k"]) & (grid["d_sae"] == one["d_sae"])].iloc[0]
+        for one in (without, frozen)
     )
-    twin = grid[(grid["k"] == without["k"]) & (grid["d_sae"] == without["d_sae"])].iloc[0]
-    matched = grid[(grid["k"] == frozen["k"]) & (grid["d_sae"] == frozen["d_sae"])].iloc[0]
     return out | {
         "auxk.dead_share": twin["dead_share"],
         "auxk.dead_share_without": without["dead_share"],

@@ -1,0 +1,108 @@
+"""What the own stages of papers share: options, tables, and one main().
+
+A paper's stage is a module with a Section of options, the names of its tables, and a function that
+makes their rows:
+
+    def work(job, options):
+        out = own.Tables(TABLES)
+        for arm, file in own.by_arm(job, job.args.models).items():
+            out.add({"heads": rows_of(file, options)}, arm=arm)
+        return out
+
+    def main() -> None:
+        own.main("circuit", __doc__, Options, TABLES, work, models="model.json of every arm*")
+
+It is run with --spec, which holds the options under own.circuit, an option for each table, and
+those that are named here.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from pydantic import BaseModel
+
+from pipeline.job import cli
+from pipeline.store import tables
+
+
+class Tables:
+    """The rows of a stage's tables, gathered part by part.
+
+    Args:
+        names: of the tables.
+        columns: table -> its columns, of those that may stay without rows.
+    """
+
+    def __init__(
+        self, names: Iterable[str], columns: Mapping[str, list[str]] | None = None
+    ) -> None:
+        self.parts: dict[str, list[Any]] = {name: [] for name in names}
+        self.columns = columns or {}
+
+    def add(self, made: Mapping[str, Any], first: Mapping[str, Any] | None = None, **key: Any):
+        """Add rows, as dicts or as a DataFrame, to the tables that `made` names.
+
+        Args:
+            first: columns that stand before those of the rows, with one value for all of them.
+            key: such columns behind those of the rows.
+        """
+        import pandas as pd
+
+        for name, rows in made.items():
+            if not len(rows):
+                continue
+            frame = pd.DataFrame(rows)
+            for place, (column, value) in enumerate((first or {}).items()):
+                frame.insert(place, column, value)
+            self.parts[name].append(frame.assign(**key))
+
+    def frames(self) -> Iterator[tuple[str, Any]]:
+        """(name, DataFrame) of every table."""
+        import pandas as pd
+
+        for name, parts in self.parts.items():
+            empty = pd.DataFrame(columns=self.columns.get(name))
+            yield name, pd.concat(parts, ignore_index=True) if parts else empty
+
+
+def by_arm(job: cli.Job, files: list[Any]) -> dict[str, Any]:
+    """Arm -> its file; the rules hand over one for every arm, sorted by name."""
+    return dict(zip(sorted(job.spec["arms"]), files, strict=True))
+
+
+def main(
+    stage: str, doc: str | None, options: type[BaseModel], names: Iterable[str],
+    work: Callable[[cli.Job, Any], Tables], *, writes: Mapping[str, str] | None = None,
+    **reads: str,
+) -> None:  # fmt: skip
+    """Run a stage, and write its tables with one certificate over all that was read.
+
+    Args:
+        options: the class of the section own.<stage>; its `seeds`, or `seed`, is certified.
+        names: of the tables.
+        writes: option -> help of what `work` writes itself.
+        reads: option -> help of what it reads, as `cli.parser` takes them; of a folder the weights
+            are certified.
+    """
+    files = {name: f"{name}.parquet" for name in names}
+    parser = cli.parser(stage, doc, **reads, **(writes or {}), **files)
+
+    def whole(job: cli.Job) -> None:
+        given = job.section(f"own.{stage}", options)
+        made = work(job, given)
+        seeds = [getattr(given, n) for n in ("seed", "seeds") if hasattr(given, n)]
+        more = {"seed": seeds[0]} if seeds else {}
+        certificate = job.certificate(list(_read(job, reads)), **more)
+        for name, frame in made.frames():
+            tables.write_table(getattr(job.args, name), frame, certificate)
+
+    cli.run(stage, parser.parse_args(), whole)
+
+
+def _read(job: cli.Job, names: Iterable[str]) -> Iterator[Path]:
+    """The files that some options name."""
+    for name in names:
+        given = getattr(job.args, name)
+        for path in map(Path, given if isinstance(given, list) else [given]):
+            yield from sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
