@@ -29,8 +29,18 @@ def load_saes(manifest: str | Path, device: torch.device, names: list[str] | Non
 
 def eval_tokens(corpus: str | Path, n_blocks: int) -> Tensor:
     """The first `n_blocks` held-out blocks of a corpus, int64 [blocks pos]."""
+    return blocks(corpus, "eval", n_blocks)
+
+
+def blocks(corpus: str | Path, split: str, n: int = 0) -> Tensor:
+    """The first n blocks of a split (train or eval) of a corpus, or all: int64 [blocks pos].
+
+    Raises:
+        RetraceError: it has none.
+    """
     frame = tables.read_table(corpus, ["split", "tokens"])
-    blocks = frame.loc[frame["split"] == "eval", "tokens"].tolist()[:n_blocks]
-    if not blocks:
-        raise RetraceError(f"{corpus}: holds no held-out block; raise corpus.n_eval_tokens")
-    return torch.tensor(np.stack(blocks), dtype=torch.int64)
+    found = frame.loc[frame["split"] == split, "tokens"].tolist()[: n or None]
+    if not found:
+        key = "n_eval_tokens" if split == "eval" else "n_tokens"
+        raise RetraceError(f"{corpus}: holds no block of split {split}; raise corpus.{key}")
+    return torch.from_numpy(np.stack(found).astype(np.int64))
