@@ -6,17 +6,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pipeline.figures.parts import (
-    PLAIN,
-    Drawn,
-    Panels,
-    chosen,
-    first,
-    heat,
-    line,
-    over_seeds,
-    square,
-)
+from pipeline.figures import parts
+from pipeline.figures.parts import PLAIN, Drawn, Panels, chosen, first, heat, line, square
 from pipeline.figures.theme import PALETTE, axis, rgba
 from pipeline.store.tables import where
 
