@@ -4,7 +4,7 @@
 numbers of a table by the columns that tell its rows apart.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from typing import Any
 
 import numpy as np
@@ -20,9 +20,7 @@ def by_seed(
         of_seed: the tables' rows of one seed -> its metrics.
     """
     seeds = next(iter(tables.values()))["seed"].unique()
-    found = [of_seed({n: t[t["seed"] == seed] for n, t in tables.items()}) for seed in seeds]
-    names = dict.fromkeys(name for one in found for name in one)
-    return {name: [float(one.get(name, np.nan)) for one in found] for name in names}
+    return gathered(of_seed({n: t[t["seed"] == seed] for n, t in tables.items()}) for seed in seeds)
 
 
 def defined(metrics: dict[str, list[float]]) -> dict[str, list[float]]:
@@ -41,3 +39,17 @@ def of_rows(table: Any, keys: list[str], columns: Any) -> dict[str, Any]:
         for row in table.to_dict("records")
         for column in columns
     }
+
+
+def gathered(models: Iterable[dict[str, Any]], front: str = "") -> dict[str, list[float]]:
+    """Numbers of several models as metrics: `front` + name -> one value per model, NaN for none."""
+    models = list(models)
+    names = dict.fromkeys(name for model in models for name in model)
+    return {f"{front}{n}": [float(model.get(n, np.nan)) for model in models] for n in names}
+
+
+def per_seed(
+    table: Any, of_seed: Callable[[Any], dict[str, float]], front: str = ""
+) -> dict[str, list[float]]:
+    """`gathered` numbers of the rows of every seed, ascending."""
+    return gathered((of_seed(rows) for _, rows in table.groupby("seed")), front)

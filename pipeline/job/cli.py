@@ -10,6 +10,7 @@ import logging
 import os
 import resource
 import sys
+import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -157,6 +158,13 @@ class Progress:
     def __init__(self, what: str, total: int, unit: str, done: int = 0) -> None:
         self.what, self.total, self.unit = what, total, unit
         self.first, self.started, self.told = done, time.monotonic(), time.monotonic()
+        self.done, self.lock = done, threading.Lock()
+
+    def add(self, n: int = 1) -> None:
+        """Report that `n` more units are finished; any thread may call it."""
+        with self.lock:
+            self.done += n
+            self.at(self.done)
 
     def at(self, done: int) -> None:
         """Report that `done` of `total` units are finished."""

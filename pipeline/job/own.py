@@ -73,7 +73,7 @@ def by_arm(job: cli.Job, files: list[Any]) -> dict[str, Any]:
 
 def main(
     stage: str, doc: str | None, options: type[BaseModel], names: Iterable[str],
-    work: Callable[[cli.Job, Any], Tables], *, writes: Mapping[str, str] | None = None,
+    work: Callable[[cli.Job, Any], Tables], /, *, writes: Mapping[str, str] | None = None,
     **reads: str,
 ) -> None:  # fmt: skip
     """Run a stage, and write its tables with one certificate over all that was read.
@@ -101,8 +101,11 @@ def main(
 
 
 def _read(job: cli.Job, names: Iterable[str]) -> Iterator[Path]:
-    """The files that some options name."""
+    """The files that some options name; code is certified as such, and a word is no file."""
     for name in names:
         given = getattr(job.args, name)
         for path in map(Path, given if isinstance(given, list) else [given]):
-            yield from sorted(path.rglob("*.safetensors")) if path.is_dir() else [path]
+            if path.is_dir():
+                yield from sorted(path.rglob("*.safetensors"))
+            elif path.is_file() and path.suffix != ".py":
+                yield path

@@ -40,13 +40,19 @@ def load_saes(
 
 
 def eval_tokens(corpus: str | Path, n_blocks: int) -> Int64[Tensor, "blocks pos"]:
-    """The first `n_blocks` held-out blocks of a corpus.
+    """The first `n_blocks` held-out blocks of a corpus."""
+    return blocks(corpus, "eval", n_blocks)
+
+
+def blocks(corpus: str | Path, split: str, n: int = 0) -> Int64[Tensor, "blocks pos"]:
+    """The first n blocks of a split (train or eval) of a corpus, or all.
 
     Raises:
-        RetraceError: the corpus has none.
+        RetraceError: it has none.
     """
     frame = tables.read_table(corpus, ["split", "tokens"])
-    blocks = frame.loc[frame["split"] == "eval", "tokens"].tolist()[:n_blocks]
-    if not blocks:
-        raise RetraceError(f"{corpus}: holds no held-out block; raise corpus.n_eval_tokens")
-    return torch.tensor(np.stack(blocks), dtype=torch.int64)
+    found = frame.loc[frame["split"] == split, "tokens"].tolist()[: n or None]
+    if not found:
+        key = "n_eval_tokens" if split == "eval" else "n_tokens"
+        raise RetraceError(f"{corpus}: holds no block of split {split}; raise corpus.{key}")
+    return torch.from_numpy(np.stack(found).astype(np.int64))

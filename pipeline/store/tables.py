@@ -250,3 +250,11 @@ def read_shard(path: str | Path) -> tuple[np.ndarray, dict[str, np.ndarray], dic
     if cells.ndim != 2 or cells.shape[1] != d_model * kind().itemsize:
         raise RetraceError(f"{path}: its cells are not {about['d_model']} {about['dtype']} long")
     return cells.view(kind), found, about
+
+
+def where(table: Any, **values: Any) -> Any:
+    """The rows of a DataFrame in which each named column has a value, or one of a list of them."""
+    for column, value in values.items():
+        several = isinstance(value, list | tuple | set)
+        table = table[table[column].isin(value) if several else table[column] == value]
+    return table

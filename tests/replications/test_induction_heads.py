@@ -13,6 +13,7 @@ import pyarrow as pa
 import pytest
 import torch
 
+from pipeline.circuits import head_circuits
 from pipeline.errors import RetraceError
 from pipeline.job.source import import_file
 from pipeline.models.native import NativeForCausalLM
@@ -24,9 +25,9 @@ from pipeline.weights import training
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "rules/papers/induction_heads"
-data, attention, circuits, phase, stage, metrics = (
+data, attention, phase, stage, metrics = (
     import_file(FOLDER / f"{name}.py")
-    for name in ("data", "attention", "circuits", "phase", "heads", "metrics")
+    for name in ("data", "attention", "phase", "heads", "metrics")
 )
 OPTIONS = {"n_tokens": 30, "length": [3, 8], "n_held_out": 40}
 N_CTX = 20
@@ -118,7 +119,7 @@ def test_a_head_left_out_writes_nothing():
 
 def test_scores_of_known_patterns():
     length, times = 5, 3
-    x = attention.repeated(2, torch.arange(30), length, times, bos=30)
+    x = head_circuits.repeated(2, torch.arange(30), length, times, bos=30)
     n = x.shape[1]
     assert n == 16 and (x[:, 0] == 30).all() and len(set(x[0, 1:6].tolist())) == 5
     assert torch.equal(x[:, 1:6], x[:, 6:11])
@@ -131,33 +132,33 @@ def test_scores_of_known_patterns():
             found = [k for k in range(1, query) if x[row, k] == x[row, query]]
             for k in found:
                 perfect[row, 0, query, k + 1] = 1 / len(found)
-    assert attention.prefix_matching(perfect, length, times).item() == pytest.approx(1)
+    assert head_circuits.prefix_matching(perfect, length, times).item() == pytest.approx(1)
     counts = [(q - 1) // length / (q + 1) for q in range(1 + length, n)]
     even = even.expand(2, 3, n, n)
-    found = attention.prefix_matching(even, length, times)
+    found = head_circuits.prefix_matching(even, length, times)
     assert found.tolist() == pytest.approx([np.mean(counts)] * 3)
-    for offset in attention.OFFSETS:  # a head that looks k places after the earlier occurrence
+    for offset in head_circuits.OFFSETS:  # a head that looks k places after the earlier occurrence
         shifted = torch.zeros(2, 1, n, n)
         for row in range(2):
             for query in range(1 + length, n):
                 found = [k for k in range(1, query) if x[row, k] == x[row, query]]
                 shifted[row, 0, query, max(found) + offset] = 1
-        by_offset = attention.by_place(shifted, length, times)[0]["by_offset"]
+        by_offset = head_circuits.by_place(shifted, length, times)[0]["by_offset"]
         there = [q - length + offset >= 1 for q in range(1 + length, n)]
         assert by_offset[offset + 3] == pytest.approx(np.mean(there))
         assert int(np.argmax(by_offset)) == offset + 3
-    for lag in attention.LAGS:
+    for lag in head_circuits.LAGS:
         back = torch.eye(n).roll(-lag, 1)
-        found = attention.by_place(back[None, None], length, times)[0]
-        assert found["by_lag"] == [float(k == lag) for k in attention.LAGS]
+        found = head_circuits.by_place(back[None, None], length, times)[0]
+        assert found["by_lag"] == [float(k == lag) for k in head_circuits.LAGS]
         assert found["to_bos"] == pytest.approx((lag > 0) / (n - 1))  # of one token
     resting = torch.zeros(1, 1, n, n)
     resting[..., 0] = 1
-    found = attention.by_place(resting, length, times)[0]
+    found = head_circuits.by_place(resting, length, times)[0]
     assert found["to_bos"] == 1 and not any(found["by_offset"]) and not any(found["by_lag"])
     before = torch.eye(n).roll(-1, 1)[None, None]
-    assert attention.previous_token(before).item() == 1
-    assert attention.previous_token(torch.eye(n)[None, None]).item() == 0
+    assert head_circuits.previous_token(before).item() == 1
+    assert head_circuits.previous_token(torch.eye(n)[None, None]).item() == 0
 
 
 def test_the_most_and_least_common_tokens_are_left_out():
@@ -188,19 +189,21 @@ def planted() -> NativeForCausalLM:
 def test_a_planted_induction_head_is_found():
     made = planted()
     held = data.held_out({**OPTIONS, "length": [6, 8]}, N_CTX)
-    x = attention.repeated(4, torch.arange(30), 6, 3, 30)
+    x = head_circuits.repeated(4, torch.arange(30), 6, 3, 30)
     pattern = attention.forward(made, x)[1][0]
-    assert attention.prefix_matching(pattern, 6, 3).item() == pytest.approx(1, abs=1e-3)
+    assert head_circuits.prefix_matching(pattern, 6, 3).item() == pytest.approx(1, abs=1e-3)
     losses = attention.token_losses(made(held.tokens).logits, held.targets)
     clear = held.second & torch.tensor(
         [[(row[: i + 1] == row[i]).sum() == 2 for i in range(N_CTX)] for row in held.tokens]
     )  # a token that stood once before
     assert clear.sum() > 20 and losses[clear].max() < 1e-3 < losses[held.first].mean()
     state = {n: p.numpy() for n, p in made.state_dict().items()}
-    head = circuits.heads(state, 1, 1)[0][0]
-    W_E, W_U = circuits.embeddings(state, 30)
-    assert circuits.positivity(circuits.ov_eigenvalues(head, W_E, W_U)) == pytest.approx(1)
-    assert circuits.positivity(circuits.qk_eigenvalues(head, W_E)) == pytest.approx(1)
+    head = head_circuits.heads(state, 1, 1)[0][0]
+    W_E, W_U = head_circuits.embeddings(state, 30)
+    assert head_circuits.positivity(head_circuits.ov_eigenvalues(head, W_E, W_U)) == pytest.approx(
+        1
+    )
+    assert head_circuits.positivity(head_circuits.qk_eigenvalues(head, W_E)) == pytest.approx(1)
 
 
 # --- weights -------------------------------------------------------------------------------
@@ -209,7 +212,7 @@ def test_a_planted_induction_head_is_found():
 def random_heads(n: int, d_model: int = 12, d_head: int = 3) -> list:
     rng = np.random.default_rng(1)
     shapes = [(d_head, d_model)] * 3 + [(d_model, d_head)]
-    return [circuits.Head(*(rng.standard_normal(s) for s in shapes)) for _ in range(n)]
+    return [head_circuits.Head(*(rng.standard_normal(s) for s in shapes)) for _ in range(n)]
 
 
 def largest(values: np.ndarray, n: int) -> np.ndarray:
@@ -222,9 +225,9 @@ def test_eigenvalues_are_those_of_the_whole_circuit():
     W_E, W_U = rng.standard_normal((2, 40, 12))
     one, two = random_heads(2)
     pairs = [
-        (circuits.ov_eigenvalues(one, W_E, W_U), W_U @ one.ov @ W_E.T),
-        (circuits.qk_eigenvalues(one, W_E), W_E @ one.qk @ W_E.T),
-        (circuits.qk_eigenvalues(one, W_E, two), W_E @ one.qk @ two.ov @ W_E.T),
+        (head_circuits.ov_eigenvalues(one, W_E, W_U), W_U @ one.ov @ W_E.T),
+        (head_circuits.qk_eigenvalues(one, W_E), W_E @ one.qk @ W_E.T),
+        (head_circuits.qk_eigenvalues(one, W_E, two), W_E @ one.qk @ two.ov @ W_E.T),
     ]
     for found, whole in pairs:
         np.testing.assert_allclose(np.sort_complex(found), largest(np.linalg.eigvals(whole), 3))
@@ -234,7 +237,7 @@ def test_layer_norm_is_folded_up_to_its_scale():
     made = model()
     made.model.layers[0].ln1.weight.copy_(torch.rand(16) + 0.5)
     state = {n: p.numpy() for n, p in made.state_dict().items()}
-    W_Q = np.concatenate([h.W_Q for h in circuits.heads(state, 2, 4)[0]])
+    W_Q = np.concatenate([h.W_Q for h in head_circuits.heads(state, 2, 4)[0]])
     x = torch.randn(16, generator=torch.Generator().manual_seed(1))
     layer = made.model.layers[0]
     want = layer.attn.q(layer.ln1(x)).numpy() * np.sqrt(x.numpy().var() + 1e-5)
@@ -243,11 +246,11 @@ def test_layer_norm_is_folded_up_to_its_scale():
 
 def test_composition_of_heads_that_meet_and_of_heads_that_do_not():
     eye = np.eye(6)
-    writes = circuits.Head(eye[:2], eye[:2], eye[:2], eye[:, 4:])  # into dimensions 4 and 5
-    reads = circuits.Head(eye[:2], eye[4:], eye[2:4], eye[:, :2])  # keys from there
-    found = circuits.composition(writes, reads)
+    writes = head_circuits.Head(eye[:2], eye[:2], eye[:2], eye[:, 4:])  # into dimensions 4 and 5
+    reads = head_circuits.Head(eye[:2], eye[4:], eye[2:4], eye[:, :2])  # keys from there
+    found = head_circuits.composition(writes, reads)
     assert found == pytest.approx({"Q": 0, "K": 1 / np.sqrt(2), "V": 0})
-    for mean, sd in circuits.baseline(64, 16, np.random.default_rng(0)).values():
+    for mean, sd in head_circuits.baseline(64, 16, np.random.default_rng(0)).values():
         assert mean == pytest.approx(1 / 8, abs=4 * sd)  # E[(|AB| / |A| |B|)²] = 1 / d_model
 
 

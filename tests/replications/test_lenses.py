@@ -9,33 +9,24 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-import torch
-import torch.nn.functional as F
 from snake import copy_repository, snakemake
-from tiny_lms import FAMILIES, LAYERS, NEXT, READ, TOKENS, VOCAB, D, silence, tiny, translated
-from torch import nn
+from tiny_lms import LAYERS, NEXT, READ, tiny, translated
 
 from pipeline.errors import RetraceError
 from pipeline.figures import drawing
 from pipeline.job.source import import_file
-from pipeline.models import hooks, lens
+from pipeline.latents import stored
+from pipeline.models import lens
 from pipeline.papers import papers
 from pipeline.store import tables
-from pipeline.store.checkpoints import Checkpoints
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "rules/papers/lenses"
 translators = import_file(FOLDER / "translators.py")
 tuning = import_file(FOLDER / "tuning.py")
 lenses = import_file(FOLDER / "lenses.py")
-basis = import_file(FOLDER / "basis.py")
 metrics = import_file(FOLDER / "metrics.py")
 figures = import_file(FOLDER / "figures.py")
-
-
-@pytest.fixture(params=FAMILIES)
-def hf(request):
-    return tiny(request.param)
 
 
 @pytest.fixture
@@ -43,137 +34,7 @@ def gpt2():
     return tiny("gpt2")
 
 
-# --- translators ---------------------------------------------------------------------------
-
-
-def tuned(hf: nn.Module, blocks: torch.Tensor = TOKENS, **how) -> "translators.Lens":
-    return translators.Lens("m", hf, blocks, translators.Tuning(**how))
-
-
-def plain_loss(hf: nn.Module, trained: "translators.Lens", tokens: torch.Tensor, skip: int):
-    """The loss of Belrose et al., by autograd through the whole softmax."""
-    x, logits = lens.streams(hf, tokens)
-    log_p = logits[:, skip:].log_softmax(-1)
-    total = 0.0
-    for layer in trained.layers:
-        h = x[layer][:, skip:]
-        q = lens.unembed(hf, h + h @ trained.A[layer].T + trained.b[layer]).log_softmax(-1)
-        total = total + (log_p.exp() * (log_p - q)).sum(-1).mean()
-    return total
-
-
-@pytest.mark.parametrize("more", [{}, {"skip_first": 2}, {"every": 2}, {"head": 30, "tail": 10}])
-def test_gradients_equal_autograds(hf, more):
-    got = tuned(hf, **more)
-    for p in got.parameters:
-        nn.init.normal_(p, std=0.1)
-    n = TOKENS[:, got.how.skip_first :].numel()
-    kl = got.gradients(TOKENS[:4], 0, n) + got.gradients(TOKENS[4:], 0, n)
-    ours = [p.grad.clone() for p in got.parameters]
-    for p in got.parameters:
-        p.grad = None
-    loss = plain_loss(hf, got, TOKENS, got.how.skip_first)
-    loss.backward()
-    assert kl.sum() == pytest.approx(loss.item(), rel=1e-5)
-    for p, q in zip(got.parameters, ours, strict=True):
-        torch.testing.assert_close(q, p.grad, rtol=1e-3, atol=1e-6)
-
-
-def test_a_sample_of_the_vocabulary_stands_for_the_rest(gpt2):
-    how = {"head": 8, "tail": 16}
-    got, whole = tuned(gpt2, **how), tuned(gpt2)
-    n, draws = TOKENS.numel(), 200
-    mean = torch.stack([got.gradients(TOKENS, step, n) for step in range(draws)]).mean(0)
-    sampled = torch.stack([got.A[i].grad / draws for i in got.layers])
-    exact_kl = whole.gradients(TOKENS, 0, n)
-    exact = torch.stack([whole.A[i].grad for i in whole.layers])
-    np.testing.assert_allclose(mean, exact_kl, rtol=0.1)
-    assert F.cosine_similarity(sampled.flatten(), exact.flatten(), dim=0) > 0.98
-    p = gpt2(TOKENS).logits.flatten(0, 1).softmax(-1)
-    columns, weight = translators.vocabulary(p, got.how, 3)
-    assert len(set(columns.tolist())) == 24 and weight[:8].abs().max() == 0
-    assert set(columns[:8].tolist()) == set(p.mean(0).topk(8).indices.tolist())
-    np.testing.assert_allclose(weight[8:].exp(), 32 / 16)
-
-
-@pytest.mark.parametrize("optimiser, scale, steps", [("sgd", 1.0, 500), ("adam", 20.0, 150)])
-def test_translators_recover_a_known_affine_map(optimiser, scale, steps):
-    """The last layer is affine here: a hook makes x_3 = x_2 + M x_2 + c, so M and c give KL 0."""
-    hf = tiny("native")
-    silence(hf)
-    draw = torch.Generator().manual_seed(3)
-    M, c = torch.randn(D, D, generator=draw) * 0.3, torch.randn(D, generator=draw) * 0.5
-    blocks = torch.randint(0, VOCAB, (32, 12), generator=draw)
-    got = tuned(hf, blocks, steps=steps, tokens_per_step=384, optimiser=optimiser, lr_scale=scale,
-                weight_decay=0, every=2)  # fmt: skip
-    with hooks.edited(hf, "blocks.2.hook_resid_post", lambda x: x + x @ M.T + c):
-        for step in range(steps):
-            got.step(step)
-        exact = lens.Translators({2: M}, {2: c})
-        right = lens.measure(hf, READ, NEXT, {"tuned": lens.tuned_lens(hf, exact)}, [2])
-    assert right["kl"].iloc[0] < 1e-6  # the map that should be found
-    assert got.history[-1, -1] < 0.02 * got.history[0, -1]
-
-
-def test_each_layers_gradient_is_clipped_alone(gpt2):
-    got = tuned(gpt2, steps=2, clip=1e-3)
-    got.step(0)
-    for layer in got.layers:
-        both = torch.cat([got.A[layer].grad.flatten(), got.b[layer].grad])
-        assert both.norm().item() == pytest.approx(1e-3, rel=1e-3)
-
-
-def test_the_learning_rate_is_the_packages(gpt2):
-    sgd = tuned(gpt2, steps=10)
-    assert [sgd.learning_rate(s) for s in (0, 5, 9)] == pytest.approx([0.1, 0.05, 0.01])
-    adam = tuned(gpt2, steps=10, optimiser="adam")
-    assert [adam.learning_rate(s) for s in (0, 1, 2, 6)] == pytest.approx(
-        [5e-4, 1e-3, 1e-3, 5e-4]
-    )  # fmt: skip
-    assert sgd.optimiser.defaults["nesterov"] and adam.optimiser.defaults["amsgrad"]
-
-
-def test_every_block_is_read_once_an_epoch(gpt2):
-    blocks = torch.arange(10)[:, None] * torch.ones(4, dtype=torch.long) % VOCAB
-    got = tuned(gpt2, blocks, tokens_per_step=16)
-    seen = [int(b) for step in range(5) for b in got.batch(step)[:, 0]]
-    assert sorted(seen) == sorted([*range(10), *range(10)]) and sorted(seen[:10]) == [*range(10)]
-    assert torch.equal(got.batch(3), tuned(gpt2, blocks, tokens_per_step=16).batch(3))
-
-
-@pytest.mark.parametrize("optimiser", ["sgd", "adam"])
-def test_a_killed_training_ends_with_the_same_bytes(gpt2, tmp_path, optimiser, monkeypatch):
-    how = {"steps": 7, "tokens_per_step": 39, "optimiser": optimiser, "save_every": 2}
-    whole = tuned(gpt2, **how)
-    translators.train(whole, Checkpoints(tmp_path / "whole", "k"))
-
-    class Killed(Exception):
-        pass
-
-    killed = tuned(gpt2, **how)
-    step = killed.step
-    monkeypatch.setattr(
-        killed, "step", lambda s: step(s) if s < 5 else (_ for _ in ()).throw(Killed)
-    )
-    with pytest.raises(Killed):
-        translators.train(killed, Checkpoints(tmp_path / "part", "k"))
-    resumed = tuned(gpt2, **how)
-    translators.train(resumed, Checkpoints(tmp_path / "part", "k"))
-    for name, t in whole.tensors().items():
-        assert torch.equal(t, resumed.tensors()[name]), name
-    assert not resumed.history.isnan().any()
-
-
-def test_a_loss_that_is_not_finite_is_told(gpt2):
-    got = tuned(gpt2, steps=3)
-    got.A[0].data.fill_(torch.nan)
-    with pytest.raises(
-        RetraceError, match=r"own\.tuning\.models\.m: the KL of step 0 is not finite"
-    ):
-        got.step(0)
-
-
-# --- transfer and causal bases -------------------------------------------------------------
+# --- transfer -------------------------------------------------------------------------------
 
 
 def test_transfer_against_single_measures(gpt2):
@@ -202,95 +63,6 @@ def test_transfer_against_single_measures(gpt2):
     cosine = (cov[0] * cov[2]).sum() / np.linalg.norm(cov[0]) / np.linalg.norm(cov[2])
     assert got.loc[(0, 2), "similarity"] == pytest.approx(cosine, rel=1e-6)
     assert got.loc[(1, 1), "similarity"] == pytest.approx(1)
-
-
-def test_mean_ablation_forgets_one_direction_only():
-    x, mean = torch.randn(20, D), torch.randn(D)
-    v, w = torch.linalg.qr(torch.randn(D, 2))[0].T
-    got = basis.ablated(x, v, mean)
-    torch.testing.assert_close(got @ v, (mean @ v).expand(20))
-    torch.testing.assert_close(got @ w, x @ w)
-
-
-def test_a_causal_basis_finds_what_a_linear_reader_reads():
-    """Logits that depend on two directions, and so weakly that the KL is their variance."""
-    draw = {"generator": torch.Generator().manual_seed(0), "dtype": torch.float64}
-    strong, weak = torch.linalg.qr(torch.randn(D, 2, **draw))[0].T
-    x, out = torch.randn(500, D, **draw), torch.randn(9, 2, **draw)
-    out = torch.linalg.qr(out - out.mean(0))[0].T  # no cross-talk, also under the softmax
-    x = (x - x.mean(0)) @ torch.linalg.inv(torch.linalg.cholesky(x.T.cov(correction=0)).T)
-    both = torch.outer(strong, 0.3 * out[0]) + torch.outer(weak, 0.1 * out[1])
-    read = lambda t: t @ both  # noqa: E731
-    eye = torch.eye(D, dtype=torch.float64)
-    found = basis.causal_basis(read, x, 3, 60)
-    torch.testing.assert_close(found @ found.T, eye[:3, :3], atol=1e-9, rtol=0)
-    assert abs(found[0] @ strong) > 0.99 and abs(found[1] @ weak) > 0.98
-    G, S = basis.quadratic(read, x)
-    first = basis.starts(lambda v: v @ G @ v, G, S, basis.candidates(G, S), found[:0], 2)
-    assert abs(first[0] @ strong) > 0.9
-
-
-def test_the_quadratic_form_is_the_influence_of_a_weak_reader():
-    x, v = torch.randn(400, D, dtype=torch.float64), torch.randn(D, dtype=torch.float64)
-    out, v = 1e-3 * torch.randn(D, 9, dtype=torch.float64), v / v.norm()
-    read = lambda t: t @ out  # noqa: E731
-    G, S = basis.quadratic(read, x)
-    log_p = read(x).log_softmax(-1)
-    exact = lens.kl(log_p, read(basis.ablated(x, v, x.mean(0))).log_softmax(-1)).mean()
-    assert float((v @ G @ v) * (v @ S @ v) / 2) == pytest.approx(float(exact), rel=1e-2)
-
-
-def sphere(n: int) -> torch.Tensor:
-    """n directions of three dimensions, spread evenly (a spiral): [n 3]."""
-    i = torch.arange(n, dtype=torch.float64)
-    z, angle = 1 - (2 * i + 1) / n, i * math.pi * (3 - math.sqrt(5))
-    r = (1 - z**2).sqrt()
-    return torch.stack([r * angle.cos(), r * angle.sin(), z], 1)
-
-
-@pytest.mark.parametrize("seed", range(8))
-def test_a_causal_basis_against_brute_force(seed):
-    """Readers whose influence has several maxima: no direction of 2,000 is better."""
-    draw = {"generator": torch.Generator().manual_seed(seed), "dtype": torch.float64}
-    x = torch.randn(200, 3, **draw) ** 3  # heavy tails
-    inside, out = 2 * torch.randn(3, 12, **draw), 3 * torch.randn(12, 7, **draw)
-    read = lambda t: torch.tanh(t @ inside) @ out  # noqa: E731
-    log_p, mean = read(x).log_softmax(-1), x.mean(0)
-
-    def influence(v):
-        return float(lens.kl(log_p, read(basis.ablated(x, v, mean)).log_softmax(-1)).mean())
-
-    found = basis.causal_basis(read, x, 2, 100)
-    torch.testing.assert_close(found @ found.T, torch.eye(2, dtype=torch.float64))
-    energies = [influence(v) for v in found]
-    assert energies[0] >= energies[1]
-    best = max(map(influence, sphere(2000)))
-    assert energies[0] >= best * (1 - 1e-3)
-    a, b = torch.linalg.svd(found[:1])[2][1:]
-    turns = torch.linspace(0, math.pi, 500, dtype=torch.float64)
-    second = max(influence(t.cos() * a + t.sin() * b) for t in turns)
-    assert energies[1] >= second * (1 - 1e-3)
-
-
-def test_influences_of_a_lens_that_is_the_rest_of_the_model(gpt2):
-    """Where later layers write nothing, lens and model change alike: alignment is 1."""
-    silence(gpt2)
-    read = lambda x: lens.unembed(gpt2, x)  # noqa: E731
-    got = basis.influences(gpt2, read, 1, READ, 2, torch.eye(D)[:4])
-    np.testing.assert_allclose(got["influence_lens"], got["influence_model"], rtol=1e-3)
-    np.testing.assert_allclose(got["alignment"], 1, atol=1e-4)
-    assert got["influence_model"].min() > 0
-
-
-def test_the_aitchison_cosine():
-    p = torch.rand(5, 7).softmax(-1)
-    a, b = torch.randn(5, 7), torch.randn(5, 7)
-    torch.testing.assert_close(basis.aitchison(a, a + 3, p), torch.ones(5))
-    torch.testing.assert_close(basis.aitchison(a, -2 * a, p), -torch.ones(5))
-    x, y = (t - np.average(t, weights=w) for t, w in ((a[0].numpy(), p[0]), (b[0].numpy(), p[0])))
-    w = p[0].numpy()
-    cosine = (w * x * y).sum() / np.sqrt((w * x * x).sum() * (w * y * y).sum())
-    assert float(basis.aitchison(a, b, p)[0]) == pytest.approx(cosine, rel=1e-4)
 
 
 # --- the stages ----------------------------------------------------------------------------
@@ -444,7 +216,7 @@ def test_a_model_without_a_lens_is_told(section, sentence):
 
 def test_a_corpus_without_blocks_is_told(tiny_corpus):
     with pytest.raises(RetraceError, match="holds no block of split nowhere"):
-        tuning.read_blocks(tiny_corpus, "nowhere")
+        stored.blocks(tiny_corpus, "nowhere")
 
 
 # --- figures -------------------------------------------------------------------------------

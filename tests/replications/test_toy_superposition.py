@@ -88,7 +88,7 @@ CUBE = np.array([[x, y, z] for x in (1, -1) for y in (1, -1) for z in (1, -1)]) 
 def test_each_polytope_is_known_in_any_rotation(name, noise):
     vertices = measures.POLYTOPES[name]
     n, m = vertices.shape
-    assert (n, m) == metrics.POLYTOPES[name] and n == SIZES[name]
+    assert n == SIZES[name]
     D = measures.feature_measures(vertices)["dimensionality"]
     np.testing.assert_allclose(D, m / n)  # a tight frame: the article's fraction
     short = np.full((6, m + 4), 0.02)  # not represented

@@ -187,3 +187,9 @@ def test_what_a_killed_job_left_is_removed(tmp_path):
     other.write_text("of another file")
     tables.write_json(tmp_path / "m.json", {"x": 1}, CERTIFICATE)
     assert not left.exists() and other.exists()
+
+
+def test_rows_of_some_values():
+    table = pd.DataFrame({"arm": ["a", "b", "b"], "seed": [0, 0, 1]})
+    assert tables.where(table, arm="b", seed=0).index.tolist() == [1]
+    assert tables.where(table, seed=[0, 1], arm="b").index.tolist() == [1, 2]

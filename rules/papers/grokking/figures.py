@@ -11,8 +11,9 @@ import pandas as pd
 from pipeline.figures.kinds_learning import FLOOR, decades
 from pipeline.figures.parts import Drawn, Panels, bars, key, line, points, rounded, thinned
 from pipeline.figures.theme import INK, PALETTE, axis, rgba, selector
+from pipeline.store.tables import where
 
-from .figures_waves import FREQUENCIES, circle, model, of_frequency, seeds, spectrum
+from .figures_waves import FREQUENCIES, circle, of_frequency, seeds, spectrum
 
 __all__ = ["ablation", "circle", "neurons", "progress", "spectrum"]
 
@@ -45,33 +46,29 @@ EDITS = {  # edit of fourier/edits, set -> what was done
 def progress(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     """Losses, Gini coefficients and squared weights of one model at a time, phases shaded."""
     table, phases = tables["fourier/progress"], tables["fourier/phases"]
-    models = [(arm, seed) for arm in ARMS for seed in seeds(table, arm)]
     columns = [c for _, c, *_ in MEASURES]
     panels = Panels([""] * 3, 1, gap=(0, 0.05), shared_xaxes=True, row_heights=[0.56, 0.22, 0.22])
-    data = {m: thinned(model(table, *m).sort_values("step"), 240) for m in models}
-    shown = data[models[0]]
-    for panel, column, name, colour, dash in MEASURES:
-        hover, x = f"{name}<br>step %{{x:,}}: %{{y:.3g}}", shown["step"].tolist()
-        panels.add(panel, line(x, values(shown, column), name, colour, dash=dash, hover=hover))
-    choices = {}
-    for arm, seed in models:
-        rows = data[arm, seed]
+    data, choices = {}, {}
+    for arm, seed in [(a, s) for a in ARMS for s in seeds(table, a)]:
+        rows = thinned(where(table, arm=arm, seed=seed).sort_values("step"), 240)
         changes = {"x": [rows["step"].tolist()] * len(columns)}
         changes["y"] = [values(rows, c) for c in columns]
-        shapes = {"shapes": shades(model(phases, arm, seed).iloc[0])}
-        choices[f"seed {seed}, {ARMS[arm]}"] = [changes, shapes, list(range(len(columns)))]
+        shapes = {"shapes": shades(where(phases, arm=arm, seed=seed).iloc[0])}
+        name = f"seed {seed}, {ARMS[arm]}"
+        data[name], choices[name] = rows, [changes, shapes, list(range(len(columns)))]
+    shown, layout, _ = next(iter(choices.values()))
+    for i, (panel, _, name, colour, dash) in enumerate(MEASURES):
+        hover = f"{name}<br>step %{{x:,}}: %{{y:.3g}}"
+        panels.add(panel, line(shown["x"][i], shown["y"][i], name, colour, dash=dash, hover=hover))
     for name, colour in PHASES if any(c[1]["shapes"] for c in choices.values()) else ():
         panels.add(0, bars([None], [None], name, rgba(colour, 0.4), hover=name))
-    plotted = [v for m in models for c in columns[:4] for v in values(data[m], c)]
-    figure = panels.finish(
-        720, top=96, updatemenus=[selector(choices)], **next(iter(choices.values()))[1]
-    )
+    plotted = [v for changes, *_ in choices.values() for y in changes["y"][:4] for v in y]
+    figure = panels.finish(720, top=96, updatemenus=[selector(choices)], **layout)
     figure.update_yaxes(**axis("loss", "nats") | decades(plotted), row=1)
     figure.update_yaxes(**axis("Gini coefficient", rangemode="tozero"), row=2)
     figure.update_yaxes(**axis("Σ w²", rangemode="tozero"), row=3)
     figure.update_xaxes(**axis("step (updates on all training pairs)", tickformat="~s"), row=3)
-    frame = pd.concat(data.values(), ignore_index=True)
-    return figure, frame[["arm", "seed", "step", *columns]]
+    return figure, pd.concat(data.values(), ignore_index=True)[["arm", "seed", "step", *columns]]
 
 
 def values(rows: pd.DataFrame, column: str) -> list[float]:
@@ -95,17 +92,16 @@ def shades(ends: pd.Series) -> list[dict]:
 def neurons(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     """Share of each neuron that its best frequency explains, and neurons of each frequency."""
     table, frequencies = tables["fourier/neurons"], tables["fourier/frequencies"]
-    first, last = table["step"].min(), table["step"].max()
-    looks = {
-        "trained": ("decay", last, PALETTE[3]),  # no colour of a frequency
-        "trained without weight decay": ("no_decay", last, PALETTE[2]),
-        "before training": ("decay", first, PALETTE[6]),
+    looks = {  # arm, step, a colour that no frequency has
+        "trained": ("decay", table["step"].max(), PALETTE[3]),
+        "trained without weight decay": ("no_decay", table["step"].max(), PALETTE[2]),
+        "before training": ("decay", table["step"].min(), PALETTE[6]),
     }
     titles = ["all neurons of all seeds", "neurons of one frequency (> 85 %)"]
     panels = Panels(titles, 1, gap=(0, 0.24), row_heights=[0.55, 0.45])
     edges, frames = np.linspace(0, 1, 41), []
     for name, (arm, step, colour) in looks.items():
-        shares = table.loc[(table["arm"] == arm) & (table["step"] == step), "share"]
+        shares = where(table, arm=arm, step=step)["share"]
         count = np.histogram(shares, edges)[0] / max(len(shares), 1)
         hover = f"{name}<br>%{{x:.0f}} % explained: %{{y:.1f}} % of the neurons"
         middle = 100 * (edges[:-1] + edges[1:]) / 2
@@ -115,7 +111,7 @@ def neurons(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     figure.add_vline(100 * SINGLE, line={"color": INK, "width": 1, "dash": "dot"}, row=1, col=1)
     choices = {}
     for seed in seeds(table):
-        rows = model(frequencies, "decay", seed)
+        rows = where(frequencies, arm="decay", seed=seed)
         changes = {"x": [rows["frequency"].tolist()], "y": [rows["neurons"].tolist()]}
         changes["marker.color"] = [of_frequency(rows["key"])]
         choices[f"seed {seed}"] = [changes, {}, [len(looks)]]
@@ -139,22 +135,19 @@ def ablation(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     panels = Panels(titles, 1, gap=(0, 0.17), row_heights=[0.4, 0.6])
     choices = {}
     for seed in seeds(table):
-        rows = model(table, "decay", seed)
+        rows = where(table, arm="decay", seed=seed)
         k, full = rows["frequency"].tolist(), rounded([rows["full_test"].iloc[0]] * 2)
         changes = {"x": [k, [0.5, len(k) + 0.5]], "y": [rounded(rows["without_test"]), full]}
         changes["marker.color"] = [of_frequency(rows["key"]), INK]
         choices[f"seed {seed}"] = [changes, {}, [0, 1]]
-    (x, y, colours), hover = (
-        next(iter(choices.values()))[0].values(),
-        "without k = %{x}: %{y:.3g} nats",
-    )
+    x, y, colours = next(iter(choices.values()))[0].values()
+    hover = "without k = %{x}: %{y:.3g} nats"
     panels.add(0, points(x[0], y[0], "", colours[0], size=8, hover=hover))
     panels.add(0, line(x[1], y[1], "full model", width=1, dash="dot"))
     panels.add(0, *(key(name, c, "circle", size=8) for name, c in FREQUENCIES.items()))
-    told = frame[["what", "seed"]].to_numpy().tolist()
     hover = "%{customdata[0]}<br>seed %{customdata[1]}: %{x:.3g} nats"
     at = frame["what"].map(list(EDITS.values()).index).tolist()
-    look = {"size": 8, "customdata": told, "hover": hover}
+    look = {"size": 8, "customdata": frame[["what", "seed"]].to_numpy().tolist(), "hover": hover}
     panels.add(1, points(rounded(frame["loss"]), at, "", rgba(PALETTE[2], 0.75), **look))
     per_frequency = table[table["arm"] == "decay"].assign(what="without k")
     chance = np.log(2 * int(table["frequency"].max()) + 1)
@@ -186,10 +179,7 @@ def with_names(figure: Any, chance: float) -> None:
 
 
 def of_edits(edits: pd.DataFrame) -> pd.DataFrame:
-    """One row an edit of EDITS and a seed: what was done, and the loss."""
-    edits = edits[edits["arm"] == "decay"]
-    rows = [
-        edits[(edits["edit"] == edit) & (edits["set"] == where)].assign(what=what)
-        for (edit, where), what in EDITS.items()
-    ]
+    """One row per edit of EDITS and seed: what was done, and the loss."""
+    rows = [where(edits, arm="decay", edit=edit, set=on).assign(what=what)
+            for (edit, on), what in EDITS.items()]  # fmt: skip
     return pd.concat(rows, ignore_index=True)[["what", "edit", "set", "seed", "loss"]]

@@ -8,6 +8,7 @@ from plotly.colors import cyclical
 
 from pipeline.figures.parts import Drawn, Panels, bars, key, nothing, plane, points, rounded
 from pipeline.figures.theme import GRID, PALETTE, axis, rgba, scale, slider
+from pipeline.store.tables import where
 
 FREQUENCIES = {"key frequency": PALETTE[1], "other frequency": PALETTE[0]}
 PARTS = {"W_E": "embedding W_E", "neurons": "neurons", "W_L": "neurons to logits W_L"}
@@ -20,11 +21,6 @@ def seeds(table: pd.DataFrame, arm: str = "decay") -> list[int]:
     return sorted(table.loc[table["arm"] == arm, "seed"].unique())
 
 
-def model(table: pd.DataFrame, arm: str, seed: int) -> pd.DataFrame:
-    """The rows of one model."""
-    return table[(table["arm"] == arm) & (table["seed"] == seed)]
-
-
 def of_frequency(is_key: pd.Series, alpha: float = 1) -> list[str]:
     """The colour of each frequency."""
     marked, other = FREQUENCIES.values()
@@ -34,14 +30,14 @@ def of_frequency(is_key: pd.Series, alpha: float = 1) -> list[str]:
 def spectrum(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     """Norm of each frequency in W_E, neurons and W_L of the first model."""
     table, frequencies = tables["fourier/spectrum"], tables["fourier/frequencies"]
-    seed = seeds(table)[0]
-    table, known = (model(t, "decay", seed) for t in (table, frequencies))
-    table, known = table.sort_values("frequency"), known.loc[known["key"], "frequency"]
+    first = {"arm": "decay", "seed": seeds(table)[0]}
+    table = where(table, **first).sort_values("frequency")
+    known = where(frequencies, **first, key=True)["frequency"]
     steps = sorted(table["step"].unique())
     panels = Panels(list(PARTS.values()), 1, gap=(0, 0.07), shared_xaxes=True)
     for i, part in enumerate(PARTS):
-        rows = table[table["part"] == part]
-        last = rows[rows["step"] == steps[-1]]
+        rows = where(table, part=part)
+        last = where(rows, step=steps[-1])
         colours = of_frequency(last["frequency"].isin(known), 0.75)
         look = {"colour": colours, "hover": "k = %{x}: %{y:.3g}"}
         panels.add(i, bars(last["frequency"], rounded(last["norm"]), **look))
@@ -51,8 +47,7 @@ def spectrum(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     panels.add(0, *(key(name, colour) for name, colour in FREQUENCIES.items()))
     shown = {}
     for step in steps:
-        at = table[table["step"] == step]
-        y = [rounded(at.loc[at["part"] == part, "norm"]) for part in PARTS]
+        y = [rounded(where(table, step=step, part=part)["norm"]) for part in PARTS]
         shown[f"{step:,}"] = [{"y": [*y, [None], [None]]}, {}]
     panels.axes("frequency k (turns of the circle over all numbers)")
     sliders = [slider(shown, "step ", active=len(steps) - 1)]
@@ -71,17 +66,19 @@ def circle(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     panels = Panels(titles, len(known), gap=(0.03, 0.05))
     table = table[table["frequency"].isin(known)]
     shown = [(part, k) for part in ROWS for k in known]
+    at = {(step, part, k): where(table, step=step, part=part, frequency=k).sort_values("value")
+          for step in steps for part, k in shown}  # fmt: skip
     for i, (part, k) in enumerate(shown):
-        panels.add(i, dots(at(table, steps[-1], part, k), k, p))
-        reach = 1.08 * float(table.loc[table["part"] == part, ["x", "y"]].abs().max().max())
+        panels.add(i, dots(at[steps[-1], part, k], k, p))
+        reach = 1.08 * float(where(table, part=part)[["x", "y"]].abs().max().max())
         plane(panels.figure, **panels.place(i), reach=reach)
     panels.figure.update_xaxes(zerolinecolor=GRID)
     for row, name in enumerate(ROWS.values(), start=1):
         panels.figure.update_yaxes(zerolinecolor=GRID, title={"text": name}, row=row, col=1)
     frames = {}
     for step in steps:
-        places = [at(table, step, part, k) for part, k in shown]
-        frames[f"{step:,}"] = [{c: [rounded(f[c]) for f in places] for c in "xy"}, {}]
+        moved = {c: [rounded(at[step, part, k][c]) for part, k in shown] for c in "xy"}
+        frames[f"{step:,}"] = [moved, {}]
     bar = {
         "orientation": "h", "y": -0.02, "yanchor": "top", "len": 0.6, "thickness": 10,
         "tickvals": [0, p / 4, p / 2, 3 * p / 4, p],
@@ -98,15 +95,9 @@ def strongest(frequencies: pd.DataFrame, table: pd.DataFrame) -> list[int]:
     """At most MOST key frequencies of the model in `table`, those of largest effect, ascending."""
     if not len(table):
         return []
-    rows = model(frequencies, table["arm"].iloc[0], table["seed"].iloc[0])
-    rows = rows[rows["key"]].sort_values("without_test", ascending=False)
+    first = {name: table[name].iloc[0] for name in ("arm", "seed")}
+    rows = where(frequencies, **first, key=True).sort_values("without_test", ascending=False)
     return sorted(rows["frequency"].head(MOST))
-
-
-def at(table: pd.DataFrame, step: int, part: str, k: int) -> pd.DataFrame:
-    """The points of one panel."""
-    chosen = (table["step"] == step) & (table["part"] == part) & (table["frequency"] == k)
-    return table[chosen].sort_values("value")
 
 
 def dots(rows: pd.DataFrame, k: int, p: int) -> Any:

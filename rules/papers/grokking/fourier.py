@@ -2,20 +2,21 @@
 
 1. The last checkpoint of each model names its key frequencies by their effect (ablations.py). They
    are then used for all its checkpoints, as in the paper.
-2. progress     one row a checkpoint: losses, restricted and excluded loss, sparsity in the Fourier
+2. progress     per checkpoint: losses, restricted and excluded loss, sparsity in the Fourier
                 basis, weights (Sections 5.1 and 5.2).
-3. phases       one row a model: where memorisation, circuit formation and cleanup end (phases.py).
+3. phases       per model: where memorisation, circuit formation and cleanup end (phases.py).
 4. spectrum     norm of each frequency in W_E, neurons and W_L, at some checkpoints (Figures 3-5).
    circle       of the first model of the first run: numbers and sums on the circle of each key
                 frequency, at the same checkpoints.
-5. frequencies  one row a frequency: its effect, norms, neurons, readout.
-   edits        one row an ablation and a set of pairs (Section 4.4). Both are medians over the
+5. frequencies  per frequency: its effect, norms, neurons, readout.
+   edits        per ablation and set of pairs (Section 4.4). Both are medians over the
                 checkpoints of the run's end (phases.ending), so that no single one decides.
-   neurons      one row a neuron of the first and the last checkpoint: which frequency explains it.
+   neurons      per neuron of the first and the last checkpoint: which frequency explains it.
 
 A run of paper.yaml's section training is an arm here; "model" is one seed of an arm.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -23,14 +24,14 @@ import numpy as np
 import pandas as pd
 from pydantic import Field
 
-from pipeline.job import cli
+from pipeline.job import cli, own
 from pipeline.job.source import import_file
 from pipeline.spec.paper import Section
-from pipeline.store import tables
+from pipeline.weights import trained
 
-HERE = Path(__file__).parent
+measured = import_file(Path(__file__).with_name("measured.py"))
+phases = import_file(Path(__file__).with_name("phases.py"))
 TABLES = ("progress", "phases", "spectrum", "circle", "frequencies", "neurons", "edits")
-phases = import_file(HERE / "phases.py")
 
 
 class Options(Section):
@@ -49,17 +50,16 @@ class Options(Section):
 class Model:
     """One trained model: its identity, its pairs, and its circuit at any checkpoint."""
 
-    def __init__(self, arm: str, run: Any, member: str, data: Path, device: Any) -> None:
-        self.measured = import_file(HERE / "measured.py")  # imports torch
+    def __init__(self, arm: str, run: trained.Run, member: str, data: Path, device: Any) -> None:
         self.run, self.member, self.device = run, member, device
         self.who = {"arm": arm, "seed": run.seed(member)}
         tokens = run.batches(member, data, device).evaluation["train"][0]
-        self.pairs = self.measured.ablations.Pairs.of(tokens, run.info["d_vocab"] - 1)
+        self.pairs = measured.ablations.Pairs.of(tokens, run.info["d_vocab"] - 1)
 
     def circuit(self, state: dict) -> Any:
         """The circuit at a checkpoint, out of the stacked weights of the run."""
-        own = {n: t[self.run.index(self.member)] for n, t in state.items()}
-        return self.measured.circuit.run(own, self.run.spec.architecture.n_heads, self.device)
+        weights = {n: t[self.run.index(self.member)] for n, t in state.items()}
+        return measured.circuit.run(weights, self.run.spec.architecture.n_heads, self.device)
 
 
 def medians(frames: list[pd.DataFrame]) -> pd.DataFrame:
@@ -70,84 +70,74 @@ def medians(frames: list[pd.DataFrame]) -> pd.DataFrame:
     return out
 
 
-def measure(models: list[Model], options: Options, told: Any) -> dict[str, pd.DataFrame]:
-    """Table -> frame, of the models of one run; `circle` is of the first model."""
-    run, measured = models[0].run, models[0].measured
-    rows: dict[str, list] = {t: [] for t in TABLES}
+def at_the_end(model: Model, states: list[dict], ratio: float) -> dict[str, pd.DataFrame]:
+    """The tables of the run's end for one model, whose key frequencies become known."""
+    circuits = [model.circuit(state) for state in states]
+    model.key = measured.ablations.key_frequencies(circuits[-1].logits, model.pairs, ratio)
+    per_circuit = {"frequencies": measured.frequencies, "edits": measured.edits}
+    out = {name: medians([rows(c, model.pairs, model.key) for c in circuits])
+           for name, rows in per_circuit.items()}  # fmt: skip
+    return out | {"neurons": measured.neurons(circuits[-1]).assign(step=model.run.steps[-1])}
+
+
+def borders(models: list[Model], progress: pd.DataFrame) -> list[dict[str, float]]:
+    """Where the phases of each model end, from its rows of the table progress."""
+    columns = ("step", "test_loss", "excluded_train", "test_accuracy")
+    curves = [progress[progress["seed"] == m.who["seed"]] for m in models]
+    return [phases.borders(*(own[c].to_numpy() for c in columns)) for own in curves]
+
+
+def measure(
+    models: list[Model], options: Options, out: own.Tables, done: Callable[[], None]
+) -> list[pd.DataFrame]:
+    """Add the rows of the models of one run; return those of `circle`, of its first model.
+
+    Args:
+        done: called after each checkpoint of a model.
+    """
+    run, progress, circles = models[0].run, [], []
     end = [run.stacked(int(step)) for step in phases.ending(np.array(run.steps))]
     for m in models:
-        circuits = [m.circuit(state) for state in end]
-        m.key = measured.key_frequencies(circuits[-1], m.pairs, options.key_ratio)
-        found = {
-            "frequencies": medians([measured.frequencies(c, m.pairs, m.key) for c in circuits]),
-            "neurons": measured.neurons(circuits[-1]).assign(step=run.steps[-1]),
-            "edits": medians([measured.edits(c, m.pairs, m.key) for c in circuits]),
-        }
-        for name, frame in found.items():
-            rows[name].append(frame.assign(**m.who))
+        out.add(at_the_end(m, end, options.key_ratio), **m.who)
     for step in run.steps:
         state = run.stacked(step)
         for m in models:
             circuit = m.circuit(state)
-            progress = measured.progress(circuit, m.pairs, m.key)
-            rows["progress"].append(pd.DataFrame([{**m.who, "step": step, **progress}]))
+            numbers = measured.progress(circuit, m.pairs, m.key)
+            progress.append({**m.who, "step": step, **numbers})
             if step == run.steps[0]:
-                frame = measured.neurons(circuit).assign(step=step, **m.who)
-                rows["neurons"].append(frame)
-            told(1)
-    curves = pd.concat(rows["progress"])
-    ends = {}
-    for m in models:
-        own = curves[curves["seed"] == m.who["seed"]]
-        columns = ("step", "test_loss", "excluded_train", "test_accuracy")
-        ends[m.member] = phases.borders(*(own[c].to_numpy() for c in columns))
-        rows["phases"].append(pd.DataFrame([m.who | ends[m.member]]))
-    until = ends[models[0].member]["cleaned"]
-    for step in phases.frames(np.array(run.steps), until, options.frames):
-        state = run.stacked(int(step))
-        for i, m in enumerate(models):
-            circuit, at = m.circuit(state), m.who | {"step": int(step)}
-            rows["spectrum"].append(measured.spectrum(circuit).assign(**at))
-            if i == 0:
-                rows["circle"].append(measured.circle(circuit, m.pairs, m.key).assign(**at))
-    return {name: pd.concat(parts, ignore_index=True) for name, parts in rows.items()}
+                out.add({"neurons": measured.neurons(circuit)}, step=step, **m.who)
+            done()
+    ends = borders(models, pd.DataFrame(progress))
+    rows = [m.who | found for m, found in zip(models, ends, strict=True)]
+    out.add({"progress": progress, "phases": rows})
+    for step in phases.frames(np.array(run.steps), ends[0]["cleaned"], options.frames).tolist():
+        state = run.stacked(step)
+        for m in models:
+            circuit, at = m.circuit(state), m.who | {"step": step}
+            out.add({"spectrum": measured.spectrum(circuit)}, **at)
+            if m is models[0]:
+                circles.append(measured.circle(circuit, m.pairs, m.key).assign(**at))
+    return circles
+
+
+def work(job: cli.Job, options: Options) -> own.Tables:
+    args, device, out = job.args, job.device(), own.Tables(TABLES)
+    runs = dict(zip(args.names, map(trained.open_run, args.runs), strict=True))
+    total = sum(len(r.steps) * len(r.members) for r in runs.values())
+    progress, circles = cli.Progress("fourier", total, "checkpoints"), []
+    for arm, run in runs.items():
+        models = [Model(arm, run, member, Path(args.data), device) for member in run.members]
+        circles.append(measure(models, options, out, progress.add))
+    out.parts["circle"] = circles[0]  # which may have no points
+    return out
 
 
 def main() -> None:
-    parser = cli.parser(
-        "fourier",
-        __doc__,
-        runs="manifest.json of each training run*",
-        names="its name*",
-        data="the paper's data.py",
-        **{t: f"{t}.parquet" for t in TABLES},
-    )
-
-    def work(job: cli.Job) -> None:
-        from pipeline.weights import trained
-
-        args, options, device = job.args, job.section("own.fourier", Options), job.device()
-        runs = {n: trained.open_run(f) for n, f in zip(args.names, args.runs, strict=True)}
-        total = sum(len(r.steps) * len(r.members) for r in runs.values())
-        progress, done = cli.Progress("fourier", total, "checkpoints"), 0
-
-        def told(n: int) -> None:
-            nonlocal done
-            done += n
-            progress.at(done)
-
-        frames: dict[str, list] = {t: [] for t in TABLES}
-        for arm, run in runs.items():
-            models = [Model(arm, run, m, Path(args.data), device) for m in run.members]
-            for name, frame in measure(models, options, told).items():
-                frames[name].append(frame)
-        frames["circle"] = frames["circle"][:1]
-        certificate = job.certificate(args.runs)
-        for name, parts in frames.items():
-            frame = pd.concat(parts, ignore_index=True)
-            tables.write_table(getattr(args, name), frame, certificate)
-
-    cli.run("fourier", parser.parse_args(), work)
+    own.main(
+        "fourier", __doc__, Options, TABLES, work, runs="manifest.json of each training run*",
+        names="its name*", data="the paper's data.py",
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -13,19 +13,14 @@ def array(t: Tensor) -> np.ndarray:
     return t.cpu().numpy()
 
 
-def key_frequencies(c: "circuit.Circuit", pairs: "ablations.Pairs", ratio: float) -> Tensor:
-    """Bool [K], see ablations.key_frequencies."""
-    return ablations.key_frequencies(c.logits, pairs, ratio)
-
-
-def explained(c: "circuit.Circuit") -> tuple[Tensor, Tensor]:
+def explained(c: circuit.Circuit) -> tuple[Tensor, Tensor]:
     """Share of each neuron's variance that its best frequency explains, and that frequency's index:
     [d_mlp] each; share 0 for a neuron that is constant."""
     _, power, total = waves.plane_powers(c.neurons, c.p)
     return (power / total.clamp(min=1e-300)).max(0)
 
 
-def progress(c: "circuit.Circuit", pairs: "ablations.Pairs", key: Tensor) -> dict[str, float]:
+def progress(c: circuit.Circuit, pairs: ablations.Pairs, key: Tensor) -> dict[str, float]:
     """One row of `progress`: losses in nats, shares, and Σ w² of all weights.
 
     sum_only: all frequencies' waves of a + b are kept, key or not. It averages over the pairs of a
@@ -33,20 +28,18 @@ def progress(c: "circuit.Circuit", pairs: "ablations.Pairs", key: Tensor) -> dic
     explained: by the formula with key frequencies; explained_any: with all frequencies.
     gini_W_E and gini_W_L are of the norms of the p Fourier components.
     """
-    logits = c.logits
-    full = ablations.losses(logits, pairs)
-    accuracy = pairs.means(ablations.right(logits, pairs.sums))
-    restricted = ablations.restricted(logits, pairs, key)
-    excluded = ablations.excluded(logits, pairs, key)
-    sum_only = ablations.restricted(logits, pairs, torch.ones_like(key))
-    alpha = ablations.coefficients(logits, c.p)
-    share, _ = explained(c)
+    logits, every = c.logits, torch.ones_like(key)
+    alpha, (share, _) = ablations.coefficients(logits, c.p), explained(c)
+    plain = {"loss": ablations.losses(logits, pairs)}
+    plain["accuracy"] = pairs.means(ablations.right(logits, pairs.sums))
+    edited = {
+        "restricted": ablations.restricted(logits, pairs, key),
+        "excluded": ablations.excluded(logits, pairs, key),
+        "sum_only": ablations.restricted(logits, pairs, every),
+    }
     return {
-        **{f"{name}_loss": value for name, value in full.items()},
-        **{f"{name}_accuracy": value for name, value in accuracy.items()},
-        **{f"restricted_{name}": value for name, value in restricted.items()},
-        **{f"excluded_{name}": value for name, value in excluded.items()},
-        **{f"sum_only_{name}": value for name, value in sum_only.items()},
+        **{f"{s}_{what}": value for what, found in plain.items() for s, value in found.items()},
+        **{f"{what}_{s}": value for what, found in edited.items() for s, value in found.items()},
         **ablations.fit_quality(logits, alpha * key),
         "explained_any": ablations.fit_quality(logits, alpha)["explained"],
         "single": float((share > ablations.SINGLE).double().mean()),
@@ -56,7 +49,7 @@ def progress(c: "circuit.Circuit", pairs: "ablations.Pairs", key: Tensor) -> dic
     }
 
 
-def spectrum(c: "circuit.Circuit") -> pd.DataFrame:
+def spectrum(c: circuit.Circuit) -> pd.DataFrame:
     """Norm of each frequency in W_E, the neurons (eight components, centred) and W_L."""
     _, power, _ = waves.plane_powers(c.neurons, c.p)
     norms = {
@@ -71,8 +64,8 @@ def spectrum(c: "circuit.Circuit") -> pd.DataFrame:
     return pd.concat(frames, ignore_index=True).astype({"norm": np.float32})
 
 
-def frequencies(c: "circuit.Circuit", pairs: "ablations.Pairs", key: Tensor) -> pd.DataFrame:
-    """One row a frequency: whether it is key, loss without it, norms, neurons, readout.
+def frequencies(c: circuit.Circuit, pairs: ablations.Pairs, key: Tensor) -> pd.DataFrame:
+    """One row per frequency: whether it is key, loss without it, norms, neurons, readout.
 
     without_test, without_train: loss when its waves of a + b are removed from the logits.
     alpha: coefficient of cos(w_k (a + b − c)). neurons: of which it explains more than 85 %.
@@ -81,34 +74,31 @@ def frequencies(c: "circuit.Circuit", pairs: "ablations.Pairs", key: Tensor) -> 
     logits = c.logits
     without = ablations.without_each(logits, pairs)
     share, best = explained(c)
-    counts = torch.bincount(best[share > ablations.SINGLE], minlength=len(key))
     readout = ablations.readout_explained(c.neurons, c.W_L, torch.ones_like(key))
-    return pd.DataFrame(
-        {
-            "frequency": np.arange(1, len(key) + 1),
-            "key": array(key),
-            "full_test": ablations.losses(logits, pairs)["test"],
-            "without_test": array(without["test"]),
-            "without_train": array(without["train"]),
-            "alpha": array(ablations.coefficients(logits, c.p)),
-            "norm_W_E": array(waves.frequency_norms(c.W_E)),
-            "norm_W_L": array(waves.frequency_norms(c.W_L)),
-            "neurons": array(counts),
-            "readout_cos": array(readout[:, 0]),
-            "readout_sin": array(readout[:, 1]),
-        }
-    )
+    columns = {
+        "without_test": without["test"],
+        "without_train": without["train"],
+        "alpha": ablations.coefficients(logits, c.p),
+        "norm_W_E": waves.frequency_norms(c.W_E),
+        "norm_W_L": waves.frequency_norms(c.W_L),
+        "neurons": torch.bincount(best[share > ablations.SINGLE], minlength=len(key)),
+        "readout_cos": readout[:, 0],
+        "readout_sin": readout[:, 1],
+    }
+    known = {"frequency": np.arange(1, len(key) + 1), "key": array(key)}
+    known["full_test"] = ablations.losses(logits, pairs)["test"]
+    return pd.DataFrame(known | {name: array(values) for name, values in columns.items()})
 
 
-def neurons(c: "circuit.Circuit") -> pd.DataFrame:
-    """One row a neuron: its best frequency, and the share of its variance that this explains."""
+def neurons(c: circuit.Circuit) -> pd.DataFrame:
+    """One row per neuron: its best frequency, and the share of its variance that this explains."""
     share, best = explained(c)
     columns = {"neuron": np.arange(len(best)), "frequency": array(best) + 1, "share": array(share)}
     return pd.DataFrame(columns).astype({"share": np.float32})
 
 
-def edits(c: "circuit.Circuit", pairs: "ablations.Pairs", key: Tensor) -> pd.DataFrame:
-    """One row an ablation and a set: loss and accuracy; residual_W_L is the norm of W_L outside the
+def edits(c: circuit.Circuit, pairs: ablations.Pairs, key: Tensor) -> pd.DataFrame:
+    """One row per ablation and set: loss and accuracy; residual_W_L is the norm of W_L outside the
     key frequencies over the norm of W_L."""
     rows = []
     for edit, logits in ablations.edits(c, pairs, key).items():
@@ -120,7 +110,7 @@ def edits(c: "circuit.Circuit", pairs: "ablations.Pairs", key: Tensor) -> pd.Dat
     return pd.DataFrame(rows).assign(residual_W_L=residual)
 
 
-def circle(c: "circuit.Circuit", pairs: "ablations.Pairs", key: Tensor) -> pd.DataFrame:
+def circle(c: circuit.Circuit, pairs: ablations.Pairs, key: Tensor) -> pd.DataFrame:
     """Points on the plane of each key frequency, from weights of this checkpoint alone.
 
     part `number`: the embedding of n against the directions along which the other numbers' cos and
@@ -150,7 +140,7 @@ def circle(c: "circuit.Circuit", pairs: "ablations.Pairs", key: Tensor) -> pd.Da
     return pd.concat(frames, ignore_index=True).astype({"x": np.float32, "y": np.float32})
 
 
-def held_out(pairs: "ablations.Pairs") -> Tensor:
+def held_out(pairs: ablations.Pairs) -> Tensor:
     """One input of the test set for each sum, spread over a: [p]."""
     p, test = pairs.p, ~pairs.train
     out = []

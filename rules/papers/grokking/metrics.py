@@ -1,6 +1,6 @@
 """Metrics of Progress Measures for Grokking: what they mean, and how they follow from the tables.
 
-One value a seed. Without a prefix: the arm `decay`, as in the paper; `null.`: the arm `no_decay`;
+One value per seed. Without a prefix: the arm `decay`, as in the paper; `null.`: the arm `no_decay`;
 `untrained.`: the arm `decay` at step 0. Losses are nats, float64, over p classes; "test" are the
 pairs that are not trained on. Steps are updates on the full batch (the paper's epochs). "At the
 end" is the median over the checkpoints of the last twentieth of the run, 2,000 of the paper's
@@ -10,6 +10,9 @@ end" is the median over the checkpoints of the last twentieth of the run, 2,000 
 from typing import Any
 
 import numpy as np
+
+from pipeline.claims.seeds import gathered
+from pipeline.store.tables import where
 
 from . import phases
 
@@ -82,6 +85,17 @@ METRICS = {
     "untrained.*": "step 0: the same",
 }
 CHANGES = ("gini_W_E", "gini_W_L", "sum_squares")
+# Metric -> the number at the end that it is, most of them columns of the table progress.
+MEASURED = {
+    "accuracy.train": "train_accuracy", "accuracy.test": "test_accuracy",
+    "logits.explained": "explained", "logits.explained_centred": "explained_centred",
+    "readout.residual": "residual", "loss.test": "test_loss", "loss.train": "train_loss",
+    "loss.all": "all_loss", "loss.uniform": "uniform", "loss.restricted": "restricted_test",
+    "loss.excluded": "excluded_train", "neurons.single": "single",
+    "loss.polynomials_ratio": "polynomials_ratio",
+}  # fmt: skip
+EDITS = ("blocks", "without_blocks", "formula", "polynomials", "neuron_waves", "directions")
+EDITS += ("nullspace",)
 
 
 def first(rows: Any, holds: Any) -> float:
@@ -89,23 +103,23 @@ def first(rows: Any, holds: Any) -> float:
     return float(rows["step"][holds].min()) if holds.any() else np.nan
 
 
-def curves(history: Any, steps: int) -> dict[str, float]:
+def curves(history: Any) -> dict[str, float]:
     """When one model fits the training pairs, and when it generalises."""
-    part = {name: rows.sort_values("step") for name, rows in history.groupby("set")}
-    fitted = first(part["train"], part["train"]["accuracy"] >= 1)
-    generalised = first(part["test"], part["test"]["accuracy"] > 0.99)
+    train, test = where(history, set="train"), where(history, set="test")
+    fitted = first(train, train["accuracy"] >= 1)
+    generalised = first(test, test["accuracy"] > 0.99)
+    delay, steps = generalised - fitted, int(history["step"].max())
     return {
         "steps.fitted": fitted,
         "steps.generalised": generalised,
-        "steps.delay": generalised - fitted,
-        "steps.delay_share": float(np.nan_to_num(generalised - fitted)) / steps,
+        "steps.delay": delay,
+        "steps.delay_share": float(np.nan_to_num(delay)) / steps,
     }
 
 
 def structure(frequencies: Any, neurons: Any) -> dict[str, float]:
     """Key frequencies, and how far embedding, neurons and readout keep to them."""
-    key = frequencies[frequencies["key"]]
-    rest = frequencies[~frequencies["key"]]
+    key, rest = frequencies[frequencies["key"]], frequencies[~frequencies["key"]]
     norm, full = frequencies["norm_W_E"], frequencies["full_test"].iloc[0]
     single = neurons[neurons["share"] > 0.85]
     readout = key[["readout_cos", "readout_sin"]].to_numpy()
@@ -128,95 +142,62 @@ def at_the_end(progress: Any) -> Any:
 
 def endings(progress: Any, edits: Any, p: int) -> dict[str, float]:
     """Losses and fits at the end."""
-    last = at_the_end(progress)
-    loss = edits.set_index(["edit", "set"])["loss"]
-    out = {
-        "accuracy.train": last["train_accuracy"],
-        "accuracy.test": last["test_accuracy"],
-        "logits.explained": last["explained"],
-        "logits.explained_centred": last["explained_centred"],
-        "readout.residual": edits["residual_W_L"].iloc[0],
-        "loss.test": last["test_loss"],
-        "loss.train": last["train_loss"],
-        "loss.all": last["all_loss"],
-        "loss.uniform": np.log(p),
-        "loss.restricted": last["restricted_test"],
-        "loss.excluded": last["excluded_train"],
-        "neurons.single": last["single"],
-        "loss.polynomials_ratio": loss["polynomials", "all"] / loss["full", "all"],
-    }
-    wide = ["blocks", "without_blocks", "formula", "polynomials"]
-    wide += ["neuron_waves", "directions", "nullspace"]
-    return out | {f"loss.{name}": loss[name, "all"] for name in wide}
+    found, loss = at_the_end(progress), where(edits, set="all").set_index("edit")["loss"]
+    found["residual"], found["uniform"] = edits["residual_W_L"].iloc[0], np.log(p)
+    found["polynomials_ratio"] = loss["polynomials"] / loss["full"]
+    out = {name: found[measure] for name, measure in MEASURED.items()}
+    return out | {f"loss.{edit}": loss[edit] for edit in EDITS}
 
 
 def during(progress: Any, phase: Any) -> dict[str, float]:
     """What happens in the phases of one model; NaN where it has none."""
-    rows = progress.set_index("step").sort_index()
-    ends = [phase["memorised"], phase["cleanup"], phase["cleaned"]]
-    if np.isnan(ends).any():
-        at = [dict.fromkeys(rows.columns, np.nan)] * 3
-    else:
-        at = [rows.loc[int(step)] for step in ends]
-    out = {
-        "during.restricted_fall": at[1]["restricted_test"] / at[0]["restricted_test"],
-        "during.test_fall": at[1]["test_loss"] / at[0]["test_loss"],
-        "during.excluded_rise": at[1]["excluded_train"] / at[0]["excluded_train"],
-        "during.excluded_rise_after": at_the_end(progress)["excluded_train"]
-        / at[1]["excluded_train"],
-    }
+    ends = phase[["memorised", "cleanup", "cleaned"]]
+    at = progress.set_index("step").select_dtypes("number").reindex(ends.to_numpy(float))
+    rise = at.iloc[1] / at.iloc[0]
+    after = at_the_end(progress)["excluded_train"] / at["excluded_train"].iloc[1]
+    out = {"during.restricted_fall": rise["restricted_test"], "during.test_fall": rise["test_loss"],
+           "during.excluded_rise": rise["excluded_train"],
+           "during.excluded_rise_after": after}  # fmt: skip
     for name in CHANGES:
         for i, phase_name in enumerate(("formation", "cleanup")):
-            thousands = (ends[i + 1] - ends[i]) / 1000
-            change = at[i + 1][name] - at[i][name]
+            thousands = (ends.iloc[i + 1] - ends.iloc[i]) / 1000
+            change = at[name].iloc[i + 1] - at[name].iloc[i]
             out[f"during.{name}.{phase_name}"] = change / thousands if thousands else np.nan
-    return out | {f"phase.{n}": phase[n] for n in ("memorised", "cleanup", "cleaned")}
+    return out | {f"phase.{name}": step for name, step in ends.items()}
 
 
-def of_seed(tables: dict[str, Any], history: Any) -> dict[str, float]:
-    """Every metric of one model."""
-    progress, neurons = tables["progress"], tables["neurons"]
-    steps = int(history["step"].max())
-    last = neurons[neurons["step"] == neurons["step"].max()]
-    p = 2 * len(tables["frequencies"]) + 1
-    return (
-        endings(progress, tables["edits"], p)
-        | curves(history, steps)
-        | structure(tables["frequencies"], last)
-        | during(progress, tables["phases"].iloc[0])
+def of_model(tables: dict[str, Any], arm: str, seed: int) -> dict[str, float]:
+    """Every metric of one model, with the prefix of its arm."""
+    names = ("progress", "phases", "frequencies", "neurons", "edits")
+    own = {name: where(tables[f"fourier/{name}"], arm=arm, seed=seed) for name in names}
+    history, progress = where(tables[f"training/{arm}"], seed=seed), own["progress"]
+    progress = progress.sort_values("step")
+    neurons, before, last = own["neurons"], progress.iloc[0], progress.iloc[-1]
+    found = (
+        endings(progress, own["edits"], 2 * len(own["frequencies"]) + 1)
+        | curves(history)
+        | structure(own["frequencies"], where(neurons, step=neurons["step"].max()))
+        | during(progress, own["phases"].iloc[0])
     )
+    if arm == "no_decay":
+        return {f"null.{name}": value for name, value in found.items()} | {
+            "null.accuracy.test": where(history, set="test")["accuracy"].max(),
+            "null.logits.explained_any": last["explained_any"],
+            "null.loss.sum_only": last["sum_only_test"],
+        }
+    untrained = {"neurons.single": "single", "logits.explained_any": "explained_any"}
+    untrained |= {"gini_W_E": "gini_W_E"}
+    return found | {f"untrained.{name}": before[c] for name, c in untrained.items()}
 
 
 def metrics(tables: dict[str, Any]) -> dict[str, Any]:
-    """Metric -> one value a seed.
+    """Metric -> one value per seed.
 
     Args:
         tables: name -> DataFrame, named as in paper.yaml.
     """
-    out: dict[str, list[float]] = {}
+    out: dict[str, Any] = {}
     for arm in ("decay", "no_decay"):
-        history = tables[f"training/{arm}"]
-        for seed, curve in history.groupby("seed"):
-            own = {}
-            for name in ("progress", "phases", "frequencies", "neurons", "edits"):
-                frame = tables[f"fourier/{name}"]
-                own[name] = frame[(frame["arm"] == arm) & (frame["seed"] == seed)]
-            found = of_seed(own, curve)
-            start = own["progress"].sort_values("step").iloc[0]
-            if arm == "no_decay":
-                test = curve[curve["set"] == "test"]["accuracy"]
-                last = own["progress"].sort_values("step").iloc[-1]
-                found = {f"null.{name}": value for name, value in found.items()} | {
-                    "null.accuracy.test": test.max(),
-                    "null.logits.explained_any": last["explained_any"],
-                    "null.loss.sum_only": last["sum_only_test"],
-                }
-            else:
-                found |= {
-                    "untrained.neurons.single": start["single"],
-                    "untrained.logits.explained_any": start["explained_any"],
-                    "untrained.gini_W_E": start["gini_W_E"],
-                }
-            for name, value in found.items():
-                out.setdefault(name, []).append(float(value))
+        seeds = sorted(tables[f"training/{arm}"]["seed"].unique())
+        out |= gathered(of_model(tables, arm, seed) for seed in seeds)
     return out

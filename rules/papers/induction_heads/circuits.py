@@ -1,114 +1,68 @@
-"""Heads read off the weights: OV and QK circuits, their eigenvalues, composition. [no torch]
+"""Rows of the tables heads, eigenvalues and composition of one model: what its weights say."""
 
-Elhage et al. 2021, in its notation with columns as vectors: W_QK = W_Qᵀ W_K and W_OV = W_O W_V.
-
-1. `heads` takes the matrices of every head out of a state dict, layer norm's gain and centring
-   folded into what reads the stream (its division by the norm is left out, as it only scales).
-2. `ov_eigenvalues`: of W_U W_OV W_E, whether attending to a token raises it ("Detecting Copying").
-   `qk_eigenvalues`: of W_Eᵀ W_QK W_E, or with an earlier head h of W_Eᵀ W_QK W_OV(h) W_E, whether
-   tokens attend to those after their equals ("Checking the Mechanistic Theory").
-3. `composition`: how much of what an earlier head writes a later one reads as query, key or value
-   ("Analyzing a Two-Layer Model"), against random matrices of the same shapes.
-
-These matrices are vocabulary × vocabulary, of rank d_head at most. A B and B A have the same
-eigenvalues other than 0, so each set is computed from a d_head × d_head matrix.
-"""
-
-from collections.abc import Mapping
-from typing import NamedTuple
+from typing import Any
 
 import numpy as np
+import pandas as pd
 
-KINDS = ("Q", "K", "V")
-DRAWS = 50  # random heads of the baseline
+from pipeline.circuits import head_circuits
 
-
-class Head(NamedTuple):
-    """W_Q, W_K, W_V: [d_head d_model]; W_O: [d_model d_head]."""
-
-    W_Q: np.ndarray
-    W_K: np.ndarray
-    W_V: np.ndarray
-    W_O: np.ndarray
-
-    @property
-    def qk(self) -> np.ndarray:
-        """W_QK, [d_model d_model], queries from the left."""
-        return self.W_Q.T @ self.W_K
-
-    @property
-    def ov(self) -> np.ndarray:
-        """W_OV, [d_model d_model]."""
-        return self.W_O @ self.W_V
+INDUCTION = 0.5  # prefix matching of an induction head
 
 
-def reading(weight: np.ndarray, gain: np.ndarray | None) -> np.ndarray:
-    """A matrix [… d_model] that reads ln(x), as one that reads x up to the norm's scale."""
-    if gain is None:
-        return weight
-    weight = weight * gain
-    return weight - weight.mean(-1, keepdims=True)  # what is read of x minus its mean
+def previous_head(rows: pd.DataFrame) -> int | None:
+    """The head of the first layer that attends most to the token before, where there are others."""
+    if rows["layer"].max() == 0:
+        return None
+    first = rows[rows["layer"] == 0]
+    return int(first.loc[first["previous_token"].idxmax(), "head"])
 
 
-def heads(state: Mapping[str, np.ndarray], n_layers: int, n_heads: int) -> list[list[Head]]:
-    """The heads of every layer of one member's state dict."""
-    out = []
-    for i in range(n_layers):
-        at = f"model.layers.{i}"
-        gain = state.get(f"{at}.ln1.weight")
-        q, k, v = (
-            np.split(reading(state[f"{at}.attn.{m}.weight"], gain).astype(float), n_heads)
-            for m in "qkv"
-        )
-        o = np.split(state[f"{at}.attn.o.weight"].astype(float), n_heads, axis=1)
-        out.append([Head(*parts) for parts in zip(q, k, v, o, strict=True)])
-    return out
-
-
-def embeddings(state: Mapping[str, np.ndarray], n_tokens: int) -> tuple[np.ndarray, np.ndarray]:
-    """W_E and W_U of the first n_tokens tokens, [n_tokens d_model] each."""
-    W_U = reading(state["model.head.weight"], state.get("model.ln_out.weight"))
-    W_E = state["model.tok_embed.weight"]
-    return W_E[:n_tokens].astype(float), W_U[:n_tokens].astype(float)
-
-
-def ov_eigenvalues(head: Head, W_E: np.ndarray, W_U: np.ndarray) -> np.ndarray:
-    """Eigenvalues [d_head], complex, of W_U W_OV W_E: the full OV circuit, token to logits."""
-    return np.linalg.eigvals(head.W_V @ (W_E.T @ W_U) @ head.W_O)
-
-
-def qk_eigenvalues(head: Head, W_E: np.ndarray, earlier: Head | None = None) -> np.ndarray:
-    """Eigenvalues [d_head], complex, of the QK circuit from query token to key token.
+def read_weights(
+    shape: Any, n_tokens: int, columns: dict, rows: pd.DataFrame, state: dict[str, np.ndarray]
+) -> tuple[list[dict], list[dict]]:
+    """Rows of the tables heads and eigenvalues of one model.
 
     Args:
-        earlier: the key is what this head of an earlier layer writes about the token that it
-            attends to: the term Id ⊗ A ⊗ W of K-composition.
+        shape: its architecture.
+        n_tokens: tokens whose embeddings count, the first ones.
+        columns: those that name the model.
+        rows: its rows of the table scores.
     """
-    written = W_E.T if earlier is None else earlier.ov @ W_E.T
-    return np.linalg.eigvals(head.W_K @ written @ W_E @ head.W_Q.T)
+    W_E, W_U = head_circuits.embeddings(state, n_tokens)
+    made = head_circuits.heads(state, shape.n_layers, shape.n_heads)
+    previous, out, values = previous_head(rows), [], []
+    for row in rows.itertuples():
+        head = made[row.layer][row.head]
+        earlier = made[0][previous] if row.layer and previous is not None else None
+        found = {
+            "OV": head_circuits.ov_eigenvalues(head, W_E, W_U),
+            "QK": head_circuits.qk_eigenvalues(head, W_E, earlier),
+        }
+        place = columns | {"layer": row.layer, "head": row.head}
+        smear = state.get(f"model.layers.{row.layer}.attn.k.smear")
+        own_key = np.nan if smear is None else float(1 / (1 + np.exp(-smear[row.head])))
+        scores = {"prefix_matching": row.prefix_matching, "previous_token": row.previous_token}
+        signs = {"copying": "OV", "matching": "QK"}
+        scores |= {name: head_circuits.positivity(found[c]) for name, c in signs.items()}
+        role = "previous token" if row.layer == 0 and row.head == previous else "other"
+        role = "induction" if row.prefix_matching > INDUCTION else role
+        out.append(place | scores | {"own_key": own_key, "role": role})
+        for circuit, eigenvalues in found.items():
+            of = place | {"circuit": circuit}
+            numbers = enumerate(eigenvalues)
+            values += [of | {"index": i, "real": v.real, "imag": v.imag} for i, v in numbers]
+    return out, values
 
 
-def positivity(eigenvalues: np.ndarray) -> float:
-    """Σ λ / Σ |λ|, from -1 to 1: 1 where all are positive ("Detecting Copying")."""
-    return float(eigenvalues.sum().real / np.abs(eigenvalues).sum())
-
-
-def composition(earlier: Head, later: Head) -> dict[str, float]:
-    """Q-, K- and V-composition: ‖W_QKᵀ W_OV‖ / (‖W_QK‖ ‖W_OV‖) and its like, Frobenius norms."""
-    norm = np.linalg.norm
-    read = {"Q": later.qk.T, "K": later.qk, "V": later.ov}
-    return {
-        kind: float(norm(matrix @ earlier.ov) / (norm(matrix) * norm(earlier.ov)))
-        for kind, matrix in read.items()
-    }
-
-
-def baseline(d_model: int, d_head: int, rng: np.random.Generator) -> dict[str, tuple[float, float]]:
-    """Kind -> mean and standard deviation of composition between heads of normal numbers."""
-    shapes = ((d_head, d_model),) * 3 + ((d_model, d_head),)
-    drawn = [
-        composition(*(Head(*(rng.standard_normal(s) for s in shapes)) for _ in range(2)))
-        for _ in range(DRAWS)
-    ]
-    values = {kind: np.array([d[kind] for d in drawn]) for kind in KINDS}
-    return {kind: (float(v.mean()), float(v.std(ddof=1))) for kind, v in values.items()}
+def composed(shape: Any, columns: dict, state: dict[str, np.ndarray]) -> list[dict]:
+    """Rows of the table composition of one model of two layers."""
+    first, second = head_circuits.heads(state, shape.n_layers, shape.n_heads)
+    random = head_circuits.baseline(shape.d_model, shape.head_size, np.random.default_rng(0))
+    return [
+        columns | {"kind": kind, "earlier": i, "later": j, "score": score}
+        | dict(zip(("baseline", "baseline_sd"), random[kind], strict=True))
+        for i, earlier in enumerate(first)
+        for j, later in enumerate(second)
+        for kind, score in head_circuits.composition(earlier, later).items()
+    ]  # fmt: skip

@@ -6,17 +6,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pipeline.figures.parts import (
-    PLAIN,
-    Drawn,
-    Panels,
-    chosen,
-    heat,
-    line,
-    over_seeds,
-    square,
-)
+from pipeline.figures import parts
+from pipeline.figures.parts import PLAIN, Drawn, Panels, chosen, first, heat, line, square
 from pipeline.figures.theme import PALETTE, axis, rgba
+from pipeline.store.tables import where
 
 from .figures_circuits import ablation, circuits
 
@@ -47,14 +40,13 @@ ROWS, POSITIONS = 64, 64  # token indices of a heat map, at most; positions of a
 def runs_of(frame: pd.DataFrame, prefix: str = "") -> Iterator[tuple[str, str, str, pd.DataFrame]]:
     """(run, its name in words, its colour, its rows) of the runs in a table, in a fixed order."""
     for run, look in RUNS.items():
-        rows = frame[frame["run"] == prefix + run]
-        if len(rows):
+        if len(rows := where(frame, run=prefix + run)):
             yield prefix + run, *look, rows
 
 
 def shade(panels: Panels, panel: int, phase: pd.DataFrame, run: str) -> None:
     """The phase change of a run, mean over seeds, as a band behind the lines."""
-    rows = phase[(phase["run"] == run) & (phase["end"] > 0)]
+    rows = where(phase[phase["end"] > 0], run=run)
     if len(rows):
         start, end = rows["start"].mean() / MILLION, rows["end"].mean() / MILLION
         band = {"fillcolor": rgba(PALETTE[4], 0.18), "line_width": 0, "layer": "below"}
@@ -62,13 +54,13 @@ def shade(panels: Panels, panel: int, phase: pd.DataFrame, run: str) -> None:
 
 
 def curves(table: pd.DataFrame, phase: pd.DataFrame, prefix: str, columns: list[str]) -> Any:
-    """A row of panels below each other, one a column of the table; the phase change shaded."""
+    """Panels below each other, one per column of the table; the phase change shaded."""
     panels = Panels([""] * len(columns), 1, gap=(0, 0.06), shared_xaxes=True)
     for i, column in enumerate(columns):
         for _, name, colour, rows in runs_of(table, prefix):
             members = rows.pivot(index="tokens", columns="member", values=column)
             x, hover = members.index.to_numpy() / MILLION, "%{x:.2f} M tokens, %{y:.3f}"
-            drawn = over_seeds(x, members.to_numpy().T, name, colour, f"{name}<br>{hover}")
+            drawn = parts.over_seeds(x, members.to_numpy().T, name, colour, f"{name}<br>{hover}")
             panels.add(i, *drawn)
         shade(panels, i, phase, f"{prefix}two_layer")
         panels.figure.update_yaxes(**AXES[column], row=i + 1)
@@ -80,7 +72,7 @@ def icl(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     """In-context learning score and loss of the three models through training."""
     table = tables["heads/training"]
     figure = curves(table, tables["heads/phase"], "", ["icl", "loss"])
-    return figure, table[table["run"].isin(RUNS)][COLUMNS]
+    return figure, where(table, run=list(RUNS))[COLUMNS]
 
 
 def text(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
@@ -140,9 +132,9 @@ def blocks(values: np.ndarray, most: int) -> tuple[np.ndarray, np.ndarray]:
 
 
 def heads(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
-    """A line a head: rows are the two scores, columns the runs; a list chooses the seed."""
+    """A line per head: rows are the two scores, columns the runs; a list chooses the seed."""
     table, phase = tables["heads/scores"], tables["heads/phase"]
-    table = table[table["run"].isin(RUNS)]
+    table = where(table, run=list(RUNS))
     runs, seeds = list(runs_of(table)), sorted(table["seed"].unique())
     titles = [name for _, name, *_ in runs] + [""] * len(runs)
     shared = {"shared_xaxes": True, "shared_yaxes": True}
@@ -153,8 +145,8 @@ def heads(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
             panel = row * len(runs) + col
             for (layer, head), rows in of_run.sort_values("tokens").groupby(["layer", "head"]):
                 for seed in seeds:
-                    lines[seed].append(rows.loc[rows["seed"] == seed, score].to_numpy())
-                name, shown = list(LAYERS)[layer], rows[rows["seed"] == seeds[0]]
+                    lines[seed].append(where(rows, seed=seed)[score].to_numpy())
+                name, shown = list(LAYERS)[layer], where(rows, seed=seeds[0])
                 hover = f"head {layer}.{head}<br>%{{x:.2f}} M tokens, %{{y:.2f}}"
                 look = {"colour": LAYERS[name], "width": 1.75, "hover": hover}
                 panels.add(panel, line(shown["tokens"] / MILLION, shown[score], name, **look))
@@ -169,11 +161,10 @@ def heads(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
 
 def patterns(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     """Attention of a previous-token head and of each run's head of best prefix matching."""
-    table = tables["heads/patterns"]
-    table = table[table["seed"] == table["seed"].min()]
-    wanted = [("two_layer", "previous token"), ("two_layer", "prefix matching")]
-    wanted += [("smeared", "prefix matching"), ("one_layer", "prefix matching")]
-    found = [table[(table["run"] == run) & (table["shown"] == shown)] for run, shown in wanted]
+    table, best = first(tables["heads/patterns"]), "prefix matching"
+    wanted = [("two_layer", "previous token")]
+    wanted += [(run, best) for run in ("two_layer", "smeared", "one_layer")]
+    found = [where(table, run=run, shown=shown) for run, shown in wanted]
     rows = [r.iloc[0] for r in found if len(r)]
     panels, frames = Panels([titled(r) for r in rows], 2, gap=(0.1, 0.24)), []
     for i, row in enumerate(rows):

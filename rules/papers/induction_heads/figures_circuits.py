@@ -7,9 +7,10 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from pipeline.figures.parts import TITLE, Drawn, bars, chosen, heat
+from pipeline.figures.parts import PLAIN, TITLE, Drawn, bars, chosen, first, heat
 from pipeline.figures.parts import points as marks
 from pipeline.figures.theme import DIVERGING, PALETTE, axis, rgba, scale
+from pipeline.store.tables import where
 
 ROLES = {"induction": PALETTE[0], "previous token": PALETTE[1], "other": PALETTE[6]}
 CIRCUITS = {"OV": ("OV: copying", PALETTE[2]), "QK": ("QK: matching", PALETTE[3])}
@@ -25,30 +26,25 @@ SHOWN = {  # column -> what the list calls it, title and format of the axis
 
 def circuits(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     """Above: eigenvalues of the induction head, and the signs of all heads. Below: composition."""
-    of = lambda name: (t := tables[f"heads/{name}"])[t["run"] == "two_layer"]  # noqa: E731
-    values, heads, pairs = of("eigenvalues"), of("heads"), of("composition")
-    heads = heads[heads["step"] == heads["step"].max()]
+    values, heads, pairs = (where(tables[f"heads/{name}"], run="two_layer")
+                            for name in ("eigenvalues", "heads", "composition"))  # fmt: skip
+    heads = where(heads, step=heads["step"].max())
     figure = make_subplots(
-        rows=2,
-        cols=6,
-        specs=[[{"colspan": 3}, None, None] * 2, [{"colspan": 2}, None] * 3],
-        horizontal_spacing=0.1,
-        vertical_spacing=0.2,
+        2, 6, specs=[[{"colspan": 3}, None, None] * 2, [{"colspan": 2}, None] * 3],
+        horizontal_spacing=0.1, vertical_spacing=0.2,
         subplot_titles=["induction head", "all heads", *(f"{k}-comp." for k in "KQV")],
-    )
+    )  # fmt: skip
     shown = eigenvalues(figure, values, heads)
     signs(figure, heads)
-    pairs = pairs[pairs["seed"] == pairs["seed"].min()]
-    pairs = pairs.assign(above=pairs["score"] - pairs["baseline"])
+    pairs = first(pairs).assign(above=pairs["score"] - pairs["baseline"])
     reach = float(pairs["above"].abs().max())
     for i, kind in enumerate("KQV"):
-        grid = pairs[pairs["kind"] == kind].pivot(index="later", columns="earlier", values="above")
+        rows, place = where(pairs, kind=kind), {"row": 2, "col": 2 * i + 1}
+        grid = rows.pivot(index="later", columns="earlier", values="above").to_numpy().round(4)
         hover = f"head 0.%{{x}} to head 1.%{{y}}<br>{kind} %{{z:.3f}} above random"
-        place, bare = {"row": 2, "col": 2 * i + 1}, {"showgrid": False, "zeroline": False}
-        cells = heat(grid.to_numpy().round(4), coloraxis="coloraxis", hover=hover)
-        figure.add_trace(cells, **place)
-        figure.update_xaxes(**bare, dtick=1, **place)
-        figure.update_yaxes(**bare, dtick=1, **place)
+        figure.add_trace(heat(grid, coloraxis="coloraxis", hover=hover), **place)
+        figure.update_xaxes(**PLAIN, dtick=1, **place)
+        figure.update_yaxes(**PLAIN, dtick=1, **place)
     figure.update_xaxes(title={"text": "first-layer head"}, row=2, col=3)
     figure.update_yaxes(title={"text": "second-layer head"}, row=2, col=1)
     bar = {"title": {"text": "above<br>random"}, "thickness": 12, "outlinewidth": 0}
@@ -73,8 +69,7 @@ def eigenvalues(figure: go.Figure, values: pd.DataFrame, heads: pd.DataFrame) ->
     largest = size.groupby([shown["member"], shown["circuit"]]).transform("max")
     shown = shown.assign(x=shown["real"] / largest, y=shown["imag"] / largest)
     for circuit, (name, colour) in CIRCUITS.items():
-        rows = shown[shown["circuit"] == circuit]
-        symbol = "circle" if circuit == "OV" else "diamond"
+        rows, symbol = where(shown, circuit=circuit), "circle" if circuit == "OV" else "diamond"
         hover = name + "<br>λ = %{customdata[0]:.3g} + %{customdata[1]:.3g} i"
         look = {"size": 8, "symbol": symbol, "customdata": rows[["real", "imag"]], "hover": hover}
         dots = marks(rows["x"], rows["y"], name, rgba(colour, 0.65), **look)
@@ -88,7 +83,7 @@ def eigenvalues(figure: go.Figure, values: pd.DataFrame, heads: pd.DataFrame) ->
 def signs(figure: go.Figure, heads: pd.DataFrame) -> None:
     """Copying against matching of all heads, coloured by what they attend to."""
     for role, colour in ROLES.items():
-        rows = heads[heads["role"] == role]
+        rows = where(heads, role=role)
         hover = role + " head %{customdata[0]}.%{customdata[1]}, seed %{customdata[2]}<br>"
         name = f"{role} head" if role != "other" else "other heads"
         who = {"customdata": rows[["layer", "head", "seed"]], "size": 9}
@@ -103,10 +98,8 @@ def signs(figure: go.Figure, heads: pd.DataFrame) -> None:
 
 def ablation(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     """Bars: means; points: heads and seeds. A list chooses the score or the second copy's loss."""
-    table = tables["heads/ablation"]
-    table = table[table["run"] == "two_layer"]
-    by = ["member", "patterns"]
-    whole = table[table["removed"] == "nothing"].set_index(by)[["icl", "second_copy"]]
+    table, by = where(tables["heads/ablation"], run="two_layer"), ["member", "patterns"]
+    whole = where(table, removed="nothing").set_index(by)[["icl", "second_copy"]]
     table = table.join(whole.add_prefix("intact_"), on=by)
     table = table.assign(left=table["icl"] / table["intact_icl"])
     table = table.assign(place=[place(r) for r in table.to_dict("records")])
@@ -114,7 +107,7 @@ def ablation(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     places = [p for p in PLACES if p in set(table["place"])]
     figure, values = go.Figure(), {column: [] for column in SHOWN}
     for patterns, (name, colour) in PATTERNS.items():
-        rows = table[table["patterns"] == patterns]
+        rows = where(table, patterns=patterns)
         mean = rows.groupby("place")[list(SHOWN)].mean().reindex(places)
         for column in SHOWN:
             values[column] += [mean[column].to_numpy(), rows[column].to_numpy()]
@@ -136,14 +129,14 @@ def ablation(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
 
 
 def points(rows: pd.DataFrame, colour: str, group: str) -> go.Box:
-    """A point a row beside its bar: a box of which only the points are drawn."""
-    told = "head %{customdata[0]}.%{customdata[1]}, seed %{customdata[2]}<br>%{y:.3g}"
+    """A point per row beside its bar: a box of which only the points are drawn."""
+    hover = "head %{customdata[0]}.%{customdata[1]}, seed %{customdata[2]}<br>%{y:.3g}"
     clear, look = "rgba(0,0,0,0)", {"color": colour, "size": 6}
     return go.Box(
         x=rows["place"], y=rows["left"], customdata=rows[["layer", "head", "seed"]],
         offsetgroup=group, boxpoints="all", pointpos=0, jitter=0.4, fillcolor=clear,
         line={"color": clear}, marker=look, hoveron="points", showlegend=False,
-        hovertemplate=told + "<extra></extra>",
+        hovertemplate=hover + "<extra></extra>",
     )  # fmt: skip
 
 

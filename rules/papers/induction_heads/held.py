@@ -5,14 +5,18 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import torch
 from pydantic import Field
+from torch import Tensor
 
+from pipeline.circuits import head_circuits
 from pipeline.errors import RetraceError
-from pipeline.job.source import import_file
 from pipeline.spec.paper import Section
 from pipeline.store import tables
+from pipeline.weights import batches, trained
 
-HERE = Path(__file__).parent
+from . import attention, data
+
 Interval = tuple[int, int]
 
 
@@ -52,48 +56,48 @@ class Held:
         name: of the run in paper.yaml.
         tokens, targets: held-out sequences, [batch pos].
         copies: name -> [batch pos], where the targets of the first and second copy stand.
-        repeated: sequences of `attention.repeated`.
+        repeated: sequences of `head_circuits.repeated`.
         budget: corpus_tokens, how many different tokens a member is trained on (NaN where each
             batch is drawn anew), and document_length, the mean tokens of a document.
     """
 
     def __init__(self, manifest: str, corpus: list[str], options: Options, device: Any) -> None:
-        import torch
-
-        from pipeline.weights import batches, trained
-
-        self.attention = import_file(HERE / "attention.py")
-        self.device, self.options = device, options
-        self.run = trained.open_run(manifest)
+        self.device, self.options, self.run = device, options, trained.open_run(manifest)
         self.name = Path(manifest).parent.name.rsplit("-", 1)[0]  # <run>-<digest>
-        spec, n_ctx = self.run.spec, self.run.spec.architecture.n_ctx
-        need_attention_only(self.name, spec.architecture)
-        if spec.data.source == "own":
-            found = import_file(HERE / "data.py").held_out(spec.data.options, n_ctx)
-            self.tokens, self.targets, self.icl = found.tokens, found.targets, options.icl
-            self.copies = {"first_copy": found.first, "second_copy": found.second}
-            self.n_tokens = self.run.info["d_vocab"] - 1  # without BOS
-            pool = torch.arange(self.n_tokens)
-            self.budget = {"corpus_tokens": np.nan, "document_length": float(n_ctx + 1)}
-        else:
-            if options.text_icl is None or not corpus:
-                raise RetraceError(f"own.heads: run '{self.name}' learns from text; add text_icl")
-            ids = torch.from_numpy(batches.read_corpus(corpus[0])["eval"].astype(np.int64))
-            self.tokens, self.targets = batches.windows(ids, n_ctx)
-            self.icl, self.copies = options.text_icl, {}
-            self.n_tokens, pool = self.run.info["d_vocab"], self.attention.common(self.tokens)
-            self.budget = corpus_budget(corpus[0])
+        need_attention_only(self.name, self.run.spec.architecture)
+        n_ctx, how = self.run.spec.architecture.n_ctx, options.repeat
+        pool = (
+            self._drawn(n_ctx) if self.run.spec.data.source == "own" else self._text(corpus, n_ctx)
+        )
         if max(self.icl.late) > n_ctx:
             raise RetraceError(
                 f"own.heads: token {max(self.icl.late)} of icl is behind n_ctx {n_ctx}"
             )
-        how = options.repeat
         bos = int(self.tokens[0, 0])
-        self.repeated = self.attention.repeated(how.n, pool, how.length, how.times, bos)
+        self.repeated = head_circuits.repeated(how.n, pool, how.length, how.times, bos)
         if self.repeated.shape[1] > n_ctx:
             raise RetraceError(
                 f"own.heads: repeat: {how.times} × {how.length} tokens exceed {n_ctx}"
             )
+
+    def _drawn(self, n_ctx: int) -> Tensor:
+        """What a run of drawn sequences is measured on; the tokens to repeat."""
+        found = data.held_out(self.run.spec.data.options, n_ctx)
+        self.tokens, self.targets, self.icl = found.tokens, found.targets, self.options.icl
+        self.copies = {"first_copy": found.first, "second_copy": found.second}
+        self.n_tokens = self.run.info["d_vocab"] - 1  # without BOS
+        self.budget = {"corpus_tokens": np.nan, "document_length": float(n_ctx + 1)}
+        return torch.arange(self.n_tokens)
+
+    def _text(self, corpus: list[str], n_ctx: int) -> Tensor:
+        """What a run of text is measured on; the tokens to repeat."""
+        if self.options.text_icl is None or not corpus:
+            raise RetraceError(f"own.heads: run '{self.name}' learns from text; add text_icl")
+        ids = torch.from_numpy(batches.read_corpus(corpus[0])["eval"].astype(np.int64))
+        self.tokens, self.targets = batches.windows(ids, n_ctx)
+        self.icl, self.copies, self.n_tokens = self.options.text_icl, {}, self.run.info["d_vocab"]
+        self.budget = corpus_budget(corpus[0])
+        return attention.common(self.tokens)
 
     def models(self, step: int) -> Iterator[tuple[dict[str, Any], Any, dict[str, np.ndarray]]]:
         """(columns that name it, the model, its weights) of every member after `step` updates."""
@@ -117,12 +121,7 @@ class Held:
 
     def patterns(self, model: Any) -> list[Any]:
         """Attention of every layer on the repeated sequences, [batch n_heads pos pos]."""
-        return self.attention.forward(model, self.repeated.to(self.device))[1]
-
-    def places(self, model: Any) -> list[list[dict[str, list[float]]]]:
-        """What every head of every layer looks at, see attention.by_place."""
-        how = self.options.repeat
-        return [self.attention.by_place(p, how.length, how.times) for p in self.patterns(model)]
+        return attention.forward(model, self.repeated.to(self.device))[1]
 
 
 def corpus_budget(path: str) -> dict[str, float]:

@@ -1,14 +1,17 @@
 """Metrics of induction heads: what they mean, and how they follow from the tables of stage heads.
 
 Names begin with a run of the section training: one_layer, two_layer, smeared, and text_… for those
-that learn from text. One value a seed, NaN in a seed that has none (of induction heads, say, where
-none formed). An induction head is one with prefix matching above 0.5; the previous-token head is
-the head of the first of two layers that attends most to the token before.
+that learn from text. One value per seed, NaN in a seed that has none (of induction heads, say,
+where none formed). An induction head is one with prefix matching above 0.5; the previous-token head
+is the head of the first of two layers that attends most to the token before.
 """
 
 from typing import Any
 
 import numpy as np
+
+from pipeline.claims.seeds import gathered
+from pipeline.store.tables import where
 
 COPIES = 0.5  # Σλ / Σ|λ| of a head that copies; Elhage et al. show a histogram and no threshold
 
@@ -72,19 +75,14 @@ METRICS = {  # the first pattern that fits a name counts: those of more parts st
 }
 
 
-def members(frame: Any) -> list[Any]:
-    """The rows of each member, in the order of the table."""
-    return [rows for _, rows in frame.groupby("member", sort=False)]
-
-
 def end(frame: Any) -> Any:
     """The rows of the last step."""
-    return frame[frame["step"] == frame["step"].max()]
+    return where(frame, step=frame["step"].max())
 
 
-def training(rows: Any, phase: Any) -> dict[str, float]:
+def training(rows: Any, window: Any) -> dict[str, float]:
     """Losses, the in-context learning score and the phase change of one model."""
-    last, window = end(rows).iloc[0], phase.iloc[0]
+    last = end(rows).iloc[0]
     out = {k: last[k] for k in ("loss", "first_copy", "second_copy", "icl")}
     out |= {k: window[k] for k in ("icl_before", "icl_after")}
     out |= {f"window.{k}": window[k] / 1e6 for k in ("start", "end")}
@@ -94,21 +92,20 @@ def training(rows: Any, phase: Any) -> dict[str, float]:
         there = window["corpus_tokens"]
         out["passes"] = 1 if np.isnan(there) else last["tokens"] / there
         out["document_length"] = window["document_length"]
-    return out | {
-        f"formed.{k}": window[f"{k}_formed"] / 1e6 for k in ("prefix_matching", "previous_token")
-    }
+    formed = ("prefix_matching", "previous_token")
+    return out | {f"formed.{k}": window[f"{k}_formed"] / 1e6 for k in formed}
 
 
 def heads(rows: Any) -> dict[str, float]:
     """Scores of the heads of one model, before and after training."""
-    untrained, rows = rows[rows["step"] == 0], end(rows)
-    best = rows.loc[rows["prefix_matching"].idxmax()]
+    untrained, rows = where(rows, step=0), end(rows)
+    best, found = rows.loc[rows["prefix_matching"].idxmax()], where(rows, role="induction")
     copying = rows["copying"] > COPIES
-    out = {
+    return {
         "prefix_matching": best["prefix_matching"],
         "untrained.prefix_matching": untrained["prefix_matching"].max(),
         "previous_token": rows["previous_token"].max(),
-        "induction_heads": (rows["role"] == "induction").sum(),
+        "induction_heads": len(found),
         "copying_heads": copying.sum(),
         "copying_share": copying.mean(),
         "untrained.copying_share": (untrained["copying"] > COPIES).mean(),
@@ -116,32 +113,32 @@ def heads(rows: Any) -> dict[str, float]:
         "untrained.matching": untrained["matching"].max(),
         "untrained.own_key": untrained["own_key"].min(),
         "induction.own_key": best["own_key"],
+        **places(rows),
+        **{f"induction.{k}": found[k].min() for k in ("copying", "matching")},
     }
-    found = rows[rows["role"] == "induction"]
-    return out | places(rows) | {f"induction.{k}": found[k].min() for k in ("copying", "matching")}
 
 
 def places(rows: Any) -> dict[str, float]:
     """Which place the heads of the last layer look at, and those of the first."""
     if "by_offset" not in rows:
         return {}
-    last, first = rows[rows["layer"] == rows["layer"].max()], rows[rows["layer"] == 0]
-    offset, lag = np.stack(last["by_offset"].to_list()), np.stack(first["by_lag"].to_list())
+    last, first = where(rows, layer=rows["layer"].max()), where(rows, layer=0)
+    offset, lag = np.stack(last["by_offset"].to_list()), np.stack(first["by_lag"].to_list())[:, 1:]
     return {
         "match.any": offset.max(),
         "match.offset": offset.max(0).argmax() - offset.shape[1] // 2,
-        "lag.any": lag[:, 1:].max(),
-        "lag.places": 1 + lag[:, 1:].max(0).argmax(),
+        "lag.any": lag.max(),
+        "lag.places": 1 + lag.max(0).argmax(),
     }
 
 
 def composition(rows: Any, heads: Any) -> dict[str, float]:
     """Of the previous-token head with the second layer's head of best prefix matching."""
-    heads = end(heads)
-    first, second = heads[heads["layer"] == 0], heads[heads["layer"] == 1]
-    earlier = first.loc[first["previous_token"].idxmax(), "head"]
-    later = second.loc[second["prefix_matching"].idxmax(), "head"]
-    pair = rows[(rows["earlier"] == earlier) & (rows["later"] == later)].set_index("kind")
+    best = {"earlier": (0, "previous_token"), "later": (1, "prefix_matching")}
+    for place, (layer, score) in best.items():
+        own = where(end(heads), layer=layer)
+        rows = where(rows, **{place: own.loc[own[score].idxmax(), "head"]})
+    pair = rows.set_index("kind")
     above = pair["score"] - pair["baseline"]
     return {f"composition.{k}": above[k] for k in "QKV"} | {
         f"composition_sd.{k}": above[k] / pair.loc[k, "baseline_sd"] for k in "QKV"
@@ -152,37 +149,35 @@ def ablation(rows: Any) -> dict[str, float]:
     """Share of the in-context learning score that is left without heads."""
     out = {}
     for patterns, prefix in (("kept", "ablation"), ("free", "knockout")):
-        part = rows[rows["patterns"] == patterns].set_index("removed")
+        part = where(rows, patterns=patterns).set_index("removed")
         left = part["icl"] / part.loc["nothing", "icl"]
         for group in ("induction heads", "all other heads"):
             if group in left:
                 out[f"{prefix}.{group.replace(' ', '_')}"] = left[group]
-        singles = left[part["layer"] >= 0]
-        roles = part.loc[singles.index, "role"]
-        if (other := singles[roles != "induction"]).size:
+        single, role = part["layer"] >= 0, part["role"]
+        if (other := left[single & (role != "induction")]).size:
             out[f"{prefix}.worst_other"] = other.min()
-        if (previous := singles[roles == "previous token"]).size:
+        if (previous := left[single & (role == "previous token")]).size:
             out[f"{prefix}.previous_token"] = previous.iloc[0]
     return out
 
 
+def of_model(tables: dict[str, Any]) -> dict[str, float]:
+    """Every metric of one model, from its rows of the tables."""
+    out = training(tables["training"], tables["phase"].iloc[0])
+    out |= heads(tables["heads"]) | ablation(tables["ablation"])
+    pairs = tables["composition"]
+    return out | (composition(pairs, tables["heads"]) if len(pairs) else {})
+
+
 def metrics(tables: dict[str, Any]) -> dict[str, Any]:
-    """Metric -> one value a seed, NaN where a seed has none.
+    """Metric -> one value per seed, NaN where a seed has none.
 
     Args:
         tables: name -> DataFrame, named as in paper.yaml.
     """
-    part = lambda name, run: (t := tables[f"heads/{name}"])[t["run"] == run]  # noqa: E731
-    out: dict[str, Any] = {}
-    for run in tables["heads/training"]["run"].unique():
-        named = {name: members(part(name, run)) for name in ("training", "phase", "heads")}
-        named |= {name: members(part(name, run)) for name in ("composition", "ablation")}
-        found = [training(*pair) for pair in zip(named["training"], named["phase"], strict=True)]
-        found = [a | heads(rows) for a, rows in zip(found, named["heads"], strict=True)]
-        found = [a | ablation(rows) for a, rows in zip(found, named["ablation"], strict=True)]
-        if named["composition"]:
-            pairs = zip(named["composition"], named["heads"], strict=True)
-            found = [a | composition(*p) for a, p in zip(found, pairs, strict=True)]
-        for name in dict.fromkeys(name for model in found for name in model):
-            out[f"{run}.{name}"] = [float(model.get(name, np.nan)) for model in found]
-    return out
+    names, out = ("training", "phase", "heads", "composition", "ablation"), {}
+    for (run, member), _ in tables["heads/training"].groupby(["run", "member"], sort=False):
+        own = {n: where(tables[f"heads/{n}"], run=run, member=member) for n in names}
+        out.setdefault(run, []).append(of_model(own))
+    return {k: v for run, models in out.items() for k, v in gathered(models, f"{run}.").items()}

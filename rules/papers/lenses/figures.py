@@ -3,6 +3,8 @@
 Those along a text are drawn in figures_texts.py.
 """
 
+from collections.abc import Callable
+from itertools import product
 from typing import Any
 
 import numpy as np
@@ -12,6 +14,7 @@ import plotly.graph_objects as go
 from pipeline.figures.parts import Drawn, Panels, chosen, equal, heat, line, points
 from pipeline.figures.parts import first as first_seed
 from pipeline.figures.theme import INK, PALETTE, SEQUENTIAL, axis, literal, scale
+from pipeline.store.tables import where
 
 from .figures_texts import attribution, trajectories
 
@@ -37,7 +40,7 @@ def named(options: dict[str, Any], table: pd.DataFrame) -> dict[str, str]:
 
 
 def by_layer(
-    options: dict[str, Any], table: pd.DataFrame, y: Any, unit: str = ""
+    options: dict[str, Any], table: pd.DataFrame, y: Callable[[pd.DataFrame], list], unit: str = ""
 ) -> tuple[Panels, list[list[str]], list[pd.DataFrame]]:
     """Lines of a lens over layers: of a model in colour, of its null arm in grey.
 
@@ -52,34 +55,31 @@ def by_layer(
     given = {panel: models for panel, models in given.items() if models}
     panels = Panels([literal(p) for p in given], gap=(0.1, 0))
     for i, models in enumerate(given.values()):
-        for null, model in enumerate(models):
-            for lens, (name, colour, dash) in LENSES.items():
-                rows = table[(table["model"] == model) & (table["lens"] == lens)]
-                rows = rows.sort_values("layer")
-                name = f"{name}, null arm" if null else name
-                look = {"dash": dash, "marker": {"size": 4 if null else 5}}
-                hover = f"{literal(name)}, layer %{{x}}: %{{y:.3~g}}{unit}"
-                colour = PALETTE[-1] if null else colour
-                panels.add(i, line(rows["layer"], y(rows), name, colour, hover=hover, **look))
-                drawn.append(rows)
-        deepest = table.loc[table["model"].isin(models), "layer"].max()  # about six ticks
+        for (null, model), (lens, look) in product(enumerate(models), LENSES.items()):
+            rows, (name, colour, dash) = where(table, model=model, lens=lens), look
+            rows, name = rows.sort_values("layer"), f"{name}, null arm" if null else name
+            hover = f"{literal(name)}, layer %{{x}}: %{{y:.3~g}}{unit}"
+            look = {"dash": dash, "marker": {"size": 4 if null else 5}, "hover": hover}
+            colour = PALETTE[-1] if null else colour
+            panels.add(i, line(rows["layer"], y(rows), name, colour, **look))
+            drawn.append(rows)
+        deepest = where(table, model=models)["layer"].max()  # about six ticks
         ticks = axis("layers before the lens", dtick=int(max(1, deepest // 6)))
         panels.figure.update_xaxes(**ticks, **panels.place(i))
     return panels, list(given.values()), drawn
 
 
 def layers(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
-    """Both lenses by layer, a panel a model; the reader chooses the measure.
+    """Both lenses by layer, a panel per model; the reader chooses the measure.
 
     Options: panels, a list of [title, model, null arm].
     """
     table = first_seed(tables["lenses/layers"])
-    table = table.assign(unread=lambda t: t["kl"] / t["kl_marginal"])
-    first = next(iter(MEASURES))
+    table, first = table.assign(unread=table["kl"] / table["kl_marginal"]), next(iter(MEASURES))
     panels, models, drawn = by_layer(options, table, lambda rows: shown(rows, first))
     levels = []
     for i, (model, *_) in enumerate(models):
-        rows = table[table["model"] == model]
+        rows = where(table, model=model)
         levels.append([rows["kl_marginal"].iloc[0]] * 2)
         hover = "the model's mean prediction, whatever was read: %{y:.3~g} nats"
         ends = [rows["layer"].min(), rows["layer"].max()]
@@ -90,8 +90,8 @@ def layers(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
         ys = [shown(rows, m) for rows in drawn]
         ys += [{"kl": y, "unread": [1, 1]}.get(m, [None, None]) for y in levels]
         change = {"yaxis.title.text": axis(what, unit)["title"]["text"]}
-        for place in ("yaxis", "yaxis2")[: len(models)]:
-            change |= {f"{place}.{k}": v for k, v in scale_of(m).items()}
+        change |= {f"{place}.{k}": v for place in ("yaxis", "yaxis2")[: len(models)]
+                   for k, v in scale_of(m).items()}  # fmt: skip
         choices[what] = [{"y": ys}, change]
     chosen(panels.figure, choices).update_yaxes(rangemode="tozero", **scale_of(first))
     figure = panels.finish(450, yaxis=axis(*MEASURES[first]))
@@ -111,13 +111,13 @@ def shown(rows: pd.DataFrame, measure: str) -> list[float | None]:
 
 
 def bias(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
-    """Bias in bits by layer, on a log axis, a panel a model. Options: as `layers`."""
+    """Bias in bits by layer, on a log axis, a panel per model. Options: as `layers`."""
     table = first_seed(tables["lenses/layers"])
     table = table[table["layer"] < table.groupby("model")["layer"].transform("max")]
     table = table.assign(bias_bits=table["bias"] * BITS)
     panels, models, _ = by_layer(options, table, lambda rows: rows["bias_bits"].tolist(), " bits")
     for i, some in enumerate(models):
-        values = table.loc[table["model"].isin(some), "bias"]
+        values = where(table, model=some)["bias"]
         wide = values.max() > 100 * values.min()  # every decade has a tick, or 1, 2 and 5
         look = {"type": "log", "exponentformat": "power", "minexponent": 2}
         panels.figure.update_yaxes(**look, dtick=1 if wide else "D2", **panels.place(i))
@@ -133,8 +133,9 @@ def transfer(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     """
     table, place = first_seed(tables["lenses/transfer"]), {}
     for model, name in named(options, table).items():
-        rows = table[table["model"] == model]
-        grid = rows.pivot(index="translator", columns="layer", values="penalty")
+        grid = where(table, model=model).pivot(
+            index="translator", columns="layer", values="penalty"
+        )
         place[name] = {
             "x": list(map(str, grid.columns)), "y": list(map(str, grid.index)),
             "z": grid.to_numpy().tolist(),
@@ -146,11 +147,9 @@ def transfer(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
         hover="translator of layer %{y} on layer %{x}: %{z:.3~g} nats",
     )  # fmt: skip
     choices = {n: [{k: [v] for k, v in change.items()}, {}] for n, change in place.items()}
-    figure = chosen(go.Figure(field), choices).update_layout(
-        xaxis=axis("layer that is read", type="category"),
-        yaxis=axis("layer that the translator is of", type="category"),
-        height=520,
-    )
+    axes = {"xaxis": axis("layer that is read", type="category")}
+    axes["yaxis"] = axis("layer that the translator is of", type="category")
+    figure = chosen(go.Figure(field), choices).update_layout(**axes, height=520)
     return figure, table[["model", "translator", "layer", "penalty", "kl", "similarity"]]
 
 
@@ -159,16 +158,13 @@ def basis(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
 
     Options: names, a list of [model, what the list calls it].
     """
-    table = first_seed(tables["lenses/basis"])
-    table = table[table["lens"] == "tuned"].assign(
-        lens_bits=lambda t: t["influence_lens"].clip(lower=1e-9) * BITS,
-        model_bits=lambda t: t["influence_model"].clip(lower=1e-9) * BITS,
-    )
+    table = where(first_seed(tables["lenses/basis"]), lens="tuned")
+    table = table.assign(**{f"{of}_bits": table[f"influence_{of}"].clip(lower=1e-9) * BITS
+                            for of in ("lens", "model")})  # fmt: skip
     panels, names = Panels(), named(options, table)
     for case, model in enumerate(names):
         for kind, name in (("random", "random directions"), ("causal", "causal basis")):
-            rows = table[(table["model"] == model) & (table["kind"] == kind)]
-            null = kind == "random"
+            rows, null = where(table, model=model, kind=kind), kind == "random"
             edge = {"width": 1.2 if null else 0.5, "color": PALETTE[-1] if null else INK}
             trace = points(
                 rows["lens_bits"], rows["model_bits"], name, rows["layer"], size=8,

@@ -8,6 +8,7 @@ import plotly.graph_objects as go
 from pipeline.errors import RetraceError
 from pipeline.figures.parts import Drawn, Panels, bars, chosen, evenly, first, heat, line
 from pipeline.figures.theme import INK, PALETTE, axis, literal
+from pipeline.store.tables import where
 
 LENSES = {"tuned": "tuned lens", "logit": "logit lens"}
 LONGEST = 8  # characters of a token in a cell
@@ -29,46 +30,39 @@ def trajectories(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
 
     The reader chooses the text. Options: model; rows, layers shown at most (default 11).
     """
-    table = first(tables["lenses/trajectories"])
-    table = table[table["model"] == options["model"]]
+    table = where(first(tables["lenses/trajectories"]), model=options["model"])
     if table.empty:
         raise RetraceError(f"lenses/trajectories: no model '{options['model']}'")
     layers = sorted(table["layer"].unique())
     layers = [layers[i] for i in evenly(len(layers), options.get("rows", 11))]
-    table = table[table["layer"].isin(layers)]
+    table = where(table, layer=layers)
     names = [*map(str, layers[:-1]), "output"]
     by_text = dict(iter(table.groupby("text", sort=False)))
-    fields = {text: [field(t[t["lens"] == name], layers) for name in LENSES]
+    fields = {text: [field(where(t, lens=name), layers) for name in LENSES]
               for text, t in by_text.items()}  # fmt: skip
     seen_first = next(iter(by_text))
     panels = Panels(list(LENSES.values()), 1, gap=(0, 0.07), shared_xaxes=True)
     for i, cells in enumerate(fields[seen_first]):
         look = {"texttemplate": "%{text}", "textfont": {"size": 10}, "coloraxis": "coloraxis"}
         panels.add(i, heat(**cells, y=names, zmin=0, zmax=1, hover="%{customdata}", **look))
-    figure = panels.figure
+    figure, choices = panels.figure, {}
     ticks = {text: ticks_of(t) for text, t in by_text.items()}
-    choices = {}
     for text, t in by_text.items():
         change = {k: [f[k] for f in fields[text]] for k in ("x", "z", "text", "customdata")}
         layout = {f"{a}.{k}": v for a in ("xaxis", "xaxis2") for k, v in ticks[text].items()}
         choices[label(t["words"].iloc[0])] = [change, layout]
     chosen(figure, choices)
-    widest = max(t["position"].nunique() for t in by_text.values())
-    figure.update_xaxes(
-        **ticks[seen_first], showgrid=False, tickangle=-35, showline=False, ticks=""
-    )
-    figure.update_yaxes(type="category", showgrid=False, showline=False, ticks="")
+    bare = {"showgrid": False, "showline": False, "ticks": ""}
+    figure.update_xaxes(**ticks[seen_first], tickangle=-35, **bare)
+    figure.update_yaxes(type="category", **bare)
     figure.update_yaxes(title={"text": "layers before the lens"}, row=2)
     figure.update_xaxes(title={"text": "token read"}, row=2)
     figure.update_annotations(font={"size": 14}, x=0, xanchor="left")
+    bar = {"title": {"text": "probability", "side": "right"}, "thickness": 10}
+    widest = max(t["position"].nunique() for t in by_text.values())
     figure.update_layout(
-        coloraxis={
-            "cmin": 0, "cmax": 1,
-            "colorbar": {"title": {"text": "probability", "side": "right"}, "thickness": 10},
-        },
-        margin={"t": 34},
-        height=190 + 2 * ROW * len(layers),
-        meta={"min_width": 130 + CELL * widest},
+        coloraxis={"cmin": 0, "cmax": 1, "colorbar": bar}, margin={"t": 34},
+        height=190 + 2 * ROW * len(layers), meta={"min_width": 130 + CELL * widest},
     )  # fmt: skip
     columns = ["text", "lens", "layer", "position", "token", "target", "p_target", "kl"]
     flat = table[columns].assign(top=table["top"].str[0], p_top=table["p_top"].str[0])
@@ -85,11 +79,8 @@ def ticks_of(table: pd.DataFrame) -> dict[str, Any]:
     """The tokens read, under their columns."""
     read = table.drop_duplicates("position").sort_values("position")
     places = read["position"].tolist()
-    return {
-        "tickvals": places,
-        "ticktext": [seen(t) for t in read["token"]],
-        "range": [places[0] - 0.5, places[-1] + 0.5],
-    }
+    ends = [places[0] - 0.5, places[-1] + 0.5]
+    return {"tickvals": places, "ticktext": [seen(t) for t in read["token"]], "range": ends}
 
 
 def field(table: pd.DataFrame, layers: list[int]) -> dict[str, Any]:
@@ -134,12 +125,10 @@ def attribution(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     """
     table, wanted = first(tables["lenses/attribution"]), []
     for model, name in options["names"]:
-        of_model = table[table["model"] == model]
-        for _, rows in of_model.groupby("text", sort=False):
+        for _, rows in where(table, model=model).groupby("text", sort=False):
             logits = rows.groupby("position")["logit"].first()
             largest = logits.drop(logits.index.max()).nlargest(options.get("places", 2)).index
-            for at in [logits.index.max(), *largest]:
-                wanted.append((name, rows[rows["position"] == at]))
+            wanted += [(name, where(rows, position=at)) for at in [logits.index.max(), *largest]]
     figure, choices, frames = go.Figure(), {}, []
     for name, rows in wanted:
         parts = ordered(rows)
@@ -151,13 +140,9 @@ def attribution(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
             figure.add_traces(traces(parts["place"].tolist(), ys))
         choices[what] = [{"x": [parts["place"].tolist()] * len(ys), "y": ys}, {}]
         frames.append(parts)
-    chosen(figure, choices).update_layout(
-        barmode="relative",
-        bargap=0.15,
-        xaxis=axis("part of the model, in the order of computation", type="category"),
-        yaxis=axis("logit over the vocabulary's mean"),
-        height=460,
-    )
+    axes = {"xaxis": axis("part of the model, in the order of computation", type="category")}
+    axes["yaxis"] = axis("logit over the vocabulary's mean")
+    chosen(figure, choices).update_layout(barmode="relative", bargap=0.15, height=460, **axes)
     out = pd.concat(frames, ignore_index=True)
     return figure, out.drop(columns=["number", "within", "place"])
 
@@ -172,11 +157,8 @@ def ordered(rows: pd.DataFrame) -> pd.DataFrame:
     within = rows["part"].map({p: i for i, p in enumerate(PARTS)})
     rows = rows.assign(number=number, within=within).sort_values(["number", "within"])
     short = {"attention": "attn ", "MLP": "MLP "}
-    names = [
-        f"{short[p]}{int(n)}" if p in short else p
-        for p, n in zip(rows["part"], rows["layer"], strict=True)
-    ]
-    return rows.assign(place=names)
+    parts = zip(rows["part"], rows["layer"], strict=True)
+    return rows.assign(place=[f"{short[p]}{int(n)}" if p in short else p for p, n in parts])
 
 
 def traces(x: list[str], ys: list[list]) -> list[Any]:

@@ -9,7 +9,7 @@ Each seed has its own translators, and its own share of the held-out blocks.
 5. basis         causal bases of the lenses, and what they do to the model (basis.py)
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,12 +20,13 @@ from pydantic import Field
 from torch import Tensor, nn
 
 from pipeline.errors import RetraceError, nearest
-from pipeline.job import cli
+from pipeline.job import cli, own
 from pipeline.job.source import import_file
+from pipeline.latents.stored import blocks as blocks_of
 from pipeline.models import lens, loader
 from pipeline.spec.base import Name, Section
-from pipeline.store import tables
 from pipeline.text.tokens import Texts
+from pipeline.weights import tuned_lens
 
 tuning = import_file(Path(__file__).with_name("tuning.py"))
 basis = import_file(Path(__file__).with_name("basis.py"))
@@ -83,7 +84,7 @@ class Moments:
 def transfer(
     hf: nn.Module, translators: lens.Translators, tokens: Tensor, targets: Tensor, first: int
 ) -> pd.DataFrame:
-    """One row a translator and layer read: loss, kl and bias in nats, penalty, similarity.
+    """One row per translator and layer read: loss, kl and bias in nats, penalty, similarity.
 
     penalty: the loss of translator l on the stream of layer l' less that of l' on its own.
     loss_logit, kl_logit, bias_logit: of the logit lens on that stream, without a translator.
@@ -97,15 +98,16 @@ def transfer(
     readers = {a: partial(read, a) for a in layers} | {PLAIN: partial(plain, 0)}
     sums = {(a, b): lens.Sums() for a in readers for b in layers}
     moments = {layer: Moments() for layer in layers}
-    for some, wanted in lens.passes(hf, tokens, targets):
-        x, logits = lens.streams(hf, some)
-        flat = lambda t: t[:, first:].flatten(0, 1)  # noqa: E731
-        log_p, wanted, seen = flat(logits).log_softmax(-1), flat(wanted), flat(some)
+    for windows in lens.passes(hf, tokens, targets):
+        x, logits = lens.streams(hf, windows[0])
+        seen, wanted, logits = (t[:, first:].flatten(0, 1) for t in (*windows, logits))
+        log_p = logits.log_softmax(-1)
         prediction.add(log_p, log_p, seen, wanted)
-        for layer in layers:
-            moments[layer].add(flat(x[layer]))
-        for (a, b), s in sums.items():
-            s.add(log_p, readers[a](flat(x[b])).log_softmax(-1), seen, wanted)
+        for b in layers:
+            stream = x[b][:, first:].flatten(0, 1)
+            moments[b].add(stream)
+            for a, reader in readers.items():
+                sums[a, b].add(log_p, reader(stream).log_softmax(-1), seen, wanted)
     cov = {layer: m.covariance() for layer, m in moments.items()}
     cov = {layer: c / c.norm() for layer, c in cov.items()}
     numbers = {pair: distances(s, prediction) for pair, s in sums.items()}
@@ -113,12 +115,13 @@ def transfer(
         {"translator": a, "layer": b, **numbers[a, b]}
         | {f"{k}_logit": v for k, v in numbers[PLAIN, b].items()}
         | {"similarity": float((cov[a] * cov[b]).sum())}
-        for a, b in sums
-        if a != PLAIN
+        for a in layers
+        for b in layers
     ]
     frame = pd.DataFrame(rows)
-    own = frame[frame["translator"] == frame["layer"]].set_index("layer")["loss"]
-    return frame.assign(penalty=frame["loss"] - frame["layer"].map(own), n_tokens=prediction.n)
+    own_loss = frame[frame["translator"] == frame["layer"]].set_index("layer")["loss"]
+    penalty = frame["loss"] - frame["layer"].map(own_loss)
+    return frame.assign(penalty=penalty, n_tokens=prediction.n)
 
 
 def distances(found: lens.Sums, prediction: lens.Sums) -> dict[str, float]:
@@ -146,8 +149,7 @@ def along(
     loaded: Any, ids: list[Tensor], lenses: dict[str, lens.Lens], layers: list[int]
 ) -> tuple[pd.DataFrame, pd.DataFrame]:
     """Trajectories and attribution of the example texts; BOS is read and not shown."""
-    decode: Callable[[int], str] = Texts(loaded.tokenizer).alone
-    first = int(loaded.bos_id is not None)
+    decode, first = Texts(loaded.tokenizer).alone, int(loaded.bos_id is not None)
     shown, added = [], []
     for number, tokens in enumerate(ids):
         found = lens.trajectory(loaded.hf, tokens, lenses, decode, layers, first)
@@ -155,12 +157,9 @@ def along(
         shown.append(found.assign(text=number, words=whole))
         found = lens.parts(loaded.hf, tokens, first)
         read = [decode(i) for i in tokens.tolist()]
-        found = found.assign(
-            text=number,
-            words=["".join(read[first : at + 1]) for at in found["position"]],
-            top=found.pop("id").map(decode),
-        )
-        added.append(found)
+        words = ["".join(read[first : at + 1]) for at in found["position"]]
+        top = found.pop("id").map(decode)
+        added.append(found.assign(text=number, words=words, top=top))
     return tuple(pd.concat(frames, ignore_index=True) for frames in (shown, added))
 
 
@@ -179,57 +178,48 @@ def of_model(
     hf, layers = loaded.hf, translators.layers
     lenses = {"logit": lens.logit_lens(hf), "tuned": lens.tuned_lens(hf, translators)}
     tokens, targets = blocks[:, :-1], blocks[:, 1:]
-    some = lambda n: slice(0, max(1, n // tokens.shape[1]))  # noqa: E731
-    n = some(how.n_tokens.get(name, 20_000))
-    few = some(how.n_transfer_tokens.get(name, 20_000))
+    n, few = (max(1, of.get(name, 20_000) // tokens.shape[1])
+              for of in (how.n_tokens, how.n_transfer_tokens))  # fmt: skip
     out = {
-        "layers": lens.measure(hf, tokens[n], targets[n], lenses, layers, skip),
-        "transfer": transfer(hf, translators, tokens[few], targets[few], skip),
+        "layers": lens.measure(hf, tokens[:n], targets[:n], lenses, layers, skip),
+        "transfer": transfer(hf, translators, tokens[:few], targets[:few], skip),
     }
     if texts:
         ids = examples(loaded, how.texts.get(name, []), blocks, how.n_texts, how.n_shown)
         out["trajectories"], out["attribution"] = along(loaded, ids, lenses, layers)
-    if name in how.basis.models:
-        chosen = layers[:: how.basis.models[name]]
-        blocks = blocks[: how.basis.n_blocks]
-        directions = how.basis.model_copy(update={"seed": how.basis.seed + seed})
-        out["basis"] = basis.of_model(hf, lenses, chosen, blocks, skip, directions)
-    return {table: frame.assign(model=name, seed=seed) for table, frame in out.items()}
+    if every := how.basis.models.get(name):
+        few, directions = blocks[: how.basis.n_blocks], how.basis.seeded(seed)
+        out["basis"] = basis.of_model(hf, lenses, layers[::every], few, skip, directions)
+    return out
+
+
+def work(job: cli.Job, how: Options) -> own.Tables:
+    args, device, out = job.args, job.device(), own.Tables(TABLES)
+    tuned = job.section("own.tuning", tuning.Options)
+    how.check(tuned.models)
+    for name, file, corpus in zip(sorted(tuned.models), args.models, args.corpora, strict=True):
+        loaded, blocks = loader.load(file, device), blocks_of(corpus, "eval").to(device)
+        skip = tuned.models[name].skip_first
+        for number, seed in enumerate(tuned.seeds):
+            translators = tuned_lens.read(args.translators, f"{name}.{seed}", device)
+            some = blocks[number :: len(tuned.seeds)]
+            if not len(some):
+                raise RetraceError(
+                    f"{corpus}: {len(blocks)} held-out blocks for {len(tuned.seeds)} seeds "
+                    f"(own.tuning.seeds); raise corpus.n_eval_tokens"
+                )
+            made = of_model(name, loaded, translators, some, skip, how, seed, number == 0)
+            out.add(made, model=name, seed=seed)
+            cli.log.info("%s, seed %d: read", name, seed)
+    return out
 
 
 def main() -> None:
-    parser = cli.parser(
-        "lenses", __doc__, models="model.json of every model, sorted by name*",
+    own.main(
+        "lenses", __doc__, Options, TABLES, work,
+        models="model.json of every model, sorted by name*",
         corpora="tokens.parquet of every model*", translators="what stage tuning wrote",
-        **{t: f"{t}.parquet" for t in TABLES},
     )  # fmt: skip
-
-    def work(job: cli.Job) -> None:
-        args, how = job.args, job.section("own.lenses", Options)
-        tuned, device = job.section("own.tuning", tuning.Options), job.device()
-        how.check(tuned.models)
-        found: dict[str, list[pd.DataFrame]] = {t: [] for t in TABLES}
-        for name, file, corpus in zip(sorted(tuned.models), args.models, args.corpora, strict=True):
-            loaded = loader.load(file, device)
-            blocks = tuning.read_blocks(corpus, "eval").to(device)
-            skip = tuned.models[name].skip_first
-            for number, seed in enumerate(tuned.seeds):
-                translators = tuning.read_translators(args.translators, name, seed, device)
-                own = blocks[number :: len(tuned.seeds)]
-                if not len(own):
-                    raise RetraceError(
-                        f"{corpus}: {len(blocks)} held-out blocks for {len(tuned.seeds)} seeds "
-                        f"(own.tuning.seeds); raise corpus.n_eval_tokens"
-                    )
-                tables_ = of_model(name, loaded, translators, own, skip, how, seed, number == 0)
-                for table, frame in tables_.items():
-                    found[table].append(frame)
-                cli.log.info("%s, seed %d: read", name, seed)
-        made = job.certificate([*args.models, *args.corpora, args.translators])
-        for table, frames in found.items():
-            tables.write_table(getattr(args, table), pd.concat(frames, ignore_index=True), made)
-
-    cli.run("lenses", parser.parse_args(), work)
 
 
 if __name__ == "__main__":

@@ -1,13 +1,16 @@
 """Numbers of the lenses: distance and bias by layer, transfer, causal fidelity, attribution."""
 
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
 
+from pipeline.claims.seeds import per_seed
+from pipeline.store.tables import where
+
 BITS = 1 / np.log(2)  # a nat in bits
 LEAST = 1e-9  # nats: an influence below this is rounding
 DEPTH = 18 / 24  # of the layer of the source's Figure 8
+GAINS = ("kl", "loss", "bias")
 SAME = 1e-5  # a spread of cosines below this is rounding of float32
 
 METRICS = {
@@ -83,17 +86,13 @@ def layers(table: Any) -> dict[str, float]:
     """
     both = {name: rows.sort_values("layer") for name, rows in table.groupby("lens")}
     inner = {name: rows.iloc[:-1].set_index("layer") for name, rows in both.items()}
-    logit, tuned = inner["logit"], inner["tuned"]
-    out = {
-        f"{m}_gain": float((logit[m] - tuned[m]).min()) for m in ("kl", "loss", "bias")
-    } | {"unread": unread(tuned.iloc[0])}  # fmt: skip
+    gains = {f"{m}_gain": (inner["logit"][m] - inner["tuned"][m]).min() for m in GAINS}
+    out = gains | {"unread": unread(inner["tuned"].iloc[0])}
     for name, rows in inner.items():
-        out |= {
-            f"{name}.kl": rows["kl"].mean(),
-            f"{name}.bias_bits": rows["bias"].median() * BITS,
-            f"{name}.smallest_fall": falls(both[name]["kl"]),
-        }
-    return out | {"logit.echo_layers": float((logit["echo"] > 0.5).mean())}
+        out[f"{name}.kl"] = rows["kl"].mean()
+        out[f"{name}.bias_bits"] = rows["bias"].median() * BITS
+        out[f"{name}.smallest_fall"] = falls(both[name]["kl"])
+    return out | {"logit.echo_layers": (inner["logit"]["echo"] > 0.5).mean()}
 
 
 def spearman(a: Any, b: Any) -> float:
@@ -106,12 +105,11 @@ def transfer(table: Any) -> dict[str, float]:
     order = {layer: i for i, layer in enumerate(sorted(table["layer"].unique()))}
     apart = (table["translator"].map(order) - table["layer"].map(order)).abs()
     other = table[apart > 0]
+    varies = np.ptp(other["similarity"]) > SAME
     return {
         "near": table.loc[apart == 1, "penalty"].mean(),
         "far": table.loc[apart >= max(len(order) / 2, 1), "penalty"].mean(),
-        "rho_similarity": spearman(other["penalty"], other["similarity"])
-        if np.ptp(other["similarity"]) > SAME
-        else float("nan"),
+        "rho_similarity": spearman(other["penalty"], other["similarity"]) if varies else np.nan,
     }
 
 
@@ -119,22 +117,22 @@ def swapped(table: Any) -> dict[str, float]:
     """Gains over the logit lens of the farthest translator, least over the layers."""
     apart = (table["translator"] - table["layer"]).abs()
     far = table.loc[apart.groupby(table["layer"]).idxmax()]
-    return {f"{m}_gain": float((far[f"{m}_logit"] - far[m]).min()) for m in ("kl", "loss", "bias")}
+    return {f"{m}_gain": float((far[f"{m}_logit"] - far[m]).min()) for m in GAINS}
 
 
-def directions(rows: Any) -> dict[str, Any]:
+def directions(rows: Any) -> dict[str, np.ndarray]:
     """What a kind of directions does at each layer; [layers] each, first layer first.
 
     Args:
         rows: of one kind, both lenses.
     """
-    tuned = [own for _, own in rows[rows["lens"] == "tuned"].groupby("layer")]
-    log = lambda own, name: np.log(own[name].clip(lower=LEAST)).mean()  # noqa: E731
+    tuned = where(rows, lens="tuned").groupby("layer")[["influence_lens", "influence_model"]]
+    log = tuned.apply(lambda own: np.log(own.clip(lower=LEAST)).mean())
     alignment = rows.pivot_table(index="layer", columns="lens", values="alignment")
     return {
-        "rho": np.array([spearman(r["influence_lens"], r["influence_model"]) for r in tuned]),
-        "model": np.array([log(r, "influence_model") for r in tuned]),
-        "ratio": np.array([log(r, "influence_model") - log(r, "influence_lens") for r in tuned]),
+        "rho": np.array([spearman(*(own[c] for c in own)) for _, own in tuned]),
+        "model": log["influence_model"].to_numpy(),
+        "ratio": (log["influence_model"] - log["influence_lens"]).to_numpy(),
         "alignment": alignment["tuned"].to_numpy(),
         "gain": (alignment["tuned"] - alignment["logit"]).to_numpy(),
     }
@@ -159,29 +157,26 @@ def basis(table: Any) -> dict[str, float]:
             f"alignment{end}_first": at["alignment"][0],
             f"alignment{end}_last": at["alignment"][-1],
         }
-    return {name: float(value) for name, value in out.items()}
+    return out
 
 
 def attribution(table: Any) -> dict[str, float]:
     """How far the parts are from summing to the logit."""
     at = table.groupby(["text", "position"])
     gap = (at["contribution"].sum() - at["logit"].first()).abs()
-    return {"gap": float((gap / at["contribution"].apply(lambda c: c.abs().max())).max())}
+    return {"gap": (gap / at["contribution"].apply(lambda c: c.abs().max())).max()}
 
 
-def by_seed(table: Any, numbers: Callable[[Any], dict[str, float]]) -> dict[str, list[float]]:
-    """Every number of one model, one value a seed."""
-    found = [numbers(rows) for _, rows in table.groupby("seed")]
-    return {name: [f[name] for f in found] for name in found[0]}
+# What stands before a model's name, the table, and the numbers of its rows.
+PARTS = (("", "layers", layers), ("transfer.", "transfer", transfer),
+         ("swapped.", "transfer", swapped), ("basis.", "basis", basis),
+         ("attribution.", "attribution", attribution))  # fmt: skip
 
 
 def metrics(tables: dict[str, Any]) -> dict[str, list[float]]:
     """See METRICS."""
-    parts = (("", "layers", layers), ("transfer.", "transfer", transfer),
-             ("swapped.", "transfer", swapped), ("basis.", "basis", basis),
-             ("attribution.", "attribution", attribution))  # fmt: skip
     found: dict[str, list[float]] = {}
-    for front, table, numbers in parts:
-        for name, rows in tables[f"lenses/{table}"].groupby("model"):
-            found |= {f"{front}{name}.{k}": v for k, v in by_seed(rows, numbers).items()}
+    for front, table, numbers in PARTS:
+        for model, rows in tables[f"lenses/{table}"].groupby("model"):
+            found |= per_seed(rows, numbers, f"{front}{model}.")
     return found

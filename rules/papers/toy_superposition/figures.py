@@ -100,7 +100,7 @@ def bubbles(table: pd.DataFrame) -> pd.DataFrame:
 
 
 def marks(part: pd.DataFrame) -> list[go.Scatter]:
-    """One trace a kind of group; a marker's area is the number of features."""
+    """One trace per kind of group; a marker's area is the number of features."""
     out = []
     for name, shade in GROUPS.values():
         rows = part[part["kind"] == name]

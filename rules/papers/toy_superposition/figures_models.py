@@ -9,20 +9,17 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from pipeline.figures import parts as figure_parts
+from pipeline.figures import parts
 from pipeline.figures.parts import Drawn, Panels, bars, chosen, evenly, first, key, line
 from pipeline.figures.theme import DIVERGING, GRID, INK, PALETTE, rgba, scale
+
+from .measures import weights
 
 OWN, SHARED = PALETTE[0], PALETTE[1]
 # From the most to the least important feature; readable on light and on dark ground.
 IMPORTANCE = ["#E0A000", "#DD6A3A", "#C2528B", "#8A63C7", "#3B82C4"]
 STATES = ["not represented", "a dimension of its own", "in superposition"]
 RANKS = ("fit of lowest loss", "fit of median loss", "fit of highest loss")
-
-
-def weights(rows: pd.DataFrame) -> np.ndarray:
-    """W [n, m] of one model's rows."""
-    return np.stack(rows.sort_values("feature")["w"].to_list()).astype(float)
 
 
 def upright(W: np.ndarray) -> np.ndarray:
@@ -40,7 +37,7 @@ def upright(W: np.ndarray) -> np.ndarray:
 def plane(panels: Panels, panel: int, reach: float) -> None:
     """A square panel without ticks: axes through the origin and the unit circle."""
     place = panels.place(panel)
-    figure_parts.plane(panels.figure, **place, reach=reach, constraintoward="top")
+    parts.plane(panels.figure, **place, reach=reach, constraintoward="top")
     circle = {"type": "circle", "x0": -1, "x1": 1, "y0": -1, "y1": 1, "layer": "below"}
     panels.figure.add_shape(**circle, line={"color": GRID, "width": 1}, **place)
 
@@ -62,20 +59,16 @@ def intro(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     frame = pd.concat(found, ignore_index=True)
     drawn = {rank: arrows(frame[frame["fit"] == rank], shown) for rank in RANKS}
     for panel, feature, data in drawn[RANKS[0]]:
-        size = data["marker.size"]
-        head = {"symbol": ["circle", "arrow"], "size": size, "opacity": 1, "line": {"width": 0}}
+        head = {"symbol": ["circle", "arrow"], "size": data["marker.size"], "opacity": 1}
         arrow = line(
             data["x"], data["y"], colour=shade(feature), width=3, meta=data["meta"],
-            marker=head | {"angleref": "previous"}, legendgroup=str(feature),
+            marker=head | {"line": {"width": 0}, "angleref": "previous"}, legendgroup=str(feature),
             hover="feature %{meta[0]}, ‖W‖ %{meta[1]:.3f}, b %{meta[2]:.3f}",
         )  # fmt: skip
         panels.add(panel, arrow)
-    which = list(range(len(drawn[RANKS[0]])))
-    keys = ("x", "y", "meta", "marker.size")
-    choices = {
-        rank: [{k: [data[k] for *_, data in traces] for k in keys}, {}, which]
-        for rank, traces in drawn.items()
-    }
+    keys, which = ("x", "y", "meta", "marker.size"), list(range(len(drawn[RANKS[0]])))
+    choices = {rank: [{k: [data[k] for *_, data in traces] for k in keys}, {}, which]
+               for rank, traces in drawn.items()}  # fmt: skip
     for feature in sorted(frame["feature"].unique().tolist()):  # an arrow's own marker may be tiny
         name = f"feature {feature}, I = {0.9**feature:.2g}"
         entry = line([None], [None], name, shade(feature), width=3, legendgroup=str(feature))
@@ -138,7 +131,7 @@ def matrix(model: pd.DataFrame) -> go.Heatmap:
     n = len(W)
     hover = "row %{y}, column %{x} (" + str(n + 1) + ": bias)<br>%{z:.2f}"
     look = {"coloraxis": "coloraxis", "hoverongaps": False, "xgap": None, "ygap": None}
-    return figure_parts.heat(gram.round(3), x=[*range(n), n, n + 1], hover=hover, **look)
+    return parts.heat(gram.round(3), x=[*range(n), n, n + 1], hover=hover, **look)
 
 
 def norms(model: pd.DataFrame) -> go.Bar:

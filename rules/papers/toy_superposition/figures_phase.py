@@ -9,7 +9,8 @@ import plotly.graph_objects as go
 from pipeline.figures.parts import Drawn, Panels, first, heat, line, points
 from pipeline.figures.theme import GRID, PALETTE, axis, rgba, scale
 
-from .figures_models import IMPORTANCE, OWN, SHARED, STATES, plane, state, upright, weights
+from .figures_models import IMPORTANCE, OWN, SHARED, STATES, plane, state, upright
+from .measures import weights
 
 STEPS = 11  # shades of each of norm and interference in the phase diagram
 CELL = ["n_features", "n_hidden", "importance", "density"]
@@ -54,7 +55,7 @@ def phase(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
 
 
 def cell_means(table: pd.DataFrame) -> pd.DataFrame:
-    """One row a cell: norm and interference (at most 1) of the kept models and of the best."""
+    """One row per cell: norm and interference (at most 1) of the kept models and of the best."""
     table = table.assign(shared=table["interference"].clip(0, 1))
     kept = table[table["loss"] < table.groupby(CELL)["loss"].transform("max")]
     counts = {f"kept_{i}": ("state", lambda s, i=i: int((s == i).sum())) for i in range(3)}
@@ -75,14 +76,14 @@ def fate(case: pd.DataFrame, norm: str, shared: str) -> go.Heatmap:
     )
     shape = (rows["importance"].nunique(), rows["density"].nunique())
     theory = norm == "norm_theory"
-    told = ["solution"] if theory else [norm, shared, "kept_0", "kept_1", "kept_2"]
+    columns = ["solution"] if theory else [norm, shared, "kept_0", "kept_1", "kept_2"]
     numbers = rows[["density", "importance", norm, shared]].map(lambda v: float(f"{v:.2g}"))
-    told = rows.assign(**numbers)[["density", "importance", *told]]
+    hovered = rows.assign(**numbers)[["density", "importance", *columns]]
     return heat(
         rows["shade"].to_numpy().reshape(shape),
         x=-np.log10(rows["density"].to_numpy()[: shape[1]]),
         y=np.log10(rows["importance"].to_numpy()[:: shape[1]]),
-        customdata=told.to_numpy().reshape(*shape, -1), coloraxis="coloraxis", xgap=None,
+        customdata=hovered.to_numpy().reshape(*shape, -1), coloraxis="coloraxis", xgap=None,
         ygap=None, hover=THEORY_HOVER if theory else TRAINED_HOVER,
     )  # fmt: skip
 

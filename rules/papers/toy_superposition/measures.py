@@ -5,11 +5,14 @@ Dimensionality" (D_i, D*), "Superposition as a Phase Change" (the three outcomes
 losses, whose derivation is in wattenberg/superposition).
 """
 
+from typing import Any
+
 import numpy as np
+from scipy.sparse.csgraph import connected_components
 
 REPRESENTED = 0.5  # ‖W_i‖ above this: the feature is represented; norms cluster near 0 and 1
 SHARED = (
-    0.25  # interference above this: it shares its dimension (0 dedicated, 1/2 triangle, 1 digon)
+    0.25  # interference above this: its dimension is shared (dedicated 0, triangle 1/2, digon 1)
 )
 # Two represented features interfere where (Ŵ_i · Ŵ_j)² exceeds this. The polytopes below hold
 # together by squared cosines of 1/9 (tetrahedron) or more; orthogonal features have 0.
@@ -18,8 +21,18 @@ SHAPE = 0.1  # each cosine of a polytope may be off by this: about 6° at a righ
 STATES = ("not represented", "dedicated dimension", "superposition")
 
 
+def weights(rows: Any) -> np.ndarray:
+    """W [n, m] of the rows (features) of one model, out of a table."""
+    return np.stack(rows.sort_values("feature")["w"].to_list()).astype(float)
+
+
+def directions(W: np.ndarray) -> np.ndarray:
+    """Ŵ [..., n, m]: rows of length one; those without weight stay 0."""
+    return W / np.maximum(np.linalg.norm(W, axis=-1, keepdims=True), 1e-12)
+
+
 def feature_measures(W: np.ndarray) -> dict[str, np.ndarray]:
-    """Three numbers a feature, each [..., n].
+    """Three numbers per feature, each [..., n].
 
     norm            ‖W_i‖
     interference    Σ_{j≠i} (Ŵ_i · W_j)²
@@ -27,7 +40,7 @@ def feature_measures(W: np.ndarray) -> dict[str, np.ndarray]:
     """
     W = np.asarray(W, np.float64)
     norm = np.linalg.norm(W, axis=-1)
-    unit = W / np.maximum(norm, 1e-12)[..., None]
+    unit = directions(W)
     shared = np.einsum("...im,...jm->...ij", unit, W) ** 2
     interference = shared.sum(-1) - norm**2
     total = np.maximum(shared.sum(-1), 1e-24)
@@ -69,9 +82,9 @@ def _antiprism() -> np.ndarray:
 
 # Vertices [n, m] of the article's polytopes ("Why these geometric structures?"); D_i is m / n.
 POLYTOPES = {
-    "antipodal": np.array([[1.0], [-1.0]]),
-    "triangle": _polygon(3),
     "tetrahedron": np.array([[1, 1, 1], [1, -1, -1], [-1, 1, -1], [-1, -1, 1]]) / np.sqrt(3),
+    "triangle": _polygon(3),
+    "antipodal": np.array([[1.0], [-1.0]]),
     "pentagon": _polygon(5),
     "antiprism": _antiprism(),
 }
@@ -111,19 +124,12 @@ def groups(W: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         size [n] and rank [n], 0 where not represented; polytope [n], a key of POLYTOPES or "".
     """
     W = np.asarray(W, np.float64)
-    norm = np.linalg.norm(W, axis=-1)
     size, rank = np.zeros(len(W), int), np.zeros(len(W), int)
     name = np.full(len(W), "", dtype=object)
-    unit = W / np.maximum(norm, 1e-12)[:, None]
+    unit, long = directions(W), np.flatnonzero(np.linalg.norm(W, axis=-1) > REPRESENTED)
     joined = (unit @ unit.T) ** 2 > JOINED
-    left = set(np.flatnonzero(norm > REPRESENTED).tolist())
-    while left:
-        members, edge = set(), {left.pop()}
-        while edge:
-            members |= edge
-            edge = {j for i in edge for j in np.flatnonzero(joined[i]).tolist()} & left
-            left -= edge
-        rows = sorted(members)
+    count, component = connected_components(joined[np.ix_(long, long)])
+    for rows in (long[component == i] for i in range(count)):
         singular = np.linalg.svd(unit[rows], compute_uv=False)
         found = int((singular > 0.5 * singular[0]).sum())
         size[rows], rank[rows], name[rows] = len(rows), found, polytope(unit[rows], found)
@@ -149,9 +155,5 @@ def theory(n_features: int, importance: np.ndarray, density: np.ndarray) -> dict
     return out
 
 
-THEORY_STATE = {
-    "extra ignored": 0,
-    "another ignored": 1,
-    "extra in a pair": 2,
-    "two others in a pair": 1,
-}
+THEORY_STATE = {"extra ignored": 0, "another ignored": 1,
+                "extra in a pair": 2, "two others in a pair": 1}  # fmt: skip

@@ -8,14 +8,10 @@ from typing import Any
 
 import numpy as np
 
-REPRESENTED, SHARED = 0.5, 0.25  # as in measures.py
-POLYTOPES = {  # features and dimensions; D_i is dimensions / features (article, "Why these …?")
-    "tetrahedron": (4, 3),
-    "triangle": (3, 2),
-    "antipodal": (2, 1),
-    "pentagon": (5, 2),
-    "antiprism": (8, 3),
-}
+from pipeline.claims.seeds import per_seed
+from pipeline.store.tables import where
+
+from .measures import POLYTOPES, REPRESENTED, SHARED, directions, weights
 
 METRICS = {
     "intro.represented.dense": "features with ‖W_i‖ > 0.5, of five, where every feature is active",
@@ -91,67 +87,45 @@ def key(density: float) -> str:
     return "d" + f"{density:g}".replace(".", "p")
 
 
-def weights(frame: Any) -> np.ndarray:
-    """W [n, m] of one model's rows."""
-    return np.stack(frame.sort_values("feature")["w"].to_list()).astype(float)
-
-
 def cosines(W: np.ndarray) -> np.ndarray:
     """[n, n] cosines between the features' directions, 0 on the diagonal."""
-    unit = W / np.maximum(np.linalg.norm(W, axis=1, keepdims=True), 1e-12)
+    unit = directions(W)
     out = unit @ unit.T
     np.fill_diagonal(out, 0)
     return out
 
 
-def seeds_of(frame: Any) -> list[Any]:
-    """The rows of each seed, in the order of the seeds."""
-    return [rows for _, rows in frame.groupby("seed")]
+def ends(rows: Any) -> dict[str, Any]:
+    """The rows of the densest and of the sparsest model."""
+    p = rows["density"]
+    return {"dense": rows[p == p.max()], "sparse": rows[p == p.min()]}
 
 
-def top_and_rest(frame: Any, n_hidden: int) -> tuple[float, float]:
+def norms(model: Any, n_hidden: int) -> dict[str, float]:
     """Smallest norm of the m most important features, largest of the others."""
-    top = frame["feature"] < n_hidden
-    return float(frame.loc[top, "norm"].min()), float(frame.loc[~top, "norm"].max())
+    top = model["feature"] < n_hidden
+    return {"top_norm": model.loc[top, "norm"].min(), "rest_norm": model.loc[~top, "norm"].max()}
 
 
-def intro(table: Any) -> dict[str, list[float]]:
-    out: dict[str, list[float]] = {}
-    for rows in seeds_of(table):
-        found: dict[str, float] = {}
-        for end, density in (("dense", rows["density"].max()), ("sparse", rows["density"].min())):
-            model = rows[rows["density"] == density]
-            W = weights(model)
-            top, rest = top_and_rest(model, W.shape[1])
-            found |= {
-                f"represented.{end}": (model["norm"] > REPRESENTED).sum(),
-                f"{end}.top_norm": top,
-                f"{end}.rest_norm": rest,
-                f"{end}.cosine": np.abs(cosines(W[: W.shape[1]])).max(),
-            }
-        for name, value in found.items():
-            out.setdefault(f"intro.{name}", []).append(float(value))
+def intro(rows: Any) -> dict[str, float]:
+    out: dict[str, float] = {}
+    for end, model in ends(rows).items():
+        W = weights(model)
+        found = norms(model, W.shape[1]) | {"cosine": np.abs(cosines(W[: W.shape[1]])).max()}
+        out[f"represented.{end}"] = (model["norm"] > REPRESENTED).sum()
+        out |= {f"{end}.{name}": value for name, value in found.items()}
     return out
 
 
-def basic(table: Any) -> dict[str, list[float]]:
-    out: dict[str, list[float]] = {}
-    add = lambda name, value: out.setdefault(f"basic.{name}", []).append(float(value))  # noqa: E731
-    n_hidden = len(table["w"].iloc[0])
-    for linear in seeds_of(table[table["arm"] == "linear"]):
-        top, rest = top_and_rest(linear, n_hidden)
-        add("linear.top_norm", top)
-        add("linear.rest_norm", rest)
-    for relu in seeds_of(table[table["arm"] == "relu"]):
-        for end, density in (("dense", relu["density"].max()), ("sparse", relu["density"].min())):
-            top, rest = top_and_rest(relu[relu["density"] == density], n_hidden)
-            add(f"relu.{end}.top_norm", top)
-            add(f"relu.{end}.rest_norm", rest)
-    for arm in ("linear", "relu"):
-        for model in seeds_of(table[table["arm"] == arm]):
-            for density, rows in model.groupby("density"):
-                for name, value in superposed(rows).items():
-                    add(f"{arm}.{name}.{key(density)}", value)
+def basic(rows: Any) -> dict[str, float]:
+    arms = {arm: where(rows, arm=arm) for arm in ("linear", "relu")}
+    models = {"linear": arms["linear"]}
+    models |= {f"relu.{end}": model for end, model in ends(arms["relu"]).items()}
+    out = {f"{at}.{name}": value for at, model in models.items()
+           for name, value in norms(model, len(model["w"].iloc[0])).items()}  # fmt: skip
+    for arm, own in arms.items():
+        for density, model in own.groupby("density"):
+            out |= {f"{arm}.{k}.{key(density)}": v for k, v in superposed(model).items()}
     return out
 
 
@@ -173,74 +147,55 @@ def phase(table: Any, theory: Any) -> dict[str, float]:
     worst = table.groupby(cell)["loss"].transform("max")
     out: dict[str, float] = {}
     for (n, m), rows in table.groupby(["n_features", "n_hidden"]):
-        kept = rows[rows["loss"] < worst[rows.index]]
-        best = rows.loc[rows.groupby(cell)["loss"].idxmin()]
-        of = lambda frame, state: float((frame["state"] == state).mean())  # noqa: E731
-        rare = kept[kept["density"] == kept["density"].min()]
-        found = {
-            "superposed_dense": of(kept[kept["density"] == kept["density"].max()], 2),
-            "superposed_sparse": of(rare, 2),
-            "cells_ignored": of(best, 0),
-            "cells_dedicated": of(best, 1),
-            "cells_superposed": of(best, 2),
-            "between": float(best["norm"].between(0.25, 0.75).mean()),
-            "agreement_best": float((best["state"] == best["state_theory"]).mean()),
-            "agreement_kept": float((kept["state"] == kept["state_theory"]).mean()),
-            "agreement_chance": sum(
-                of(best, s) * float((best["state_theory"] == s).mean()) for s in range(3)
-            ),
-        }
-        out |= {f"phase.n{n}m{m}.{name}": value for name, value in found.items()}
+        kept, best = (
+            rows[rows["loss"] < worst[rows.index]], rows.loc[rows.groupby(cell)["loss"].idxmin()]
+        )  # fmt: skip
+        found = {f"superposed_{end}": (own["state"] == 2).mean() for end, own in ends(kept).items()}
+        states = [(best["state"] == s).mean() for s in range(3)]
+        in_theory = [(best["state_theory"] == s).mean() for s in range(3)]
+        names = ("ignored", "dedicated", "superposed")
+        found |= {f"cells_{name}": share for name, share in zip(names, states, strict=True)}
+        found["between"] = best["norm"].between(0.25, 0.75).mean()
+        for name, models in (("best", best), ("kept", kept)):
+            found[f"agreement_{name}"] = (models["state"] == models["state_theory"]).mean()
+        found["agreement_chance"] = sum(map(float.__mul__, states, in_theory))
+        out |= {f"phase.n{n}m{m}.{name}": float(value) for name, value in found.items()}
     return out
 
 
 def line(dimensionality: np.ndarray, fraction: float) -> dict[str, float]:
     """The corrected rule for a line of features at a fraction: near, contrast and the verdict."""
-    near, below, above = (
-        int((np.abs(dimensionality - centre) <= 0.005).sum())
-        for centre in (fraction, fraction - 0.0125, fraction + 0.0125)
-    )
-    contrast = near / max(below, above, 1)
+    centres = (fraction, fraction - 0.0125, fraction + 0.0125)
+    near, *beside = (int((np.abs(dimensionality - c) <= 0.005).sum()) for c in centres)
+    contrast = near / max(*beside, 1)
     return {"near": near, "contrast": contrast, "line": float(near >= 10 and contrast >= 2)}
-
-
-def geometry(table: Any) -> dict[str, list[float]]:
-    out: dict[str, list[float]] = {}
-    for (sweep, arm), frame in table.groupby(["sweep", "arm"]):
-        prefix = f"geometry.{sweep}" if arm == "trained" else f"geometry.random.{sweep}"
-        for rows in seeds_of(frame):
-            for name, value in sweep_metrics(rows).items():
-                out.setdefault(f"{prefix}.{name}", []).append(float(value))
-    return out
 
 
 def sweep_metrics(rows: Any) -> dict[str, float]:
     """Sticky levels, lines and packing of one sweep of one seed."""
     levels = rows.groupby("density").agg(
-        dims=("dims_per_feature", "first"),
-        total=("dimensionality", "sum"),
-        norm=("norm", "max"),
-        m=("n_hidden", "first"),
-    )
-    D = rows["represented_dimensionality"].to_numpy(float)
-    polytope = rows["polytope"].to_numpy()
-    of = lambda size, rank: ((rows["group_size"] == size) & (rows["group_rank"] == rank)).to_numpy()  # noqa: E731
+        dims=("dims_per_feature", "first"), total=("dimensionality", "sum"),
+        norm=("norm", "max"), m=("n_hidden", "first"),
+    )  # fmt: skip
+    D, dims = rows["represented_dimensionality"].to_numpy(float), levels["dims"]
+    groups = rows[["group_size", "group_rank"]].to_numpy()
     half = np.abs(D - 0.5) <= 0.005
+    pairs = (groups == (2, 1)).all(1)
     packed = levels[levels["norm"] > REPRESENTED]
     out = {
-        "dense_dims": levels["dims"].iloc[-1],
-        "sparse_dims": levels["dims"].iloc[0],
+        "dense_dims": dims.iloc[-1],
+        "sparse_dims": dims.iloc[0],
         "levels": len(levels),
-        "sticky_one": (np.abs(levels["dims"] - 1) <= 0.03).sum(),
-        "sticky_half": (np.abs(levels["dims"] - 0.5) <= 0.03).sum(),
-        "antipodal_half": of(2, 1)[half].mean() if half.any() else np.nan,
+        "sticky_one": (np.abs(dims - 1) <= 0.03).sum(),
+        "sticky_half": (np.abs(dims - 0.5) <= 0.03).sum(),
+        "antipodal_half": pairs[half].mean() if half.any() else np.nan,
         "packing": (packed["total"] / packed["m"]).mean(),
     }
-    for name, (size, rank) in POLYTOPES.items():
+    for name, (size, rank) in ((n, vertices.shape) for n, vertices in POLYTOPES.items()):
         out |= {f"{k}.{name}": v for k, v in line(D, rank / size).items()}
-        out[f"groups.{name}"] = of(size, rank).sum()
+        out[f"groups.{name}"] = (groups == (size, rank)).all(1).sum()
         near = np.abs(D - rank / size) <= 0.03
-        out[f"members.{name}"] = ((polytope == name) & near).sum()
+        out[f"members.{name}"] = ((rows["polytope"].to_numpy() == name) & near).sum()
     out["other_lines"] = sum(out[f"line.{name}"] for name in POLYTOPES if name != "antipodal")
     return out
 
@@ -255,56 +210,40 @@ def angles(W: np.ndarray) -> np.ndarray:
     return np.mod(np.diff(np.append(turn[order], turn[order[0]])), 360)
 
 
-def pentagon(table: Any) -> dict[str, list[float]]:
-    out: dict[str, list[float]] = {}
-    for rows in seeds_of(table):
-        for name, value in pentagon_metrics(rows).items():
-            out.setdefault(f"pentagon.{name}", []).append(float(value))
+def pentagon(rows: Any) -> dict[str, float]:
+    """Angles, dimensionality and the collapse to two digons, of one seed."""
+    best = {f: g[g["loss"] == g["loss"].min()] for f, g in rows.groupby("first")}
+    same = min(best, key=lambda f: abs(f - rows["density"].iloc[0]))
+    fits = [angles(weights(g)) for _, g in where(rows, first=same).groupby("fit")]
+    gaps = {f: angles(weights(g))[[0, -1]].mean() for f, g in best.items()
+            if g["norm"].iloc[0] > REPRESENTED}  # fmt: skip
+    turns = angles(weights(best[same]))
+    out = {
+        "angle_error": np.abs(turns - 72).max() if len(turns) == 5 else 72,
+        "dimensionality": best[same]["dimensionality"].mean(),
+        "fits_regular": np.mean([len(a) == 5 and np.abs(a - 72).max() < 10 for a in fits]),
+        "gap.equal": gaps.get(same, np.nan),
+        "gap.denser": gaps.get(max(best), np.nan),
+        "gap.sparser": gaps[min(gaps)] if gaps else np.nan,
+    }
+    for at, fit in (("sparsest", best[min(best)]), ("equal", best[same])):
+        others = cosines(weights(fit)).min(1)[1:]
+        out[f"{at}.norm"] = fit["norm"].iloc[0]
+        out[f"{at}.antipodal"] = (others < -0.95).sum()
+        out[f"{at}.dimensionality"] = fit["dimensionality"].iloc[1:].mean()
     return out
 
 
-def pentagon_metrics(rows: Any) -> dict[str, float]:
-    """Angles, dimensionality and the collapse to two digons, of one seed."""
-    best = {f: g[g["loss"] == g["loss"].min()] for f, g in rows.groupby("first")}
-    equal = best[min(best, key=lambda f: abs(f - rows["density"].iloc[0]))]
-    fits = [weights(g) for _, g in rows[rows["first"] == equal["first"].iloc[0]].groupby("fit")]
-    gaps = {
-        f: np.mean(angles(weights(g))[[0, -1]])
-        for f, g in best.items()
-        if g["norm"].iloc[0] > REPRESENTED
-    }
-    last = best[min(best)]
-    turns = angles(weights(equal))
-    regular = [len(a) == 5 and np.abs(a - 72).max() < 10 for a in map(angles, fits)]
-    return {
-        "angle_error": np.abs(turns - 72).max() if len(turns) == 5 else 72,
-        "dimensionality": equal["dimensionality"].mean(),
-        "fits_regular": np.mean(regular),
-        "gap.equal": gaps.get(equal["first"].iloc[0], np.nan),
-        "gap.denser": gaps.get(max(best), np.nan),
-        "gap.sparser": gaps[min(gaps)] if gaps else np.nan,
-        **{f"sparsest.{name}": value for name, value in dropped(last).items()},
-        **{f"equal.{name}": value for name, value in dropped(equal).items()},
-    }
-
-
-def dropped(rows: Any) -> dict[str, float]:
-    """Norm of the first feature of a fit, and how the other four stand."""
-    others = cosines(weights(rows)).min(1)[1:]
-    return {
-        "norm": rows["norm"].iloc[0],
-        "antipodal": (others < -0.95).sum(),
-        "dimensionality": rows["dimensionality"].iloc[1:].mean(),
-    }
-
-
 def metrics(tables: dict[str, Any]) -> dict[str, Any]:
-    """Metric -> one value a seed.
+    """See METRICS; one value per seed.
 
     Args:
         tables: name -> DataFrame, named as in paper.yaml.
     """
-    part = lambda name: tables[f"superposition/{name}"]  # noqa: E731
-    out: dict[str, Any] = intro(part("intro")) | basic(part("basic"))
-    out |= phase(part("phase"), part("theory"))
-    return out | geometry(part("geometry")) | pentagon(part("pentagon"))
+    of = {name.removeprefix("superposition/"): table for name, table in tables.items()}
+    out: dict[str, Any] = per_seed(of["intro"], intro, "intro.")
+    out |= per_seed(of["basic"], basic, "basic.") | phase(of["phase"], of["theory"])
+    for (sweep, arm), rows in of["geometry"].groupby(["sweep", "arm"]):
+        front = f"geometry.{sweep}." if arm == "trained" else f"geometry.random.{sweep}."
+        out |= per_seed(rows, sweep_metrics, front)
+    return out | per_seed(of["pentagon"], pentagon, "pentagon.")

@@ -9,38 +9,26 @@
 5. pentagon   five equal features in two dimensions, the first one made denser or sparser
               ("Perturbing a Single Feature").
 
-Each writes one table with a row a feature of a model (phase: a model; theory: a cell). The models
-and their training are in toymodel.py, what is measured of their weights in measures.py.
+Each writes one table with a row per feature of a model (phase: per model; theory: per cell). The
+models and their training are in toymodel.py, what is measured of their weights in measures.py.
 """
 
-import threading
-from collections.abc import Callable
 from pathlib import Path
 from typing import Annotated
 
 import numpy as np
 import pandas as pd
+import torch
 from pydantic import Discriminator, Field, Tag, model_validator
 
-from pipeline.job import cli
+from pipeline.job import cli, own
 from pipeline.job.source import import_file
 from pipeline.spec.paper import Section
-from pipeline.store import tables
 
-HERE = Path(__file__).parent
-measures = import_file(HERE / "measures.py")
+measures = import_file(Path(__file__).with_name("measures.py"))
+toymodel = import_file(Path(__file__).with_name("toymodel.py"))
 TABLES = ("intro", "basic", "phase", "theory", "geometry", "pentagon")
 Density = Annotated[float, Field(gt=0, le=1)]
-
-
-class Training(Section):
-    """AdamW at a constant rate; the defaults are those of the authors' notebook."""
-
-    steps: int = Field(default=10_000, ge=1)
-    batch_size: int = Field(default=1024, ge=1, description="rows a step")
-    lr: float = Field(default=1e-3, gt=0)
-    weight_decay: float = Field(default=0.01, ge=0, description="torch.optim.AdamW's default")
-    eval_batches: int = Field(default=128, ge=1, description="held-out batches for the loss")
 
 
 class Levels(Section):
@@ -74,9 +62,9 @@ Densities = Annotated[
 
 
 class Experiment(Section):
-    """What every experiment has."""
+    """The part that all experiments share."""
 
-    training: Training = Training()
+    training: toymodel.Optimiser = toymodel.Optimiser()
     seeds: list[int] = Field(min_length=1, description="of weights and data")
     init_instances: int = Field(
         default=20, ge=1, description="models in the joint tensor of the notebook's Xavier init"
@@ -84,7 +72,7 @@ class Experiment(Section):
 
 
 class Sweep(Experiment):
-    """One model a density; all its features equally dense, with importance decay^i."""
+    """One model per density; all its features equally dense, with importance decay^i."""
 
     n_features: int = Field(ge=2)
     n_hidden: int = Field(ge=1)
@@ -94,6 +82,9 @@ class Sweep(Experiment):
     def density(self) -> np.ndarray:
         given = self.densities
         return given.values() if isinstance(given, Levels) else np.asarray(given)
+
+    def importance(self) -> np.ndarray:
+        return self.decay ** np.arange(self.n_features)
 
 
 class Phase(Experiment):
@@ -123,46 +114,6 @@ class Options(Section):
     pentagon: Pentagon
 
 
-class Trainer:
-    """Trains families on the job's device, and tells how far it is."""
-
-    def __init__(self, device: object, threads: int, total: int) -> None:
-        self.toymodel = import_file(HERE / "toymodel.py")  # imports torch
-        self.device, self.threads = device, threads
-        self.progress, self.done = cli.Progress("superposition", total, "feature steps"), 0
-        self.lock = threading.Lock()
-
-    def told(self, n: int) -> None:
-        with self.lock:
-            self.done += n
-            self.progress.at(self.done)
-
-    def __call__(
-        self,
-        name: str,
-        how: Experiment,
-        density: np.ndarray,
-        importance: np.ndarray,
-        n_hidden: int,
-        relu: bool = True,
-    ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """W [seeds, models, n, m], b [seeds, models, n] and loss [seeds, models].
-
-        Args:
-            density, importance: [models, n], or what broadcasts to it.
-        """
-        import torch
-
-        pair = np.broadcast_arrays(density, importance)
-        density, importance = (torch.tensor(a, dtype=torch.float32) for a in pair)
-        family = self.toymodel.Family(name, density, importance, n_hidden, how.init_instances, relu)
-        optimiser = self.toymodel.Optimiser(**how.training.model_dump())
-        found = self.toymodel.train(
-            family, how.seeds, optimiser, device=self.device, threads=self.threads, told=self.told
-        )
-        return tuple(t.numpy() for t in found)
-
-
 def feature_steps(options: Options) -> int:
     """Features × models × seeds × steps of all experiments, for the progress line."""
     sweeps = [options.intro, options.basic, options.basic, *options.geometry.values()]
@@ -173,15 +124,38 @@ def feature_steps(options: Options) -> int:
     return sum(e.training.steps * len(e.seeds) * n for e, n in counts)
 
 
+class Trainer:
+    """Trains families on the job's device, and reports the progress of all of them."""
+
+    def __init__(self, job: cli.Job, options: Options) -> None:
+        self.where = {"device": job.device(), "threads": job.args.threads}
+        self.progress = cli.Progress("superposition", feature_steps(options), "feature steps")
+
+    def __call__(
+        self, name: str, how: Experiment, density: np.ndarray, importance: np.ndarray,
+        n_hidden: int, relu: bool = True,
+    ) -> list[np.ndarray]:  # fmt: skip
+        """W [seeds, models, n, m], b [seeds, models, n] and loss [seeds, models].
+
+        Args:
+            density, importance: [models, n], or what broadcasts to it.
+        """
+        pair = np.broadcast_arrays(density, importance)
+        pair = [torch.tensor(a, dtype=torch.float32) for a in pair]
+        family = toymodel.Family(name, *pair, n_hidden, how.init_instances, relu)
+        more = self.where | {"on_step": self.progress.add}
+        return [t.numpy() for t in toymodel.train(family, how.seeds, how.training, **more)]
+
+
 def per_model(how: Experiment, loss: np.ndarray, **columns: object) -> pd.DataFrame:
-    """One row a model, seeds outermost: seed, `columns` [models], loss."""
+    """One row per model, seeds outermost: seed, `columns` [models], loss."""
     models = pd.DataFrame(columns)
     frame = pd.concat([models.assign(seed=seed) for seed in how.seeds], ignore_index=True)
     return frame.assign(loss=loss.reshape(-1))
 
 
 def per_feature(models: pd.DataFrame, W: np.ndarray, b: np.ndarray, weights: bool) -> pd.DataFrame:
-    """One row a feature: its model's row, then feature, bias, norm, interference, dimensionality.
+    """One row per feature: its model's row, feature, bias, norm, interference, dimensionality.
 
     Args:
         W: [seeds, models, n, m].
@@ -190,34 +164,23 @@ def per_feature(models: pd.DataFrame, W: np.ndarray, b: np.ndarray, weights: boo
     n, m = W.shape[-2:]
     out = models.loc[models.index.repeat(n)].reset_index(drop=True)
     out["feature"] = np.tile(np.arange(n), len(models))
-    measured = {"bias": b, **measures.feature_measures(W)}
-    for name, values in measured.items():
+    for name, values in {"bias": b, **measures.feature_measures(W)}.items():
         out[name] = values.reshape(-1).astype(np.float32)
-    if weights:
-        out["w"] = list(W.reshape(-1, m))
-    return out
+    return out.assign(w=list(W.reshape(-1, m))) if weights else out
 
 
-def intro(options: Options, train: Trainer) -> pd.DataFrame:
-    """Seed, density, loss, and every feature's weights."""
-    how = options.intro
-    p, decay = how.density(), how.decay ** np.arange(how.n_features)
-    W, b, loss = train("intro", how, p[:, None], decay, how.n_hidden)
-    out = per_feature(per_model(how, loss, density=p), W, b, weights=True)
-    return out.assign(importance=decay[out["feature"]])
+def drawn_whole(name: str, how: Sweep, train: Trainer, **arms: bool) -> pd.DataFrame:
+    """One row per feature of every model: its measures, weights and importance.
 
-
-def basic(options: Options, train: Trainer) -> pd.DataFrame:
-    """The same for arms `linear` and `relu`, which see the same data."""
-    how = options.basic
-    p, decay = how.density(), how.decay ** np.arange(how.n_features)
-    frames = []
-    for arm in ("linear", "relu"):
-        W, b, loss = train("basic", how, p[:, None], decay, how.n_hidden, relu=arm == "relu")
-        models = per_model(how, loss, arm=arm, density=p)
-        frames.append(per_feature(models, W, b, weights=True))
+    Args:
+        arms: name -> whether its models have a ReLU; all arms see the same data.
+    """
+    p, importance, frames = how.density(), how.importance(), []
+    for arm, relu in arms.items():
+        W, b, loss = train(name, how, p[:, None], importance, how.n_hidden, relu)
+        frames.append(per_feature(per_model(how, loss, arm=arm, density=p), W, b, weights=True))
     out = pd.concat(frames, ignore_index=True)
-    return out.assign(importance=decay[out["feature"]])
+    return out.assign(importance=importance[out["feature"]])
 
 
 def grid(how: Phase) -> tuple[np.ndarray, np.ndarray]:
@@ -227,7 +190,7 @@ def grid(how: Phase) -> tuple[np.ndarray, np.ndarray]:
 
 
 def phase(options: Options, train: Trainer) -> pd.DataFrame:
-    """One row a model: n and m, importance, density, loss, and the extra feature's measures."""
+    """One row per model: n and m, importance, density, loss, and the extra feature's measures."""
     how = options.phase
     extra, p = grid(how)
     frames = []
@@ -244,37 +207,35 @@ def phase(options: Options, train: Trainer) -> pd.DataFrame:
 
 
 def theory(options: Options) -> pd.DataFrame:
-    """One row a cell: the natural solution of least expected loss, and the state it gives."""
+    """One row per cell: the natural solution of least expected loss, and the state it gives."""
     extra, p = grid(options.phase)
     frames = []
     for n, m in options.phase.cases:
         losses = pd.DataFrame(measures.theory(n, extra, p))
         best = losses.idxmin(axis=1)
-        columns = {"n_features": n, "n_hidden": m, "importance": extra, "density": p}
-        state = best.map(measures.THEORY_STATE)
-        frames.append(
-            pd.DataFrame(columns | {"solution": best, "state": state, "loss": losses.min(axis=1)})
-        )
+        cells = {"n_features": n, "n_hidden": m, "importance": extra, "density": p}
+        found = {"state": best.map(measures.THEORY_STATE), "loss": losses.min(axis=1)}
+        frames.append(pd.DataFrame(cells | {"solution": best} | found))
     return pd.concat(frames, ignore_index=True)
 
 
 def geometry(options: Options, train: Trainer) -> pd.DataFrame:
-    """One row a feature, arms `trained` and `random`, with its group's size, rank and polytope."""
+    """One row per feature, arms `trained` and `random`, with its group: size, rank, polytope."""
     frames = []
     for name, how in options.geometry.items():
         p = how.density()
-        decay = how.decay ** np.arange(how.n_features)
-        W, b, loss = train(f"geometry {name}", how, p[:, None], decay, how.n_hidden)
+        W, b, loss = train(f"geometry {name}", how, p[:, None], how.importance(), how.n_hidden)
         models = per_model(how, loss, sweep=name, density=p, n_hidden=how.n_hidden)
         for arm, weights in (("trained", W), ("random", redrawn(W, how.seeds))):
             models["dims_per_feature"] = measures.dimensions_per_feature(weights).reshape(-1)
             found = [measures.groups(w) for w in weights.reshape(-1, *W.shape[2:])]
             size, rank, polytope = (np.concatenate(a) for a in zip(*found, strict=True))
-            own = measures.represented_dimensionality(weights).reshape(-1).astype(np.float32)
-            group = {"group_size": size.astype(np.int16), "group_rank": rank.astype(np.int16)}
-            group |= {"polytope": polytope, "represented_dimensionality": own}
+            D = measures.represented_dimensionality(weights).reshape(-1).astype(np.float32)
             frame = per_feature(models.assign(arm=arm), weights, b, weights=False)
-            frames.append(frame.assign(**group))
+            frames.append(frame.assign(
+                group_size=size.astype(np.int16), group_rank=rank.astype(np.int16),
+                polytope=polytope, represented_dimensionality=D,
+            ))  # fmt: skip
     return pd.concat(frames, ignore_index=True)
 
 
@@ -286,7 +247,7 @@ def redrawn(W: np.ndarray, seeds: list[int]) -> np.ndarray:
 
 
 def pentagon(options: Options, train: Trainer) -> pd.DataFrame:
-    """One row a feature of every fit; `first` is the density of feature 0."""
+    """One row per feature of every fit; `first` is the density of feature 0."""
     how = options.pentagon
     first = np.repeat(np.asarray(how.first), how.fits)
     density = np.full((len(first), 5), how.density)
@@ -297,26 +258,17 @@ def pentagon(options: Options, train: Trainer) -> pd.DataFrame:
     return per_feature(models, W, b, weights=True)
 
 
+def work(job: cli.Job, options: Options) -> own.Tables:
+    train, out = Trainer(job, options), own.Tables(TABLES)
+    out.add({"intro": drawn_whole("intro", options.intro, train, relu=True).drop(columns="arm")})
+    out.add({"basic": drawn_whole("basic", options.basic, train, linear=False, relu=True)})
+    out.add({"phase": phase(options, train), "theory": theory(options)})
+    out.add({"geometry": geometry(options, train), "pentagon": pentagon(options, train)})
+    return out
+
+
 def main() -> None:
-    parser = cli.parser("superposition", __doc__, **{t: f"{t}.parquet" for t in TABLES})
-
-    def work(job: cli.Job) -> None:
-        options = job.section("own.superposition", Options)
-        train = Trainer(job.device(), job.args.threads, feature_steps(options))
-        made: dict[str, Callable] = {
-            "intro": intro,
-            "basic": basic,
-            "phase": phase,
-            "geometry": geometry,
-            "pentagon": pentagon,
-        }
-        frames = {name: make(options, train) for name, make in made.items()}
-        frames["theory"] = theory(options)
-        certificate = job.certificate([])
-        for name, frame in frames.items():
-            tables.write_table(getattr(job.args, name), frame, certificate)
-
-    cli.run("superposition", parser.parse_args(), work)
+    own.main("superposition", __doc__, Options, TABLES, work)
 
 
 if __name__ == "__main__":

@@ -18,7 +18,10 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 
 import torch
+from pydantic import Field
 from torch import Tensor
+
+from pipeline.spec.base import Section
 
 BETAS, EPS = (0.9, 0.999), 1e-8  # torch.optim.AdamW's defaults, as in the notebook
 SLICE_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 26}  # of x; three such buffers fit a 2 MiB cache
@@ -35,7 +38,7 @@ class Family:
         n_hidden: m.
         init_instances: models in the joint tensor that the notebook hands to xavier_normal_.
         relu: False for the linear model.
-        ids: one number a model, its identity whichever other models are trained beside it.
+        ids: one number per model, its identity whichever other models are trained beside it.
     """
 
     name: str
@@ -51,23 +54,18 @@ class Family:
 
     def __getitem__(self, which: slice) -> "Family":
         """Some of the models, with their identities."""
-        return replace(
-            self,
-            density=self.density[which],
-            importance=self.importance[which],
-            ids=self.ids[which],
-        )
+        cut = {name: getattr(self, name)[which] for name in ("density", "importance", "ids")}
+        return replace(self, **cut)
 
 
-@dataclass(frozen=True)
-class Optimiser:
-    """AdamW at a constant learning rate; the defaults are the notebook's."""
+class Optimiser(Section):
+    """AdamW at a constant rate; the defaults are those of the authors' notebook."""
 
-    steps: int = 10_000
-    batch_size: int = 1024
-    lr: float = 1e-3
-    weight_decay: float = 0.01
-    eval_batches: int = 128
+    steps: int = Field(default=10_000, ge=1)
+    batch_size: int = Field(default=1024, ge=1, description="rows a step")
+    lr: float = Field(default=1e-3, gt=0)
+    weight_decay: float = Field(default=0.01, ge=0, description="torch.optim.AdamW's default")
+    eval_batches: int = Field(default=128, ge=1, description="held-out batches for the loss")
 
 
 def generator(device: torch.device | str, *identity: object) -> torch.Generator:
@@ -160,13 +158,13 @@ class _Slice:
 
 
 def _train_block(
-    family: Family, seeds: list[int], how: Optimiser, device: torch.device, told: Callable
+    family: Family, seeds: list[int], how: Optimiser, device: torch.device, on_step: Callable
 ) -> tuple[Tensor, Tensor]:
-    """All models of a family, once a seed: V [seeds, models, n, m + 1], loss [seeds, models]."""
+    """All models of a family, once per seed: V [seeds, models, n, m + 1], loss [seeds, models]."""
     models, n = family.density.shape
-    room = SLICE_ELEMENTS.get(device.type, SLICE_ELEMENTS["cuda"])
+    elements = SLICE_ELEMENTS.get(device.type, SLICE_ELEMENTS["cuda"])
     rows = len(seeds) * how.batch_size
-    width = min(models, max(1, room // (rows * n)))
+    width = min(models, max(1, elements // (rows * n)))
     scratch = torch.empty(width * rows * (3 * n + 2 * family.n_hidden + 2), device=device)
     slices = [
         _Slice(family[i : i + width], seeds, how.batch_size, device, scratch)
@@ -179,7 +177,7 @@ def _train_block(
             row.uniform_(generator=stream)
         for part in slices:
             part.adamw(part.gradient(u), step, how)
-        told(len(seeds) * models * n)
+        on_step(len(seeds) * models * n)
     held_out = generator(device, family.name, "held out")
     losses = torch.zeros(len(seeds) * models, dtype=torch.float64)
     for _ in range(how.eval_batches):
@@ -192,18 +190,13 @@ def _train_block(
 
 
 def train(
-    family: Family,
-    seeds: list[int],
-    how: Optimiser,
-    *,
-    device: torch.device | str = "cpu",
-    threads: int = 1,
-    told: Callable[[int], None] = lambda n: None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Train every model of a family once a seed.
+    family: Family, seeds: list[int], how: Optimiser, *, device: torch.device | str = "cpu",
+    threads: int = 1, on_step: Callable[[int], None] = lambda n: None,
+) -> tuple[Tensor, Tensor, Tensor]:  # fmt: skip
+    """Train every model of a family once per seed.
 
     Args:
-        told: called with the number of features whose weights just took a step.
+        on_step: called with the number of features whose weights just took a step.
 
     Returns:
         W [seeds, models, n, m], b [seeds, models, n], and loss [seeds, models]: a mean over
@@ -220,9 +213,8 @@ def train(
         group, which = block
         rows = [seeds.index(s) for s in group]
         with torch.inference_mode():
-            V[rows, which], loss[rows, which] = _train_block(
-                family[which], group, how, device, told
-            )
+            found = _train_block(family[which], group, how, device, on_step)
+            V[rows, which], loss[rows, which] = found
 
     before = torch.get_num_threads()
     try:
