@@ -29,6 +29,7 @@ from pipeline.errors import RetraceError, command, nearest
 from pipeline.figures import drawing
 from pipeline.job.source import tree
 from pipeline.papers import papers
+from pipeline.spec import once
 from pipeline.spec.base import SCALES, told
 from pipeline.spec.paper import PaperSpec
 from pipeline.store.provenance import canonical
@@ -94,7 +95,10 @@ def validated(data: dict) -> tuple[PaperSpec | None, list[str], bool]:
     section that lost a part may be faulty for want of it: it goes as a whole and without a word,
     but for further unknown keys.
     """
-    data, said, whole = copy.deepcopy(data), {}, True
+    try:
+        data, said, whole = once.expanded(copy.deepcopy(data)), {}, True
+    except ValueError as e:
+        return None, [str(e)], False
     lost: set[str] = set()  # sections out of which something was taken
     while True:
         try:

@@ -18,6 +18,7 @@ from pipeline.job.source import files_code
 from pipeline.spec import paper as spec
 from pipeline.spec.base import SCALES
 from pipeline.spec.imports import ImportSpec, listing
+from pipeline.spec.once import overlay
 from pipeline.spec.paper import Config, CorpusSpec, PaperSpec
 from pipeline.spec.yaml_files import load_yaml
 from pipeline.store import intact
@@ -63,19 +64,6 @@ class Paper:
 
 
 # --- paper folders -------------------------------------------------------------------------
-
-
-def overlay(base: Any, over: Any) -> Any:
-    """`over` laid on `base`: mappings merge, null removes a key, all else replaces."""
-    if not (isinstance(base, dict) and isinstance(over, dict)):
-        return over
-    out = dict(base)
-    for key, value in over.items():
-        if value is None:
-            out.pop(key, None)
-        else:
-            out[key] = overlay(base.get(key), value)
-    return out
 
 
 def find(name: str, dirs: list[Path]) -> Path:

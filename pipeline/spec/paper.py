@@ -11,7 +11,7 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from pipeline.errors import RetraceError, nearest
-from pipeline.spec import aliases
+from pipeline.spec import aliases, once
 from pipeline.spec.base import Dtype, Inside, Name, Requirement, Scale, Section, sentence
 from pipeline.spec.circuits import CircuitsSpec
 from pipeline.spec.claims import Budget, Claim
@@ -460,6 +460,8 @@ class PaperSpec(Section):
         default={}, description="the paper's own budget beside ours, by a name that claims use"
     )
     claims: list[Claim] = []
+
+    _written_out = model_validator(mode="before")(once.expanded)
 
     @model_validator(mode="after")
     def _consistent(self) -> "PaperSpec":
