@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT))
 
 from pipeline.claims import summary
 from pipeline.job import kills
-from pipeline.papers import papers, rule_helpers
+from pipeline.papers import own, papers, rule_helpers
 from pipeline.papers.rule_helpers import or_exit
 from pipeline.papers.rule_params import Params
 from pipeline.papers.workflow import DICTIONARIES, Inputs
@@ -28,6 +28,7 @@ RUN = or_exit(papers.Run.load, config, BASES)
 STORAGE = workflow.storage_settings.default_storage_provider
 INPUTS = Inputs(RUN, ROOT, bool(STORAGE))
 PARAMS = Params(INPUTS, workflow.config_settings.overwrite_config)
+OWN = own.Own(INPUTS, PARAMS)
 DEVICE = RUN.config.device
 # At smoke scale a job is mostly start-up, which has one thread; two such jobs share a GPU, too.
 SMOKE = RUN.config.scale == "smoke"
@@ -99,4 +100,5 @@ item_spec_of, code_of = ask(PARAMS.item_spec), ask(PARAMS.code)
 metrics_spec, claims_spec = ask(PARAMS.metrics_spec)(), ask(PARAMS.claims_spec)()
 figure_spec, graph_spec = ask(PARAMS.figure_spec)(), ask(PARAMS.graph_spec)()
 report_spec, index_spec = ask(PARAMS.report_spec)(), ask(PARAMS.index_spec)()
+own_spec_of, own_code_of = ask(OWN.spec), ask(OWN.code)
 training_code = ask(PARAMS.training_code)()

@@ -35,6 +35,7 @@ def paper() -> dict[str, Any]:
     whole = PaperSpec.model_json_schema()
     definitions = whole.pop("$defs")
     written_once(definitions, whole)
+    own_stages(definitions, whole)
     parts = {f"{n}{PART}": partial(d) for n, d in definitions.items()}
     parts[f"Paper{PART}"] = partial(whole)
     overlay = {"anyOf": [{"$ref": f"#/$defs/Paper{PART}"}, {"type": "null"}]}
@@ -83,6 +84,15 @@ def written_once(definitions: dict[str, Any], whole: dict[str, Any]) -> None:
         "layer": layers | {"description": "for {layer} in hook: name_6, name_12"},
         "hook": {"type": "array", "items": {"type": "string"}},
     }
+
+
+def own_stages(definitions: dict[str, Any], whole: dict[str, Any]) -> None:
+    """Let an own stage say how it is called beside its options: `spec.own.parted`."""
+    del whole["properties"]["stages"]
+    tables = {"type": "array", "items": {"type": "string"}, "minItems": 1}
+    called = definitions.pop("OwnStage")["properties"] | {"tables": tables}
+    (stage,) = whole["properties"]["own"]["patternProperties"].values()
+    stage["properties"] = called
 
 
 def by_kind(required: list[str]) -> dict[str, Any]:
