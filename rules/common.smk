@@ -87,7 +87,7 @@ target = partial(rule_helpers.target, workflow.is_rule)
 ask = partial(rule_helpers.asked, remake_incomplete)
 # Inputs, then params; where () follows, a rule names the helper without arguments.
 products_of, item_input_of = ask(INPUTS.products), ask(INPUTS.item_input)
-training_of, trainings_of = ask(INPUTS.training), ask(INPUTS.trainings)
+training_of = ask(INPUTS.training)
 arm_input_of, circuit_input_of = ask(INPUTS.arm_input), ask(INPUTS.circuit_input)
 arms_of, models_of, lent_of = ask(INPUTS.arms), ask(INPUTS.models), ask(INPUTS.lent)
 sae_input_of, tables_of = ask(INPUTS.sae_input), ask(INPUTS.tables)

@@ -3,8 +3,8 @@ from pipeline.spec.base import SCALES
 
 
 def product(path):
-    """An output of an own stage, which is a folder where its path ends in /."""
-    return directory(path.rstrip("/")) if path.endswith("/") else path
+    """An output of an own stage, which is a folder where its path ends in a slash."""
+    return directory(path[:-1]) if own.is_folder(path) else path
 
 
 def own_input_of(stage):

@@ -102,6 +102,11 @@ def _outputs(own: Any, has_rules: bool) -> Iterator[tuple[str, dict[str, str]]]:
         yield stage, {n: f"results/{{scale}}/{{paper}}/{stage}/{f}" for n, f in files.items()}
 
 
+def is_folder(path: str) -> bool:
+    """Whether an output of `OwnRule` is a folder."""
+    return path.endswith("/")
+
+
 # --- jobs ----------------------------------------------------------------------------------
 
 
