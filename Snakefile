@@ -26,6 +26,7 @@ include: "rules/figures.smk"
 include: "rules/report.smk"
 include: "rules/release.smk"
 include: "rules/exports.smk"
+include: "rules/own.smk"
 
 
 for PAPER, smk in INPUTS.rules_files():  # a rules.smk takes the name of its folder from PAPER

@@ -13,7 +13,7 @@ sys.path.insert(0, str(ROOT))
 
 from pipeline.claims import summary
 from pipeline.job import kills
-from pipeline.papers import papers, rule_helpers
+from pipeline.papers import own, papers, rule_helpers
 from pipeline.papers.rule_helpers import or_exit
 from pipeline.papers.rule_params import Params
 from pipeline.papers.workflow import DICTIONARIES, Inputs
@@ -28,6 +28,7 @@ RUN = or_exit(papers.Run.load, config, BASES)
 STORAGE = workflow.storage_settings.default_storage_provider
 INPUTS = Inputs(RUN, ROOT, bool(STORAGE))
 PARAMS = Params(INPUTS, workflow.config_settings.overwrite_config)
+OWN = own.Own(INPUTS, PARAMS)
 DEVICE = RUN.config.device
 # At smoke scale a job is mostly start-up, which has one thread; two such jobs share a GPU, too.
 SMOKE = RUN.config.scale == "smoke"
@@ -86,7 +87,7 @@ target = partial(rule_helpers.target, workflow.is_rule)
 ask = partial(rule_helpers.asked, remake_incomplete)
 # Inputs, then params; where () follows, a rule names the helper without arguments.
 products_of, item_input_of = ask(INPUTS.products), ask(INPUTS.item_input)
-training_of, trainings_of = ask(INPUTS.training), ask(INPUTS.trainings)
+training_of = ask(INPUTS.training)
 arm_input_of, circuit_input_of = ask(INPUTS.arm_input), ask(INPUTS.circuit_input)
 arms_of, models_of, lent_of = ask(INPUTS.arms), ask(INPUTS.models), ask(INPUTS.lent)
 sae_input_of, tables_of = ask(INPUTS.sae_input), ask(INPUTS.tables)
@@ -99,4 +100,5 @@ item_spec_of, code_of = ask(PARAMS.item_spec), ask(PARAMS.code)
 metrics_spec, claims_spec = ask(PARAMS.metrics_spec)(), ask(PARAMS.claims_spec)()
 figure_spec, graph_spec = ask(PARAMS.figure_spec)(), ask(PARAMS.graph_spec)()
 report_spec, index_spec = ask(PARAMS.report_spec)(), ask(PARAMS.index_spec)()
+own_spec_of, own_code_of = ask(OWN.spec), ask(OWN.code)
 training_code = ask(PARAMS.training_code)()

@@ -28,7 +28,9 @@ from pipeline.claims import expressions, verdicts
 from pipeline.errors import RetraceError, command, nearest
 from pipeline.figures import drawing
 from pipeline.job.source import tree
+from pipeline.papers import own as own_rules
 from pipeline.papers import papers
+from pipeline.spec import once
 from pipeline.spec.base import SCALES, told
 from pipeline.spec.paper import PaperSpec
 from pipeline.store.provenance import canonical
@@ -94,7 +96,10 @@ def validated(data: dict) -> tuple[PaperSpec | None, list[str], bool]:
     section that lost a part may be faulty for want of it: it goes as a whole and without a word,
     but for further unknown keys.
     """
-    data, said, whole = copy.deepcopy(data), {}, True
+    try:
+        data, said, whole = once.expanded(copy.deepcopy(data)), {}, True
+    except ValueError as e:
+        return None, [str(e)], False
     lost: set[str] = set()  # sections out of which something was taken
     while True:
         try:
@@ -241,20 +246,23 @@ def budgets_of_no_scale(folder: Path, raw: dict, scales: dict) -> Iterator[str]:
 
 
 def own_stages(paper: papers.Paper) -> Iterator[str]:
-    """Every own stage has a file and a rule that writes its tables."""
+    """Every own stage has a file, what it needs, and a rule that writes its tables."""
+    yield from own_rules.faults(paper)
     file = paper.folder / "rules.smk"
     rules = file.read_text(encoding="utf-8") if file.is_file() else ""
     for stage, own in paper.spec.own.items():
-        if not (paper.folder / f"{stage}.py").is_file():
+        script = paper.spec.stage_of(stage).script or f"{stage}.py"
+        if not (paper.folder / script).is_file():
             yield (
-                f"{paper.folder / 'paper.yaml'}: own.{stage}: there is no {stage}.py beside it; "
+                f"{paper.folder / 'paper.yaml'}: own.{stage}: there is no {script} beside it; "
                 f"write the stage, or correct its name"
             )
-        for table in own["tables"]:
+        for table in own["tables"] if rules and stage not in paper.spec.stages else ():
             if not re.search(rf"\b{table}\b", rules):
                 yield (
                     f"{file}: no rule writes the table '{table}' of own.{stage}; add "
-                    f"results/{{scale}}/{{paper}}/{stage}/{table}.parquet to an output"
+                    f"results/{{scale}}/{{paper}}/{stage}/{table}.parquet to an output, or "
+                    f"own.{stage}.needs: [] for the core's rule"
                 )
 
 

@@ -18,6 +18,7 @@ from pipeline.job.source import files_code
 from pipeline.spec import paper as spec
 from pipeline.spec.base import SCALES
 from pipeline.spec.imports import ImportSpec, listing
+from pipeline.spec.once import overlay
 from pipeline.spec.paper import Config, CorpusSpec, PaperSpec
 from pipeline.spec.yaml_files import load_yaml
 from pipeline.store import intact
@@ -65,19 +66,6 @@ class Paper:
 # --- paper folders -------------------------------------------------------------------------
 
 
-def overlay(base: Any, over: Any) -> Any:
-    """`over` laid on `base`: mappings merge, null removes a key, all else replaces."""
-    if not (isinstance(base, dict) and isinstance(over, dict)):
-        return over
-    out = dict(base)
-    for key, value in over.items():
-        if value is None:
-            out.pop(key, None)
-        else:
-            out[key] = overlay(base.get(key), value)
-    return out
-
-
 def find(name: str, dirs: list[Path]) -> Path:
     """The folder of a paper."""
     for folder in dirs:
@@ -118,9 +106,10 @@ def load(folder: Path, scale: str, raw: dict | None = None, hub: bool = False) -
     paper = Paper(folder.name, folder, scale, filled(parsed, f"{file} ({scale})"))
     from pipeline.claims import verdicts
     from pipeline.figures import drawing  # they read papers, too
+    from pipeline.papers import own
 
-    verdicts.check(paper)
-    drawing.check(paper)
+    for part in (own, verdicts, drawing):
+        part.check(paper)
     return paper
 
 
@@ -321,6 +310,20 @@ class Run:
         if folder not in self._raw:
             self._raw[folder] = load_yaml(folder / "paper.yaml")
         return {f: self._raw[folder].get(f, "") for f in fields}
+
+    def sections(
+        self, name: str, section: str, scales: Iterable[str]
+    ) -> tuple[Path, dict[str, Any]]:
+        """The folder of a paper, and scale -> one of its sections as it stands there; unchecked."""
+        folder = find(name, self.dirs)
+        if folder not in self._raw:
+            self._raw[folder] = load_yaml(folder / "paper.yaml")
+        raw = self._raw[folder]
+        over = raw.get("scales") if isinstance(raw.get("scales"), dict) else {}
+        at = {s: o.get(section) if isinstance(o := over.get(s), dict) else None for s in scales}
+        return folder, {
+            s: overlay(raw.get(section), o) if o else raw.get(section) for s, o in at.items()
+        }
 
     def item(self, stage: str, id: str) -> Item:
         """The store's artefact with this id."""

@@ -146,13 +146,18 @@ class Inputs:
         needed = self.paper(wildcards).spec.circuits.saes
         return self.arm_input(wildcards, stage, file) if needed else []
 
-    def arms(self, wildcards: Any, stage: str, file: str) -> list[str]:
-        """A file of every arm's artefact of a stage; arms sorted by name, as in `spec`'s JSON."""
+    def arms(self, wildcards: Any, stage: str | tuple[str, ...], file: str) -> list[str]:
+        """A file of every arm's artefact of a stage; arms sorted by name, as in `spec`'s JSON.
+
+        Args:
+            stage: or several, as DICTIONARIES.
+        """
         paper = self.paper(wildcards)
         names = sorted(paper.spec.arm_names())
         stores = [self.run.store(paper.name, paper.scale, arm) for arm in names]
+        stages = (stage,) if isinstance(stage, str) else stage
         items = [item for store in stores for item in store.values()]
-        return [in_store(item, file) for item in items if item.stage == stage]
+        return [in_store(item, file) for item in items if item.stage in stages]
 
     def models(self, wildcards: Any, file: str) -> list[str]:
         """A file of every arm's model; arms sorted by name, as in `spec`'s JSON."""

@@ -1,6 +1,6 @@
 """What a claim of paper.yaml may say: whose it is, what it compares, and when it may be judged."""
 
-from typing import Literal
+from typing import Any, Literal
 
 from pydantic import Field, field_validator, model_validator
 
@@ -66,7 +66,9 @@ class Claim(Section):
         default="paper",
         description="whose claim: the paper's, a control of this replication, or our observation",
     )
-    kind: Literal["value", "order"]
+    kind: Literal["value", "order"] = Field(
+        default="order", description="default: order where it has holds:, value where it has paper:"
+    )
     metric: str = Field(default="", description="kind value: the metric compared")
     paper: float | None = Field(default=None, description="kind value: the published number")
     tolerance: float | None = Field(default=None, ge=0, description="absolute, same unit")
@@ -93,6 +95,19 @@ class Claim(Section):
     provenance_kind: Literal["R", "R-copy", "N", "M"] = Field(
         default="R", description="R: read in the primary source; N: second-hand; M: from memory"
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _kind_of_its_keys(cls, data: Any) -> Any:
+        if not isinstance(data, dict) or data.keys() - (cls.model_fields.keys() - {"kind"}):
+            return data  # it says its kind, or a key is unknown, which is told then
+        found = [kind for kind, key in (("order", "holds"), ("value", "paper")) if key in data]
+        if len(found) != 1:
+            raise ValueError(
+                f"claim '{data.get('id')}': has {'both' if found else 'neither'} holds: (an order) "
+                f"{'and' if found else 'nor'} paper: (a published number); write one of the two"
+            )
+        return data | {"kind": found[0]}
 
     @model_validator(mode="after")
     def _complete(self) -> "Claim":

@@ -11,12 +11,13 @@ from typing import Annotated, Any, ClassVar, Literal, TypeVar
 from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from pipeline.errors import RetraceError, nearest
-from pipeline.spec import aliases
+from pipeline.spec import aliases, once
 from pipeline.spec.base import Dtype, Inside, Name, Requirement, Scale, Section, sentence
 from pipeline.spec.circuits import CircuitsSpec
 from pipeline.spec.claims import Budget, Claim
 from pipeline.spec.figures import completed
 from pipeline.spec.imports import ImportSpec
+from pipeline.spec.own import OwnStage, parted
 from pipeline.spec.sae import SaeSection, SaeSpec, check_output
 from pipeline.spec.training import TrainingSpec
 
@@ -454,12 +455,20 @@ class PaperSpec(Section):
     features: FeaturesSpec | None = None
     attribution: AttributionSpec | None = None
     circuits: CircuitsSpec | None = None
-    own: dict[Name, dict[str, Any]] = Field(default={}, description="the paper's own stages")
+    own: dict[Name, dict[str, Any]] = Field(
+        default={}, description="the paper's own stages: their tables and options"
+    )
+    stages: dict[Name, OwnStage] = Field(
+        default={}, exclude=True, description="how they are called: keys of `OwnStage` under own"
+    )
     figures: dict[Name, Figure] = {}
     budget: dict[Name, Budget] = Field(
         default={}, description="the paper's own budget beside ours, by a name that claims use"
     )
     claims: list[Claim] = []
+
+    _written_out = model_validator(mode="before")(once.expanded)
+    _own_parted = model_validator(mode="before")(parted)
 
     @model_validator(mode="after")
     def _consistent(self) -> "PaperSpec":
@@ -607,6 +616,10 @@ class PaperSpec(Section):
                 raise ValueError(f"{key}: SAE '{name}' is not trained on arm '{arm}'")
             if key == "circuits.saes" and saes[name].output_hook:
                 raise ValueError(f"{key}: '{name}' is a transcoder; name one without output_hook")
+
+    def stage_of(self, name: str) -> OwnStage:
+        """How an own stage is called."""
+        return self.stages.get(name, OwnStage())
 
     def budget_of(self, claim: Claim) -> str:
         """The name of the budget that a claim rests on; an empty string where none is meant."""

@@ -2,7 +2,7 @@
 
     python -m pipeline schema        writes pipeline/spec/schema/paper.json and config.json
 
-They are generated from the pydantic models (`spec.py`), and a test holds them in step. An editor
+They are generated from the pydantic models, and a test holds them in step. An editor
 that speaks YAML's language server takes the schema that a file names in its first line:
 
     # yaml-language-server: $schema=../../../pipeline/spec/schema/paper.json
@@ -34,6 +34,8 @@ def paper() -> dict[str, Any]:
     """The schema of paper.yaml: the sections, and under `scales` parts of the same sections."""
     whole = PaperSpec.model_json_schema()
     definitions = whole.pop("$defs")
+    written_once(definitions, whole)
+    own_stages(definitions, whole)
     parts = {f"{n}{PART}": partial(d) for n, d in definitions.items()}
     parts[f"Paper{PART}"] = partial(whole)
     overlay = {"anyOf": [{"$ref": f"#/$defs/Paper{PART}"}, {"type": "null"}]}
@@ -45,6 +47,52 @@ def paper() -> dict[str, Any]:
     }
     definitions["Figure"] |= by_kind(definitions["Figure"].pop("required"))
     return finished(whole | {"$defs": definitions | parts | options()})
+
+
+def written_once(definitions: dict[str, Any], whole: dict[str, Any]) -> None:
+    """Add the short forms of pipeline/spec/once.py, which the models never see."""
+
+    def defaults(part: str) -> dict[str, Any]:
+        of = {"$ref": f"#/$defs/{part}{PART}", "description": "count where a key is not said"}
+        return {"type": "object", "properties": {"defaults": of}, "required": ["defaults"]}
+
+    def where_there_are(some: dict, then: dict, other: dict) -> dict[str, Any]:
+        return {"if": some, "then": then, "else": other}
+
+    claims = whole["properties"]["claims"]
+    entry = defaults("Claim") | {"additionalProperties": False}
+    claim = {"allOf": [{"$ref": f"#/$defs/Claim{PART}"}, {"required": ["id"]}]}
+    claims |= where_there_are(
+        {"contains": {"required": ["defaults"]}},
+        {"items": {"if": {"required": ["defaults"]}, "then": entry, "else": claim}},
+        {"items": claims.pop("items")},
+    )
+    sae = definitions["SaeSection"]
+    made = sae["properties"].pop("dictionaries")
+    sae["properties"] |= defaults("SaeSpec")["properties"] | {"dictionaries": {}}
+    sae |= where_there_are(
+        {"required": ["defaults"]},
+        {"properties": {"dictionaries": partial(made)}},
+        {"properties": {"dictionaries": made}},
+    )
+    layers = {"type": "array", "items": {"type": "integer"}}
+    stored = definitions["ActivationsSpec"]["properties"]
+    stored["layers"] = layers | {"description": "for {layer} in hooks"}
+    hook = stored["hooks"]["items"]
+    hook["pattern"] = hook["pattern"].replace(r"\d+", r"(\d+|\{layer\})")
+    definitions["SaeSpec"]["properties"]["grid"]["properties"] = {
+        "layer": layers | {"description": "for {layer} in hook: name_6, name_12"},
+        "hook": {"type": "array", "items": {"type": "string"}},
+    }
+
+
+def own_stages(definitions: dict[str, Any], whole: dict[str, Any]) -> None:
+    """Let an own stage say how it is called beside its options: `spec.own.parted`."""
+    del whole["properties"]["stages"]
+    tables = {"type": "array", "items": {"type": "string"}, "minItems": 1}
+    called = definitions.pop("OwnStage")["properties"] | {"tables": tables}
+    (stage,) = whole["properties"]["own"]["patternProperties"].values()
+    stage["properties"] = called
 
 
 def by_kind(required: list[str]) -> dict[str, Any]:
@@ -85,7 +133,7 @@ def partial(node: Any) -> Any:
     named = ("properties", "patternProperties")
     out = {k: partial(v) for k, v in node.items() if k not in named}
     if "$ref" in out:
-        out["$ref"] += PART
+        out["$ref"] = out["$ref"].removesuffix(PART) + PART
     for key in named:
         if key in node:
             absent = {"type": "null"}

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.job import source
+from pipeline.papers.papers import load
 
 ROOT = source.PIPELINE.parent
 LISTED = re.compile(r'code_of\(\s*"(\w+)"\s*((?:,\s*"[^"]+"\s*)*),?\s*\)')
@@ -32,8 +33,9 @@ USED = {
 
 def stages(folder: Path) -> dict[str, list[Path]]:
     """Stage -> the paper's own files that its rule hands to the code hash."""
-    rules = [*sorted(ROOT.glob("rules/*.smk")), folder / "rules.smk"]
+    rules = [f for f in [*ROOT.glob("rules/*.smk"), folder / "rules.smk"] if f.is_file()]
     found = {"training": [folder / "data.py"]}  # `training_code`: data.py, which it learns from
+    found |= {s: [folder / f"{s}.py"] for s in load(folder, "laptop").spec.stages}  # rules/own.smk
     for stage, names in LISTED.findall("".join(f.read_text() for f in rules)):
         globs = re.findall(r'"([^"]+)"', names)
         found[stage] = [f for glob in globs for f in sorted(folder.glob(glob))]

@@ -12,7 +12,7 @@ import pytest
 from snake import ROOT, edit, forget_code, inputs_of, toy_project, wildcards
 
 from pipeline.job import source
-from pipeline.papers import rule_helpers
+from pipeline.papers import own, rule_helpers
 from pipeline.papers.rule_params import Params
 from pipeline.papers.workflow import Inputs
 
@@ -38,6 +38,7 @@ def helpers_of(inputs: Inputs) -> dict:
     text = (ROOT / "rules/common.smk").read_text()
     given = {"partial": partial, "rule_helpers": rule_helpers, "INPUTS": inputs}
     given |= {"PARAMS": Params(inputs, {}), "remake_incomplete": lambda: None}
+    given |= {"OWN": own.Own(inputs, given["PARAMS"])}
     given |= {"dated": list, "undated": list, "version": lambda name: "1"}
     exec(text[text.index("ask = partial") :], given)
     return given

@@ -46,7 +46,7 @@ def test_config_yaml_fits_and_a_mistyped_key_does_not():
     [
         ("figures:\n", "figurs:\n", "$"),
         ("year: 2026", "year: soon", "$.year"),
-        ("    kind: order\n", "    kind: ordr\n", "$.claims[0].kind"),
+        ("    source: any text", "    of: us\n    source: any text", "$.claims[0].of"),
         ("    source: any text on high-dimensional geometry\n", "", "$.claims[0]"),
         ("    own: {measure: {n_pairs: 6_000}}", "    figurs: {}", "$.scales.smoke"),
         ("  smoke:\n", "  smok:\n", "$.scales"),
@@ -63,6 +63,20 @@ def test_an_overlay_needs_no_required_key_and_may_remove_one():
     over = {"sae": {"training": {"n_rows": 5}}, "figures": {"f": None}, "features": None}
     assert PAPER.is_valid(card | {"scales": {"smoke": over}})
     assert not PAPER.is_valid(card | {"features": {}})  # where it is no overlay, saes are required
+
+
+def test_claims_and_dictionaries_may_leave_to_defaults_what_they_share():
+    card = {"title": "t", "authors": "a", "year": 2024, "url": "https://x"}
+    claims = [{"defaults": {"source": "Section 3"}}, {"id": "a", "text": "t", "holds": "x < y"}]
+    assert PAPER.is_valid(card | {"claims": claims})
+    assert not PAPER.is_valid(card | {"claims": claims[1:]})  # nothing gives it a source
+    assert not PAPER.is_valid(card | {"claims": [{"defaults": {"sourc": "Section 3"}}, claims[1]]})
+    made = {"dictionaries": {"a": {"d_sae": 64, "grid": {"layer": [4, 8]}}}}
+    assert PAPER.is_valid(card | {"sae": made | {"defaults": {"architecture": "topk"}}})
+    assert not PAPER.is_valid(card | {"sae": made})
+    assert PAPER.is_valid(
+        card | {"activations": {"hooks": ["blocks.{layer}.hook_mlp_out"], "layers": [4, 8]}}
+    )
 
 
 def test_numbers_grouped_by_underscores_are_numbers_whatever_yaml_an_editor_speaks():

@@ -48,7 +48,9 @@ def test_snakefmt():
 
 
 # What snakemake puts into the namespace of its files.
-GIVEN = "ancient config directory expand input multiext report rules shell temp workflow".split()
+GIVEN = (
+    "ancient config directory expand input multiext report rules shell temp unpack workflow".split()
+)
 
 
 def compiled() -> str:

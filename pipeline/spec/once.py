@@ -1,0 +1,171 @@
+"""What stands once in a paper.yaml and counts for many: defaults, and hooks of several layers.
+
+All of it happens on plain YAML data, before anything is validated. A validated paper holds every
+claim, dictionary and hook whole, as if it had been written out.
+
+1. `overlay` lays one mapping on another, as a scale does on the sections of a paper.
+2. Among the claims, `- defaults: {…}` counts for the claims below it, until the next such entry.
+3. `sae.defaults` lies under every dictionary that is trained here.
+4. `{layer}` in a hook stands for each layer of `activations.layers` or of a dictionary's grid.
+"""
+
+from collections.abc import Callable, Iterator
+from itertools import groupby
+from typing import Any
+
+from pipeline.errors import nearest
+from pipeline.spec.claims import Claim
+
+LAYER = "{layer}"
+INSTEAD = {"null_arm": "no_null_arm", "no_null_arm": "null_arm"}  # a claim has one of the two
+
+
+def overlay(base: Any, over: Any) -> Any:
+    """`over` laid on `base`: mappings merge, null removes a key, all else replaces."""
+    if not (isinstance(base, dict) and isinstance(over, dict)):
+        return over
+    out = dict(base)
+    for key, value in over.items():
+        if value is None:
+            out.pop(key, None)
+        else:
+            out[key] = overlay(base.get(key), value)
+    return out
+
+
+def expanded(paper: Any) -> Any:
+    """The data of a paper.yaml with all written out; what is not as expected stays as it is.
+
+    Raises:
+        ValueError: defaults that no claim can have, or hooks that lack their layers.
+    """
+    if not isinstance(paper, dict):
+        return paper
+    sections: dict[str, Callable] = {
+        "claims": claims, "activations": activations, "sae": dictionaries,
+    }  # fmt: skip
+    return paper | {key: make(paper[key]) for key, make in sections.items() if key in paper}
+
+
+# --- claims --------------------------------------------------------------------------------
+
+
+def claims(entries: Any) -> Any:
+    """Claims, each with the defaults above it."""
+    if not isinstance(entries, list):
+        return entries
+    out, above = [], {}
+    for entry in entries:
+        if isinstance(entry, dict) and isinstance(entry.get("defaults"), dict) and len(entry) == 1:
+            above = _checked(entry["defaults"])
+        else:
+            out.append(_claim(entry, above))
+    return out
+
+
+def _claim(claim: Any, above: dict) -> Any:
+    """One claim with its defaults; what it says itself counts."""
+    if not isinstance(claim, dict):
+        return claim
+    said = {INSTEAD[key] for key in INSTEAD if claim.get(key) is not None}
+    return overlay({k: v for k, v in above.items() if k not in said}, claim)
+
+
+def _checked(defaults: dict) -> dict:
+    for key in defaults:
+        if key not in Claim.model_fields:
+            raise ValueError(
+                f"claims: defaults: unknown key '{key}'{nearest(key, Claim.model_fields)}; allowed "
+                f"here: {', '.join(Claim.model_fields)}"
+            )
+    return defaults
+
+
+# --- dictionaries and hooks ----------------------------------------------------------------
+
+
+def activations(section: Any) -> Any:
+    """The section activations with its hooks at each of its layers, layer by layer."""
+    if not isinstance(section, dict) or "layers" not in section:
+        return section
+    rest = {key: value for key, value in section.items() if key != "layers"}
+    layers, hooks = section["layers"], section.get("hooks")
+    if not (isinstance(layers, list) and layers and isinstance(hooks, list)):
+        raise ValueError(f"activations: layers {layers!r} must be a list of layers, beside hooks")
+    if not any(LAYER in str(hook) for hook in hooks):
+        raise ValueError(f"activations: layers: no hook names its layer; write blocks.{LAYER}.…")
+    once = [hook for hook in hooks if LAYER not in str(hook)]
+    several = [str(h).replace(LAYER, str(n)) for n in layers for h in hooks if LAYER in str(h)]
+    return rest | {"hooks": once + several}
+
+
+def dictionaries(section: Any) -> Any:
+    """The section sae with its defaults laid under its dictionaries, one for each hook."""
+    if not isinstance(section, dict) or not isinstance(section.get("dictionaries"), dict):
+        return section
+    below = section.get("defaults", {})
+    whole = {
+        name: overlay(below, made) if isinstance(made, dict) and "source" not in made else made
+        for name, made in section["dictionaries"].items()
+    }
+    out: dict[str, Any] = {}
+    for name, made in _by_layer(whole):
+        if name in out:
+            raise ValueError(f"the grids make two dictionaries '{name}'; rename one")
+        out[name] = made
+    rest = {key: value for key, value in section.items() if key != "defaults"}
+    return rest | {"dictionaries": out}
+
+
+def _by_layer(whole: dict[str, Any]) -> Iterator[tuple[str, Any]]:
+    """Dictionaries at every layer of their grids; neighbours of equal layers go layer by layer."""
+    for layers, group in groupby(whole.items(), lambda item: _grid(item[1]).get("layer")):
+        if layers is None:
+            for name, made in group:
+                yield from _by_hook(name, made)
+            continue
+        members = list(group)
+        for layer in _listed("layer", layers):
+            for name, made in members:
+                yield from _by_hook(f"{name}_{layer}", _at_layer(name, made, layer))
+
+
+def _at_layer(name: str, made: dict, layer: Any) -> dict:
+    """A dictionary with a layer for {layer} in its hooks and in those of its grid."""
+    if LAYER not in str(made):
+        raise ValueError(f"dictionaries.{name}: grid: layer: no hook names its {LAYER}")
+    grid = {k: v for k, v in made["grid"].items() if k != "layer"}
+    if "hook" in grid:
+        grid["hook"] = [str(h).replace(LAYER, str(layer)) for h in _listed("hook", grid["hook"])]
+    hooks = {k: v.replace(LAYER, str(layer)) for k, v in made.items() if isinstance(v, str)}
+    return _with_grid(made | hooks, grid)
+
+
+def _by_hook(name: str, made: Any) -> Iterator[tuple[str, Any]]:
+    """A dictionary for each hook of its grid: blocks.6.hook_mlp_out makes name_6_mlp_out."""
+    grid = _grid(made)
+    if "hook" not in grid:
+        yield name, made
+        return
+    rest = {k: v for k, v in grid.items() if k != "hook"}
+    for hook in _listed("hook", grid["hook"]):
+        label = str(hook).removeprefix("blocks.").replace("hook_", "").replace(".", "_")
+        if name.endswith(f"_{label.partition('_')[0]}"):  # the layer is in the name already
+            label = label.partition("_")[2]
+        yield f"{name}_{label}", _with_grid(made | {"hook": hook}, rest)
+
+
+def _grid(made: Any) -> dict:
+    grid = made.get("grid") if isinstance(made, dict) else None
+    return grid if isinstance(grid, dict) else {}
+
+
+def _with_grid(made: dict, grid: dict) -> dict:
+    rest = {k: v for k, v in made.items() if k != "grid"}
+    return rest | ({"grid": grid} if grid else {})
+
+
+def _listed(key: str, found: Any) -> list:
+    if not isinstance(found, list) or not found:
+        raise ValueError(f"grid: {key}: {found!r:.80} must be a list")
+    return found
