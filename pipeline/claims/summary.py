@@ -125,7 +125,8 @@ def aligned(rows: list[dict[str, str]], columns: int, colour: bool = False) -> l
     head = {"id": "claim", "paper_value": "paper", "ours": "ours", "verdict": "verdict"}
     cells = [{k: shown(r, k) for k in head} for r in rows]
     fixed = [max(len(c[k]) for c in [head, *cells]) for k in ("id", "verdict")]
-    room = max((columns - 2 - sum(fixed) - 6) // 2, 10)  # of each of the two numbers
+    beside = 2 + sum(fixed) + 3 * 3  # the margin, both columns, three gaps
+    room = max((columns - beside) // 2, 10)  # of each of the two numbers
     table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
     for key, title in head.items():
         most = None if key in ("id", "verdict") else room
@@ -134,7 +135,7 @@ def aligned(rows: list[dict[str, str]], columns: int, colour: bool = False) -> l
         style = COLOURS.get(cell["verdict"], "dim")
         *first, verdict = (Text(cell[k]) for k in head)
         table.add_row(*first, Text(verdict.plain, style))
-    wide = max(columns, 2 + sum(fixed) + 6 + 2 * room)
+    wide = max(columns, beside + 2 * room)
     return [f"  {line}" for line in set_out(table, wide - 2, colour)]
 
 
@@ -213,7 +214,7 @@ def read_lines(log: Path) -> list[str]:
     """The lines of a log that are not blank; none where it is not there."""
     try:
         lines = log.read_text(errors="replace", encoding="utf-8").splitlines()
-    except OSError:
+    except (OSError, ValueError):  # a name that can be none
         return []
     return [line for line in lines if line.strip()]
 

@@ -94,9 +94,9 @@ def test_a_job_that_is_measured_has_two_lines_and_quick_ones_share_one(shown):
     assert lines() == [
         "6 jobs; Snakemake's own text: 2026.snakemake.log",
         "     a_paper and 1 more sae gpt2-hook started",
-        "2/6  toy own  T",
+        "1/6  toy own  T",
         "3/6  a_paper and 1 more sae gpt2-hook  T",
-        "6/6  toy figures: one, two, three  T",
+        "5/6  toy figures: one, two, three  T",
         "6/6  toy report_html  T",
         "6 jobs done in T",
     ]
@@ -239,7 +239,7 @@ terminal.attach(
 )
 
 rule all:
-    input: "a.txt", expand("toy/figure_{{figure}}.txt", figure="circle line plane star".split())
+    input: "a.txt", expand("toy/figure_{{figure}}.txt", figure="circle line plane square".split())
 
 rule train:
     output: "a.txt"
@@ -277,7 +277,9 @@ def test_a_run_in_a_pipe(tmp_path):
     assert len(lines) <= 8 and max(map(len, lines)) <= 120
     assert re.search(r"  train started$", run.stderr, re.M)
     assert re.search(r"^.{10}\d/5  train  \d+\.\d s$", run.stderr, re.M)
-    assert sum(line.count(name) for line in lines for name in "circle line plane star".split()) == 4
+    assert (
+        sum(line.count(name) for line in lines for name in "circle line plane square".split()) == 4
+    )
     assert re.search(r"5 jobs done in \d+\.\d s$", run.stderr)
     (log,) = (tmp_path / ".snakemake/log").glob("*.snakemake.log")
     assert "5 of 6 steps" in log.read_text() and "rule train:" in log.read_text()
