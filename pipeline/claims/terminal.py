@@ -6,8 +6,8 @@
 
 1. A job whose cost is measured has a line when it starts and one when it ends; the others, of
    seconds each, have one when they end, those of a stage that follow each other a common one.
-2. A terminal has below these a bar that is drawn again every second: the jobs done, and what the
-   longest running one says of itself in its log: per cent, rate, time left.
+2. A terminal has below these a bar that is drawn again every second: the jobs done, those that
+   run, and what they say of themselves in their logs: per cent, rate, time left.
 3. A pipe or the log of CI gets what the bar would show as a line, where a minute brought no other.
 4. Faults come last, each with the end of its log, its sentence and the command that runs it alone.
 
@@ -33,6 +33,7 @@ NAME = "Retrace"
 DEFAULT = "DefaultStreamHandler"  # snakemake's own; see its logging.py
 SILENCE = 55  # seconds without a line; with SECOND less than a minute
 SECOND = 1.0  # between two looks at the logs of what runs
+NAMED = 3  # jobs that run, of which is told what their logs say
 MOST = 120  # characters of a line; a terminal's bar has its width
 QUIET = ("ALL", "PROGRESS", "RULES")  # of --quiet; its other words are about snakemake's text
 # What snakemake says beside its events of a run whose faults stand at the end.
@@ -182,12 +183,12 @@ class Terminal(logging.Handler):
             self.over.set()
 
     def running(self) -> str:
-        """What runs: the job that began first and what it says of itself, then how many more."""
-        jobs = sorted(self.state.running.values(), key=lambda job: job.began)
-        if not jobs:
-            return ""
-        more = f"; and {len(jobs) - 1} more" if len(jobs) > 1 else ""
-        return f"{jobs[0]} {at(jobs[0], time.time(), Path())}{more}"
+        """What runs, longest first: each job, and what it says of itself."""
+        running = sorted(self.state.running.values(), key=lambda job: job.began)
+        told = [f"{job} {at(job, time.time(), Path())}" for job in running[:NAMED]]
+        return "; ".join(
+            [*told, *([f"and {len(running) - NAMED} more"] if running[NAMED:] else [])]
+        )
 
     def draw(self) -> None:
         """The bar of a terminal, while jobs run."""
@@ -242,7 +243,7 @@ def jobs(n: int) -> str:
 def at(job: Job, now: float, folder: Path) -> str:
     """'3 min 20 s, 40 %, 812 rows/s, 1:20 left': how long a job has run, and what its log says."""
     said = events.of_stage(folder / job.log) if job.log else ""
-    return ", ".join(filter(None, (duration(now - job.began), said)))
+    return ", ".join(filter(None, (duration(max(now - job.began, 0)), said)))
 
 
 def attach(manager: Any, argv: list[str], targets: Iterable[str], **about: Any) -> None:

@@ -118,14 +118,16 @@ def test_a_minute_of_silence_is_broken_by_what_runs(shown, tmp_path):
     log = tmp_path / "logs/1.log"
     log.parent.mkdir()
     log.write_text("10:00:00 sae  40 %  1,812 rows/s, 1:20 left\n10:00:01 a warning\n")
-    feed(made, begun(sae=2), info(1, "sae", True, paper="toy"), info(2, "sae", True, paper="b"))
+    feed(made, begun(sae=5), info(1, "sae", True, paper="toy"))
+    feed(made, *(info(i, "sae", paper="b", arm=f"arm{i}") for i in range(2, 6)))
     made.look()
-    assert len(lines()) == 3  # nothing, as something has just been said
+    assert len(lines()) == 2  # nothing, as something has just been said
     made.said -= terminal.SILENCE + 1
     made.look()
     made.look()
-    (line,) = lines()[3:]
-    assert line == "0/2  running: toy sae T, 40 %, 1,812 rows/s, 1:20 left; and 1 more"
+    (line,) = lines()[2:]
+    running = "toy sae T, 40 %, 1,812 rows/s, 1:20 left; b sae arm2 T; b sae arm3 T; and 2 more"
+    assert line == f"0/5  running: {running}"
     assert terminal.SILENCE + terminal.SECOND < 60
 
 
