@@ -87,7 +87,7 @@ def print_claims(base: str, papers: list[str], benchmarks: str = "results/benchm
         if judged:
             print("\n".join(aligned(rows, width(), sys.stdout.isatty())))
         if took := spent(table, benchmarks):
-            print(f"  {took}")
+            print(f"  {cut(took, width() - 2)}")
         report = table.with_name("report.html")
         if report.exists():
             print(f"  {report.resolve()}")

@@ -72,6 +72,7 @@ class Terminal(logging.Handler):
         self.state, self.executing, self.closed = State(), False, False
         self.folded: dict[str, list[tuple[Job, float, str]]] = {}
         self.said = time.monotonic()
+        self.repeated: set[str] = set()
         self.bar: Any = None
         self.over = threading.Event()
 
@@ -94,8 +95,12 @@ class Terminal(logging.Handler):
         event, text = getattr(record, "event", None), str(record.msg)
         if event == "workflow_started":
             self.executing = True
-        if record.levelno < logging.WARNING:
-            return not self.executing or text.startswith(KEPT)
+        if record.levelno < logging.WARNING and self.executing:
+            kept = text.startswith(KEPT) and text not in self.repeated
+            self.repeated |= (
+                {text} if kept else set()
+            )  # snakemake says "Will exit after …" at every look
+            return kept
         told = self.state.failed and any(t in text for t in AFTER_FAULTS)
         return event != "group_error" and not told
 

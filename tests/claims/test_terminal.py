@@ -146,11 +146,13 @@ def test_of_snakemakes_own_words_warnings_and_faults_pass(shown):
     made, _ = shown
     feed(made, record(msg="Config file is extended"), record("workflow_started", "SNAKEMAKE"))
     feed(made, record(msg="Building DAG"), record(msg="Nothing to be done (all is there)"))
+    feed(made, *[record(msg="Will exit after finishing currently running jobs")] * 3)
     feed(made, begun(sae=1), record(msg="Select jobs to execute..."), info(1, "sae", True, a="b"))
     feed(made, record("shellcmd", "Shell command: x"), record("progress", ""))
     feed(made, record(msg="a warning", level=logging.WARNING))
     feed(made, record("error", "MissingOutputException", level=logging.ERROR))
-    passed = ["Config file is extended", "Nothing to be done (all is there)", "a warning"]
+    passed = ["Config file is extended", "Nothing to be done (all is there)"]
+    passed += ["Will exit after finishing currently running jobs", "a warning"]
     assert made.plain.texts == [*passed, "MissingOutputException"]
 
 
