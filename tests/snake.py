@@ -1,5 +1,6 @@
 """The workflow in tests: on a copy of this repository or on the repository itself, run or asked."""
 
+import json
 import re
 import shutil
 import subprocess
@@ -10,6 +11,7 @@ from types import SimpleNamespace
 
 import yaml
 
+from pipeline.claims import progress
 from pipeline.job import source
 from pipeline.papers import papers
 from pipeline.papers.scaffold import scaffold
@@ -21,15 +23,26 @@ JOB = re.compile(r"^(?:local)?rule (\w+):$", re.M)
 
 @dataclass(frozen=True)
 class Done:
-    """A finished run of snakemake: exit code, all that it printed, the jobs that it ran."""
+    """A finished run of snakemake: exit code, all that it printed, the jobs that it ran.
+
+    Attributes:
+        jobs: names of the rules whose jobs ran; `all` and its like, which do nothing, are listed
+            by a dry run alone.
+    """
 
     code: int
     said: str
+    jobs: list[str]
 
-    @property
-    def jobs(self) -> list[str]:
-        """Names of the rules whose jobs ran, or would run."""
-        return JOB.findall(self.said)
+
+def ran(folder: Path) -> list[str]:
+    """Names of the rules whose jobs ran in the newest run in a folder, in their order."""
+    events = map(json.loads, progress.newest(folder).read_text("utf-8").splitlines())
+    return [event["rule"] for event in events if event["event"] == "job"]
+
+
+def journals(folder: Path) -> set[Path]:
+    return set((folder / ".snakemake/log").glob("*.events.jsonl"))
 
 
 def snakemake(*args: str, cwd: Path, check: bool = True, timeout: int = 600, **config) -> Done:
@@ -44,6 +57,8 @@ def snakemake(*args: str, cwd: Path, check: bool = True, timeout: int = 600, **c
     flags = [a for i, a in enumerate(args) if a.startswith("-") or args[i - 1] in VALUED]
     targets = [a for a in args if a not in flags]
     command = [sys.executable, "-m", "snakemake", "-c2", *flags, *given, *targets]
+    folder = cwd / args[args.index("--directory") + 1] if "--directory" in args else cwd
+    before = journals(folder)
     done = subprocess.run(
         command,
         cwd=cwd,
@@ -55,7 +70,8 @@ def snakemake(*args: str, cwd: Path, check: bool = True, timeout: int = 600, **c
     )
     if check:
         assert done.returncode == 0, done.stdout
-    return Done(done.returncode, done.stdout)
+    new = journals(folder) - before
+    return Done(done.returncode, done.stdout, ran(folder) if new else JOB.findall(done.stdout))
 
 
 VALUED = {"-s", "--snakefile", "--directory", "--configfile", "--report"}

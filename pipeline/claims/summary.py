@@ -1,14 +1,15 @@
 """What snakemake prints at the end: the claims, costs and where the pages are, or what failed.
 
-Standard library only, since snakemake imports it on every call.
+Standard library only, since snakemake imports it on every call; rich sets the tables, and is
+imported where there is one.
 """
 
 import csv
-import re
+import io
 import shlex
 import shutil
 import sys
-from dataclasses import dataclass
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -26,6 +27,7 @@ VERDICTS = (
 COLUMNS = "id text kind paper_value tolerance ours verdict".split()  # that compare, too, reads
 JUDGED = VERDICTS[:4]
 OTHERS = {"control": "controls", "ours": "own observations"}  # whose claims are no paper's
+COLOURS = dict(zip(JUDGED, ("green", "red", "yellow", "yellow"), strict=True))
 MEANINGS = {
     "undecided": "the seeds disagree, and their interval holds both answers.",
     "says nothing": "the order holds on its null arm as well.",
@@ -80,10 +82,12 @@ def print_claims(base: str, papers: list[str], benchmarks: str = "results/benchm
             continue
         rows = read_claims(table)
         failed += [f"{paper}.{r['id']}" for r in rows if r["verdict"] == "not reproduced"]
+        judged = any(r["verdict"] in JUDGED for r in rows)  # else the table says nothing
         print(f"\n{paper}: {headline(tally(rows))}")
-        print("\n".join(aligned(rows, width())))
+        if judged:
+            print("\n".join(aligned(rows, width(), sys.stdout.isatty())))
         if took := spent(table, benchmarks):
-            print(f"  {took}")
+            print(f"  {cut(took, width() - 2)}")
         report = table.with_name("report.html")
         if report.exists():
             print(f"  {report.resolve()}")
@@ -109,18 +113,40 @@ def width() -> int:
     return shutil.get_terminal_size((120, 24)).columns
 
 
-def aligned(rows: list[dict[str, str]], columns: int) -> list[str]:
-    """The claims as lines: claim | paper | ours | verdict, cut to so many columns."""
+def aligned(rows: list[dict[str, str]], columns: int, colour: bool = False) -> list[str]:
+    """The claims as lines: claim, paper, ours, verdict, cut to so many columns.
+
+    Names and verdicts are never cut.
+    """
+    from rich import box
+    from rich.table import Table
+    from rich.text import Text
+
     head = {"id": "claim", "paper_value": "paper", "ours": "ours", "verdict": "verdict"}
-    cells = [head] + [{k: shown(r, k) for k in head} for r in rows]
-    wide = {k: max(len(c[k]) for c in cells) for k in head}
-    room = max(columns - 2 - wide["id"] - wide["verdict"] - 9, 24)
-    if wide["paper_value"] + wide["ours"] > room:
-        wide["paper_value"] = min(wide["paper_value"], max(room // 2, room - wide["ours"]))
-        wide["ours"] = min(wide["ours"], room - wide["paper_value"])
-    lines = [" | ".join(cut(c[k], wide[k]).ljust(wide[k]) for k in head) for c in cells]
-    rule = "-+-".join("-" * wide[k] for k in head)
-    return [f"  {line}".rstrip() for line in [lines[0], rule, *lines[1:]]]
+    cells = [{k: shown(r, k) for k in head} for r in rows]
+    fixed = [max(len(c[k]) for c in [head, *cells]) for k in ("id", "verdict")]
+    beside = 2 + sum(fixed) + 3 * 3  # the margin, both columns, three gaps
+    room = max((columns - beside) // 2, 10)  # of each of the two numbers
+    table = Table(box=box.SIMPLE_HEAD, show_edge=False, pad_edge=False, header_style="bold")
+    for key, title in head.items():
+        most = None if key in ("id", "verdict") else room
+        table.add_column(title, max_width=most, no_wrap=True, overflow="ellipsis")
+    for cell in cells:
+        style = COLOURS.get(cell["verdict"], "dim")
+        *first, verdict = (Text(cell[k]) for k in head)
+        table.add_row(*first, Text(verdict.plain, style))
+    wide = max(columns, beside + 2 * room)
+    return [f"  {line}" for line in set_out(table, wide - 2, colour)]
+
+
+def set_out(table: Any, columns: int, colour: bool) -> list[str]:
+    """A table as lines, with the codes of a terminal's colours or without."""
+    from rich.console import Console
+
+    out = io.StringIO()
+    system = "standard" if colour else None
+    Console(file=out, width=columns, force_terminal=colour, color_system=system).print(table)
+    return [line.rstrip() for line in out.getvalue().splitlines()]
 
 
 def shown(row: dict[str, str], key: str) -> str:
@@ -159,52 +185,36 @@ def spent(claims: Path, benchmarks: str) -> str:
     return f"made in {total} of jobs; the longest: {most}"
 
 
-@dataclass(frozen=True)
-class Failure:
-    """A failed job: its rule, its log, the first file that it should have made."""
-
-    rule: str
-    log: Path
-    output: str
-
-
-def print_failure(log: str | list[str], command: str = "") -> None:
-    """Print what the failed jobs of this run said, the end of their logs, and what to do next.
+def print_failures(failed: Iterable[Any], command: str, log: str | Path) -> None:
+    """Print the end of each failed job's log, what it said, and the command that runs it alone.
 
     Args:
-        log: snakemake's log; snakemake 9 hands a list of paths.
+        failed: jobs with a rule, a log and an output; see `events.Job`.
         command: the command line that ran, without targets; see `without_targets`.
+        log: snakemake's own log.
     """
-    for path in [log] if isinstance(log, str) else log:
-        try:
-            text = Path(path).read_text(errors="replace", encoding="utf-8")
-        except OSError:
-            continue
-        for failed in failures(text):
-            print(f"\n{said(failed.rule, failed.log)}\n  log: {failed.log}", file=sys.stderr)
-            print("".join(f"  | {line}\n" for line in tail(failed.log)), end="", file=sys.stderr)
-            if command and failed.output:
-                alone = f"{command} -- {shlex.quote(failed.output)}"
-                print(f"  this job alone: {alone}", file=sys.stderr)
-                print(f"  by hand, in a debugger: see shell: in {path}", file=sys.stderr)
+    for job in failed:
+        end = "".join(f"  | {line}\n" for line in (tail(Path(job.log)) if job.log else []))
+        print(f"\n  log: {job.log or 'none'}\n{end}", end="", file=sys.stderr)
+        print(f"  by hand, in a debugger: see shell: in {short_path(log)}", file=sys.stderr)
+        print(said(job.rule, Path(job.log) if job.log else None), file=sys.stderr)
+        if command and job.output:
+            alone = f"{command} -- {shlex.quote(job.output)}"
+            print(f"  this job alone: {alone}", file=sys.stderr)
     sys.stderr.flush()
 
 
-def failures(text: str) -> list[Failure]:
-    """Every failed job in snakemake's log, each once."""
-    block = re.compile(r"^Error in (?:rule|group) (\S+):\n((?:    .*\n)*)", re.M)
-    logged = re.compile(r"^    log: (.+?)(?: \(check log file.*)?$", re.M)
-    made = re.compile(r"^    output: (.+?)(?:, .*)?$", re.M)
-    found = [(m[1], logged.search(m[2]), made.search(m[2])) for m in block.finditer(text)]
-    jobs = [Failure(rule, Path(log[1]), out[1] if out else "") for rule, log, out in found if log]
-    return list(dict.fromkeys(jobs))
+def short_path(path: str | Path) -> str:
+    """A path relative to the working directory, where it lies in it."""
+    path, here = Path(path), Path.cwd()
+    return str(path.relative_to(here) if path.is_relative_to(here) else path)
 
 
 def read_lines(log: Path) -> list[str]:
     """The lines of a log that are not blank; none where it is not there."""
     try:
         lines = log.read_text(errors="replace", encoding="utf-8").splitlines()
-    except OSError:
+    except (OSError, ValueError):  # a name that can be none
         return []
     return [line for line in lines if line.strip()]
 
@@ -227,9 +237,9 @@ def without_traces(lines: list[str]) -> list[str]:
     return out
 
 
-def said(rule: str, log: Path) -> str:
+def said(rule: str, log: Path | None) -> str:
     """The sentence with which a stage failed, else the last line of its log."""
-    lines = read_lines(log)
+    lines = read_lines(log) if log else []
     told = [line for line in lines if line.startswith("error in stage")]
     if told:
         return told[-1]

@@ -5,6 +5,7 @@ under a debugger. It exits 0, or prints one sentence and exits 1.
 """
 
 import argparse
+import contextlib
 import json
 import logging
 import os
@@ -153,12 +154,25 @@ def _seconds_since_start() -> float:
 
 
 class Progress:
-    """Lines such as 'activations 40 % 812 tokens/s, 1:20 left', at most one every 5 seconds."""
+    """A bar on a terminal; in a log, lines such as 'activations 40 %  812 tokens/s, 1:20 left'.
+
+    There is at most one line every 5 seconds; `events.of_stage` reads them.
+    """
 
     def __init__(self, what: str, total: int, unit: str, done: int = 0) -> None:
         self.what, self.total, self.unit = what, total, unit
         self.first, self.started, self.told = done, time.monotonic(), time.monotonic()
         self.done, self.lock = done, threading.Lock()
+        self.bar: Any = None
+        self.shown = contextlib.ExitStack()  # until the last unit
+        if sys.stderr.isatty():
+            from tqdm import tqdm
+            from tqdm.contrib.logging import logging_redirect_tqdm
+
+            how = {"unit_scale": True, "dynamic_ncols": True, "leave": False}
+            bar = tqdm(desc=what, total=total, initial=done, unit=f" {unit}", **how)
+            self.bar = self.shown.enter_context(bar)
+            self.shown.enter_context(logging_redirect_tqdm())
 
     def add(self, n: int = 1) -> None:
         """Report that `n` more units are finished; any thread may call it."""
@@ -168,6 +182,14 @@ class Progress:
 
     def at(self, done: int) -> None:
         """Report that `done` of `total` units are finished."""
+        if self.bar is not None:
+            self.bar.update(done - self.bar.n)
+            if done >= self.total:
+                self.shown.close()
+        else:
+            self._line(done)
+
+    def _line(self, done: int) -> None:
         now = time.monotonic()
         if now - self.told < 5 and done < self.total:
             return

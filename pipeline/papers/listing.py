@@ -4,7 +4,8 @@
     python -m pipeline list metrics         one line each
     python -m pipeline show delta_loss      the whole definition of a metric, a kind, a paper ...
 
-Nothing is imported that needs torch.
+A terminal is given a table of whole definitions, a pipe one line each. Nothing is imported that
+needs torch.
 """
 
 import argparse
@@ -16,7 +17,7 @@ import typing
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.claims import scalars
+from pipeline.claims import scalars, summary
 from pipeline.errors import RetraceError, command, nearest
 from pipeline.figures.kinds import KINDS
 from pipeline.job import commands, source
@@ -116,6 +117,23 @@ def lines(entries: dict[str, str]) -> list[str]:
     return [_cut(f"{name:{width}}  {' '.join(text.split())}") for name, text in entries.items()]
 
 
+def table(entries: dict[str, str], columns: int) -> list[str]:
+    """The entries for a terminal so wide: name, and the whole text beside it."""
+    from rich.table import Table
+    from rich.text import Text
+
+    out = Table.grid(padding=(0, 2, 0, 0))
+    out.add_column(style="bold", max_width=columns // 2, overflow="fold")
+    out.add_column()
+    for name, text in entries.items():
+        out.add_row(Text(name), Text(" ".join(text.split())))
+    return summary.set_out(out, columns, colour=True)
+
+
+def _listed(entries: dict[str, str]) -> list[str]:
+    return table(entries, summary.width()) if sys.stdout.isatty() else lines(entries)
+
+
 def _cut(line: str) -> str:
     return line.rstrip() if len(line) <= WIDTH else line[: WIDTH - 1].rstrip() + "…"
 
@@ -166,9 +184,9 @@ def answer(verb: str, name: str | None) -> list[str]:
             raise RetraceError("show what? For instance `python -m pipeline show delta_loss`")
         return shown(name)
     if not name:
-        return lines({k: f.__doc__.split("\n")[0] for k, f in LISTS.items()})
+        return _listed({k: f.__doc__.split("\n")[0] for k, f in LISTS.items()})
     if name not in LISTS:
         raise RetraceError(
             f"no list of '{name}'{nearest(name, LISTS)}; there are {', '.join(LISTS)}"
         )
-    return lines(LISTS[name]())
+    return _listed(LISTS[name]())

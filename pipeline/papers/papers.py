@@ -284,6 +284,7 @@ class Run:
         self._raw: dict[Path, dict] = {}
         self._items: dict[str, dict[str, Item]] = {}
         self._stores: dict[tuple[str, str, str], dict[str, Item]] = {}
+        self._owners: dict[str, dict[str, None]] = {}  # an artefact's id -> papers
         for name in config.papers:  # every fault that can be known now is told now
             for scale in SCALES:
                 self.paper(name, scale)
@@ -352,6 +353,19 @@ class Run:
         if (name, scale, arm) not in self._stores:
             self._stores[name, scale, arm] = self._store(name, scale, arm)
         return self._stores[name, scale, arm]
+
+    def papers_of(self, wildcards: dict[str, str]) -> list[str]:
+        """The papers that a job works for: the one of its wildcards, or all that need its artefact.
+
+        Only papers whose artefacts this run has asked for are known.
+        """
+        if "paper" in wildcards:
+            return [wildcards["paper"]]
+        if not self._owners:
+            for (name, _, _), items in self._stores.items():
+                for file in self.upstream(items.values()):
+                    self._owners.setdefault(file.split("/")[3], {})[name] = None
+        return [name for id in wildcards.values() for name in self._owners.get(id, ())]
 
     def sae_item(self, name: str, scale: str, arm: str, sae: str) -> Item:
         """The store's artefact that holds a dictionary of an arm, trained or published."""

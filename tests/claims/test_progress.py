@@ -1,55 +1,48 @@
-"""The line that tells where a run is, out of snakemake's log and the jobs' own."""
+"""The line that tells where a run is, out of its events and its jobs' own logs."""
 
+import json
+import os
+import socket
 import subprocess
 import sys
-from datetime import datetime
 from pathlib import Path
 
 import pytest
 
-from pipeline.claims import progress
+from pipeline.claims import events, progress
 from pipeline.errors import RetraceError
 
 ROOT = Path(__file__).parents[2]
-HEAD = """\
-SNAKEMAKE
-  Date: 2026-01-05 10:00:00
-Job stats:
-job            count
------------  -------
-sae                2
-report_html        2
-all                1
-total              5
-
-Select jobs to execute...
-[Mon Jan  5 10:00:00 2026]
-localrule sae:
-    input: a
-    output: b
-    log: results/logs/sae/x.log
-    jobid: 3
-    reason: Missing output files: b
-[Mon Jan  5 10:00:10 2026]
-rule report_html:
-    output: r
-    log: results/logs/r.log
-    jobid: 4
-"""
-FIRST_DONE = "[Mon Jan  5 10:01:00 2026]\nFinished jobid: 4 (Rule: report_html)\n1 of 5 steps\n"
-NOW = datetime(2026, 1, 5, 10, 3, 20)
+RUN = {"event": "run", "at": 1000.0, "total": 5, "papers": 2, "host": "elsewhere", "process": 1}
+SAE = {
+    "event": "job", "at": 1000.0, "id": 3, "rule": "sae", "paper": "toy", "what": "",
+    "log": "results/logs/sae/x.log", "output": "b", "measured": True,
+}  # fmt: skip
+REPORT = SAE | {"at": 1010.0, "id": 4, "rule": "report_html", "log": "", "measured": False}
+HEAD = [RUN, SAE, REPORT]
+DONE = {"event": "done", "at": 1060.0, "id": 4}
+FAILED = {"event": "failed", "at": 1120.0, "id": 3}
+END = {"event": "end", "at": 1121.0}
 
 
-def line(text: str, folder: Path) -> str:
-    return progress.line(progress.state(text.splitlines()), NOW, folder)
+def write(folder: Path, *given: dict, name: str = "1") -> Path:
+    file = folder / f".snakemake/log/{name}.events.jsonl"
+    file.parent.mkdir(parents=True, exist_ok=True)
+    file.write_text("".join(json.dumps(event) + "\n" for event in given))
+    return file
+
+
+def line(folder: Path, *given: dict) -> str:
+    return progress.line(events.read(write(folder, *given)), 1200.0, folder)
 
 
 def test_jobs_papers_and_what_runs(tmp_path):
-    assert line(HEAD, tmp_path) == (
-        "0 of 5 jobs, 0 of 2 papers, 3 min 20 s so far; now sae 3 min 20 s, report_html 3 min 10 s"
+    assert line(tmp_path, *HEAD) == (
+        "0 of 5 jobs, 0 of 2 papers, 3 min 20 s so far; now toy sae (3 min 20 s), "
+        "toy report_html (3 min 10 s)"
     )
-    assert line(HEAD + FIRST_DONE, tmp_path) == (
-        "1 of 5 jobs, 1 of 2 papers, 3 min 20 s so far; now sae 3 min 20 s"
+    assert line(tmp_path, *HEAD, DONE) == (
+        "1 of 5 jobs, 1 of 2 papers, 3 min 20 s so far; now toy sae (3 min 20 s)"
     )
 
 
@@ -60,8 +53,8 @@ def test_a_stage_tells_its_rate_and_the_time_left(tmp_path):
         "10:00:05 3 dictionaries\n10:00:10 sae   5 %  100 rows/s, 9:59 left\n"
         "10:00:15 sae  40 %  1,812 rows/s, 1:20 left\nwarning: something\n"
     )
-    said = line(HEAD + FIRST_DONE, tmp_path)
-    assert said.endswith("now sae 3 min 20 s (sae 40 % 1,812 rows/s, 1:20 left)")
+    said = line(tmp_path, *HEAD, DONE)
+    assert said.endswith("now toy sae (3 min 20 s, 40 %, 1,812 rows/s, 1:20 left)")
 
 
 def test_the_pattern_is_that_of_the_stages(caplog):
@@ -69,23 +62,29 @@ def test_the_pattern_is_that_of_the_stages(caplog):
 
     with caplog.at_level("INFO", "retrace"):
         Progress("activations", 10, "tokens").at(10)
-    assert progress.STAGE.search(f"10:00:00 {caplog.messages[0]}")
+    assert events.TOLD.search(f"10:00:00 {caplog.messages[0]}")
 
 
-def test_a_failure_and_the_end(tmp_path):
-    failed = "[Mon Jan  5 10:02:00 2026]\nError in rule sae:\n    jobid: 3\n    log: x\n"
-    assert line(HEAD + FIRST_DONE + failed, tmp_path) == (
-        "1 of 5 jobs, 1 of 2 papers, failed: sae, 3 min 20 s so far; now nothing"
+def test_a_failure_another_attempt_and_the_end(tmp_path):
+    failed = [*HEAD, DONE, FAILED]
+    assert line(tmp_path, *failed) == (
+        "1 of 5 jobs, 1 of 2 papers, failed: toy sae, 3 min 20 s so far; now nothing"
     )
-    ended = HEAD + FIRST_DONE + failed + "Exiting because a job execution failed.\n"
-    assert line(ended, tmp_path) == (
-        "1 of 5 jobs, 1 of 2 papers, failed: sae; ended after 2 min 00 s"
+    assert line(tmp_path, *failed, END) == (
+        "1 of 5 jobs, 1 of 2 papers, failed: toy sae; ended after 2 min 01 s"
     )
+    assert "failed" not in line(tmp_path, *failed, SAE | {"at": 1121.0})
 
 
-@pytest.mark.parametrize("text", ["", "Building DAG of jobs...\n", "Nothing to be done (all)\n"])
-def test_a_run_that_has_not_begun(tmp_path, text):
-    assert line(text, tmp_path).startswith("0 of 0 jobs")
+def test_a_run_that_was_killed(tmp_path):
+    gone = subprocess.Popen([sys.executable, "-c", ""])
+    gone.wait()
+    here = {"host": socket.gethostname()}
+    assert line(tmp_path, RUN | here | {"process": gone.pid}, SAE).endswith(
+        "; killed; call it again and it goes on"
+    )
+    assert "killed" not in line(tmp_path, RUN | here | {"process": os.getpid()}, SAE)
+    assert "killed" not in line(tmp_path, RUN | {"process": gone.pid}, SAE)  # on another machine
 
 
 def test_without_a_run_it_says_so(tmp_path):
@@ -98,19 +97,15 @@ def test_without_a_run_it_says_so(tmp_path):
 def test_a_real_run(toy_run):
     command = [sys.executable, "-m", "pipeline", "progress", "--every", "1"]
     done = subprocess.run(command, cwd=toy_run[0], capture_output=True, text=True, timeout=20)
-    assert done.stdout.startswith("9 of 9 jobs, 1 of 1 papers; ended after "), done.stdout
+    assert done.stdout.startswith("8 of 8 jobs, 1 of 1 papers; ended after "), done.stdout
 
 
-@pytest.mark.parametrize(
-    "later", ["", "Config file a.yaml is extended\n", "Unlocked working directory."]
-)
-def test_a_call_that_runs_nothing_is_no_run(tmp_path, later):
-    """snakemake --list-rules after a run: the run is what is told."""
-    logs = tmp_path / ".snakemake/log"
-    logs.mkdir(parents=True)
-    (logs / "2026-01-05T100000.000000.snakemake.log").write_text(HEAD)
-    (logs / "2026-01-05T110000.000000.snakemake.log").write_text(later)
-    assert progress.newest(tmp_path).read_text() == HEAD
-    (logs / "2026-01-05T100000.000000.snakemake.log").unlink()
+def test_the_newest_run_is_told(tmp_path):
+    """A call that runs nothing, as snakemake --list-rules, leaves a log and no events."""
+    first, second = write(tmp_path, RUN, name="2026-01"), write(tmp_path, RUN, name="2026-02")
+    (second.parent / "2026-03.snakemake.log").write_text("Config file a.yaml is extended\n")
+    assert progress.newest(tmp_path) == second
+    second.unlink()
+    first.unlink()
     with pytest.raises(RetraceError, match="no run has a log"):
         progress.newest(tmp_path)

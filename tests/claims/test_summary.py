@@ -11,6 +11,7 @@ import pytest
 import synthetic
 
 from pipeline.claims import summary
+from pipeline.claims.events import Job
 
 ROW = {"id": "c", "paper_value": "0.5", "ours": "0.51234567", "sd": "", "verdict": "reproduced"}
 
@@ -30,13 +31,32 @@ def test_claims_are_printed_with_costs_and_the_index(made_up, capsys):
 @pytest.mark.parametrize("columns", [40, 80, 120, 400])
 def test_columns_line_up_and_fit(columns):
     long = {**ROW, "id": "a_longer_name", "paper_value": "x" * 90, "ours": "y" * 50}
-    lines = summary.aligned(
-        [ROW, long, {**ROW, "sd": "0.0123", "ours": "", "paper_value": ""}], columns
-    )
-    bars = [[i for i, c in enumerate(line) if c in "|+"] for line in lines]
-    assert all(b == bars[0] for b in bars)
+    rows = [ROW, long, {**ROW, "ours": "", "paper_value": ""}]
+    head, _, *lines = summary.aligned(rows, columns)
+    starts = [head.index(title) for title in ("claim", "paper", "ours", "verdict")]
+    assert all(line[start - 1] == " " != line[start] for line in lines for start in starts)
+    assert all(line.split()[0] == row["id"] for line, row in zip(lines, rows, strict=True))
+    assert all(line.endswith("reproduced") for line in lines)
     # ids and verdicts are never cut, so a very narrow terminal wraps
-    assert max(map(len, lines)) <= max(columns, 70)
+    assert max(map(len, lines)) <= max(columns, 60)
+    assert ("…" in lines[1]) is (columns < 400)
+
+
+def test_a_terminal_has_colours_and_a_log_has_none():
+    coloured = summary.aligned([ROW, ROW | {"verdict": "not reproduced"}], 80, colour=True)
+    bare = summary.aligned([ROW, ROW | {"verdict": "not reproduced"}], 80)
+    assert "\x1b" not in "".join(bare) and "\x1b[32mreproduced" in coloured[2]
+    assert [re.sub(r"\x1b\[[\d;]*m", "", line).rstrip() for line in coloured] == bare
+
+
+def test_no_table_where_no_claim_is_judged(made_up, capsys, monkeypatch):
+    """A smoke run judges nothing: its claims are counted, and the report lists them."""
+    rows = [ROW | {"kind": "value", "verdict": "plumbing", "id": "rises"}]
+    monkeypatch.setattr(summary, "read_claims", lambda path: rows)
+    with synthetic.inside(made_up[0]):
+        summary.print_claims("results/laptop", ["made_up"])
+    out = capsys.readouterr().out
+    assert "made_up: no claim is judged at this scale; 1 plumbing" in out and "rises" not in out
 
 
 def test_numbers_are_short_and_nothing_is_a_dash():
@@ -49,10 +69,9 @@ def test_numbers_are_short_and_nothing_is_a_dash():
 WORKFLOW = """
 import sys
 sys.path.insert(0, {root!r})
-from pipeline.claims import summary
+from pipeline.claims import terminal
 
-onerror:
-    summary.print_failure(log, summary.without_targets(sys.argv, ["all"]))
+terminal.attach(workflow.logger_manager, sys.argv, ["all"])
 
 rule all:
     input: "a.txt", "b.txt", "c.txt"
@@ -82,16 +101,18 @@ def test_a_failure_is_told_with_its_log(tmp_path):
     env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env)
     assert done.returncode == 1
-    assert "error in stage told: x is 3; make it 4\n  log: logs/a b.log" in done.stderr
-    assert "rule crashed failed; its log ends: KeyError: 7\n  log: logs/b.log" in done.stderr
-    assert "not shown" not in done.stderr
+    assert re.search(r"told failed after \d+\.\d s$", done.stderr, re.M)
+    assert "  log: logs/a b.log\n  | work\n  by hand, in a debugger: see shell: in " in done.stderr
+    assert "\nerror in stage told: x is 3; make it 4\n  this job alone: " in done.stderr
     assert "  log: logs/b.log\n  | Traceback\n  | KeyError: 7\n" in done.stderr
-    assert "  log: logs/a b.log\n  | work\n" in done.stderr
+    assert "\nrule crashed failed; its log ends: KeyError: 7\n  this job" in done.stderr
+    assert "not shown" not in done.stderr and "Exiting" not in done.stderr
+    assert done.stderr.splitlines()[-1].startswith("  this job alone: ")
     alone = re.findall(r"^  this job alone: (.+)$", done.stderr, re.M)
-    assert len(alone) == 2 and "see shell: in " in done.stderr
+    assert len(alone) == 2
     for line in alone:  # each fails again, by itself
         again = subprocess.run(shlex.split(line), cwd=tmp_path, capture_output=True, env=env)
-        assert again.returncode == 1 and again.stderr.count(b"Error in rule") == 1, again.stderr
+        assert again.returncode == 1 and again.stderr.count(b" failed after ") == 1, again.stderr
 
 
 @pytest.mark.parametrize(
@@ -111,8 +132,8 @@ def test_the_command_line_without_its_targets(argv, command):
 
 
 def test_a_lost_log_is_no_second_failure(tmp_path, capsys):
-    summary.print_failure([str(tmp_path / "none.log")])
-    log = tmp_path / "snakemake.log"
-    log.write_text("Error in rule x:\n    jobid: 1\n    log: gone.log (check log file(s) for …)\n")
-    summary.print_failure(str(log))
-    assert "rule x failed and left no log" in capsys.readouterr().err
+    lost = [Job(1, "x", log=str(tmp_path / "gone.log")), Job(2, "y")]
+    summary.print_failures(lost, "snakemake", tmp_path / "snakemake.log")
+    said = capsys.readouterr().err
+    assert "rule x failed and left no log" in said and "rule y failed and left no log" in said
+    assert "this job alone" not in said  # no file is known

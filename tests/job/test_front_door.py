@@ -69,6 +69,13 @@ def test_every_list_has_entries_of_one_line(kind):
     assert all("\n" not in line and len(line) <= listing.WIDTH for line in lines)
 
 
+def test_a_terminal_is_given_whole_texts():
+    lines = listing.table({"short": "a word " * 30, "n" * 60: "text"}, columns=50)
+    bare = [re.sub(r"\x1b\[[\d;]*m", "", line) for line in lines]
+    assert max(map(len, bare)) <= 50 and " ".join(bare).count("word") == 30
+    assert "".join(bare).count("n") == 60 and lines != bare
+
+
 def test_the_lists_are_those_of_the_code():
     assert set(listing.list_papers()) == {
         f.parent.name for f in ROOT.glob("rules/papers/*/paper.yaml")

@@ -14,6 +14,7 @@ from snake import snakemake, toy_project
 
 from pipeline import errors
 from pipeline.claims import summary
+from pipeline.claims.events import Job
 from pipeline.job import cli, commands, kills
 
 STAGE = '''"""A stage of its own that fails."""
@@ -79,9 +80,7 @@ def test_the_trace_stays_in_the_log_of_a_job(tmp_path, capsys):
         assert called(tmp_path, "sum(values)", f).returncode == 1
     assert "Traceback (most recent call last)" in log.read_text()
     assert f"full trace: {log}" in log.read_text()
-    main = tmp_path / "snakemake.log"
-    main.write_text(f"Error in rule own:\n    output: x.parquet\n    log: {log} (check log file)\n")
-    summary.print_failure(str(main))
+    summary.print_failures([Job(1, "own", log=str(log))], "", tmp_path / "snakemake.log")
     shown = capsys.readouterr().err
     assert shown.count("error in stage own: TypeError") == 1
     assert "Traceback" not in shown and "own.py" not in shown
@@ -248,5 +247,5 @@ def test_a_run_in_a_locale_that_is_not_utf8(tmp_path, monkeypatch):
     text = card.read_text("utf-8")
     card.write_text(text.replace("title:", "title: Café –", 1), "utf-8")
     done = snakemake(cwd=project)
-    assert "Traceback" not in done.said and "rule claims" in done.said
+    assert "Traceback" not in done.said and "toy claims" in done.said
     assert "Café –" in (project / "results/smoke/toy/report.html").read_text("utf-8")

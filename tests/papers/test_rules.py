@@ -157,6 +157,16 @@ def test_papers_named_on_the_command_line_are_the_ones_told(everything):
     assert everything.asked(["snakemake", "-c2"]) == ALL
 
 
+def test_the_papers_that_a_job_works_for(everything):
+    """That of its wildcards; of an artefact of the store, all that need it."""
+    run = everything.run
+    assert run.papers_of({"paper": "ioi", "arm": "x"}) == ["ioi"]
+    store = run.store("topk_saes", "smoke", "trained")
+    assert "topk_saes" in run.papers_of({"corpus": store["corpus"].id})
+    assert run.papers_of({"activations": store["activations"].id})[-1:] == ["topk_saes"]
+    assert run.papers_of({"corpus": "another-0123456789ab"}) == []
+
+
 # --- params --------------------------------------------------------------------------------
 
 

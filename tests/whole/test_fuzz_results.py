@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 from test_fuzz import CARD, SIZES, changed, damaged, try_all, try_apart
 
-from pipeline.claims import progress, summary
+from pipeline.claims import events, progress, summary
 from pipeline.downloads import hub
 from pipeline.errors import RetraceError
 from pipeline.figures import drawing
@@ -190,32 +190,29 @@ def test_pages_of_figures(tmp_path, n):
     try_all(n, once)
 
 
-LOG = """\
-[Sat Nov  2 10:00:00 2024]
-Job stats:
-total 3
-report_html 1
-rule sae:
-    jobid: 2
-    log: sae.log
-[Sat Nov  2 10:01:00 2024]
-Finished jobid: 2 (Rule: sae)
-Error in rule figures:
-    jobid: 3
+EVENTS = """\
+{"event": "run", "at": 1.5, "total": 3, "papers": 1, "host": "h", "process": 7}
+{"event": "job", "at": 2, "id": 2, "rule": "sae", "paper": "p", "what": "", "log": "sae.log", \
+"output": "o", "measured": true}
+{"event": "job", "at": 3, "id": 3, "rule": "figures", "paper": "p", "what": "circle", "log": "", \
+"output": "o", "measured": false}
+{"event": "failed", "at": 4, "id": 3}
 """
 
 
 @pytest.mark.parametrize("n", SIZES)
-def test_logs_of_a_run(tmp_path, n):
-    """A log may be cut anywhere; `progress` shows what it holds."""
-    from datetime import datetime
-
+def test_events_of_a_run(tmp_path, n):
+    """The file may be cut anywhere, or hold other JSON; `progress` shows what it can."""
     (tmp_path / "sae.log").write_text("sae 40 %  812 rows/s, 1:20 left\n")
+    file = tmp_path / "1.events.jsonl"
 
     def once(rng):
-        lines = damaged(LOG.encode(), rng).decode(errors="replace").splitlines()
-        found = progress.state(lines)
-        if "ended" in progress.line(found, datetime(2024, 11, 3), tmp_path):
+        if rng.random() < 0.5:
+            some = [changed(json.loads(line), rng) for line in EVENTS.splitlines()]
+            file.write_text("\n".join(json.dumps(e) for e in some))
+        else:
+            file.write_bytes(damaged(EVENTS.encode(), rng))
+        if "ended" in progress.line(events.read(file), 1e9, tmp_path):
             raise RetraceError("ended")
 
     try_all(n, once)

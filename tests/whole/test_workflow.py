@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 import pytest
-from snake import ROOT, Done, edit, snakemake
+from snake import ROOT, edit, ran, snakemake
 
 from pipeline.sharing import verify
 from pipeline.sharing.provenance import show
@@ -49,10 +49,12 @@ def would_run(project: Path, **config) -> set[str]:
 
 def test_a_run_ends_with_the_claims_and_the_path_of_the_index(toy_run):
     project, said = toy_run
-    assert set(Done(0, said).jobs) == EVERYTHING | {"figures_js", "release"}
-    table = said[said.index("toy: no claim is judged at this scale; 2 plumbing") :]
-    assert re.search(r"falls_with_d .*plumbing", table)
-    assert str(project / "results/smoke/index.html") in table
+    assert set(ran(project)) == EVERYTHING - {"all"} | {"figures_js", "release"}
+    end = said[said.index("toy: no claim is judged at this scale; 2 plumbing") :]
+    assert str(project / "results/smoke/index.html") in end
+    assert "falls_with_d" not in end  # a table where a claim is judged
+    lines = said.splitlines()
+    assert len(lines) <= 25 and max(map(len, lines)) <= 120 + len(str(project))
 
 
 def test_every_result_carries_a_certificate_and_verifies(built):
@@ -246,11 +248,13 @@ def test_strict_fails_a_run_whose_claim_is_not_reproduced(project):
     edit(project / CARD, "paper: 0.1001", "paper: 0.2")
     lax = snakemake(cwd=project, scale="laptop")  # told, and no failure; smoke judges nothing
     assert "1 of 2 claims" in lax.said
+    assert re.search(r"value_at_64 .* not reproduced$", lax.said, re.M)
     for _ in range(2):  # a finished run fails again
         done = snakemake(cwd=project, check=False, strict="true", scale="laptop")
         assert done.code != 0 and done.jobs == ["strict"]
         assert "not reproduced: toy.value_at_64; strict is true" in done.said
         assert "1 of 2 claims" in done.said and "Traceback" not in done.said
+        assert done.said.splitlines()[-1].endswith(" -- results/laptop/strict.json")
     edit(project / CARD, "paper: 0.2", "paper: 0.1001")
     assert "strict" in snakemake(cwd=project, strict="true").jobs
     assert snakemake(cwd=project, strict="true").jobs == []
