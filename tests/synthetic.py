@@ -250,9 +250,21 @@ def run_stages(made: papers.Paper) -> None:
         table = paths[f"features/{sae}"]
         call("feature_page", {"title": made.spec.title}, features=table, out=page)
     report(made)
+    index(made)
+
+
+def index(made: papers.Paper) -> None:
+    """The index and the catalogue, as their rule calls them."""
+    base = Path("results") / made.scale
     fields = {f: getattr(made.spec, f) for f in ("title", "authors", "year", "url", "summary")}
-    spec = {"scale": made.scale, "papers": {made.name: fields}}
-    call("index", spec, claims=base / "claims.csv", out=base.parent / "index.html")
+    card = fields | {"headline": next(iter(made.spec.figures))}
+    listed = {"title": made.spec.title, "year": made.spec.year, "folder": str(made.folder)}
+    kinds = {f.kind: str(base / made.name / f"figures/{n}.html")
+             for n, f in made.spec.figures.items() if f.kind}  # fmt: skip
+    spec = {"scale": made.scale, "papers": {made.name: card}}
+    spec |= {"listed": {made.name: listed}, "kinds": kinds}
+    pages = {"out": base / "index.html", "catalogue": base / "catalogue.html"}
+    call("index", spec, claims=base / made.name / "claims.csv", **pages)
 
 
 def figures_js(script: Path) -> None:

@@ -124,7 +124,22 @@ def plain(figure: Any) -> dict[str, Any]:
     """The figure as JSON-ready data, with the template `retrace`; the page has its title."""
     made = figure.to_plotly_json()
     layout = {k: v for k, v in made.get("layout", {}).items() if k not in ("template", "title")}
+    layout = above_titles(layout)
     return short({"data": made.get("data", []), "layout": layout | {"template": template()}})
+
+
+def above_titles(layout: dict[str, Any]) -> dict[str, Any]:
+    """The layout with its legend above titles of panels, where nobody said where it stands.
+
+    `make_subplots(subplot_titles=…)` writes them where the template has the legend.
+    """
+    titles = [a for a in layout.get("annotations", []) if a.get("yref") == "paper"]
+    top = any(a.get("yanchor") == "bottom" and a.get("y", 0) > 0.95 for a in titles)
+    if not top or "y" in layout.get("legend", {}):
+        return layout
+    margin = layout.get("margin", {}) | {"t": max(layout.get("margin", {}).get("t", 0), 70)}
+    room = max(layout.get("height", 440) - margin["t"] - 50, 1)
+    return layout | {"legend": {**layout.get("legend", {}), "y": 1 + 26 / room}, "margin": margin}
 
 
 def page(name: str, title: str, caption: str, plot: dict, script: str) -> str:

@@ -12,9 +12,11 @@ from typing import Any
 from pipeline.claims.scalars import parts
 from pipeline.claims.verdicts import for_the_job
 from pipeline.errors import RetraceError
+from pipeline.figures.kinds import KINDS
 from pipeline.job import source
-from pipeline.papers.papers import flow, to_json
-from pipeline.papers.workflow import Inputs, card
+from pipeline.papers.papers import Paper, find, flow, near, to_json
+from pipeline.papers.workflow import Inputs, card, home
+from pipeline.report.shown import headline
 from pipeline.store import provenance
 
 CARD = ("title", "authors", "year", "url", "summary")  # fields that the index shows
@@ -86,7 +88,7 @@ class Params:
         return to_json(spec | ({"config": found} if found else {}))
 
     def index_spec(self, wildcards: Any) -> str:
-        """Name and title of every paper with results at this scale.
+        """The card of every paper with results at this scale, and what the catalogue lists.
 
         The claims of papers that this call does not ask for are no inputs, so their digests stand
         here.
@@ -95,8 +97,21 @@ class Params:
         cards = {paper.name: {f: getattr(paper.spec, f) for f in CARD} for paper in asked}
         claims = {Path(f).parent.name: f for f in self.inputs.others(wildcards)}
         cards |= {name: self.run.card(name, CARD) for name in claims}
+        for name, card in cards.items():
+            card["headline"] = headline(self.run.card(name, ("headline", "figures")))
         shas = {name: provenance.sha256_file(f) for name, f in claims.items()}
-        return to_json({"scale": wildcards.scale, "papers": cards, "claims": shas})
+        spec = {"scale": wildcards.scale, "papers": cards, "claims": shas}
+        return to_json(spec | {"listed": self.listed(), "kinds": kinds_of(asked)})
+
+    def listed(self) -> dict[str, dict[str, Any]]:
+        """Every paper that this run could name: its title, year, folder, and its metrics' digest."""
+        out = {}
+        for name in self.run.available:
+            folder = find(name, self.run.dirs)
+            own = source.literal(folder / "metrics.py", "METRICS")
+            out[name] = self.run.card(name, ("title", "year"))
+            out[name] |= {"folder": str(near(folder)), "metrics": provenance.digest(own)}
+        return out
 
     # --- code ------------------------------------------------------------------------------
 
@@ -108,3 +123,13 @@ class Params:
     def training_code(self, wildcards: Any) -> str:
         """The code hash of a training run, the paper's data.py included."""
         return source.job_code("training", self.inputs.item_source(wildcards, "training", "data"))
+
+
+def kinds_of(asked: list[Paper]) -> dict[str, str]:
+    """Kind of figure -> the page of the first figure that is one."""
+    out: dict[str, str] = {}
+    for paper in asked:
+        for name, figure in paper.spec.figures.items():
+            if figure.kind in KINDS:
+                out.setdefault(figure.kind, f"{home(paper)}/figures/{name}.html")
+    return out

@@ -50,20 +50,13 @@ def figure(
         "title": card["title"],
         "caption": card["caption"],
         "plot": plot,
-        "thumb": safe(thumbs.picture(plot)),
+        "thumb": pages.safe(thumbs.picture(plot)),
         "command": shlex.join(
             ["snakemake", "-c1", f"results/{scale}/{paper}/figures/{path.name}"]
             + (["--config", *config] if config else [])
         ),
         "made": how(certificate) if certificate else None,
     }
-
-
-def safe(svg: str) -> Any:
-    """Markup that thumbs.py made: no text of a figure is in it."""
-    from markupsafe import Markup
-
-    return Markup(svg)
 
 
 def how(certificate: dict[str, Any]) -> dict[str, Any]:

@@ -107,7 +107,7 @@ def figure_of(claim: Mapping[str, Any], figures: Mapping[str, Mapping]) -> str:
 
 def headline(card: Mapping[str, Any]) -> str:
     """The figure at the head of a report: the one that the card names, else its first."""
-    figures = card.get("figures", {})
+    figures = card.get("figures") or {}
     if card.get("headline") in figures:
         return card["headline"]
-    return next((n for n, f in figures.items() if f.get("kind") != "verdicts"), "")
+    return next((n for n, f in figures.items() if (f or {}).get("kind") != "verdicts"), "")

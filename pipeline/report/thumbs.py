@@ -12,15 +12,18 @@ What a thumb cannot draw, such as a table, it leaves out; a figure of nothing el
 """
 
 import base64
+import json
 import math
 import re
 import struct
 import zlib
 from collections.abc import Iterable
+from pathlib import Path
 from typing import Any
 
 from pipeline.figures.theme import GRID, INK, PALETTE, SEQUENTIAL, scale
 
+PLOT = re.compile(r'<script type="application/json" class="retrace-plot">(.*?)</script>', re.S)
 WIDTH, HEIGHT = 144, 90  # of the drawing; the page scales it
 LINE_POINTS, MARKERS, CELLS = 1500, 500, 32  # at most: of lines, markers, a side of a map
 COLOUR = re.compile(r"#[0-9a-fA-F]{3,8}|rgba?\([\d., %]+\)|[a-z]{3,20}")
@@ -42,6 +45,12 @@ def picture(plot: dict[str, Any], width: int = WIDTH, height: int = HEIGHT) -> s
     shapes = [s for shape in layout.get("shapes", []) for s in _shape(shape, axes)]
     inside = "".join([*shapes, *frames, *drawn])
     return f'<svg viewBox="0 0 {width} {height}" aria-hidden="true" focusable="false">{inside}</svg>'
+
+
+def of_page(file: Path) -> str:
+    """The thumb of a figure's page; blank where there is no such page."""
+    found = PLOT.search(file.read_text("utf-8")) if file.is_file() else None
+    return picture(json.loads(found[1])) if found else ""
 
 
 def with_colour_axis(trace: dict, layout: dict) -> dict:
