@@ -290,7 +290,7 @@ def draw(made: papers.Paper, name: str) -> Path:
     own = [str(made.folder / "figures.py")]
     call(
         "figures",
-        {"name": name, "figure": spec, "scale": made.scale},
+        {"name": name, "figure": spec, "scale": made.scale, "paper": made.spec.title},
         tables=[paths[t] for t in made.spec.figures[name].tables],
         own=own,
         code=own,

@@ -73,10 +73,11 @@ class Params:
         return to_json(for_the_job(self.inputs.paper(wildcards)))
 
     def figure_spec(self, wildcards: Any) -> str:
-        """One figure of paper.yaml."""
-        figures = self.inputs.paper(wildcards).spec.figures
-        figure = figures[wildcards.figure].model_dump(mode="json")
-        return to_json({"name": wildcards.figure, "figure": figure, "scale": wildcards.scale})
+        """One figure of paper.yaml, and the title that its page names."""
+        paper = self.inputs.paper(wildcards).spec
+        figure = paper.figures[wildcards.figure].model_dump(mode="json")
+        spec = {"name": wildcards.figure, "figure": figure, "scale": wildcards.scale}
+        return to_json(spec | {"paper": paper.title})
 
     def report_spec(self, wildcards: Any) -> str:
         """The whole card, and the settings by which a command on the page finds the paper again."""
@@ -97,14 +98,14 @@ class Params:
         cards = {paper.name: {f: getattr(paper.spec, f) for f in CARD} for paper in asked}
         claims = {Path(f).parent.name: f for f in self.inputs.others(wildcards)}
         cards |= {name: self.run.card(name, CARD) for name in claims}
-        for name, card in cards.items():
-            card["headline"] = headline(self.run.card(name, ("headline", "figures")))
+        for name, fields in cards.items():
+            fields["headline"] = headline(self.run.card(name, ("headline", "figures")))
         shas = {name: provenance.sha256_file(f) for name, f in claims.items()}
         spec = {"scale": wildcards.scale, "papers": cards, "claims": shas}
         return to_json(spec | {"listed": self.listed(), "kinds": kinds_of(asked)})
 
     def listed(self) -> dict[str, dict[str, Any]]:
-        """Every paper that this run could name: its title, year, folder, and its metrics' digest."""
+        """Every paper that this run could name: title, year, folder, and its metrics' digest."""
         out = {}
         for name in self.run.available:
             folder = find(name, self.run.dirs)

@@ -10,6 +10,7 @@ from typing import Any
 from pipeline.job import source
 from pipeline.report import definitions, pages
 from pipeline.report.thumbs import of_page
+from pipeline.spec.figures import OPTIONS
 
 TITLES = {
     "<arm>.<dictionary>": "Dictionaries",
@@ -58,13 +59,16 @@ def kinds(examples: dict[str, str]) -> list[dict[str, Any]]:
     """Kinds of figures: what each draws, its options, and a figure of this run."""
     out = []
     for name, doc in definitions.kinds().items():
-        says, _, options = doc.partition("\n\nOptions: ")
+        says = doc.partition("\n\n")[0]
+        if "see `" in says:  # the model of its options says it
+            says = OPTIONS[name].__doc__ or says
         example = Path(examples[name]) if name in examples else None
+        fields = OPTIONS[name].model_fields.items()
         out.append(
             {
                 "name": name,
                 "says": " ".join(says.split()),
-                "options": " ".join(options.split()),
+                "options": [(f, info.description or "") for f, info in fields],
                 "picture": pages.safe(of_page(example)) if example else "",
                 "link": "/".join(example.parts[-3:]) if example else "",
             }

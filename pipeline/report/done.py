@@ -190,7 +190,8 @@ def steps(spec: PaperSpec) -> Iterator[str]:
 def circuits(spec: PaperSpec) -> Iterator[str]:
     """Prompts and methods of attribution and circuits."""
     if spec.attribution:
-        yield f"latents of {spec.attribution.sae} on {plural(len(spec.attribution.prompts), 'prompt')}"
+        prompts = plural(len(spec.attribution.prompts), "prompt")
+        yield f"latents of {spec.attribution.sae} on {prompts}"
     if spec.circuits:
         named = [METHODS.get(m, m.replace("_", " ")) for m in spec.circuits.methods]
         what = "latents" if spec.circuits.saes else "heads and MLPs"

@@ -45,11 +45,15 @@ def _steps(
             snakemake(f"{here}/figures/{name}.html", config),
         )
     if metric:
-        yield "What a number means, in full", shlex.join(["python", "-m", "pipeline", "show", metric])
+        yield (
+            "What a number means, in full",
+            shlex.join(["python", "-m", "pipeline", "show", metric]),
+        )
     if (REFERENCE / paper / scale).is_dir():
         yield (
             "These results beside the published ones: settings, verdicts, metrics",
-            f"python -m pipeline compare {here} results/reference/{paper}/{scale} --out compare.html",
+            f"python -m pipeline compare {here} results/reference/{paper}/{scale} "
+            "--out compare.html",
         )
     if dictionary:
         yield (

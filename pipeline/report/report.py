@@ -20,6 +20,7 @@ from typing import Any
 from pipeline.claims import costs
 from pipeline.claims.summary import JUDGED, VERDICTS, read_claims, tally
 from pipeline.errors import RetraceError
+from pipeline.figures.captions import filled
 from pipeline.report import done, glossary, next_steps, pages, shown, thumbs, words
 from pipeline.report.pages import PLOT, SECOND_HAND, licences
 from pipeline.spec.paper import PaperSpec
@@ -214,14 +215,15 @@ def grouped(rows: list[dict[str, Any]]) -> dict[str, Any]:
     }
 
 
-def figures_of(job: Any, rows: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """The figures of a page, each with the claims that it shows."""
+def figures_of(job: Any, rows: list[dict[str, Any]], metrics: dict) -> list[dict[str, Any]]:
+    """The figures of a page, each with its caption filled in and the claims that it shows."""
     spec = job.spec
     cards = spec["card"].get("figures", {})
     out = []
     for file in job.args.figures:
         name = Path(file).stem
         made = figure(file, cards[name], spec["scale"], spec["paper"], spec.get("config"))
+        made["caption"] = filled(made["caption"], metrics)
         shows = [{"id": r["id"], "short": r["id"].replace("_", " ")} for r in rows]
         shows = [s for s, r in zip(shows, rows, strict=True) if r["figure"] == name]
         out.append(made | {"shows": shows})
@@ -265,7 +267,7 @@ def context(job: Any) -> dict[str, Any]:
     rows = list(chain([args.claims, *args.tables]))
     certificates = [r.pop("certificate") for r in rows]
     certificates = [c for c in certificates if c]
-    figures = figures_of(job, claims)
+    figures = figures_of(job, claims, metrics)
     defined = definitions(metrics)
     ids = {text: id for _, text, id in defined}
     return {

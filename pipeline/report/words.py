@@ -77,7 +77,9 @@ def _beside(names: ast.AST, numbers: ast.AST) -> Iterator[tuple[str, str]]:
         ValueError: they have different shapes.
     """
     if found := dotted(names):
-        yield found, ast.unparse(numbers)
+        number = ast.unparse(numbers)
+        float(number)  # a ValueError where a term stands here
+        yield found, number
         return
     if type(names) is not type(numbers):
         raise ValueError("another expression")
