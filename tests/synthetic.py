@@ -12,6 +12,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -20,6 +21,8 @@ from pipeline.claims import verdicts
 from pipeline.claims.scalars import parts
 from pipeline.job import commands
 from pipeline.papers import papers
+from pipeline.papers.rule_params import Params
+from pipeline.papers.workflow import Inputs
 from pipeline.spec.paper import PaperSpec
 from pipeline.store import provenance, tables
 
@@ -304,10 +307,12 @@ def draw(made: papers.Paper, name: str) -> Path:
 def report(made: papers.Paper, benchmarks: str = "results/benchmarks") -> Path:
     """The report, as its rule calls it."""
     base = Path("results") / made.scale / made.name
-    card = made.spec.model_dump(mode="json", exclude_unset=True)
+    spec = Params(Inputs(SimpleNamespace(paper=lambda *_: made), Path()), {}).report_spec(
+        SimpleNamespace(paper=made.name, scale=made.scale)
+    )
     call(
         "report",
-        {"paper": made.name, "scale": made.scale, "card": card},
+        json.loads(spec),
         figures=[base / f"figures/{f}.html" for f in made.spec.figures],
         pages=[base / f"features/{s}.html" for s in made.spec.features.saes],
         claims=base / "claims.csv",

@@ -16,6 +16,7 @@ from pipeline.figures.kinds import KINDS
 from pipeline.job import source
 from pipeline.papers.papers import Paper, find, flow, near, to_json
 from pipeline.papers.workflow import Inputs, card, home
+from pipeline.report import done
 from pipeline.report.shown import headline
 from pipeline.store import provenance
 
@@ -80,12 +81,14 @@ class Params:
         return to_json(spec | {"paper": paper.title})
 
     def report_spec(self, wildcards: Any) -> str:
-        """The whole card, and the settings by which a command on the page finds the paper again."""
+        """The whole card, what its order decides, and how a command finds the paper again."""
         paper = self.inputs.paper(wildcards)
         found = [f"{k}={flow(self.given[k])}" for k in HINTS if k in self.given]
         found += [f"papers=[{paper.name}]"] if "papers_dirs" in self.given else []
         declared = paper.spec.model_dump(mode="json", exclude_unset=True)
         spec = {"paper": paper.name, "scale": wildcards.scale, "card": declared}
+        spec |= {"done": done.rows(paper.spec), "headline": headline(declared)}
+        spec |= {"dictionary": done.first_trained(paper.spec)}
         return to_json(spec | ({"config": found} if found else {}))
 
     def index_spec(self, wildcards: Any) -> str:

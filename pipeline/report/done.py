@@ -1,7 +1,8 @@
 """What a run did, in short lines out of its paper.yaml: the box above a report's figures.
 
 Nothing is written by hand: each line names the sections that it was made from, with the defaults
-that they take. What a paper's own stages do stands in their settings.
+that they take. What a paper's own stages do stands in their settings. `rows` is asked where the
+paper is read, since a job's JSON has its keys sorted, and grids name dictionaries by their order.
 """
 
 from collections.abc import Iterable, Iterator
@@ -37,17 +38,8 @@ METHODS = {
 MOST = 8  # settings of one part of an own stage that a line shows
 
 
-def rows(
-    card: dict[str, Any], claims: Iterable[dict[str, str]], devices: Iterable[str]
-) -> list[tuple[str, list[str]]]:
-    """(what, lines) in the order of the work.
-
-    Args:
-        card: paper.yaml at this scale, as declared.
-        claims: rows of claims.csv, which say what share of the paper's budget was spent.
-        devices: of the certificates that the page rests on.
-    """
-    spec = PaperSpec.model_validate(card)
+def rows(spec: PaperSpec) -> list[tuple[str, list[str]]]:
+    """(what, lines) in the order of the work, of a paper at its scale."""
     parts: list[tuple[str, Iterator[str]]] = [
         ("Model", models(spec)),
         ("Trained here", trainings(spec)),
@@ -59,10 +51,30 @@ def rows(
         ("Circuits", circuits(spec)),
         ("Own experiments", own(spec)),
         ("Seeds", seeds(spec)),
-        ("Hardware", iter(dict.fromkeys(d for d in devices if d))),
-        ("Of the paper’s budget", budget(claims)),
     ]
     return [(what, lines) for what, found in parts if (lines := list(found))]
+
+
+def of_run(claims: Iterable[dict[str, str]], devices: Iterable[str]) -> list[tuple[str, list[str]]]:
+    """(what, lines) that only the run knows.
+
+    Args:
+        claims: rows of claims.csv, which say what share of the paper's budget was spent.
+        devices: of the certificates that the page rests on.
+    """
+    spent = list(dict.fromkeys(r["budget"] for r in claims if r.get("budget")))
+    found = [("Hardware", [d for d in dict.fromkeys(devices) if d])]
+    found.append(("Of the paper’s budget", spent))
+    return [(what, lines) for what, lines in found if lines]
+
+
+def first_trained(spec: PaperSpec) -> str:
+    """'arm.name' of the first dictionary that is trained here; blank where there is none."""
+    for arm in spec.arm_names() if spec.sae else []:
+        for name, sae in spec.saes_of(arm).items():
+            if hasattr(sae, "k"):
+                return f"{arm}.{name}"
+    return ""
 
 
 def models(spec: PaperSpec) -> Iterator[str]:
@@ -242,11 +254,6 @@ def seeds(spec: PaperSpec) -> Iterator[str]:
             yield f"{len(found)} of dictionaries"
     if spec.circuits:
         yield f"{len(spec.circuits.seeds)} of sets of prompts"
-
-
-def budget(claims: Iterable[dict[str, str]]) -> Iterator[str]:
-    """What the budgets of the claims say, each once."""
-    yield from dict.fromkeys(r["budget"] for r in claims if r.get("budget"))
 
 
 def plural(n: int, what: str) -> str:

@@ -9,8 +9,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.report import shown
-
 REFERENCE = Path(__file__).parents[2] / "results/reference"
 SCALES = {
     "smoke": ("laptop", "The same at laptop scale, where claims are judged"),
@@ -19,27 +17,23 @@ SCALES = {
 }
 
 
-def steps(
-    card: dict[str, Any], paper: str, scale: str, metric: str, dictionary: str, config: list[str]
-) -> list[tuple[str, str]]:
+def steps(spec: dict[str, Any], metric: str) -> list[tuple[str, str]]:
     """(what it shows, command).
 
     Args:
-        card: paper.yaml at this scale.
+        spec: of the stage report: card, paper, scale, headline, dictionary, and config, which is
+            what a command of snakemake needs behind --config to find the paper.
         metric: one that a claim names; blank where there is none.
-        dictionary: 'arm.name' of one that was trained; blank where there is none.
-        config: what a command of snakemake needs behind --config to find the paper.
     """
-    return list(_steps(card, paper, scale, metric, dictionary, config))
+    return list(_steps(spec, metric))
 
 
-def _steps(
-    card: dict[str, Any], paper: str, scale: str, metric: str, dictionary: str, config: list[str]
-) -> Iterator[tuple[str, str]]:
+def _steps(spec: dict[str, Any], metric: str) -> Iterator[tuple[str, str]]:
+    paper, scale, config = spec["paper"], spec["scale"], spec.get("config", [])
     here = f"results/{scale}/{paper}"
-    for step in card.get("try_next", []):
+    for step in spec["card"].get("try_next", []):
         yield step["text"], step["command"]
-    if name := shown.headline(card):
+    if name := spec.get("headline"):
         yield (
             "Draw one figure again, after a change of its options or its function: seconds",
             snakemake(f"{here}/figures/{name}.html", config),
@@ -55,7 +49,7 @@ def _steps(
             f"python -m pipeline compare {here} results/reference/{paper}/{scale} "
             "--out compare.html",
         )
-    if dictionary:
+    if dictionary := spec.get("dictionary"):
         yield (
             "A dictionary in SAELens’s format, for your own notebook",
             snakemake(f"{here}/exports/{dictionary}/saelens", config),

@@ -23,7 +23,6 @@ from pipeline.errors import RetraceError
 from pipeline.figures.captions import filled
 from pipeline.report import done, glossary, next_steps, pages, shown, thumbs, words
 from pipeline.report.pages import PLOT, SECOND_HAND, licences
-from pipeline.spec.paper import PaperSpec
 from pipeline.store import provenance
 
 SHORT = 12  # digits of a digest that a page shows
@@ -242,17 +241,9 @@ def texts(card: dict[str, Any], rows: list[dict[str, Any]]) -> Iterator[str]:
 
 def to_try(spec: dict[str, Any], rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
     """What a reader can try next; see next_steps.py."""
-    card = spec["card"]
-    declared = PaperSpec.model_validate(card)
     names = [p.metric for r in rows for c in r.get("conditions", []) for p in c.pieces if p.metric]
-    trained = ""
-    if declared.sae:
-        arms = ((arm, declared.saes_of(arm)) for arm in declared.arm_names())
-        found = (f"{a}.{n}" for a, saes in arms for n, s in saes.items() if hasattr(s, "k"))
-        trained = next(found, "")
     metric = next((r["metric"] for r in rows if r["metric"]), next(iter(names), ""))
-    config = spec.get("config", [])
-    return next_steps.steps(card, spec["paper"], spec["scale"], metric, trained, config)
+    return next_steps.steps(spec, metric)
 
 
 def context(job: Any) -> dict[str, Any]:
@@ -275,12 +266,15 @@ def context(job: Any) -> dict[str, Any]:
         "paper": spec["paper"],
         "scale": spec["scale"],
         "card": card,
-        "done": done.rows(spec["card"], claims, (c["device"] for c in certificates)),
+        "done": [
+            *spec.get("done", []),
+            *done.of_run(claims, (c["device"] for c in certificates)),
+        ],
         "claims": grouped(claims),
         "count": tally(claims),
         "second_hand": SECOND_HAND,
         "figures": figures,
-        "headline": shown.headline(spec["card"]),
+        "headline": spec.get("headline", ""),
         "thumbs": {f["name"]: f["title"] for f in figures if f["thumb"]},
         "pages": [Path(p).stem for p in args.pages],
         "next": to_try(spec, claims),

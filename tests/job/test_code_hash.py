@@ -427,7 +427,7 @@ EXACTLY = {  # definition -> the stages that an edit of it must rerun, and no ot
     "spec/training:TrainingSpec._fits": "",  # what it lets pass stands in --spec
     "spec/sae:SaeSpec.widths": "sae",
     "spec/claims:Claim.judged_at": "claims",
-    "spec/paper:PaperSpec.arm_names": "report",
+    "spec/paper:PaperSpec.arm_names": "",
     "weights/members:Team.step": "training",
     "weights/members:Team.learning_rate": "training",
     "weights/trained:checkpoint_name": "training model",

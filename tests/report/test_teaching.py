@@ -1,5 +1,6 @@
 """What makes a report teach: what was done, which figure shows what, terms, next steps, thumbs."""
 
+import json
 import re
 import struct
 import zlib
@@ -10,10 +11,12 @@ import plotly.graph_objects as go
 import pytest
 import synthetic
 from plotly.subplots import make_subplots
+from snake import inputs_of, wildcards
 
 from pipeline.figures import captions, drawing
 from pipeline.job import commands
 from pipeline.papers import papers
+from pipeline.papers.rule_params import Params
 from pipeline.report import done, glossary, next_steps, shown, thumbs
 
 ROOT = Path(__file__).parents[2]
@@ -30,19 +33,38 @@ def card_of(name: str, scale: str = "laptop") -> dict:
 
 @pytest.mark.parametrize("name", PAPERS)
 def test_every_paper_says_what_was_done(name):
-    rows = dict(done.rows(card_of(name), [], ["cpu, 2 threads"]))
-    assert rows["Hardware"] == ["cpu, 2 threads"]
+    rows = dict(done.rows(papers.load(ROOT / "rules/papers" / name, "laptop").spec))
     assert {"Model", "Trained here", "Own experiments"} & rows.keys()
     assert not any("{" in line or "None" in line for lines in rows.values() for line in lines)
 
 
 def test_the_lines_are_those_of_the_spec():
-    card = card_of("topk_saes")
-    rows = dict(done.rows(card, [{"budget": "a of b"}, {"budget": "a of b"}, {}], []))
+    spec = papers.load(ROOT / "rules/papers/topk_saes", "laptop").spec
+    rows = dict(done.rows(spec))
     assert rows["Layer"][0] == "the residual stream after block 12"
-    assert rows["Of the paper’s budget"] == ["a of b"] and "Hardware" not in rows
-    t = card["sae"]["training"]
-    assert rows["Steps"][0].startswith(f"{-(-t['n_rows'] // t['batch_size']):,} a dictionary")
+    t = spec.sae.training
+    assert rows["Steps"][0].startswith(f"{-(-t.n_rows // t.batch_size):,} a dictionary")
+    assert done.first_trained(spec) == f"trained.{next(iter(spec.saes_of('trained')))}"
+
+
+def test_what_only_the_run_knows():
+    claims = [{"budget": "a of b"}, {"budget": "a of b"}, {"budget": ""}]
+    found = dict(done.of_run(claims, ["cpu, 2 threads", "", "cpu, 2 threads"]))
+    assert found == {"Hardware": ["cpu, 2 threads"], "Of the paper’s budget": ["a of b"]}
+    assert done.of_run([], []) == []
+
+
+@pytest.mark.parametrize("name", PAPERS)
+def test_a_report_is_told_what_the_order_of_its_paper_decides(name):
+    """A job's JSON has sorted keys: names of grids and the first figure are decided before."""
+    inputs = inputs_of(ROOT, papers=[name], scale="smoke")
+    given = json.loads(Params(inputs, {}).report_spec(wildcards(paper=name, scale="smoke")))
+    spec = inputs.run.paper(name, "smoke").spec
+    assert given["headline"] == next(n for n, f in spec.figures.items() if f.kind != "verdicts")
+    assert given["done"] == [[what, lines] for what, lines in done.rows(spec)]
+    if given["dictionary"]:
+        arm, _, sae = given["dictionary"].partition(".")
+        assert sae in spec.saes_of(arm)
 
 
 # --- which figure ---------------------------------------------------------------------------
@@ -116,7 +138,8 @@ def test_a_term_finds_itself(term):
 
 def test_what_to_try_next_is_of_this_paper():
     card = card_of("topk_saes") | {"try_next": [{"text": "t", "command": "c"}]}
-    found = next_steps.steps(card, "topk_saes", "laptop", "auxk.dead_share", "trained.x", ["a=1"])
+    spec = {"card": card, "paper": "topk_saes", "scale": "laptop", "config": ["a=1"]}
+    found = next_steps.steps(spec | {"headline": "x", "dictionary": "t.y"}, "auxk.dead_share")
     assert found[0] == ("t", "c")
     lines = [command for _, command in found[1:]]
     assert "snakemake -c2 topk_saes --config a=1 scale=paper" in lines
