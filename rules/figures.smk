@@ -20,6 +20,7 @@ rule figures_js:
 rule figures:
     input:
         tables=tables_of("figure"),
+        metrics=caption_metrics_of,
         own=own_file_of("figures*.py"),  # figures.py, and what it may be split into
         script="results/{scale}/figures.js",
         yaml=card_of,
@@ -39,5 +40,5 @@ rule figures:
         code=code_of("figures", "figures*.py"),
     shell:
         "{PYTHON:q} -m pipeline figures --spec {params.spec:q} --tables {input.tables:q}"
-        " --own {input.own:q} --paper {input.yaml:q} --code {input.own:q} --script {input.script:q}"
+        " --metrics {input.metrics:q} --own {input.own:q} --paper {input.yaml:q} --code {input.own:q} --script {input.script:q}"
         " --out {output.html:q} --csv {output.csv:q} 2> {log:q}"

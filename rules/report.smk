@@ -1,4 +1,4 @@
-# One offline page a paper, and an index of all claims.
+# One offline page a paper, an index of all claims, and a catalogue of what there is.
 rule report_html:
     input:
         figures=report_input("figures"),
@@ -34,11 +34,12 @@ rule index:
         claims=[f"results/{{scale}}/{p}/claims.csv" for p in RUN.config.papers],
         reports=[f"results/{{scale}}/{p}/report.html" for p in RUN.config.papers],
     output:
-        report(
+        page=report(
             "results/{scale}/index.html",
             category="index",
             caption="captions/index.rst",
         ),
+        catalogue="results/{scale}/catalogue.html",
     log:
         "results/logs/{scale}/index.log",
     params:
@@ -47,7 +48,7 @@ rule index:
         code=code_of("index"),
     shell:
         "{PYTHON:q} -m pipeline index --spec {params.spec:q} --claims {input.claims:q} {params.others:q}"
-        " --out {output:q} 2> {log:q}"
+        " --out {output.page:q} --catalogue {output.catalogue:q} 2> {log:q}"
 
 
 # With strict: true, the last job of a run: it fails where a claim is not reproduced.

@@ -12,6 +12,7 @@ import shutil
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -20,6 +21,8 @@ from pipeline.claims import verdicts
 from pipeline.claims.scalars import parts
 from pipeline.job import commands
 from pipeline.papers import papers
+from pipeline.papers.rule_params import Params
+from pipeline.papers.workflow import Inputs
 from pipeline.spec.paper import PaperSpec
 from pipeline.store import provenance, tables
 
@@ -250,9 +253,21 @@ def run_stages(made: papers.Paper) -> None:
         table = paths[f"features/{sae}"]
         call("feature_page", {"title": made.spec.title}, features=table, out=page)
     report(made)
+    index(made)
+
+
+def index(made: papers.Paper) -> None:
+    """The index and the catalogue, as their rule calls them."""
+    base = Path("results") / made.scale
     fields = {f: getattr(made.spec, f) for f in ("title", "authors", "year", "url", "summary")}
-    spec = {"scale": made.scale, "papers": {made.name: fields}}
-    call("index", spec, claims=base / "claims.csv", out=base.parent / "index.html")
+    card = fields | {"headline": next(iter(made.spec.figures))}
+    listed = {"title": made.spec.title, "year": made.spec.year, "folder": str(made.folder)}
+    kinds = {f.kind: str(base / made.name / f"figures/{n}.html")
+             for n, f in made.spec.figures.items() if f.kind}  # fmt: skip
+    spec = {"scale": made.scale, "papers": {made.name: card}}
+    spec |= {"listed": {made.name: listed}, "kinds": kinds}
+    pages = {"out": base / "index.html", "catalogue": base / "catalogue.html"}
+    call("index", spec, claims=base / made.name / "claims.csv", **pages)
 
 
 def figures_js(script: Path) -> None:
@@ -278,7 +293,7 @@ def draw(made: papers.Paper, name: str) -> Path:
     own = [str(made.folder / "figures.py")]
     call(
         "figures",
-        {"name": name, "figure": spec, "scale": made.scale},
+        {"name": name, "figure": spec, "scale": made.scale, "paper": made.spec.title},
         tables=[paths[t] for t in made.spec.figures[name].tables],
         own=own,
         code=own,
@@ -292,10 +307,12 @@ def draw(made: papers.Paper, name: str) -> Path:
 def report(made: papers.Paper, benchmarks: str = "results/benchmarks") -> Path:
     """The report, as its rule calls it."""
     base = Path("results") / made.scale / made.name
-    card = made.spec.model_dump(mode="json", exclude_unset=True)
+    spec = Params(Inputs(SimpleNamespace(paper=lambda *_: made), Path()), {}).report_spec(
+        SimpleNamespace(paper=made.name, scale=made.scale)
+    )
     call(
         "report",
-        {"paper": made.name, "scale": made.scale, "card": card},
+        json.loads(spec),
         figures=[base / f"figures/{f}.html" for f in made.spec.figures],
         pages=[base / f"features/{s}.html" for s in made.spec.features.saes],
         claims=base / "claims.csv",

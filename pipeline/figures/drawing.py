@@ -17,8 +17,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from pipeline.claims.scalars import whole
+from pipeline.claims.scalars import definition, known, parts, whole
 from pipeline.errors import RetraceError, nearest
+from pipeline.figures.captions import metrics_in
 from pipeline.figures.kinds import KINDS
 from pipeline.figures.theme import template
 from pipeline.job.source import functions, import_file
@@ -32,16 +33,21 @@ ALONE = """\
 style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'none'">
 <title>{title}</title>
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<style>:root {{ color-scheme: light dark }} body {{ font: 16px/1.5 system-ui, sans-serif; \
-max-width: 56rem; margin: 2rem auto; padding: 0 1rem }}</style></head>
-<body><h1>{title}</h1>
+<style>:root {{ color-scheme: light dark; background: light-dark(#fff, #14171b); \
+color: light-dark(#1b1f24, #e6e8eb) }} body {{ font: 16px/1.5 system-ui, sans-serif; \
+max-width: 56rem; margin: 2rem auto; padding: 0 1rem; background: inherit }} \
+a {{ color: light-dark(#00589b, #7cc0f4) }}</style></head>
+<body><main><h1>{title}</h1>
 <div class="retrace-figure" id="figure-{name}" role="figure" aria-label="{title}">
 <p class="retrace-wait">Drawn by {script}; where that file is missing, open report.html.</p>
 <script type="application/json" class="retrace-plot">{plot}</script>
 </div>
 <p>{caption}</p>
-<script src="{script}"></script>
+{about}</main><script src="{script}"></script>
 </body></html>
+"""
+ABOUT = """\
+<p>A figure of <a href="../report.html#figure-{name}">{paper}</a>, replicated at {scale} scale.</p>
 """
 
 
@@ -49,18 +55,22 @@ def faults(paper: Any) -> Iterator[str]:
     """A sentence for every figure without a function or table: the value and the nearest one."""
     own = functions(paper.folder / "figures.py")
     tables = [*paper.tables(), "metrics", "claims"]
+    metrics = known(parts(paper))
     for name, figure in paper.spec.figures.items():
         where = f"{paper.folder / 'paper.yaml'}: figures.{name}"
         wanted = figure.kind or name
         if wanted not in own and not (figure.kind and figure.kind in KINDS):
-            known = [*KINDS, *own] if figure.kind else own
+            there = [*KINDS, *own] if figure.kind else own
             what = f"kind '{figure.kind}'" if figure.kind else f"function '{name}' in figures.py"
             yield (
-                f"{where}: no {what}{nearest(wanted, known)}; name a kind ({', '.join(KINDS)}) or "
+                f"{where}: no {what}{nearest(wanted, there)}; name a kind ({', '.join(KINDS)}) or "
                 f"write the function"
             )
         elif wanted not in own:
             yield from (f"{where}: {said}" for said in option_faults(figure.kind, figure.options))
+        for metric in metrics_in(figure.caption):
+            if definition(metric, metrics) is None:
+                yield f"{where}: caption: no metric '{metric}'{nearest(metric, metrics)}"
         for table in figure.tables:
             if table not in tables:
                 yield (
@@ -124,16 +134,41 @@ def plain(figure: Any) -> dict[str, Any]:
     """The figure as JSON-ready data, with the template `retrace`; the page has its title."""
     made = figure.to_plotly_json()
     layout = {k: v for k, v in made.get("layout", {}).items() if k not in ("template", "title")}
+    layout = above_titles(layout)
     return short({"data": made.get("data", []), "layout": layout | {"template": template()}})
 
 
-def page(name: str, title: str, caption: str, plot: dict, script: str) -> str:
-    """A figure as a small page without plotly.js; the report takes its `retrace-figure`."""
+def above_titles(layout: dict[str, Any]) -> dict[str, Any]:
+    """The layout with its legend above titles of panels, where nobody said where it stands.
+
+    `make_subplots(subplot_titles=…)` writes them where the template has the legend.
+    """
+    titles = [a for a in layout.get("annotations", []) if a.get("yref") == "paper"]
+    top = any(a.get("yanchor") == "bottom" and a.get("y", 0) > 0.95 for a in titles)
+    if not top or "y" in layout.get("legend", {}):
+        return layout
+    margin = layout.get("margin", {}) | {"t": max(layout.get("margin", {}).get("t", 0), 70)}
+    room = max(layout.get("height", 440) - margin["t"] - 50, 1)
+    return layout | {"legend": {**layout.get("legend", {}), "y": 1 + 26 / room}, "margin": margin}
+
+
+def page(
+    name: str, title: str, caption: str, plot: dict, script: str, paper: str = "", scale: str = ""
+) -> str:
+    """A figure as a small page without plotly.js; the report takes its `retrace-figure`.
+
+    Args:
+        script: where figures.js lies, from this page.
+        paper, scale: whose figure it is; with a paper the page leads to its report.
+    """
     from pipeline.store.embed import script_json
 
     text = {"name": name, "title": title, "caption": caption, "script": script}
     text = {k: html.escape(v) for k, v in text.items()}
-    return ALONE.format(plot=script_json(plot), **text)
+    about = ""
+    if paper:
+        about = ABOUT.format(name=text["name"], paper=html.escape(paper), scale=html.escape(scale))
+    return ALONE.format(plot=script_json(plot), about=about, **text)
 
 
 def read(path: str | Path) -> Any:

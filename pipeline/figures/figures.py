@@ -3,6 +3,7 @@
 import os
 from pathlib import Path
 
+from pipeline.figures.captions import filled
 from pipeline.figures.drawing import make, page, plain, read
 
 
@@ -15,6 +16,7 @@ def main() -> None:
         __doc__,
         tables="the tables that the figure names*",
         own="the paper's figures.py, if any*",
+        metrics="metrics.json, where the caption has numbers*",
         script="figures.js, see the rule of that name",
         out="the figure, .html",
         csv="the plotted numbers",
@@ -26,9 +28,12 @@ def main() -> None:
         own = Path(args.own[0]) if args.own else None
         figure, frame = make(name, spec, frames, own)
         plot = plain(figure)
-        made = job.certificate(args.tables)
+        made = job.certificate([*args.tables, *(f for f in args.metrics if f not in args.tables)])
         script = os.path.relpath(args.script, Path(args.out).parent)
-        text = page(name, spec["title"], spec["caption"], plot, script)
+        numbers = tables.read_json(args.metrics[0])["metrics"] if args.metrics else {}
+        caption = filled(spec["caption"], numbers)
+        whose = job.spec.get("paper", ""), job.spec.get("scale", "")
+        text = page(name, spec["title"], caption, plot, script, *whose)
         tables.write_csv(args.csv, frame, made)
         embed.write_page(args.out, text, made)
         cli.log.info(

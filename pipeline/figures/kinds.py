@@ -12,7 +12,7 @@ import numpy as np
 
 from pipeline.errors import RetraceError
 from pipeline.figures import theme
-from pipeline.figures.kinds_common import named, need, title_of
+from pipeline.figures.kinds_common import in_words, named, need, title_of
 from pipeline.figures.kinds_effects import agreement, estimates, heads
 from pipeline.figures.kinds_learning import learning
 from pipeline.figures.kinds_lines import bars, lines
@@ -48,7 +48,7 @@ def training(tables: dict[str, Any], options: dict[str, Any]) -> tuple[Any, Any]
         arm, sae = g["arm"].iloc[0], g["sae"].iloc[0]
         dash = theme.DASHES[(arms.index(arm) + names.index(sae) // 7) % len(theme.DASHES)]
         line = {"color": theme.colour(names.index(sae)), "dash": dash, "width": 1.6}
-        name = f"{sae} · {arm}" if several else sae
+        name = f"{in_words(sae)} · {arm}" if several else in_words(sae)
         fig.add_scatter(x=g["rows"], y=g[ys[0]], mode="lines", line=line, name=theme.literal(name))
     fig.update_layout(xaxis=theme.axis(title_of("rows")), yaxis=theme.axis(title_of(ys[0])))
     choices = {

@@ -1,5 +1,6 @@
-"""What the core kinds of figures share: titles, and a sentence for a missing column."""
+"""What the core kinds of figures share: titles, names in words, and what a missing column says."""
 
+import re
 from typing import Any
 
 from pipeline.errors import RetraceError, nearest
@@ -24,6 +25,38 @@ TITLES = {
 def title_of(metric: str) -> str:
     """A metric in words, for an axis."""
     return TITLES.get(metric, metric.replace("_", " "))
+
+
+ARCHITECTURES = {
+    "topk": "TopK",
+    "standard": "L1",
+    "gated": "Gated",
+    "jumprelu": "JumpReLU",
+    "batchtopk": "BatchTopK",
+    "matryoshka_batchtopk": "Matryoshka",
+    "matching_pursuit": "Matching pursuit",
+}
+# What a grid writes into a dictionary's name (SaeSpec.expand) -> the same in words.
+CODES = {
+    "k": "k {}", "d": "{} latents", "c": "L1 coefficient {}", "l0": "L0 coefficient {}",
+    "aux": "AuxK {}", "seed": "seed {}",
+}  # fmt: skip
+CODE = re.compile(rf"({'|'.join(sorted(CODES, key=len, reverse=True))})(m?\d+(?:p\d+)?)")
+SPELT = ARCHITECTURES | {"l1": "L1", "l0": "L0", "noaux": "no AuxK"}
+
+
+def in_words(name: str) -> str:
+    """A dictionary's name for a legend: 'topk_k16_d1152' -> 'TopK, k 16, 1,152 latents'."""
+    said, plain = [], []
+    for part in name.split("_"):
+        found = None if part in SPELT else CODE.fullmatch(part)
+        if found is None:
+            plain.append(SPELT.get(part, part))
+            continue
+        value = found[2].replace("p", ".").replace("m", "-")
+        grouped = f"{int(value):,}" if value.isdigit() and found[1] == "d" else value
+        said.append(CODES[found[1]].format(grouped))
+    return ", ".join([" ".join(plain), *said] if plain else said)
 
 
 def need(frame: Any, columns: list[str], table: str) -> None:

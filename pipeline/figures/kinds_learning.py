@@ -34,7 +34,7 @@ def learning(tables: dict[str, Any], options: dict[str, Any]) -> tuple[Any, Any]
         column = apart.index(run) if what.runs else 0
         for j, (some, text) in enumerate(what.sets.items()):
             colour, dash = (j, 0) if what.runs else (number, 2 * j)
-            label = text if what.runs else f"{theme.literal(run)}, {text}"
+            label = text if what.runs else f"{theme.literal(run.replace('_', ' '))}, {text}"
             for member, rows in table[table["set"] == some].groupby("member"):
                 for i, measure in enumerate(what.measures):
                     y = rows[measure].clip(lower=FLOOR) if what.log else rows[measure]

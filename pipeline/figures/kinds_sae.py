@@ -3,23 +3,15 @@
 A row of an evaluation table is a dictionary; what one line joins is a family, see `family`.
 """
 
+import re
 from typing import Any
 
 import numpy as np
 
 from pipeline.errors import RetraceError
 from pipeline.figures import theme
-from pipeline.figures.kinds_common import named, need, title_of
+from pipeline.figures.kinds_common import ARCHITECTURES, named, need, title_of
 
-ARCHITECTURES = {
-    "topk": "TopK",
-    "standard": "L1",
-    "gated": "Gated",
-    "jumprelu": "JumpReLU",
-    "batchtopk": "BatchTopK",
-    "matryoshka_batchtopk": "Matryoshka",
-    "matching_pursuit": "Matching pursuit",
-}
 SHAPES = ["circle", "diamond", "square", "triangle-up"]  # one an arm
 SYMBOL = {"": "", "no AuxK": "-open", "frozen decoder": "x"}  # variant -> what it does to a shape
 SIZE = {"": 8, "no AuxK": 13, "frozen decoder": 9}
@@ -87,9 +79,14 @@ def looks(frame: Any) -> dict[tuple, dict[str, Any]]:
             },
             # an open marker is larger, so that it shows round a filled one
             "marker": {"symbol": shape + SYMBOL[variant].removeprefix("x"), "size": SIZE[variant]},
-            "name": name if len(arms) == 1 else f"{name} · {arm}",
+            "name": spelt(name) if len(arms) == 1 else f"{spelt(name)} · {arm}",
         }
     return out
+
+
+def spelt(family: str) -> str:
+    """A family for the legend: 'TopK, 2,304, no AuxK' -> 'TopK, 2,304 latents, no AuxK'."""
+    return re.sub(r"(, [\d,]*\d)(?=, \D|$)", r"\1 latents", family)
 
 
 def spread(group: Any, column: str) -> dict[str, Any] | None:

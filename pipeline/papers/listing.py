@@ -9,21 +9,15 @@ needs torch.
 """
 
 import argparse
-import fnmatch
-import inspect
-import re
 import sys
-import typing
 from collections.abc import Callable
 from pathlib import Path
 
-from pipeline.claims import scalars, summary
+from pipeline.claims import summary
 from pipeline.errors import RetraceError, command, nearest
-from pipeline.figures.kinds import KINDS
 from pipeline.job import commands, source
 from pipeline.papers import papers
-from pipeline.spec import families
-from pipeline.spec.circuits import Method
+from pipeline.report import definitions
 from pipeline.spec.yaml_files import load_yaml
 
 ROOT = Path(__file__).parents[2]
@@ -42,38 +36,17 @@ def list_papers() -> dict[str, str]:
 
 def list_kinds() -> dict[str, str]:
     """Kind of figure -> what it draws."""
-    return {name: inspect.getdoc(function) or "" for name, function in KINDS.items()}
+    return definitions.kinds()
 
 
 def list_methods() -> dict[str, str]:
-    """Method of the section circuits -> the first line of the module that computes it."""
-    return {name: METHODS[name] for name in typing.get_args(Method)}
-
-
-METHODS = {  # what is scored, and the source
-    "direct_logit": "what heads and MLPs write to the logits (Elhage et al. 2021)",
-    "activation_patching": "exact effect of replacing a head, MLP or stream (Meng et al. 2022)",
-    "attribution_patching": "its first-order estimate, two forward and one backward pass (Nanda)",
-    "path_patching": "exact effect of a head along paths to the logits (Wang et al. 2022)",
-    "eap": "first-order estimate for every edge (Syed et al. 2023)",
-    "eap_ig": "the same with the gradient averaged along a path (Hanna et al. 2024)",
-    "atp_star": "attribution patching with QK fix and GradDrop (Kramar et al. 2024)",
-    "acdc": "edges that are cut one by one (Conmy et al. 2023)",
-    "latent_attribution": "first-order estimate for dictionary latents (Marks et al. 2024)",
-    "latent_ig": "the same with the gradient averaged along a path (Marks et al. 2024)",
-}
+    """Method of the section circuits -> what it scores."""
+    return definitions.methods()
 
 
 def list_metrics() -> dict[str, str]:
     """Metric or pattern -> definition: the core's, then each paper's own."""
-    out = {}
-    for prefix, group in (
-        ("<arm>.<dictionary>", scalars.SAE),
-        ("attribution.<prompt>", scalars.ATTRIBUTION),
-        ("circuits.<arm>.<method>", scalars.CIRCUITS),
-        ("training.<run>", scalars.TRAINING),
-    ):
-        out |= {f"{prefix}.{name}": text for name, text in group.items()}
+    out = definitions.metrics()
     for name in papers.available([PAPERS]):
         own = source.literal(PAPERS / name / "metrics.py", "METRICS")
         out |= {f"{name}: {metric}": text for metric, text in own.items()}
@@ -82,17 +55,12 @@ def list_metrics() -> dict[str, str]:
 
 def list_hooks() -> dict[str, str]:
     """Name of a hook, TransformerLens's, in the order of computation -> what it reads."""
-    names = ["hook_embed", *(f"blocks.N.{h}" for h in families.LAYER_HOOKS)]
-    return dict.fromkeys([*names, *(f"ln_final.{h}" for h in families.NORM_HOOKS)], "")
+    return definitions.hooks()
 
 
 def list_models() -> dict[str, str]:
     """Model type of a config.json whose hooks are known -> the layout of its modules."""
-    found = families.table()["types"]
-    return {
-        kind: ", ".join(v.get("layout", "none for some settings") for v in found[kind])
-        for kind in sorted(found)
-    }
+    return definitions.models()
 
 
 def list_commands() -> dict[str, str]:
@@ -161,8 +129,7 @@ def shown(name: str) -> list[str]:
 
 def fits(name: str, entry: str) -> bool:
     """Whether a metric of a report, 'trained.topk.l0', is one that an entry defines."""
-    pattern = re.sub(r"<\w+>", "*", entry.partition(": ")[2] or entry)
-    return "*" in pattern and fnmatch.fnmatchcase(name, pattern)
+    return definitions.fits(name, entry.partition(": ")[2] or entry)
 
 
 def main() -> None:

@@ -12,9 +12,12 @@ from typing import Any
 from pipeline.claims.scalars import parts
 from pipeline.claims.verdicts import for_the_job
 from pipeline.errors import RetraceError
+from pipeline.figures.kinds import KINDS
 from pipeline.job import source
-from pipeline.papers.papers import flow, to_json
-from pipeline.papers.workflow import Inputs, card
+from pipeline.papers.papers import Paper, find, flow, near, to_json
+from pipeline.papers.workflow import Inputs, card, home
+from pipeline.report import done
+from pipeline.report.shown import headline
 from pipeline.store import provenance
 
 CARD = ("title", "authors", "year", "url", "summary")  # fields that the index shows
@@ -71,22 +74,25 @@ class Params:
         return to_json(for_the_job(self.inputs.paper(wildcards)))
 
     def figure_spec(self, wildcards: Any) -> str:
-        """One figure of paper.yaml."""
-        figures = self.inputs.paper(wildcards).spec.figures
-        figure = figures[wildcards.figure].model_dump(mode="json")
-        return to_json({"name": wildcards.figure, "figure": figure, "scale": wildcards.scale})
+        """One figure of paper.yaml, and the title that its page names."""
+        paper = self.inputs.paper(wildcards).spec
+        figure = paper.figures[wildcards.figure].model_dump(mode="json")
+        spec = {"name": wildcards.figure, "figure": figure, "scale": wildcards.scale}
+        return to_json(spec | {"paper": paper.title})
 
     def report_spec(self, wildcards: Any) -> str:
-        """The whole card, and the settings by which a command on the page finds the paper again."""
+        """The whole card, what its order decides, and how a command finds the paper again."""
         paper = self.inputs.paper(wildcards)
         found = [f"{k}={flow(self.given[k])}" for k in HINTS if k in self.given]
         found += [f"papers=[{paper.name}]"] if "papers_dirs" in self.given else []
         declared = paper.spec.model_dump(mode="json", exclude_unset=True)
         spec = {"paper": paper.name, "scale": wildcards.scale, "card": declared}
+        spec |= {"done": done.rows(paper.spec), "headline": headline(declared)}
+        spec |= {"dictionary": done.first_trained(paper.spec)}
         return to_json(spec | ({"config": found} if found else {}))
 
     def index_spec(self, wildcards: Any) -> str:
-        """Name and title of every paper with results at this scale.
+        """The card of every paper with results at this scale, and what the catalogue lists.
 
         The claims of papers that this call does not ask for are no inputs, so their digests stand
         here.
@@ -95,8 +101,21 @@ class Params:
         cards = {paper.name: {f: getattr(paper.spec, f) for f in CARD} for paper in asked}
         claims = {Path(f).parent.name: f for f in self.inputs.others(wildcards)}
         cards |= {name: self.run.card(name, CARD) for name in claims}
+        for name, fields in cards.items():
+            fields["headline"] = headline(self.run.card(name, ("headline", "figures")))
         shas = {name: provenance.sha256_file(f) for name, f in claims.items()}
-        return to_json({"scale": wildcards.scale, "papers": cards, "claims": shas})
+        spec = {"scale": wildcards.scale, "papers": cards, "claims": shas}
+        return to_json(spec | {"listed": self.listed(), "kinds": kinds_of(asked)})
+
+    def listed(self) -> dict[str, dict[str, Any]]:
+        """Every paper that this run could name: title, year, folder, and its metrics' digest."""
+        out = {}
+        for name in self.run.available:
+            folder = find(name, self.run.dirs)
+            own = source.literal(folder / "metrics.py", "METRICS")
+            out[name] = self.run.card(name, ("title", "year"))
+            out[name] |= {"folder": str(near(folder)), "metrics": provenance.digest(own)}
+        return out
 
     # --- code ------------------------------------------------------------------------------
 
@@ -108,3 +127,13 @@ class Params:
     def training_code(self, wildcards: Any) -> str:
         """The code hash of a training run, the paper's data.py included."""
         return source.job_code("training", self.inputs.item_source(wildcards, "training", "data"))
+
+
+def kinds_of(asked: list[Paper]) -> dict[str, str]:
+    """Kind of figure -> the page of the first figure that is one."""
+    out: dict[str, str] = {}
+    for paper in asked:
+        for name, figure in paper.spec.figures.items():
+            if figure.kind in KINDS:
+                out.setdefault(figure.kind, f"{home(paper)}/figures/{name}.html")
+    return out

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import RetraceError, nearest
+from pipeline.figures.captions import metrics_in
 from pipeline.papers.papers import Item, Paper, Run, find, near
 
 DRAWING = ("walk", "draw")  # our code beside plotly.js, in this order
@@ -239,6 +240,13 @@ class Inputs:
         base = home(paper)
         made = {"metrics": f"{base}/metrics.json", "claims": f"{base}/claims.csv"}
         return [(paper.tables() | made)[t] for t in paper.spec.figures[figure].tables]
+
+    def caption_metrics(self, wildcards: Any) -> list[str]:
+        """metrics.json, where the caption of the figure in the wildcards has numbers."""
+        paper = self.paper(wildcards)
+        figure = known("figure", wildcards.figure, paper.spec.figures, paper)
+        named = metrics_in(paper.spec.figures[figure].caption)
+        return [f"{home(paper)}/metrics.json"] if named else []
 
     def report(self, wildcards: Any, kind: str) -> list[str]:
         """'figures', their 'numbers' or 'pages' (of features) of a paper."""

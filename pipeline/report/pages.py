@@ -70,6 +70,13 @@ def safe_json(obj: Any) -> Any:
     return Markup(script_json(obj))
 
 
+def safe(markup: str) -> Any:
+    """Markup that we made, such as a thumb: no text of a figure, a card or a corpus is in it."""
+    from markupsafe import Markup
+
+    return Markup(markup)
+
+
 def number(value: Any, digits: int = 4) -> str:
     """A number with so many significant digits; an integer whole; other text as it is."""
     if value is None or value == "":

@@ -1,8 +1,10 @@
-"""One offline HTML page per paper: claims, figures, deviations, provenance and the card.
+"""One offline HTML page per paper: what was done, claims, figures, provenance and the card.
 
 1. Read claims.csv, metrics.json and the figures' pages.
 2. Follow the certificates from the verdicts back to weights and text (`provenance.chain`).
-3. Fill templates/report.html; plotly.js goes in once and draws every figure.
+3. Say what was done (done.py), put each claim's order in words (words.py) beside the figure that
+   shows it (shown.py, thumbs.py), and list the terms that occur and what to try next.
+4. Fill templates/report.html; plotly.js goes in once and draws every figure.
 
 What the jobs took, from snakemake's benchmarks, stands in costs.html beside it: unlike all else
 that a run writes, the bytes of that page differ from run to run.
@@ -16,9 +18,10 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.claims import costs
-from pipeline.claims.summary import read_claims, tally
+from pipeline.claims.summary import JUDGED, VERDICTS, read_claims, tally
 from pipeline.errors import RetraceError
-from pipeline.report import pages
+from pipeline.figures.captions import filled
+from pipeline.report import done, glossary, next_steps, pages, shown, thumbs, words
 from pipeline.report.pages import PLOT, SECOND_HAND, licences
 from pipeline.store import provenance
 
@@ -41,11 +44,13 @@ def figure(
     if found is None:
         raise RetraceError(f"{path}: is not a figure; delete it and run snakemake again")
     certificate = provenance.read(path)
+    plot = json.loads(found[1])
     return {
         "name": path.stem,
         "title": card["title"],
         "caption": card["caption"],
-        "plot": json.loads(found[1]),
+        "plot": plot,
+        "thumb": pages.safe(thumbs.picture(plot)),
         "command": shlex.join(
             ["snakemake", "-c1", f"results/{scale}/{paper}/figures/{path.name}"]
             + (["--config", *config] if config else [])
@@ -129,8 +134,11 @@ def grids(metrics: dict[str, dict]) -> list[dict[str, Any]]:
             tables.setdefault(tuple(row), []).append({"name": prefix, "cells": list(row.values())})
         else:
             single += [{"name": f"{prefix}.{k}".strip("."), "cells": [v]} for k, v in row.items()]
-    out = [{"columns": list(columns), "rows": rows} for columns, rows in tables.items()]
-    return out + ([{"columns": ["value"], "rows": single}] if single else [])
+    out = [
+        {"columns": list(columns), "rows": rows, "first": rows[0]["name"]}
+        for columns, rows in tables.items()
+    ]
+    return out + ([{"columns": ["value"], "rows": single, "first": ""}] if single else [])
 
 
 def value(metric: dict[str, Any]) -> str:
@@ -142,8 +150,8 @@ def value(metric: dict[str, Any]) -> str:
     return pages.number(mean) + spread
 
 
-def definitions(metrics: dict[str, dict]) -> list[tuple[str, str]]:
-    """Each definition once, after the last parts of the names that have it.
+def definitions(metrics: dict[str, dict]) -> list[tuple[str, str, str]]:
+    """Each definition once, after the last parts of the names that have it, and before its id.
 
     Where a part has another definition already, the whole name stands: `l0` of the dictionaries
     and `attribution.mean.l0` of their means are two quantities.
@@ -155,7 +163,10 @@ def definitions(metrics: dict[str, dict]) -> list[tuple[str, str]]:
         label = last if owner.setdefault(last, text) == text else name
         if label not in names.setdefault(text, []):
             names[text].append(label)
-    return [(", ".join(labels), text) for text, labels in names.items()]
+    return [
+        (", ".join(labels), text, f"metric-{pages.anchor(labels[0])}")
+        for text, labels in names.items()
+    ]
 
 
 def cost_rows(found: list[costs.Cost]) -> tuple[list[dict], dict]:
@@ -173,6 +184,68 @@ def cost_rows(found: list[costs.Cost]) -> tuple[list[dict], dict]:
     return rows, row("", *sums, max(known("peak_mib"), default=math.nan), False)
 
 
+def claim_rows(claims: list[dict], card: dict[str, Any]) -> list[dict[str, Any]]:
+    """Rows of claims.csv with what a page adds: orders in words, and the figure that shows it."""
+    declared = {c["id"]: c for c in card.get("claims", [])}
+    figures = card.get("figures", {})
+    out = []
+    for row in claims:
+        claim = declared.get(row["id"], row)
+        extra = {"figure": shown.figure_of(claim, figures), "metric": claim.get("metric", "")}
+        if row["kind"] == "order":
+            holds = row["paper_value"] or claim["holds"]
+            extra |= {"conditions": words.conditions(holds, row["ours"])}
+            extra |= {"paper_value": holds, "seeds": words.seeds(row["ours"])}
+        out.append({**row, **extra})
+    return out
+
+
+def grouped(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """Claims in the order of a page: the paper's that are judged, others, and what is folded."""
+    folded = [v for v in VERDICTS if v not in JUDGED]
+    judged = [r for r in rows if r["verdict"] in JUDGED]
+    mine = [r for r in judged if r.get("of", "paper") == "paper"]
+    return {
+        "total": len(rows),
+        "all": rows,
+        "judged": mine,
+        "aside": [r for r in judged if r not in mine],
+        "folded": [(v, some) for v in folded if (some := [r for r in rows if r["verdict"] == v])],
+    }
+
+
+def figures_of(job: Any, rows: list[dict[str, Any]], metrics: dict) -> list[dict[str, Any]]:
+    """The figures of a page, each with its caption filled in and the claims that it shows."""
+    spec = job.spec
+    cards = spec["card"].get("figures", {})
+    out = []
+    for file in job.args.figures:
+        name = Path(file).stem
+        made = figure(file, cards[name], spec["scale"], spec["paper"], spec.get("config"))
+        made["caption"] = filled(made["caption"], metrics)
+        shows = [{"id": r["id"], "short": r["id"].replace("_", " ")} for r in rows]
+        shows = [s for s, r in zip(shows, rows, strict=True) if r["figure"] == name]
+        out.append(made | {"shows": shows})
+    return out
+
+
+def texts(card: dict[str, Any], rows: list[dict[str, Any]]) -> Iterator[str]:
+    """What a reader reads in a report, for the list of terms."""
+    yield from (card["title"], card["summary"], *card["deviations"])
+    for made in card.get("figures", {}).values():
+        yield from (made.get("title", ""), made.get("caption", ""))
+    for row in rows:
+        yield from (row["text"], row.get("reason", ""), row.get("discussion", ""))
+        yield row.get("null_arm", "") and "null arm"
+
+
+def to_try(spec: dict[str, Any], rows: list[dict[str, Any]]) -> list[tuple[str, str]]:
+    """What a reader can try next; see next_steps.py."""
+    names = [p.metric for r in rows for c in r.get("conditions", []) for p in c.pieces if p.metric]
+    metric = next((r["metric"] for r in rows if r["metric"]), next(iter(names), ""))
+    return next_steps.steps(spec, metric)
+
+
 def context(job: Any) -> dict[str, Any]:
     """What templates/report.html is filled with."""
     from pipeline import __version__
@@ -181,27 +254,35 @@ def context(job: Any) -> dict[str, Any]:
     args, spec = job.args, job.spec
     card = {"summary": "", "deviations": [], "contributions": "", "use_of_ai": "", **spec["card"]}
     metrics = tables.read_json(args.metrics)["metrics"]
-    claims = read_claims(args.claims)
+    claims = claim_rows(read_claims(args.claims), spec["card"])
     rows = list(chain([args.claims, *args.tables]))
     certificates = [r.pop("certificate") for r in rows]
     certificates = [c for c in certificates if c]
-    cards = spec["card"].get("figures", {})
+    figures = figures_of(job, claims, metrics)
+    defined = definitions(metrics)
+    ids = {text: id for _, text, id in defined}
     return {
         "title": f"{card['title']} · Retrace",
         "paper": spec["paper"],
         "scale": spec["scale"],
         "card": card,
-        "claims": claims,
+        "done": [
+            *spec.get("done", []),
+            *done.of_run(claims, (c["device"] for c in certificates)),
+        ],
+        "claims": grouped(claims),
         "count": tally(claims),
         "second_hand": SECOND_HAND,
-        "figures": [
-            figure(f, cards[Path(f).stem], spec["scale"], spec["paper"], spec.get("config"))
-            for f in args.figures
-        ],
+        "figures": figures,
+        "headline": spec.get("headline", ""),
+        "thumbs": {f["name"]: f["title"] for f in figures if f["thumb"]},
         "pages": [Path(p).stem for p in args.pages],
+        "next": to_try(spec, claims),
+        "terms": glossary.used(texts(card, claims)),
         "n_metrics": len(metrics),
         "grids": grids(metrics),
-        "definitions": definitions(metrics),
+        "definitions": defined,
+        "defined": {name: ids[m["definition"]] for name, m in metrics.items()},
         "chain": rows,
         "origin": origin(certificates),
         "licences": licences(certificates),

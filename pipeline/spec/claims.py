@@ -92,6 +92,11 @@ class Claim(Section):
     discussion: str = Field(
         default="", description="why it is not reproduced, and what was tried; shown in the report"
     )
+    figure: str = Field(
+        default="",
+        exclude_if=lambda value: not value,
+        description="the figure that shows it; default: found by the words that both use",
+    )
     provenance_kind: Literal["R", "R-copy", "N", "M"] = Field(
         default="R", description="R: read in the primary source; N: second-hand; M: from memory"
     )

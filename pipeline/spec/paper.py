@@ -429,6 +429,13 @@ class Figure(Section):
     _of_its_kind = model_validator(mode="before")(completed)
 
 
+class TryNext(Section):
+    """Something that a reader can try with these results."""
+
+    text: str = Field(min_length=1, description="what it shows")
+    command: str = Field(min_length=1, description="a command line that works where it was made")
+
+
 class PaperSpec(Section):
     """paper.yaml: declaration and card in one file."""
 
@@ -462,6 +469,12 @@ class PaperSpec(Section):
         default={}, exclude=True, description="how they are called: keys of `OwnStage` under own"
     )
     figures: dict[Name, Figure] = {}
+    headline: str = Field(
+        default="", description="the figure at the head of the report; default: the first"
+    )
+    try_next: list[TryNext] = Field(
+        default=[], description="what a reader can try next, before what is said of every paper"
+    )
     budget: dict[Name, Budget] = Field(
         default={}, description="the paper's own budget beside ours, by a name that claims use"
     )
@@ -527,6 +540,11 @@ class PaperSpec(Section):
         ids = [c.id for c in self.claims]
         if twice := {i for i in ids if ids.count(i) > 1}:
             raise ValueError(f"claim id '{sorted(twice)[0]}' stands twice")
+        for key, name in [("headline", self.headline)] + [
+            (f"claim '{c.id}': figure", c.figure) for c in self.claims
+        ]:
+            if name and name not in self.figures:
+                raise ValueError(f"{key}: no figure '{name}'{nearest(name, self.figures)}")
         for claim in self.claims:
             if claim.budget not in ("", "none", *self.budget):
                 raise ValueError(

@@ -150,7 +150,9 @@ def check_markup_is_text(browser: Browser) -> None:
     """Markup in what a page shows has run nothing."""
     assert browser.js("return window.hacked ?? null") is None
     assert browser.js("return document.querySelectorAll('img[src=x], main b, main i').length") == (
-        browser.js("return document.querySelectorAll('.fact b').length")  # our own
+        browser.js(
+            "return document.querySelectorAll('.fact b, .numbers b, .conditions b').length"
+        )  # our own
     )
 
 

@@ -92,15 +92,15 @@ def test_pareto_has_a_line_a_family_and_every_dictionary(made_up):
     figure, frame = KINDS["pareto"](tables, {})
     assert len(frame) == sum(map(len, tables.values()))
     assert [t.name for t in figure.data] == [
-        "TopK, 1,152 · trained",
-        "TopK, 2,304 · trained",
-        "TopK, 4,608 · trained",
-        "TopK, 4,608 · random",
-        "L1, 2,304 · trained",
-        "TopK, 4,608, no AuxK · trained",
-        "TopK, 4,608, frozen decoder · trained",
+        "TopK, 1,152 latents · trained",
+        "TopK, 2,304 latents · trained",
+        "TopK, 4,608 latents · trained",
+        "TopK, 4,608 latents · random",
+        "L1, 2,304 latents · trained",
+        "TopK, 4,608 latents, no AuxK · trained",
+        "TopK, 4,608 latents, frozen decoder · trained",
     ]
-    line = next(t for t in figure.data if t.name == "TopK, 4,608 · trained")
+    line = next(t for t in figure.data if t.name == "TopK, 4,608 latents · trained")
     table = tables["evaluation/trained"].set_index("sae")
     wanted = [table.loc[f"topk_k{k}_d4608", "explained_variance"] for k in (16, 32, 64)]
     assert line.x == (16, 32, 64) and line.y == pytest.approx(wanted)
@@ -149,7 +149,9 @@ def test_training_keeps_the_ends_of_every_curve(made_up):
     tables = frames_of(made_up, "evaluation/trained_history")
     figure, frame = KINDS["training"](tables, {"points": 7, "saes": ["topk_k16"]})
     whole = tables["evaluation/trained_history"]
-    assert {t.name for t in figure.data} == {f"topk_k16_d{d}" for d in (1152, 2304, 4608)}
+    assert {t.name for t in figure.data} == {
+        f"TopK, k 16, {d} latents" for d in ("1,152", "2,304", "4,608")
+    }
     for sae, curve in frame.groupby("sae"):
         rows = whole.loc[whole["sae"] == sae, "rows"]
         assert len(curve) == 7

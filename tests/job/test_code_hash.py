@@ -460,7 +460,7 @@ EXACTLY = {  # definition -> the stages that an edit of it must rerun, and no ot
     "weights/members:Members.step": "training",
     "weights/adamw:learning_rate_of": "training",
     "weights/trained:checkpoint_name": "training model",
-    "claims/scalars:SAE": "metrics",
+    "claims/scalars:SAE": "metrics index",
     "latents/fidelity:loss_recovered": "evaluation",
     "latents/fidelity:density_shares": "evaluation",
     "latents/agreement:correlation": "attribution circuits",

@@ -12,9 +12,10 @@ import pandas as pd
 import pytest
 import synthetic
 
-from pipeline.claims import costs
+from pipeline.claims import costs, scalars
 from pipeline.claims.summary import tally
 from pipeline.errors import RetraceError
+from pipeline.figures.kinds import KINDS
 from pipeline.report import pages, report
 from pipeline.sharing import verify
 from pipeline.store import embed, provenance, tables
@@ -49,9 +50,17 @@ def test_report_says_what_the_card_says(text):
     for part in (
         "Nobody & Somebody, 2024 · https://example.org/paper",
         "Numbers out of formulas",
+        "What was done Model trained: SmolLM2-135M-Instruct.Q4_1, out of the package",
+        "random: every weight redrawn with the trained tensor's mean and variance",
+        "the residual stream after block 12 stored as float16",
+        "Tokens 20,000 to train on 20,000 held out in blocks of 128",
+        "TopK: 1,152, 2,304 and 4,608 latents; k 16, 32 and 64",
+        "4 L1: 2,304 latents 1 TopK with a frozen random decoder: 4,608 latents; k 32",
+        "Claims: 2 of 3",
         "2 of 3 claims judged are reproduced 1 not reproduced 1 not comparable",
-        "± 0.02; spread of three seeds",
-        "Sec. 2.4 (second-hand)",
+        "tolerance ± 0.02",
+        "why this tolerance spread of three seeds",
+        "in the paper Sec. 2.4 (second-hand)",
         "“Second-hand”: read in a note that quotes the paper, not in the paper itself.",
         "No model was trained",
         "One person wrote the formulas.",
@@ -62,13 +71,57 @@ def test_report_says_what_the_card_says(text):
         assert part in said, part
 
 
-def test_claims_stand_with_verdicts(text):
-    rows = re.findall(r'<tr id="claim-(\w+)">(.*?)</tr>', text, re.S)
-    said = {name: words(row) for name, row in rows}
-    assert said["ev_grows"].endswith("Fig. 1 reproduced")
-    assert "not reproduced" in said["wrong_way"]
-    assert said["dead_7"].startswith("7 % of the latents are dead dead_7 0.07 0.06 ± 0.02;")
-    assert said["gpt4"].endswith("GPT-4 is not public Table 1 not comparable")
+def claim_texts(page: str) -> dict[str, str]:
+    """id -> the words of a claim's row."""
+    found = re.split(r'<li class="claim" id="claim-(\w+)">', page)[1:]
+    return {
+        i: words(row.split("</details>")[0]) for i, row in zip(found[::2], found[1::2], strict=True)
+    }
+
+
+def test_claims_stand_in_words_with_numbers_and_verdicts(text):
+    said = claim_texts(text)
+    rises = r"rises from topk k16 d4608 0\.\d+ over topk k32 d4608 0\.\d+ to topk k64 d4608 0\.\d+"
+    assert re.search(rf"explained variance \(trained\): {rises}", said["ev_grows"])
+    assert "Fig. 1" in said["ev_grows"] and "is below topk k32 d1152 0." in said["wrong_way"]
+    assert said["dead_7"].startswith("7 % of the latents are dead paper 0.07 ours 0.06 tolerance")
+    assert "GPT-4 is not public" in said["gpt4"]
+    verdicts = re.findall(r'<div class="judged"><span class="verdict ([\w-]+)">', text)
+    assert sorted(verdicts) == ["not-comparable", "not-reproduced", "reproduced", "reproduced"]
+
+
+def test_what_cannot_be_judged_is_folded(text):
+    fold = text[text.index('<details class="fold">') :]
+    assert words(fold).startswith("1 claim not comparable")
+    assert 'id="claim-gpt4"' in fold and 'id="claim-ev_grows"' not in fold
+    assert "<details open" not in text
+
+
+def test_the_headline_stands_above_the_claims_and_once(made_up, text):
+    first = next(iter(made_up[1].spec.figures))
+    order = ['id="done"', f'id="figure-{first}"', 'id="claims"', 'id="figures"']
+    places = [text.index(part) for part in order]
+    assert places == sorted(places) and text.count(f'id="figure-{first}"') == 1
+
+
+def test_a_claim_stands_beside_the_figure_that_shows_it(text):
+    row = text[text.index('id="claim-dead_7"') :]
+    thumb = row[: row.index("</li>")]
+    assert '<a class="thumb" href="#figure-dead"' in thumb and '<use href="#thumb-dead"/>' in thumb
+    assert text.count('<symbol id="thumb-dead"') == 1
+    assert '<a href="#claim-dead_7">' in text[text.index('id="figure-dead"') :]
+
+
+def test_names_of_metrics_lead_to_their_definitions(text):
+    links = set(re.findall(r'<a class="metric" href="#([^"]+)"', text))
+    assert "metric-explained_variance" in links
+    assert all(f'<dd id="{id}">' in text for id in links)
+
+
+def test_terms_are_those_that_occur(text):
+    terms = re.search(r'<section id="terms">(.*?)</section>', text, re.S)[1]
+    listed = [words(t) for t in re.findall(r"<dt>(.*?)</dt>", terms)]
+    assert {"TopK", "latent", "AuxK"} <= set(listed) and "induction head" not in listed
 
 
 def test_the_whole_card_is_in_the_page(made_up, text):
@@ -112,6 +165,24 @@ def test_index_has_every_paper(index):
     said = words(index)
     assert "2 of 3 claims judged are reproduced" in said and "Nobody & Somebody, 2024" in said
     assert said.count("7 % of the latents are dead") == 1
+
+
+def test_the_index_is_folded_to_badges(index):
+    (row,) = re.findall(r'<li class="row" id="made_up">(.*?)</details>', index, re.S)
+    badge, fold = row.split("<details>")
+    assert "2 of 3 reproduced 1 not reproduced" in words(badge) and "<svg" in badge
+    assert 'href="made_up/report.html#claim-dead_7"' in fold
+
+
+def test_the_catalogue_defines_every_metric_and_shows_kinds(made_up):
+    page = (made_up[0] / BASE.parent / "catalogue.html").read_text()
+    said = words(page)
+    for name, definition in scalars.SAE.items():
+        assert f"{name} {definition}"[:60] in said
+    assert '<a class="thumb" href="made_up/figures/pareto.html">' in page
+    assert all(f'id="kind-{kind}"' in page for kind in KINDS)
+    assert "gpt2" in said and "blocks.N.hook_resid_post" in said
+    assert synthetic.NASTY not in page and synthetic.NASTY in said
 
 
 def test_a_report_without_benchmarks_says_so(made_up, tmp_path):
@@ -223,8 +294,9 @@ def test_metrics_of_one_shape_share_a_table():
                 {"name": "a.x", "cells": ["32", "0.1235"]},
                 {"name": "a.y", "cells": ["64", "0.5 ± 0.012 (n = 3)"]},
             ],
+            "first": "a.x",
         },
-        {"columns": ["value"], "rows": [{"name": "d_star", "cells": ["–"]}]},
+        {"columns": ["value"], "rows": [{"name": "d_star", "cells": ["–"]}], "first": ""},
     ]
 
 
@@ -238,8 +310,11 @@ def test_definitions_stand_once():
             "cosine.d64": metric(1.0, definition="cosine"),
         }
     )
-    wanted = [("l0", "active latents"), ("mean.l0", "mean over prompts"), ("d16, d64", "cosine")]
-    assert made == wanted
+    assert made == [
+        ("l0", "active latents", "metric-l0"),
+        ("mean.l0", "mean over prompts", "metric-mean-l0"),
+        ("d16, d64", "cosine", "metric-d16"),
+    ]
 
 
 def test_prose_has_code_and_no_other_markup():

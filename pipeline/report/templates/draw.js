@@ -164,6 +164,16 @@
     if (rounds > 1) await uncrowded(box, rounds - 1);
   }
 
+  // plotly writes the 2 and 5 of a log axis smaller than its decades: one size for all
+  function evenDigits(box) {
+    for (const [key, axis] of Object.entries(box._fullLayout)) {
+      if (!/^[xy]axis\d*$/.test(key) || axis.type !== "log") continue;
+      for (const text of box.querySelectorAll(`.${axis._id}tick text`)) {
+        text.style.fontSize = `${axis.tickfont.size}px`;
+      }
+    }
+  }
+
   async function draw(figure, onDark) {
     const plot = read(figure, onDark);
     const { updatemenus = [], sliders = [], ...rest } = plot.layout;
@@ -194,6 +204,9 @@
     };
     thinned.delete(box);
     await Plotly.react(box, plot.data, layout, config);
+    evenDigits(box);
+    if (!box.dataset.even) box.on("plotly_afterplot", () => evenDigits(box));
+    box.dataset.even = "yes";
     await uncrowded(box);
     for (const [c, control] of [...updatemenus, ...sliders].entries()) {
       const i = chosen.get(figure)?.[c] ?? control.active ?? 0;
