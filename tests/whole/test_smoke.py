@@ -19,7 +19,7 @@ from pipeline.store import provenance
 pytestmark = pytest.mark.smoke
 PAPERS = papers.available([ROOT / "rules/papers"])
 ALL = f"[{','.join(PAPERS)}]"
-HEAVY = {"torch", "transformers", "transformer_lens", "sae_lens", "plotly", "scipy", "pyarrow"}
+HEAVY = {"torch", "transformers", "transformer_lens", "sae_lens", "plotly", "scipy"}
 VERDICTS = {"plumbing", "not comparable", "not run"}  # a smoke run judges nothing
 
 
