@@ -70,6 +70,8 @@ def list_metrics() -> dict[str, str]:
         ("<arm>.<dictionary>", scalars.SAE),
         ("attribution.<prompt>", scalars.ATTRIBUTION),
         ("circuits.<arm>.<method>", scalars.CIRCUITS),
+        ("<arm>.probes.<label>.<method>.<hook>", scalars.PROBES),
+        ("<arm>.steering.<direction>", scalars.STEERING),
         ("training.<run>", scalars.TRAINING),
     ):
         out |= {f"{prefix}.{name}": text for name, text in group.items()}

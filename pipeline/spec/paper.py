@@ -17,6 +17,7 @@ from pipeline.spec.circuits import CircuitsSpec
 from pipeline.spec.claims import Budget, Claim
 from pipeline.spec.figures import completed
 from pipeline.spec.imports import ImportSpec
+from pipeline.spec.probes import ProbesSpec, SteeringSpec, check_probes
 from pipeline.spec.sae import SaeSection, SaeSpec, check_output
 from pipeline.spec.training import TrainingSpec
 
@@ -454,6 +455,8 @@ class PaperSpec(Section):
     features: FeaturesSpec | None = None
     attribution: AttributionSpec | None = None
     circuits: CircuitsSpec | None = None
+    probes: ProbesSpec | None = None
+    steering: SteeringSpec | None = None
     own: dict[Name, dict[str, Any]] = Field(default={}, description="the paper's own stages")
     figures: dict[Name, Figure] = {}
     budget: dict[Name, Budget] = Field(
@@ -471,6 +474,8 @@ class PaperSpec(Section):
             ("features", ["sae"]),
             ("attribution", ["sae"]),
             ("circuits", ["model", *(["sae"] if self.circuits and self.circuits.saes else [])]),
+            ("probes", ["activations"]),
+            ("steering", ["probes"]),
         ):
             for need in needs:
                 if getattr(self, section) is not None and getattr(self, need) is None:
@@ -512,6 +517,7 @@ class PaperSpec(Section):
                 )
         self._check_claims()
         self._check_saes()
+        check_probes(self)
         return self
 
     def _check_claims(self) -> None:
@@ -635,6 +641,10 @@ class PaperSpec(Section):
     def circuit_arms(self) -> list[str]:
         """The arms whose circuits are measured."""
         return [a for a in self.arm_names() if a not in self.circuits.without]
+
+    def probe_arms(self) -> list[str]:
+        """The arms whose activations are probed."""
+        return [a for a in self.arm_names() if a not in self.probes.without]
 
     def saes_of(self, arm: str) -> dict[str, SaeSpec | ImportSpec]:
         """Expanded name -> dictionary, for those of the arm; hooks filled in."""
