@@ -54,7 +54,8 @@ def scatter(task: Task, patterns: list[Tensor], heads: list[tuple[int, int]]) ->
     for layer, head in heads:
         scaled = linear(task.heads.written(task.pairs.at_end(task.base.z[layer]), layer)[:, head])
         for name, (ids, places) in names.items():
-            seen = sum(patterns[layer][task.pairs.rows, head, pairs.end, pairs.place(p)] for p in places)
+            looks = patterns[layer][pairs.rows, head, pairs.end]
+            seen = sum(looks[pairs.rows, pairs.place(p)] for p in places)
             both = zip(seen.tolist(), (scaled * W_U[ids]).sum(-1).tolist(), strict=True)
             for prompt, (a, b) in enumerate(both):
                 row = {"layer": layer, "head": head, "name": name, "prompt": prompt}
