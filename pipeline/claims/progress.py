@@ -13,11 +13,11 @@ import sys
 import time
 from pathlib import Path
 
-from pipeline.claims import events
 from pipeline.claims.costs import duration
-from pipeline.claims.events import State
 from pipeline.claims.terminal import at
 from pipeline.errors import RetraceError, command
+from pipeline.job import events
+from pipeline.job.events import State
 
 LONGEST = 86_400  # seconds between two lines
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import TRACE, RetraceError
+from pipeline.job.events import read_lines
 
 VERDICTS = (
     "reproduced",
@@ -208,15 +209,6 @@ def short_path(path: str | Path) -> str:
     """A path relative to the working directory, where it lies in it."""
     path, here = Path(path), Path.cwd()
     return str(path.relative_to(here) if path.is_relative_to(here) else path)
-
-
-def read_lines(log: Path) -> list[str]:
-    """The lines of a log that are not blank; none where it is not there."""
-    try:
-        lines = log.read_text(errors="replace", encoding="utf-8").splitlines()
-    except (OSError, ValueError):  # a name that can be none
-        return []
-    return [line for line in lines if line.strip()]
 
 
 def tail(log: Path, most: int = 6) -> list[str]:

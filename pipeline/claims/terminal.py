@@ -25,9 +25,10 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
-from pipeline.claims import events, summary
+from pipeline.claims import summary
 from pipeline.claims.costs import duration
-from pipeline.claims.events import Job, Journal, State
+from pipeline.job import events
+from pipeline.job.events import Job, Journal, State
 
 NAME = "Retrace"
 DEFAULT = "DefaultStreamHandler"  # snakemake's own; see its logging.py

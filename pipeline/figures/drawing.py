@@ -70,7 +70,7 @@ def faults(paper: Any) -> Iterator[str]:
             yield from (f"{where}: {said}" for said in option_faults(figure.kind, figure.options))
         for metric in metrics_in(figure.caption):
             if definition(metric, metrics) is None:
-                yield f"{where}: caption: no metric '{metric}'{nearest(metric, metrics)}"
+                yield f"{where}: caption: no setting or metric '{metric}'{nearest(metric, metrics)}"
         for table in figure.tables:
             if table not in tables:
                 yield (

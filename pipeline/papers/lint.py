@@ -77,7 +77,10 @@ def at_scale(folder: Path, scale: str, data: dict) -> list[str]:
     out = [f"{file}: {s}" for s in said]
     if spec is None or not whole:
         return out
-    paper = papers.Paper(folder.name, folder, scale, spec)
+    try:
+        paper = papers.Paper(folder.name, folder, scale, papers.filled(spec, str(file)))
+    except RetraceError as e:
+        return [*out, str(e)]
     for check in (verdicts.faults, reasons, able_to_fail, drawing.faults, own_stages, unpinned):
         try:
             out += dict.fromkeys(check(paper))

@@ -119,33 +119,41 @@ PLACE = re.compile(r"\{(\w+(?:\.\w+)+)\}")
 def filled(paper: PaperSpec, where: str) -> PaperSpec:
     """The paper with the numbers of its scale in the text of its deviations and captions.
 
-    '{sae.training.dead_rows}' is that setting at this scale, with commas: '100,000'.
+    '{sae.training.dead_rows}' is that setting at this scale, with commas: '100,000'. What is no
+    setting stays in a caption, since it may be a metric (pipeline/figures/captions.py).
 
     Raises:
-        RetraceError: there is no such setting, or it is no number and no word.
+        RetraceError: a deviation names no setting, or one that is no number and no word.
     """
     texts = [*paper.deviations, *(f.caption for f in paper.figures.values())]
     if not any(PLACE.search(text) for text in texts):
         return paper
     settings = paper.model_dump(mode="json")
 
-    def value(found: re.Match) -> str:
+    def value(found: re.Match) -> str | None:
         at: Any = settings
         for key in found[1].split("."):
             at = at.get(key) if isinstance(at, dict) else None
         if isinstance(at, (int, float)) and not isinstance(at, bool):
             return f"{at:,}"
-        if isinstance(at, str):
-            return at
+        return at if isinstance(at, str) else None
+
+    def in_deviation(found: re.Match) -> str:
+        if (said := value(found)) is not None:
+            return said
         raise RetraceError(
             f"{where}: no setting '{found[1]}' for the text '{found[0]}'; correct it"
         )
 
+    def in_caption(found: re.Match) -> str:
+        said = value(found)
+        return found[0] if said is None else said
+
     figures = {
-        name: f.model_copy(update={"caption": PLACE.sub(value, f.caption)})
+        name: f.model_copy(update={"caption": PLACE.sub(in_caption, f.caption)})
         for name, f in paper.figures.items()
     }
-    deviations = [PLACE.sub(value, text) for text in paper.deviations]
+    deviations = [PLACE.sub(in_deviation, text) for text in paper.deviations]
     return paper.model_copy(update={"deviations": deviations, "figures": figures})
 
 

@@ -9,8 +9,9 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.claims import events, progress
+from pipeline.claims import progress
 from pipeline.errors import RetraceError
+from pipeline.job import events
 
 ROOT = Path(__file__).parents[2]
 RUN = {"event": "run", "at": 1000.0, "total": 5, "papers": 2, "host": "elsewhere", "process": 1}

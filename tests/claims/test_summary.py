@@ -11,7 +11,7 @@ import pytest
 import synthetic
 
 from pipeline.claims import summary
-from pipeline.claims.events import Job
+from pipeline.job.events import Job
 
 ROW = {"id": "c", "paper_value": "0.5", "ours": "0.51234567", "sd": "", "verdict": "reproduced"}
 

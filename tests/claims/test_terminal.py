@@ -15,9 +15,10 @@ from types import SimpleNamespace
 
 import pytest
 
-from pipeline.claims import events, terminal
-from pipeline.claims.events import Journal
+from pipeline.claims import terminal
 from pipeline.claims.terminal import Terminal
+from pipeline.job import events
+from pipeline.job.events import Journal
 
 ROOT = Path(__file__).parents[2]
 TARGETS = {"all"}

@@ -15,13 +15,13 @@ class Screen(io.StringIO):
         return True
 
 
-def test_a_terminal_has_a_bar_and_lines_above_it(monkeypatch):
+def test_a_terminal_has_a_bar_and_lines_above_it(monkeypatch, caplog):
+    caplog.set_level("INFO", "retrace")
     screen = Screen()
     monkeypatch.setattr(sys, "stderr", screen)
     handler = logging.StreamHandler(screen)
     root = logging.getLogger()
     monkeypatch.setattr(root, "handlers", [handler])
-    monkeypatch.setattr(root, "level", logging.INFO)
     progress = cli.Progress("sae", 100, "rows")
     progress.at(40)
     cli.log.info("in between")

@@ -14,8 +14,8 @@ from snake import snakemake, toy_project
 
 from pipeline import errors
 from pipeline.claims import summary
-from pipeline.claims.events import Job
 from pipeline.job import cli, commands, kills
+from pipeline.job.events import Job
 
 STAGE = '''"""A stage of its own that fails."""
 from pathlib import Path
@@ -179,7 +179,7 @@ def test_every_own_stage_of_a_paper_goes_through_the_same_door():
         tree = ast.parse(file.read_text("utf-8"))
         (main,) = (n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "main")
         last = ast.unparse(main.body[-1])
-        assert last.startswith(("cli.run(", "with command(")), file
+        assert last.startswith(("own.main(", "cli.run(", "with command(")), file
 
 
 def test_a_reader_that_closes_the_pipe_sees_no_trace(tmp_path):

@@ -481,6 +481,14 @@ def test_a_text_that_names_no_setting_is_told(place):
         papers.filled(wrong, "paper.yaml (smoke)")
 
 
+def test_a_caption_may_name_a_metric():
+    spec = papers.load(Path(__file__).parents[2] / "rules/papers/topk_saes", "smoke").spec
+    caption = "{trained.topk.l0} of {sae.training.batch_size} rows"
+    figure = spec.figures["scaling"].model_copy(update={"caption": caption})
+    kept = papers.filled(spec.model_copy(update={"figures": {"scaling": figure}}), "p")
+    assert kept.figures["scaling"].caption == "{trained.topk.l0} of 256 rows"
+
+
 def test_a_layout_of_ones_own_is_part_of_the_models_id(home):
     """It lies beside paper.yaml, or in a folder of papers_dirs, and its bytes count."""
     model = {"source": "folder", "path": "weights", "family": "own.json"}

@@ -18,7 +18,7 @@ from transformers import (
     PreTrainedTokenizerFast,
 )
 
-from pipeline.circuits import circuits, head_scores, judged
+from pipeline.circuits import circuits, head_circuits, judged
 from pipeline.circuits.knockout import Knockout
 from pipeline.claims.judge import judge
 from pipeline.claims.scalars import compute, known, parts
@@ -254,9 +254,9 @@ def test_a_planted_copying_head(sign):
     drawn = prompts.draw(TOKENIZER, 6, 0)
     with torch.no_grad():
         task = Task.of(planted(sign), Pairs.of(drawn.data(), 0, "cpu"))
-        copies, suppresses = head_scores.copy_scores(task, 4).values()
+        copies, suppresses = head_circuits.copy_scores(task, 4).values()
         patterns = task.heads.patterns(task.pairs.base)
-        looks = head_scores.attention_between(task, patterns, measures.LOOKS)
+        looks = head_circuits.attention_between(task, patterns, measures.LOOKS)
         rows = measures.scatter(task, patterns, [(0, 0)])
     assert (copies if sign > 0 else suppresses)[0, 0] == 1
     assert (suppresses if sign > 0 else copies)[0, 0] == 0

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from test_fuzz import CARD, SIZES, changed, damaged, try_all, try_apart
 
-from pipeline.claims import events, progress, summary
+from pipeline.claims import progress, summary
 from pipeline.downloads import hub
 from pipeline.errors import RetraceError
 from pipeline.figures import drawing
+from pipeline.job import events
 from pipeline.papers import papers
 from pipeline.sharing import compare, crate, published, slide, verify
 from pipeline.store import provenance, tables

@@ -24,7 +24,7 @@ import torch
 from pydantic import Field, field_validator
 from torch import Tensor
 
-from pipeline.circuits import head_scores, judged
+from pipeline.circuits import head_circuits, judged
 from pipeline.circuits.knockout import Knockout, group_means
 from pipeline.job import cli, own
 from pipeline.job.source import import_file
@@ -127,7 +127,7 @@ class Arm:
         task = Task.of(hf, pairs)
         looks_task = Task.of(hf, self.drawn(options.n_scatter, 1)[1])
         patterns = looks_task.heads.patterns(looks_task.pairs.base)
-        looks = head_scores.attention_between(looks_task, patterns, measures.LOOKS)
+        looks = head_circuits.attention_between(looks_task, patterns, measures.LOOKS)
         search = discovery.Search(task, looks, options.threshold, options.most)
         search.run()
         _, reference, templates = self.drawn(options.n_reference, 2)
@@ -137,7 +137,7 @@ class Arm:
             search.find_backup(discovery.without(task, means_of, movers))
         writers = (search.roles[role] for role in ("name_mover", "suppressor", "negative"))
         strongest = [head for heads in writers for head in heads[:2]]
-        found = looks | head_scores.copy_scores(looks_task, options.n_names)
+        found = looks | head_circuits.copy_scores(looks_task, options.n_names)
         rows = {"heads": of_heads(search, found)}
         rows["scatter"] = measures.scatter(looks_task, patterns, strongest)
         circuits = {"found": search.roles}

@@ -19,8 +19,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from pipeline.claims.summary import read_lines
-
 LOG, EVENTS = ".snakemake.log", ".events.jsonl"
 DIGEST = re.compile(r"-[0-9a-f]{12}$")  # at the end of a store artefact's name
 STORED = re.compile(r" \([a-z, ]+ storage\)$")  # behind a file's name
@@ -179,3 +177,12 @@ def of_stage(log: Path) -> str:
     """'40 %, 812 rows/s, 1:20 left': the last line of progress in a job's log; '' without one."""
     told = [m[1] for line in read_lines(log) if (m := TOLD.search(line))]
     return told[-1].replace("%  ", "%, ") if told else ""
+
+
+def read_lines(log: Path) -> list[str]:
+    """The lines of a log that are not blank; none where it is not there."""
+    try:
+        lines = log.read_text(errors="replace", encoding="utf-8").splitlines()
+    except (OSError, ValueError):  # a name that can be none
+        return []
+    return [line for line in lines if line.strip()]
