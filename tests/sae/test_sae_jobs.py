@@ -466,7 +466,7 @@ def test_memory_of_the_stream_does_not_grow_with_the_store(tmp_path, monkeypatch
         monkeypatch.setattr(stream, "_load", watched)
         seldom = gc.get_threshold()
         gc.collect()
-        gc.set_threshold(100, 1, 1)  # the checks of shapes leave cycles, which are no memory of ours
+        gc.set_threshold(100, 1, 1)  # checks of shapes leave cycles: no memory of ours
         tracemalloc.start()
         for _ in stream.batches(0, n_rows // 100):
             most = max(most, sum(ref().shape[0] for ref in buffers if ref() is not None))
