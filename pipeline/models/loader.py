@@ -4,6 +4,7 @@ Weights are read from safetensors alone, each tensor is accounted for, and no co
 repository brings is run.
 """
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -143,5 +144,5 @@ def check_index(folder: Path) -> None:
                     f"{index}: weight_map takes {tensor} from {name!r}; only .safetensors files "
                     f"beside it are read"
                 )
-            if not (folder / name).is_file():
+            if not os.path.isfile(folder / name):
                 raise RetraceError(f"{index}: weight_map names {name}, which is not there")

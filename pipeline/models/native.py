@@ -252,8 +252,11 @@ def from_folder(folder: Path, dtype: torch.dtype | str = torch.float32) -> Nativ
 
     config = _config(folder)
     try:
+        state = load_file(folder / "model.safetensors")
+        if config.get("n_layers", 0) > len(state):  # a million layers take minutes to build
+            raise ValueError(f"{config['n_layers']} layers, but {len(state)} tensors")
         out = NativeForCausalLM({k: v for k, v in config.items() if k != "model_type"})
-        out.load_state_dict(load_file(folder / "model.safetensors"))
+        out.load_state_dict(state)
     except (OSError, RuntimeError, LookupError, TypeError, ValueError, AttributeError,
             ArithmeticError, AssertionError, MemoryError, SafetensorError) as e:  # fmt: skip
         said = "; ".join(line.strip() for line in str(e).splitlines()[1:3]) or repr(e)

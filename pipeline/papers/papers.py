@@ -6,6 +6,7 @@ the store a paper needs at a scale, under which digest, made from which spec.
 """
 
 import json
+import os
 import re
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -274,7 +275,7 @@ def near(path: Path) -> Path:
 def _folder(key: str, name: str, bases: list[Path]) -> Path:
     """A folder of config.yaml: the first of `bases` that holds it."""
     for base in bases:
-        if (found := base / name).is_dir():  # an absolute name stands for itself
+        if os.path.isdir(found := base / name):  # an absolute name stands for itself
             return near(found)
     tried = ", ".join(str(b) for b in bases)
     raise RetraceError(f"config.yaml: {key}: no folder '{name}' in {tried}; create or correct it")

@@ -89,7 +89,7 @@ class Checkpoints:
                 if note["provenance"]["key"] != self.key:
                     log.info("%s: of another spec, code, input or device; not used", path)
                     continue
-                self._check(path, note)
+                self._check(path, note, [f"{d.name}.safetensors" for d in things])
                 states = [load_file(path / f"{d.name}.safetensors") for d in things]
                 step = int(note["step"])
             except (OSError, ValueError, LookupError, TypeError, AttributeError, OverflowError,
@@ -102,8 +102,10 @@ class Checkpoints:
             return step
         return 0
 
-    def _check(self, path: Path, note: dict) -> None:
-        """RetraceError where a file of a checkpoint, or one beside it, has changed."""
+    def _check(self, path: Path, note: dict, needed: list[str]) -> None:
+        """RetraceError where a file of a checkpoint, or one beside it, has changed or no digest."""
+        if unknown := set(needed) - set(note["files"]):
+            raise RetraceError(f"{path / min(unknown)} has no digest in checkpoint.json")
         wanted = {path / name: sha for name, sha in note["files"].items()}
         wanted |= {self.beside / name: sha for name, sha in note["beside"].items()}
         for file, sha in wanted.items():

@@ -242,7 +242,7 @@ def _parquet_file(path: Path) -> Any:
 
     try:
         return pq.ParquetFile(path, buffer_size=streams.PIECE)
-    except (pa.ArrowException, OSError) as e:
+    except (pa.ArrowException, OSError, ValueError) as e:  # a name that is no UTF-8
         raise RetraceError(f"{path}: not a complete Parquet file ({e}); fetch it again") from e
 
 

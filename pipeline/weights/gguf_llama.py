@@ -53,9 +53,9 @@ def read(path: Path) -> Any:
 
     try:
         reader = Reader(path)
-    except (ValueError, OSError, IndexError) as e:
+        info = {name: field.contents() for name, field in reader.fields.items()}
+    except (ValueError, OSError, LookupError) as e:
         raise RetraceError(f"{path}: not a readable GGUF file ({e}); fetch it again") from e
-    info = {name: field.contents() for name, field in reader.fields.items()}
     kind = info.get("general.architecture")
     if kind != "llama":
         raise RetraceError(f"{path}: GGUF of architecture '{kind}'; only llama can be converted")

@@ -31,6 +31,8 @@ class Run:
         try:
             self.spec = TrainingSpec.model_validate(self.info["training"])
             self._members = {m["name"]: (m["arm"], m["seed"]) for m in self.info["members"]}
+            if not self._members:
+                raise ValueError("it has no member")
             for name, (arm, seed) in self._members.items():
                 if [type(part) for part in (name, arm, seed)] != [str, str, int]:
                     raise ValueError(f"member {name!r}: arm {arm!r}, seed {seed!r}")
