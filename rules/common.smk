@@ -11,7 +11,7 @@ from snakemake.io import sourcecache_entry
 ROOT = Path(os.path.abspath(str(workflow.current_basedir))).parent
 sys.path.insert(0, str(ROOT))
 
-from pipeline.claims import summary, terminal
+from pipeline.claims import summary
 from pipeline.job import kills
 from pipeline.papers import own, papers, rule_helpers
 from pipeline.papers.rule_helpers import or_exit
@@ -41,18 +41,7 @@ kills.name_parent()
 if workflow.is_main_process and not kills.only_reads(sys.argv[1:]):
     if or_exit(kills.own, Path(".snakemake" if STORAGE else "results/store") / ".owner"):
         kills.clear_locks()
-
-
-def is_target(rule):
-    """Whether a rule only names files, as `all` and the papers' names do."""
-    return workflow.is_rule(rule) and workflow.get_rule(rule).norun
-
-
-if workflow.is_main_process and not kills.only_reads(sys.argv[1:]):
-    names = [*RUN.available, "all"]
-    terminal.attach(
-        workflow.logger_manager, sys.argv, names, papers_of=RUN.papers_of, is_target=is_target
-    )
+    rule_helpers.show_progress(workflow, RUN)
 # Snakemake formats every shell command with the globals of the main Snakefile, a module's, too.
 workflow.modifier_stack[0].globals.update(PYTHON=PYTHON, DEVICE=DEVICE)
 workflow.global_wildcard_constraints(**rule_helpers.WILDCARDS)

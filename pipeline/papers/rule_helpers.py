@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from pipeline.claims import terminal
 from pipeline.errors import RetraceError, trace_file, unexpected
 from pipeline.job import gpus
 from pipeline.spec.base import SCALES
@@ -91,3 +92,21 @@ def target(is_rule: Callable[[str], bool], name: str) -> str:
     if is_rule(name):
         sys.exit(f"error: config.yaml: papers: '{name}' is the name of a rule; rename its folder")
     return name
+
+
+def show_progress(workflow: Any, run: Any) -> None:
+    """Show what runs in lines of ours (pipeline/claims/terminal.py).
+
+    Args:
+        workflow: snakemake's.
+        run: the papers of config.yaml (papers.Run).
+    """
+
+    def is_target(rule: str) -> bool:
+        """Whether a rule only names files, as `all` and the papers' names do."""
+        return workflow.is_rule(rule) and workflow.get_rule(rule).norun
+
+    names = [*run.available, "all"]
+    terminal.attach(
+        workflow.logger_manager, sys.argv, names, papers_of=run.papers_of, is_target=is_target
+    )
