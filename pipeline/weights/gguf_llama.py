@@ -51,6 +51,12 @@ def read(path: Path) -> Any:
             lambda self, mapped: self.__dict__.__setitem__("data", np.asarray(mapped)),
         )
 
+        def _get(self, offset: int, *args: Any, **named: Any) -> Any:
+            """Behind the file's end: a damaged length would be counted to its end."""
+            if offset >= len(self.data):
+                raise ValueError(f"it ends at byte {len(self.data)}")
+            return super()._get(offset, *args, **named)
+
     try:
         reader = Reader(path)
         info = {name: field.contents() for name, field in reader.fields.items()}

@@ -365,8 +365,8 @@ def test_tokenizers(home, n):
         settings.write_text(json.dumps(changed(config, rng) if rng.random() < 0.3 else config))
         found = tokenizer_of(home / "t")
         short, long = corpus.encoder(found)(["a cat " * 40, "a cat " * 80])
-        # nothing is cut, whatever a file makes of a letter
-        assert len(long) - len(short) >= 40 or found.backend_tokenizer.normalizer is not None
+        # nothing is cut, whatever a file makes of a letter (of all of them nothing, even)
+        assert len(long) >= 2 * len(short) - 4  # special tokens stand once
 
     try_apart(n, once)
 
