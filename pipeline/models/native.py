@@ -255,7 +255,10 @@ def from_folder(folder: Path, dtype: torch.dtype | str = torch.float32) -> Nativ
         state = load_file(folder / "model.safetensors")
         if config.get("n_layers", 0) > len(state):  # a million layers take minutes to build
             raise ValueError(f"{config['n_layers']} layers, but {len(state)} tensors")
-        out = NativeForCausalLM({k: v for k, v in config.items() if k != "model_type"})
+        settings = {k: v for k, v in config.items() if k != "model_type"}
+        with torch.device("meta"):  # sizes that do not fit are known before they take memory
+            NativeForCausalLM(settings).load_state_dict(state, assign=True)
+        out = NativeForCausalLM(settings)
         out.load_state_dict(state)
     except (OSError, RuntimeError, LookupError, TypeError, ValueError, AttributeError,
             ArithmeticError, AssertionError, MemoryError, SafetensorError) as e:  # fmt: skip
