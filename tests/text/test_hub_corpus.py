@@ -83,14 +83,14 @@ def test_packed_files_give_the_same_documents(tmp_path):
     half = len(LINES) // 2
     packed = {
         "a.jsonl": LINES,
-        "a.jsonl.gz": gzip.compress(LINES),
-        "b.jsonl.gz": gzip.compress(LINES[:half]) + gzip.compress(LINES[half:]),
+        "a.jsonl.gz": gzip.compress(LINES, mtime=0),
+        "b.jsonl.gz": gzip.compress(LINES[:half], mtime=0) + gzip.compress(LINES[half:], mtime=0),
         "a.jsonl.zst": zst(LINES),
         "b.jsonl.zst": zst(LINES[:half], LINES[half:]),
         "a.json": LINES,
-        "c4-train.00000-of-01024.json.gz": gzip.compress(LINES),
+        "c4-train.00000-of-01024.json.gz": gzip.compress(LINES, mtime=0),
         "list.json.zst": zst(json.dumps(RECORDS, indent=1).encode()),
-        "bom.jsonl.gz": gzip.compress(b"\xef\xbb\xbf" + LINES),
+        "bom.jsonl.gz": gzip.compress(b"\xef\xbb\xbf" + LINES, mtime=0),
     }
     want = [Document(*r.values()) for r in RECORDS]
     for name, data in packed.items():
@@ -103,15 +103,15 @@ def test_packed_files_give_the_same_documents(tmp_path):
     [
         (
             "a.jsonl.gz",
-            gzip.compress(LINES)[:-9],
+            gzip.compress(LINES, mtime=0)[:-9],
             r"not a whole .gz file .*fetch it again.*gzip -t",
         ),
         ("a.jsonl.gz", LINES, r"not a whole .gz file .*fetch it again, or test it with gzip -t"),
         ("a.jsonl.zst", zst(LINES)[:-9], r"not a whole .zst file .*fetch it again.*zstd -t"),
-        ("a.jsonl.zst", gzip.compress(LINES), r"not a whole .zst file .*fetch it again"),
+        ("a.jsonl.zst", gzip.compress(LINES, mtime=0), r"not a whole .zst file .*fetch it again"),
         (
             "a.txt.gz",
-            gzip.compress(b"a \xff b"),
+            gzip.compress(b"a \xff b", mtime=0),
             "not UTF-8 at byte 2; fetch it again if it is dam",
         ),
         ("a.jsonl.gz", b"", "holds no text; give a file"),
