@@ -160,6 +160,8 @@ def try_apart(n: int, once: Callable[[np.random.Generator], object]) -> None:
     with tempfile.TemporaryFile("w+") as said:
         if not (pid := os.fork()):
             try:
+                # the threads of a tokenizer used before stay behind in the parent
+                os.environ["TOKENIZERS_PARALLELISM"] = "false"
                 pages = int(Path("/proc/self/statm").read_text("utf-8").split()[0])
                 most = pages * os.sysconf("SC_PAGESIZE") + ROOM
                 resource.setrlimit(resource.RLIMIT_AS, (most, most))
