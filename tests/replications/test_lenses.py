@@ -80,7 +80,7 @@ def made(tiny_model_json, tiny_corpus, tmp_path_factory) -> Path:
                        "basis": {"models": {"smollm2": 1}, "k": 3, "n_blocks": 6, "max_iter": 5}},
     }  # fmt: skip
     shared = {"models": tiny_model_json, "corpora": tiny_corpus, "device": "cpu", "threads": 1}
-    run(tuning, spec, out=out / "t.safetensors", history=out / "history.parquet",
+    run(tuning, spec, translators=out / "t.safetensors", history=out / "history.parquet",
         **shared)  # fmt: skip
     run(lenses, spec, translators=out / "t.safetensors",
         **{t: out / f"{t}.parquet" for t in lenses.TABLES}, **shared)  # fmt: skip
