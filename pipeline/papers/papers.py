@@ -121,7 +121,7 @@ def filled(paper: PaperSpec, where: str) -> PaperSpec:
     """The paper with the numbers of its scale in the text of its deviations and captions.
 
     '{sae.training.dead_rows}' is that setting at this scale, with commas: '100,000'. What is no
-    setting stays in a caption, since it may be a metric (pipeline/figures/captions.py).
+    setting stays in a caption, since it may be a metric (pipeline/figures/drawing.py).
 
     Raises:
         RetraceError: a deviation names no setting, or one that is no number and no word.
