@@ -26,7 +26,6 @@ translators = import_file(FOLDER / "translators.py")
 tuning = import_file(FOLDER / "tuning.py")
 lenses = import_file(FOLDER / "lenses.py")
 metrics = import_file(FOLDER / "metrics.py")
-figures = import_file(FOLDER / "figures.py")
 
 
 @pytest.fixture
@@ -224,9 +223,9 @@ def test_a_corpus_without_blocks_is_told(tiny_corpus):
 
 def drawn(name: str, frames: dict[str, pd.DataFrame], **more):
     figure = papers.load(FOLDER, "laptop").spec.figures[name]
-    plot, frame = getattr(figures, name)(
-        {t: frames[t] for t in figure.tables}, figure.options | more
-    )
+    spec = figure.model_copy(update={"options": figure.options | more}).model_dump()
+    tables = {t: frames[t] for t in figure.tables}
+    plot, frame = drawing.make(name, spec, tables, FOLDER / "figures.py")
     return drawing.plain(plot), frame
 
 
@@ -251,14 +250,8 @@ def test_the_trajectory_figure(frames):
     assert [b["label"] for b in menu] == ["the cat", "two dogs"]
     assert plot["layout"]["meta"]["min_width"] > 400
     assert set(frame["lens"]) == {"logit", "tuned"}
-    with pytest.raises(RetraceError, match="no model 'other'"):
-        drawn("trajectories", frames, model="other")
-
-
-def test_layers_of_a_deep_model_are_thinned():
-    texts = import_file(FOLDER / "figures_texts.py")
-    assert texts.evenly(31, 11) == [*range(0, 31, 3)] and texts.evenly(3, 11) == [0, 1, 2]
-    assert texts.seen(" a<b") == "a&lt;b" and texts.seen("  ") == "␣" and texts.seen("\n") == "↵"
+    with pytest.raises(RetraceError, match="no row is as options\\.where says"):
+        drawn("trajectories", frames, where={"model": "other"})
 
 
 def test_the_attribution_figure_adds_up(frames):
