@@ -59,6 +59,8 @@ def test_paths_of_a_paper(toy):
         "pipeline/report/templates/walk.js",
         "pipeline/report/templates/draw.js",
     ]
+    assert inputs.rules_files() == []
+    (toy / PAPER / "rules.smk").touch()
     assert inputs.rules_files() == [("toy", str(toy / PAPER / "rules.smk"))]
 
 
