@@ -44,7 +44,7 @@ if workflow.is_main_process and not kills.only_reads(sys.argv[1:]):
     rule_helpers.show_progress(workflow, RUN)
 # Snakemake formats every shell command with the globals of the main Snakefile, a module's, too.
 workflow.modifier_stack[0].globals.update(PYTHON=PYTHON, DEVICE=DEVICE)
-workflow.global_wildcard_constraints(**rule_helpers.WILDCARDS)
+workflow.global_wildcard_constraints(scale="|".join(RUN.scales()), **rule_helpers.WILDCARDS)
 
 
 def remake_incomplete():

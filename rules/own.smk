@@ -1,5 +1,4 @@
 # Stages of papers' own, as own.<stage> of paper.yaml declares them: pipeline/papers/own.py.
-from pipeline.spec.base import SCALES
 
 
 def product(path):
@@ -25,7 +24,7 @@ def options(wildcards, input, output):
     return own.options(input, output)
 
 
-for MADE in own.rules(RUN, SCALES):
+for MADE in own.rules(RUN):
 
     rule:
         name:

@@ -13,19 +13,23 @@ that file it says where the report is. report.py takes the same figure into its 
 import datetime
 import decimal
 import html
-from collections.abc import Iterator
+import math
+import re
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from pipeline.claims.scalars import definition, known, parts, whole
 from pipeline.errors import RetraceError, nearest
-from pipeline.figures.captions import metrics_in
 from pipeline.figures.kinds import KINDS
 from pipeline.figures.theme import template
 from pipeline.job.source import functions, import_file
 from pipeline.spec.figures import faults as option_faults
 
 DIGITS = 5  # of plotted floats: a pixel in 10,000; the CSV has them whole
+PLACE = re.compile(r"\{([A-Za-z]\w*(?:\.\w+)*)\}")  # of a number in a caption
+IN_CAPTION = 3  # significant digits of it
+UNKNOWN = "–"  # a metric that this run did not measure
 ALONE = """\
 <!doctype html>
 <html lang="en"><head><meta charset="utf-8">
@@ -169,6 +173,34 @@ def page(
     if paper:
         about = ABOUT.format(name=text["name"], paper=html.escape(paper), scale=html.escape(scale))
     return ALONE.format(plot=script_json(plot), about=about, **text)
+
+
+# --- captions ------------------------------------------------------------------------------
+
+
+def metrics_in(caption: str) -> list[str]:
+    """The metrics that a caption names, in the order of their first places."""
+    return list(dict.fromkeys(PLACE.findall(caption)))
+
+
+def filled(caption: str, metrics: Mapping[str, Mapping[str, Any]]) -> str:
+    """The caption with a number in each place.
+
+    Args:
+        metrics: name -> mean, …, as metrics.json has them.
+    """
+    return PLACE.sub(lambda found: in_caption(metrics.get(found[1], {}).get("mean")), caption)
+
+
+def in_caption(mean: float | None) -> str:
+    """A number for a sentence: 12,345, 0.0312, −2; '–' where it is unknown."""
+    if mean is None or not math.isfinite(mean):
+        return UNKNOWN
+    whole = float(mean).is_integer() or abs(mean) >= 1000
+    return (f"{mean:,.0f}" if whole else f"{mean:.{IN_CAPTION}g}").replace("-", "−")
+
+
+# --- from tables to a figure ---------------------------------------------------------------
 
 
 def read(path: str | Path) -> Any:

@@ -3,8 +3,7 @@
 import os
 from pathlib import Path
 
-from pipeline.figures.captions import filled
-from pipeline.figures.drawing import make, page, plain, read
+from pipeline.figures.drawing import filled, make, page, plain, read
 
 
 def main() -> None:

@@ -16,7 +16,9 @@ from pipeline.figures.kinds_common import in_words, named, need, title_of
 from pipeline.figures.kinds_effects import agreement, estimates, heads
 from pipeline.figures.kinds_learning import learning
 from pipeline.figures.kinds_lines import bars, lines
+from pipeline.figures.kinds_maps import matrix, trajectories
 from pipeline.figures.kinds_sae import dead, pareto, scaling
+from pipeline.figures.kinds_spread import cumulative, density, histogram
 from pipeline.figures.kinds_verdicts import verdicts
 
 
@@ -65,42 +67,6 @@ def _thinned(group: Any, points: int) -> Any:
     group = group.sort_values("step", kind="stable")
     keep = np.unique(np.linspace(0, len(group) - 1, min(points, len(group))).round().astype(int))
     return group.iloc[keep]
-
-
-def density(tables: dict[str, Any], options: dict[str, Any]) -> tuple[Any, Any]:
-    """Histogram of log10 feature density; latents that never fire are counted in the legend.
-
-    Options: bins (default 40).
-    """
-    import pandas as pd
-    import plotly.graph_objects as go
-
-    for name, frame in tables.items():
-        need(frame, ["density"], name)
-    logs = {n: np.log10(f.loc[f["density"] > 0, "density"]) for n, f in tables.items()}
-    every = np.concatenate([v.to_numpy() for v in logs.values()])
-    if not len(every):
-        raise RetraceError(f"{', '.join(tables)}: no latent has a density above zero")
-    low, high = np.floor(every.min() * 2) / 2, np.ceil(every.max() * 2) / 2
-    edges = np.linspace(low, max(high, low + 0.5), options.get("bins", 40) + 1)
-    fig, out = go.Figure(), []
-    for i, (name, values) in enumerate(logs.items()):
-        count = np.histogram(values, edges)[0]
-        label = f"{named(name)}: {len(values):,} active, {len(tables[name]) - len(values):,} never"
-        middle = (edges[:-1] + edges[1:]) / 2
-        fill = theme.rgba(theme.colour(i), 0.9 if len(logs) == 1 else 0.5)
-        fig.add_bar(x=middle, y=count, name=label, marker={"color": fill, "line": {"width": 0}})
-        rows = {"table": name, "low": edges[:-1], "high": edges[1:], "latents": count}
-        out.append(pd.DataFrame(rows))
-    fig.update_traces(hovertemplate="10<sup>%{x:.2f}</sup>: %{y} latents")
-    fig.update_layout(barmode="overlay", bargap=0.04, showlegend=True)
-    ticks = np.arange(np.ceil(low), np.floor(max(high, low + 0.5)) + 1)
-    fig.update_layout(
-        xaxis=theme.axis("share of tokens on which a latent fires (log scale)")
-        | {"tickvals": ticks.tolist(), "ticktext": [f"10<sup>{int(t)}</sup>" for t in ticks]},
-        yaxis=theme.axis("number of latents"),
-    )
-    return fig, pd.concat(out, ignore_index=True)
 
 
 def attribution(tables: dict[str, Any], options: dict[str, Any]) -> tuple[Any, Any]:
@@ -214,6 +180,6 @@ KINDS = {
     f.__name__: f
     for f in (
         pareto, scaling, training, density, attribution, completeness, dead, verdicts, lines,
-        learning, bars, agreement, estimates, heads,
+        learning, bars, agreement, estimates, heads, matrix, trajectories, histogram, cumulative,
     )
 }  # fmt: skip

@@ -31,7 +31,7 @@ from pipeline.job.source import tree
 from pipeline.papers import own as own_rules
 from pipeline.papers import papers
 from pipeline.spec import once
-from pipeline.spec.base import SCALES, told
+from pipeline.spec.base import told
 from pipeline.spec.paper import PaperSpec
 from pipeline.store.provenance import canonical
 
@@ -49,23 +49,19 @@ def lint(folder: Path) -> list[str]:
         raw = dict(papers.load_yaml(file))
     except RetraceError as e:
         return [str(e)]
-    scales = raw.pop("scales", None) or {}
-    if not isinstance(scales, dict):
-        return [f"{file}: scales: must be a mapping from {', '.join(SCALES)}"]
-    out = [
-        f"{file}: scales: unknown scale '{key}'{nearest(key, SCALES)}; there are "
-        f"{', '.join(SCALES)}"
-        for key in scales
-        if key not in SCALES
-    ]
+    out = list(papers.faults_of_scales(raw, file))
+    if raw.get("scales") and not isinstance(raw["scales"], dict):
+        return out
+    scales = papers.scales_of(raw)
+    raw.pop("scales", None)
     found: dict[str, list[str]] = {}
-    for scale in SCALES:
-        merged = papers.overlay(raw, scales.get(scale) or {})
+    for scale, over in scales.items():
+        merged = papers.overlay(raw, over)
         for fault in at_scale(folder, scale, merged):
             found.setdefault(fault, []).append(scale)
     for fault in budgets_of_no_scale(folder, raw, scales):
-        found[fault] = list(SCALES)
-    everywhere = len(SCALES)
+        found[fault] = list(scales)
+    everywhere = len(scales)
     out += [f if len(s) == everywhere else f"{f} (at {', '.join(s)})" for f, s in found.items()]
     return out + list(reading_code(folder))
 
@@ -233,7 +229,7 @@ def able_to_fail(paper: papers.Paper) -> Iterator[str]:
 
 def budgets_of_no_scale(folder: Path, raw: dict, scales: dict) -> Iterator[str]:
     """A budget may rest on settings that only some scales have, and at least one must have them."""
-    specs = [validated(papers.overlay(raw, scales.get(s) or {}))[0] for s in SCALES]
+    specs = [validated(papers.overlay(raw, over))[0] for over in scales.values()]
     for name, budget in next((s.budget for s in specs if s), {}).items():
         try:
             wanted = expressions.names(expressions.parse(budget.ours))

@@ -67,7 +67,7 @@ class OwnRule:
         return f"results/{kind}/{{scale}}/{{paper}}/{self.stage}.{ending}"
 
 
-def rules(run: Run, scales: tuple[str, ...]) -> list[OwnRule]:
+def rules(run: Run) -> list[OwnRule]:
     """The rules of all own stages that leave theirs to the core, of every paper that can be read.
 
     Papers that this run does not ask for are read as they are: their faults are told when somebody
@@ -76,7 +76,7 @@ def rules(run: Run, scales: tuple[str, ...]) -> list[OwnRule]:
     out = []
     for name in run.available:
         try:
-            folder, sections = run.sections(name, "own", scales)
+            folder, sections = run.sections(name, "own")
         except RetraceError:
             continue
         made: dict[tuple, list[str]] = {}

@@ -5,10 +5,11 @@ validates the whole before anything runs. `Run` answers the rules' questions: wh
 the store a paper needs at a scale, under which digest, made from which spec.
 """
 
+import contextlib
 import json
 import os
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,7 +18,7 @@ from pipeline.downloads import fetch
 from pipeline.errors import RetraceError, nearest
 from pipeline.job.source import files_code
 from pipeline.spec import paper as spec
-from pipeline.spec.base import SCALES
+from pipeline.spec.base import SCALES, scale_name
 from pipeline.spec.imports import ImportSpec, listing
 from pipeline.spec.once import overlay
 from pipeline.spec.paper import Config, CorpusSpec, PaperSpec
@@ -94,13 +95,15 @@ def load(folder: Path, scale: str, raw: dict | None = None, hub: bool = False) -
     """
     file = folder / "paper.yaml"
     raw = dict(load_yaml(file) if raw is None else raw)
-    scales = raw.pop("scales", None) or {}
-    if not isinstance(scales, dict):
-        raise RetraceError(f"{file}: scales: must be a mapping from smoke, laptop, paper")
-    for key in scales:
-        if key not in SCALES:
-            raise RetraceError(f"{file}: scales: unknown scale '{key}'{nearest(key, SCALES)}")
-    merged = overlay(raw, scales.get(scale) or {})
+    for fault in faults_of_scales(raw, file):
+        raise RetraceError(fault)
+    scales = scales_of(raw)
+    if scale not in scales:
+        raise RetraceError(
+            f"{file}: scales: no scale '{scale}'{nearest(scale, scales)}; it has "
+            f"{', '.join(scales)}; add it there, or name another"
+        )
+    merged = overlay({k: v for k, v in raw.items() if k != "scales"}, scales[scale])
     if not hub and isinstance(merged, dict):
         merged = _without_hub(merged)
     parsed = spec.parse(PaperSpec, merged, f"{file} ({scale})")
@@ -114,6 +117,42 @@ def load(folder: Path, scale: str, raw: dict | None = None, hub: bool = False) -
     return paper
 
 
+def scales_of(raw: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Scale -> its overlay: smoke, laptop and paper, and those of the paper's own."""
+    given = raw.get("scales")
+    return {s: {} for s in SCALES} | {s: o or {} for s, o in (given or {}).items()}
+
+
+def faults_of_scales(raw: dict[str, Any], file: Path) -> Iterator[str]:
+    """What is wrong with the names of the scales of a paper.yaml, and with those of its claims."""
+    given = raw.get("scales") or {}
+    if not isinstance(given, dict):
+        yield f"{file}: scales: must be a mapping from {', '.join(SCALES)} or names of your own"
+        return
+    for key in given:
+        try:
+            scale_name(str(key))
+        except ValueError as e:
+            yield f"{file}: scales: {e}"
+            continue
+        hint = "" if key in SCALES else nearest(key, SCALES)
+        if hint:
+            yield f"{file}: scales: unknown scale '{key}'{hint}; one of your own needs another name"
+    known = scales_of(raw)
+    for scale in dict.fromkeys(_scales_of_claims(raw)):
+        if scale not in known:
+            yield f"{file}: claims: unknown scale '{scale}'{nearest(scale, known)}"
+
+
+def _scales_of_claims(raw: dict[str, Any]) -> Iterator[str]:
+    """The scales that claims, or defaults among them, name."""
+    for claim in raw["claims"] if isinstance(raw.get("claims"), list) else []:
+        for part in (claim, claim.get("defaults")) if isinstance(claim, dict) else ():
+            scales = part.get("scales") if isinstance(part, dict) else None
+            if isinstance(scales, list):
+                yield from (s for s in scales if isinstance(s, str))
+
+
 PLACE = re.compile(r"\{(\w+(?:\.\w+)+)\}")
 
 
@@ -121,7 +160,7 @@ def filled(paper: PaperSpec, where: str) -> PaperSpec:
     """The paper with the numbers of its scale in the text of its deviations and captions.
 
     '{sae.training.dead_rows}' is that setting at this scale, with commas: '100,000'. What is no
-    setting stays in a caption, since it may be a metric (pipeline/figures/captions.py).
+    setting stays in a caption, since it may be a metric (pipeline/figures/drawing.py).
 
     Raises:
         RetraceError: a deviation names no setting, or one that is no number and no word.
@@ -295,7 +334,7 @@ class Run:
         self._stores: dict[tuple[str, str, str], dict[str, Item]] = {}
         self._owners: dict[str, dict[str, None]] = {}  # an artefact's id -> papers
         for name in config.papers:  # every fault that can be known now is told now
-            for scale in SCALES:
+            for scale in dict.fromkeys([config.scale, *SCALES, *self.scales(name)]):
                 self.paper(name, scale)
             for arm in self.paper(name, config.scale).spec.arm_names():
                 self.store(name, config.scale, arm)
@@ -305,31 +344,40 @@ class Run:
         """The run that a config.yaml describes; its folders are looked up in `bases`, in turn."""
         return cls(spec.parse(Config, config, "config.yaml"), bases)
 
+    def _yaml(self, name: str) -> tuple[Path, dict[str, Any]]:
+        """The folder of a paper, and its paper.yaml as it stands there."""
+        folder = find(name, self.dirs)
+        if folder not in self._raw:
+            self._raw[folder] = load_yaml(folder / "paper.yaml")
+        return folder, self._raw[folder]
+
     def paper(self, name: str, scale: str) -> Paper:
         """A paper at a scale, loaded and validated once; its store items become known."""
         if (name, scale) not in self._papers:
-            folder = find(name, self.dirs)
-            if folder not in self._raw:
-                self._raw[folder] = load_yaml(folder / "paper.yaml")
-            self._papers[name, scale] = load(folder, scale, self._raw[folder], self.config.hub)
+            folder, raw = self._yaml(name)
+            self._papers[name, scale] = load(folder, scale, raw, self.config.hub)
         return self._papers[name, scale]
+
+    def scales(self, name: str = "") -> list[str]:
+        """The scales that a paper has; without a name those of any paper that can be read."""
+        out = dict.fromkeys(SCALES)
+        for paper in [name] if name else self.available:
+            with contextlib.suppress(RetraceError):
+                folder, raw = self._yaml(paper)
+                if not list(faults_of_scales(raw, folder)):
+                    out |= dict.fromkeys(scales_of(raw))
+        return list(out)
 
     def card(self, name: str, fields: Iterable[str]) -> dict[str, Any]:
         """Fields of a paper.yaml as they stand there, empty where one is missing; unchecked."""
-        folder = find(name, self.dirs)
-        if folder not in self._raw:
-            self._raw[folder] = load_yaml(folder / "paper.yaml")
-        return {f: self._raw[folder].get(f, "") for f in fields}
+        _, raw = self._yaml(name)
+        return {f: raw.get(f, "") for f in fields}
 
-    def sections(
-        self, name: str, section: str, scales: Iterable[str]
-    ) -> tuple[Path, dict[str, Any]]:
+    def sections(self, name: str, section: str) -> tuple[Path, dict[str, Any]]:
         """The folder of a paper, and scale -> one of its sections as it stands there; unchecked."""
-        folder = find(name, self.dirs)
-        if folder not in self._raw:
-            self._raw[folder] = load_yaml(folder / "paper.yaml")
-        raw = self._raw[folder]
+        folder, raw = self._yaml(name)
         over = raw.get("scales") if isinstance(raw.get("scales"), dict) else {}
+        scales = self.scales(name)
         at = {s: o.get(section) if isinstance(o := over.get(s), dict) else None for s in scales}
         return folder, {
             s: overlay(raw.get(section), o) if o else raw.get(section) for s, o in at.items()
@@ -339,7 +387,7 @@ class Run:
         """The store's artefact with this id."""
         if id not in self._items.get(stage, {}):
             for name in self.available:  # a job on another node starts from the id alone
-                for scale in SCALES:
+                for scale in self.scales(name):
                     try:
                         for arm in self.paper(name, scale).spec.arm_names():
                             self.store(name, scale, arm)

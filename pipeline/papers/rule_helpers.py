@@ -13,7 +13,6 @@ from typing import Any
 from pipeline.claims import terminal
 from pipeline.errors import RetraceError, trace_file, unexpected
 from pipeline.job import gpus
-from pipeline.spec.base import SCALES
 
 NAME = r"[A-Za-z]\w*"  # of a paper, an arm, a training run
 ID = r"[^/]+-[0-9a-f]{12}"  # of an artefact of the store: <name>-<digest>
@@ -21,7 +20,6 @@ STAGES = (  # that the store holds
     "model", "tokenizer", "training", "corpus", "activations", "sae", "sae_import",
 )  # fmt: skip
 WILDCARDS = {
-    "scale": "|".join(SCALES),
     **dict.fromkeys(("paper", "arm", "run"), NAME),
     **dict.fromkeys(("latents", "figure"), r"\w+"),
     "layout": "sparsify|dictionary_learning|circuit_tracer",

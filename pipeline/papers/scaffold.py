@@ -3,9 +3,8 @@
     python -m pipeline scaffold my_paper                    under rules/papers/
     python -m pipeline scaffold my_paper --dir ../papers    in a folder of your own
 
-The folder holds a whole small paper: paper.yaml, an own stage with its rule, metrics, a figure
-and tests. The files lie in pipeline/papers/template/ and run as they stand, under the name
-`my_paper`.
+The folder holds a whole small paper: paper.yaml, an own stage, metrics, a figure and tests. The
+files lie in pipeline/papers/template/ and run as they stand, under the name `my_paper`.
 """
 
 import argparse

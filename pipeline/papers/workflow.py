@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import RetraceError, nearest
-from pipeline.figures.captions import metrics_in
+from pipeline.figures.drawing import metrics_in
 from pipeline.papers.papers import Item, Paper, Run, find, near
 
 DRAWING = ("walk", "draw")  # our code beside plotly.js, in this order

@@ -54,7 +54,7 @@ def _steps(spec: dict[str, Any], metric: str) -> Iterator[tuple[str, str]]:
             "A dictionary in SAELens’s format, for your own notebook",
             snakemake(f"{here}/exports/{dictionary}/saelens", config),
         )
-    other, why = SCALES[scale]
+    other, why = SCALES.get(scale, SCALES["laptop"])
     yield why, snakemake(paper, [*config, f"scale={other}"])
     yield "All of this in one archive, to hand in or keep", snakemake(f"{here}/release.zip", config)
 

@@ -20,7 +20,7 @@ from typing import Any
 from pipeline.claims import costs
 from pipeline.claims.summary import JUDGED, VERDICTS, read_claims, tally
 from pipeline.errors import RetraceError
-from pipeline.figures.captions import filled
+from pipeline.figures.drawing import filled
 from pipeline.report import done, glossary, next_steps, pages, shown, thumbs, words
 from pipeline.report.pages import PLOT, SECOND_HAND, licences
 from pipeline.store import provenance

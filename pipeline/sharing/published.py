@@ -67,8 +67,9 @@ def read(folder: Path) -> Results:
     """
     if not (folder / "claims.csv").is_file():
         raise RetraceError(f"{folder}: has metrics.json and no claims.csv; run snakemake again")
-    inner, outer = folder.resolve().name, folder.resolve().parent.name
-    paper, scale = (outer, inner) if inner in SCALES else (inner, outer)
+    inner, outer, above = (f.name for f in [folder.resolve(), *folder.resolve().parents[:2]])
+    published = inner in SCALES or (above == "reference" and outer not in SCALES)
+    paper, scale = (outer, inner) if published else (inner, outer)
     base = _base(folder)
     file = folder / "metrics.json"
     metrics = whole(tables.read_json(file).get("metrics"), file)

@@ -1,5 +1,6 @@
 """What the sections of config.yaml and paper.yaml share: immutable, closed to unknown keys."""
 
+import re
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
@@ -27,11 +28,22 @@ def once(seeds: list[int]) -> list[int]:
     return seeds
 
 
+def scale_name(name: str) -> str:
+    """The name of a scale; ValueError where it cannot name a folder of results/."""
+    if not re.fullmatch(r"[A-Za-z]\w*", name) or name in RESULTS:
+        raise ValueError(
+            f"'{name}' cannot name a scale: take a letter, then letters, digits and underscores, "
+            f"and none of {', '.join(RESULTS)}"
+        )
+    return name
+
+
 Inside = Annotated[str, AfterValidator(inside)]
 Seeds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1), AfterValidator(once)]
+Scale = Annotated[str, Field(pattern=r"^[A-Za-z]\w*$"), AfterValidator(scale_name)]
 Dtype = Literal["float32", "float16", "bfloat16"]
-SCALES = ("smoke", "laptop", "paper")
-Scale = Literal["smoke", "laptop", "paper"]
+SCALES = ("smoke", "laptop", "paper")  # that every paper has, beside those of its own
+RESULTS = ("store", "logs", "benchmarks", "reference")  # folders of results/ that are no scale
 # Tags of the two kinds of dictionaries; no name holds a space, so no key of a file is one.
 TRAINED, IMPORTED = "a trained dictionary", "a published dictionary"
 

@@ -5,7 +5,7 @@ from typing import Any, Literal
 from pydantic import Field, field_validator, model_validator
 
 from pipeline.errors import nearest
-from pipeline.spec.base import SCALES, Name, Scale, Section
+from pipeline.spec.base import Name, Scale, Section
 
 UNITS = ("samples", "tokens", "steps", "rows", "examples", "prompts", "sequences", "epochs")
 BOUNDED = {  # core needs: what their number bounds
@@ -133,7 +133,7 @@ class Claim(Section):
         return self
 
     def judged_at(self, scale: str) -> bool:
-        return scale in (self.scales or (SCALES if self.kind == "order" else ["paper"]))
+        return scale in self.scales if self.scales else self.kind == "order" or scale == "paper"
 
 
 def _check_need(where: str, name: str, need: float | Need) -> None:

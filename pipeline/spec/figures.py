@@ -129,6 +129,69 @@ class Bars(Rows):
     )
 
 
+class Matrix(Rows):
+    """A coloured map of two columns; the reader chooses between measures, or between cases."""
+
+    x: Column
+    y: Column
+    z: Titles = Field(min_length=1, description="column: title; the reader chooses if several")
+    symmetric: bool = Field(default=False, description="whether (a, b) stands for (b, a), too")
+    names: Titles = Field(default={}, description="of values of x and y, in order; default: all")
+    choose: Column | Literal[""] = Field(default="", description="column, a case a value")
+    cases: Titles = Field(default={}, description="what cases are called, in order; default: all")
+    x_title: str = ""
+    y_title: str = ""
+    unit: str = Field(default="", description="of z")
+    range: Span = Field(default=None, description="of the colours; default: from 0")
+    most: float | None = Field(default=None, description="without a range: where colours end")
+    numbers: bool = Field(default=False, description="whether they stand in the cells")
+
+
+class Trajectories(Rows):
+    """The likeliest token at every layer and position of a text that the reader chooses."""
+
+    choose: Column = Field(description="the column of which each value is a choice")
+    label: Column | Literal[""] = Field(default="", description="column: what a choice is called")
+    panels: Column | Literal[""] = Field(default="", description="a column, a panel a value")
+    titles: Titles = Field(default={}, description="what panels are called, from above")
+    rows: int = Field(default=11, ge=2, description="layers shown, at most")
+    cell: int = Field(default=46, ge=10, description="pixels of a cell; below 40 only tokens")
+    right: bool = Field(default=False, description="whether tokens that come next are underlined")
+
+
+class Histogram(Rows):
+    """How values are spread: the share in each bin, one outline a group."""
+
+    x: Column | Literal[""] = Field(default="", description="column of the values")
+    count: Column | Literal[""] = Field(
+        default="", description="of a table that is binned already, with columns low and high"
+    )
+    lines: Several = Field(min_length=1, description="columns whose values have an outline each")
+    names: Names = Field(
+        min_length=1, description="of these, in order; two columns: a/b; one name: counted together"
+    )
+    choose: Column | Literal[""] = Field(default="", description="column, a case a value")
+    bins: int = Field(default=40, ge=1, description="of values, from `low` or below to `high`")
+    low: float = 0.0
+    high: float = 1.0
+    filled: bool = Field(default=False, description="bars that lie over each other, not outlines")
+    median: bool = Field(default=False, description="a line at it; dotted outlines are nulls")
+    levels: dict[str, float] = Field(default={}, description="name: x of a dashed line")
+    x_title: str = ""
+    y_title: str = ""
+    range: Span = Field(default=None, description="of the x axis")
+
+
+class Cumulative(Rows):
+    """The share of each group that is not above a value; the reader chooses the measure."""
+
+    x: Titles = Field(min_length=1, description="column: title; the reader chooses if several")
+    lines: Several = Field(min_length=1, description="columns whose values have a line each")
+    names: Names = Field(min_length=1, description="of these, in order; two columns: a/b")
+    units: str = Field(default="units", description="what is counted")
+    points: int = Field(default=300, ge=2, description="of a line, at most")
+
+
 class Heads(Section):
     """Every head, or the stream at every position, by layer, a panel a method."""
 
@@ -184,8 +247,8 @@ class Verdicts(Section):
 OPTIONS: dict[str, type[Section]] = {
     m.__name__.lower(): m
     for m in (
-        Lines, Learning, Agreement, Bars, Heads, Estimates, Pareto, Scaling, Training, Density,
-        Attribution, Completeness, Dead, Verdicts,
+        Lines, Learning, Agreement, Bars, Matrix, Trajectories, Histogram, Cumulative, Heads,
+        Estimates, Pareto, Scaling, Training, Density, Attribution, Completeness, Dead, Verdicts,
     )
 }  # fmt: skip
 
@@ -201,7 +264,7 @@ STANDARD: dict[str, dict[str, Any]] = {
     }
 }
 # Mappings whose order counts: it is that of panels, of lines and of the legend.
-ORDERED = ("names", "titles", "cases", "x", "y", "runs", "sets", "methods")
+ORDERED = ("names", "titles", "cases", "x", "y", "z", "runs", "sets", "methods")
 
 
 def completed(figure: Any) -> Any:

@@ -43,7 +43,8 @@ def paper() -> dict[str, Any]:
         "type": "object",
         "description": "overlays: mappings merge, null removes a key, all else replaces",
         "properties": dict.fromkeys(SCALES, overlay),
-        "additionalProperties": False,
+        "additionalProperties": overlay,
+        "propertyNames": {"pattern": r"^[A-Za-z]\w*$"},
     }
     definitions["Figure"] |= by_kind(definitions["Figure"].pop("required"))
     return finished(whole | {"$defs": definitions | parts | options()})

@@ -45,6 +45,11 @@ class Run:
             ) from e
         self.members = list(self._members)
 
+    @property
+    def name(self) -> str:
+        """Its name in paper.yaml; the store calls its folder <run>-<digest>."""
+        return self.path.parent.name.rsplit("-", 1)[0]
+
     def arm(self, member: str) -> str:
         return self._members[member][0]
 

@@ -205,6 +205,99 @@ def test_nodes_and_edges_are_named_and_never_markup():
     assert cases_of(NODES, [], {})[0][0] == ""
 
 
+# --- maps, spread --------------------------------------------------------------------------
+
+
+def test_a_matrix_has_the_mean_of_each_pair_in_the_order_of_its_names():
+    rows = [("a", "b", 1.0, 5), ("a", "b", 3.0, 5), ("b", "b", 0.5, 7), ("a", "null", 0.25, 0)]
+    table = pd.DataFrame(rows, columns=["x", "y", "z", "w"])
+    names = {"b": "Bee", "a": "<a>", "null": "chance"}
+    options = {"x": "x", "y": "y", "z": {"z": "Z", "w": "W"}, "names": names, "range": [0, 4]}
+    figure, frame = drawn("matrix", {"t": table}, symmetric=True, **options)
+    (field,) = figure.data
+    assert list(field.x) == ["Bee", "&lt;a&gt;"]
+    assert list(field.y) == ["chance", "&lt;a&gt;", "Bee"]  # from below
+    assert [list(row) for row in field.z] == [[None, 0.25], [2.0, None], [0.5, 2.0]]
+    assert len(frame) == 3 and figure.layout.updatemenus[0].buttons[1].label == "W"
+
+
+def test_colours_of_a_matrix_end_at_its_largest_value_or_where_it_is_said():
+    table = pd.DataFrame({"x": [0, 1, 0, 1], "y": 0, "z": [1.0, 2.0, 1.0, 9.0], "m": list("bbaa")})
+    cases = {"a": "first", "b": "second"}
+    options = {"x": "x", "y": "y", "z": {"z": "Z"}, "choose": "m", "cases": cases, "most": 5}
+    figure, _ = drawn("matrix", {"t": table}, **options)
+    buttons = figure.layout.updatemenus[0].buttons
+    assert [b.label for b in buttons] == ["first", "second"]
+    assert [b.args[0]["zmax"] for b in buttons] == [[5], [2.0]]
+    assert figure.data[0].zmax == 5 and figure.data[0].colorbar.title.text == "Z"
+
+
+def words(top: list, **more) -> pd.DataFrame:
+    """Two layers and two positions of one text."""
+    rows = [
+        {"text": 0, "layer": layer, "position": at, "token": " <b>"[at:], "target": "y",
+         "p_target": 0.5, "top": top[layer][at], "p_top": more.get("p", 0.75)}
+        for layer in range(2) for at in range(2)
+    ]  # fmt: skip
+    return pd.DataFrame(rows)
+
+
+def test_a_trajectory_is_bold_where_the_model_ends_and_underlined_where_it_is_right():
+    table = words([["x", "y"], ["y", "y"]])
+    figure, frame = drawn("trajectories", {"t": table}, choose="text", right=True, cell=20)
+    (field,) = figure.data
+    assert [list(row) for row in field.text] == [["x", "<u><b>y</b></u>"], ["<u><b>y</b></u>"] * 2]
+    assert list(field.y) == ["0", "output"] and list(field.x) == [0, 1]
+    assert list(figure.layout.xaxis.ticktext) == ["&lt;b&gt;", "&lt;b&gt;"]
+    assert "after 0 layers" in field.customdata[0][0] and len(frame) == 4
+
+
+def test_a_trajectory_of_the_likeliest_few_names_them_all():
+    table = words([[["x", "<"]] * 2, [["y", "x"]] * 2], p=[0.75, 0.125])
+    figure, frame = drawn("trajectories", {"t": table}, choose="text")
+    text, about = figure.data[0].text[0][0], figure.data[0].customdata[0][0]
+    assert text.startswith("x<br>") and "75 %" in text
+    assert about.split("<br>")[1:3] == ["0.750  x", "0.125  &lt;"]
+    assert frame["top"].tolist() == ["x", "x", "y", "y"]
+
+
+def test_histograms_of_values_and_of_bins_are_shares_of_each_group():
+    rng = np.random.default_rng(0)
+    table = pd.DataFrame({"kind": ["a"] * 30 + ["null"] * 10, "v": rng.uniform(-0.05, 1, 40)})
+    names = {"a": "A", "null": {"name": "chance", "dash": "dot"}}
+    figure, frame = drawn("histogram", {"t": table}, x="v", lines=["kind"], names=names,
+                          median=True, bins=11)  # fmt: skip
+    assert frame.groupby("group")["share"].sum().round(9).tolist() == [1, 1]
+    assert frame["low"].min() == pytest.approx(-0.1 if table["v"].min() < 0 else 0)
+    assert len(figure.layout.shapes) == 1  # the median, but of no null
+    middle = table.loc[table["kind"] == "a", "v"].median()
+    assert figure.data[0].name == f"30 A: median {middle:.2f}"
+    bins = pd.DataFrame({"kind": ["r", "r", "s"], "of": ["a", "b", "a"], "low": 0.0, "high": 0.5,
+                         "n": [1, 3, 2]})  # fmt: skip
+    merged = {"s/a": "one", "r": "null"}
+    figure, frame = drawn("histogram", {"t": bins}, count="n", lines=["kind", "of"], names=merged)
+    assert [t.name for t in figure.data] == ["one", "null"]
+    assert frame["share"].tolist() == [1, 1]  # a and b of r are one group
+
+
+def test_a_case_of_a_histogram_has_all_groups():
+    rows = [(s, arm, 0.0, 0.5, 4) for s, arm in (("x", "a"), ("x", "b"), ("y", "a"))]
+    table = pd.DataFrame(rows, columns=["sae", "arm", "low", "high", "n"])
+    figure, _ = drawn("histogram", {"t": table}, count="n", lines=["arm"], choose="sae",
+                      names={"a": "A", "b": "B"}, filled=True)  # fmt: skip
+    assert [(t.type, t.name) for t in figure.data] == [("bar", "A"), ("bar", "B")]
+    assert not figure.layout.updatemenus
+
+
+def test_cumulative_shares_end_at_one_and_the_reader_chooses_the_measure():
+    table = pd.DataFrame({"g": list("aab"), "v": [2.0, 1.0, 5.0], "w": [0.0, np.nan, 1.0]})
+    figure, frame = drawn("cumulative", {"t": table}, x={"v": "V", "w": "W"}, lines=["g"],
+                          names={"a": "A", "b": "B"})  # fmt: skip
+    assert list(figure.data[0].x) == [1, 2] and list(figure.data[0].y) == [0.5, 1]
+    assert frame.groupby(["group", "measure"])["share"].max().eq(1).all()
+    assert figure.layout.updatemenus[0].buttons[1].args[0]["x"] == [[0.0], [1.0]]
+
+
 # --- options -------------------------------------------------------------------------------
 
 

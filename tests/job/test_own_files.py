@@ -35,7 +35,8 @@ def stages(folder: Path) -> dict[str, list[Path]]:
     """Stage -> the paper's own files that its rule hands to the code hash."""
     rules = [f for f in [*ROOT.glob("rules/*.smk"), folder / "rules.smk"] if f.is_file()]
     found = {"training": [folder / "data.py"]}  # `training_code`: data.py, which it learns from
-    found |= {s: [folder / f"{s}.py"] for s in load(folder, "laptop").spec.stages}  # rules/own.smk
+    for stage, about in load(folder, "laptop").spec.stages.items():  # rules/own.smk
+        found[stage] = [folder / (about.script or f"{stage}.py"), *(folder / f for f in about.code)]
     for stage, names in LISTED.findall("".join(f.read_text() for f in rules)):
         globs = re.findall(r'"([^"]+)"', names)
         found[stage] = [f for glob in globs for f in sorted(folder.glob(glob))]

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from snake import copy_repository, snakemake
+from snake import copy_repository, edit, snakemake
 
 from pipeline.errors import RetraceError
 from pipeline.papers.scaffold import scaffold
@@ -69,10 +69,10 @@ def test_copying_a_folder_and_editing_its_yaml_is_enough(retrace, group):
 
 
 def test_a_paper_may_override_a_core_stage_with_a_concrete_rule(retrace, group):
-    rules = group / "papers/ours/rules.smk"
-    rules.write_text(
-        rules.read_text()
-        + '\n\nrule ours_metrics:\n    output:\n        "results/smoke/ours/metrics.json",\n'
+    card = group / "papers/ours/paper.yaml"  # beside a rules.smk: what is the core's
+    edit(card, "    tables: [cosines]", "    needs: []\n    tables: [cosines]")
+    (group / "papers/ours/rules.smk").write_text(
+        'rule ours_metrics:\n    output:\n        "results/smoke/ours/metrics.json",\n'
         "    shell:\n        \"echo '{{}}' > {output}\"\n"
     )
     done = snakemake(
@@ -189,6 +189,6 @@ def test_a_folder_is_never_overwritten(tmp_path):
 
 def test_only_the_file_of_tests_takes_the_papers_name(tmp_path):
     folder = scaffold("ours", tmp_path)
-    names = ["figures.py", "measure.py", "metrics.py", "paper.yaml", "rules.smk", "test_ours.py"]
+    names = ["figures.py", "measure.py", "metrics.py", "paper.yaml", "test_ours.py"]
     assert sorted(f.name for f in folder.iterdir()) == names
     assert not any("my_paper" in f.read_text() for f in folder.iterdir())

@@ -8,7 +8,6 @@ from snake import ROOT, inputs_of, wildcards
 from pipeline.errors import RetraceError
 from pipeline.papers import own, papers
 from pipeline.papers.rule_params import Params
-from pipeline.spec.base import SCALES
 
 ALL = papers.available([ROOT / "rules/papers"])
 CARD = {"title": "t", "authors": "a", "year": 2024, "url": "https://x"}
@@ -21,7 +20,7 @@ def asked() -> own.Own:
 
 
 def test_a_rule_makes_each_table_of_the_stages_that_leave_it_to_the_core(asked):
-    rules = {r.name: r for r in own.rules(asked.asked.run, SCALES)}
+    rules = {r.name: r for r in own.rules(asked.asked.run)}
     for name in ALL:
         paper = asked.asked.run.paper(name, "smoke")
         has_rules = (paper.folder / "rules.smk").exists()

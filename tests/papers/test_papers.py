@@ -126,6 +126,8 @@ def test_a_scale_lies_over_the_sections(home):
     "scales, said",
     [
         ({"smok": {}}, "unknown scale 'smok' (did you mean 'smoke'?)"),
+        ({"store": {}}, "'store' cannot name a scale"),
+        ({"a/b": {}}, "'a/b' cannot name a scale"),
         (["smoke"], "scales: must be a mapping"),
         ({"smoke": {"corpuss": {}}}, "unknown key 'corpuss' (did you mean 'corpus'?)"),
         ({"smoke": 7}, "Input should be"),
@@ -134,6 +136,28 @@ def test_a_scale_lies_over_the_sections(home):
 def test_faults_of_an_overlay(home, scales, said):
     folder = write(home, "p", CHAIN | {"scales": scales})
     assert said in fault(load, folder, "smoke")
+
+
+def test_a_paper_may_have_scales_of_its_own(home):
+    folder = write(home, "p", CHAIN | {"scales": {"cluster": {"corpus": {"n_tokens": 700}}}})
+    write(home, "q", CHAIN)
+    found = load(folder, "cluster")
+    assert found.spec.corpus.n_tokens == 700 and found.scale == "cluster"
+    assert load(folder, "laptop").spec.corpus.n_tokens == 20_000
+    run = run_of(home, "p", scale="cluster")
+    assert run.scales("p") == run.scales() == ["smoke", "laptop", "paper", "cluster"]
+    assert run.scales("q") == ["smoke", "laptop", "paper"]
+    said = fault(run_of, home, "p", "q", scale="cluster")
+    assert "q/paper.yaml: scales: no scale 'cluster'; it has smoke, laptop, paper" in said
+    assert "'logs' cannot name a scale" in fault(run_of, home, "p", scale="logs")
+
+
+def test_a_claim_names_scales_that_there_are(home):
+    claim = {"id": "c", "text": "t", "source": "s", "of": "ours", "holds": "trained.topk.l0 > 0"}
+    claims = [{"defaults": {"scales": ["laptop", "clustr"]}}, claim]
+    given = CHAIN | {"scales": {"cluster": {}}, "claims": claims}
+    said = fault(load, write(home, "p", given), "laptop")
+    assert "claims: unknown scale 'clustr' (did you mean 'cluster'?)" in said
 
 
 def test_an_overlay_is_checked_though_its_scale_does_not_run(home):

@@ -49,16 +49,13 @@ def params(toy: Path, **config) -> dict[str, dict[str, str]]:
     forget_code()
     given = helpers_of(inputs_of(toy, **config))
     texts = [f.read_text() for f in (toy / "rules").glob("*.smk")]
-    texts.append((toy / PAPER / "rules.smk").read_text())
-    found = {}
+    w, own_stage = wildcards(figure="cosines"), given["OWN"]
+    asked = {"spec": own_stage.spec, "code": own_stage.code}  # as rules/own.smk has them
+    found = {"toy_measure": {name: f(w, "measure") for name, f in asked.items()}}
     for rule, block in (match for text in texts for match in RULE.findall(text)):
-        name = rule or "toy_measure"
-        if name in READ_BY:
+        if rule in READ_BY:
             asked = eval(f"dict({block})", given)
-            values = {
-                k: v(wildcards(figure="cosines")) if callable(v) else v for k, v in asked.items()
-            }
-            found[name] = values
+            found[rule] = {k: v(w) if callable(v) else v for k, v in asked.items()}
     return found
 
 

@@ -12,7 +12,6 @@ from pipeline.papers import rule_helpers
 @pytest.mark.parametrize(
     "name, fits, not_these",
     [
-        ("scale", ["smoke", "laptop", "paper"], ["small", "smoke2", ""]),
         ("paper", ["toy", "Toy_2"], ["2toy", "a/b", "a-b", ""]),
         ("arm", ["trained"], ["a.b", "_a"]),
         ("latents", ["topk_k32", "32"], ["a.b", "a-b"]),

@@ -59,6 +59,8 @@ def test_paths_of_a_paper(toy):
         "pipeline/report/templates/walk.js",
         "pipeline/report/templates/draw.js",
     ]
+    assert inputs.rules_files() == []
+    (toy / PAPER / "rules.smk").touch()
     assert inputs.rules_files() == [("toy", str(toy / PAPER / "rules.smk"))]
 
 
@@ -236,7 +238,7 @@ def test_a_training_run_is_code_of_its_data_too(everything):
     "config, said",
     [
         ({"scal": "smoke"}, "unknown key 'scal' (did you mean 'scale'?)"),
-        ({"scale": "smal"}, "scale: Input should be 'smoke', 'laptop' or 'paper', got 'smal'"),
+        ({"scale": "smal"}, "scales: no scale 'smal'; it has smoke, laptop, paper"),
         ({"papers": ["toyy"]}, "no paper 'toyy' (did you mean 'toy'?)"),
         ({"papers": []}, "papers: "),
         ({"papers": 5}, "papers: "),

@@ -22,7 +22,6 @@ FOLDER = ROOT / "rules/papers/sae_architectures"
 overlap = import_file(FOLDER / "overlap.py")
 entropy = import_file(FOLDER / "entropy.py")
 metrics = import_file(FOLDER / "metrics.py")
-figures = import_file(FOLDER / "figures.py")
 
 
 # --- overlap -------------------------------------------------------------------------------
@@ -374,7 +373,9 @@ def test_every_figure_can_be_drawn(made_up, scale):
 
 
 def test_the_matrix_has_every_pair_and_the_null(made_up):
-    drawn, _ = figures.overlap({"overlap/pairs": made_up["overlap/pairs"]}, {})
+    spec = papers.load(FOLDER, "laptop").spec.figures["overlap"].model_dump()
+    tables = {"overlap/pairs": made_up["overlap/pairs"]}
+    drawn, _ = drawing.make("overlap", spec, tables, FOLDER / "figures.py")
     z = np.array(drawing.plain(drawn)["data"][0]["z"], float)
     assert z.shape == (8, 7)
     np.testing.assert_allclose(z, 0.4)

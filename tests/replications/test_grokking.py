@@ -329,18 +329,25 @@ def test_the_stage_reads_runs(tmp_path, monkeypatch):
     """Training and measuring at the sizes of the smoke run, for a few steps."""
     spec = papers.load(FOLDER, "smoke").spec
     stage = import_file(FOLDER / "fourier.py")
-    common = {"device": "cpu", "threads": 1, "data": FOLDER / "data.py"}
+    common = {"device": "cpu", "threads": 1}
     for run, section in spec.training.items():
         few = section.model_dump(mode="json") | {"steps": 6, "eval_every": 3}
         few["checkpoints"] = {"every": 3, "at": []}
         files = {"out": "manifest.json", "checkpoints": "checkpoints", "history": "history.parquet"}
         paths = {option: tmp_path / run / name for option, name in files.items()}
         (tmp_path / run).mkdir()
-        call(training.main, {"training": few}, monkeypatch, **paths, **common)
+        call(
+            training.main,
+            {"training": few},
+            monkeypatch,
+            data=FOLDER / "data.py",
+            **paths,
+            **common,
+        )
     runs = [tmp_path / run / "manifest.json" for run in spec.training]
     outputs = {t: tmp_path / f"{t}.parquet" for t in stage.TABLES}
     own = {"own.fourier": spec.own["fourier"]}
-    call(stage.main, own, monkeypatch, runs=runs, names=[*spec.training], **outputs, **common)
+    call(stage.main, own, monkeypatch, runs=runs, **outputs, **common)
     found = {f"fourier/{t}": pd.read_parquet(path) for t, path in outputs.items()}
     assert {f"fourier/{t}" for t in spec.own["fourier"]["tables"]} == found.keys()
     for run in spec.training:

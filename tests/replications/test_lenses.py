@@ -26,7 +26,6 @@ translators = import_file(FOLDER / "translators.py")
 tuning = import_file(FOLDER / "tuning.py")
 lenses = import_file(FOLDER / "lenses.py")
 metrics = import_file(FOLDER / "metrics.py")
-figures = import_file(FOLDER / "figures.py")
 
 
 @pytest.fixture
@@ -80,7 +79,7 @@ def made(tiny_model_json, tiny_corpus, tmp_path_factory) -> Path:
                        "basis": {"models": {"smollm2": 1}, "k": 3, "n_blocks": 6, "max_iter": 5}},
     }  # fmt: skip
     shared = {"models": tiny_model_json, "corpora": tiny_corpus, "device": "cpu", "threads": 1}
-    run(tuning, spec, out=out / "t.safetensors", history=out / "history.parquet",
+    run(tuning, spec, translators=out / "t.safetensors", history=out / "history.parquet",
         **shared)  # fmt: skip
     run(lenses, spec, translators=out / "t.safetensors",
         **{t: out / f"{t}.parquet" for t in lenses.TABLES}, **shared)  # fmt: skip
@@ -224,9 +223,9 @@ def test_a_corpus_without_blocks_is_told(tiny_corpus):
 
 def drawn(name: str, frames: dict[str, pd.DataFrame], **more):
     figure = papers.load(FOLDER, "laptop").spec.figures[name]
-    plot, frame = getattr(figures, name)(
-        {t: frames[t] for t in figure.tables}, figure.options | more
-    )
+    spec = figure.model_copy(update={"options": figure.options | more}).model_dump()
+    tables = {t: frames[t] for t in figure.tables}
+    plot, frame = drawing.make(name, spec, tables, FOLDER / "figures.py")
     return drawing.plain(plot), frame
 
 
@@ -251,14 +250,8 @@ def test_the_trajectory_figure(frames):
     assert [b["label"] for b in menu] == ["the cat", "two dogs"]
     assert plot["layout"]["meta"]["min_width"] > 400
     assert set(frame["lens"]) == {"logit", "tuned"}
-    with pytest.raises(RetraceError, match="no model 'other'"):
-        drawn("trajectories", frames, model="other")
-
-
-def test_layers_of_a_deep_model_are_thinned():
-    texts = import_file(FOLDER / "figures_texts.py")
-    assert texts.evenly(31, 11) == [*range(0, 31, 3)] and texts.evenly(3, 11) == [0, 1, 2]
-    assert texts.seen(" a<b") == "a&lt;b" and texts.seen("  ") == "␣" and texts.seen("\n") == "↵"
+    with pytest.raises(RetraceError, match="no row is as options\\.where says"):
+        drawn("trajectories", frames, where={"model": "other"})
 
 
 def test_the_attribution_figure_adds_up(frames):

@@ -8,6 +8,7 @@ import pandas as pd
 import pytest
 import torch
 
+from pipeline.figures import drawing
 from pipeline.job.source import import_file
 from pipeline.papers import papers
 
@@ -387,7 +388,9 @@ def test_main_dictionary_and_widths_fit_the_declaration(scale):
 
 
 def drawn(name: str, tables: dict, **options):
-    figure, frame = getattr(figures, name)(tables, options)
+    spec = papers.load(FOLDER, "laptop").spec.figures[name].model_dump()
+    spec["options"] |= options
+    figure, frame = drawing.make(name, spec, tables, FOLDER / "figures.py")
     assert len(frame) and figure.to_json()
     return figure, frame
 
@@ -401,8 +404,10 @@ def test_figures_draw_what_the_tables_say(tables):
     figure, frame = drawn("densities", units, dictionaries=["x1", "x2"])
     assert frame.groupby("group")["units"].sum().to_dict() == {"neurons": 16, "x1": 4, "x2": 16}
     figure, frame = drawn("universality", of("latents/matches"))
-    np.testing.assert_allclose(frame.groupby("kind")["share"].sum(), 1)
-    figure, frame = drawn("purity", units, dictionary="x2")
+    np.testing.assert_allclose(frame.groupby("group")["share"].sum(), 1)
+    x2 = {"a/x2": "latents", "a/neurons": "neurons", "a/random": "r", "untrained/x2": "u"}
+    where = {"group": ["x2", "neurons", "random"]}
+    figure, frame = drawn("purity", units, names=x2, where=where)
     assert frame.groupby("group")["share"].max().eq(1).all() and len(figure.data) == 4
     figure, frame = drawn("tree", of("latents/tree", "latents/units"))
     assert len(frame) == len(tables["latents/tree"])
@@ -411,5 +416,4 @@ def test_figures_draw_what_the_tables_say(tables):
 
 
 def test_tokens_in_the_tree_are_text_and_not_markup():
-    splitting_figures = import_file(FOLDER / "figures_splitting.py")
-    assert splitting_figures.shown(" <b> · x") == "␣&lt;b&gt;\u2002x"
+    assert figures.shown(" <b> · x") == "␣&lt;b&gt;\u2002x"

@@ -173,7 +173,7 @@ def made(tmp_path_factory) -> tuple[papers.Paper, dict[str, pd.DataFrame], Path]
         patch.setattr(agreement.graph, "top_tokens", top_tokens)
         given = [x for t, f in files.items() for x in (f"--{t.replace('_', '-')}", f)]
         spec = json.dumps({"own.agreement": own})
-        argv = ["agreement", "--spec", spec, "--model", out / "model.json", "--activations",
+        argv = ["agreement", "--spec", spec, "--models", out / "model.json", "--activations",
                 out / "none.json", "--saes", out / "none.json", *given, "--device", "cpu",
                 "--threads", "1"]  # fmt: skip
         patch.setattr(sys, "argv", list(map(str, argv)))

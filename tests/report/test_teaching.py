@@ -13,7 +13,7 @@ import synthetic
 from plotly.subplots import make_subplots
 from snake import inputs_of, wildcards
 
-from pipeline.figures import captions, drawing
+from pipeline.figures import drawing
 from pipeline.job import commands
 from pipeline.papers import papers
 from pipeline.papers.rule_params import Params
@@ -156,8 +156,8 @@ def test_what_to_try_next_is_of_this_paper():
 def test_numbers_in_captions():
     metrics = {"a.b": {"mean": 0.03125}, "n": {"mean": 12345.0}, "none": {"mean": float("nan")}}
     text = "From {a.b} to {n}, {none}, {gone.x}; {not a name} and W_{i}"
-    assert captions.metrics_in(text) == ["a.b", "n", "none", "gone.x", "i"]
-    assert captions.filled(text[:-8], metrics) == "From 0.0312 to 12,345, –, –; {not a name} a"
+    assert drawing.metrics_in(text) == ["a.b", "n", "none", "gone.x", "i"]
+    assert drawing.filled(text[:-8], metrics) == "From 0.0312 to 12,345, –, –; {not a name} a"
 
 
 # --- thumbs ---------------------------------------------------------------------------------

@@ -38,7 +38,7 @@ def test_config_yaml_fits_and_a_mistyped_key_does_not():
     check = Draft202012Validator(schema.config())
     assert check.is_valid(config)
     assert not check.is_valid(config | {"scal": "smoke"})
-    assert not check.is_valid(config | {"scale": "smal"})
+    assert not check.is_valid(config | {"scale": "not a name"})
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_config_yaml_fits_and_a_mistyped_key_does_not():
         ("    source: any text", "    of: us\n    source: any text", "$.claims[0].of"),
         ("    source: any text on high-dimensional geometry\n", "", "$.claims[0]"),
         ("    own: {measure: {n_pairs: 6_000}}", "    figurs: {}", "$.scales.smoke"),
-        ("  smoke:\n", "  smok:\n", "$.scales"),
+        ("  smoke:\n", "  a scale:\n", "$.scales"),
     ],
 )
 def test_what_the_models_refuse_an_editor_marks(tmp_path, old, new, path):

@@ -10,9 +10,10 @@ import numpy as np
 import pandas as pd
 from pydantic import Field
 
-from pipeline.job import cli
-from pipeline.spec.paper import Section
-from pipeline.store import tables
+from pipeline.job import cli, own
+from pipeline.spec.base import Section
+
+TABLES = ("cosines",)
 
 
 class Options(Section):
@@ -41,14 +42,15 @@ def measure(options: Options) -> pd.DataFrame:
     return pd.DataFrame(rows, columns=["d_model", "seed", "cosine"])
 
 
+def work(job: cli.Job, options: Options) -> own.Tables:
+    """The rows of every table."""
+    out = own.Tables(TABLES)
+    out.add({"cosines": measure(options)})
+    return out
+
+
 def main() -> None:
-    parser = cli.parser("measure", __doc__, out="cosines.parquet")
-
-    def work(job: cli.Job) -> None:
-        options = job.section("own.measure", Options)
-        tables.write_table(job.args.out, measure(options), job.certificate([]))
-
-    cli.run("measure", parser.parse_args(), work)
+    own.main("measure", __doc__, Options, TABLES, work)
 
 
 if __name__ == "__main__":

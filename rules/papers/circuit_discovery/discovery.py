@@ -211,7 +211,7 @@ def work(job: cli.Job, options: Options) -> own.Tables:
         arm: dict.fromkeys(options.seeds, loader.load(file, device).hf)
         for arm, file in own.by_arm(job, job.args.models).items()
     }
-    models["siit"] = trained(Path(job.args.siit), options.seeds, device)
+    models["siit"] = trained(Path(job.args.checkpoint), options.seeds, device)
     each = len(options.seeds) * len(options.weights) * len(options.ablations)
     progress = cli.Progress("circuits", each * len(options.tasks), "graphs")
     for name, task in options.tasks.items():
@@ -222,7 +222,7 @@ def work(job: cli.Job, options: Options) -> own.Tables:
 def main() -> None:
     own.main(
         "discovery", __doc__, Options, TABLES, work, models="model.json of every arm*",
-        siit="folder of the networks that siit.py trained",
+        checkpoint="folder of the networks that siit.py trained",
     )  # fmt: skip
 
 

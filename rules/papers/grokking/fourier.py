@@ -29,8 +29,9 @@ from pipeline.job.source import import_file
 from pipeline.spec.paper import Section
 from pipeline.weights import trained
 
-measured = import_file(Path(__file__).with_name("measured.py"))
-phases = import_file(Path(__file__).with_name("phases.py"))
+HERE = Path(__file__).parent
+measured = import_file(HERE / "measured.py")
+phases = import_file(HERE / "phases.py")
 TABLES = ("progress", "phases", "spectrum", "circle", "frequencies", "neurons", "edits")
 
 
@@ -50,10 +51,10 @@ class Options(Section):
 class Model:
     """One trained model: its identity, its pairs, and its circuit at any checkpoint."""
 
-    def __init__(self, arm: str, run: trained.Run, member: str, data: Path, device: Any) -> None:
+    def __init__(self, run: trained.Run, member: str, device: Any) -> None:
         self.run, self.member, self.device = run, member, device
-        self.who = {"arm": arm, "seed": run.seed(member)}
-        tokens = run.batches(member, data, device).evaluation["train"][0]
+        self.who = {"arm": run.name, "seed": run.seed(member)}
+        tokens = run.batches(member, HERE / "data.py", device).evaluation["train"][0]
         self.pairs = measured.ablations.Pairs.of(tokens, run.info["d_vocab"] - 1)
 
     def circuit(self, state: dict) -> Any:
@@ -122,22 +123,20 @@ def measure(
 
 
 def work(job: cli.Job, options: Options) -> own.Tables:
-    args, device, out = job.args, job.device(), own.Tables(TABLES)
-    runs = dict(zip(args.names, map(trained.open_run, args.runs), strict=True))
-    total = sum(len(r.steps) * len(r.members) for r in runs.values())
+    device, out = job.device(), own.Tables(TABLES)
+    runs = list(map(trained.open_run, job.args.runs))
+    total = sum(len(r.steps) * len(r.members) for r in runs)
     progress, circles = cli.Progress("fourier", total, "checkpoints"), []
-    for arm, run in runs.items():
-        models = [Model(arm, run, member, Path(args.data), device) for member in run.members]
+    for run in runs:
+        models = [Model(run, member, device) for member in run.members]
         circles.append(measure(models, options, out, progress.add))
     out.parts["circle"] = circles[0]  # which may have no points
     return out
 
 
 def main() -> None:
-    own.main(
-        "fourier", __doc__, Options, TABLES, work, runs="manifest.json of each training run*",
-        names="its name*", data="the paper's data.py",
-    )  # fmt: skip
+    runs = "manifest.json of each training run*"
+    own.main("fourier", __doc__, Options, TABLES, work, runs=runs)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """A training run, and what its models are measured on; the options of stage heads. [torch]"""
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -63,7 +62,7 @@ class Held:
 
     def __init__(self, manifest: str, corpus: list[str], options: Options, device: Any) -> None:
         self.device, self.options, self.run = device, options, trained.open_run(manifest)
-        self.name = Path(manifest).parent.name.rsplit("-", 1)[0]  # <run>-<digest>
+        self.name = self.run.name
         need_attention_only(self.name, self.run.spec.architecture)
         n_ctx, how = self.run.spec.architecture.n_ctx, options.repeat
         pool = (

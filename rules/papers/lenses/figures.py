@@ -1,7 +1,4 @@
-"""Figures of the lenses by layer, between layers, and of causal bases; no torch.
-
-Those along a text are drawn in figures_texts.py.
-"""
+"""Figures of the lenses by layer, of causal bases, and direct logit attribution; no torch."""
 
 from collections.abc import Callable
 from itertools import product
@@ -11,14 +8,11 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from pipeline.figures.parts import Drawn, Panels, chosen, equal, heat, line, points
+from pipeline.figures.kinds_maps import beginning
+from pipeline.figures.parts import Drawn, Panels, bars, chosen, equal, line, points
 from pipeline.figures.parts import first as first_seed
 from pipeline.figures.theme import INK, PALETTE, SEQUENTIAL, axis, literal, scale
 from pipeline.store.tables import where
-
-from .figures_texts import attribution, trajectories
-
-__all__ = ["attribution", "basis", "bias", "layers", "trajectories", "transfer"]
 
 BITS = 1 / np.log(2)
 LENSES = {"logit": ("logit lens", PALETTE[1], "dot"), "tuned": ("tuned lens", PALETTE[0], "solid")}
@@ -31,6 +25,7 @@ MEASURES = {
     "echo": ("share whose likeliest token was just read", ""),
 }
 LOGARITHMIC = ("kl", "unread", "loss")
+PARTS = {"embedding": PALETTE[2], "attention": PALETTE[0], "MLP": PALETTE[1], "bias": PALETTE[3]}
 
 
 def named(options: dict[str, Any], table: pd.DataFrame) -> dict[str, str]:
@@ -125,34 +120,6 @@ def bias(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     return figure, table[["model", "lens", "layer", "bias_bits"]]
 
 
-def transfer(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
-    """Transfer penalty of every translator on every layer's stream; the reader chooses the model.
-
-    Options: names, a list of [model, what the list calls it]; ceiling, the penalty in nats at which
-    colour ends at most (default 5).
-    """
-    table, place = first_seed(tables["lenses/transfer"]), {}
-    for model, name in named(options, table).items():
-        grid = where(table, model=model).pivot(
-            index="translator", columns="layer", values="penalty"
-        )
-        place[name] = {
-            "x": list(map(str, grid.columns)), "y": list(map(str, grid.index)),
-            "z": grid.to_numpy().tolist(),
-            "zmax": min(float(grid.to_numpy().max()), options.get("ceiling", 5)),
-        }  # fmt: skip
-    field = heat(
-        **next(iter(place.values())), zmin=0, xgap=None, ygap=None,
-        colorbar={"title": {"text": "transfer penalty (nats)", "side": "right"}},
-        hover="translator of layer %{y} on layer %{x}: %{z:.3~g} nats",
-    )  # fmt: skip
-    choices = {n: [{k: [v] for k, v in change.items()}, {}] for n, change in place.items()}
-    axes = {"xaxis": axis("layer that is read", type="category")}
-    axes["yaxis"] = axis("layer that the translator is of", type="category")
-    figure = chosen(go.Figure(field), choices).update_layout(**axes, height=520)
-    return figure, table[["model", "translator", "layer", "penalty", "kl", "similarity"]]
-
-
 def basis(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     """Influence of each direction on the tuned lens and on the model; the reader chooses the model.
 
@@ -187,3 +154,53 @@ def basis(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     )  # fmt: skip
     columns = ["model", "layer", "kind", "rank", "lens_bits", "model_bits", "alignment"]
     return figure, table[columns]
+
+
+def attribution(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
+    """What every attention and MLP adds to the likeliest token's logit, and the sum so far.
+
+    The reader chooses the place. Options: names, a list of [model, what the list calls it]; places,
+    of each text: that many with the largest logits, and its last (default 2).
+    """
+    table, wanted = first_seed(tables["lenses/attribution"]), []
+    for model, name in options["names"]:
+        for _, rows in where(table, model=model).groupby("text", sort=False):
+            logits = rows.groupby("position")["logit"].first()
+            largest = logits.drop(logits.index.max()).nlargest(options.get("places", 2)).index
+            wanted += [(name, where(rows, position=at)) for at in [logits.index.max(), *largest]]
+    figure, choices, frames = go.Figure(), {}, []
+    for name, rows in wanted:
+        parts = ordered(rows)
+        words = beginning("…" + rows["words"].iloc[0][-20:])
+        what = f"{name}: “{words}” → “{rows['top'].iloc[0]}”"
+        ys = [parts["contribution"].where(parts["part"] == p).tolist() for p in PARTS]
+        ys.append(parts["contribution"].cumsum().tolist())
+        if not choices:
+            figure.add_traces(traces(parts["place"].tolist(), ys))
+        choices[what] = [{"x": [parts["place"].tolist()] * len(ys), "y": ys}, {}]
+        frames.append(parts)
+    axes = {"xaxis": axis("part of the model, in the order of computation", type="category")}
+    axes["yaxis"] = axis("logit over the vocabulary's mean")
+    chosen(figure, choices).update_layout(barmode="relative", bargap=0.15, height=460, **axes)
+    out = pd.concat(frames, ignore_index=True)
+    return figure, out.drop(columns=["number", "within", "place"])
+
+
+def ordered(rows: pd.DataFrame) -> pd.DataFrame:
+    """Parts in the order of computation, with the place of each on the axis."""
+    first = {"embedding": -1, "bias": rows["layer"].max() + 1}
+    number = rows["part"].map(first).fillna(rows["layer"])
+    within = rows["part"].map({p: i for i, p in enumerate(PARTS)})
+    rows = rows.assign(number=number, within=within).sort_values(["number", "within"])
+    short = {"attention": "attn ", "MLP": "MLP "}
+    parts = zip(rows["part"], rows["layer"], strict=True)
+    return rows.assign(place=[f"{short[p]}{int(n)}" if p in short else p for p, n in parts])
+
+
+def traces(x: list[str], ys: list[list]) -> list[Any]:
+    """Bars of each part, and the line of their sum so far."""
+    hover = "%{x}: %{y:+.3~g}"
+    parts = zip(PARTS.items(), ys, strict=False)
+    out: list[Any] = [bars(x, y, part, colour, hover=hover) for (part, colour), y in parts]
+    hover = "up to %{x}: %{y:.3~g}"
+    return [*out, line(x, ys[-1], "sum so far", INK, width=1.2, shape="hvh", hover=hover)]

@@ -40,7 +40,7 @@ def work(job: cli.Job, options: Options) -> own.Tables:
     args, device, out = job.args, job.device(), own.Tables(TABLES)
     torch.set_float32_matmul_precision("high")  # TF32 on a GPU; the package takes bfloat16
     made_by = [job.code, job.hardware, provenance.versions()]
-    kept, partial = {}, Path(f"{args.out}.partial")
+    kept, partial = {}, Path(f"{args.translators}.partial")
     for name, file, corpus in zip(sorted(options.models), args.models, args.corpora, strict=True):
         hf = loader.load(file, device).hf
         read = blocks(corpus, "train").to(device)
@@ -53,9 +53,9 @@ def work(job: cli.Job, options: Options) -> own.Tables:
             kept |= tuned_lens.packed(tuned.translators, f"{name}.{seed}")
             out.add({"history": tuned_lens.history(tuned)}, first={"model": name, "seed": seed})
             cli.log.info("%s, seed %d: %d translators", name, seed, len(tuned.layers))
-    write_tensors(Path(args.out), kept)
+    write_tensors(Path(args.translators), kept)
     made = job.certificate([*args.models, *args.corpora], seed=options.seeds)
-    tables.stamp_safetensors(args.out, made)
+    tables.stamp_safetensors(args.translators, made)
     shutil.rmtree(partial)
     return out
 
@@ -64,7 +64,7 @@ def main() -> None:
     own.main(
         "tuning", __doc__, Options, TABLES, work,
         models="model.json of every model, sorted by name*",
-        corpora="tokens.parquet of every model*", writes={"out": "translators, safetensors"},
+        corpora="tokens.parquet of every model*", writes={"translators": "safetensors"},
     )  # fmt: skip
 
 

@@ -1,7 +1,4 @@
-"""Figures of Towards Monosemanticity: widths, densities, universality, token entropy; no torch.
-
-Feature splitting is drawn in figures_splitting.py.
-"""
+"""Figures of Towards Monosemanticity: widths, densities, and feature splitting; no torch."""
 
 from typing import Any
 
@@ -10,29 +7,11 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from pipeline.figures.kinds_common import title_of
-from pipeline.figures.parts import Drawn, Panels, chosen, line, steps
-from pipeline.figures.theme import PALETTE, axis, rgba
+from pipeline.figures.parts import Drawn, Panels, line, points, steps
+from pipeline.figures.theme import GRID, INK, PALETTE, axis, literal, rgba
 
-from .figures_splitting import shade, splitting, tree
-
-__all__ = ["densities", "purity", "splitting", "tree", "universality", "widths"]
-
-LATENTS, NEURONS, NULL, UNTRAINED = PALETTE[0], PALETTE[1], PALETTE[6], PALETTE[2]
-ARMS = {"a": ("model a", LATENTS), "b": ("model b", PALETTE[3]), "c": ("model c", PALETTE[4]),
-        "untrained": ("untrained model", UNTRAINED)}  # fmt: skip
-UNIVERSAL = {
-    "latents": ("latents", LATENTS, "solid"),
-    "neurons": ("neurons", NEURONS, "solid"),
-    "null_latents": ("latents, shifted rows", LATENTS, "dot"),
-    "null_neurons": ("neurons, shifted rows", NEURONS, "dot"),
-}
-MEASURES = {
-    "narrowing": "bits by which a unit narrows down the token",
-    "said": "rank of the next token in what a unit says, above that of other rows",
-    "top_entropy": "entropy of the tokens of the largest activations (bits)",
-    "token_share": "share of the activation on the foremost token",
-}
-SHARE = axis("share of units", tickformat=".0%", rangemode="tozero")
+ARMS = {"a": ("model a", PALETTE[0]), "b": ("model b", PALETTE[3]), "c": ("model c", PALETTE[4]),
+        "untrained": ("untrained model", PALETTE[2])}  # fmt: skip
 ULTRALOW = 1e-5
 
 
@@ -100,89 +79,101 @@ def densities(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
         what, dash = ("neurons", "dot") if neurons else ("latents", "solid")
         label = f"{len(density):,} {what}: {dead:,} dead, {rare:,} ultralow"
         hover = f"{label}<br>10<sup>%{{x:.2f}}</sup>: %{{customdata:,}} {what}, %{{y:.1%}}"
-        ink = NEURONS if neurons else shade(i, len(names) - 1)
+        ink = PALETTE[1] if neurons else shade(i, len(names) - 1)
         look = {"dash": dash, "customdata": count, "hover": hover}
         figure.add_trace(steps(edges, count / len(density), label, ink, **look))
         columns = {"group": name, "low": edges[:-1], "high": edges[1:], "units": count}
         out.append(pd.DataFrame({**columns, "dead": dead, "ultralow": rare}))
     if low < (border := np.log10(ULTRALOW)):
-        band = {"fillcolor": rgba(NULL, 0.15), "line_width": 0, "layer": "below"}
+        band = {"fillcolor": rgba(PALETTE[6], 0.15), "line_width": 0, "layer": "below"}
         note = {"annotation": {"text": "ultralow", "font": {"size": 11}}}
         figure.add_vrect(low, border, **band, **note, annotation_position="top left")
     ticks = list(range(int(low), 1))
     powers = {"tickvals": ticks, "ticktext": [f"10<sup>{t}</sup>" for t in ticks]}
     x = axis("share of tokens on which a unit fires (log scale)", **powers)
-    return figure.update_layout(xaxis=x, yaxis=SHARE), pd.concat(out, ignore_index=True)
+    y = axis("share of units", tickformat=".0%", rangemode="tozero")
+    return figure.update_layout(xaxis=x, yaxis=y), pd.concat(out, ignore_index=True)
 
 
-def universality(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
-    """Histogram of best-match correlations, latents and neurons, each with its null.
-
-    Options: bins (default 40).
-    """
-    found = tables["latents/matches"]
-    found = found[found["arm"] == "a"]
-    lowest = min(0.0, np.floor(found["correlation"].min() * 10) / 10)
-    edges = np.linspace(lowest, 1, options.get("bins", 40) + 1)
-    figure, out = go.Figure(), []
-    for kind, (name, ink, dash) in UNIVERSAL.items():
-        values = found.loc[found["kind"] == kind, "correlation"]
-        if values.empty:
-            continue
-        share, null = np.histogram(values, edges)[0] / len(values), dash == "dot"
-        label = f"{len(values):,} {name}: median {values.median():.2f}"
-        look = {"dash": dash, "width": 1.2 if null else 2, "fillcolor": rgba(ink, 0.15)}
-        look |= {"fill": None if null else "tozeroy"}
-        hover = f"{label}<br>correlation %{{x:.2f}}: %{{y:.1%}}"
-        figure.add_trace(steps(edges, share, label, ink, hover=hover, **look))
-        if not null:
-            figure.add_vline(values.median(), line={"color": ink, "dash": "dash", "width": 1.2})
-        columns = {"kind": kind, "low": edges[:-1], "high": edges[1:], "share": share}
-        out.append(pd.DataFrame({**columns, "median": values.median()}))
-    frame = pd.concat(out, ignore_index=True)
-    highest = frame.loc[~frame["kind"].str.startswith("null"), "share"].max()
-    x = axis("correlation with the best match in the model of another seed")
-    y = axis("share of units", tickformat=".0%", range=[0, 1.15 * highest])
-    return figure.update_layout(xaxis=x, yaxis=y), frame
+def shade(i: int, n: int) -> str:
+    """The i-th of n shades, light to dark blue: narrow to wide."""
+    return rgba(PALETTE[0], 0.35 + 0.65 * i / max(n - 1, 1))
 
 
-def purity(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
-    """Cumulative share of units against how many different tokens they stand for.
-
-    Options: dictionary, the main one's name.
-    """
-    units, main = tables["latents/units"], options["dictionary"]
-    looks = {
-        "latents": ("a", main, LATENTS, "solid"),
-        "neurons": ("a", "neurons", NEURONS, "solid"),
-        "random directions": ("a", "random", NULL, "dot"),
-        "latents of the untrained model": ("untrained", main, UNTRAINED, "dash"),
-    }
-    figure, out, curves = go.Figure(), [], {m: [] for m in MEASURES}
-    for name, (arm, group, ink, dash) in looks.items():
-        rows = units[(units["arm"] == arm) & (units["group"] == group)]
-        if rows.empty:
-            continue
-        for measure in MEASURES:
-            x, y = cumulative(rows[measure])
-            curves[measure].append((x.tolist(), y.tolist()))
-            columns = {"group": name, "measure": measure, "value": x, "share": y}
-            out.append(pd.DataFrame(columns))
-        hover = f"{name}<br>%{{y:.0%}} have at most %{{x:.2f}}"
-        look = {"dash": dash, "shape": "hv", "hover": hover}
-        figure.add_trace(line(*curves["narrowing"][-1], name, ink, **look))
-    choices = {
-        text: [dict(zip("xy", map(list, zip(*curves[m], strict=True)), strict=True)),
-               {"xaxis.title.text": text}]
-        for m, text in MEASURES.items()
-    }  # fmt: skip
-    y = axis("cumulative share of units", tickformat=".0%", range=[0, 1.02])
-    chosen(figure, choices).update_layout(xaxis=axis(MEASURES["narrowing"]), yaxis=y)
+def splitting(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
+    """Share of the narrowest dictionary's latents with at least n near ones, one line a width."""
+    frame, figure, out = tables["latents/splitting"], go.Figure(), []
+    frame = frame[frame["arm"] == "a"]
+    groups = list(frame.groupby("wide", sort=False))
+    for i, (wide, rows) in enumerate(groups):
+        counts = np.arange(1, max(int(rows["n_near"].max()), 1) + 1)
+        share = [(rows["n_near"] >= n).mean() for n in counts]
+        name = f"{wide}: mean {rows['n_near'].mean():.2f} (null {rows['n_null'].mean():.2f})"
+        look = {"marker": {"size": 5}, "hover": f"{wide}: %{{y:.1%}} have %{{x}} or more"}
+        figure.add_trace(line(counts, share, name, shade(i, len(groups)), **look))
+        null = [(rows["n_null"] >= n).mean() for n in counts]
+        out.append(pd.DataFrame({"wide": wide, "n_near": counts, "share": share, "null": null}))
+    figure.update_layout(
+        xaxis=axis("near latents in the wider dictionary", log=True),
+        yaxis=axis("share of the narrowest's latents", tickformat=".0%", rangemode="tozero"),
+        showlegend=True,
+    )
     return figure, pd.concat(out, ignore_index=True)
 
 
-def cumulative(values: pd.Series) -> tuple[np.ndarray, np.ndarray]:
-    """At most 300 values, ascending, and the share of all that is not larger than each."""
-    values = np.sort(values.dropna().to_numpy())
-    at = np.unique(np.linspace(0, len(values) - 1, min(len(values), 300)).astype(int))
-    return values[at], (at + 1) / max(len(values), 1)
+def tree(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
+    """A latent of the narrowest dictionary and those near it in wider ones, with their tokens."""
+    units = tables["latents/units"]
+    units = units[units["arm"] == "a"].set_index(["group", "unit"])
+    frame = tables["latents/tree"]
+    frame = frame[frame["arm"] == "a"].copy()
+    keys = list(zip(frame["dictionary"], frame["latent"], strict=True))
+    frame["tokens"] = [units.loc[k, "tokens"] for k in keys]
+    frame["density"] = [units.loc[k, "density"] for k in keys]
+    frame["y"] = heights(frame)
+    figure, at = go.Figure(), frame.set_index(["level", "latent"])
+    for row in frame[frame["parent"] >= 0].itertuples():
+        y = at.loc[(row.level - 1, row.parent), "y"]
+        width = 1 + 3 * max(row.cosine_parent, 0)
+        figure.add_trace(line([row.level - 1, row.level], [y, row.y], colour=GRID, width=width))
+    leaf = frame["level"] == frame["level"].max()
+    where = np.where(leaf, "middle right", "top center").tolist()
+    rarest = np.log10(frame["density"].clip(lower=1e-7))
+    hover = "%{customdata[0]}, latent %{customdata[1]}: fires on %{customdata[2]:.2%} of tokens"
+    nodes = points(
+        frame["level"], frame["y"], colour=PALETTE[0], size=10 + 5 * (rarest - rarest.min()),
+        mode="markers+text", marker={"line": {"color": INK, "width": 0.5}},
+        text=[f" {shown(t)}" for t in frame["tokens"]], textposition=where,
+        textfont={"size": 11}, cliponaxis=False,
+        customdata=frame[["dictionary", "latent", "density", "cosine"]],
+        hover=hover + "<br>cosine with the first %{customdata[3]:.2f}",
+    )  # fmt: skip
+    figure.add_trace(nodes)
+    levels = frame.drop_duplicates("level")
+    widest = frame.groupby("level").size().max()
+    figure.update_layout(
+        xaxis=axis("dictionary, narrow to wide", tickvals=levels["level"].tolist(),
+                   ticktext=levels["dictionary"].tolist(), showgrid=False,
+                   range=[-0.2, levels["level"].max() + 0.9]),
+        yaxis={"visible": False, "range": [-0.7, widest - 0.3]},
+        height=140 + 42 * int(widest),
+    )  # fmt: skip
+    return figure, frame
+
+
+def heights(frame: pd.DataFrame) -> list[float]:
+    """Where each node stands: a level's nodes evenly spaced, in the order of their parents."""
+    widest, placed = frame.groupby("level").size().max(), {}
+    for level, rows in frame.groupby("level"):
+        order = sorted(
+            rows.itertuples(), key=lambda r: (placed.get((level - 1, r.parent), 0), -r.cosine)
+        )
+        step = widest / len(order)
+        for i, row in enumerate(order):
+            placed[level, row.latent] = (i + 0.5) * step - 0.5
+    return [placed[level, i] for level, i in zip(frame["level"], frame["latent"], strict=True)]
+
+
+def shown(tokens: str) -> str:
+    """Tokens with their spaces seen; never markup."""
+    return literal(tokens).replace(" · ", "\u2002").replace(" ", "␣")

@@ -1,15 +1,13 @@
-"""Figures of the nanoGPT paper that are no core kinds: what models write, and one excerpt."""
+"""The figure of the nanoGPT paper that is no core kind: what its models write."""
 
 import textwrap
 from typing import Any
 
-import pandas as pd
 import plotly.graph_objects as go
 
-from pipeline.figures.parts import Drawn, chosen, heat, points
-from pipeline.figures.theme import GRID, PALETTE, axis, literal
-
-MONO = "ui-monospace, SFMono-Regular, Menlo, Consolas, 'DejaVu Sans Mono', monospace"
+from pipeline.figures.kinds_maps import MONO
+from pipeline.figures.parts import Drawn, chosen
+from pipeline.figures.theme import GRID, literal
 
 
 def samples(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
@@ -54,64 +52,3 @@ def as_lines(text: str, width: int) -> str:
         for part in textwrap.wrap(line, width, drop_whitespace=False) or [""]
     ]
     return "<br>".join(literal(line) for line in lines)
-
-
-def excerpt(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
-    """The likeliest next character after every layer, along an excerpt; right ones are framed."""
-    table = tables["language/excerpt"]
-    arms = dict(iter(table.groupby("arm")))
-    data = {arm: (field(t), right(t)) for arm, t in arms.items()}
-    cells, marks = next(iter(data.values()))
-    hover = "after %{y} layers, behind “%{customdata[0]}”: “%{text}” with %{z:.2f}<br>it is "
-    field_of = heat(
-        **cells, zmin=0, zmax=1, xgap=None, ygap=None, texttemplate="%{text}",
-        textfont={"family": MONO, "size": 12},
-        colorbar={"title": {"text": "probability", "side": "right"}},
-        hover=hover + "“%{customdata[1]}”, given %{customdata[2]:.2f}",
-    )  # fmt: skip
-    frame = {"size": 15, "symbol": "square-open", "marker": {"line": {"width": 2}}}
-    figure = go.Figure([field_of, points(**marks, name="right", colour=PALETTE[1], **frame)])
-    keys = ("x", "y", "z", "text", "customdata")
-    chosen(figure, {a: [{k: [f.get(k), m.get(k)] for k in keys}, {}] for a, (f, m) in data.items()})
-    one = next(iter(arms.values()))
-    top = one[one["layer"] == one["layer"].max()].sort_values("position")
-    ticks = {"tickvals": top["position"].tolist(), "ticktext": shown(top["token"])}
-    ticks |= {"range": [top["position"].min() - 0.5, top["position"].max() + 0.5]}
-    depth = [-0.5, one["layer"].max() + 0.5]
-    figure.update_layout(
-        xaxis=axis("character read", tickangle=0, tickfont={"family": MONO}, **ticks),
-        yaxis=axis("layers before the lens", dtick=1, range=depth),
-        height=140 + 38 * one["layer"].nunique(),
-        margin={"t": 32},
-        meta={"min_width": 130 + 18 * len(top)},  # a phone scrolls sideways
-    )
-    return figure, table
-
-
-def field(table: pd.DataFrame) -> dict[str, Any]:
-    """x, y, z, text and customdata of the heat map."""
-    top, text, token, target, given = (
-        table.pivot(index="layer", columns="position", values=c)
-        for c in ("p_top", "top", "token", "target", "p_target")
-    )
-    rows = zip(*(t.to_numpy() for t in (token, target, given)), strict=True)
-    return {
-        "x": top.columns.tolist(),
-        "y": top.index.tolist(),
-        "z": top.to_numpy().tolist(),
-        "text": [shown(row) for row in text.to_numpy()],
-        "customdata": [
-            list(map(list, zip(shown(a), shown(b), p, strict=True))) for a, b, p in rows
-        ],
-    }
-
-
-def right(table: pd.DataFrame) -> dict[str, Any]:
-    """x and y of the cells whose likeliest character is the next one."""
-    hits = table[table["top"] == table["target"]]
-    return {"x": hits["position"].tolist(), "y": hits["layer"].tolist()}
-
-
-def shown(characters: Any) -> list[str]:
-    """Characters that can be seen: a space as ␣, a line break as ↵; never markup."""
-    return ["␣" if c == " " else literal(c) for c in characters]

@@ -188,20 +188,20 @@ def units_of(found: dict[str, Latents], loaded: Any, seed: int) -> dict[str, dic
 def work(job: cli.Job, options: Options) -> own.Tables:
     """Rows of all tables, each seed and structure in turn."""
     args, device, out = job.args, job.device(), own.Tables(TABLES)
-    loaded = loader.load(args.model, device)
-    found = latents.load(args.saes, options.saes, args.activations, device)
+    loaded, activations = loader.load(args.models[0], device), args.activations[0]
+    found = latents.load(args.saes, options.saes, activations, device)
     for seed in options.seeds:
         units = units_of(found, loaded, seed)
         for name in options.structures:
             structure = Structure(name, loaded, units, options, seed, device)
-            out.add(structure.measured(args.activations), {"structure": name}, seed=seed)
+            out.add(structure.measured(activations), {"structure": name}, seed=seed)
     return out
 
 
 def main() -> None:
     own.main(
-        "agreement", __doc__, Options, TABLES, work, model="model.json",
-        activations="manifest.json of the activations", saes="manifests of the SAE jobs*",
+        "agreement", __doc__, Options, TABLES, work, models="model.json*",
+        activations="manifest.json of the activations*", saes="manifests of the SAE jobs*",
     )  # fmt: skip
 
 
