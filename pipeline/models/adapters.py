@@ -130,7 +130,6 @@ def layout_of(adapter: Any) -> dict[str, Any]:
             out["hooks"][hook] = aliases[hook].removesuffix(" scaled")
     if not {"hook_resid_pre", "hook_resid_post"} <= set(out["hooks"]):
         raise ValueError("its layers have no stream before and behind them")
-    order = families.LAYER_HOOKS.index
     out["bridge"] = {
         hook: target
         for hook, target in own_names(block, aliases).items()
@@ -138,7 +137,7 @@ def layout_of(adapter: Any) -> dict[str, Any]:
     }
     for hook in DROPPED.get(adapter.cfg.model_name, ()):
         out["hooks"].pop(hook, None)
-    return out | {"hooks": dict(sorted(out["hooks"].items(), key=lambda item: order(item[0])))}
+    return out | {"hooks": ordered(out["hooks"])}
 
 
 def own_names(block: Any, aliases: dict[str, str]) -> dict[str, str]:
@@ -202,6 +201,7 @@ def completed(layout: dict[str, Any], hf: nn.Module, adapter: Any) -> dict[str, 
         "hooks": {h: p for h, p in layout["hooks"].items() if has(path_of(p))},
         "parts": {n: p for n, p in layout["parts"].items() if has(p)},
     }
+    layout["hooks"] = ordered(layout["hooks"] | expert_hooks(layout, found))
     if _reach(hf, layout["final_norm"]) is None or not _once_at_the_end(hf, layout["final_norm"]):
         layout["final_norm"] = ""
     base = f"{hf.base_model_prefix}."
@@ -212,6 +212,23 @@ def completed(layout: dict[str, Any], hf: nn.Module, adapter: Any) -> dict[str, 
     hf.retrace_layout = families.Layout(**layout)
     layout["flat"], layout["overwritten"] = seen_in(hf)
     return {k: v for k, v in layout.items() if v}
+
+
+def ordered(found: dict[str, str]) -> dict[str, str]:
+    """Hooks in the order in which a layer computes them."""
+    return dict(sorted(found.items(), key=lambda item: families.LAYER_HOOKS.index(item[0])))
+
+
+def expert_hooks(layout: dict[str, Any], layers: list[nn.Module]) -> dict[str, str]:
+    """Hooks of a mixture of experts: its router, and its experts where one module sums them."""
+    path, out = layout["parts"].get("mlp", ""), {}
+    for layer in layers if layout.get("experts") else []:
+        for name in ("gate", "router"):
+            if any(True for _ in getattr(_reach(layer, f"{path}.{name}"), "parameters", list)()):
+                out["mlp.hook_expert_weights"] = f"{path}.{name} probabilities"
+        if isinstance(_reach(layer, f"{path}.experts"), nn.Module):
+            out["mlp.hook_experts_out"] = f"{path}.experts out"
+    return out
 
 
 def seen_in(hf: nn.Module) -> tuple[bool, list[str]]:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import RetraceError
-from pipeline.models import hooks, places, splice
+from pipeline.models import hooks, modules, places, splice
 from pipeline.models.heads import Heads
 
 N_TOKENS = 5
@@ -51,7 +51,7 @@ def prove(hf: nn.Module) -> dict[str, str]:
     if not torch.isfinite(logits).all():
         return {}  # no sum holds then; the stage that stores or sums values says where they begin
     refused = {n: "never runs in a forward pass of this model" for n in names if n not in acts}
-    for i, layer in enumerate(hooks.layers_of(hf)):
+    for i, layer in enumerate(modules.layers_of(hf)):
         at = {h: acts.get(f"blocks.{i}.{h}") for h in (*STREAMS, *_parts(hf))}
         found = layer_faults({h: x for h, x in at.items() if x is not None})
         found |= norm_faults(hf, layer, at, outs) | head_faults(hf, i, at)
@@ -72,10 +72,8 @@ def prove(hf: nn.Module) -> dict[str, str]:
 def norms_seen(hf: nn.Module) -> Iterator[dict[nn.Module, Tensor]]:
     """Inside: a forward pass fills the dictionary, norm -> its output."""
     outs: dict[nn.Module, Tensor] = {}
-    names = hooks.family(hf)
-    norms = [
-        hooks.reached(layer, p) for layer in hooks.layers_of(hf) for p in hooks.norm_paths(names)
-    ]
+    paths, layers = modules.norm_paths(modules.family(hf)), modules.layers_of(hf)
+    norms = [modules.reached(layer, path) for layer in layers for path in paths]
     with ExitStack() as stack:
         for norm in [*norms, splice.final_norm(hf)]:
             if norm is not None:
@@ -92,7 +90,7 @@ def few_tokens(hf: nn.Module) -> Tensor:
 
 
 def _parts(hf: nn.Module) -> list[str]:
-    names = hooks.family(hf)
+    names = modules.family(hf)
     norms = [f"{p}.{h}" for p in names.parts for h in ("hook_normalized",) if p.startswith("ln")]
     return [*norms, "attn.hook_v", "attn.hook_z"]
 
@@ -148,8 +146,8 @@ def norm_faults(
         outs: what each norm wrote in the pass.
     """
     found = {}
-    for part, path in hooks.family(hf).parts.items():
-        n, norm = at.get(f"{part}.hook_normalized"), hooks.reached(layer, path)
+    for part, path in modules.family(hf).parts.items():
+        n, norm = at.get(f"{part}.hook_normalized"), modules.reached(layer, path)
         if n is not None and not is_norm(norm, n, outs[norm]):
             why = "this norm is not a gain times the standardised stream plus a bias"
             found |= {f"{part}.{h}": why for h in ("hook_normalized", "hook_scale")}
@@ -172,7 +170,7 @@ def head_faults(hf: nn.Module, i: int, at: dict[str, Tensor | None]) -> dict[str
     its key head.
     """
     z, v = at.get("attn.hook_z"), at.get("attn.hook_v")
-    place = hooks.family(hf).place("attn.hook_v")
+    place = modules.family(hf).place("attn.hook_v")
     if z is None or v is None or " of " not in place[1]:
         return {}
     n_heads = hf.config.num_attention_heads
@@ -191,7 +189,7 @@ def whole_faults(
     hf: nn.Module, tokens: Tensor, acts: dict[str, Tensor], logits: Tensor
 ) -> dict[str, str]:
     """resume, unembed or heads -> why what needs it is refused."""
-    kind, n = hf.config.model_type, len(hooks.layers_of(hf))
+    kind, n = hf.config.model_type, len(modules.layers_of(hf))
     middle, last = f"blocks.{n // 2}.hook_resid_pre", f"blocks.{n - 1}.hook_resid_post"
     tests: dict[str, tuple[Callable[[], tuple[Tensor, Tensor]], str]] = {
         "resume": (

@@ -14,7 +14,7 @@ from jaxtyping import Bool, Float
 from torch import Tensor, nn
 
 from pipeline.errors import RetraceError
-from pipeline.models import hooks, places
+from pipeline.models import hooks, modules, places
 
 
 def stream(hf: nn.Module, hook: str, tokens: Tensor) -> Tensor:
@@ -65,7 +65,7 @@ def resume_stream(hf: nn.Module, hook: str, x: Tensor, **given: Any) -> Tensor:
             hook = hook.replace("resid_mid", "resid_pre")
         stack.enter_context(_skipped_below(hf, hook))
         stack.enter_context(hooks.edited(hf, hook, lambda _: x))
-        last = f"blocks.{len(hooks.layers_of(hf)) - 1}.hook_resid_post"
+        last = f"blocks.{len(modules.layers_of(hf)) - 1}.hook_resid_post"
         end = stack.enter_context(hooks.capture(hf, [last]))
         stack.enter_context(hooks.stop_after(hf, [last]))
         tokens = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
@@ -76,13 +76,13 @@ def resume_stream(hf: nn.Module, hook: str, x: Tensor, **given: Any) -> Tensor:
 @contextmanager
 def _silent(hf: nn.Module, number: int, x: Tensor) -> Iterator[None]:
     """Inside: the attention of a layer writes nothing, and where it can be, is not run."""
-    names, layer = hooks.family(hf), hooks.layers_of(hf)[number]
-    attention = hooks.reached(layer, names.attn)
+    names, layer = modules.family(hf), modules.layers_of(hf)[number]
+    attention = modules.reached(layer, names.attn)
     if names.place("hook_attn_out") != (names.attn, "out"):
         with hooks.edited(hf, f"blocks.{number}.hook_attn_out", torch.zeros_like):
             yield
         return
-    answer = hooks.answer_of(hf, attention)
+    answer = modules.answer_of(hf, attention)
     try:
         attention.forward = lambda *_, **__: answer(torch.zeros((), dtype=x.dtype, device=x.device))
         yield
@@ -99,8 +99,8 @@ def _skipped_below(hf: nn.Module, hook: str) -> Iterator[None]:
     skipped: list[nn.Module] = []
     if hook.endswith(("hook_resid_pre", "hook_resid_post")):
         number = int(hook.split(".")[1])
-        skipped = list(hooks.layers_of(hf))[: number + hook.endswith("hook_resid_post")]
-    answers = [hooks.answer_of(hf, layer) for layer in skipped]
+        skipped = list(modules.layers_of(hf))[: number + hook.endswith("hook_resid_post")]
+    answers = [modules.answer_of(hf, layer) for layer in skipped]
     try:
         for layer, answer in zip(skipped, answers, strict=True):
             layer.forward = lambda hidden_states, *_, answer=answer, **__: answer(hidden_states)
@@ -114,7 +114,8 @@ def written(hf: nn.Module, hook: str, directions: Tensor) -> Tensor:
     """What directions [n d] at a hook write into the residual stream, [n d_model].
 
     Behind an MLP's nonlinearity, and at z, that is the last matrix of the MLP or of attention times
-    them, and the gain of a norm behind it, whose scale depends on the token and is left out.
+    them, and the gain of a norm behind it, whose scale depends on the token and is left out. What
+    heads write (hook_result) is summed over heads.
     Elsewhere they lie in the stream.
 
     Raises:
@@ -123,14 +124,17 @@ def written(hf: nn.Module, hook: str, directions: Tensor) -> Tensor:
     at = hook.split(".", 2)[-1]
     if not at.startswith(("attn.", "mlp.", "ln")):
         return directions
-    if at not in ("attn.hook_z", "mlp.hook_post"):
+    if at not in ("attn.hook_z", "attn.hook_result", "mlp.hook_post"):
         raise RetraceError(
             f"hook '{hook}': what a direction there writes into the stream depends on the token; "
             f"take one of hook_resid_*, hook_attn_out, hook_mlp_out, attn.hook_z, mlp.hook_post"
         )
-    names, layer = hooks.family(hf), hooks.layers_of(hf)[int(hook.split(".")[1])]
-    last = hooks.submodule(layer, names.place(at)[0])
-    rows = last(directions) - last(torch.zeros_like(directions[:1]))
+    names, layer = modules.family(hf), modules.layers_of(hf)[int(hook.split(".")[1])]
+    if at == "attn.hook_result":
+        rows = directions.unflatten(-1, (-1, hf.config.hidden_size)).sum(-2)
+    else:
+        last = modules.submodule(layer, names.place(at)[0])
+        rows = last(directions) - last(torch.zeros_like(directions[:1]))
     out, post = hooks.written_by(hf, layer, at.split(".")[0])
     return rows * out.scale if post is None else _gained(post, rows)
 
@@ -154,8 +158,8 @@ def _gained(norm: nn.Module, rows: Tensor) -> Tensor:
 
 def final_norm(hf: nn.Module) -> nn.Module:
     """The norm before the unembedding, as a module; Identity where a model has none."""
-    path = hooks.family(hf).final_norm
-    return (hooks.reached(hf, path) if path else None) or nn.Identity()
+    path = modules.family(hf).final_norm
+    return (modules.reached(hf, path) if path else None) or nn.Identity()
 
 
 def tail(hf: nn.Module) -> tuple[float, float]:

@@ -11,7 +11,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from pipeline.models import hooks, splice
+from pipeline.models import hooks, modules, splice
 from pipeline.spec.training import Architecture
 from pipeline.weights import initial
 
@@ -59,9 +59,9 @@ def test_a_replaced_stream_gives_what_a_plain_hook_gives(hf):
 def test_lower_layers_do_not_run(hf):
     hook = "blocks.1.hook_resid_post"
     x = splice.stream(hf, hook, TOKENS)
-    lower = hf.get_submodule(hooks.family(hf).layers)[0]
+    lower = hf.get_submodule(modules.family(hf).layers)[0]
     calls = []
-    attention = getattr(lower, hooks.family(hf).attn)
+    attention = getattr(lower, modules.family(hf).attn)
     splice.resume(hf, hook, TOKENS, x)  # the first call runs one token to see what layers return
     handle = attention.register_forward_hook(lambda *_: calls.append(1))
     splice.resume(hf, hook, TOKENS, x)
