@@ -22,10 +22,18 @@ from pipeline.spec.families import Layout
 def family(hf: nn.Module) -> Layout:
     """The layout of a model: the one that came with it, or that of its type.
 
+    A model without a head (an encoder such as MiniLM) is the inner module of the one that the
+    layout is for, so that its paths begin behind that module's name.
+
     Raises:
         RetraceError: a type without one.
     """
-    return getattr(hf, "retrace_layout", None) or families.layout(hf.config)
+    names = getattr(hf, "retrace_layout", None) or families.layout(hf.config)
+    prefix = f"{getattr(hf, 'base_model_prefix', '')}."
+    if getattr(hf, "base_model", None) is not hf or not names.layers.startswith(prefix):
+        return names
+    inside = {k: getattr(names, k).removeprefix(prefix) for k in ("embed", "layers", "final_norm")}
+    return names.model_copy(update=inside)
 
 
 def layers_of(hf: nn.Module) -> nn.ModuleList:

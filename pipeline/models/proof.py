@@ -42,13 +42,14 @@ def prove(hf: nn.Module) -> dict[str, str]:
     names, tokens = hooks.hook_names(hf), few_tokens(hf)
     try:
         with hooks.capture(hf, names) as acts, norms_seen(hf) as outs:
-            logits = hf(input_ids=tokens, use_cache=False).logits
+            out = hf(input_ids=tokens, use_cache=False)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as e:
         raise RetraceError(
             f"model type '{hf.config.model_type}': does not run on {tokens.shape[1]} token ids "
             f"alone ({str(e).splitlines()[0][:120]})"
         ) from e
-    if not torch.isfinite(logits).all():
+    logits = getattr(out, "logits", None)
+    if not torch.isfinite(out[0] if logits is None else logits).all():
         return {}  # no sum holds then; the stage that stores or sums values says where they begin
     refused = {n: "never runs in a forward pass of this model" for n in names if n not in acts}
     for i, layer in enumerate(modules.layers_of(hf)):
@@ -64,7 +65,7 @@ def prove(hf: nn.Module) -> dict[str, str]:
         why = "the final norm is not a gain times the standardised stream plus a bias"
         refused |= {f"ln_final.{h}": why for h in ("hook_normalized", "hook_scale")}
     hf.retrace_refused = refused
-    hf.retrace_fails = whole_faults(hf, tokens, acts, logits)
+    hf.retrace_fails = headless(hf) if logits is None else whole_faults(hf, tokens, acts, logits)
     return refused
 
 
@@ -183,6 +184,12 @@ def head_faults(hf: nn.Module, i: int, at: dict[str, Tensor | None]) -> dict[str
 
 
 # --- the whole -----------------------------------------------------------------------------
+
+
+def headless(hf: nn.Module) -> dict[str, str]:
+    """`whole_faults` of a model without a head: an encoder."""
+    why = f"model type '{hf.config.model_type}' without a head has no logits"
+    return dict.fromkeys(("resume", "unembed", "heads"), why)
 
 
 def whole_faults(
