@@ -93,6 +93,35 @@ def test_every_hook_equals_run_with_cache(
         np.testing.assert_allclose(raw, theirs, atol=2e-5, rtol=2e-5, err_msg=hook)
 
 
+INNER = [f"blocks.1.attn.hook_{h}" for h in ("attn_scores", "pattern", "result")]
+
+
+def test_scores_patterns_and_results_are_tables_as_all_others(
+    tiny_model_json, tiny_corpus, tmp_path, capsys, monkeypatch
+):
+    """A row for each query: its scores, or pattern, of all heads and keys; what each head writes."""
+    code, said = inline(tmp_path, tiny_model_json, tiny_corpus, capsys, monkeypatch, hooks=INNER)
+    assert code == 0, said
+    blocks = Blocks(tiny_corpus)
+    first, last = blocks.range("eval")
+    tokens = torch.from_numpy(blocks.read(first, last)[0].astype(np.int64))
+    bridge = loader.bridge(tiny_model_json)
+    bridge.set_use_attn_result(True)
+    with torch.no_grad():
+        _, cache = bridge.run_with_cache(tokens)
+    hidden = (cache[INNER[1]] == 0).transpose(1, 2)
+    for hook in INNER:
+        raw, _ = Rows(tmp_path / "manifest.json", hook, "eval").read(0, len(tokens) * 15)
+        theirs = cache[hook] if hook.endswith("result") else cache[hook].transpose(1, 2)
+        if hook.endswith("scores"):
+            theirs = theirs.masked_fill(hidden, 0)  # -inf there, which no shard holds
+        theirs = theirs[:, 1:].reshape(len(raw), -1).numpy()
+        np.testing.assert_allclose(raw, theirs, atol=1e-5, rtol=1e-5, err_msg=hook)
+    manifest = tables.read_json(tmp_path / "manifest.json")["hooks"]
+    n_heads = loader.load(tiny_model_json).hf.config.num_attention_heads
+    assert [manifest[h]["d_model"] for h in INNER] == [n_heads * 16, n_heads * 16, n_heads * 32]
+
+
 def test_columns_say_where_a_row_comes_from(tiny_activations, tiny_corpus):
     corpus = pd.read_parquet(tiny_corpus)
     for split in ("train", "eval"):

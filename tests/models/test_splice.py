@@ -40,7 +40,9 @@ def hf(request):
 @pytest.mark.parametrize("hook", ["blocks.0.hook_resid_pre", "blocks.1.hook_resid_post",
                                   "blocks.1.hook_mlp_out", "blocks.2.hook_attn_out",
                                   "blocks.1.mlp.hook_post", "blocks.1.attn.hook_z",
-                                  "blocks.1.mlp.hook_in"])  # fmt: skip
+                                  "blocks.1.mlp.hook_in", "blocks.1.attn.hook_attn_scores",
+                                  "blocks.1.attn.hook_pattern",
+                                  "blocks.1.attn.hook_result"])  # fmt: skip
 def test_resuming_on_the_own_stream_gives_the_own_logits(hf, hook):
     whole = hf(TOKENS).logits
     x = splice.stream(hf, hook, TOKENS)
