@@ -49,8 +49,12 @@ COLUMNS = {
     "falcon": "FalconAttention._split_heads groups by key head where new_decoder_architecture is "
     "set; TransformerLens 3.9 splits in three blocks there",
 }
-# Hooks that an adapter places per layer, which one layout does not express.
-DROPPED = {"olmo_hybrid": ("hook_attn_out", "hook_mlp_out")}
+# Hooks that an adapter places per layer, which one layout does not express; and experts that give
+# a row for each expert and token.
+DROPPED = {
+    "olmo_hybrid": ("hook_attn_out", "hook_mlp_out"),
+    "llama4_text": ("mlp.hook_experts_out",),
+}
 
 
 def adapter_of(config: Any) -> Any:
@@ -201,7 +205,9 @@ def completed(layout: dict[str, Any], hf: nn.Module, adapter: Any) -> dict[str, 
         "hooks": {h: p for h, p in layout["hooks"].items() if has(path_of(p))},
         "parts": {n: p for n, p in layout["parts"].items() if has(p)},
     }
-    layout["hooks"] = ordered(layout["hooks"] | expert_hooks(layout, found))
+    experts, dropped = expert_hooks(layout, found), DROPPED.get(hf.config.model_type, ())
+    layout["hooks"] |= {h: p for h, p in experts.items() if h not in dropped}
+    layout["hooks"] = ordered(layout["hooks"])
     if _reach(hf, layout["final_norm"]) is None or not _once_at_the_end(hf, layout["final_norm"]):
         layout["final_norm"] = ""
     base = f"{hf.base_model_prefix}."

@@ -11,6 +11,7 @@ transposed weights (GPT-2), norms behind attention (Gemma 2), MLPs without a mod
 there asks which family it has. hooks.py has the streams of whole layers.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -235,7 +236,8 @@ class Heads:
         """What the MLP adds to the stream, of the stream x that it reads."""
         y = self.mlp_reads(layer, x)
         if self.names.mlp:
-            y = modules.submodule(self.layers[layer], self.names.mlp)(y)
+            mlp = modules.submodule(self.layers[layer], self.names.mlp)
+            y = mlp(y, torch.zeros_like(y)) if adds_stream(mlp) else mlp(y)
             y = y[0] if isinstance(y, tuple) else y
         else:  # its maps stand in the layer itself (OPT)
             first, last = (self._of_hook(layer, f"mlp.hook_{h}") for h in ("in", "post"))
@@ -287,6 +289,11 @@ class Heads:
         names = [f"blocks.{i}.attn.hook_pattern" for i in range(self.n_layers)]
         acts = hooks.run_to(self.hf, tokens, names)
         return [inner.by_head(acts[name], self.n_heads) for name in names]
+
+
+def adds_stream(mlp: nn.Module) -> bool:
+    """Whether an MLP adds the stream to its output itself, and so takes it, too (Bloom)."""
+    return "residual" in inspect.signature(mlp.forward).parameters
 
 
 def _kept(

@@ -274,8 +274,9 @@ def _name(spec: ModelSpec) -> str:
     """What to call the model, its quantisation included."""
     if spec.name:
         return spec.name
+    files = "*" in spec.file
     return {
-        "package": Path(spec.file).stem,
+        "package": spec.package.partition("==")[0] if files else Path(spec.file).stem,
         "hub": spec.repo,
         "folder": Path(spec.path).name,
         "training": spec.run,
