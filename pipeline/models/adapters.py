@@ -16,6 +16,7 @@ Importing TransformerLens takes 15 s, so that no stage does this; a test holds t
 
 import argparse
 import copy
+import functools
 import itertools
 import json
 import logging
@@ -25,7 +26,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.errors import RetraceError, command
 from pipeline.models.hooks import BRIDGE_NAMES
@@ -199,8 +200,13 @@ def completed(layout: dict[str, Any], hf: nn.Module, adapter: Any) -> dict[str, 
     """The layout with hooks that a model of the type has, and its columns and flat modules."""
 
     found = list(hf.get_submodule(layout["layers"]))
-    has = lambda path: any(_reach(layer, path) is not None for layer in found)  # noqa: E731
-    path_of = lambda place: families.PLACE.fullmatch(place)[1] or ""  # noqa: E731
+
+    def has(path: str) -> bool:
+        return any(_reach(layer, path) is not None for layer in found)
+
+    def path_of(place: str) -> str:
+        return families.PLACE.fullmatch(place)[1] or ""
+
     layout = layout | {
         "hooks": {h: p for h, p in layout["hooks"].items() if has(path_of(p))},
         "parts": {n: p for n, p in layout["parts"].items() if has(p)},
@@ -249,11 +255,14 @@ def seen_in(hf: nn.Module) -> tuple[bool, list[str]]:
     with torch.no_grad(), hooks.capture(hf, names := hooks.hook_names(hf)) as acts:
         versions: dict[str, int] = {}
         for name in names:
-            see = lambda x, name=name: versions.__setitem__(name, x._version)  # noqa: E731
-            hooks.site(hf, name).register(see)
+            hooks.site(hf, name).register(functools.partial(_note_version, versions, name))
         hf.base_model(input_ids=torch.tensor([[1, 3, 4], [1, 5, 6]]), use_cache=False)
     late = {n.split(".", 2)[-1] for n, x in acts.items() if x._version != versions[n]}
     return any(x.dim() == 2 for x in acts.values()), sorted(late)
+
+
+def _note_version(versions: dict[str, int], name: str, x: Tensor) -> None:
+    versions[name] = x._version
 
 
 def _once_at_the_end(hf: nn.Module, path: str) -> bool:

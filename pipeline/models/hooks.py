@@ -15,7 +15,9 @@ import functools
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
 
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from pipeline.errors import RetraceError, nearest
@@ -220,13 +222,13 @@ def _rows(layer: nn.Module) -> list[tuple[int, int]]:
     return layer.__dict__["_retrace_rows"]
 
 
-def _on(hf: nn.Module, hook: str, see: Callable[[Tensor], Tensor | None]):
+def _on(hf: nn.Module, hook: str, see: Callable[[Tensor], Tensor | None]) -> Any:
     """Call `see` on the stream at a hook; what it returns, if anything, takes its place."""
     return site(hf, hook).register(see)
 
 
 @contextmanager
-def capture(hf: nn.Module, hooks: list[str]) -> Iterator[dict[str, Tensor]]:
+def capture(hf: nn.Module, hooks: list[str]) -> Iterator[dict[str, Float[Tensor, "batch pos _"]]]:
     """Inside: every forward pass fills the dictionary, hook -> [batch pos d].
 
     Tensors keep their graph; detach them where it is not wanted. Inside `edited` of the same
@@ -273,14 +275,16 @@ def stop_after(hf: nn.Module, hooks: list[str]) -> Iterator[None]:
             yield
 
 
-def run_to(hf: nn.Module, tokens: Tensor, hooks: list[str]) -> dict[str, Tensor]:
+def run_to(
+    hf: nn.Module, tokens: Int[Tensor, "batch pos"], hooks: list[str]
+) -> dict[str, Float[Tensor, "batch pos _"]]:
     """The stream at `hooks`, from a forward pass that stops behind the last of them.
 
     Args:
-        tokens: [batch pos] token ids on the model's device.
+        tokens: on the model's device.
 
     Returns:
-        hook -> [batch pos d].
+        hook -> the stream there.
     """
     with capture(hf, hooks) as acts, stop_after(hf, hooks):
         hf.base_model(input_ids=tokens, use_cache=False)

@@ -132,14 +132,14 @@ def check_loaded(folder: Path, found: dict[str, Any]) -> None:
         "unexpected": sorted(found["unexpected_keys"]),
         "of another shape": sorted(str(key[0]) for key in found["mismatched_keys"]),
     }
-    told = "; ".join(
+    faults = "; ".join(
         f"{kind}: {', '.join(some[:5])}{f' and {len(some) - 5} more' if len(some) > 5 else ''}"
         for kind, some in names.items()
         if some
     )
-    if told:
+    if faults:
         raise RetraceError(
-            f"{folder}: its weights do not fit its config.json ({told}); correct config.json, or "
+            f"{folder}: its weights do not fit its config.json ({faults}); correct config.json, or "
             f"give all weights of the model"
         )
 

@@ -18,6 +18,7 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from pipeline.errors import RetraceError
@@ -73,18 +74,21 @@ def prove(hf: nn.Module) -> dict[str, str]:
 def norms_seen(hf: nn.Module) -> Iterator[dict[nn.Module, Tensor]]:
     """Inside: a forward pass fills the dictionary, norm -> its output."""
     outs: dict[nn.Module, Tensor] = {}
+
+    def keep(norm: nn.Module, _: tuple, out: Tensor) -> None:
+        outs[norm] = out
+
     paths, layers = modules.norm_paths(modules.family(hf)), modules.layers_of(hf)
     norms = [modules.reached(layer, path) for layer in layers for path in paths]
     with ExitStack() as stack:
         for norm in [*norms, splice.final_norm(hf)]:
             if norm is not None:
-                keep = lambda norm, _, out: outs.__setitem__(norm, out)  # noqa: E731
                 stack.callback(norm.register_forward_hook(keep).remove)
         yield outs
 
 
-def few_tokens(hf: nn.Module) -> Tensor:
-    """[2 pos] token ids, no two neighbours alike."""
+def few_tokens(hf: nn.Module) -> Int[Tensor, "2 pos"]:
+    """Token ids, no two neighbours alike."""
     n = min(N_TOKENS, getattr(hf.config, "max_position_embeddings", N_TOKENS) or N_TOKENS)
     ids = torch.arange(2 * n, device=next(hf.parameters()).device) * 7 + 3
     return (ids % hf.config.vocab_size).view(2, n)
@@ -96,15 +100,17 @@ def _parts(hf: nn.Module) -> list[str]:
     return [*norms, "attn.hook_v", "attn.hook_z"]
 
 
-def near(a: Tensor, b: Tensor, *summands: Tensor) -> bool:
+def near(
+    a: Float[Tensor, "*shape"], b: Float[Tensor, "*shape"], *summands: Float[Tensor, "*shape"]
+) -> bool:
     """Whether a = b but for the rounding of sums of these summands, coordinate by coordinate."""
     eps = torch.finfo(a.dtype).eps
     size = sum(x.abs().double() for x in summands)
     return bool(((a.double() - b.double()).abs() <= ROUNDING * eps * size + 1e-12).all())
 
 
-def alike(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a = b [... d] but for the rounding of long sums, relative to each row's size."""
+def alike(a: Float[Tensor, "*batch d"], b: Float[Tensor, "*batch d"], dtype: torch.dtype) -> bool:
+    """Whether a = b but for the rounding of long sums, relative to each row's size."""
     size = b.abs().amax(-1, keepdim=True).double()
     return bool(((a.double() - b.double()).abs() <= LOOSE[dtype] * size + 1e-9).all())
 
@@ -112,12 +118,12 @@ def alike(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
 # --- one layer -----------------------------------------------------------------------------
 
 
-def layer_faults(at: dict[str, Tensor]) -> dict[str, str]:
+def layer_faults(at: dict[str, Float[Tensor, "batch pos _"]]) -> dict[str, str]:
     """Hook of a layer -> why it is refused, of the streams that the layer has."""
     pre, attn, mid, mlp, post = (at.get(h) for h in STREAMS)
     if pre is None or post is None:
         return {}
-    told = "do not sum to the stream behind the layer, so that this name stands elsewhere here"
+    why_not = "do not sum to the stream behind the layer, so that this name stands elsewhere here"
     out = {}
     if attn is not None and mid is not None and not near(mid, pre + attn, pre, attn):
         why = (
@@ -128,12 +134,12 @@ def layer_faults(at: dict[str, Tensor]) -> dict[str, str]:
         if not near(post, pre + attn + mlp, pre, attn, mlp):
             out |= dict.fromkeys(
                 ("hook_attn_out", "hook_mlp_out"),
-                f"hook_resid_pre, hook_attn_out and hook_mlp_out {told}",
+                f"hook_resid_pre, hook_attn_out and hook_mlp_out {why_not}",
             )
             if mid is not None and not near(post, mid + mlp, mid, mlp):
-                out.setdefault("hook_resid_mid", f"hook_resid_mid and hook_mlp_out {told}")
+                out.setdefault("hook_resid_mid", f"hook_resid_mid and hook_mlp_out {why_not}")
     elif mid is not None and mlp is not None and not near(post, mid + mlp, mid, mlp):
-        why = f"hook_resid_mid and hook_mlp_out {told}"
+        why = f"hook_resid_mid and hook_mlp_out {why_not}"
         out |= dict.fromkeys(("hook_mlp_out", "hook_resid_mid"), why)
     return out
 
@@ -155,7 +161,9 @@ def norm_faults(
     return found
 
 
-def is_norm(norm: nn.Module, n: Tensor, out: Tensor) -> bool:
+def is_norm(
+    norm: nn.Module, n: Float[Tensor, "batch pos d"], out: Float[Tensor, "*rows d"]
+) -> bool:
     """Whether out = g n + b, with the gain and bias of the norm."""
     if isinstance(norm, nn.Identity):
         return bool(torch.equal(n, out))
@@ -230,11 +238,11 @@ def _heads(hf: nn.Module, acts: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     heads = Heads(hf)
     ours, theirs = [], []
     for i in range(heads.n_layers):
-        at = lambda hook, i=i: acts.get(f"blocks.{i}.{hook}")  # noqa: E731
-        ours.append(heads.written(at("attn.hook_z"), i).sum(-2) + heads.rest(at("attn.hook_z"), i))
-        theirs.append(at("hook_attn_out"))
-        if at("hook_mlp_out") is not None:
-            read = at("hook_resid_pre") if heads.parallel else at("hook_resid_mid")
-            ours.append(heads.mlp_writes(i, read))
-            theirs.append(at("hook_mlp_out"))
+        z, mlp_out = acts[f"blocks.{i}.attn.hook_z"], acts.get(f"blocks.{i}.hook_mlp_out")
+        ours.append(heads.written(z, i).sum(-2) + heads.rest(z, i))
+        theirs.append(acts[f"blocks.{i}.hook_attn_out"])
+        if mlp_out is not None:
+            read = "hook_resid_pre" if heads.parallel else "hook_resid_mid"
+            ours.append(heads.mlp_writes(i, acts[f"blocks.{i}.{read}"]))
+            theirs.append(mlp_out)
     return torch.stack(ours), torch.stack(theirs)

@@ -99,7 +99,7 @@ INNER = [f"blocks.1.attn.hook_{h}" for h in ("attn_scores", "pattern", "result")
 def test_scores_patterns_and_results_are_tables_as_all_others(
     tiny_model_json, tiny_corpus, tmp_path, capsys, monkeypatch
 ):
-    """A row for each query: its scores, or pattern, of all heads and keys; what each head writes."""
+    """A row for each query: its scores, or pattern, of all heads and keys; or what heads write."""
     code, said = inline(tmp_path, tiny_model_json, tiny_corpus, capsys, monkeypatch, hooks=INNER)
     assert code == 0, said
     blocks = Blocks(tiny_corpus)
