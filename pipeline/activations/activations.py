@@ -24,7 +24,8 @@ from pipeline.activations import checks, files, forward
 from pipeline.activations.buffers import Buffers
 from pipeline.activations.plan import BUFFER_BYTES, Plan, Shard, plan, row_bytes
 from pipeline.job import cli
-from pipeline.models import hooks, loader, modules
+from pipeline.models import loader, modules
+from pipeline.spec import families
 from pipeline.spec.paper import ActivationsSpec
 from pipeline.store import provenance, tables
 from pipeline.store.shards import Blocks
@@ -134,7 +135,7 @@ def main() -> None:
         digests = run(loaded.hf, planned, blocks, partial, made, key)
         listed = files.manifest(partial, planned, digests)
         for hook, about in listed["hooks"].items():
-            about["bridge"] = hooks.bridge_name(hook, modules.family(loaded.hf))
+            about["bridge"] = families.bridge_name(hook, modules.family(loaded.hf))
         shutil.rmtree(shards, ignore_errors=True)
         os.replace(partial, shards)
         (shards / files.KEY).unlink()

@@ -29,7 +29,6 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import RetraceError, command
-from pipeline.models.hooks import BRIDGE_NAMES
 from pipeline.models.tiny_models import tiny_config, tiny_model, with_architecture
 from pipeline.spec import families
 
@@ -138,7 +137,7 @@ def layout_of(adapter: Any) -> dict[str, Any]:
     out["bridge"] = {
         hook: target
         for hook, target in own_names(block, aliases).items()
-        if hook in out["hooks"] and target != BRIDGE_NAMES.get(hook, hook)
+        if hook in out["hooks"] and target != families.BRIDGE_NAMES.get(hook, hook)
     }
     for hook in DROPPED.get(adapter.cfg.model_name, ()):
         out["hooks"].pop(hook, None)

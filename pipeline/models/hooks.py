@@ -27,22 +27,6 @@ from pipeline.models.places import Place
 from pipeline.spec import families
 from pipeline.spec.families import Layout
 
-# What TransformerBridge calls a hook itself in families without norms behind attention and MLP;
-# the names on the left are its aliases.
-BRIDGE_NAMES = {
-    "hook_embed": "embed.hook_out",
-    "hook_resid_pre": "hook_in",
-    "attn.hook_q": "attn.q.hook_out",
-    "attn.hook_k": "attn.k.hook_out",
-    "attn.hook_v": "attn.v.hook_out",
-    "attn.hook_z": "attn.o.hook_in",
-    "hook_attn_out": "attn.hook_out",
-    "hook_resid_mid": "ln2.hook_in",
-    "mlp.hook_post": "mlp.out.hook_in",
-    "hook_mlp_out": "mlp.hook_out",
-    "hook_resid_post": "hook_out",
-}
-
 
 def hook_names(hf: nn.Module) -> list[str]:
     """Every hook of this model, in the order of computation; but for families.ON_REQUEST."""
@@ -69,19 +53,6 @@ def require(hf: nn.Module, what: str) -> None:
     """RetraceError where the model failed a part of its proof: resume, unembed or heads."""
     if what in getattr(hf, "retrace_fails", {}):
         raise RetraceError(f"{hf.retrace_fails[what]}; activations of its hooks can be stored")
-
-
-def bridge_name(hook: str, names: Layout | None = None) -> str:
-    """TransformerBridge's own name of a hook: blocks.8.hook_out for blocks.8.hook_resid_post.
-
-    SAELens's SAETransformerBridge (6.54) ignores aliases in run_with_hooks and run_with_cache.
-
-    Args:
-        names: the model's layout; families with norms behind attention and MLP have other names.
-    """
-    layer, at = re.fullmatch(r"(blocks\.\d+\.|)(.+)", hook).groups()
-    own = names.bridge if names else {}
-    return layer + own.get(at, BRIDGE_NAMES.get(at, at))
 
 
 def check(hf: nn.Module, hook: str) -> None:
@@ -153,7 +124,7 @@ def site(hf: nn.Module, hook: str) -> Place | InnerPlace:
         _refuse(hf, hook)
     layer, module, what = found
     inside = _in_bridge(layer, hook)
-    rows = _rows(layer) if modules.family(hf).flat and layer is not hf else []
+    rows = modules.rows_of(layer) if modules.family(hf).flat and layer is not hf else []
     if what in ("attn_scores", "pattern", "result", "probabilities"):
         n_heads = getattr(hf.config, "num_attention_heads", None) or hf.config.n_heads
         if inside is not None and what == "result":
@@ -196,30 +167,16 @@ def width(hf: nn.Module, hook: str) -> int:
     raise RetraceError(f"hook '{hook}': a dictionary that was trained there cannot be brought in")
 
 
-# Inside a bridge, folded weights bypass some modules; its own hook points see them all.
-IN_BRIDGE = {k: v for k, v in BRIDGE_NAMES.items() if k.startswith(("attn.", "mlp."))}
-
-
 def _in_bridge(layer: nn.Module, hook: str) -> nn.Module | None:
-    """The hook point of a TransformerBridge around this layer, for hooks within a part of it."""
+    """The hook point of a TransformerBridge around this layer, for hooks within a part of it.
+
+    Folded weights bypass some modules there; the bridge's own hook points see them all.
+    """
     at = hook.split(".", 2)[-1]
-    path = IN_BRIDGE.get(at, at)
+    path = families.BRIDGE_NAMES.get(at, at) if at.startswith(("attn.", "mlp.")) else at
     if not type(layer).__module__.startswith("transformer_lens") or "." not in path:
         return None
     return modules.reached(layer, path)
-
-
-def _rows(layer: nn.Module) -> list[tuple[int, int]]:
-    """(batch, pos) of the last input of a layer, in a list that each forward pass renews."""
-    if "_retrace_rows" not in layer.__dict__:
-        rows: list[tuple[int, int]] = []
-
-        def before(_: nn.Module, args: tuple, kwargs: dict) -> None:
-            rows[:] = [tuple(places.stream_of(args, kwargs).shape[:2])]
-
-        layer.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
-        layer.__dict__["_retrace_rows"] = rows
-    return layer.__dict__["_retrace_rows"]
 
 
 def _on(hf: nn.Module, hook: str, see: Callable[[Tensor], Tensor | None]) -> Any:

@@ -5,6 +5,7 @@
     submodule     the module at a path
     first_reader  what reads the stream before a layer
     answer_of     what a layer returns, a tensor or a tuple
+    rows_of       (batch, pos) of a pass, where modules see sequences run together
 
 Nothing here knows a hook; hooks.py has those.
 """
@@ -15,6 +16,7 @@ from contextlib import ExitStack
 import torch
 from torch import Tensor, nn
 
+from pipeline.models import places
 from pipeline.spec import families
 from pipeline.spec.families import Layout
 
@@ -95,3 +97,16 @@ def _see_answers(hf: nn.Module) -> None:
                     stack.callback(module.register_forward_hook(see).remove)
         token = torch.zeros(1, 1, dtype=torch.long, device=next(hf.parameters()).device)
         hf.base_model(input_ids=token, use_cache=False)
+
+
+def rows_of(layer: nn.Module) -> list[tuple[int, int]]:
+    """(batch, pos) of the last input of a layer, in a list that each forward pass renews."""
+    if "_retrace_rows" not in layer.__dict__:
+        rows: list[tuple[int, int]] = []
+
+        def before(_: nn.Module, args: tuple, kwargs: dict) -> None:
+            rows[:] = [tuple(places.stream_of(args, kwargs).shape[:2])]
+
+        layer.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
+        layer.__dict__["_retrace_rows"] = rows
+    return layer.__dict__["_retrace_rows"]

@@ -48,6 +48,21 @@ LAYER_HOOKS = (
 NORM_HOOKS = ("hook_scale", "hook_normalized")
 # Read where they are asked for by name only: the first two need eager attention, and all are wide.
 ON_REQUEST = ("attn.hook_attn_scores", "attn.hook_pattern", "attn.hook_result")
+# What TransformerBridge calls a hook itself in families without norms behind attention and MLP;
+# the names on the left are its aliases.
+BRIDGE_NAMES = {
+    "hook_embed": "embed.hook_out",
+    "hook_resid_pre": "hook_in",
+    "attn.hook_q": "attn.q.hook_out",
+    "attn.hook_k": "attn.k.hook_out",
+    "attn.hook_v": "attn.v.hook_out",
+    "attn.hook_z": "attn.o.hook_in",
+    "hook_attn_out": "attn.hook_out",
+    "hook_resid_mid": "ln2.hook_in",
+    "mlp.hook_post": "mlp.out.hook_in",
+    "hook_mlp_out": "mlp.hook_out",
+    "hook_resid_post": "hook_out",
+}
 PARTS = ("ln1", "ln1_post", "attn", "ln2", "ln2_post", "mlp")
 
 
@@ -215,3 +230,16 @@ def of_file(file: Path) -> Layout:
         raise RetraceError(f"{file}: {sentence(e)}") from e
     except (OSError, ValueError, TypeError) as e:
         raise RetraceError(f"{file}: no JSON object with a layout ({e}); see README") from e
+
+
+def bridge_name(hook: str, names: Layout | None = None) -> str:
+    """TransformerBridge's own name of a hook: blocks.8.hook_out for blocks.8.hook_resid_post.
+
+    SAELens's SAETransformerBridge (6.54) ignores aliases in run_with_hooks and run_with_cache.
+
+    Args:
+        names: the model's layout; families with norms behind attention and MLP have other names.
+    """
+    layer, at = re.fullmatch(r"(blocks\.\d+\.|)(.+)", hook).groups()
+    own = names.bridge if names else {}
+    return layer + own.get(at, BRIDGE_NAMES.get(at, at))

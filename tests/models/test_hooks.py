@@ -17,6 +17,7 @@ from transformers import (
 from pipeline.activations import rows
 from pipeline.errors import RetraceError
 from pipeline.models import hooks, modules
+from pipeline.spec import families
 
 SIZE = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
         "num_attention_heads": 4, "max_position_embeddings": 32,
@@ -89,7 +90,7 @@ def test_saelens_bridge_reads_every_hook_under_the_bridges_own_name(name, models
     bridge = SAETransformerBridge.boot_transformers(str(tmp_path), device="cpu")
     known = hooks.hook_names(models[name])
     names = modules.family(models[name])
-    own = [hooks.bridge_name(hook, names) for hook in known]
+    own = [families.bridge_name(hook, names) for hook in known]
     with torch.no_grad():
         _, cache = bridge.run_with_cache(TOKENS, names_filter=own)
         acts = hooks.run_to(models[name], TOKENS, known)
