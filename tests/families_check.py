@@ -30,7 +30,7 @@ CLOSE = 1e-4
 # test_circuits_families.py); of the others that prove themselves, the parts that they are made of.
 CIRCUITS = [("gpt_neox", 0), ("gpt_neox", 1), ("gemma", 0), ("gemma2", 0), ("gptj", 0), ("opt", 0),
             ("phi", 0), ("olmo", 0), ("olmo2", 0), ("granite", 0), ("phi3", 0), ("gpt_neo", 0),
-            ("stablelm", 1)]  # fmt: skip
+            ("stablelm", 1), ("gemma3_text", 0), ("qwen3", 0), ("bloom", 0)]  # fmt: skip
 TESTED = [*CIRCUITS, ("llama", 0), ("gpt2", 0), ("mistral", 0)]
 # Bridges of TransformerLens 3.9 whose own logits are not those of the Hugging Face model: what
 # they read before attention mixes positions, in the first layer, is still compared.

@@ -27,7 +27,7 @@ from torch import Tensor, nn
 
 from pipeline.circuits.patching import LOGITS, Edge
 from pipeline.errors import RetraceError
-from pipeline.models import hooks
+from pipeline.models import hooks, places
 from pipeline.models.heads import SLOTS, Heads
 from pipeline.models.pairs import Node
 
@@ -261,7 +261,7 @@ class Pass:
         self.embed = out
 
     def _begin(self, _: nn.Module, args: tuple, kwargs: dict) -> None:
-        stream = hooks.stream_of(args, kwargs)
+        stream = places.stream_of(args, kwargs)
         parts = [stream] if self.graph.n_embeds == 1 else [self.embed, stream - self.embed]
         self.made = [*(self.embeds or map(self.by_graph, parts))]
 

@@ -29,6 +29,7 @@ from pipeline.imports import saelens as of_saelens
 from pipeline.imports.original import Files, Original, check_shapes, decoded
 from pipeline.job import cli
 from pipeline.models import hooks
+from pipeline.spec import families
 from pipeline.spec.imports import ImportSpec, listing
 from pipeline.store import provenance, tables
 from pipeline.text.tokens import checkpoint_of
@@ -128,7 +129,7 @@ def check_hook(given: str, said: str | None, hf: Any, where: Path, key: str) -> 
 
 def translated(hook: str, hf: Any) -> str:
     """Our name of a hook that may have one of TransformerBridge's, or another of the same rows."""
-    names = {v: k for k, v in hooks.BRIDGE_NAMES.items()} | {"hook_mlp_in": "mlp.hook_in"}
+    names = {v: k for k, v in families.BRIDGE_NAMES.items()} | {"hook_mlp_in": "mlp.hook_in"}
     if any("LayerNorm" in type(m).__name__ for m in hf.modules()):
         names["ln2.hook_normalized"] = "mlp.hook_in"  # behind gain and bias, in a layer norm
     layer, at = re.fullmatch(r"(blocks\.\d+\.|)(.+)", hook).groups()
@@ -258,7 +259,7 @@ def metadata(original: Original, job: ImportJob, info: dict[str, Any], model: st
     return {
         "model_name": Path(model).parent.name,
         **named,
-        **{f"{key}_bridge": hooks.bridge_name(name) for key, name in named.items()},
+        **{f"{key}_bridge": families.bridge_name(name) for key, name in named.items()},
         "context_size": about.get("context_size") or info["n_ctx"],
         "prepend_bos": about.get("prepend_bos", info["bos_id"] is not None),
         "seqpos_slice": [(about.get("seqpos_slice") or [None])[0] or 0, None],

@@ -12,7 +12,7 @@ STAGES = {
     "corpus": "pipeline.text.corpus",
     "training": "pipeline.weights.training",
     "model": "pipeline.weights.model",
-    "activations": "pipeline.models.activations",
+    "activations": "pipeline.activations.activations",
     "sae": "pipeline.sae.sae",
     "sae_import": "pipeline.imports.sae_import",
     "evaluation": "pipeline.latents.evaluation",

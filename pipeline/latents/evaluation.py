@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
+from pipeline.activations.rows import to_tensor
 from pipeline.job import cli
 from pipeline.latents.reconstruction import reconstruction
 from pipeline.latents.splicer import Splicer, spliced_losses
 from pipeline.latents.stored import eval_tokens, load_saes
-from pipeline.models import hooks, loader
+from pipeline.models import loader
 from pipeline.spec.paper import EvaluationSpec
 from pipeline.store import shards, tables
 
@@ -55,7 +56,7 @@ def evaluate(job: cli.Job, manifest: str) -> list[dict]:
     rows = shards.Rows(job.args.activations, hook, "eval")
     if output_hook:
         rows = shards.PairedRows(rows, shards.Rows(job.args.activations, output_hook, "eval"))
-    batches = (hooks.to_tensor(raw, rows.dtype, device) for raw, _ in rows.iterate(ROWS_PER_PASS))
+    batches = (to_tensor(raw, rows.dtype, device) for raw, _ in rows.iterate(ROWS_PER_PASS))
     fit, moments = reconstruction(saes, batches, trained["d_in"], trained.get("d_out"))
     cli.log.info("%d dictionaries reconstructed %d held-out rows", len(saes), moments.n)
     hf = loader.load(job.args.model, device).hf

@@ -22,10 +22,11 @@ from jaxtyping import Float, Int64
 from scipy import sparse
 from torch import Tensor
 
+from pipeline.activations.rows import to_tensor
 from pipeline.errors import RetraceError
 from pipeline.job import cli
 from pipeline.latents.stored import load_saes
-from pipeline.models import hooks, loader, splice
+from pipeline.models import loader, splice
 from pipeline.spec.paper import FeaturesSpec
 from pipeline.store import shards, tables
 from pipeline.text import tokens
@@ -80,7 +81,7 @@ def scan(sae: Any, manifest: str | Path, hook: str, n_rows: int, device: torch.d
                 raw = raw[:left]
                 if len(raw) == 0:
                     break
-                acts = sae.encode(hooks.to_tensor(raw, rows.dtype, device))
+                acts = sae.encode(to_tensor(raw, rows.dtype, device))
                 parts.append(sparse_rows(acts))
                 for c in COLUMNS:
                     at[c].append(columns[c][: len(raw)])

@@ -16,6 +16,7 @@ Importing TransformerLens takes 15 s, so that no stage does this; a test holds t
 
 import argparse
 import copy
+import functools
 import itertools
 import json
 import logging
@@ -25,10 +26,9 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from pipeline.errors import RetraceError, command
-from pipeline.models.hooks import BRIDGE_NAMES
 from pipeline.models.tiny_models import tiny_config, tiny_model, with_architecture
 from pipeline.spec import families
 
@@ -49,8 +49,12 @@ COLUMNS = {
     "falcon": "FalconAttention._split_heads groups by key head where new_decoder_architecture is "
     "set; TransformerLens 3.9 splits in three blocks there",
 }
-# Hooks that an adapter places per layer, which one layout does not express.
-DROPPED = {"olmo_hybrid": ("hook_attn_out", "hook_mlp_out")}
+# Hooks that an adapter places per layer, which one layout does not express; and experts that give
+# a row for each expert and token.
+DROPPED = {
+    "olmo_hybrid": ("hook_attn_out", "hook_mlp_out"),
+    "llama4_text": ("mlp.hook_experts_out",),
+}
 
 
 def adapter_of(config: Any) -> Any:
@@ -130,15 +134,14 @@ def layout_of(adapter: Any) -> dict[str, Any]:
             out["hooks"][hook] = aliases[hook].removesuffix(" scaled")
     if not {"hook_resid_pre", "hook_resid_post"} <= set(out["hooks"]):
         raise ValueError("its layers have no stream before and behind them")
-    order = families.LAYER_HOOKS.index
     out["bridge"] = {
         hook: target
         for hook, target in own_names(block, aliases).items()
-        if hook in out["hooks"] and target != BRIDGE_NAMES.get(hook, hook)
+        if hook in out["hooks"] and target != families.BRIDGE_NAMES.get(hook, hook)
     }
     for hook in DROPPED.get(adapter.cfg.model_name, ()):
         out["hooks"].pop(hook, None)
-    return out | {"hooks": dict(sorted(out["hooks"].items(), key=lambda item: order(item[0])))}
+    return out | {"hooks": ordered(out["hooks"])}
 
 
 def own_names(block: Any, aliases: dict[str, str]) -> dict[str, str]:
@@ -196,12 +199,20 @@ def completed(layout: dict[str, Any], hf: nn.Module, adapter: Any) -> dict[str, 
     """The layout with hooks that a model of the type has, and its columns and flat modules."""
 
     found = list(hf.get_submodule(layout["layers"]))
-    has = lambda path: any(_reach(layer, path) is not None for layer in found)  # noqa: E731
-    path_of = lambda place: families.PLACE.fullmatch(place)[1] or ""  # noqa: E731
+
+    def has(path: str) -> bool:
+        return any(_reach(layer, path) is not None for layer in found)
+
+    def path_of(place: str) -> str:
+        return families.PLACE.fullmatch(place)[1] or ""
+
     layout = layout | {
         "hooks": {h: p for h, p in layout["hooks"].items() if has(path_of(p))},
         "parts": {n: p for n, p in layout["parts"].items() if has(p)},
     }
+    experts, dropped = expert_hooks(layout, found), DROPPED.get(hf.config.model_type, ())
+    layout["hooks"] |= {h: p for h, p in experts.items() if h not in dropped}
+    layout["hooks"] = ordered(layout["hooks"])
     if _reach(hf, layout["final_norm"]) is None or not _once_at_the_end(hf, layout["final_norm"]):
         layout["final_norm"] = ""
     base = f"{hf.base_model_prefix}."
@@ -212,6 +223,23 @@ def completed(layout: dict[str, Any], hf: nn.Module, adapter: Any) -> dict[str, 
     hf.retrace_layout = families.Layout(**layout)
     layout["flat"], layout["overwritten"] = seen_in(hf)
     return {k: v for k, v in layout.items() if v}
+
+
+def ordered(found: dict[str, str]) -> dict[str, str]:
+    """Hooks in the order in which a layer computes them."""
+    return dict(sorted(found.items(), key=lambda item: families.LAYER_HOOKS.index(item[0])))
+
+
+def expert_hooks(layout: dict[str, Any], layers: list[nn.Module]) -> dict[str, str]:
+    """Hooks of a mixture of experts: its router, and its experts where one module sums them."""
+    path, out = layout["parts"].get("mlp", ""), {}
+    for layer in layers if layout.get("experts") else []:
+        for name in ("gate", "router"):
+            if any(True for _ in getattr(_reach(layer, f"{path}.{name}"), "parameters", list)()):
+                out["mlp.hook_expert_weights"] = f"{path}.{name} probabilities"
+        if isinstance(_reach(layer, f"{path}.experts"), nn.Module):
+            out["mlp.hook_experts_out"] = f"{path}.experts out"
+    return out
 
 
 def seen_in(hf: nn.Module) -> tuple[bool, list[str]]:
@@ -226,11 +254,14 @@ def seen_in(hf: nn.Module) -> tuple[bool, list[str]]:
     with torch.no_grad(), hooks.capture(hf, names := hooks.hook_names(hf)) as acts:
         versions: dict[str, int] = {}
         for name in names:
-            see = lambda x, name=name: versions.__setitem__(name, x._version)  # noqa: E731
-            hooks.site(hf, name).register(see)
+            hooks.site(hf, name).register(functools.partial(_note_version, versions, name))
         hf.base_model(input_ids=torch.tensor([[1, 3, 4], [1, 5, 6]]), use_cache=False)
     late = {n.split(".", 2)[-1] for n, x in acts.items() if x._version != versions[n]}
     return any(x.dim() == 2 for x in acts.values()), sorted(late)
+
+
+def _note_version(versions: dict[str, int], name: str, x: Tensor) -> None:
+    versions[name] = x._version
 
 
 def _once_at_the_end(hf: nn.Module, path: str) -> bool:

@@ -11,6 +11,7 @@ transposed weights (GPT-2), norms behind attention (Gemma 2), MLPs without a mod
 there asks which family it has. hooks.py has the streams of whole layers.
 """
 
+import inspect
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -21,7 +22,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from pipeline.errors import RetraceError
-from pipeline.models import hooks, places
+from pipeline.models import hooks, inner, modules, places
 
 Slot = Literal["q", "k", "v"]
 SLOTS: tuple[Slot, ...] = ("q", "k", "v")
@@ -48,7 +49,7 @@ class Heads:
 
     def __init__(self, hf: nn.Module) -> None:
         hooks.require(hf, "heads")
-        self.hf, self.names, self.layers = hf, hooks.family(hf), hooks.layers_of(hf)
+        self.hf, self.names, self.layers = hf, modules.family(hf), modules.layers_of(hf)
         kind, known = hf.config.model_type, set(hooks.hook_names(hf))
         needed = ["hook_resid_pre", "attn.hook_z", "hook_attn_out", "hook_resid_post"]
         for i in range(len(self.layers)):
@@ -58,7 +59,7 @@ class Heads:
                         f"model type '{kind}' has no heads here, since its layer {i} has no {at}; "
                         f"activations of its other hooks can be stored"
                     )
-        hooks.answer_of(hf, self.layers[0])  # now, before anybody edits the model
+        modules.answer_of(hf, self.layers[0])  # now, before anybody edits the model
         cfg = hf.config
         self.n_layers, self.d_model = len(self.layers), cfg.hidden_size
         self.n_heads = getattr(cfg, "num_attention_heads", None) or cfg.n_heads
@@ -80,11 +81,11 @@ class Heads:
 
     def attn(self, layer: int) -> nn.Module:
         """The module of attention."""
-        return hooks.submodule(self.layers[layer], self.names.attn)
+        return modules.submodule(self.layers[layer], self.names.attn)
 
     def _of_hook(self, layer: int, at: str) -> nn.Module:
         """The module whose input or output a hook is."""
-        return hooks.submodule(self.layers[layer], self.names.place(at)[0])
+        return modules.submodule(self.layers[layer], self.names.place(at)[0])
 
     def out(self, layer: int) -> nn.Module:
         """The output projection, which reads z [batch pos d_z]."""
@@ -136,7 +137,7 @@ class Heads:
         self, layer: int, x: Float[Tensor, "*batch d_model"]
     ) -> Float[Tensor, "*batch d_model"]:
         """What the input projections read, of the stream x before the layer."""
-        reader = hooks.first_reader(self.names, self.layers[layer])
+        reader = modules.first_reader(self.names, self.layers[layer])
         return x if reader is self.attn(layer) else reader(x)
 
     def read(
@@ -168,7 +169,7 @@ class Heads:
         name = "ln2" if "ln2" in parts else "ln1"
         if parts.get(name) == out or name not in parts:
             return None
-        return hooks.submodule(self.layers[layer], parts[name])
+        return modules.submodule(self.layers[layer], parts[name])
 
     # --- what a layer writes -----------------------------------------------------------------
 
@@ -235,7 +236,8 @@ class Heads:
         """What the MLP adds to the stream, of the stream x that it reads."""
         y = self.mlp_reads(layer, x)
         if self.names.mlp:
-            y = hooks.submodule(self.layers[layer], self.names.mlp)(y)
+            mlp = modules.submodule(self.layers[layer], self.names.mlp)
+            y = mlp(y, torch.zeros_like(y)) if adds_stream(mlp) else mlp(y)
             y = y[0] if isinstance(y, tuple) else y
         else:  # its maps stand in the layer itself (OPT)
             first, last = (self._of_hook(layer, f"mlp.hook_{h}") for h in ("in", "post"))
@@ -284,28 +286,14 @@ class Heads:
         self, tokens: Int[Tensor, "batch pos"]
     ) -> list[Float[Tensor, "batch n_heads pos pos"]]:
         """Attention of every layer, from query (third axis) to key (last)."""
-        if self.hf.config.model_type == "retrace_native":
-            streams = [f"blocks.{i}.hook_resid_pre" for i in range(self.n_layers)]
-            acts = hooks.run_to(self.hf, tokens, streams)
-            return [
-                self.attn(i).pattern(self.attn_reads(i, acts[hook]))
-                for i, hook in enumerate(streams)
-            ]
-        before = self.hf.config._attn_implementation
-        self.hf.set_attn_implementation("eager")  # the others never form the pattern
-        seen: list[Tensor] = []
+        names = [f"blocks.{i}.attn.hook_pattern" for i in range(self.n_layers)]
+        acts = hooks.run_to(self.hf, tokens, names)
+        return [inner.by_head(acts[name], self.n_heads) for name in names]
 
-        def after(_: nn.Module, __: tuple, out: Any) -> None:
-            seen.append(out[1])
 
-        handles = [self.attn(i).register_forward_hook(after) for i in range(self.n_layers)]
-        try:
-            self.hf.base_model(input_ids=tokens, use_cache=False)
-        finally:
-            self.hf.set_attn_implementation(before)
-            for handle in handles:
-                handle.remove()
-        return seen
+def adds_stream(mlp: nn.Module) -> bool:
+    """Whether an MLP adds the stream to its output itself, and so takes it, too (Bloom)."""
+    return "residual" in inspect.signature(mlp.forward).parameters
 
 
 def _kept(

@@ -11,56 +11,28 @@ A test holds every hook of every family equal to TransformerBridge's.
 needed, `edited` replaces the stream. Everything here keeps gradients where the caller has them.
 """
 
+import functools
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from typing import Any
 
-import numpy as np
-import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from pipeline.errors import RetraceError, nearest
-from pipeline.models import places
+from pipeline.models import modules, places
+from pipeline.models.inner import InnerPlace
 from pipeline.models.places import Place
 from pipeline.spec import families
 from pipeline.spec.families import Layout
 
-# What TransformerBridge calls a hook itself in families without norms behind attention and MLP;
-# the names on the left are its aliases.
-BRIDGE_NAMES = {
-    "hook_embed": "embed.hook_out",
-    "hook_resid_pre": "hook_in",
-    "attn.hook_q": "attn.q.hook_out",
-    "attn.hook_k": "attn.k.hook_out",
-    "attn.hook_v": "attn.v.hook_out",
-    "attn.hook_z": "attn.o.hook_in",
-    "hook_attn_out": "attn.hook_out",
-    "hook_resid_mid": "ln2.hook_in",
-    "mlp.hook_post": "mlp.out.hook_in",
-    "hook_mlp_out": "mlp.hook_out",
-    "hook_resid_post": "hook_out",
-}
-
-
-def family(hf: nn.Module) -> Layout:
-    """The layout of a model: the one that came with it, or that of its type.
-
-    Raises:
-        RetraceError: a type without one.
-    """
-    return getattr(hf, "retrace_layout", None) or families.layout(hf.config)
-
-
-def layers_of(hf: nn.Module) -> nn.ModuleList:
-    """The layers of a model, in order."""
-    return submodule(hf, family(hf).layers)
-
 
 def hook_names(hf: nn.Module) -> list[str]:
-    """Every hook of this model that can be read, in the order of computation."""
-    names, refused = family(hf), _refused(hf)
+    """Every hook of this model, in the order of computation; but for families.ON_REQUEST."""
+    names, refused = modules.family(hf), _refused(hf)
     out = ["hook_embed"]
-    for i, layer in enumerate(layers_of(hf)):
+    for i, layer in enumerate(modules.layers_of(hf)):
         out += [f"blocks.{i}.{h}" for h in families.LAYER_HOOKS if _in_layer(names, layer, h)]
     out += [f"ln_final.{h}" for h in families.NORM_HOOKS if _find(hf, f"ln_final.{h}")]
     return [h for h in out if h not in refused]
@@ -69,7 +41,7 @@ def hook_names(hf: nn.Module) -> list[str]:
 def _in_layer(names: Layout, layer: nn.Module, hook: str) -> tuple[str, str] | None:
     """(path, what) of a hook, where the layer has its module: layers of a model may differ."""
     place = names.place(hook)
-    return place if place and reached(layer, place[0]) is not None else None
+    return place if place and modules.reached(layer, place[0]) is not None else None
 
 
 def _refused(hf: nn.Module) -> dict[str, str]:
@@ -83,19 +55,6 @@ def require(hf: nn.Module, what: str) -> None:
         raise RetraceError(f"{hf.retrace_fails[what]}; activations of its hooks can be stored")
 
 
-def bridge_name(hook: str, names: Layout | None = None) -> str:
-    """TransformerBridge's own name of a hook: blocks.8.hook_out for blocks.8.hook_resid_post.
-
-    SAELens's SAETransformerBridge (6.54) ignores aliases in run_with_hooks and run_with_cache.
-
-    Args:
-        names: the model's layout; families with norms behind attention and MLP have other names.
-    """
-    layer, at = re.fullmatch(r"(blocks\.\d+\.|)(.+)", hook).groups()
-    own = names.bridge if names else {}
-    return layer + own.get(at, BRIDGE_NAMES.get(at, at))
-
-
 def check(hf: nn.Module, hook: str) -> None:
     """RetraceError where the model has no such hook, naming the nearest that it has."""
     if _find(hf, hook) is None:
@@ -106,16 +65,17 @@ def _refuse(hf: nn.Module, hook: str) -> None:
     """The sentence of a hook that the model has not."""
     if hook in _refused(hf):
         raise RetraceError(f"hook '{hook}': {_refused(hf)[hook]}")
-    known, n_layers = hook_names(hf), len(layers_of(hf))
+    known, n_layers = hook_names(hf), len(modules.layers_of(hf))
     layer = re.match(r"blocks\.(\d+)\.", hook)
     if layer and int(layer[1]) >= n_layers:
         raise RetraceError(
             f"hook '{hook}': the model has {n_layers} layers; use blocks.0 to blocks.{n_layers - 1}"
         )
-    if hook.endswith(("mlp.hook_pre", "mlp.hook_post")) and family(hf).experts:
+    if hook.endswith(("mlp.hook_pre", "mlp.hook_post")) and modules.family(hf).experts:
         raise RetraceError(
             f"hook '{hook}': the MLP of this layer is a mixture of experts, which has no neurons "
-            f"that every token passes; use mlp.hook_in or hook_mlp_out"
+            f"that every token passes; use mlp.hook_in, mlp.hook_expert_weights, "
+            f"mlp.hook_experts_out or hook_mlp_out"
         )
     here = [k for k in known if layer and k.startswith(layer[0])] or known
     raise RetraceError(
@@ -126,46 +86,66 @@ def _refuse(hf: nn.Module, hook: str) -> None:
 
 def _find(hf: nn.Module, hook: str) -> tuple[nn.Module, nn.Module, str] | None:
     """(layer or model, module, what) of a hook; None where the model has it not, or it failed."""
-    names = family(hf)
+    names = modules.family(hf)
     if hook in _refused(hf):
         return None
     if hook == "hook_embed":
-        return hf, submodule(hf, names.embed), "out"
+        return hf, modules.submodule(hf, names.embed), "out"
     part, _, kind = hook.partition(".")
     if part == "ln_final" and kind in families.NORM_HOOKS and names.final_norm:
-        norm = reached(hf, names.final_norm)
+        norm = modules.reached(hf, names.final_norm)
         return None if norm is None else (hf, norm, kind.removeprefix("hook_"))
     found = re.fullmatch(r"blocks\.(\d+)\.(.+)", hook)
-    layers = layers_of(hf)
+    layers = modules.layers_of(hf)
     if not found or int(found[1]) >= len(layers):
         return None
     layer = layers[int(found[1])]
     place = _in_layer(names, layer, found[2])
-    return (layer, reached(layer, place[0]), place[1]) if place else None
+    return (layer, modules.reached(layer, place[0]), place[1]) if place else None
 
 
-def site(hf: nn.Module, hook: str) -> Place:
+def is_by_key(hook: str) -> bool:
+    """Whether a row at a hook has a number for each key, so that its length is the context's."""
+    return hook.endswith(("attn.hook_attn_scores", "attn.hook_pattern"))
+
+
+def site(hf: nn.Module, hook: str) -> Place | InnerPlace:
     """Where the stream at a hook is read.
 
     Args:
-        hf: a Hugging Face causal LM.
+        hf: a Hugging Face model.
         hook: TransformerLens's name, such as blocks.8.hook_resid_post.
+
+    Raises:
+        RetraceError: the model has no such hook, or refuses it.
     """
     found = _find(hf, hook)
     if found is None:
         _refuse(hf, hook)
     layer, module, what = found
-    if (inside := _in_bridge(layer, hook)) is not None:
+    inside = _in_bridge(layer, hook)
+    rows = modules.rows_of(layer) if modules.family(hf).flat and layer is not hf else []
+    if what in ("attn_scores", "pattern", "result", "probabilities"):
+        n_heads = getattr(hf.config, "num_attention_heads", None) or hf.config.n_heads
+        if inside is not None and what == "result":
+            raise RetraceError(
+                f"hook '{hook}': in a model with processing: compatibility weights are folded, and "
+                f"what a head writes is not formed; write processing: raw, or take attn.hook_z"
+            )
+        if what == "probabilities":
+            block = modules.family(hf).place(hook.split(".", 2)[-1])[0].rpartition(".")[0]
+            return InnerPlace(hf, modules.submodule(layer, block), what, 0, rows, router=module)
+        return InnerPlace(hf, module if inside is None else inside, what, n_heads, rows)
+    if inside is not None:
         return Place(inside, "output")
-    rows = _rows(layer) if family(hf).flat and layer is not hf else []
     if what in ("normalized", "scale"):
         return Place(module, "norm", what=what, rows=rows)
     if what.startswith("out times "):
         return Place(module, "output", scale=float(getattr(hf.config, what.split()[-1])), rows=rows)
     if what in ("in", "out"):
-        kept = hook.split(".", 2)[-1] not in family(hf).overwritten
+        kept = hook.split(".", 2)[-1] not in modules.family(hf).overwritten
         return Place(module, "input" if what == "in" else "output", rows=rows, kept=kept)
-    end = reached(layer, (family(hf).place("attn.hook_z") or ("", ""))[0])
+    end = modules.reached(layer, (modules.family(hf).place("attn.hook_z") or ("", ""))[0])
     columns = places.columns_of(module, what, end, hf.config.num_attention_heads)
     return Place(module, "output", columns=columns, rows=rows)
 
@@ -187,60 +167,25 @@ def width(hf: nn.Module, hook: str) -> int:
     raise RetraceError(f"hook '{hook}': a dictionary that was trained there cannot be brought in")
 
 
-# Inside a bridge, folded weights bypass some modules; its own hook points see them all.
-IN_BRIDGE = {k: v for k, v in BRIDGE_NAMES.items() if k.startswith(("attn.", "mlp."))}
-
-
 def _in_bridge(layer: nn.Module, hook: str) -> nn.Module | None:
-    """The hook point of a TransformerBridge around this layer, for hooks within a part of it."""
+    """The hook point of a TransformerBridge around this layer, for hooks within a part of it.
+
+    Folded weights bypass some modules there; the bridge's own hook points see them all.
+    """
     at = hook.split(".", 2)[-1]
-    path = IN_BRIDGE.get(at, at)
+    path = families.BRIDGE_NAMES.get(at, at) if at.startswith(("attn.", "mlp.")) else at
     if not type(layer).__module__.startswith("transformer_lens") or "." not in path:
         return None
-    return reached(layer, path)
+    return modules.reached(layer, path)
 
 
-def _rows(layer: nn.Module) -> list[tuple[int, int]]:
-    """(batch, pos) of the last input of a layer, in a list that each forward pass renews."""
-    if "_retrace_rows" not in layer.__dict__:
-        rows: list[tuple[int, int]] = []
-
-        def before(_: nn.Module, args: tuple, kwargs: dict) -> None:
-            rows[:] = [tuple(places.stream_of(args, kwargs).shape[:2])]
-
-        layer.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
-        layer.__dict__["_retrace_rows"] = rows
-    return layer.__dict__["_retrace_rows"]
-
-
-def submodule(module: nn.Module, path: str) -> nn.Module:
-    """The module at a path; '' is the module itself."""
-    for part in path.split(".") if path else ():  # not get_submodule: a bridge's wrappers delegate
-        module = getattr(module, part)
-    return module
-
-
-def reached(module: nn.Module, path: str) -> nn.Module | None:
-    """`submodule`, or None where a part of the path is missing or None."""
-    for part in path.split(".") if path else ():
-        module = getattr(module, part, None)
-        if module is None:
-            return None
-    return module
-
-
-def stream_of(args: tuple, kwargs: dict) -> Tensor:
-    """The stream among a module's arguments: the first, or hidden_states."""
-    return places.stream_of(args, kwargs)
-
-
-def _on(hf: nn.Module, hook: str, see: Callable[[Tensor], Tensor | None]):
+def _on(hf: nn.Module, hook: str, see: Callable[[Tensor], Tensor | None]) -> Any:
     """Call `see` on the stream at a hook; what it returns, if anything, takes its place."""
     return site(hf, hook).register(see)
 
 
 @contextmanager
-def capture(hf: nn.Module, hooks: list[str]) -> Iterator[dict[str, Tensor]]:
+def capture(hf: nn.Module, hooks: list[str]) -> Iterator[dict[str, Float[Tensor, "batch pos _"]]]:
     """Inside: every forward pass fills the dictionary, hook -> [batch pos d].
 
     Tensors keep their graph; detach them where it is not wanted. Inside `edited` of the same
@@ -249,9 +194,12 @@ def capture(hf: nn.Module, hooks: list[str]) -> Iterator[dict[str, Tensor]]:
     seen: dict[str, Tensor] = {}
     with ExitStack() as stack:
         for hook in hooks:
-            keep = lambda x, hook=hook: seen.__setitem__(hook, x)  # noqa: E731
-            stack.callback(_on(hf, hook, keep).remove)
+            stack.callback(_on(hf, hook, functools.partial(_keep, seen, hook)).remove)
         yield seen
+
+
+def _keep(seen: dict[str, Tensor], hook: str, x: Tensor) -> None:
+    seen[hook] = x
 
 
 class Stopped(Exception):
@@ -284,17 +232,22 @@ def stop_after(hf: nn.Module, hooks: list[str]) -> Iterator[None]:
             yield
 
 
-def run_to(hf: nn.Module, tokens: Tensor, hooks: list[str]) -> dict[str, Tensor]:
+def run_to(
+    hf: nn.Module, tokens: Int[Tensor, "batch pos"], hooks: list[str]
+) -> dict[str, Float[Tensor, "batch pos _"]]:
     """The stream at `hooks`, from a forward pass that stops behind the last of them.
 
     Args:
-        tokens: [batch pos] token ids on the model's device.
+        tokens: on the model's device.
 
     Returns:
-        hook -> [batch pos d].
+        hook -> the stream there.
     """
     with capture(hf, hooks) as acts, stop_after(hf, hooks):
         hf.base_model(input_ids=tokens, use_cache=False)
+    for hook in hooks:
+        if hook not in acts:
+            raise RetraceError(f"hook '{hook}': never runs in a forward pass of this model")
     return acts
 
 
@@ -316,13 +269,13 @@ def edited(hf: nn.Module, hook: str, fn: Callable[[Tensor], Tensor]) -> Iterator
             handle.remove()
         return
     check(hf, hook)
-    names, layer = family(hf), layers_of(hf)[int(hook.split(".")[1])]
+    names, layer = modules.family(hf), modules.layers_of(hf)[int(hook.split(".")[1])]
     seen: dict[str, Tensor] = {}
 
     def before_attention(_: nn.Module, args: tuple, kwargs: dict) -> None:
-        seen["resid_pre"] = stream_of(args, kwargs)
+        seen["resid_pre"] = places.stream_of(args, kwargs)
 
-    handle = first_reader(names, layer).register_forward_pre_hook(
+    handle = modules.first_reader(names, layer).register_forward_pre_hook(
         before_attention, with_kwargs=True
     )
     attn_out = hook.replace("resid_mid", "attn_out")
@@ -339,67 +292,7 @@ def written_by(hf: nn.Module, layer: nn.Module, part: str) -> tuple[Place, nn.Mo
     Args:
         part: attn or mlp.
     """
-    number = next(i for i, other in enumerate(layers_of(hf)) if other is layer)
+    number = next(i for i, other in enumerate(modules.layers_of(hf)) if other is layer)
     out = site(hf, f"blocks.{number}.hook_{part}_out")
-    path = family(hf).place(f"hook_{part}_out")[0]
-    return out, (out.module if path in norm_paths(family(hf)) else None)
-
-
-def norm_paths(names: Layout) -> list[str]:
-    """Paths of the norms of a layer."""
-    return [path for part, path in names.parts.items() if part.startswith("ln")]
-
-
-def answer_of(hf: nn.Module, module: nn.Module) -> Callable[[Tensor], object]:
-    """x -> what a layer or an attention would return with x in it: a tensor, a tuple or a list.
-
-    Families differ, and so do releases of transformers, so that one token is run to see it.
-    """
-    if "_retrace_answer" not in module.__dict__:
-        _see_answers(hf)
-    kind, more = module.__dict__["_retrace_answer"]
-    return lambda x: x if kind is None else kind([x, *[None] * more])
-
-
-@torch.no_grad()
-def _see_answers(hf: nn.Module) -> None:
-    """Note at every layer and attention what it returns."""
-    names = family(hf)
-
-    def see(module: nn.Module, _: tuple, out: object) -> None:
-        several = isinstance(out, tuple | list)
-        module.__dict__["_retrace_answer"] = (type(out), len(out) - 1) if several else (None, 0)
-
-    with ExitStack() as stack:
-        for layer in layers_of(hf):
-            for module in (layer, reached(layer, names.attn)):
-                if module is not None:
-                    stack.callback(module.register_forward_hook(see).remove)
-        token = torch.zeros(1, 1, dtype=torch.long, device=next(hf.parameters()).device)
-        hf.base_model(input_ids=token, use_cache=False)
-
-
-def first_reader(names: Layout, layer: nn.Module) -> nn.Module:
-    """What reads the stream before a layer: the norm before attention, or attention itself."""
-    behind = (names.place("hook_attn_out") or ("", ""))[0] == names.parts.get("ln1")
-    return submodule(layer, names.attn if behind else names.parts.get("ln1", names.attn))
-
-
-def to_tensor(raw: np.ndarray, dtype: str, device: torch.device | str = "cpu") -> Tensor:
-    """Stored rows as a tensor of the stored dtype.
-
-    Args:
-        raw: [rows d] float16 or float32, or uint16 bit patterns of bfloat16; may be read-only.
-        dtype: float16, bfloat16 or float32.
-    """
-    if not raw.flags.writeable:
-        raw = raw.copy()  # torch cannot share memory that is mapped read-only
-    if dtype == "bfloat16":
-        return torch.from_numpy(raw.view(np.int16)).view(torch.bfloat16).to(device)
-    return torch.from_numpy(raw).to(device)
-
-
-def to_numpy(x: Tensor, dtype: str) -> np.ndarray:
-    """A tensor in the form that shards hold: the inverse of `to_tensor`, rounding to `dtype`."""
-    x = x.detach().to(getattr(torch, dtype)).cpu().contiguous()
-    return x.view(torch.int16).numpy().view(np.uint16) if dtype == "bfloat16" else x.numpy()
+    path = modules.family(hf).place(f"hook_{part}_out")[0]
+    return out, (out.module if path in modules.norm_paths(modules.family(hf)) else None)

@@ -24,7 +24,7 @@ from jaxtyping import Float
 from torch import Tensor, nn
 
 from pipeline.errors import RetraceError
-from pipeline.models import hooks, places, splice
+from pipeline.models import hooks, modules, places, splice
 
 PASS_LOGITS = 1 << 25  # numbers in the logits of a forward pass, about
 PASS_TOKENS = 1 << 14
@@ -33,7 +33,7 @@ Lens = Callable[[int, Tensor], Tensor]  # (layer, x [â€¦ d_model]) -> logits [â€
 
 
 def n_layers(hf: nn.Module) -> int:
-    return len(hf.get_submodule(hooks.family(hf).layers))
+    return len(hf.get_submodule(modules.family(hf).layers))
 
 
 def streams(hf: nn.Module, tokens: Tensor) -> tuple[list[Tensor], Tensor]:

@@ -20,7 +20,8 @@ from pipeline.text.tokens import checkpoint_of, load_tokenizer
 class Loaded:
     """A model ready to run.
 
-    hf is a Hugging Face causal LM in eval mode whose parameters need no gradient. With
+    hf is a Hugging Face model in eval mode whose parameters need no gradient: a causal LM, or an
+    encoder, of which activations can be stored. With
     `processing: compatibility` it is the module inside a TransformerBridge whose weights were
     folded and centred, and `bridge` is that bridge; else `bridge` is None.
     """
@@ -82,14 +83,15 @@ def bridge(model_json: str | Path, device: Any = "cpu", dtype: Any = None) -> An
 
 
 def from_folder(folder: Path, dtype: Any) -> Any:
-    """AutoModelForCausalLM of a local folder; safetensors only, no remote code."""
+    """The causal LM, or the encoder, of a local folder; safetensors only, no remote code."""
     if native.is_native(folder):
         return native.from_folder(folder, dtype)
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModel, AutoModelForCausalLM
 
     check_index(folder)
     try:
-        model, found = AutoModelForCausalLM.from_pretrained(
+        kind = AutoModel if is_encoder(folder) else AutoModelForCausalLM
+        model, found = kind.from_pretrained(
             folder, dtype=dtype, local_files_only=True, use_safetensors=True,
             trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True,
         )  # fmt: skip
@@ -101,6 +103,17 @@ def from_folder(folder: Path, dtype: Any) -> Any:
         ) from e
     check_loaded(folder, found)
     return model
+
+
+def is_encoder(folder: Path) -> bool:
+    """Whether a folder holds an encoder without a head for tokens, such as MiniLM (BertModel)."""
+    from transformers.models.auto import modeling_auto as auto
+
+    file = folder / "config.json"
+    config = tables.read_json(file) if file.is_file() else {}
+    kind, names = str(config.get("model_type")), config.get("architectures") or [""]
+    bare = auto.MODEL_MAPPING_NAMES.get(kind)
+    return kind in auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES and names[0] == bare
 
 
 def check_loaded(folder: Path, found: dict[str, Any]) -> None:
@@ -119,14 +132,14 @@ def check_loaded(folder: Path, found: dict[str, Any]) -> None:
         "unexpected": sorted(found["unexpected_keys"]),
         "of another shape": sorted(str(key[0]) for key in found["mismatched_keys"]),
     }
-    told = "; ".join(
+    faults = "; ".join(
         f"{kind}: {', '.join(some[:5])}{f' and {len(some) - 5} more' if len(some) > 5 else ''}"
         for kind, some in names.items()
         if some
     )
-    if told:
+    if faults:
         raise RetraceError(
-            f"{folder}: its weights do not fit its config.json ({told}); correct config.json, or "
+            f"{folder}: its weights do not fit its config.json ({faults}); correct config.json, or "
             f"give all weights of the model"
         )
 

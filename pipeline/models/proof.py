@@ -18,10 +18,11 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 
 import torch
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from pipeline.errors import RetraceError
-from pipeline.models import hooks, places, splice
+from pipeline.models import hooks, modules, places, splice
 from pipeline.models.heads import Heads
 
 N_TOKENS = 5
@@ -42,16 +43,17 @@ def prove(hf: nn.Module) -> dict[str, str]:
     names, tokens = hooks.hook_names(hf), few_tokens(hf)
     try:
         with hooks.capture(hf, names) as acts, norms_seen(hf) as outs:
-            logits = hf(input_ids=tokens, use_cache=False).logits
+            out = hf(input_ids=tokens, use_cache=False)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as e:
         raise RetraceError(
             f"model type '{hf.config.model_type}': does not run on {tokens.shape[1]} token ids "
             f"alone ({str(e).splitlines()[0][:120]})"
         ) from e
-    if not torch.isfinite(logits).all():
+    logits = getattr(out, "logits", None)
+    if not torch.isfinite(out[0] if logits is None else logits).all():
         return {}  # no sum holds then; the stage that stores or sums values says where they begin
     refused = {n: "never runs in a forward pass of this model" for n in names if n not in acts}
-    for i, layer in enumerate(hooks.layers_of(hf)):
+    for i, layer in enumerate(modules.layers_of(hf)):
         at = {h: acts.get(f"blocks.{i}.{h}") for h in (*STREAMS, *_parts(hf))}
         found = layer_faults({h: x for h, x in at.items() if x is not None})
         found |= norm_faults(hf, layer, at, outs) | head_faults(hf, i, at)
@@ -64,7 +66,7 @@ def prove(hf: nn.Module) -> dict[str, str]:
         why = "the final norm is not a gain times the standardised stream plus a bias"
         refused |= {f"ln_final.{h}": why for h in ("hook_normalized", "hook_scale")}
     hf.retrace_refused = refused
-    hf.retrace_fails = whole_faults(hf, tokens, acts, logits)
+    hf.retrace_fails = headless(hf) if logits is None else whole_faults(hf, tokens, acts, logits)
     return refused
 
 
@@ -72,40 +74,43 @@ def prove(hf: nn.Module) -> dict[str, str]:
 def norms_seen(hf: nn.Module) -> Iterator[dict[nn.Module, Tensor]]:
     """Inside: a forward pass fills the dictionary, norm -> its output."""
     outs: dict[nn.Module, Tensor] = {}
-    names = hooks.family(hf)
-    norms = [
-        hooks.reached(layer, p) for layer in hooks.layers_of(hf) for p in hooks.norm_paths(names)
-    ]
+
+    def keep(norm: nn.Module, _: tuple, out: Tensor) -> None:
+        outs[norm] = out
+
+    paths, layers = modules.norm_paths(modules.family(hf)), modules.layers_of(hf)
+    norms = [modules.reached(layer, path) for layer in layers for path in paths]
     with ExitStack() as stack:
         for norm in [*norms, splice.final_norm(hf)]:
             if norm is not None:
-                keep = lambda norm, _, out: outs.__setitem__(norm, out)  # noqa: E731
                 stack.callback(norm.register_forward_hook(keep).remove)
         yield outs
 
 
-def few_tokens(hf: nn.Module) -> Tensor:
-    """[2 pos] token ids, no two neighbours alike."""
+def few_tokens(hf: nn.Module) -> Int[Tensor, "2 pos"]:
+    """Token ids, no two neighbours alike."""
     n = min(N_TOKENS, getattr(hf.config, "max_position_embeddings", N_TOKENS) or N_TOKENS)
     ids = torch.arange(2 * n, device=next(hf.parameters()).device) * 7 + 3
     return (ids % hf.config.vocab_size).view(2, n)
 
 
 def _parts(hf: nn.Module) -> list[str]:
-    names = hooks.family(hf)
+    names = modules.family(hf)
     norms = [f"{p}.{h}" for p in names.parts for h in ("hook_normalized",) if p.startswith("ln")]
     return [*norms, "attn.hook_v", "attn.hook_z"]
 
 
-def near(a: Tensor, b: Tensor, *summands: Tensor) -> bool:
+def near(
+    a: Float[Tensor, "*shape"], b: Float[Tensor, "*shape"], *summands: Float[Tensor, "*shape"]
+) -> bool:
     """Whether a = b but for the rounding of sums of these summands, coordinate by coordinate."""
     eps = torch.finfo(a.dtype).eps
     size = sum(x.abs().double() for x in summands)
     return bool(((a.double() - b.double()).abs() <= ROUNDING * eps * size + 1e-12).all())
 
 
-def alike(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
-    """Whether a = b [... d] but for the rounding of long sums, relative to each row's size."""
+def alike(a: Float[Tensor, "*batch d"], b: Float[Tensor, "*batch d"], dtype: torch.dtype) -> bool:
+    """Whether a = b but for the rounding of long sums, relative to each row's size."""
     size = b.abs().amax(-1, keepdim=True).double()
     return bool(((a.double() - b.double()).abs() <= LOOSE[dtype] * size + 1e-9).all())
 
@@ -113,12 +118,12 @@ def alike(a: Tensor, b: Tensor, dtype: torch.dtype) -> bool:
 # --- one layer -----------------------------------------------------------------------------
 
 
-def layer_faults(at: dict[str, Tensor]) -> dict[str, str]:
+def layer_faults(at: dict[str, Float[Tensor, "batch pos _"]]) -> dict[str, str]:
     """Hook of a layer -> why it is refused, of the streams that the layer has."""
     pre, attn, mid, mlp, post = (at.get(h) for h in STREAMS)
     if pre is None or post is None:
         return {}
-    told = "do not sum to the stream behind the layer, so that this name stands elsewhere here"
+    why_not = "do not sum to the stream behind the layer, so that this name stands elsewhere here"
     out = {}
     if attn is not None and mid is not None and not near(mid, pre + attn, pre, attn):
         why = (
@@ -129,12 +134,12 @@ def layer_faults(at: dict[str, Tensor]) -> dict[str, str]:
         if not near(post, pre + attn + mlp, pre, attn, mlp):
             out |= dict.fromkeys(
                 ("hook_attn_out", "hook_mlp_out"),
-                f"hook_resid_pre, hook_attn_out and hook_mlp_out {told}",
+                f"hook_resid_pre, hook_attn_out and hook_mlp_out {why_not}",
             )
             if mid is not None and not near(post, mid + mlp, mid, mlp):
-                out.setdefault("hook_resid_mid", f"hook_resid_mid and hook_mlp_out {told}")
+                out.setdefault("hook_resid_mid", f"hook_resid_mid and hook_mlp_out {why_not}")
     elif mid is not None and mlp is not None and not near(post, mid + mlp, mid, mlp):
-        why = f"hook_resid_mid and hook_mlp_out {told}"
+        why = f"hook_resid_mid and hook_mlp_out {why_not}"
         out |= dict.fromkeys(("hook_mlp_out", "hook_resid_mid"), why)
     return out
 
@@ -148,15 +153,17 @@ def norm_faults(
         outs: what each norm wrote in the pass.
     """
     found = {}
-    for part, path in hooks.family(hf).parts.items():
-        n, norm = at.get(f"{part}.hook_normalized"), hooks.reached(layer, path)
+    for part, path in modules.family(hf).parts.items():
+        n, norm = at.get(f"{part}.hook_normalized"), modules.reached(layer, path)
         if n is not None and not is_norm(norm, n, outs[norm]):
             why = "this norm is not a gain times the standardised stream plus a bias"
             found |= {f"{part}.{h}": why for h in ("hook_normalized", "hook_scale")}
     return found
 
 
-def is_norm(norm: nn.Module, n: Tensor, out: Tensor) -> bool:
+def is_norm(
+    norm: nn.Module, n: Float[Tensor, "batch pos d"], out: Float[Tensor, "*rows d"]
+) -> bool:
     """Whether out = g n + b, with the gain and bias of the norm."""
     if isinstance(norm, nn.Identity):
         return bool(torch.equal(n, out))
@@ -172,7 +179,7 @@ def head_faults(hf: nn.Module, i: int, at: dict[str, Tensor | None]) -> dict[str
     its key head.
     """
     z, v = at.get("attn.hook_z"), at.get("attn.hook_v")
-    place = hooks.family(hf).place("attn.hook_v")
+    place = modules.family(hf).place("attn.hook_v")
     if z is None or v is None or " of " not in place[1]:
         return {}
     n_heads = hf.config.num_attention_heads
@@ -187,11 +194,17 @@ def head_faults(hf: nn.Module, i: int, at: dict[str, Tensor | None]) -> dict[str
 # --- the whole -----------------------------------------------------------------------------
 
 
+def headless(hf: nn.Module) -> dict[str, str]:
+    """`whole_faults` of a model without a head: an encoder."""
+    why = f"model type '{hf.config.model_type}' without a head has no logits"
+    return dict.fromkeys(("resume", "unembed", "heads"), why)
+
+
 def whole_faults(
     hf: nn.Module, tokens: Tensor, acts: dict[str, Tensor], logits: Tensor
 ) -> dict[str, str]:
     """resume, unembed or heads -> why what needs it is refused."""
-    kind, n = hf.config.model_type, len(hooks.layers_of(hf))
+    kind, n = hf.config.model_type, len(modules.layers_of(hf))
     middle, last = f"blocks.{n // 2}.hook_resid_pre", f"blocks.{n - 1}.hook_resid_post"
     tests: dict[str, tuple[Callable[[], tuple[Tensor, Tensor]], str]] = {
         "resume": (
@@ -225,11 +238,11 @@ def _heads(hf: nn.Module, acts: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     heads = Heads(hf)
     ours, theirs = [], []
     for i in range(heads.n_layers):
-        at = lambda hook, i=i: acts.get(f"blocks.{i}.{hook}")  # noqa: E731
-        ours.append(heads.written(at("attn.hook_z"), i).sum(-2) + heads.rest(at("attn.hook_z"), i))
-        theirs.append(at("hook_attn_out"))
-        if at("hook_mlp_out") is not None:
-            read = at("hook_resid_pre") if heads.parallel else at("hook_resid_mid")
-            ours.append(heads.mlp_writes(i, read))
-            theirs.append(at("hook_mlp_out"))
+        z, mlp_out = acts[f"blocks.{i}.attn.hook_z"], acts.get(f"blocks.{i}.hook_mlp_out")
+        ours.append(heads.written(z, i).sum(-2) + heads.rest(z, i))
+        theirs.append(acts[f"blocks.{i}.hook_attn_out"])
+        if mlp_out is not None:
+            read = "hook_resid_pre" if heads.parallel else "hook_resid_mid"
+            ours.append(heads.mlp_writes(i, acts[f"blocks.{i}.{read}"]))
+            theirs.append(mlp_out)
     return torch.stack(ours), torch.stack(theirs)

@@ -10,34 +10,42 @@ from contextlib import ExitStack, contextmanager
 from typing import Any
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Int
 from torch import Tensor, nn
 
 from pipeline.errors import RetraceError
-from pipeline.models import hooks, places
+from pipeline.models import hooks, modules, places
 
 
-def stream(hf: nn.Module, hook: str, tokens: Tensor) -> Tensor:
-    """x at `hook`, [batch pos d], of tokens [batch pos]; layers above the hook do not run."""
+def stream(
+    hf: nn.Module, hook: str, tokens: Int[Tensor, "batch pos"]
+) -> Float[Tensor, "batch pos d"]:
+    """x at `hook`, of tokens; layers above the hook do not run."""
     return hooks.run_to(hf, tokens, [hook])[hook]
 
 
 def known(
     x: Float[Tensor, "batch pos d"], skip_first: int, max_norm: float
 ) -> Bool[Tensor, "batch pos"]:
-    """Which tokens a dictionary was trained on, bool [batch pos]; see ActivationsSpec.
+    """Which tokens a dictionary was trained on; see ActivationsSpec.
 
     Args:
-        x: the stream, [batch pos d].
-        skip_first, max_norm: as in the activations' manifest (max_norm a hook); 0 is no bound.
+        x: the stream.
+        skip_first, max_norm: as in the activations' manifest; a max_norm of 0 is no bound.
     """
     mask = torch.ones(x.shape[:2], dtype=torch.bool, device=x.device)
     mask[:, :skip_first] = False
     return mask & (x.norm(dim=-1) <= max_norm) if max_norm else mask
 
 
-def resume(hf: nn.Module, hook: str, tokens: Tensor, x: Tensor, last: int = 0) -> Tensor:
-    """Logits [batch pos d_vocab] with the stream at `hook` set to x [batch pos d].
+def resume(
+    hf: nn.Module,
+    hook: str,
+    tokens: Int[Tensor, "batch pos"],
+    x: Float[Tensor, "batch pos d"],
+    last: int = 0,
+) -> Float[Tensor, "batch last d_vocab"]:
+    """Logits with the stream at `hook` set to x.
 
     Args:
         last: only the logits of this many last positions; 0 for all. With a vocabulary of 49,152
@@ -50,8 +58,10 @@ def resume(hf: nn.Module, hook: str, tokens: Tensor, x: Tensor, last: int = 0) -
     return logits[:, -last:]  # some models give all of them whatever is asked
 
 
-def resume_stream(hf: nn.Module, hook: str, x: Tensor, **given: Any) -> Tensor:
-    """The stream that the final norm reads, [batch pos d], with the stream at `hook` set to x.
+def resume_stream(
+    hf: nn.Module, hook: str, x: Float[Tensor, "batch pos d"], **given: Any
+) -> Float[Tensor, "batch pos d"]:
+    """The stream that the final norm reads, with the stream at `hook` set to x.
 
     Args:
         hook: resid_pre, resid_mid or resid_post of a layer. From resid_mid the attention of the
@@ -61,11 +71,11 @@ def resume_stream(hf: nn.Module, hook: str, x: Tensor, **given: Any) -> Tensor:
     hooks.require(hf, "resume")
     with ExitStack() as stack:
         if hook.endswith("hook_resid_mid"):
-            stack.enter_context(_silent(hf, int(hook.split(".")[1]), x))
+            stack.enter_context(_without_attention(hf, int(hook.split(".")[1]), x))
             hook = hook.replace("resid_mid", "resid_pre")
         stack.enter_context(_skipped_below(hf, hook))
         stack.enter_context(hooks.edited(hf, hook, lambda _: x))
-        last = f"blocks.{len(hooks.layers_of(hf)) - 1}.hook_resid_post"
+        last = f"blocks.{len(modules.layers_of(hf)) - 1}.hook_resid_post"
         end = stack.enter_context(hooks.capture(hf, [last]))
         stack.enter_context(hooks.stop_after(hf, [last]))
         tokens = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)
@@ -74,15 +84,15 @@ def resume_stream(hf: nn.Module, hook: str, x: Tensor, **given: Any) -> Tensor:
 
 
 @contextmanager
-def _silent(hf: nn.Module, number: int, x: Tensor) -> Iterator[None]:
+def _without_attention(hf: nn.Module, number: int, x: Tensor) -> Iterator[None]:
     """Inside: the attention of a layer writes nothing, and where it can be, is not run."""
-    names, layer = hooks.family(hf), hooks.layers_of(hf)[number]
-    attention = hooks.reached(layer, names.attn)
+    names, layer = modules.family(hf), modules.layers_of(hf)[number]
+    attention = modules.reached(layer, names.attn)
     if names.place("hook_attn_out") != (names.attn, "out"):
         with hooks.edited(hf, f"blocks.{number}.hook_attn_out", torch.zeros_like):
             yield
         return
-    answer = hooks.answer_of(hf, attention)
+    answer = modules.answer_of(hf, attention)
     try:
         attention.forward = lambda *_, **__: answer(torch.zeros((), dtype=x.dtype, device=x.device))
         yield
@@ -99,8 +109,8 @@ def _skipped_below(hf: nn.Module, hook: str) -> Iterator[None]:
     skipped: list[nn.Module] = []
     if hook.endswith(("hook_resid_pre", "hook_resid_post")):
         number = int(hook.split(".")[1])
-        skipped = list(hooks.layers_of(hf))[: number + hook.endswith("hook_resid_post")]
-    answers = [hooks.answer_of(hf, layer) for layer in skipped]
+        skipped = list(modules.layers_of(hf))[: number + hook.endswith("hook_resid_post")]
+    answers = [modules.answer_of(hf, layer) for layer in skipped]
     try:
         for layer, answer in zip(skipped, answers, strict=True):
             layer.forward = lambda hidden_states, *_, answer=answer, **__: answer(hidden_states)
@@ -110,11 +120,14 @@ def _skipped_below(hf: nn.Module, hook: str) -> Iterator[None]:
             layer.__dict__.pop("forward", None)
 
 
-def written(hf: nn.Module, hook: str, directions: Tensor) -> Tensor:
-    """What directions [n d] at a hook write into the residual stream, [n d_model].
+def written(
+    hf: nn.Module, hook: str, directions: Float[Tensor, "n d"]
+) -> Float[Tensor, "n d_model"]:
+    """What directions at a hook write into the residual stream.
 
     Behind an MLP's nonlinearity, and at z, that is the last matrix of the MLP or of attention times
-    them, and the gain of a norm behind it, whose scale depends on the token and is left out.
+    them, and the gain of a norm behind it, whose scale depends on the token and is left out. What
+    heads write (hook_result) is summed over heads.
     Elsewhere they lie in the stream.
 
     Raises:
@@ -123,30 +136,33 @@ def written(hf: nn.Module, hook: str, directions: Tensor) -> Tensor:
     at = hook.split(".", 2)[-1]
     if not at.startswith(("attn.", "mlp.", "ln")):
         return directions
-    if at not in ("attn.hook_z", "mlp.hook_post"):
+    if at not in ("attn.hook_z", "attn.hook_result", "mlp.hook_post"):
         raise RetraceError(
             f"hook '{hook}': what a direction there writes into the stream depends on the token; "
             f"take one of hook_resid_*, hook_attn_out, hook_mlp_out, attn.hook_z, mlp.hook_post"
         )
-    names, layer = hooks.family(hf), hooks.layers_of(hf)[int(hook.split(".")[1])]
-    last = hooks.submodule(layer, names.place(at)[0])
-    rows = last(directions) - last(torch.zeros_like(directions[:1]))
+    names, layer = modules.family(hf), modules.layers_of(hf)[int(hook.split(".")[1])]
+    if at == "attn.hook_result":
+        rows = directions.unflatten(-1, (-1, hf.config.hidden_size)).sum(-2)
+    else:
+        last = modules.submodule(layer, names.place(at)[0])
+        rows = last(directions) - last(torch.zeros_like(directions[:1]))
     out, post = hooks.written_by(hf, layer, at.split(".")[0])
     return rows * out.scale if post is None else _gained(post, rows)
 
 
-def normed(hf: nn.Module, rows: Tensor) -> Tensor:
-    """Directions [n d_model] of the stream as the unembedding reads them, but for the norm's scale.
+def normed(hf: nn.Module, rows: Float[Tensor, "*n d_model"]) -> Float[Tensor, "*n d_model"]:
+    """Directions of the stream as the unembedding reads them, but for the norm's scale.
 
     Behind the final norm x is g * c(x) / s(x) + b: c takes the mean of the coordinates away in a
-    layer norm and nothing in an RMS norm, s(x) is one number a token. This gives g * c(row).
+    layer norm and nothing in an RMS norm, s(x) is one number per token. This gives g * c(row).
     g and c are measured, since models write the gain in several ways (Gemma's is 1 + its weight).
     """
     norm = final_norm(hf)
     return rows if isinstance(norm, nn.Identity) else _gained(norm, rows)
 
 
-def _gained(norm: nn.Module, rows: Tensor) -> Tensor:
+def _gained(norm: nn.Module, rows: Float[Tensor, "*n d_model"]) -> Float[Tensor, "*n d_model"]:
     """g * c(row) of a norm g c(x) / s(x) + b."""
     centred = places.centres(norm, rows)
     return places.gain(norm, rows) * (rows - rows.mean(-1, keepdim=True) if centred else rows)
@@ -154,8 +170,8 @@ def _gained(norm: nn.Module, rows: Tensor) -> Tensor:
 
 def final_norm(hf: nn.Module) -> nn.Module:
     """The norm before the unembedding, as a module; Identity where a model has none."""
-    path = hooks.family(hf).final_norm
-    return (hooks.reached(hf, path) if path else None) or nn.Identity()
+    path = modules.family(hf).final_norm
+    return (modules.reached(hf, path) if path else None) or nn.Identity()
 
 
 def tail(hf: nn.Module) -> tuple[float, float]:
@@ -171,14 +187,14 @@ def tail(hf: nn.Module) -> tuple[float, float]:
     return scale, float(cap or 0.0)
 
 
-def capped(hf: nn.Module, x: Tensor) -> Tensor:
+def capped(hf: nn.Module, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch d"]:
     """Logits of what the unembedding gives."""
     scale, cap = tail(hf)
     x = x if scale == 1.0 else x * scale
     return cap * torch.tanh(x / cap) if cap else x
 
 
-def unembed(hf: nn.Module, x: Tensor) -> Tensor:
-    """Logits [... d_vocab] of the stream [... d_model] behind the last layer."""
+def unembed(hf: nn.Module, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
+    """Logits of the stream behind the last layer."""
     hooks.require(hf, "unembed")
     return capped(hf, hf.get_output_embeddings()(final_norm(hf)(x)))

@@ -52,7 +52,7 @@ def metrics() -> dict[str, str]:
 
 def hooks() -> dict[str, str]:
     """Name of a hook, TransformerLens's, in the order of computation -> what it reads."""
-    names = ["hook_embed", *(f"blocks.N.{h}" for h in families.LAYER_HOOKS)]
+    names = ["hook_embed", *(f"blocks.N.{h}" for h in families.LAYER_HOOKS + families.ON_REQUEST)]
     return dict.fromkeys([*names, *(f"ln_final.{h}" for h in families.NORM_HOOKS)], "")
 
 

@@ -24,11 +24,11 @@ from typing import Any
 
 from pipeline.errors import RetraceError
 from pipeline.job import cli
-from pipeline.models import hooks
 from pipeline.sae import steps
 from pipeline.sae.stream import Stream, geometric_median
 from pipeline.sae.train import HISTORY, Dictionary, build, train
 from pipeline.sae.transcoder import inference_config
+from pipeline.spec import families
 from pipeline.spec.paper import Hook, Section
 from pipeline.spec.sae import SaeSpec, SaeTraining
 from pipeline.store import provenance, tables
@@ -82,7 +82,7 @@ def metadata(activations: dict, hook: str, output_hook: str | None = None) -> di
     return {
         "model_name": Path(activations["model"]).parent.name,
         **named,
-        **{f"{key}_bridge": own.get(n, hooks.bridge_name(n)) for key, n in named.items()},
+        **{f"{key}_bridge": own.get(n, families.bridge_name(n)) for key, n in named.items()},
         "context_size": activations["n_ctx"],
         "prepend_bos": activations["prepend_bos"],
         "seqpos_slice": [activations["skip_first"], None],

@@ -11,6 +11,7 @@ A place is a module's path and what to take of it:
     self_attn out times residual_multiplier the output times a number of the model's config
     attn.c_attn k of qkv                    the keys among the columns of a joint projection
     mlp.gate_up_proj first half             half of the columns of its output
+    mlp.gate probabilities                  those of a router, over all experts
 
 The columns of a joint projection lie as `qkv` (all queries, all keys, all values), `group` (for
 each key head its queries, its key and its value; of GPT-NeoX one query) or `codegen` (in four
@@ -32,7 +33,7 @@ TABLE = Path(__file__).parent / "families.json"
 NATIVE_TYPE = "retrace_native"
 PLACE = re.compile(
     r"([A-Za-z_][\w.]*)? ?(in|out(?: times \w+)?|[qkv] of (?:qkv|group|codegen)|"
-    r"(?:first|second) half)"
+    r"(?:first|second) half|probabilities)"
 )
 ModulePath = Annotated[str, Field(pattern=r"^([A-Za-z_]\w*(\.\w+)*)?$")]
 # Within a layer, in the order in which a layer with norms before attention and MLP computes them.
@@ -40,10 +41,28 @@ LAYER_HOOKS = (
     "hook_resid_pre", "ln1.hook_scale", "ln1.hook_normalized", "attn.hook_q", "attn.hook_k",
     "attn.hook_v", "attn.hook_z", "ln1_post.hook_scale", "ln1_post.hook_normalized",
     "hook_attn_out", "hook_resid_mid", "ln2.hook_scale", "ln2.hook_normalized", "mlp.hook_in",
-    "mlp.hook_pre", "mlp.hook_pre_linear", "mlp.hook_post", "ln2_post.hook_scale",
-    "ln2_post.hook_normalized", "hook_mlp_out", "hook_resid_post",
+    "mlp.hook_expert_weights", "mlp.hook_experts_out", "mlp.hook_pre", "mlp.hook_pre_linear",
+    "mlp.hook_post", "ln2_post.hook_scale", "ln2_post.hook_normalized", "hook_mlp_out",
+    "hook_resid_post",
 )  # fmt: skip
 NORM_HOOKS = ("hook_scale", "hook_normalized")
+# Read where they are asked for by name only: the first two need eager attention, and all are wide.
+ON_REQUEST = ("attn.hook_attn_scores", "attn.hook_pattern", "attn.hook_result")
+# What TransformerBridge calls a hook itself in families without norms behind attention and MLP;
+# the names on the left are its aliases.
+BRIDGE_NAMES = {
+    "hook_embed": "embed.hook_out",
+    "hook_resid_pre": "hook_in",
+    "attn.hook_q": "attn.q.hook_out",
+    "attn.hook_k": "attn.k.hook_out",
+    "attn.hook_v": "attn.v.hook_out",
+    "attn.hook_z": "attn.o.hook_in",
+    "hook_attn_out": "attn.hook_out",
+    "hook_resid_mid": "ln2.hook_in",
+    "mlp.hook_post": "mlp.out.hook_in",
+    "hook_mlp_out": "mlp.hook_out",
+    "hook_resid_post": "hook_out",
+}
 PARTS = ("ln1", "ln1_post", "attn", "ln2", "ln2_post", "mlp")
 
 
@@ -88,7 +107,8 @@ class Layout(Section):
             if not PLACE.fullmatch(place):
                 raise ValueError(
                     f"hooks: {hook}: '{place}' is no place; write a module's path and in, out, "
-                    f"'out times' a number of the config, 'q of qkv', or 'first half'"
+                    f"'out times' a number of the config, 'q of qkv', 'first half', or "
+                    f"'probabilities'"
                 )
         return self
 
@@ -117,10 +137,19 @@ class Layout(Section):
         part, _, kind = hook.partition(".")
         if kind in NORM_HOOKS and part.startswith("ln") and self.parts.get(part):
             return self.parts[part], kind.removeprefix("hook_")
+        if hook in ON_REQUEST:
+            return self._inner(hook)
         if hook not in self.hooks:
             return None
         path, what = PLACE.fullmatch(self.hooks[hook]).groups()
         return path or "", what
+
+    def _inner(self, hook: str) -> tuple[str, str] | None:
+        """The place of a hook of ON_REQUEST: in attention, or behind its heads."""
+        z = self.place("attn.hook_z")
+        if hook == "attn.hook_result":
+            return (z[0], "result") if z and z[1] == "in" else None
+        return (self.attn, hook.removeprefix("attn.hook_")) if self.attn and z else None
 
 
 NATIVE = Layout(
@@ -201,3 +230,16 @@ def of_file(file: Path) -> Layout:
         raise RetraceError(f"{file}: {sentence(e)}") from e
     except (OSError, ValueError, TypeError) as e:
         raise RetraceError(f"{file}: no JSON object with a layout ({e}); see README") from e
+
+
+def bridge_name(hook: str, names: Layout | None = None) -> str:
+    """TransformerBridge's own name of a hook: blocks.8.hook_out for blocks.8.hook_resid_post.
+
+    SAELens's SAETransformerBridge (6.54) ignores aliases in run_with_hooks and run_with_cache.
+
+    Args:
+        names: the model's layout; families with norms behind attention and MLP have other names.
+    """
+    layer, at = re.fullmatch(r"(blocks\.\d+\.|)(.+)", hook).groups()
+    own = names.bridge if names else {}
+    return layer + own.get(at, BRIDGE_NAMES.get(at, at))

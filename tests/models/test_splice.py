@@ -11,7 +11,7 @@ from transformers import (
     LlamaForCausalLM,
 )
 
-from pipeline.models import hooks, splice
+from pipeline.models import hooks, modules, splice
 from pipeline.spec.training import Architecture
 from pipeline.weights import initial
 
@@ -40,7 +40,9 @@ def hf(request):
 @pytest.mark.parametrize("hook", ["blocks.0.hook_resid_pre", "blocks.1.hook_resid_post",
                                   "blocks.1.hook_mlp_out", "blocks.2.hook_attn_out",
                                   "blocks.1.mlp.hook_post", "blocks.1.attn.hook_z",
-                                  "blocks.1.mlp.hook_in"])  # fmt: skip
+                                  "blocks.1.mlp.hook_in", "blocks.1.attn.hook_attn_scores",
+                                  "blocks.1.attn.hook_pattern",
+                                  "blocks.1.attn.hook_result"])  # fmt: skip
 def test_resuming_on_the_own_stream_gives_the_own_logits(hf, hook):
     whole = hf(TOKENS).logits
     x = splice.stream(hf, hook, TOKENS)
@@ -59,9 +61,9 @@ def test_a_replaced_stream_gives_what_a_plain_hook_gives(hf):
 def test_lower_layers_do_not_run(hf):
     hook = "blocks.1.hook_resid_post"
     x = splice.stream(hf, hook, TOKENS)
-    lower = hf.get_submodule(hooks.family(hf).layers)[0]
+    lower = hf.get_submodule(modules.family(hf).layers)[0]
     calls = []
-    attention = getattr(lower, hooks.family(hf).attn)
+    attention = getattr(lower, modules.family(hf).attn)
     splice.resume(hf, hook, TOKENS, x)  # the first call runs one token to see what layers return
     handle = attention.register_forward_hook(lambda *_: calls.append(1))
     splice.resume(hf, hook, TOKENS, x)

@@ -18,11 +18,12 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
+from pipeline.activations.rows import to_tensor
 from pipeline.errors import RetraceError
 from pipeline.job import cli
 from pipeline.job.source import import_file
 from pipeline.latents.stored import load_saes
-from pipeline.models import hooks, loader, splice
+from pipeline.models import loader, splice
 from pipeline.spec.base import Name, Section
 from pipeline.store import shards, tables
 from pipeline.text.tokens import Texts, load_tokenizer
@@ -79,7 +80,7 @@ class Arm:
                 raw, n = raw[:n], n - len(raw[:n])
                 if len(raw) == 0:
                     return
-                x = hooks.to_tensor(raw, stored.dtype, self.device).float()
+                x = to_tensor(raw, stored.dtype, self.device).float()
                 columns = {k: torch.from_numpy(c[: len(raw)]).long() for k, c in columns.items()}
                 yield x, columns["token"].to(self.device), next_token(columns).to(self.device)
 

@@ -9,10 +9,10 @@ from typing import Any
 import pandas as pd
 import torch
 
+from pipeline.activations.rows import to_tensor
 from pipeline.latents import features, latent_circuits
 from pipeline.latents.sites import Sites
 from pipeline.latents.units import ERROR, Latent, Latents
-from pipeline.models import hooks
 from pipeline.store import shards
 from pipeline.text.tokens import Texts
 
@@ -28,7 +28,7 @@ def top_tokens(
     for done, (raw, columns) in enumerate(rows.iterate(ROWS_A_PASS)):
         if done * ROWS_A_PASS >= n_rows:
             break
-        x = hooks.to_tensor(raw, rows.dtype, device).float()
+        x = to_tensor(raw, rows.dtype, device).float()
         acts = units.sae.encode(x)[:, numbers]
         values, at = acts.topk(min(8 * N_LABEL, len(acts)), dim=0)
         token = columns["token"]

@@ -1,9 +1,9 @@
-"""Room for the rows of one shard, on the host and for a GPU once more there. [torch]
+"""Buffers for one shard: one in host memory and, with a GPU, a second one on the device. [torch]
 
-The model's rows land where the model is. `fetch` sends them to page-locked memory of the host on a
-stream of its own, beside the next shard's computing, and `wait` ends when they are there. Without a
-GPU there is one room, and both do nothing. No step between waits for the device: rows that are left
-out keep their place until they are written.
+The model's rows land where the model is. `fetch` sends them to page-locked host memory on a stream
+of its own, while the next shard is computed, and `wait` returns when they are there. Without a GPU
+there is one buffer, and both do nothing. Nothing in between waits for the GPU. Rows that are
+filtered out are only removed when the shard is written.
 """
 
 from dataclasses import dataclass, field
@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 
@@ -22,15 +23,15 @@ class Sums:
     square: Any = 0.0
     total: Any = 0.0
 
-    def add(self, x: Tensor) -> None:
-        """Add rows [rows d]; a row of zeros adds nothing."""
+    def add(self, x: Float[Tensor, "rows d"]) -> None:
+        """Add rows; a row of zeros adds nothing."""
         norms = torch.linalg.vector_norm(x, dim=-1, dtype=torch.float64)
         self.norm += norms.sum()
         self.square += norms.square().sum()
         self.total += x.sum(0, dtype=torch.float64)
 
-    def told(self, rows: int) -> dict[str, Any]:
-        """mean_norm, mean_square (of |x|) and mean [d], for the shard's metadata."""
+    def statistics(self, rows: int) -> dict[str, Any]:
+        """rows, mean_norm, mean_square (of |x|) and mean [d], for the shard's metadata."""
         return {
             "rows": rows,
             "mean_norm": float(self.norm) / rows,
@@ -45,22 +46,27 @@ def combined(parts: list[dict[str, Any]]) -> dict[str, float]:
         variance = (E|x|^2 - |E x|^2) / d,   the mean over dimensions of each one's variance
 
     Args:
-        parts: of each shard, as `Sums.told` gives it.
+        parts: one per shard, as `Sums.statistics` gives it.
     """
     n = sum(p["rows"] for p in parts)
-    over = lambda key: sum(np.multiply(p["rows"], p[key]) for p in parts) / n  # noqa: E731
+
+    def over(key: str) -> Any:
+        """The mean over all rows of something that each part is the mean of."""
+        return sum(np.multiply(p["rows"], p[key]) for p in parts) / n
+
     mean = over("mean")
     variance = (over("mean_square") - float(mean @ mean)) / len(mean)
     return {"mean_norm": float(over("mean_norm")), "variance": max(float(variance), 0.0)}
 
 
 @dataclass
-class Room:
+class ShardRows:
     """A shard's rows in one memory.
 
-    acts: hook -> [rows d], all rows of the shard, stored dtype.
-    kept: hook -> bool [rows], those that go into the shard.
-    sums: hook -> float64 sums over those.
+    Attributes:
+        acts: hook -> [rows d], all rows of the shard, stored dtype.
+        kept: hook -> bool [rows], those that go into the shard.
+        sums: hook -> float64 sums over those.
     """
 
     acts: dict[str, Tensor]
@@ -68,8 +74,11 @@ class Room:
     sums: dict[str, Sums] = field(default_factory=dict)
 
     @classmethod
-    def empty(cls, rows: int, widths: dict[str, int], dtype: torch.dtype, **where: Any) -> "Room":
-        """
+    def empty(
+        cls, rows: int, widths: dict[str, int], dtype: torch.dtype, **where: Any
+    ) -> "ShardRows":
+        """Memory for so many rows of each hook.
+
         Args:
             where: `device`, or `pin_memory` for the host's.
         """
@@ -78,32 +87,38 @@ class Room:
             {h: torch.ones(rows, dtype=torch.bool, **where) for h in widths},
         )
 
-    def add(self, hook: str, at: slice, x: Tensor, keep: Tensor | None) -> None:
+    def add(
+        self,
+        hook: str,
+        at: slice,
+        x: Float[Tensor, "batch pos d"],
+        keep: Bool[Tensor, "batch pos"] | None,
+    ) -> None:
         """Put the model's rows in their place and sum them up.
 
         Args:
-            x: [batch rows d].
-            keep: bool [batch rows]; None for all.
+            at: which rows of the shard they are.
+            keep: which of them go into the shard; None for all.
         """
         here = self.acts[hook][at]
         here.view(x.shape).copy_(x)
         if keep is not None:
             kept = self.kept[hook][at]
             kept.copy_(keep.flatten())
-            # a GPU would be waited for to say how many rows a selection has
+            # on a GPU, the size of a selection is only known after waiting for it
             here = here.masked_fill(~kept[:, None], 0) if here.is_cuda else here[kept]
         self.sums[hook].add(here)
 
 
 class Buffers:
-    """A shard's room on the host, and the model's own where that is a GPU.
+    """A shard's rows in host memory, and before that, with a GPU, in the GPU's.
 
     Args:
         host: where the rows are read.
         gpu: where a GPU's model puts them.
     """
 
-    def __init__(self, host: Room, gpu: Room | None = None) -> None:
+    def __init__(self, host: ShardRows, gpu: ShardRows | None = None) -> None:
         self.host, self.gpu, self.n_rows = host, gpu, len(next(iter(host.kept.values())))
         if gpu:
             self.device = next(iter(gpu.kept.values())).device
@@ -116,18 +131,18 @@ class Buffers:
     ) -> "Buffers":
         """For shards of at most so many rows."""
         if device.type != "cuda":
-            return cls(Room.empty(rows, widths, dtype))
-        host = Room.empty(rows, widths, dtype, pin_memory=True)
-        return cls(host, Room.empty(rows, widths, dtype, device=device))
+            return cls(ShardRows.empty(rows, widths, dtype))
+        host = ShardRows.empty(rows, widths, dtype, pin_memory=True)
+        return cls(host, ShardRows.empty(rows, widths, dtype, device=device))
 
-    def begin(self, n_rows: int) -> Room:
-        """The room that the model's rows of the next shard go to."""
-        self.n_rows, room = n_rows, self.gpu or self.host
-        room.sums = {hook: Sums() for hook in room.acts}
-        return room
+    def begin(self, n_rows: int) -> ShardRows:
+        """Where the model's rows of the next shard go."""
+        self.n_rows, first = n_rows, self.gpu or self.host
+        first.sums = {hook: Sums() for hook in first.acts}
+        return first
 
     def fetch(self) -> None:
-        """Send what the model's room holds to the host; return at once."""
+        """Send what lies on the GPU to the host; return at once."""
         if not self.gpu:
             return
         self.side.wait_stream(torch.cuda.current_stream(self.device))
@@ -143,23 +158,23 @@ class Buffers:
             self.there.record(self.side)
 
     def wait(self) -> None:
-        """Until what was fetched is there."""
+        """Return when what `fetch` sent is there."""
         if self.gpu:
             self.there.synchronize()
 
-    def kept(self, hook: str) -> np.ndarray:
-        """Which of the shard's rows are stored: bool [n_rows]."""
+    def kept(self, hook: str) -> Bool[np.ndarray, " rows"]:
+        """Which of the shard's rows are stored."""
         return self.host.kept[hook][: self.n_rows].numpy()
 
     def rows(self, hook: str) -> int:
         """How many rows of the hook are stored."""
         return int(self.kept(hook).sum())
 
-    def acts(self, hook: str) -> Tensor:
-        """The rows that are stored: [rows d]."""
+    def acts(self, hook: str) -> Float[Tensor, "stored d"]:
+        """The rows that are stored."""
         acts, kept = self.host.acts[hook][: self.n_rows], self.host.kept[hook][: self.n_rows]
         return acts if kept.all() else acts[kept]
 
-    def told(self, hook: str) -> dict[str, Any]:
-        """The hook's statistics, see `Sums.told`."""
-        return self.host.sums[hook].told(self.rows(hook))
+    def statistics(self, hook: str) -> dict[str, Any]:
+        """The hook's statistics, see `Sums.statistics`."""
+        return self.host.sums[hook].statistics(self.rows(hook))

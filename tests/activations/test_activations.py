@@ -19,8 +19,10 @@ import pytest
 import torch
 from conftest import HOOK, environment, rewrite, stage
 
+from pipeline.activations import activations, buffers, checks, files, forward, rows
+from pipeline.activations import plan as planning
 from pipeline.errors import RetraceError
-from pipeline.models import activations, buffers, hooks, loader
+from pipeline.models import loader
 from pipeline.sharing import verify
 from pipeline.spec.paper import ActivationsSpec
 from pipeline.store import provenance, tables
@@ -55,7 +57,7 @@ def inline(out: Path, model_json, corpus, capsys, monkeypatch, **spec) -> tuple[
     return 0, capsys.readouterr().err
 
 
-def files(folder: Path) -> dict[str, bytes]:
+def contents(folder: Path) -> dict[str, bytes]:
     return {str(p.relative_to(folder)): p.read_bytes() for p in folder.rglob("*") if p.is_file()}
 
 
@@ -91,6 +93,35 @@ def test_every_hook_equals_run_with_cache(
         np.testing.assert_allclose(raw, theirs, atol=2e-5, rtol=2e-5, err_msg=hook)
 
 
+INNER = [f"blocks.1.attn.hook_{h}" for h in ("attn_scores", "pattern", "result")]
+
+
+def test_scores_patterns_and_results_are_tables_as_all_others(
+    tiny_model_json, tiny_corpus, tmp_path, capsys, monkeypatch
+):
+    """A row for each query: its scores, or pattern, of all heads and keys; or what heads write."""
+    code, said = inline(tmp_path, tiny_model_json, tiny_corpus, capsys, monkeypatch, hooks=INNER)
+    assert code == 0, said
+    blocks = Blocks(tiny_corpus)
+    first, last = blocks.range("eval")
+    tokens = torch.from_numpy(blocks.read(first, last)[0].astype(np.int64))
+    bridge = loader.bridge(tiny_model_json)
+    bridge.set_use_attn_result(True)
+    with torch.no_grad():
+        _, cache = bridge.run_with_cache(tokens)
+    hidden = (cache[INNER[1]] == 0).transpose(1, 2)
+    for hook in INNER:
+        raw, _ = Rows(tmp_path / "manifest.json", hook, "eval").read(0, len(tokens) * 15)
+        theirs = cache[hook] if hook.endswith("result") else cache[hook].transpose(1, 2)
+        if hook.endswith("scores"):
+            theirs = theirs.masked_fill(hidden, 0)  # -inf there, which no shard holds
+        theirs = theirs[:, 1:].reshape(len(raw), -1).numpy()
+        np.testing.assert_allclose(raw, theirs, atol=1e-5, rtol=1e-5, err_msg=hook)
+    manifest = tables.read_json(tmp_path / "manifest.json")["hooks"]
+    n_heads = loader.load(tiny_model_json).hf.config.num_attention_heads
+    assert [manifest[h]["d_model"] for h in INNER] == [n_heads * 16, n_heads * 16, n_heads * 32]
+
+
 def test_columns_say_where_a_row_comes_from(tiny_activations, tiny_corpus):
     corpus = pd.read_parquet(tiny_corpus)
     for split in ("train", "eval"):
@@ -122,11 +153,11 @@ def test_the_manifest_describes_the_training_rows(tiny_activations):
 def test_combined_is_the_variance_of_all_rows():
     x = torch.randn(90, 7, dtype=torch.float64) * torch.arange(1, 8) + 3
     parts = []
-    for rows in (x[:50], x[50:51], x[51:]):
+    for some in (x[:50], x[50:51], x[51:]):
         sums = buffers.Sums()
-        for batch in rows.split(20):
+        for batch in some.split(20):
             sums.add(batch)
-        parts.append(sums.told(len(rows)))
+        parts.append(sums.statistics(len(some)))
     found = buffers.combined(parts)
     assert found["variance"] == pytest.approx(x.var(0, correction=0).mean().item(), rel=1e-12)
     assert found["mean_norm"] == pytest.approx(x.norm(dim=1).mean().item(), rel=1e-12)
@@ -142,7 +173,7 @@ def test_a_smaller_dtype_rounds_the_same_numbers(
         for path in (tiny_activations, tmp_path / "manifest.json")
     )
     expected = torch.from_numpy(full.copy()).to(getattr(torch, dtype))
-    assert torch.equal(hooks.to_tensor(rounded, dtype), expected)
+    assert torch.equal(rows.to_tensor(rounded, dtype), expected)
 
 
 # --- the plan ------------------------------------------------------------------------------
@@ -160,7 +191,7 @@ class FakeBlocks(Blocks):
 
 def planned(**spec):
     given = ActivationsSpec(**({"hooks": [HOOK], "batch_size": 8, "shard_rows": 240} | spec))
-    return activations.plan(given, FakeBlocks(), {HOOK: 32})
+    return planning.plan(given, FakeBlocks(), {HOOK: 32})
 
 
 def test_rows_of_large_norm_are_dropped_and_the_rest_is_untouched(
@@ -251,19 +282,19 @@ class Aside:
 
 
 def given_as_a_gpu_is(monkeypatch):
-    """Rooms, threads and the order of work as on a GPU; its memory is the host's."""
+    """Buffers, threads and the order of work as on a GPU; its memory is the host's."""
     aside = lambda *_, **__: Aside()  # noqa: E731
     fakes = {"Stream": aside, "Event": aside, "current_stream": aside}
     for name, fake in (fakes | {"stream": lambda _: nullcontext()}).items():
         monkeypatch.setattr(torch.cuda, name, fake)
 
     def like(rows, widths, dtype, device):
-        two = (buffers.Room.empty(rows, widths, dtype) for _ in range(2))
+        two = (buffers.ShardRows.empty(rows, widths, dtype) for _ in range(2))
         return buffers.Buffers(*two)
 
     monkeypatch.setattr(buffers.Buffers, "like", like)
     monkeypatch.setattr(activations, "WRITERS", {"cpu": 4})
-    monkeypatch.setattr(activations, "AHEAD", {"cpu": 1})
+    monkeypatch.setattr(forward, "AHEAD", {"cpu": 1})
 
 
 @pytest.mark.parametrize("bound", [0, 1.2])
@@ -279,7 +310,7 @@ def test_the_order_of_work_on_a_gpu_leaves_the_bytes_as_they_are(
         args = (tmp_path / name, tiny_model_json, tiny_corpus, capsys, monkeypatch)
         code, said = inline(*args, **small)
         assert code == 0, said
-    shards = [files(tmp_path / name / "shards") for name in ("plain", "gpu")]
+    shards = [contents(tmp_path / name / "shards") for name in ("plain", "gpu")]
     assert shards[0] == shards[1] and len(shards[0]) == 2 * 30
     assert Aside.waited >= 30
 
@@ -287,17 +318,17 @@ def test_the_order_of_work_on_a_gpu_leaves_the_bytes_as_they_are(
 def test_rows_left_out_add_nothing_to_a_gpus_sums():
     x = torch.randn(3, 5, 7)
     keep = torch.rand(3, 5) < 0.5
-    room = buffers.Room.empty(15, {HOOK: 7}, torch.float32)
-    room.sums = {HOOK: buffers.Sums()}
-    room.add(HOOK, slice(0, 15), x, keep)
+    there = buffers.ShardRows.empty(15, {HOOK: 7}, torch.float32)
+    there.sums = {HOOK: buffers.Sums()}
+    there.add(HOOK, slice(0, 15), x, keep)
     masked = buffers.Sums()
     masked.add(x.masked_fill(~keep[..., None], 0).view(15, 7))
-    for name, value in vars(room.sums[HOOK]).items():
+    for name, value in vars(there.sums[HOOK]).items():
         torch.testing.assert_close(value, vars(masked)[name], rtol=1e-12, atol=1e-12)
 
 
 def test_many_hooks_make_shards_smaller(monkeypatch):
-    monkeypatch.setattr(activations, "BUFFER_BYTES", 32 * 2 * 15 * 8)  # eight blocks of one hook
+    monkeypatch.setattr(planning, "BUFFER_BYTES", 32 * 2 * 15 * 8)  # eight blocks of one hook
     assert planned(shard_rows=10**6).shards[0].stop == 8
 
 
@@ -337,7 +368,7 @@ def test_a_killed_job_resumes_and_ends_with_the_same_bytes(tiny_model_json, tiny
     done = run(out["killed"], tiny_model_json, tiny_corpus, **many)
     kept = int(re.search(r"going on after (\d+) of 240 shards", done.stderr)[1])
     assert len(left) // 2 - 1 <= kept <= len(left) // 2
-    assert files(out["killed"]) == files(out["whole"])
+    assert contents(out["killed"]) == contents(out["whole"])
 
 
 @pytest.mark.workflow
@@ -350,24 +381,24 @@ def test_a_partial_folder_of_another_spec_is_not_used(
     shard.write_bytes(b"of another run")
     done = run(tmp_path, tiny_model_json, tiny_corpus, hooks=[HOOK, "blocks.1.hook_resid_post"])
     assert "going on" not in done.stderr
-    assert files(tmp_path) == files(tiny_activations.parent)
+    assert contents(tmp_path) == contents(tiny_activations.parent)
 
 
 def test_the_key_names_all_that_bytes_depend_on(tmp_path):
     plan = planned()
     key = {"spec": 1, "code": 2, "versions": 3, "device": 4, "inputs": 5}
     for field in key:
-        activations.resume(tmp_path / "p", plan, key)
+        files.resume(tmp_path / "p", plan, key)
         (tmp_path / "p" / HOOK).mkdir()
-        name = activations.part(HOOK, plan.shards[0])
+        name = files.path_of(HOOK, plan.shards[0])
         (tmp_path / "p" / name).write_bytes(b"x")
-        assert activations.resume(tmp_path / "p", plan, key) == 0  # written by nobody
+        assert files.resume(tmp_path / "p", plan, key) == 0  # written by nobody
         noted = {"files": {name: provenance.sha256_file(tmp_path / "p" / name)}}
-        tables.write_json(activations.note_of(tmp_path / "p", plan.shards[0]), noted, {})
-        assert activations.resume(tmp_path / "p", plan, key) == 1
+        tables.write_json(files.note_of(tmp_path / "p", plan.shards[0]), noted, {})
+        assert files.resume(tmp_path / "p", plan, key) == 1
         (tmp_path / "p" / name).write_bytes(b"y")
-        assert activations.resume(tmp_path / "p", plan, key) == 0
-        assert activations.resume(tmp_path / "p", plan, key | {field: 9}) == 0
+        assert files.resume(tmp_path / "p", plan, key) == 0
+        assert files.resume(tmp_path / "p", plan, key | {field: 9}) == 0
         assert not (tmp_path / "p" / HOOK).exists()
         shutil.rmtree(tmp_path / "p")
 
@@ -442,8 +473,8 @@ def altered(tiny_model_json: Path, folder: Path, change) -> Path:
     change(state)
     save_file(state, weights, metadata={"format": "pt"})
     listed = tables.read_json(tiny_model_json)["files"]
-    files = listed | {"checkpoint/model.safetensors": provenance.sha256_file(weights)}
-    return rewrite(folder / "model.json", files=files)
+    listed = listed | {"checkpoint/model.safetensors": provenance.sha256_file(weights)}
+    return rewrite(folder / "model.json", files=listed)
 
 
 EMBED = "model.embed_tokens.weight"
@@ -483,13 +514,13 @@ def test_the_first_bad_block_is_named(tiny_model_json, tiny_corpus):
     first = int(np.flatnonzero((tokens == target).any(1))[0])
     loaded.hf.model.embed_tokens.weight.data[target] = float("nan")
     spec = ActivationsSpec(hooks=[HOOK], dtype="bfloat16", batch_size=8, shard_rows=10**6)
-    plan = activations.plan(spec, blocks, {HOOK: 32})
+    plan = planning.plan(spec, blocks, {HOOK: 32})
     full = buffers.Buffers.like(
         plan.rows(plan.shards[0]), plan.widths, torch.bfloat16, torch.device("cpu")
     )
-    activations.compute(loaded.hf, plan, plan.shards[0], blocks, full)
+    forward.compute(loaded.hf, plan, plan.shards[0], blocks, full)
     with pytest.raises(RetraceError, match=rf"block {first}: the model gives NaN"):
-        activations.check_finite(loaded.hf, plan, plan.shards[0], blocks, full)
+        checks.check_finite(loaded.hf, plan, plan.shards[0], blocks, full)
 
 
 def test_a_hook_that_the_model_has_not(tiny_model_json, tiny_corpus, tmp_path, capsys, monkeypatch):
@@ -508,4 +539,4 @@ def test_a_hook_that_the_model_has_not(tiny_model_json, tiny_corpus, tmp_path, c
 )
 def test_a_corpus_that_does_not_fit_the_model(info, says, tiny_corpus):
     with pytest.raises(RetraceError, match=says):
-        activations.check_fits(info, Blocks(tiny_corpus), "tokens.parquet")
+        checks.check_fits(info, Blocks(tiny_corpus), "tokens.parquet")

@@ -1,0 +1,112 @@
+"""The modules of a Hugging Face model, found by the layout of its family. [torch]
+
+    family        the layout: which paths hold the layers, the norms, attention and the MLP
+    layers_of     the layers in order
+    submodule     the module at a path
+    first_reader  what reads the stream before a layer
+    answer_of     what a layer returns, a tensor or a tuple
+    rows_of       (batch, pos) of a pass, where modules see sequences run together
+
+Nothing here knows a hook; hooks.py has those.
+"""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+
+import torch
+from torch import Tensor, nn
+
+from pipeline.models import places
+from pipeline.spec import families
+from pipeline.spec.families import Layout
+
+
+def family(hf: nn.Module) -> Layout:
+    """The layout of a model: the one that came with it, or that of its type.
+
+    A model without a head (an encoder such as MiniLM) is the inner module of the one that the
+    layout is for, so that its paths begin behind that module's name.
+
+    Raises:
+        RetraceError: a type without one.
+    """
+    names = getattr(hf, "retrace_layout", None) or families.layout(hf.config)
+    prefix = f"{getattr(hf, 'base_model_prefix', '')}."
+    if getattr(hf, "base_model", None) is not hf or not names.layers.startswith(prefix):
+        return names
+    inside = {k: getattr(names, k).removeprefix(prefix) for k in ("embed", "layers", "final_norm")}
+    return names.model_copy(update=inside)
+
+
+def layers_of(hf: nn.Module) -> nn.ModuleList:
+    """The layers of a model, in order."""
+    return submodule(hf, family(hf).layers)
+
+
+def submodule(module: nn.Module, path: str) -> nn.Module:
+    """The module at a path; '' is the module itself."""
+    for part in path.split(".") if path else ():  # not get_submodule: a bridge's wrappers delegate
+        module = getattr(module, part)
+    return module
+
+
+def reached(module: nn.Module, path: str) -> nn.Module | None:
+    """`submodule`, or None where a part of the path is missing or None."""
+    for part in path.split(".") if path else ():
+        module = getattr(module, part, None)
+        if module is None:
+            return None
+    return module
+
+
+def norm_paths(names: Layout) -> list[str]:
+    """Paths of the norms of a layer."""
+    return [path for part, path in names.parts.items() if part.startswith("ln")]
+
+
+def first_reader(names: Layout, layer: nn.Module) -> nn.Module:
+    """What reads the stream before a layer: the norm before attention, or attention itself."""
+    behind = (names.place("hook_attn_out") or ("", ""))[0] == names.parts.get("ln1")
+    return submodule(layer, names.attn if behind else names.parts.get("ln1", names.attn))
+
+
+def answer_of(hf: nn.Module, module: nn.Module) -> Callable[[Tensor], object]:
+    """x -> what a layer or an attention would return with x in it: a tensor, a tuple or a list.
+
+    Families differ, and so do releases of transformers, so that one token is run to see it.
+    """
+    if "_retrace_answer" not in module.__dict__:
+        _see_answers(hf)
+    kind, more = module.__dict__["_retrace_answer"]
+    return lambda x: x if kind is None else kind([x, *[None] * more])
+
+
+@torch.no_grad()
+def _see_answers(hf: nn.Module) -> None:
+    """Note at every layer and attention what it returns."""
+    names = family(hf)
+
+    def see(module: nn.Module, _: tuple, out: object) -> None:
+        several = isinstance(out, tuple | list)
+        module.__dict__["_retrace_answer"] = (type(out), len(out) - 1) if several else (None, 0)
+
+    with ExitStack() as stack:
+        for layer in layers_of(hf):
+            for module in (layer, reached(layer, names.attn)):
+                if module is not None:
+                    stack.callback(module.register_forward_hook(see).remove)
+        token = torch.zeros(1, 1, dtype=torch.long, device=next(hf.parameters()).device)
+        hf.base_model(input_ids=token, use_cache=False)
+
+
+def rows_of(layer: nn.Module) -> list[tuple[int, int]]:
+    """(batch, pos) of the last input of a layer, in a list that each forward pass renews."""
+    if "_retrace_rows" not in layer.__dict__:
+        rows: list[tuple[int, int]] = []
+
+        def before(_: nn.Module, args: tuple, kwargs: dict) -> None:
+            rows[:] = [tuple(places.stream_of(args, kwargs).shape[:2])]
+
+        layer.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
+        layer.__dict__["_retrace_rows"] = rows
+    return layer.__dict__["_retrace_rows"]

@@ -1,0 +1,104 @@
+"""Encoders without a head (BertModel, as MiniLM is): activations, and what they cannot do."""
+
+import pytest
+import torch
+from conftest import byte_tokenizer
+from tokenizers import Tokenizer, models
+from transformers import BertConfig, BertLMHeadModel, BertModel, PreTrainedTokenizerFast
+
+from pipeline.downloads import fetch
+from pipeline.errors import RetraceError
+from pipeline.models import hooks, inner, loader, splice
+from pipeline.spec.paper import ModelSpec
+from pipeline.store import tables
+from pipeline.text.tokens import set_document_token
+from pipeline.weights import model
+
+TOKENS = torch.tensor([[1, 3, 4, 15, 9, 26, 5, 35], [1, 8, 9, 7, 9, 3, 23, 8]])
+CLOSE = {"atol": 1e-5, "rtol": 1e-5}
+SIZE = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 3,
+        "num_attention_heads": 4, "max_position_embeddings": 32,
+        "initializer_range": 0.3}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A Hugging Face folder of a tiny BertModel."""
+    out = tmp_path_factory.mktemp("encoder")
+    torch.manual_seed(0)
+    BertModel(BertConfig(**SIZE)).save_pretrained(out)
+    byte_tokenizer().save_pretrained(out)
+    (out / "README.md").write_text("---\nlanguage: en\nlicense: apache-2.0\n---\nlicense: other\n")
+    return out
+
+
+@pytest.fixture(scope="module")
+def loaded(folder, tmp_path_factory):
+    """The same out of a package, through the store."""
+    at = tmp_path_factory.mktemp("store")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(fetch, "from_package", lambda *_: folder)
+        spec = ModelSpec(package="encoder==1.0", file="encoder/model/[!0-9]*", sha256="0" * 64)
+        opened, tokenizer, licence, spec = model.open_source(spec, at / "none", None)
+    assert licence == "apache-2.0"
+    info = model.describe(opened, 0, spec, licence)
+    model.save(opened, tokenizer, at / "checkpoint", {"stage": "model"})
+    tables.write_json(at / "model.json", info, {"stage": "model"})
+    return loader.load(at / "model.json")
+
+
+@torch.no_grad()
+def test_the_streams_are_the_hidden_states(loaded, folder):
+    """Attention looks both ways, and the embedding is that behind its norm."""
+    plain = BertModel.from_pretrained(folder).eval()
+    states = plain(TOKENS, output_hidden_states=True).hidden_states
+    names = ["hook_embed", *(f"blocks.{i}.hook_resid_post" for i in range(3))]
+    for ours, theirs in zip(hooks.run_to(loaded.hf, TOKENS, names).values(), states, strict=True):
+        torch.testing.assert_close(ours, theirs, **CLOSE)
+
+
+@torch.no_grad()
+def test_parts_of_a_layer_are_those_of_plain_hooks(loaded, folder):
+    plain = BertModel.from_pretrained(folder, attn_implementation="eager").eval()
+    layer, seen = plain.encoder.layer[1], {}
+    places = {
+        "attn.hook_q": (layer.attention.self.query, "out"),
+        "attn.hook_z": (layer.attention.output.dense, "in"),
+        "mlp.hook_pre": (layer.intermediate.dense, "out"),
+        "mlp.hook_post": (layer.output.dense, "in"),
+    }
+    for name, (module, side) in places.items():
+        module.register_forward_hook(
+            lambda _, args, out, name=name, side=side: seen.update(
+                {name: args[0] if side == "in" else out}
+            )
+        )
+    layer.attention.self.register_forward_hook(lambda _, __, out: seen.update(pattern=out[1]))
+    plain(TOKENS)
+    acts = hooks.run_to(
+        loaded.hf, TOKENS, [f"blocks.1.{h}" for h in [*places, "attn.hook_pattern"]]
+    )
+    for name in places:
+        torch.testing.assert_close(acts[f"blocks.1.{name}"], seen[name], **CLOSE)
+    pattern = inner.by_head(acts["blocks.1.attn.hook_pattern"], 4)
+    torch.testing.assert_close(pattern, seen["pattern"], **CLOSE)
+    assert (pattern > 0).all()  # no key is hidden
+
+
+def test_what_needs_logits_is_refused_in_a_sentence(loaded):
+    with pytest.raises(RetraceError, match=r"'bert' without a head has no logits; activations"):
+        splice.resume(loaded.hf, "blocks.1.hook_resid_post", TOKENS, torch.zeros(2, 8, 32))
+    with pytest.raises(RetraceError, match=r"blocks\.0\.hook_attn_out.*do not sum to the stream"):
+        hooks.run_to(loaded.hf, TOKENS, ["blocks.0.hook_attn_out"])
+
+
+def test_the_document_token_of_an_encoder_is_its_cls():
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "[CLS]": 1, "a": 2}, unk_token="[UNK]"))
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, cls_token="[CLS]")
+    assert set_document_token(tokenizer) == 1 and tokenizer.bos_token == "[CLS]"
+
+
+def test_a_head_makes_a_causal_model(tmp_path):
+    BertLMHeadModel(BertConfig(**SIZE, is_decoder=True)).save_pretrained(tmp_path)
+    assert not loader.is_encoder(tmp_path)
+    assert type(loader.from_folder(tmp_path, torch.float32)).__name__ == "BertLMHeadModel"
