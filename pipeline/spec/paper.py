@@ -634,6 +634,9 @@ class PaperSpec(Section):
                 raise ValueError(f"{key}: SAE '{name}' is not trained on arm '{arm}'")
             if key == "circuits.saes" and saes[name].output_hook:
                 raise ValueError(f"{key}: '{name}' is a transcoder; name one without output_hook")
+            alone = isinstance(saes[name], ImportSpec) and not saes[name].decodes
+            if key != "features.saes" and alone:
+                raise ValueError(f"{key}: '{name}' has no decoder, and only features do without")
 
     def stage_of(self, name: str) -> OwnStage:
         """How an own stage is called."""
