@@ -1,7 +1,7 @@
 """Tiny dictionaries on disk, in the layouts of those who publish them, and a tiny GPT-2.
 
 Where the library of a layout is installed (SAELens), it writes the files; the others are written
-as their own code does, which tests/published/run.sh holds against that code.
+as their own code does, which tests/libraries/run.sh holds against that code.
 """
 
 import json
