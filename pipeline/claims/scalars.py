@@ -78,6 +78,13 @@ ATTRIBUTION = {
     "the exact effect",
     "sign_agreement_ig": "the same for integrated gradients",
 }
+PROBES = {  # of a dictionary, for each k of section benchmarks; {k} stands for it
+    "probe_k{k}": "mean over labels of the held-out accuracy of a logistic probe on the {k} "
+    "latents whose mean differs most between texts of the label and as many others (SAEBench "
+    "0.6.0, sparse probing); chance is 0.5; one value a seed of the draw",
+    "probe_k{k}_stream": "the same with {k} dimensions of the stream that the dictionary reads",
+    "probe_all_stream": "the same with the whole stream",
+}
 CIRCUITS = {  # of a method of the section circuits
     "total": "mean over prompts of m(source) - m(base), m the logit of the answer minus that of "
     "the other name; for direct_logit m of the clean prompt; for latents the exact effect of "
@@ -136,12 +143,14 @@ def parts(paper: Any) -> dict[str, Any]:
 
     own: METRICS of its metrics.py, in pairs, for the JSON of a job sorts the keys of a mapping and
     the first pattern that fits counts; saes: arm -> names; prompts: of attribution; circuits: arms
-    and methods; training: names of runs.
+    and methods; ks: of benchmarks, where there is that section; training: names of runs.
     """
     spec = paper.spec
     own = dict(literal(paper.folder / "metrics.py", "METRICS"))
     out: dict[str, Any] = {"own": [[name, text] for name, text in own.items()]}
     out["saes"] = {a: list(spec.saes_of(a)) for a in spec.arm_names()} if spec.sae else {}
+    if spec.benchmarks:
+        out["ks"] = list(spec.benchmarks.ks)
     out["prompts"] = list(spec.attribution.prompts) if spec.attribution else []
     arms = spec.circuit_arms() if spec.circuits else []
     out["circuits"] = {arm: list(spec.circuits.methods) for arm in arms}
@@ -154,6 +163,9 @@ def known(parts: dict[str, Any]) -> dict[str, str]:
     for arm, saes in parts["saes"].items():
         for sae in saes:
             out |= {f"{arm}.{sae}.{m}": text for m, text in SAE.items()}
+            for k in parts.get("ks", []):
+                named = {m.format(k=k): text.format(k=k) for m, text in PROBES.items()}
+                out |= {f"{arm}.{sae}.{m}": text for m, text in named.items()}
     for prompt in parts["prompts"]:
         out |= {f"attribution.{prompt}.{m}": text for m, text in ATTRIBUTION.items()}
     if parts["prompts"]:
@@ -203,6 +215,17 @@ def training(run: str, table: Any) -> dict[str, list[float]]:
     return out
 
 
+def probes(table: Any) -> dict[str, list[float]]:
+    """The metrics of PROBES, of every dictionary in a table of benchmarks: one value a seed."""
+    out: dict[str, list[float]] = {}
+    for (sae, of, k), rows in table.groupby(["sae", "of", "k"]):
+        named = f"probe_k{k}" if k else "probe_all"
+        named += "_stream" * (of == "stream")
+        by_seed = rows.groupby("seed")["accuracy"].mean().sort_index()
+        out[f"{sae}.{named}"] = by_seed.tolist()
+    return out
+
+
 def core(tables: dict[str, Any]) -> dict[str, Any]:
     """The metrics that every paper with training runs, SAEs, attribution or circuits has."""
     out: dict[str, Any] = {}
@@ -213,6 +236,8 @@ def core(tables: dict[str, Any]) -> dict[str, Any]:
         if stage == "evaluation" and not part.endswith("_history"):
             for row in table.to_dict("records"):
                 out |= {f"{part}.{row['sae']}.{m}": row[m] for m in SAE if m in row}
+        if stage == "benchmarks":
+            out |= {f"{part}.{m}": v for m, v in probes(table).items()}
         if name == "attribution/prompts":
             for row in table.to_dict("records"):
                 out |= {f"attribution.{row['prompt']}.{m}": row[m] for m in ATTRIBUTION}

@@ -14,7 +14,8 @@ and decode as the format's own library defines them, on the tensors as they lie 
 | openai | Gao et al. 2024, `Autoencoder.from_state_dict` | ReLU(W (x - pre_bias) + latent_bias) |
 | circuit_tracer | 0.5.0, `load_relu_transcoder` | ReLU or JumpReLU(W x + b_enc) |
 
-SAELens's own folders are sae_saelens.py's, and dictionary_learning's sae_dictionary_learning.py's.
+SAELens's own folders are saelens.py's, dictionary_learning's dictionary_learning.py's, and those of
+an encoder alone encoders.py's.
 What SAELens's decode cannot say (norms of each row, a skip connection, several output layers) is
 refused. SAELens's reader of sparsify's folders (6.54) transposes W_dec and leaves b_dec out of the
 encoder (a test shows both), so that ours takes its place.

@@ -5,7 +5,7 @@
 3. An `Original` holds the weights in SAELens's layout beside encode and decode as the format's own
    library defines them, which `check_same` of sae_import.py compares with what SAELens makes of it.
 
-sae_formats.py has the formats.
+formats.py has the formats.
 """
 
 import json
@@ -53,7 +53,8 @@ class Original:
         architecture: SAELens's name.
         weights: SAELens's names and shapes, float32.
         encode, decode: of the original, [... d_in] -> [... d_sae] -> [... d_out], in the dtype of
-            what they are given.
+            what they are given. decode is None where the dictionary is an encoder alone; weights
+            then hold W_enc and b_enc.
         about: what it says of its stream: model_name, hook_name, hook_name_out, context_size,
             prepend_bos, dataset_path and the like, each where known.
         writes: None where the file does not tell a transcoder from an autoencoder; else whether it
@@ -65,7 +66,7 @@ class Original:
     architecture: str
     weights: dict[str, Tensor]
     encode: Map
-    decode: Map
+    decode: Map | None = None
     about: dict[str, Any] = field(default_factory=dict)
     k: int = 0
     apply_b_dec_to_input: bool = False
@@ -73,19 +74,35 @@ class Original:
     settings: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
 
+    @property
+    def directions(self) -> Tensor:
+        """W_enc [d_in d_sae]; of matching pursuit, which has none of its own, W_dec^T."""
+        return self.weights["W_enc"] if "W_enc" in self.weights else self.weights["W_dec"].T
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """d_in and d_sae."""
+        return tuple(self.directions.shape)
+
+    @property
+    def d_out(self) -> int:
+        """Width of what it writes; of an encoder alone, of what it reads."""
+        return self.weights["W_dec"].shape[1] if self.decode else self.shape[0]
+
     def config(self) -> dict[str, Any]:
         """The keys of cfg.json that the weights decide."""
-        W_dec = self.weights["W_dec"]
+        d_in, d_sae = self.shape
         out = {
             "architecture": self.architecture,
-            "d_in": self.weights["W_enc"].shape[0] if "W_enc" in self.weights else W_dec.shape[1],
-            "d_sae": W_dec.shape[0],
+            "d_in": d_in,
+            "d_sae": d_sae,
             "dtype": "float32",
             "apply_b_dec_to_input": self.apply_b_dec_to_input,
             "normalize_activations": "none",
             "reshape_activations": "none",
         }
-        out |= {"d_out": W_dec.shape[1]} if "transcoder" in self.architecture else {}
+        if "transcoder" in self.architecture:
+            out["d_out"] = self.d_out
         return out | self.settings | ({"k": self.k} if self.k else {})
 
 
@@ -194,10 +211,9 @@ def take(found: dict[str, Any], files: Files, format: str, *names: str) -> list[
 
 def check_shapes(files: Files, original: Original) -> Original:
     """The original; one sentence where its tensors do not fit each other."""
-    weights, W_dec = original.weights, original.weights["W_dec"]
-    d_in, d_sae = weights["W_enc"].shape if "W_enc" in weights else W_dec.T.shape
-    wanted = {"W_dec": (d_sae, W_dec.shape[-1]), "b_dec": (W_dec.shape[-1],)}
-    for name, tensor in weights.items():
+    (d_in, d_sae), d_out = original.shape, original.d_out
+    wanted = {"W_dec": (d_sae, d_out), "b_dec": (d_out,)}
+    for name, tensor in original.weights.items():
         if name == "W_enc":
             continue
         shape = wanted.get(name, (d_sae,))
@@ -208,9 +224,9 @@ def check_shapes(files: Files, original: Original) -> Original:
             )
     if original.k > d_sae:
         raise RetraceError(f"{files.weights}: k {original.k} is more than its {d_sae} latents")
-    if "transcoder" not in original.architecture and W_dec.shape[-1] != d_in:
+    if "transcoder" not in original.architecture and d_out != d_in:
         raise RetraceError(
-            f"{files.weights}: reads rows of {d_in} and writes rows of {W_dec.shape[-1]}; it is a "
+            f"{files.weights}: reads rows of {d_in} and writes rows of {d_out}; it is a "
             f"transcoder, so name its output_hook"
         )
     return original

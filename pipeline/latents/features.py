@@ -6,7 +6,8 @@
    around them and the latent's activation on each (Bricken et al. 2023, "feature dashboard").
 3. The logits that it raises and lowers are those of the direct path, which leaves out the layers in
    between (Elhage et al. 2021): what its decoder row writes into the residual stream, centred if
-   the final norm is a layer norm, times the norm's gain, times the unembedding.
+   the final norm is a layer norm, times the norm's gain, times the unembedding. An encoder without
+   a decoder writes nothing, and has none.
 4. How topical it is: the document label whose share of the latent's activation exceeds its base
    rate most. How token-bound it is: the entropy of the tokens on which it fires (Heap et al. 2025).
 """
@@ -25,7 +26,7 @@ from torch import Tensor
 from pipeline.activations.rows import to_tensor
 from pipeline.errors import RetraceError
 from pipeline.job import cli
-from pipeline.latents.stored import load_saes
+from pipeline.latents.stored import decodes, load_saes
 from pipeline.models import loader, splice
 from pipeline.spec.paper import FeaturesSpec
 from pipeline.store import shards, tables
@@ -289,7 +290,7 @@ def work(job: cli.Job) -> None:
     section, name = job.section("features", FeaturesSpec), job.spec["latents"]
     trained = tables.read_json(args.sae)
     hook = trained["hook"]
-    sae = load_saes(args.sae, device, [name])[name]
+    sae = load_saes(args.sae, device, [name], alone=True)[name]
     loaded = loader.load(args.model, device)
     scanned = scan(sae, args.activations, hook, section.n_rows, device)
     if scanned.acts.nnz == 0:
@@ -299,9 +300,12 @@ def work(job: cli.Job) -> None:
     corpus, labels = np.stack(blocks.tolist()), label_table(documents, scanned.at)
     rows = [describe(scanned, i, corpus, labels, section) for i in range(sae.cfg.d_sae)]
     texts = tokens.Texts(loaded.tokenizer)
-    with torch.no_grad():
-        written = splice.written(loaded.hf, trained.get("output_hook") or hook, sae.W_dec)
-        logits = logit_weights(loaded.hf, written, section.n_logits, texts.ids)
+    if decodes(trained["saes"][name]):
+        with torch.no_grad():
+            written = splice.written(loaded.hf, trained.get("output_hook") or hook, sae.W_dec)
+            logits = logit_weights(loaded.hf, written, section.n_logits, texts.ids)
+    else:
+        logits = (torch.zeros(len(rows), 0),) * 2
     rows = decoded(rows, logits, documents, texts)
     inputs = [args.model, args.corpus, args.documents, args.activations, args.sae]
     tables.write_table(args.out, pd.DataFrame(rows), job.certificate(inputs))

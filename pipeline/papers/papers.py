@@ -51,6 +51,8 @@ class Paper:
         if self.spec.sae:
             names += [f"evaluation/{arm}" for arm in self.spec.arm_names()]
             names += [f"evaluation/{arm}_history" for arm in self.spec.arm_names()]
+        if self.spec.benchmarks:
+            names += [f"benchmarks/{arm}" for arm in self.spec.arm_names()]
         if self.spec.features:
             names += [f"features/{s}" for s in self.spec.features.saes]
         if self.spec.attribution:
@@ -198,7 +200,10 @@ def filled(paper: PaperSpec, where: str) -> PaperSpec:
 
 
 def _without_hub(raw: dict) -> dict:
-    """A paper.yaml without the arms whose weights come from a hub, where others are left."""
+    """A paper.yaml without the arms whose weights come from a hub, where others are left.
+
+    Published dictionaries that only such arms have are left out, too.
+    """
     arms = raw.get("arms")
     if not isinstance(arms, dict):
         return raw
@@ -207,11 +212,22 @@ def _without_hub(raw: dict) -> dict:
         return isinstance(arm, dict) and spec.on_hub(arm).get("source") == "hub"
 
     here = {name: arm for name, arm in arms.items() if not from_hub(arm)} or arms
+    gone = set(map(str, arms)) - set(map(str, here))
     circuits = raw.get("circuits")
     if isinstance(circuits, dict) and isinstance(circuits.get("without"), list):
         left = [arm for arm in circuits["without"] if arm in here or arm not in arms]
         raw = raw | {"circuits": circuits | {"without": left}}
+    section = raw.get("sae")
+    if isinstance(section, dict) and isinstance(section.get("dictionaries"), dict):
+        kept = {name: sae for name, sae in section["dictionaries"].items() if not _of(sae, gone)}
+        raw = raw | {"sae": section | {"dictionaries": kept}}
     return raw | {"arms": here}
+
+
+def _of(sae: Any, arms: set[str]) -> bool:
+    """Whether a published dictionary belongs to some of these arms and to no other."""
+    own = sae.get("arms") if isinstance(sae, dict) and "source" in sae else None
+    return isinstance(own, list) and bool(own) and arms.issuperset(map(str, own))
 
 
 # --- digests and the store -----------------------------------------------------------------

@@ -63,8 +63,12 @@ def ends(lists: Any) -> np.ndarray:
 
 
 def field(structs: Any, name: str) -> Any:
+    """A field of an Arrow array of structs; an array without type, of empty lists, has none."""
+    import pyarrow as pa
     import pyarrow.compute as pc
 
+    if pa.types.is_null(structs.type):
+        return structs
     return pc.struct_field(structs, name)
 
 

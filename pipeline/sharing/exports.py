@@ -72,6 +72,11 @@ def dictionary(manifest: str | Path, name: str) -> tuple[Path, SaeLensConfig, di
     if not isinstance(inside, str) or Path(inside).is_absolute() or ".." in Path(inside).parts:
         raise RetraceError(f"{manifest}: saes.{name}.folder is {inside!r}, no folder beside it")
     folder = Path(manifest).parent / inside
+    if listed[name].get("decoder") is False:
+        raise RetraceError(
+            f"{folder}: '{name}' is an encoder without a decoder, and every format of exports has "
+            f"one; export another dictionary"
+        )
     config = validated(SaeLensConfig, tables.read_json(folder / "cfg.json"), f"{folder}/cfg.json")
     try:
         weights = load_file(folder / "sae_weights.safetensors")

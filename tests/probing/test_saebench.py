@@ -1,0 +1,96 @@
+"""Sparse probing against SAEBench 0.6.0's own functions; run by tests/libraries/run.sh."""
+
+import os
+import sys
+
+import numpy as np
+import pytest
+import torch
+from jaxtyping import config
+from published import D, saelens
+
+from pipeline.probing import probes
+
+LIBRARIES = os.environ.get("RETRACE_LIBRARIES")
+if not LIBRARIES:
+    pytest.skip("needs the libraries: tests/libraries/run.sh", allow_module_level=True)
+sys.path.append(LIBRARIES)  # behind the project's own packages
+from sae_bench.evals.sparse_probing import probe_training  # noqa: E402
+from sae_bench.sae_bench_utils import activation_collection as collection  # noqa: E402
+
+LABELS, N_TRAIN, N_TEST, N_CTX = "abcd", 150, 80, 9
+
+
+@pytest.fixture(scope="module", autouse=True)
+def unchecked():
+    """Its functions give one dimension's name to sizes that differ, which jaxtyping refuses."""
+    config.update("jaxtyping_disable", True)
+    yield
+    config.update("jaxtyping_disable", False)
+
+
+def texts(n: int, seed: int) -> dict[str, torch.Tensor]:
+    """Label -> rows [n N_CTX D]; labels overlap, and texts end in masked rows of zeros."""
+    g = torch.Generator().manual_seed(seed)
+    towards = torch.randn(len(LABELS), D, generator=torch.Generator().manual_seed(9))
+    out = {}
+    for i, label in enumerate(LABELS):
+        x = torch.randn(n, N_CTX, D, generator=g) * 3 + towards[i]
+        length = torch.randint(3, N_CTX + 1, (n, 1), generator=g)
+        out[label] = x * (torch.arange(N_CTX) < length)[..., None]
+    return out
+
+
+@pytest.fixture(scope="module")
+def means(unchecked, tmp_path_factory) -> dict[str, tuple[dict, dict]]:
+    """'latents' and 'stream' -> training and test means, by SAEBench's functions."""
+    from sae_lens import SAE
+
+    sae = SAE.load_from_disk(str(saelens(tmp_path_factory.mktemp("sae"))), device="cpu")
+    splits = texts(N_TRAIN, 0), texts(N_TEST, 1)
+    return {
+        "latents": tuple(collection.get_sae_meaned_activations(s, sae, 50) for s in splits),
+        "stream": tuple(collection.create_meaned_model_activations(s) for s in splits),
+    }
+
+
+def theirs_of(means: tuple[dict, dict], k: int, seed: int, **more) -> dict[str, float]:
+    """Label -> SAEBench's accuracy."""
+    torch.manual_seed(seed)
+    return probe_training.train_probe_on_activations(*means, select_top_k=k or None, **more)[1]
+
+
+@pytest.mark.parametrize("of", ["latents", "stream"])
+@pytest.mark.parametrize("k", [1, 2, 5])
+@pytest.mark.parametrize("seed", [42, 43])
+def test_accuracies_are_saebenchs(of, k, seed, means):
+    """But for one text on the boundary: both stop near the one optimum."""
+    ours = {r["label"]: r["accuracy"] for r in probes.probed(*means[of], k, seed)}
+    theirs = theirs_of(means[of], k, seed)
+    assert ours.keys() == theirs.keys()
+    off = np.array([abs(ours[label] - theirs[label]) for label in ours]) * 2 * N_TEST
+    assert off.max() < 1.5 and (off > 0.5).sum() <= 1
+    assert len(set(theirs.values())) > 1  # nothing that every probe would give
+
+
+@pytest.mark.parametrize("k", [1, 5])
+def test_the_same_latents_are_chosen(k, means):
+    torch.manual_seed(7)
+    x, y = probe_training.prepare_probe_data(means["latents"][0], "b")
+    ours_x, ours_y = probes.drawn(means["latents"][0], "b", torch.Generator().manual_seed(7))
+    assert torch.equal(ours_x, x) and torch.equal(ours_y, y.float())
+    left_out = probe_training.get_top_k_mean_diff_mask(x, y, k)
+    assert set(probes.selected(ours_x, ours_y, k).tolist()) == set(
+        (~left_out).nonzero().flatten().tolist()
+    )
+
+
+def test_its_probe_on_everything_keeps_the_epoch_that_is_best_on_the_test():
+    """On labels that say nothing it is above chance, which is why it is not followed."""
+    g = torch.Generator().manual_seed(0)
+    train, test = ({n: torch.randn(60, 40, generator=g) for n in "ab"} for _ in range(2))
+    seeds = range(4)
+    more = {"use_sklearn": False, "batch_size": 250, "epochs": 100, "lr": 1e-2}
+    theirs = np.mean([list(theirs_of((train, test), 0, s, **more).values()) for s in seeds])
+    found = [r["accuracy"] for s in seeds for r in probes.probed(train, test, probes.ALL, s)]
+    assert theirs > np.mean(found) + 0.02
