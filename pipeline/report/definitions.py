@@ -30,6 +30,8 @@ METRICS = {  # beginning of a metric's name -> its last part: what it is
     "<arm>.<dictionary>": scalars.SAE,
     "attribution.<prompt>": scalars.ATTRIBUTION,
     "circuits.<arm>.<method>": scalars.CIRCUITS,
+    "<arm>.probes.<label>.<method>.<hook>": scalars.PROBES,
+    "<arm>.steering.<direction>": scalars.STEERING,
     "training.<run>": scalars.TRAINING,
 }
 
