@@ -1,5 +1,6 @@
 # What can be read off an arm's activations, with control tasks, and the probes' directions.
-rule probes:
+# `probes` is the name of a paper, so that the rule has another.
+rule probes_of_arm:
     input:
         model=arm_input_of("model", "model.json"),
         checkpoint=arm_input_of("model", "checkpoint"),

@@ -3,7 +3,7 @@
 1. `tasks_of` puts the labels of a bench and their control tasks side by side, so that one fit
    serves all of them.
 2. `measure` fits every method on a group of layers, for a split and a seed, and gives a row of the
-   table scores for each hook, label and method.
+   table scores for each hook, label and method; on rows held out one by one, the first method only.
 3. Baselines that see no activations have rows of their own, with the method's name and no hook.
 """
 
@@ -158,7 +158,8 @@ def measure(
         sent = drawn.tasks(drawn.order, device)
         bits = codelength.online(part["order"], sent, spec.l2).cpu(), codelength.uniform(sent)
     del part["order"]
-    for method in spec.methods:
+    methods = spec.methods if drawn.split == "document" else spec.methods[:1]
+    for method in methods:
         probe = fitted(method, part["train"], tasks, sd, spec, drawn.seed)
         found = _judged(drawn, probe, part, tasks)
         for i, hook in enumerate(names):

@@ -86,7 +86,7 @@ class ProbesSpec(Section):
         default=["document"],
         min_length=1,
         description="document: held-out rows are of other documents; token: drawn row by row, "
-        "which leaks, and the difference is the metric leak",
+        "which leaks, and the difference is the metric leak, of the first method",
     )
     test: Share = Field(default=0.3, description="share of the documents, or rows, held out")
     n_rows: int = Field(default=20_000, ge=20, description="rows of tokens, at most")

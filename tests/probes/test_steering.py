@@ -1,5 +1,6 @@
 """Directions in the stream: edits, texts, samples and the stage, on a tiny model."""
 
+import itertools
 import re
 
 import numpy as np
@@ -66,9 +67,10 @@ def given(tiny_model_json, tiny_corpus, tiny_activations, tmp_path_factory) -> d
 def run(given, out, **spec):
     """(effects, samples, path of the directions) of the stage."""
     kept = out / "kept.safetensors"
-    call("steering", {"probes": PROBES, "steering": SPEC | spec}, **given,
-         effects=out / "effects.parquet", samples=out / "samples.parquet", directions=kept)  # fmt: skip
-    return *(tables.read_table(out / f"{n}.parquet") for n in ("effects", "samples")), kept
+    paths = {name: out / f"{name}.parquet" for name in ("effects", "samples")}
+    spec = {"probes": PROBES, "steering": SPEC | spec}
+    call("steering", spec, **given, **paths, directions=kept)
+    return *map(tables.read_table, paths.values()), kept
 
 
 @pytest.fixture(scope="module")
@@ -122,9 +124,8 @@ def test_random_directions_differ_between_seeds_and_the_others_do_not(done, give
     from safetensors.numpy import load_file
 
     found = load_file(kept)
-    assert {f"{n}/{c}/{HOOKS[0]}" for n in SPEC["directions"] for c in SPEC["classes"]} == set(
-        found
-    )
+    names = itertools.product(SPEC["directions"], SPEC["classes"])
+    assert {f"{name}/{target}/{HOOKS[0]}" for name, target in names} == set(found)
     want = own.towards("topic", "logistic", HOOKS[0], "places")
     v = found[f"probe/places/{HOOKS[0]}"]
     np.testing.assert_allclose(v, want / np.linalg.norm(want), atol=1e-6)
@@ -156,8 +157,11 @@ def test_effects_are_those_of_whole_passes(model, corpus):
         with hooks.edited(model.hf, HOOKS[0], lambda x: edit.on(x, 5.0, 1) if edit else x):
             log_p = model.hf(input_ids=text.tokens).logits[:, :-1].log_softmax(-1)
         nats = -log_p.gather(-1, text.tokens[:, 1:, None])[..., 0]
-        return {"own_loss": float(nats[text.own].mean()), "other_loss": float(nats[text.other].mean()),
-                "words": float(log_p[..., words].mean(-1)[text.other].mean())}  # fmt: skip
+        likely = log_p[..., words].mean(-1)
+        parts = nats[text.own], nats[text.other], likely[text.other]
+        return dict(
+            zip(("own_loss", "other_loss", "words"), (float(p.mean()) for p in parts), strict=True)
+        )
 
     with torch.no_grad():
         want, before, found = plain(edit), plain(None), run.effect(edit)
