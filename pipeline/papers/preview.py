@@ -18,7 +18,7 @@ import numpy as np
 from pipeline.errors import RetraceError, command, nearest
 from pipeline.papers.papers import Paper, Run, resolve
 from pipeline.spec.base import SCALES
-from pipeline.spec.probes import LabelSpec
+from pipeline.spec.measured import LabelSpec
 from pipeline.spec.yaml_files import load_yaml
 
 ROOT = Path(__file__).parents[2]

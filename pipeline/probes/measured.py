@@ -19,7 +19,7 @@ from pipeline.errors import RetraceError
 from pipeline.probes import closed, codelength, controls, logistic, mlp
 from pipeline.probes.logistic import Tasks
 from pipeline.probes.rows import Bench, held_out
-from pipeline.spec.probes import ProbesSpec
+from pipeline.spec.measured import ProbesSpec
 from pipeline.text.labels import Labels
 
 # Bytes of activations that are fitted at a time; a layer at least.

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from pipeline.probes.logistic import Tasks, absent, losses
-from pipeline.spec.probes import MlpSpec
+from pipeline.spec.measured import MlpSpec
 
 
 class Mlp:

@@ -27,7 +27,7 @@ import torch
 from pipeline.job import cli
 from pipeline.probes import measured, rows
 from pipeline.probes.directions import Directions
-from pipeline.spec.probes import ProbesSpec
+from pipeline.spec.measured import ProbesSpec
 from pipeline.store import tables
 from pipeline.store.shards import Rows
 from pipeline.text import labels as text_labels

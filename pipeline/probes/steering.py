@@ -27,7 +27,7 @@ from pipeline.models import hooks, loader
 from pipeline.probes import steered
 from pipeline.probes.directions import Directions
 from pipeline.probes.steered import Edit
-from pipeline.spec.probes import DirectionSpec, LabelSpec, SteeringSpec
+from pipeline.spec.measured import DirectionSpec, LabelSpec, SteeringSpec
 from pipeline.store import tables
 from pipeline.store.shards import Blocks
 from pipeline.text.labels import Corpus

@@ -13,12 +13,11 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from pipeline.errors import RetraceError, nearest
 from pipeline.spec import aliases, once
 from pipeline.spec.base import Dtype, Inside, Name, Requirement, Scale, Section, sentence
-from pipeline.spec.circuits import CircuitsSpec
 from pipeline.spec.claims import Budget, Claim
 from pipeline.spec.figures import completed
 from pipeline.spec.imports import ImportSpec
+from pipeline.spec.measured import CircuitsSpec, ProbesSpec, SteeringSpec, check_probes
 from pipeline.spec.own import OwnStage, parted
-from pipeline.spec.probes import ProbesSpec, SteeringSpec, check_probes
 from pipeline.spec.sae import SaeSection, SaeSpec, check_output
 from pipeline.spec.training import TrainingSpec
 

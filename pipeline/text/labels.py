@@ -22,7 +22,7 @@ import numpy as np
 
 from pipeline.errors import RetraceError, nearest
 from pipeline.job.source import import_file
-from pipeline.spec.probes import LabelSpec
+from pipeline.spec.measured import LabelSpec
 from pipeline.store import tables
 from pipeline.store.shards import Blocks
 

@@ -8,7 +8,7 @@ from test_logistic import made, planted
 from pipeline.probes import closed, mlp
 from pipeline.probes.logistic import Tasks, logits, moments
 from pipeline.probes.measured import as_they_are
-from pipeline.spec.probes import MlpSpec
+from pipeline.spec.measured import MlpSpec
 
 
 @pytest.fixture(scope="module")

@@ -7,7 +7,7 @@ import pandas as pd
 import pytest
 
 from pipeline.errors import RetraceError
-from pipeline.spec.probes import LabelSpec
+from pipeline.spec.measured import LabelSpec
 from pipeline.text import labels
 from pipeline.text.labels import Corpus
 

@@ -14,7 +14,7 @@ from synthetic import call
 from pipeline.errors import RetraceError
 from pipeline.probes import controls, measured, rows
 from pipeline.probes.directions import Directions
-from pipeline.spec.probes import ProbesSpec
+from pipeline.spec.measured import ProbesSpec
 from pipeline.store import tables
 from pipeline.store.shards import Rows
 from pipeline.text import labels as text_labels

@@ -14,7 +14,7 @@ from pipeline.models import hooks, loader
 from pipeline.probes import steered
 from pipeline.probes.directions import Directions
 from pipeline.probes.steered import Edit
-from pipeline.spec.probes import DirectionSpec, SteeringSpec
+from pipeline.spec.measured import DirectionSpec, SteeringSpec
 from pipeline.store import tables
 from pipeline.store.shards import Blocks
 from pipeline.text.labels import Corpus
