@@ -1,6 +1,6 @@
 # What can be read off an arm's activations, with control tasks, and the probes' directions.
-# `probes` is the name of a paper, so that the rule has another.
-rule probes_of_arm:
+# A paper may be called probes, so the rule is not.
+rule probe:
     input:
         model=arm_input_of("model", "model.json"),
         checkpoint=arm_input_of("model", "checkpoint"),
