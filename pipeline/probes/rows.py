@@ -15,6 +15,7 @@ from torch import Tensor
 
 from pipeline.errors import RetraceError
 from pipeline.models import hooks
+from pipeline.store import reading
 from pipeline.store.shards import Rows
 from pipeline.text.labels import Corpus, Labels
 
@@ -164,13 +165,8 @@ def held_out(bench: Bench, split: str, share: float, seed: int) -> np.ndarray:
         split: document: all rows of documents that are drawn; token: rows, drawn one by one.
         share: of the documents or rows.
     """
-    rng = np.random.default_rng([seed, split == "document"])
-    units = np.unique(bench.document) if split == "document" else np.arange(len(bench))
-    if len(units) < 2:
-        raise RetraceError(
-            f"{bench.manifest}: only {len(units)} {split} has rows with a label, so none can be "
-            f"held out; store more text"
-        )
-    n = min(max(1, round(share * len(units))), len(units) - 1)
-    drawn = rng.permutation(units)[:n]
-    return np.isin(bench.document if split == "document" else units, drawn)
+    if split == "document":
+        return reading.held_out(bench.document, share, seed)
+    n = min(max(1, round(share * len(bench))), len(bench) - 1)
+    drawn = np.random.default_rng([seed, 0]).permutation(len(bench))[:n]
+    return np.isin(np.arange(len(bench)), drawn)
