@@ -34,7 +34,7 @@ from pipeline.job.source import import_file
 from pipeline.latents import sites as latents
 from pipeline.models import loader
 from pipeline.models.pairs import Pairs, Task
-from pipeline.spec.circuits import CircuitsSpec
+from pipeline.spec.measured import CircuitsSpec
 from pipeline.store import tables
 
 

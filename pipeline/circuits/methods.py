@@ -29,7 +29,7 @@ from pipeline.circuits.patching import LOGITS, Edge, activation_patching, path_p
 from pipeline.job import cli
 from pipeline.latents import sites as latents
 from pipeline.models.pairs import Node, Task
-from pipeline.spec.circuits import LATENT_METHODS, CircuitsSpec
+from pipeline.spec.measured import LATENT_METHODS, CircuitsSpec
 
 NAN = float("nan")
 

@@ -7,6 +7,8 @@ pattern -> definition) and a function `metrics(tables) -> {name: value or one va
 
 import fnmatch
 import math
+import re
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -78,7 +80,7 @@ ATTRIBUTION = {
     "the exact effect",
     "sign_agreement_ig": "the same for integrated gradients",
 }
-PROBES = {  # of a dictionary, for each k of section benchmarks; {k} stands for it
+SPARSE_PROBES = {  # of a dictionary, for each k of section benchmarks; {k} stands for it
     "probe_k{k}": "mean over labels of the held-out accuracy of a logistic probe on the {k} "
     "latents whose mean differs most between texts of the label and as many others (SAEBench "
     "0.6.0, sparse probing); chance is 0.5; one value a seed of the draw",
@@ -101,6 +103,36 @@ CIRCUITS = {  # of a method of the section circuits
     "correlation_without_largest": "Pearson's without the one part whose leaving out changes it "
     "the most; the column largest of the table methods names it",
     "sign_agreement": "share of those whose score has the sign of the exact effect",
+}
+PROBES = {  # of a label and a method at a hook of the section probes, one value a seed
+    "accuracy": "share of held-out rows whose class the probe names; the rows are of documents "
+    "that it did not learn from",
+    "balanced_accuracy": "mean over classes of that share",
+    "loss": "mean cross-entropy of held-out rows, nats; of methods whose softmax is a probability",
+    "control_accuracy": "accuracy on the control task: a class drawn for each token id from the "
+    "real classes' distribution, the same in training and test (Hewitt & Liang 2019)",
+    "selectivity": "accuracy - control_accuracy; of numbers the same of R^2",
+    "codelength": "online code of the training labels, kbit (Voita & Titov 2020); logistic only",
+    "control_codelength": "the same of the control task",
+    "compression": "uniform code / online code",
+    "control_compression": "the same of the control task",
+    "r2": "1 - squared error / squared error of the training mean, held-out rows; of numbers",
+    "leak": "accuracy with rows held out one by one - accuracy with documents held out",
+}
+STEERING = {  # of a direction, mean over classes, hooks and blocks, one value a seed
+    "own_gain": "largest fall, over coefficients above 0, of the loss on held-out text of the "
+    "class, nats a token",
+    "net_gain": "largest difference, over coefficients above 0, of the fall of the loss on text of "
+    "the class and that on other text, nats a token",
+    "words": "largest rise, over coefficients above 0, of the mean log-probability of the tokens "
+    "that are typical of the class, on other text, nats",
+    "words_free": "the same over coefficients that raise the loss on other text by at most 0.1 "
+    "nats a token; 0 where none does",
+    "harm": "rise of the loss on other text at the largest coefficient, nats a token",
+    "opposite": "rise of the log-probability of the typical tokens at the lowest coefficient",
+    "ablated": "the same where the direction is taken out of the stream",
+    "reading": "largest rise, over coefficients above 0, of the class's logit against the others' "
+    "mean in the logistic probe at steering.reading",
 }
 TRAINING = {  # of a training run; training.<run>.<arm>.* where it has arms
     "steps": "updates when training ended, one value a seed",
@@ -154,7 +186,22 @@ def parts(paper: Any) -> dict[str, Any]:
     out["prompts"] = list(spec.attribution.prompts) if spec.attribution else []
     arms = spec.circuit_arms() if spec.circuits else []
     out["circuits"] = {arm: list(spec.circuits.methods) for arm in arms}
+    if spec.probes:  # absent elsewhere, so that no other paper's job changes
+        hooks = spec.probes.hooks or spec.activations.hooks
+        sites = list(dict.fromkeys(["text", "mean", *map(site, hooks)]))
+        out["probes"] = {arm: [list(spec.probes.labels), sites] for arm in spec.probe_arms()}
+    if spec.steering:
+        out["steering"] = {spec.steering.arm: list(spec.steering.directions)}
     return out | {"training": list(spec.training)}
+
+
+def site(hook: str) -> str:
+    """A hook in the name of a metric: l8 for blocks.8.hook_resid_post, l8_mlp_out, embed."""
+    found = re.fullmatch(r"blocks\.(\d+)\.(.+)", hook)
+    if not found:
+        return hook.replace("hook_", "").replace(".", "_")
+    at = found[2].replace("hook_", "").replace(".", "_")
+    return f"l{found[1]}" + ("" if at == "resid_post" else f"_{at}")
 
 
 def known(parts: dict[str, Any]) -> dict[str, str]:
@@ -164,7 +211,7 @@ def known(parts: dict[str, Any]) -> dict[str, str]:
         for sae in saes:
             out |= {f"{arm}.{sae}.{m}": text for m, text in SAE.items()}
             for k in parts.get("ks", []):
-                named = {m.format(k=k): text.format(k=k) for m, text in PROBES.items()}
+                named = {m.format(k=k): text.format(k=k) for m, text in SPARSE_PROBES.items()}
                 out |= {f"{arm}.{sae}.{m}": text for m, text in named.items()}
     for prompt in parts["prompts"]:
         out |= {f"attribution.{prompt}.{m}": text for m, text in ATTRIBUTION.items()}
@@ -173,6 +220,12 @@ def known(parts: dict[str, Any]) -> dict[str, str]:
     for arm, methods in parts["circuits"].items():
         for method in methods:
             out |= {f"circuits.{arm}.{method}.{m}": t for m, t in CIRCUITS.items()}
+    for arm, (labels, sites) in parts.get("probes", {}).items():
+        for name, at in product(labels, sites):
+            out |= {f"{arm}.probes.{name}.*.{at}.{m}": text for m, text in PROBES.items()}
+    for arm, directions in parts.get("steering", {}).items():
+        for name in directions:
+            out |= {f"{arm}.steering.{name}.{m}": text for m, text in STEERING.items()}
     for run in parts["training"]:
         out |= {f"training.{run}.{m}": text for m, text in TRAINING.items()}
         out |= {f"training.{run}.*.{m}": text for m, text in TRAINING.items()}
@@ -215,8 +268,8 @@ def training(run: str, table: Any) -> dict[str, list[float]]:
     return out
 
 
-def probes(table: Any) -> dict[str, list[float]]:
-    """The metrics of PROBES, of every dictionary in a table of benchmarks: one value a seed."""
+def sparse_probes(table: Any) -> dict[str, list[float]]:
+    """The metrics of SPARSE_PROBES, of every dictionary in a table of benchmarks: one value a seed."""
     out: dict[str, list[float]] = {}
     for (sae, of, k), rows in table.groupby(["sae", "of", "k"]):
         named = f"probe_k{k}" if k else "probe_all"
@@ -224,6 +277,61 @@ def probes(table: Any) -> dict[str, list[float]]:
         by_seed = rows.groupby("seed")["accuracy"].mean().sort_index()
         out[f"{sae}.{named}"] = by_seed.tolist()
     return out
+
+
+def probes(arm: str, table: Any) -> dict[str, np.ndarray]:
+    """The metrics of an arm's probes, see PROBES: at each hook, and the mean over hooks."""
+    keys, out = ["label", "probe"], {}
+    table = table.assign(site=[site(h) if h else "text" for h in table["hook"]])
+    columns = [m for m in PROBES if m in table.columns]
+    leaky = table[table["split"] == "token"].set_index([*keys, "site", "seed"])["accuracy"]
+    table = table[table["split"] == "document"].set_index([*keys, "site", "seed"])
+    table = table[columns].assign(leak=leaky - table["accuracy"])
+    for (label, probe, at), rows in table.groupby(level=[*keys, "site"], sort=False):
+        rows = rows.droplevel([*keys, "site"]).sort_index()
+        found = {m: rows[m].to_numpy(float) for m in PROBES if rows[m].notna().any()}
+        out |= {f"{arm}.probes.{label}.{probe}.{at}.{m}": v for m, v in found.items()}
+    for (label, probe), rows in table.drop("text", level="site").groupby(level=keys, sort=False):
+        mean = rows.groupby(level="seed").mean().sort_index()
+        found = {m: mean[m].to_numpy(float) for m in PROBES if mean[m].notna().any()}
+        out |= {f"{arm}.probes.{label}.{probe}.mean.{m}": v for m, v in found.items()}
+    return out
+
+
+def steering(table: Any) -> dict[str, np.ndarray]:
+    """The metrics of steered directions, see STEERING."""
+    out: dict[str, list[float]] = {}
+    for (arm, name), rows in table.groupby(["arm", "direction"], sort=False):
+        for _, seed in rows.groupby("seed"):
+            each = [_steered(own) for _, own in seed.groupby(["class", "hook"])]
+            for metric in STEERING:
+                values = [one[metric] for one in each if metric in one]
+                if values:
+                    out.setdefault(f"{arm}.steering.{name}.{metric}", []).append(np.mean(values))
+    return {name: np.array(values) for name, values in out.items()}
+
+
+def _steered(rows: Any) -> dict[str, float]:
+    """What one direction at one hook does for one class, over its coefficients."""
+    added = rows[rows["mode"] == "add"].sort_values("coefficient")
+    up, down = added[added["coefficient"] > 0], added[added["coefficient"] < 0]
+    out: dict[str, float] = {}
+    if len(up):
+        free = up.loc[up["other_loss"] <= 0.1, "words"]
+        out = {
+            "own_gain": -up["own_loss"].min(),
+            "net_gain": (up["other_loss"] - up["own_loss"]).max(),
+            "words": up["words"].max(),
+            "words_free": max(free.max(), 0.0) if len(free) else 0.0,
+            "harm": up["other_loss"].iloc[-1],
+            "reading": up["reading"].max(),
+        }
+    if len(down):
+        out["opposite"] = down["words"].iloc[0]
+    gone = rows[rows["mode"] == "ablate"]
+    if len(gone):
+        out["ablated"] = gone["words"].iloc[0]
+    return {k: float(v) for k, v in out.items() if np.isfinite(v)}
 
 
 def core(tables: dict[str, Any]) -> dict[str, Any]:
@@ -237,11 +345,15 @@ def core(tables: dict[str, Any]) -> dict[str, Any]:
             for row in table.to_dict("records"):
                 out |= {f"{part}.{row['sae']}.{m}": row[m] for m in SAE if m in row}
         if stage == "benchmarks":
-            out |= {f"{part}.{m}": v for m, v in probes(table).items()}
+            out |= {f"{part}.{m}": v for m, v in sparse_probes(table).items()}
         if name == "attribution/prompts":
             for row in table.to_dict("records"):
                 out |= {f"attribution.{row['prompt']}.{m}": row[m] for m in ATTRIBUTION}
             out |= {f"attribution.mean.{m}": table[m].mean() for m in ATTRIBUTION}
+        if stage == "probes" and part.endswith("_scores"):
+            out |= probes(part.removesuffix("_scores"), table)
+        if name == "steering/effects":
+            out |= steering(table)
         if stage == "circuits" and part.endswith("_methods"):
             for method, rows in table.groupby("method", sort=False):
                 named = f"circuits.{part.removesuffix('_methods')}.{method}"

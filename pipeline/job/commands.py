@@ -20,6 +20,8 @@ STAGES = {
     "features": "pipeline.latents.features",
     "attribution": "pipeline.latents.attribution",
     "circuits": "pipeline.circuits.circuits",
+    "probes": "pipeline.probes.probes",
+    "steering": "pipeline.probes.steering",
     "metrics": "pipeline.claims.metrics",
     "claims": "pipeline.claims.claims",
     "figures_js": "pipeline.report.figures_js",
@@ -45,6 +47,7 @@ TOOLS = {
     "compare": "pipeline.sharing.compare",
     "slide": "pipeline.sharing.slide",
     "crate": "pipeline.sharing.crate",
+    "preview": "pipeline.papers.preview",
     "list": "pipeline.papers.listing",
     "show": "pipeline.papers.listing",
 }

@@ -60,6 +60,11 @@ class Paper:
         if self.spec.circuits:
             parts = ("nodes", "edges", "methods")
             names += [f"circuits/{a}_{part}" for a in self.spec.circuit_arms() for part in parts]
+        if self.spec.probes:
+            names += [f"probes/{a}_{part}" for a in self.spec.probe_arms()
+                      for part in ("scores", "labels")]  # fmt: skip
+        if self.spec.steering:
+            names += [f"steering/{part}" for part in ("effects", "samples")]
         return {n: f"results/{self.scale}/{self.name}/{n}.parquet" for n in names}
 
     def code_files(self, *names: str) -> list[str]:

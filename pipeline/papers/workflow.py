@@ -20,7 +20,7 @@ from typing import Any
 
 from pipeline.errors import RetraceError, nearest
 from pipeline.figures.drawing import metrics_in
-from pipeline.papers.papers import Item, Paper, Run, find, near
+from pipeline.papers.papers import Item, Paper, Run, find, near, resolve
 
 DRAWING = ("walk", "draw")  # our code beside plotly.js, in this order
 
@@ -219,6 +219,23 @@ class Inputs:
     def own_files(self, wildcards: Any, file: str) -> list[str]:
         """A paper's own .py files that fit a name; the param `code` says when they changed."""
         return self.paper(wildcards).code_files(file)
+
+    def label_files(self, wildcards: Any) -> list[str]:
+        """The files that labels of the section probes name."""
+        paper = self.paper(wildcards)
+        found = paper.spec.probes.label_files() if paper.spec.probes else []
+        return [str(near(resolve(file, paper.folder, self.run.roots))) for file in found]
+
+    def steering_input(self, wildcards: Any, stage: str | tuple[str, ...], file: str) -> list[str]:
+        """A store file of steering's arm, where a direction is a row of a dictionary; else []."""
+        directions = self.paper(wildcards).spec.steering.directions.values()
+        needed = any(d.source == "dictionary" for d in directions)
+        return self.arm_input(wildcards, stage, file, "steering") if needed else []
+
+    def probed(self, wildcards: Any) -> list[str]:
+        """The linear probes of steering's arm."""
+        arm = self.arm(wildcards, "steering")
+        return [f"{home(self.paper(wildcards))}/probes/{arm}_directions.safetensors"]
 
     def card(self, wildcards: Any) -> list[str]:
         """paper.yaml, for its place in git alone; what it says stands in the param `spec`."""

@@ -12,7 +12,7 @@ import typing
 from pipeline.claims import scalars
 from pipeline.figures.kinds import KINDS
 from pipeline.spec import families
-from pipeline.spec.circuits import Method
+from pipeline.spec.measured import Method
 
 METHODS = {  # what is scored, and the source
     "direct_logit": "what heads and MLPs write to the logits (Elhage et al. 2021)",
@@ -30,6 +30,8 @@ METRICS = {  # beginning of a metric's name -> its last part: what it is
     "<arm>.<dictionary>": scalars.SAE,
     "attribution.<prompt>": scalars.ATTRIBUTION,
     "circuits.<arm>.<method>": scalars.CIRCUITS,
+    "<arm>.probes.<label>.<method>.<hook>": scalars.PROBES,
+    "<arm>.steering.<direction>": scalars.STEERING,
     "training.<run>": scalars.TRAINING,
 }
 

@@ -13,10 +13,10 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 from pipeline.errors import RetraceError, nearest
 from pipeline.spec import aliases, once
 from pipeline.spec.base import Dtype, Inside, Name, Requirement, Scale, Section, sentence
-from pipeline.spec.circuits import CircuitsSpec
 from pipeline.spec.claims import Budget, Claim
 from pipeline.spec.figures import completed
 from pipeline.spec.imports import ImportSpec
+from pipeline.spec.measured import CircuitsSpec, ProbesSpec, SteeringSpec, check_probes
 from pipeline.spec.own import OwnStage, parted
 from pipeline.spec.sae import SaeSection, SaeSpec, check_output
 from pipeline.spec.training import TrainingSpec
@@ -480,6 +480,8 @@ class PaperSpec(Section):
     features: FeaturesSpec | None = None
     attribution: AttributionSpec | None = None
     circuits: CircuitsSpec | None = None
+    probes: ProbesSpec | None = None
+    steering: SteeringSpec | None = None
     own: dict[Name, dict[str, Any]] = Field(
         default={}, description="the paper's own stages: their tables and options"
     )
@@ -512,6 +514,8 @@ class PaperSpec(Section):
             ("features", ["sae"]),
             ("attribution", ["sae"]),
             ("circuits", ["model", *(["sae"] if self.circuits and self.circuits.saes else [])]),
+            ("probes", ["activations"]),
+            ("steering", ["probes"]),
         ):
             for need in needs:
                 if getattr(self, section) is not None and getattr(self, need) is None:
@@ -553,6 +557,7 @@ class PaperSpec(Section):
                 )
         self._check_claims()
         self._check_saes()
+        check_probes(self)
         return self
 
     def _check_claims(self) -> None:
@@ -688,6 +693,10 @@ class PaperSpec(Section):
     def circuit_arms(self) -> list[str]:
         """The arms whose circuits are measured."""
         return [a for a in self.arm_names() if a not in self.circuits.without]
+
+    def probe_arms(self) -> list[str]:
+        """The arms whose activations are probed."""
+        return [a for a in self.arm_names() if a not in self.probes.without]
 
     def saes_of(self, arm: str) -> dict[str, SaeSpec | ImportSpec]:
         """Expanded name -> dictionary, for those of the arm; hooks filled in."""

@@ -13,7 +13,7 @@ from pipeline.circuits.patching import Edge, edge_patching
 from pipeline.errors import RetraceError
 from pipeline.models.native import NativeForCausalLM
 from pipeline.models.pairs import Node, Pairs, Task
-from pipeline.spec.circuits import CircuitsSpec
+from pipeline.spec.measured import CircuitsSpec
 from pipeline.spec.training import Architecture
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}

@@ -13,7 +13,7 @@ from pipeline.circuits.patching import activation_patching, changed_by, edge_pat
 from pipeline.models import hooks
 from pipeline.models.native import NativeForCausalLM
 from pipeline.models.pairs import Node, Pairs, Task, mean_rows
-from pipeline.spec.circuits import CircuitsSpec
+from pipeline.spec.measured import CircuitsSpec
 from pipeline.spec.training import Architecture
 
 

@@ -101,6 +101,7 @@ TOOLS = {  # command -> its arguments, and the function of its that fails
     "crate": (["release.zip", "--out", "crate.zip"], "unpack"),
     "figures_js": (["--draw", "a.js", "--out", "b.js"], "write"),
     "lint_paper": (["paper"], "lint"),
+    "preview": (["labels", "paper"], "lines"),
     "progress": ([], "newest"),
     "provenance": (["verify", "."], "_verify"),
     "list": (["papers"], "lines"),

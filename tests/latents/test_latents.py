@@ -17,7 +17,7 @@ from pipeline.latents.units import ALL, ERROR, Latent, Latents, Neurons, RandomD
 from pipeline.models import hooks
 from pipeline.models.native import NativeForCausalLM
 from pipeline.models.pairs import Pairs, Task
-from pipeline.spec.circuits import CircuitsSpec
+from pipeline.spec.measured import CircuitsSpec
 from pipeline.spec.paper import parse
 from pipeline.spec.training import Architecture
 

@@ -1,0 +1,102 @@
+"""Probes in closed form: ridge regression, difference of means, mass mean. [torch]
+
+All give W [L d+1 P C] for standardised rows, as logistic.py does, so that its `logits` reads them.
+
+mean_difference   the class whose mean is nearest, in the stream's own units: for two classes the
+                  direction mu_1 - mu_0 (Marks & Tegmark 2024, section 5; DiffMean of AxBench)
+mass_mean         the same by the metric of the covariance within classes, with the log prior:
+                  linear discriminant analysis (Marks & Tegmark's theta^T Sigma^-1 x)
+ridge             least squares to +1 for the class and -1 for the others, with l2 |W|^2, as
+                  scikit-learn's RidgeClassifier; numbers are targets themselves
+"""
+
+import torch
+from torch import Tensor
+
+from pipeline.probes.logistic import Tasks, absent
+
+FLOOR = 1e-4  # of the mean variance, added to a covariance that few rows leave singular
+
+
+def one_hot(tasks: Tasks) -> Tensor:
+    """float32 [n P C]: 1 at a row's class, 0 elsewhere and where it has none."""
+    codes, most = tasks.codes.T, max(tasks.n_classes)
+    known = (codes >= 0)[..., None]
+    return torch.nn.functional.one_hot(codes.clamp(min=0), most).float() * known
+
+
+def means(X: Tensor, hot: Tensor) -> Tensor:
+    """Mean of the rows [L n d] of each class, [L d P C]; 0 where a class has no row."""
+    sums = X.mT @ hot.flatten(1)[None]
+    return sums.view(*sums.shape[:2], *hot.shape[1:]) / hot.sum(0).clamp(min=1)
+
+
+def mean_difference(X: Tensor, tasks: Tasks, sd: Tensor) -> Tensor:
+    """W of the nearest mean in the stream's own units.
+
+    Args:
+        sd: by which X was divided, [L d].
+    """
+    found = means(X, one_hot(tasks))
+    W = found * sd.square()[:, :, None, None]
+    return _with_bias(W, -0.5 * (W * found).sum(1, keepdim=True), tasks)
+
+
+def mass_mean(X: Tensor, tasks: Tasks) -> Tensor:
+    """W of linear discriminant analysis."""
+    hot = one_hot(tasks)
+    found, counts = means(X, hot), hot.sum(0)  # [L d P C], [P C]
+    W = torch.zeros_like(found)
+    for p, known in enumerate((tasks.codes >= 0).float()):
+        n = known.sum()
+        second = X.mT @ (X * known[:, None])
+        between = (found[:, :, p] * counts[p]) @ found[:, :, p].mT
+        W[:, :, p] = _solve((second - between) / n, found[:, :, p])
+    prior = (counts / counts.sum(1, keepdim=True)).clamp(min=1e-12).log()
+    return _with_bias(W, -0.5 * (W * found).sum(1, keepdim=True) + prior, tasks)
+
+
+def ridge(X: Tensor, tasks: Tasks, l2: float) -> Tensor:
+    """W of least squares to +1 and -1."""
+    hot = one_hot(tasks)
+    return least_squares(X, 2 * hot - 1, (tasks.codes >= 0).T, l2, tasks)
+
+
+def least_squares(
+    X: Tensor, targets: Tensor, known: Tensor, l2: float, tasks: Tasks | None = None
+) -> Tensor:
+    """W that minimises sum |x W + b - t|^2 + l2 |W|^2 over the known rows.
+
+    Args:
+        targets: [n P C].
+        known: which rows count, bool [n P].
+        tasks: whose absent classes are left at 0; default: none is absent.
+    """
+    W = torch.zeros(len(X), X.shape[2], *targets.shape[1:], device=X.device)
+    bias = torch.zeros(len(X), 1, *targets.shape[1:], device=X.device)
+    for p, mask in enumerate(known.T.float()):
+        n = mask.sum()
+        mean_x = (X * mask[:, None]).sum(1) / n  # [L d]
+        mean_t = (targets[:, p] * mask[:, None]).sum(0) / n
+        centred = (X - mean_x[:, None]) * mask[:, None]
+        A = (centred.mT @ centred).double()
+        A.diagonal(dim1=1, dim2=2).add_(l2)
+        B = (centred.mT @ (targets[:, p] - mean_t)).double()
+        W[:, :, p] = torch.linalg.solve(A, B).float()
+        bias[:, 0, p] = mean_t - (mean_x[:, None] @ W[:, :, p])[:, 0]
+    return _with_bias(W, bias, tasks)
+
+
+def _solve(covariance: Tensor, B: Tensor) -> Tensor:
+    """covariance^-1 B, with a floor under its spectrum."""
+    A = covariance.double()
+    floor = FLOOR * A.diagonal(dim1=1, dim2=2).mean(1)
+    A.diagonal(dim1=1, dim2=2).add_(floor[:, None])
+    return torch.linalg.solve(A, B.double()).float()
+
+
+def _with_bias(W: Tensor, bias: Tensor, tasks: Tasks | None) -> Tensor:
+    out = torch.cat([W, bias], 1)
+    if tasks is None:
+        return out
+    return torch.where(absent(tasks.n_classes, W.shape[-1], W.device) == 0, out, 0.0)
