@@ -4,11 +4,11 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import warm
 import yaml
 
 from pipeline.claims import progress
@@ -56,7 +56,7 @@ def snakemake(*args: str, cwd: Path, check: bool = True, timeout: int = 600, **c
     given = ["--config", *(f"{k}={v}" for k, v in config.items()), "--"] if config else []
     flags = [a for i, a in enumerate(args) if a.startswith("-") or args[i - 1] in VALUED]
     targets = [a for a in args if a not in flags]
-    command = [sys.executable, "-m", "snakemake", "-c2", *flags, *given, *targets]
+    command = [warm.python(), "-m", "snakemake", "-c2", *flags, *given, *targets]
     folder = cwd / args[args.index("--directory") + 1] if "--directory" in args else cwd
     before = journals(folder)
     done = subprocess.run(
