@@ -3,12 +3,13 @@
 Importing torch, SAELens or snakemake costs seconds of a processor, in each of the hundreds of
 processes that the tests start. `python()` is a command that takes what `python` takes:
 
-1. For `-m pipeline <command>`, `-m snakemake` and a script it asks a server, which has imported the
-   libraries of LIBRARIES, and nothing of ours, to fork. The child takes over the client's
-   environment, folder and open files, and runs the module as Python does.
-2. Everything else, and whatever would have changed an import (READ), it hands to a fresh Python.
-3. So it does with the first job of each stage where RETRACE_COLD names a folder, in which it
-   notes them: an import that a stage forgot is still missed there.
+1. For `-m pipeline <command>`, `-m snakemake` and a script it asks a server, which has imported
+   some of LIBRARIES, and nothing of ours, to fork. The child takes over the client's environment,
+   folder and open files, and runs the module as Python does.
+2. Where the environment would have changed an import (READ) it asks a server without that one.
+   All else it hands to a fresh Python.
+3. So it does with the first job of each stage with torch where RETRACE_COLD names a folder, in
+   which it notes them: an import that a stage forgot is still missed there.
 
 A server starts when it is first asked for, and ends with the process that made the folder. A killed
 client takes its child with it. Where the system has no fork or socket, all Pythons are fresh.
@@ -20,47 +21,69 @@ import os
 import socket
 import sys
 
-LIBRARIES = {
+LIBRARIES = {  # what each server imports; the third and fourth import what those before do, too
     "light": "numpy pandas pyarrow.parquet pydantic yaml jinja2 rich.table plotly.graph_objects "
     "plotly.subplots scipy.stats scipy.sparse snakemake.cli snakemake.utils snakemake.io "
     "snakemake.api snakemake.workflow snakemake.dag",
-    "torch": "numpy pandas pyarrow.parquet pydantic yaml scipy.stats jaxtyping torch safetensors "
-    "safetensors.torch tokenizers transformers transformers.models.auto.modeling_auto "
+    "torch": "numpy pandas pyarrow.parquet pydantic yaml scipy.stats scipy.sparse jaxtyping torch "
+    "safetensors.torch tokenizers",
+    "transformers": "transformers transformers.models.auto.modeling_auto "
     "transformers.models.gpt2.modeling_gpt2 transformers.models.llama.modeling_llama",
-    "sae_lens": "scipy.optimize transformer_lens transformer_lens.model_bridge sae_lens",
+    "sae_lens": "transformer_lens transformer_lens.model_bridge sae_lens",
 }
-LIBRARIES["sae_lens"] = f"{LIBRARIES['torch']} {LIBRARIES['sae_lens']}"
-WITH = {  # stage -> the libraries that it uses
-    **dict.fromkeys("tokenizer corpus activations evaluation features circuits".split(), "torch"),
-    **dict.fromkeys("training attribution attribution_graph".split(), "torch"),
-    **dict.fromkeys("model sae sae_import exports".split(), "sae_lens"),
+# Variables of the environment that Python, or one of these libraries, reads while it starts.
+READ = {
+    "light": "PYTHON LC_ LANG",
+    "torch": "TORCH CUDA",
+    "transformers": "HF_ HUGGINGFACE TRANSFORMERS HOME XDG_",
+    "sae_lens": "",
 }
-# Variables of the environment that Python, or one of the large libraries, reads while it starts.
-READ = {"light": "PYTHON LC_ LANG"}
-READ["torch"] = f"{READ['light']} HF_ HUGGINGFACE TRANSFORMERS TORCH CUDA HOME XDG_"
-READ["sae_lens"] = READ["torch"]
+SEED = "PYTHONHASHSEED"
 READ_LATER = ("PYTHONPATH", "PYTHONDONTWRITEBYTECODE")
 # Snakemake sets them to the threads of a rule, which at smoke scale is 1.
 THREADS = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+WITH = {  # command -> the libraries that it uses
+    **dict.fromkeys("tokenizer corpus activations evaluation features".split(), "transformers"),
+    **dict.fromkeys("circuits training attribution attribution_graph".split(), "transformers"),
+    **dict.fromkeys("model sae sae_import exports".split(), "sae_lens"),
+}
 
 
-def needs(args: list[str]) -> str | None:
-    """Which libraries a command line of Python is served from; None: a fresh Python."""
+def needs(args: list[str]) -> str:
+    """Which libraries a command line of Python uses; '': not known."""
     if args[:2] == ["-m", "snakemake"]:
         return "light"
     if args[:2] == ["-m", "pipeline"] and len(args) > 2:
         return WITH.get(args[2], "light")
     if args and args[0].endswith(".py"):
         with open(args[0], encoding="utf-8") as f:
-            return "torch" if "torch" in f.read() else "light"
-    return None
+            return "transformers" if "torch" in f.read() else "light"
+    return os.environ.get("RETRACE_WITH", "") if args[:1] == ["-c"] else ""
+
+
+def richest(wanted: str, folder: str) -> str:
+    """The server to ask: that of `wanted`, or one before it, whose imports saw this environment.
+
+    For another seed of hashes there is a server like the first one.
+    """
+    with open(os.path.join(folder, "environment.json")) as f:
+        theirs = json.load(f)
+    if wanted and theirs.get(SEED) != os.environ.get(SEED):
+        theirs |= {SEED: os.environ.get(SEED)}
+        wanted = "light"
+    names, fitting = list(LIBRARIES), ""
+    for name in names[: names.index(wanted) + 1] if wanted else []:
+        if relevant(dict(os.environ), name) != relevant(theirs, name):
+            break
+        fitting = name
+    return fitting
 
 
 def relevant(environment: dict[str, str], libraries: str) -> dict[str, str]:
-    """What a server has read of its environment before it was asked anything."""
-    early = {k: v for k, v in environment.items() if k.startswith(tuple(READ[libraries].split()))}
-    threads = {k: environment.get(k, v) for k, v in THREADS.items()}
-    return {k: v for k, v in early.items() if k not in READ_LATER} | threads
+    """What the imports of a server read of an environment."""
+    early = tuple(READ[libraries].split())
+    found = {k: v for k, v in environment.items() if k.startswith(early) and k not in READ_LATER}
+    return found | {k: environment.get(k, v) for k, v in THREADS.items()}
 
 
 # --- the client ----------------------------------------------------------------------------
@@ -80,6 +103,8 @@ def begin(folder: str) -> None:
     command = os.path.join(folder, "python")
     with open(os.path.join(folder, "owner"), "w") as f:
         f.write(str(os.getpid()))
+    with open(os.path.join(folder, "environment.json"), "w") as f:
+        json.dump(dict(os.environ), f)
     with open(command, "w") as f:
         parts = shlex.join([sys.executable, "-I", "-S", os.path.abspath(__file__), folder])
         f.write(f'#!/bin/sh\nexec {parts} "$@"\n')
@@ -88,8 +113,8 @@ def begin(folder: str) -> None:
 
 
 def main(folder: str, args: list[str]) -> None:
-    libraries = needs(args)
-    if libraries and not is_first(args):
+    libraries = richest(needs(args), folder)
+    if libraries and not (needs(args) != "light" and is_first(args)):
         server = connected(folder, libraries)
         if server is not None:
             os._exit(ask(server, args))
@@ -99,7 +124,7 @@ def main(folder: str, args: list[str]) -> None:
 def is_first(args: list[str]) -> bool:
     """Whether this is the first job of a stage that RETRACE_COLD asks to start afresh."""
     noted = os.environ.get("RETRACE_COLD")
-    if not noted or args[:2] == ["-m", "snakemake"]:
+    if not noted:
         return False
     name = args[2] if args[0] == "-m" else os.path.abspath(args[0]).replace(os.sep, "+")
     try:
@@ -110,14 +135,11 @@ def is_first(args: list[str]) -> bool:
 
 
 def connected(folder: str, libraries: str) -> socket.socket | None:
-    """A connection to a server whose imports saw this environment; it is started where need be."""
+    """A connection to a server, which is started where need be."""
     import fcntl
-    import hashlib
     import subprocess
 
-    seen = json.dumps(relevant(dict(os.environ), libraries), sort_keys=True)
-    name = f"{libraries}-{hashlib.sha256(seen.encode()).hexdigest()[:12]}"
-    path = os.path.join(folder, name)
+    path = os.path.join(folder, f"{libraries}{os.environ.get(SEED, '')}")
     if (server := reach(path)) is not None:
         return server
     with open(f"{path}.lock", "a") as lock:
@@ -193,8 +215,10 @@ def serve(folder: str, path: str, libraries: str) -> None:
     sys.path.pop(0)  # the folder of this file
     with open(os.path.join(folder, "owner")) as f:
         owner = int(f.read())
-    for module in LIBRARIES[libraries].split():
-        importlib.import_module(module)
+    names = list(LIBRARIES)
+    for name in names[min(1, names.index(libraries)) : names.index(libraries) + 1]:
+        for module in LIBRARIES[name].split():
+            importlib.import_module(module)
     gc.collect()
     gc.freeze()
     os.chdir(folder)
@@ -299,10 +323,10 @@ def become(asked: dict, files: list[int]) -> None:
     sys.dont_write_bytecode = bool(os.environ.get("PYTHONDONTWRITEBYTECODE"))
     renew_streams()
     extra = [os.path.abspath(p) for p in os.environ.get("PYTHONPATH", "").split(os.pathsep) if p]
-    module = args[0] == "-m"
-    first = os.getcwd() if module else os.path.dirname(os.path.abspath(args[0]))
-    sys.path[:] = [first, *extra, *sys.path]
-    sys.argv = args[1:] if module else args
+    how = args[0] if args[0] in ("-m", "-c") else ""
+    first = os.getcwd() if how else os.path.dirname(os.path.abspath(args[0]))
+    sys.path[:] = ["" if how == "-c" else first, *extra, *sys.path]
+    sys.argv = {"-m": args[1:], "-c": ["-c", *args[2:]]}.get(how, args)
     sys.modules["__main__"] = main_module = types.ModuleType("__main__")
     main_module.__builtins__ = __builtins__
     importlib.invalidate_caches()
@@ -315,8 +339,10 @@ def become(asked: dict, files: list[int]) -> None:
             if os.path.isfile(os.path.join(folder, "sitecustomize.py")):
                 sys.modules.pop("sitecustomize", None)
                 importlib.import_module("sitecustomize")
-        if module:
+        if how == "-m":
             runpy._run_module_as_main(args[1])
+        elif how == "-c":
+            exec(compile(args[1], "<string>", "exec"), main_module.__dict__)
         else:
             main_module.__file__ = args[0]
             with open(args[0], "rb") as f:
