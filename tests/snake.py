@@ -118,8 +118,13 @@ def inputs_of(project: Path, **config) -> Inputs:
     return Inputs(papers.Run.load(settings, [project]), project)
 
 
-def forget_code() -> None:
-    """Forget what was read for code hashes: a process reads a file once."""
-    caches = (source.tree, source._facts, source._remembered, source._module, source.reached)
-    for function in (*caches, source._templates, source._version):
+def forget_code(note: bool = True) -> None:
+    """Forget what was read for code hashes: a process reads a file once.
+
+    Args:
+        note: also what is noted under the bytes of a file, and holds for another file of the same,
+            and the versions of packages.
+    """
+    caches = (source.tree, source._facts, source._module, source.reached, source._templates)
+    for function in (*caches, *((source._remembered, source._version) if note else ())):
         function.cache_clear()
