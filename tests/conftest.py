@@ -11,15 +11,17 @@ import json
 import os
 import shutil
 import subprocess
-import sys
+import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jaxtyping
 import pytest
+import warm
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 ROOT = Path(__file__).parent.parent
+WARM = pytest.StashKey[tempfile.TemporaryDirectory]()
 TORCH_ROOMS = "models activations weights sae imports latents circuits".split()
 HOOK = "blocks.0.hook_resid_post"
 LONGEST = (  # files; they start first
@@ -49,6 +51,19 @@ jaxtyping.install_import_hook(checked_modules(), CHECKER)
 
 
 # --- two workers ---------------------------------------------------------------------------
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Processes of the tests are forked off one that has imported their libraries: warm.py."""
+    if "RETRACE_PYTHON" not in os.environ:
+        config.stash[WARM] = tempfile.TemporaryDirectory(prefix="retrace-")
+        warm.begin(config.stash[WARM].name)
+
+
+def pytest_unconfigure(config: pytest.Config) -> None:
+    if WARM in config.stash:
+        os.environ.pop("RETRACE_PYTHON", None)
+        config.stash[WARM].cleanup()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
@@ -109,7 +124,7 @@ def stage(name: str, spec: dict, cwd: Path = ROOT, check: bool = True, **paths):
     Returns:
         The finished process, its stderr as text.
     """
-    command = [sys.executable, "-m", "pipeline", name, "--spec", json.dumps(spec)]
+    command = [warm.python(), "-m", "pipeline", name, "--spec", json.dumps(spec)]
     for option, value in paths.items():
         values = value if isinstance(value, list) else [value]
         if value is not None:

@@ -10,7 +10,6 @@ import http.server
 import json
 import re
 import subprocess
-import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -18,6 +17,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
+import warm
 from conftest import environment
 
 COMMIT = "c" * 40
@@ -173,8 +173,8 @@ FETCH = (  # 'kind owner/name revision pattern ...' -> folder, licence, files; o
 def fetching(*wanted: str, cwd: Path) -> subprocess.Popen:
     """A process, with the environment as it is now, that fetches each 'kind repo revision ...'."""
     return subprocess.Popen(
-        [sys.executable, "-c", FETCH, *wanted], env=environment(), cwd=cwd, text=True,
-        stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+        [warm.python(), "-c", FETCH, *wanted], env=environment() | {"RETRACE_WITH": "torch"},
+        cwd=cwd, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
     )  # fmt: skip
 
 

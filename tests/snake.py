@@ -4,11 +4,11 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
+import warm
 import yaml
 
 from pipeline.claims import progress
@@ -56,7 +56,7 @@ def snakemake(*args: str, cwd: Path, check: bool = True, timeout: int = 600, **c
     given = ["--config", *(f"{k}={v}" for k, v in config.items()), "--"] if config else []
     flags = [a for i, a in enumerate(args) if a.startswith("-") or args[i - 1] in VALUED]
     targets = [a for a in args if a not in flags]
-    command = [sys.executable, "-m", "snakemake", "-c2", *flags, *given, *targets]
+    command = [warm.python(), "-m", "snakemake", "-c2", *flags, *given, *targets]
     folder = cwd / args[args.index("--directory") + 1] if "--directory" in args else cwd
     before = journals(folder)
     done = subprocess.run(
@@ -118,8 +118,13 @@ def inputs_of(project: Path, **config) -> Inputs:
     return Inputs(papers.Run.load(settings, [project]), project)
 
 
-def forget_code() -> None:
-    """Forget what was read for code hashes: a process reads a file once."""
-    caches = (source.tree, source._facts, source._remembered, source._module, source.reached)
-    for function in (*caches, source._templates, source._version):
+def forget_code(note: bool = True) -> None:
+    """Forget what was read for code hashes: a process reads a file once.
+
+    Args:
+        note: also what is noted under the bytes of a file, and holds for another file of the same,
+            and the versions of packages.
+    """
+    caches = (source.tree, source._facts, source._module, source.reached, source._templates)
+    for function in (*caches, *((source._remembered, source._version) if note else ())):
         function.cache_clear()

@@ -269,7 +269,7 @@ def training(run: str, table: Any) -> dict[str, list[float]]:
 
 
 def sparse_probes(table: Any) -> dict[str, list[float]]:
-    """The metrics of SPARSE_PROBES, of every dictionary in a table of benchmarks: one value a seed."""
+    """SPARSE_PROBES of every dictionary in a table of benchmarks, one value per seed."""
     out: dict[str, list[float]] = {}
     for (sae, of, k), rows in table.groupby(["sae", "of", "k"]):
         named = f"probe_k{k}" if k else "probe_all"

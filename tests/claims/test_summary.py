@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import synthetic
+import warm
 
 from pipeline.claims import summary
 from pipeline.job.events import Job
@@ -97,7 +98,7 @@ rule fine:
 def test_a_failure_is_told_with_its_log(tmp_path):
     root = str(Path(__file__).parents[2])
     (tmp_path / "Snakefile").write_text(WORKFLOW.format(root=root))
-    command = [sys.executable, "-m", "snakemake", "-c2", "--keep-going"]
+    command = [warm.python(), "-m", "snakemake", "-c2", "--keep-going"]
     env = {**os.environ, "XDG_CACHE_HOME": str(tmp_path)}
     done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, env=env)
     assert done.returncode == 1

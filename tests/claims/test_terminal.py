@@ -8,12 +8,12 @@ import pty
 import re
 import struct
 import subprocess
-import sys
 import termios
 from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import warm
 
 from pipeline.claims import terminal
 from pipeline.claims.terminal import Terminal
@@ -263,7 +263,7 @@ rule figures:
 def snakefile(folder: Path, wait: str = "") -> list[str]:
     """Write a workflow of five jobs; the command that runs it."""
     (folder / "Snakefile").write_text(SNAKEFILE.format(root=str(ROOT), wait=wait))
-    return [sys.executable, "-m", "snakemake", "-c1"]
+    return [warm.python(), "-m", "snakemake", "-c1"]
 
 
 def env(folder: Path) -> dict[str, str]:

@@ -2,10 +2,10 @@
 
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 from pipeline.claims import scalars
 from pipeline.errors import RetraceError
@@ -16,7 +16,7 @@ ROOT = Path(__file__).parents[2]
 
 
 def door(*args: str, module: str = "pipeline") -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", module, *args]
+    command = [warm.python(), "-m", module, *args]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 

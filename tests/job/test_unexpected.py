@@ -9,6 +9,7 @@ import tempfile
 from pathlib import Path
 
 import pytest
+import warm
 from conftest import ROOT, environment
 from snake import snakemake, toy_project
 
@@ -52,7 +53,7 @@ FAULTS = {
 
 def called(tmp_path, fault: str, log=None) -> subprocess.CompletedProcess:
     (tmp_path / "own.py").write_text(STAGE.format(fault=fault))
-    command = [sys.executable, str(tmp_path / "own.py"), "--spec", "{}"]
+    command = [warm.python(), str(tmp_path / "own.py"), "--spec", "{}"]
     env = environment() | {"TMPDIR": str(tmp_path)}
     return subprocess.run(command, env=env, stderr=log or subprocess.PIPE, text=True, cwd=tmp_path)
 

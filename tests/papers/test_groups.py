@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+import warm
 import yaml
 from snake import copy_repository, edit, snakemake
 
@@ -157,11 +158,11 @@ def test_a_fault_in_a_modules_config_is_one_sentence(retrace, group):
 
 def test_a_new_paper_runs_at_once_and_its_tests_pass(retrace, tmp_path):
     made = subprocess.run(
-        [sys.executable, "-m", "pipeline", "scaffold", "ours", "--dir", str(tmp_path / "papers")],
+        [warm.python(), "-m", "pipeline", "scaffold", "ours", "--dir", str(tmp_path / "papers")],
         cwd=retrace, capture_output=True, text=True, check=True,
     ).stdout  # fmt: skip
     command = re.search(r"^  (.+)$", made, re.M)[1].split()
-    command[0:1] = [sys.executable, "-m", "snakemake", "--directory", str(tmp_path), "--snakefile"]
+    command[0:1] = [warm.python(), "-m", "snakemake", "--directory", str(tmp_path), "--snakefile"]
     command.insert(6, str(retrace / "Snakefile"))
     done = subprocess.run(command, cwd=retrace, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr

@@ -1,10 +1,10 @@
 """The lint of a paper folder: every fault in one sentence, none in the papers that are here."""
 
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
+import warm
 
 from pipeline.papers.lint import lint, validated
 from pipeline.papers.scaffold import scaffold
@@ -132,7 +132,7 @@ def test_whatever_stands_there_it_comes_to_an_end(data):
 
 def test_the_command(folder):
     def call() -> subprocess.CompletedProcess:
-        command = [sys.executable, "-m", "pipeline", "lint_paper", str(folder)]
+        command = [warm.python(), "-m", "pipeline", "lint_paper", str(folder)]
         return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
     assert (call().returncode, call().stdout) == (0, "no faults\n")

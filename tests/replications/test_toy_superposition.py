@@ -10,6 +10,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import warm
 
 from pipeline.errors import RetraceError
 from pipeline.job.source import import_file
@@ -292,7 +293,7 @@ def test_a_bad_section_names_the_key(changes, said):
 
 
 def run_stage(folder: Path, *options: str) -> subprocess.CompletedProcess:
-    command = [sys.executable, str(FOLDER / "superposition.py")]
+    command = [warm.python(), str(FOLDER / "superposition.py")]
     command += ["--spec", json.dumps({"own.superposition": smoke()}), "--device", "cpu"]
     for name in stage.TABLES:
         command += [f"--{name}", str(folder / f"{name}.parquet")]

@@ -5,12 +5,12 @@ import json
 import math
 import shutil
 import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 import numpy as np
 import pytest
+import warm
 from safetensors.numpy import save_file
 
 from pipeline.errors import RetraceError
@@ -30,7 +30,7 @@ def two(made_up, tmp_path) -> tuple[Path, Path]:
 
 
 def call(*args: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "pipeline", "compare", *map(str, args)]
+    command = [warm.python(), "-m", "pipeline", "compare", *map(str, args)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 

@@ -2,12 +2,12 @@
 
 import json
 import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 import pytest
 import synthetic
+import warm
 
 from pipeline.sharing import crate
 from pipeline.store import provenance
@@ -31,7 +31,7 @@ def released(made_up, tmp_path_factory) -> Path:
 
 
 def call(*args: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "pipeline", "crate", *map(str, args)]
+    command = [warm.python(), "-m", "pipeline", "crate", *map(str, args)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 
@@ -105,7 +105,7 @@ def test_faults_are_one_sentence(released, tmp_path):
 
 def test_without_the_package_it_says_what_to_install(released, tmp_path):
     (tmp_path / "rocrate.py").write_text("raise ImportError")
-    command = [sys.executable, "-m", "pipeline", "crate", str(released), "--out", "x.zip"]
+    command = [warm.python(), "-m", "pipeline", "crate", str(released), "--out", "x.zip"]
     done = subprocess.run(
         command, cwd=tmp_path, capture_output=True, text=True,
         env={"PYTHONPATH": f"{tmp_path}:{ROOT}", "PATH": ""},

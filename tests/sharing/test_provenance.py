@@ -9,6 +9,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import warm
 
 from pipeline.errors import RetraceError
 from pipeline.sharing.provenance import show
@@ -211,7 +212,7 @@ def test_equal_objects_have_equal_digests(a, b, equal):
 
 def command(*args: str) -> subprocess.CompletedProcess:
     return subprocess.run(
-        [sys.executable, "-m", "pipeline", "provenance", *args],
+        [warm.python(), "-m", "pipeline", "provenance", *args],
         env={"PYTHONPATH": str(ROOT), "PATH": ""},
         capture_output=True,
         text=True,

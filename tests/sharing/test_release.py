@@ -4,11 +4,11 @@ import json
 import re
 import shutil
 import subprocess
-import sys
 import zipfile
 from pathlib import Path
 
 import pytest
+import warm
 from snake import copy_repository, snakemake
 
 from pipeline.papers import papers
@@ -43,7 +43,7 @@ def members(archive: Path) -> dict[str, bytes]:
 
 
 def module(name: str, *args: str, cwd: Path) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "pipeline", name, *args]
+    command = [warm.python(), "-m", "pipeline", name, *args]
     return subprocess.run(command, cwd=cwd, capture_output=True, text=True)
 
 
@@ -89,7 +89,7 @@ def test_figures_are_drawn_anew_byte_for_byte_without_torch(released, elsewhere,
     for name in figures:
         (elsewhere / name).unlink()
     env = {"PYTHONPATH": str(tmp_path), "PATH": "/usr/bin:/bin"}
-    command = [sys.executable, "-m", "snakemake", "-c1", "--config", "papers=[toy]", "scale=smoke"]
+    command = [warm.python(), "-m", "snakemake", "-c1", "--config", "papers=[toy]", "scale=smoke"]
     done = subprocess.run(
         [*command, "--", *html], cwd=elsewhere, env=env, capture_output=True, text=True
     )
@@ -129,7 +129,7 @@ def test_the_readme_names_commands_that_can_be_run(released, elsewhere):
     for line in lines[:2]:
         tool, *args = line.split()
         assert tool == "snakemake"
-        command = [sys.executable, "-m", "snakemake", "-n", *args]
+        command = [warm.python(), "-m", "snakemake", "-n", *args]
         assert subprocess.run(command, cwd=elsewhere, capture_output=True).returncode == 0, line
 
 

@@ -4,11 +4,11 @@ import re
 import shutil
 import struct
 import subprocess
-import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
 import pytest
+import warm
 
 from pipeline.errors import RetraceError
 from pipeline.sharing import slide
@@ -25,7 +25,7 @@ def figure(made_up) -> Path:
 
 
 def call(*args: object) -> subprocess.CompletedProcess:
-    command = [sys.executable, "-m", "pipeline", "slide", *map(str, args)]
+    command = [warm.python(), "-m", "pipeline", "slide", *map(str, args)]
     return subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
 
 

@@ -10,6 +10,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+import warm
 
 ROOT = Path(__file__).parents[2]
 BIN = Path(sys.executable).parent
@@ -154,7 +155,7 @@ def unexpected(said: str) -> list[str]:
 
 @pytest.mark.workflow
 def test_snakemakes_own_lints():
-    done = run(sys.executable, "-m", "snakemake", "--lint")
+    done = run(warm.python(), "-m", "snakemake", "--lint")
     said = done.stdout + done.stderr
     assert "Lints for rule" in said, said  # it ran, and spoke of the rules
     assert unexpected(said) == []

@@ -2,11 +2,11 @@
 
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pandas as pd
 import pytest
+import warm
 
 from pipeline.sharing import redraw, verify
 from pipeline.sharing.published import opened
@@ -79,7 +79,7 @@ def test_a_published_figure_is_drawn_again_without_a_run_or_torch(copied, tmp_pa
     (tmp_path / "stub/torch.py").write_text("raise RuntimeError('no torch here')")
     path = f"{tmp_path / 'stub'}:{ROOT}"
     done = subprocess.run(
-        [sys.executable, "-m", "pipeline", "redraw", str(copied), "--out", str(tmp_path / "out")],
+        [warm.python(), "-m", "pipeline", "redraw", str(copied), "--out", str(tmp_path / "out")],
         env={"PYTHONPATH": path, "PATH": "/usr/bin:/bin"}, capture_output=True, text=True,
     )  # fmt: skip
     lines = done.stdout.splitlines()
