@@ -16,7 +16,7 @@ from pipeline.downloads import hub
 from pipeline.errors import RetraceError
 from pipeline.papers import lint, papers
 from pipeline.spec import aliases
-from pipeline.spec.paper import CorpusSpec, ModelSpec
+from pipeline.spec.sources import CorpusSpec, ModelSpec
 from pipeline.store import tables
 
 TINY = f"model owner/tiny {COMMIT}"

@@ -10,7 +10,8 @@ from typing import Any
 
 from pydantic import Field
 
-from pipeline.spec.paper import Section, parse
+from pipeline.spec.base import Section
+from pipeline.spec.paper import parse
 
 
 class Options(Section):
