@@ -13,8 +13,7 @@ from pydantic import Field
 from torch import Tensor
 
 from pipeline.errors import RetraceError
-from pipeline.spec.base import Section
-from pipeline.spec.paper import parse
+from pipeline.spec.paper import Section, parse
 from pipeline.weights.batches import IGNORED, Batches, seeded
 
 HELD_OUT = -1  # no member has this seed

@@ -10,8 +10,7 @@ from typing import Any
 
 from pydantic import Field
 
-from pipeline.spec.base import Section
-from pipeline.spec.paper import parse
+from pipeline.spec.paper import Section, parse
 
 
 class Options(Section):
