@@ -38,7 +38,7 @@ STAGES = {
 TOOLS = {
     "scaffold": "pipeline.papers.scaffold",
     "lint_paper": "pipeline.papers.lint",
-    "schema": "pipeline.spec.schema",
+    "schema": "pipeline.papers.schema",
     "aliases": "pipeline.spec.aliases",
     "adapters": "pipeline.models.adapters",
     "progress": "pipeline.claims.progress",

@@ -28,8 +28,8 @@ from pipeline.claims import expressions, verdicts
 from pipeline.errors import RetraceError, command, nearest
 from pipeline.figures import drawing
 from pipeline.job.source import tree
+from pipeline.papers import folders
 from pipeline.papers import own as own_rules
-from pipeline.papers import papers
 from pipeline.spec import once
 from pipeline.spec.base import told
 from pipeline.spec.paper import PaperSpec
@@ -46,17 +46,17 @@ def lint(folder: Path) -> list[str]:
     """Every fault of a paper folder, a sentence each."""
     file = folder / "paper.yaml"
     try:
-        raw = dict(papers.load_yaml(file))
+        raw = dict(folders.load_yaml(file))
     except RetraceError as e:
         return [str(e)]
-    out = list(papers.faults_of_scales(raw, file))
+    out = list(folders.faults_of_scales(raw, file))
     if raw.get("scales") and not isinstance(raw["scales"], dict):
         return out
-    scales = papers.scales_of(raw)
+    scales = folders.scales_of(raw)
     raw.pop("scales", None)
     found: dict[str, list[str]] = {}
     for scale, over in scales.items():
-        merged = papers.overlay(raw, over)
+        merged = folders.overlay(raw, over)
         for fault in at_scale(folder, scale, merged):
             found.setdefault(fault, []).append(scale)
     for fault in budgets_of_no_scale(folder, raw, scales):
@@ -74,7 +74,7 @@ def at_scale(folder: Path, scale: str, data: dict) -> list[str]:
     if spec is None or not whole:
         return out
     try:
-        paper = papers.Paper(folder.name, folder, scale, papers.filled(spec, str(file)))
+        paper = folders.Paper(folder.name, folder, scale, folders.filled(spec, str(file)))
     except RetraceError as e:
         return [*out, str(e)]
     for check in (verdicts.faults, reasons, able_to_fail, drawing.faults, own_stages, unpinned):
@@ -176,7 +176,7 @@ def _parent(data: Any, path: list) -> Any:
 # --- claims, stages, code ------------------------------------------------------------------
 
 
-def reasons(paper: papers.Paper) -> Iterator[str]:
+def reasons(paper: folders.Paper) -> Iterator[str]:
     """An order that rests on a number of ours, such as `a.ev > 0.9`, says why that number."""
     for claim in paper.spec.claims:
         if claim.kind != "order" or claim.reason:
@@ -193,7 +193,7 @@ def reasons(paper: papers.Paper) -> Iterator[str]:
             )
 
 
-def unpinned(paper: papers.Paper) -> Iterator[str]:
+def unpinned(paper: folders.Paper) -> Iterator[str]:
     """A model or a text of a hub whose newest commit would be taken, whatever that is by then."""
     spec = paper.spec
     arms = spec.arm_names() if spec.model else []
@@ -207,7 +207,7 @@ def unpinned(paper: papers.Paper) -> Iterator[str]:
             )
 
 
-def able_to_fail(paper: papers.Paper) -> Iterator[str]:
+def able_to_fail(paper: folders.Paper) -> Iterator[str]:
     """An order of the paper names where it must not hold; a published value, its budget."""
     spec = paper.spec
     for claim in (c for c in spec.claims if c.of == "paper" and c.comparable):
@@ -229,7 +229,7 @@ def able_to_fail(paper: papers.Paper) -> Iterator[str]:
 
 def budgets_of_no_scale(folder: Path, raw: dict, scales: dict) -> Iterator[str]:
     """A budget may rest on settings that only some scales have, and at least one must have them."""
-    specs = [validated(papers.overlay(raw, over))[0] for over in scales.values()]
+    specs = [validated(folders.overlay(raw, over))[0] for over in scales.values()]
     for name, budget in next((s.budget for s in specs if s), {}).items():
         try:
             wanted = expressions.names(expressions.parse(budget.ours))
@@ -244,7 +244,7 @@ def budgets_of_no_scale(folder: Path, raw: dict, scales: dict) -> Iterator[str]:
                 )
 
 
-def own_stages(paper: papers.Paper) -> Iterator[str]:
+def own_stages(paper: folders.Paper) -> Iterator[str]:
     """Every own stage has a file, what it needs, and a rule that writes its tables."""
     yield from own_rules.faults(paper)
     file = paper.folder / "rules.smk"

@@ -16,7 +16,7 @@ from pathlib import Path
 from pipeline.claims import summary
 from pipeline.errors import RetraceError, command, nearest
 from pipeline.job import commands, source
-from pipeline.papers import papers
+from pipeline.papers import folders
 from pipeline.report import definitions
 from pipeline.spec.yaml_files import load_yaml
 
@@ -28,7 +28,7 @@ WIDTH = 100
 def list_papers() -> dict[str, str]:
     """Name -> title and year of the papers that are here."""
     out = {}
-    for name in papers.available([PAPERS]):
+    for name in folders.available([PAPERS]):
         card = load_yaml(PAPERS / name / "paper.yaml")
         out[name] = f"{card.get('title', '')} ({card.get('year', '')})"
     return out
@@ -47,7 +47,7 @@ def list_methods() -> dict[str, str]:
 def list_metrics() -> dict[str, str]:
     """Metric or pattern -> definition: the core's, then each paper's own."""
     out = definitions.metrics()
-    for name in papers.available([PAPERS]):
+    for name in folders.available([PAPERS]):
         own = source.literal(PAPERS / name / "metrics.py", "METRICS")
         out |= {f"{name}: {metric}": text for metric, text in own.items()}
     return out

@@ -21,7 +21,8 @@ from pydantic import ValidationError
 
 from pipeline.errors import RetraceError, nearest
 from pipeline.job import source
-from pipeline.papers.papers import Paper, Run
+from pipeline.papers.folders import Paper
+from pipeline.papers.papers import Run
 from pipeline.papers.rule_params import Params
 from pipeline.papers.workflow import DICTIONARIES, Inputs, card, home, known
 from pipeline.spec.own import OwnStage, Resources, parted

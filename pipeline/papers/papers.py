@@ -1,29 +1,28 @@
-"""Find, load, overlay and validate paper folders; digests of the store.
+"""The papers of a run, and the artefacts of the store that they need.
 
-A paper is a folder with a paper.yaml. `load` lays the overlay of a scale over its sections and
-validates the whole before anything runs. `Run` answers the rules' questions: which artefact of
-the store a paper needs at a scale, under which digest, made from which spec.
+`Run` answers the rules' questions: which artefact a paper needs at a scale, under which digest,
+made from which spec. folders.py reads folders and scales of papers, paths.py the paths in them.
 """
 
 import contextlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.downloads import fetch
-from pipeline.errors import RetraceError, nearest
+from pipeline.errors import RetraceError
 from pipeline.job.source import files_code
-from pipeline.spec import paper as spec
-from pipeline.spec.base import SCALES, scale_name
+from pipeline.papers.folders import Paper, available, faults_of_scales, find, load, scales_of
+from pipeline.papers.paths import near, path_digest, resolve, resolve_many
+from pipeline.spec.base import SCALES
 from pipeline.spec.imports import ImportSpec, listing
 from pipeline.spec.once import overlay
-from pipeline.spec.paper import Config, CorpusSpec, PaperSpec
+from pipeline.spec.paper import Config, parse
+from pipeline.spec.sources import CorpusSpec
 from pipeline.spec.yaml_files import load_yaml
-from pipeline.store import intact
 from pipeline.store.provenance import canonical, digest
 
 CERTIFIED = {  # files of an artefact that carry a certificate, where it is not manifest.json
@@ -32,210 +31,6 @@ CERTIFIED = {  # files of an artefact that carry a certificate, where it is not 
     "corpus": ["tokens.parquet", "documents.parquet"],
 }
 DIGEST_LENGTH = 12
-NOTES = Path("results/store/.digests")  # below the working directory
-
-
-@dataclass(frozen=True)
-class Paper:
-    """A validated paper at one scale."""
-
-    name: str
-    folder: Path
-    scale: str
-    spec: PaperSpec
-
-    def tables(self) -> dict[str, str]:
-        """Name -> path of every table that this paper's stages write, e.g. 'evaluation/trained'."""
-        names = [f"{stage}/{t}" for stage, s in self.spec.own.items() for t in s["tables"]]
-        names += [f"training/{run}" for run in self.spec.training]
-        if self.spec.sae:
-            names += [f"evaluation/{arm}" for arm in self.spec.arm_names()]
-            names += [f"evaluation/{arm}_history" for arm in self.spec.arm_names()]
-        if self.spec.benchmarks:
-            names += [f"benchmarks/{arm}" for arm in self.spec.arm_names()]
-        if self.spec.features:
-            names += [f"features/{s}" for s in self.spec.features.saes]
-        if self.spec.attribution:
-            names += ["attribution/prompts", "attribution/latents"]
-        if self.spec.circuits:
-            parts = ("nodes", "edges", "methods")
-            names += [f"circuits/{a}_{part}" for a in self.spec.circuit_arms() for part in parts]
-        if self.spec.probes:
-            names += [f"probes/{a}_{part}" for a in self.spec.probe_arms()
-                      for part in ("scores", "labels")]  # fmt: skip
-        if self.spec.steering:
-            names += [f"steering/{part}" for part in ("effects", "samples")]
-        return {n: f"results/{self.scale}/{self.name}/{n}.parquet" for n in names}
-
-    def code_files(self, *names: str) -> list[str]:
-        """The paper's own .py files: all, or those that fit `names`, e.g. 'figures*.py'."""
-        return [str(f) for name in names or ["*.py"] for f in sorted(self.folder.glob(name))]
-
-
-# --- paper folders -------------------------------------------------------------------------
-
-
-def find(name: str, dirs: list[Path]) -> Path:
-    """The folder of a paper."""
-    for folder in dirs:
-        if (folder / name / "paper.yaml").is_file():
-            return folder / name
-    known = sorted(p.parent.name for d in dirs for p in d.glob("*/paper.yaml"))
-    raise RetraceError(
-        f"config.yaml: no paper '{name}'{nearest(name, known)} in {', '.join(map(str, dirs))}; "
-        f"there are {', '.join(known) or 'none'}"
-    )
-
-
-def available(dirs: list[Path]) -> list[str]:
-    """Names of all paper folders in `dirs`, sorted; what is no name for a paper is left out."""
-    found = {p.parent.name for d in dirs for p in d.glob("*/paper.yaml")}
-    return sorted(n for n in found if re.fullmatch(r"[A-Za-z]\w*", n))
-
-
-def load(folder: Path, scale: str, raw: dict | None = None, hub: bool = False) -> Paper:
-    """The paper in `folder` at `scale`, validated.
-
-    Args:
-        raw: what `load_yaml` gives of its paper.yaml, where that was read before.
-        hub: whether arms may come from a hub; else those that do are left out.
-    """
-    file = folder / "paper.yaml"
-    raw = dict(load_yaml(file) if raw is None else raw)
-    for fault in faults_of_scales(raw, file):
-        raise RetraceError(fault)
-    scales = scales_of(raw)
-    if scale not in scales:
-        raise RetraceError(
-            f"{file}: scales: no scale '{scale}'{nearest(scale, scales)}; it has "
-            f"{', '.join(scales)}; add it there, or name another"
-        )
-    merged = overlay({k: v for k, v in raw.items() if k != "scales"}, scales[scale])
-    if not hub and isinstance(merged, dict):
-        merged = _without_hub(merged)
-    parsed = spec.parse(PaperSpec, merged, f"{file} ({scale})")
-    paper = Paper(folder.name, folder, scale, filled(parsed, f"{file} ({scale})"))
-    from pipeline.claims import verdicts
-    from pipeline.figures import drawing  # they read papers, too
-    from pipeline.papers import own
-
-    for part in (own, verdicts, drawing):
-        part.check(paper)
-    return paper
-
-
-def scales_of(raw: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Scale -> its overlay: smoke, laptop and paper, and those of the paper's own."""
-    given = raw.get("scales")
-    return {s: {} for s in SCALES} | {s: o or {} for s, o in (given or {}).items()}
-
-
-def faults_of_scales(raw: dict[str, Any], file: Path) -> Iterator[str]:
-    """What is wrong with the names of the scales of a paper.yaml, and with those of its claims."""
-    given = raw.get("scales") or {}
-    if not isinstance(given, dict):
-        yield f"{file}: scales: must be a mapping from {', '.join(SCALES)} or names of your own"
-        return
-    for key in given:
-        try:
-            scale_name(str(key))
-        except ValueError as e:
-            yield f"{file}: scales: {e}"
-            continue
-        hint = "" if key in SCALES else nearest(key, SCALES)
-        if hint:
-            yield f"{file}: scales: unknown scale '{key}'{hint}; one of your own needs another name"
-    known = scales_of(raw)
-    for scale in dict.fromkeys(_scales_of_claims(raw)):
-        if scale not in known:
-            yield f"{file}: claims: unknown scale '{scale}'{nearest(scale, known)}"
-
-
-def _scales_of_claims(raw: dict[str, Any]) -> Iterator[str]:
-    """The scales that claims, or defaults among them, name."""
-    for claim in raw["claims"] if isinstance(raw.get("claims"), list) else []:
-        for part in (claim, claim.get("defaults")) if isinstance(claim, dict) else ():
-            scales = part.get("scales") if isinstance(part, dict) else None
-            if isinstance(scales, list):
-                yield from (s for s in scales if isinstance(s, str))
-
-
-PLACE = re.compile(r"\{(\w+(?:\.\w+)+)\}")
-
-
-def filled(paper: PaperSpec, where: str) -> PaperSpec:
-    """The paper with the numbers of its scale in the text of its deviations and captions.
-
-    '{sae.training.dead_rows}' is that setting at this scale, with commas: '100,000'. What is no
-    setting stays in a caption, since it may be a metric (pipeline/figures/drawing.py).
-
-    Raises:
-        RetraceError: a deviation names no setting, or one that is no number and no word.
-    """
-    texts = [*paper.deviations, *(f.caption for f in paper.figures.values())]
-    if not any(PLACE.search(text) for text in texts):
-        return paper
-    settings = paper.model_dump(mode="json")
-
-    def value(found: re.Match) -> str | None:
-        at: Any = settings
-        for key in found[1].split("."):
-            at = at.get(key) if isinstance(at, dict) else None
-        if isinstance(at, (int, float)) and not isinstance(at, bool):
-            return f"{at:,}"
-        return at if isinstance(at, str) else None
-
-    def in_deviation(found: re.Match) -> str:
-        if (said := value(found)) is not None:
-            return said
-        raise RetraceError(
-            f"{where}: no setting '{found[1]}' for the text '{found[0]}'; correct it"
-        )
-
-    def in_caption(found: re.Match) -> str:
-        said = value(found)
-        return found[0] if said is None else said
-
-    figures = {
-        name: f.model_copy(update={"caption": PLACE.sub(in_caption, f.caption)})
-        for name, f in paper.figures.items()
-    }
-    deviations = [PLACE.sub(in_deviation, text) for text in paper.deviations]
-    return paper.model_copy(update={"deviations": deviations, "figures": figures})
-
-
-def _without_hub(raw: dict) -> dict:
-    """A paper.yaml without the arms whose weights come from a hub, where others are left.
-
-    Published dictionaries that only such arms have are left out, too.
-    """
-    arms = raw.get("arms")
-    if not isinstance(arms, dict):
-        return raw
-
-    def from_hub(arm: Any) -> bool:
-        return isinstance(arm, dict) and spec.on_hub(arm).get("source") == "hub"
-
-    here = {name: arm for name, arm in arms.items() if not from_hub(arm)} or arms
-    gone = set(map(str, arms)) - set(map(str, here))
-    circuits = raw.get("circuits")
-    if isinstance(circuits, dict) and isinstance(circuits.get("without"), list):
-        left = [arm for arm in circuits["without"] if arm in here or arm not in arms]
-        raw = raw | {"circuits": circuits | {"without": left}}
-    section = raw.get("sae")
-    if isinstance(section, dict) and isinstance(section.get("dictionaries"), dict):
-        kept = {name: sae for name, sae in section["dictionaries"].items() if not _of(sae, gone)}
-        raw = raw | {"sae": section | {"dictionaries": kept}}
-    return raw | {"arms": here}
-
-
-def _of(sae: Any, arms: set[str]) -> bool:
-    """Whether a published dictionary belongs to some of these arms and to no other."""
-    own = sae.get("arms") if isinstance(sae, dict) and "source" in sae else None
-    return isinstance(own, list) and bool(own) and arms.issuperset(map(str, own))
-
-
-# --- digests and the store -----------------------------------------------------------------
 
 
 @dataclass(frozen=True)
@@ -251,85 +46,6 @@ class Item:
         """Input -> '<stage>/<id>' of the artefact that it is, of those that are no files."""
         stored = {k: v for k, v in self.inputs.items() if k not in ("data", "text")}
         return {k: v if "/" in v else f"{k}/{v}" for k, v in stored.items()}
-
-
-def resolve(path: str, folder: Path, roots: list[Path], may_miss: bool = False) -> Path:
-    """A path of a paper.yaml, made absolute: relative to the paper's folder or a root.
-
-    Args:
-        may_miss: a path that does not exist is given back where a root would have it.
-
-    Raises:
-        RetraceError: it lies outside the paper's folder and the roots of config.yaml, or is
-            missing.
-    """
-    try:
-        tried = [(base / path).resolve() for base in [folder, *roots]]
-        inside = [p for p in tried if any(p.is_relative_to(r.resolve()) for r in [folder, *roots])]
-        found = next((p for p in tried if p.exists()), None)
-    except (OSError, ValueError) as e:  # a name that is too long, or holds a null byte
-        raise RetraceError(
-            f"{folder / 'paper.yaml'}: path {path[:80]!r} is none ({e!r:.80})"
-        ) from e
-    if not inside or (found and found not in inside):
-        raise RetraceError(
-            f"{folder / 'paper.yaml'}: path '{path}' lies outside the paper's folder and the roots "
-            f"{', '.join(map(str, roots))}; add its folder to roots in config.yaml if you trust it"
-        )
-    if found:
-        _no_way_out(found, folder, roots)
-        return found
-    if may_miss:
-        return inside[-1]
-    raise RetraceError(
-        f"{folder / 'paper.yaml'}: path '{path}' does not exist; looked at {inside[0]}"
-    )
-
-
-def _no_way_out(path: Path, folder: Path, roots: list[Path]) -> None:
-    """No link inside a folder leads out of the allowed ones."""
-    allowed = [r.resolve() for r in [folder, path, *roots]]
-    for file in path.rglob("*") if path.is_dir() else []:
-        if file.is_symlink() and not any(file.resolve().is_relative_to(r) for r in allowed):
-            raise RetraceError(
-                f"{folder / 'paper.yaml'}: {file} is a link to {file.resolve()}, outside the "
-                f"paper's folder and the roots; add its folder to roots in config.yaml if you "
-                f"trust it"
-            )
-
-
-def resolve_many(path: str, folder: Path, roots: list[Path]) -> tuple[Path, list[Path]]:
-    """`resolve` for a path that may have * in its last part, and the files that fit it, if so."""
-    head, _, last = path.rpartition("/")
-    if "*" not in last:
-        return resolve(path, folder, roots), []
-    pattern = resolve(head or ".", folder, roots) / last
-    try:
-        return pattern, fetch.fitting(pattern)
-    except RetraceError as e:
-        raise RetraceError(f"{folder / 'paper.yaml'}: {e}") from None
-
-
-def path_digest(path: Path, files: list[Path] | None = None) -> str:
-    """Digest of a file's bytes, or of the names and bytes of a folder's files.
-
-    Args:
-        files: those of them that count; default: all.
-    """
-    if files:
-        return digest([[f.name, intact.noted_sha256(f, NOTES)] for f in files])
-    files = [path] if path.is_file() else sorted(p for p in path.rglob("*") if p.is_file())
-    return digest([[str(f.relative_to(path)), intact.noted_sha256(f, NOTES)] for f in files])
-
-
-def near(path: Path) -> Path:
-    """A path as seen from the working directory where it lies in it, else absolute.
-
-    Such paths stand in the inputs and parameters of jobs, and a checkout that moves must not
-    rerun them.
-    """
-    path, here = path.absolute(), Path.cwd()
-    return path.relative_to(here) if path.is_relative_to(here) else path
 
 
 def _folder(key: str, name: str, bases: list[Path]) -> Path:
@@ -363,7 +79,7 @@ class Run:
     @classmethod
     def load(cls, config: dict, bases: list[Path]) -> "Run":
         """The run that a config.yaml describes; its folders are looked up in `bases`, in turn."""
-        return cls(spec.parse(Config, config, "config.yaml"), bases)
+        return cls(parse(Config, config, "config.yaml"), bases)
 
     def _yaml(self, name: str) -> tuple[Path, dict[str, Any]]:
         """The folder of a paper, and its paper.yaml as it stands there."""

@@ -16,7 +16,9 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import RetraceError, command, nearest
-from pipeline.papers.papers import Paper, Run, resolve
+from pipeline.papers.folders import Paper
+from pipeline.papers.papers import Run
+from pipeline.papers.paths import resolve
 from pipeline.spec.base import SCALES
 from pipeline.spec.measured import LabelSpec
 from pipeline.spec.yaml_files import load_yaml

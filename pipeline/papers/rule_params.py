@@ -14,7 +14,9 @@ from pipeline.claims.verdicts import for_the_job
 from pipeline.errors import RetraceError
 from pipeline.figures.kinds import KINDS
 from pipeline.job import source
-from pipeline.papers.papers import Paper, find, flow, near, to_json
+from pipeline.papers.folders import Paper, find
+from pipeline.papers.papers import flow, to_json
+from pipeline.papers.paths import near
 from pipeline.papers.workflow import Inputs, card, home
 from pipeline.report import done
 from pipeline.report.shown import headline

@@ -20,7 +20,9 @@ from typing import Any
 
 from pipeline.errors import RetraceError, nearest
 from pipeline.figures.drawing import metrics_in
-from pipeline.papers.papers import Item, Paper, Run, find, near, resolve
+from pipeline.papers.folders import Paper, find
+from pipeline.papers.papers import Item, Run
+from pipeline.papers.paths import near, resolve
 
 DRAWING = ("walk", "draw")  # our code beside plotly.js, in this order
 

@@ -29,7 +29,8 @@ from pipeline.sae.stream import Stream, geometric_median
 from pipeline.sae.train import HISTORY, Dictionary, build, train
 from pipeline.sae.transcoder import inference_config
 from pipeline.spec import families
-from pipeline.spec.paper import Hook, Section
+from pipeline.spec.base import Section
+from pipeline.spec.paper import Hook
 from pipeline.spec.sae import SaeSpec, SaeTraining
 from pipeline.store import provenance, tables
 from pipeline.store.checkpoints import Checkpoints, write_tensors

@@ -22,7 +22,7 @@ import numpy as np
 from pipeline.claims.summary import cut, short, tally, width
 from pipeline.errors import RetraceError, command
 from pipeline.job import source
-from pipeline.papers import papers
+from pipeline.papers import folders
 from pipeline.report import pages
 from pipeline.sharing import matching
 from pipeline.sharing.published import Results, flat, opened, pairs
@@ -63,7 +63,7 @@ def card(run: Results) -> dict[str, Any]:
         found = sections(report)
     else:
         try:
-            found = papers.load(PAPERS / run.paper, run.scale).spec.model_dump(mode="json")
+            found = folders.load(PAPERS / run.paper, run.scale).spec.model_dump(mode="json")
         except RetraceError:  # a paper that is not here
             found = {}
     return flat({s: found[s] for s in SECTIONS if found.get(s) is not None})

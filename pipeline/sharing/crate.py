@@ -17,8 +17,8 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import RetraceError, command
-from pipeline.papers.papers import load_yaml
 from pipeline.sharing.published import certificate, unpack
+from pipeline.spec.yaml_files import load_yaml
 from pipeline.store import provenance, tables
 
 PROFILE = "https://w3id.org/ro/wfrun/process/0.5"

@@ -76,13 +76,13 @@ def drawn_as(name: str, shown: dict[str, Any], folder: Path, scale: str) -> dict
     checkout's paper.yaml."""
     from pipeline.figures.kinds import KINDS
     from pipeline.job import source
-    from pipeline.papers import papers
+    from pipeline.papers import folders
 
     wanted = shown["kind"] or name
     own = folder / "figures.py"
     if wanted in KINDS or wanted in source.functions(own) or not (folder / "paper.yaml").is_file():
         return shown
-    figure = papers.load(folder, scale).spec.figures.get(name)
+    figure = folders.load(folder, scale).spec.figures.get(name)
     return shown | {"kind": figure.kind, "options": figure.options} if figure else shown
 
 

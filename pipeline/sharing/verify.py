@@ -217,14 +217,14 @@ def _of_one(file: Path, listed: set[Path], base: Path, out: Report) -> list[str]
 def _sources(file: Path, certificate: dict, base: Path, out: Report) -> list[str]:
     """Faults of local weights and text, by the digests that the artefact made from them holds."""
     from pipeline.downloads import fetch
-    from pipeline.papers import papers
+    from pipeline.papers import paths
 
     section = certificate.get("spec") or {}
     stage = certificate.get("stage")
     if stage == "model" and file.name == "model.json":
         about, recorded = section.get("model", {}), certificate.get("source") or {}
         local, wanted = about.get("source") == "folder", recorded.get("content")
-        digest = papers.path_digest
+        digest = paths.path_digest
     elif stage in ("corpus", "tokenizer"):
         about, wanted = section.get("corpus", {}), certificate.get("text_sha256")
         local, digest = about.get("source") in ("local", "url"), fetch.content_sha256

@@ -29,7 +29,7 @@ import numpy as np
 
 from pipeline.errors import RetraceError
 from pipeline.job import cli
-from pipeline.spec.paper import CorpusSpec
+from pipeline.spec.sources import CorpusSpec
 from pipeline.store import tables
 from pipeline.text import chat, sources, spool
 from pipeline.text.packing import Encode, Stream, cut, shuffled, split

@@ -15,7 +15,7 @@ import numpy as np
 
 from pipeline.errors import RetraceError
 from pipeline.job import cli
-from pipeline.spec.paper import CorpusSpec
+from pipeline.spec.sources import CorpusSpec
 from pipeline.text import spool
 
 BATCH = 512  # documents tokenised at a time, at most

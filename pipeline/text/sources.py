@@ -18,7 +18,7 @@ from typing import Any
 from pipeline.downloads import fetch, hub, ranged
 from pipeline.errors import RetraceError
 from pipeline.job import cli
-from pipeline.spec.paper import CorpusSpec
+from pipeline.spec.sources import CorpusSpec
 from pipeline.store import provenance
 from pipeline.text import documents, spool
 from pipeline.text.documents import Document

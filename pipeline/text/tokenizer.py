@@ -16,7 +16,7 @@ from typing import Any
 
 from pipeline.errors import RetraceError
 from pipeline.job import cli
-from pipeline.spec.paper import CorpusSpec, TokenizerSpec
+from pipeline.spec.sources import CorpusSpec, TokenizerSpec
 from pipeline.store import provenance, tables
 from pipeline.text import sources
 

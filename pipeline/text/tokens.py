@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import RetraceError
-from pipeline.spec.paper import ModelSpec
+from pipeline.spec.sources import ModelSpec
 
 REPLACEMENT = "\ufffd"  # what a decoder writes for bytes that are no character
 BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")  # a byte token of SentencePiece's byte fallback

@@ -27,7 +27,7 @@ from pipeline.errors import RetraceError
 from pipeline.job import cli
 from pipeline.models import loader
 from pipeline.spec import families
-from pipeline.spec.paper import ModelSpec
+from pipeline.spec.sources import ModelSpec
 from pipeline.store import provenance, tables
 from pipeline.text.tokens import document_token, load_tokenizer, tokenizer_of
 

@@ -367,7 +367,7 @@ def test_a_bidirectional_model_sees_what_is_behind_and_keeps_that(tmp_path):
 def test_a_native_folder_without_a_tokenizer_is_a_model(tmp_path):
     from argparse import Namespace
 
-    from pipeline.spec.paper import ModelSpec
+    from pipeline.spec.sources import ModelSpec
     from pipeline.text.tokens import document_token
     from pipeline.weights import model
 

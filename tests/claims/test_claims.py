@@ -14,8 +14,9 @@ from pipeline.claims.judge import COLUMNS, interval_of_mean, interval_of_median,
 from pipeline.claims.scalars import summary
 from pipeline.errors import RetraceError
 from pipeline.figures.kinds_verdicts import verdicts as drawn
-from pipeline.papers.papers import Paper
-from pipeline.spec.paper import Claim, PaperSpec
+from pipeline.papers.folders import Paper
+from pipeline.spec.claims import Claim
+from pipeline.spec.paper import PaperSpec
 
 
 def metric(*values: float) -> dict:

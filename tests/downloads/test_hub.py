@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 
 from pipeline.downloads import hub
 from pipeline.errors import RetraceError
-from pipeline.papers import lint, papers
+from pipeline.papers import folders, lint
 from pipeline.spec import aliases
-from pipeline.spec.paper import CorpusSpec, ModelSpec
+from pipeline.spec.sources import CorpusSpec, ModelSpec
 from pipeline.store import tables
 
 TINY = f"model owner/tiny {COMMIT}"
@@ -240,7 +240,7 @@ def test_without_a_revision_the_commit_is_printed_and_certified(served, tmp_path
 
 def test_arms_of_a_hub_are_left_out_whether_the_source_is_said_or_not(tmp_path):
     raw = {"arms": {"a": {"repo": "pythia-70m"}, "b": {"source": "hub"}, "c": {"source": "folder"}}}
-    assert list(papers._without_hub(raw)["arms"]) == ["c"]
+    assert list(folders._without_hub(raw)["arms"]) == ["c"]
 
 
 def test_a_referee_is_told_of_a_revision_that_is_left_out(tmp_path):

@@ -17,7 +17,7 @@ from conftest import environment
 from pipeline.downloads import fetch, ranged
 from pipeline.downloads.ranged import Source
 from pipeline.errors import RetraceError
-from pipeline.spec.paper import CorpusSpec
+from pipeline.spec.sources import CorpusSpec
 from pipeline.text import sources
 
 BODY = b"".join(b"line %7d\n" % i for i in range(30_000))  # 390 kB

@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 
 from pipeline.job import source
-from pipeline.papers.papers import load
+from pipeline.papers.folders import load
 
 ROOT = source.PIPELINE.parent
 LISTED = re.compile(r'code_of\(\s*"(\w+)"\s*((?:,\s*"[^"]+"\s*)*),?\s*\)')

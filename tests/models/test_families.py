@@ -201,7 +201,7 @@ def test_a_type_that_the_table_lacks_by_a_file_of_its_own(tmp_path):
 
     from pipeline.models import loader
     from pipeline.models.tiny_models import tiny_config, tiny_model
-    from pipeline.spec.paper import ModelSpec
+    from pipeline.spec.sources import ModelSpec
     from pipeline.store import tables
     from pipeline.weights import model
 

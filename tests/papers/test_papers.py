@@ -8,8 +8,10 @@ import pytest
 import yaml
 
 from pipeline.errors import RetraceError
-from pipeline.papers import papers
-from pipeline.papers.papers import Run, find, load, load_yaml, near, overlay, resolve
+from pipeline.papers import folders, papers, paths
+from pipeline.papers.folders import find, load, load_yaml, overlay
+from pipeline.papers.papers import Run
+from pipeline.papers.paths import near, resolve
 
 CARD = {"title": "T", "authors": "A", "year": 2024, "url": "https://example.org"}
 CHAIN = CARD | {
@@ -456,9 +458,9 @@ def test_a_large_file_is_hashed_anew_when_it_changes(home):
     folder = write(home, "p", CARD)
     big = folder / "big.txt"
     big.write_bytes(b"x" * (2 << 20))
-    first, again = papers.path_digest(big), papers.path_digest(big)
+    first, again = paths.path_digest(big), paths.path_digest(big)
     big.write_bytes(b"y" * (2 << 20))
-    assert first == again != papers.path_digest(big)
+    assert first == again != paths.path_digest(big)
 
 
 def test_an_item_is_found_by_its_id_at_any_scale(home):
@@ -502,14 +504,14 @@ def test_a_text_that_names_no_setting_is_told(place):
     spec = papers.load(Path(__file__).parents[2] / "rules/papers/topk_saes", "smoke").spec
     wrong = spec.model_copy(update={"deviations": [f"after {{{place}}} rows, {{k}} of {{}}"]})
     with pytest.raises(RetraceError, match=f"no setting '{place}'"):
-        papers.filled(wrong, "paper.yaml (smoke)")
+        folders.filled(wrong, "paper.yaml (smoke)")
 
 
 def test_a_caption_may_name_a_metric():
     spec = papers.load(Path(__file__).parents[2] / "rules/papers/topk_saes", "smoke").spec
     caption = "{trained.topk.l0} of {sae.training.batch_size} rows"
     figure = spec.figures["scaling"].model_copy(update={"caption": caption})
-    kept = papers.filled(spec.model_copy(update={"figures": {"scaling": figure}}), "p")
+    kept = folders.filled(spec.model_copy(update={"figures": {"scaling": figure}}), "p")
     assert kept.figures["scaling"].caption == "{trained.topk.l0} of 256 rows"
 
 

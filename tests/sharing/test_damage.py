@@ -18,7 +18,7 @@ from pipeline.papers import papers
 from pipeline.sharing import provenance as records
 from pipeline.sharing import release
 from pipeline.sharing.verify import examined
-from pipeline.spec.paper import Claim
+from pipeline.spec.claims import Claim
 from pipeline.store import embed, intact, provenance, tables
 from pipeline.store.shards import Rows
 

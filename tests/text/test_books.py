@@ -8,7 +8,7 @@ import pytest
 
 from pipeline.downloads import fetch
 from pipeline.errors import RetraceError
-from pipeline.spec.paper import CorpusSpec
+from pipeline.spec.sources import CorpusSpec
 from pipeline.text import documents, sources
 
 BOOK = "one two three\nfour  five six seven\n"

@@ -19,7 +19,8 @@ from conftest import stage
 from pipeline.downloads import fetch
 from pipeline.errors import RetraceError
 from pipeline.sharing import verify
-from pipeline.spec.paper import CorpusSpec, parse
+from pipeline.spec.paper import parse
+from pipeline.spec.sources import CorpusSpec
 from pipeline.store import provenance
 from pipeline.text import corpus, documents, packing
 from pipeline.text import sources as text

@@ -22,7 +22,8 @@ from pipeline.errors import RetraceError
 from pipeline.papers import papers
 from pipeline.sharing import verify
 from pipeline.spec.base import sentence
-from pipeline.spec.paper import Config, CorpusSpec, PaperSpec
+from pipeline.spec.paper import Config, PaperSpec
+from pipeline.spec.sources import CorpusSpec
 from pipeline.store import provenance, tables
 from pipeline.text import chat, corpus, documents, sources, spool, streams
 from pipeline.text.documents import BLANK_LINE, Document, Fields

@@ -12,7 +12,8 @@ from conftest import ROOT, environment, stage
 
 from pipeline.errors import RetraceError
 from pipeline.sharing import verify
-from pipeline.spec.paper import PaperSpec, TokenizerSpec, parse
+from pipeline.spec.paper import PaperSpec, parse
+from pipeline.spec.sources import TokenizerSpec
 from pipeline.store import provenance, tables
 from pipeline.text import corpus, tokenizer
 from pipeline.text.tokens import load_tokenizer

@@ -25,7 +25,7 @@ from pipeline.downloads import fetch, hub
 from pipeline.errors import RetraceError
 from pipeline.models import loader
 from pipeline.sharing import verify
-from pipeline.spec.paper import ModelSpec
+from pipeline.spec.sources import ModelSpec
 from pipeline.store import provenance, tables
 from pipeline.text.tokens import set_document_token
 from pipeline.weights import gguf_llama, model

@@ -26,7 +26,7 @@ from pydantic import Field
 
 from pipeline.job import cli, own
 from pipeline.job.source import import_file
-from pipeline.spec.paper import Section
+from pipeline.spec.base import Section
 from pipeline.weights import trained
 
 HERE = Path(__file__).parent

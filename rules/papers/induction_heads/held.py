@@ -10,7 +10,7 @@ from torch import Tensor
 
 from pipeline.circuits import head_circuits
 from pipeline.errors import RetraceError
-from pipeline.spec.paper import Section
+from pipeline.spec.base import Section
 from pipeline.store import tables
 from pipeline.weights import batches, trained
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from pipeline.activations.rows import to_tensor
 from pipeline.errors import RetraceError
-from pipeline.job import cli
+from pipeline.job import cli, own
 from pipeline.job.source import import_file
 from pipeline.latents.stored import load_saes
 from pipeline.models import loader, splice
@@ -216,51 +216,42 @@ def split(arm: Arm, made: dict[str, Any], options: Options) -> tuple[pd.DataFram
     return pd.concat(frames, ignore_index=True), example
 
 
-def main() -> None:
-    parser = cli.parser(
-        "latents", __doc__, models="model.json of every arm, arms sorted by name*",
-        activations="manifest.json of every arm's activations, likewise*",
-        saes="manifest.json of every arm's dictionaries, likewise*",
-        **{t: f"{t}.parquet" for t in TABLES},
-    )  # fmt: skip
-
-    def work(job: cli.Job) -> None:
-        args, options = job.args, job.section("own.latents", Options)
-        device, names = job.device(), sorted(job.spec["arms"])
-        files = zip(args.activations, args.saes, args.models, strict=True)
-        paths = dict(zip(names, files, strict=True))
-        main, widths = [options.dictionary], options.widths
-        nulls = [options.untrained] if options.untrained else []
-        wanted = {arm: [*widths, *(n for n in main if n not in widths)] for arm in options.arms}
-        wanted |= dict.fromkeys(nulls, main)
-        if unknown := wanted.keys() - paths.keys():
-            raise RetraceError(
-                f"own.latents: no arm '{min(unknown)}'; paper.yaml has {', '.join(names)}"
-            )
-        arms = {arm: Arm(*paths[arm][:2], saes, device) for arm, saes in wanted.items()}
-        tokenizer = load_tokenizer(args.models[0])
-        texts = Texts(tokenizer)
-        text = [texts.alone(i) for i in range(len(tokenizer))]
-        found: dict[str, list[pd.DataFrame]] = {name: [] for name in TABLES}
-        for number, (name, arm) in enumerate(arms.items()):
-            made = tallies(arm, options, len(text))
-            logits = says(loader.load(paths[name][2], device).hf, arm, options)
-            found["units"].append(units(made, name, text, logits))
-            cli.log.info("%s: %d rows scanned", name, made["neurons"].n_rows)
-            if name not in options.arms:
-                continue
+def work(job: cli.Job, options: Options) -> own.Tables:
+    """Rows of all tables, each arm in turn."""
+    device, out = job.device(), own.Tables(TABLES)
+    files = list(zip(job.args.activations, job.args.saes, job.args.models, strict=True))
+    paths, main = own.by_arm(job, files), [options.dictionary]
+    nulls = [options.untrained] if options.untrained else []
+    wanted = {arm: list(dict.fromkeys([*options.widths, *main])) for arm in options.arms}
+    wanted |= dict.fromkeys(nulls, main)
+    if unknown := wanted.keys() - paths.keys():
+        raise RetraceError(
+            f"own.latents: no arm '{min(unknown)}'; paper.yaml has {', '.join(paths)}"
+        )
+    arms = {arm: Arm(*paths[arm][:2], saes, device) for arm, saes in wanted.items()}
+    tokenizer = load_tokenizer(job.args.models[0])
+    alone = Texts(tokenizer).alone
+    text = [alone(i) for i in range(len(tokenizer))]
+    for number, (name, arm) in enumerate(arms.items()):
+        made = tallies(arm, options, len(text))
+        logits = says(loader.load(paths[name][2], device).hf, arm, options)
+        out.add({"units": units(made, name, text, logits)})
+        cli.log.info("%s: %d rows scanned", name, made["neurons"].n_rows)
+        if name in options.arms:
             other = arms[options.arms[(number + 1) % len(options.arms)]]
             near, example = split(arm, made, options)
-            found["matches"].append(matches(arm, other, options).assign(arm=name))
-            found["splitting"].append(near.assign(arm=name))
-            found["tree"].append(example.assign(arm=name))
-        frames = {name: pd.concat(parts, ignore_index=True) for name, parts in found.items()}
-        inputs = [*args.models, *args.activations, *args.saes]
-        made_by = job.certificate(inputs, seed=options.seed)
-        for name, frame in frames.items():
-            tables.write_table(getattr(args, name), frame, made_by)
+            found = {"matches": matches(arm, other, options), "splitting": near, "tree": example}
+            out.add(found, arm=name)
+    return out
 
-    cli.run("latents", parser.parse_args(), work)
+
+def main() -> None:
+    own.main(
+        "latents", __doc__, Options, TABLES, work,
+        models="model.json of every arm, arms sorted by name*",
+        activations="manifest.json of every arm's activations, likewise*",
+        saes="manifest.json of every arm's dictionaries, likewise*",
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

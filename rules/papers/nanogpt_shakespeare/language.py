@@ -11,11 +11,11 @@ from pathlib import Path
 import pandas as pd
 import torch
 
-from pipeline.job import cli
+from pipeline.job import cli, own
 from pipeline.job.source import import_file
 from pipeline.models import loader
 from pipeline.spec.base import Section
-from pipeline.store import provenance, tables
+from pipeline.store import provenance
 from pipeline.weights import batches
 
 lens = import_file(Path(__file__).with_name("lens.py"))
@@ -29,6 +29,11 @@ class Options(Section):
     tables: list[str]
     samples: samples.Options
     lens: lens.Options
+
+    @property
+    def seed(self) -> int:
+        """Of what is drawn, for the certificate."""
+        return self.samples.seed
 
 
 def text(certificate: dict, d_vocab: int, n_train: int, n_eval: int) -> pd.DataFrame:
@@ -50,31 +55,27 @@ def text(certificate: dict, d_vocab: int, n_train: int, n_eval: int) -> pd.DataF
     return pd.DataFrame([row])
 
 
+def work(job: cli.Job, options: Options) -> own.Tables:
+    """Rows of all tables, each arm in turn."""
+    args, device, out = job.args, job.device(), own.Tables(TABLES)
+    tokens = batches.read_corpus(args.corpus)
+    for arm, file in own.by_arm(job, args.models).items():
+        loaded = loader.load(file, device)
+        made = {"samples": samples.of_model(loaded, tokens, options.samples)}
+        held_out = torch.from_numpy(tokens["eval"])
+        made["lens"], made["excerpt"] = lens.of_model(loaded, held_out, options.lens)
+        out.add(made, arm=arm)
+        cli.log.info("%s: samples and lens", arm)
+    counts = {f"n_{s}": len(t) for s, t in tokens.items()}
+    out.add({"text": text(provenance.read(args.corpus), loaded.info["d_vocab"], **counts)})
+    return out
+
+
 def main() -> None:
-    parser = cli.parser(
-        "language", __doc__, models="model.json of every arm, arms sorted by name*",
-        corpus="tokens.parquet", **{t: f"{t}.parquet" for t in TABLES},
+    own.main(
+        "language", __doc__, Options, TABLES, work, corpus="tokens.parquet",
+        models="model.json of every arm, arms sorted by name*",
     )  # fmt: skip
-
-    def work(job: cli.Job) -> None:
-        args, options = job.args, job.section("own.language", Options)
-        tokens, device = batches.read_corpus(args.corpus), job.device()
-        parts: dict[str, list[pd.DataFrame]] = {t: [] for t in TABLES[1:]}
-        for arm, file in zip(sorted(job.spec["arms"]), args.models, strict=True):
-            loaded = loader.load(file, device)
-            written = samples.of_model(loaded, tokens, options.samples)
-            over, along = lens.of_model(loaded, torch.from_numpy(tokens["eval"]), options.lens)
-            for name, frame in zip(TABLES[1:], (written, over, along), strict=True):
-                parts[name].append(frame.assign(arm=arm))
-            cli.log.info("%s: samples and lens", arm)
-        frames = {n: pd.concat(f, ignore_index=True) for n, f in parts.items()}
-        counts = {f"n_{s}": len(t) for s, t in tokens.items()}
-        frames["text"] = text(provenance.read(args.corpus), loaded.info["d_vocab"], **counts)
-        made = job.certificate([*args.models, args.corpus], seed=options.samples.seed)
-        for name, frame in frames.items():
-            tables.write_table(getattr(args, name), frame, made)
-
-    cli.run("language", parser.parse_args(), work)
 
 
 if __name__ == "__main__":

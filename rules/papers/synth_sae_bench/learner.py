@@ -23,7 +23,7 @@ from pipeline.sae.optimiser import coefficients
 from pipeline.sae.sparse import Scratch
 from pipeline.sae.steps import Outcome
 from pipeline.sae.train import Dictionary
-from pipeline.spec.paper import Section
+from pipeline.spec.base import Section
 from pipeline.spec.sae import SaeTraining
 
 steps = import_file(Path(__file__).with_name("steps.py"))

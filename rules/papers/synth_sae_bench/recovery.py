@@ -34,8 +34,7 @@ from pipeline.job import cli, own
 from pipeline.job.source import import_file
 from pipeline.sae.sae import save
 from pipeline.sae.train import HISTORY, build, train
-from pipeline.spec.base import Name
-from pipeline.spec.paper import Section
+from pipeline.spec.base import Name, Section
 from pipeline.spec.sae import SaeSpec, SaeTraining
 from pipeline.store import provenance, tables
 from pipeline.store.checkpoints import Checkpoints

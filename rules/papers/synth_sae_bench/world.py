@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from pydantic import Field, model_validator
 from torch import Tensor
 
-from pipeline.spec.paper import Section
+from pipeline.spec.base import Section
 
 TRAINING, EVALUATION = 0, 1  # streams of one seed
 BLOCK = 1024  # features whose products with all others are in memory at a time

@@ -23,7 +23,7 @@ from pydantic import Discriminator, Field, Tag, model_validator
 
 from pipeline.job import cli, own
 from pipeline.job.source import import_file
-from pipeline.spec.paper import Section
+from pipeline.spec.base import Section
 
 measures = import_file(Path(__file__).with_name("measures.py"))
 toymodel = import_file(Path(__file__).with_name("toymodel.py"))

@@ -9,8 +9,8 @@ import pytest
 import yaml
 from jsonschema import Draft202012Validator
 
+from pipeline.papers import schema
 from pipeline.papers.scaffold import scaffold
-from pipeline.spec import schema
 
 ROOT = Path(__file__).parents[2]
 CARDS = [*sorted((ROOT / "rules/papers").glob("*/paper.yaml")), ROOT / "tests/made_up/paper.yaml"]

@@ -22,7 +22,7 @@ from pipeline.spec.base import SCALES
 from pipeline.spec.figures import OPTIONS, STANDARD
 from pipeline.spec.paper import Config, PaperSpec
 
-FOLDER = Path(__file__).parent / "schema"
+FOLDER = Path(__file__).parents[1] / "spec/schema"
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 PART = "Part"  # ends the name of a definition in which nothing is required: of an overlay
 NAMED = ("properties", "patternProperties", "$defs")  # their keys are names, not keywords
