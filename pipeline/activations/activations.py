@@ -24,7 +24,7 @@ from pipeline.activations import checks, files, forward
 from pipeline.activations.buffers import Buffers
 from pipeline.activations.plan import BUFFER_BYTES, Plan, Shard, plan, row_bytes
 from pipeline.job import cli
-from pipeline.models import loader, modules
+from pipeline.models import loader, modules, proof
 from pipeline.spec import families
 from pipeline.spec.paper import ActivationsSpec
 from pipeline.store import provenance, tables
@@ -125,6 +125,7 @@ def main() -> None:
         device, blocks = job.device(), Blocks(job.args.corpus)
         loaded = loader.load(args.model, device, getattr(torch, spec.model_dtype))
         checks.check_fits(loaded.info, blocks, args.corpus)
+        proof.prove_patterns(loaded.hf, spec.hooks)
         with torch.inference_mode():
             planned = plan(spec, blocks, forward.widths(loaded.hf, spec.hooks, blocks.n_ctx))
             planned = replace(planned, bounds=forward.bounds(loaded.hf, planned, blocks))

@@ -21,11 +21,13 @@ from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 MODEL_TYPE = "retrace_native"
 SMALL_VOCABULARY = 512
 FEW = 4  # positions
+Stream = Float[Tensor, "*batch pos d_model"]
 ACT = {"relu": F.relu, "gelu": F.gelu, "silu": F.silu,
        "gelu_new": lambda x: F.gelu(x, approximate="tanh")}  # fmt: skip
 
@@ -37,12 +39,12 @@ class Output(NamedTuple):
 
 
 class Linear(nn.Linear):
-    """x W^T + b, the rows of x [… d_in] laid out as one matrix.
+    """x W^T + b, the rows of x laid out as one matrix.
 
     With several dimensions in front PyTorch would, under vmap, copy W for each sequence.
     """
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_out"]:
         rows = F.linear(x.reshape(-1, x.shape[-1]), self.weight, self.bias)
         return rows.view(*x.shape[:-1], -1)
 
@@ -50,14 +52,14 @@ class Linear(nn.Linear):
 class SmearedKeys(Linear):
     """Keys that mix with those of the position before: k_t <- s k_t + (1 - s) k_{t-1}.
 
-    s = sigmoid(a) with one learned a a head; the first position keeps its own key.
+    s = sigmoid(a), with one learned a per head; the first position keeps its own key.
     """
 
     def __init__(self, d_model: int, n_heads: int, d_head: int) -> None:
         super().__init__(d_model, n_heads * d_head)
         self.smear = nn.Parameter(torch.zeros(n_heads))
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Stream) -> Float[Tensor, "*batch pos width"]:
         k = super().forward(x)
         before = torch.cat([k[..., :1, :], k[..., :-1, :]], -2)
         s = torch.sigmoid(self.smear).repeat_interleave(k.shape[-1] // len(self.smear))
@@ -86,12 +88,14 @@ class Attention(nn.Module):
             self.register_buffer("cos", cos, persistent=False)
             self.register_buffer("sin", sin, persistent=False)
 
-    def heads(self, x: Tensor) -> Tensor:
-        """[batch pos width] -> [batch n_heads pos d_head]."""
+    def heads(
+        self, x: Float[Tensor, "*batch pos width"]
+    ) -> Float[Tensor, "*batch n_heads pos d_head"]:
+        """q, k or v, head by head."""
         return x.unflatten(-1, (self.n_heads, self.d_head)).transpose(-2, -3)
 
-    def pattern(self, x: Tensor, first: int = 0) -> Tensor:
-        """Attention of every head, [batch n_heads query key], of x [batch pos d_model].
+    def pattern(self, x: Stream, first: int = 0) -> Float[Tensor, "*batch n_heads query pos"]:
+        """Attention of every head, from query to key.
 
         Args:
             first: the first position that is a query.
@@ -105,47 +109,57 @@ class Attention(nn.Module):
         scores = scores / math.sqrt(self.d_head)
         return scores.masked_fill(self.future[first:n, :n], float("-inf")).softmax(-1)
 
-    def rotated(self, x: Tensor, first: int = 0) -> Tensor:
+    def rotated(
+        self, x: Float[Tensor, "*batch n_heads pos d_head"], first: int = 0
+    ) -> Float[Tensor, "*batch n_heads pos d_head"]:
+        """Queries or keys, turned by the angles of positions from `first` on (Su et al. 2021)."""
         at = slice(first, first + x.shape[-2])
         pair = torch.stack((-x[..., 1::2], x[..., 0::2]), -1).flatten(-2)
         return x * self.cos[at].to(x.dtype) + pair * self.sin[at].to(x.dtype)
 
-    def forward(self, x: Tensor, first: int = 0) -> Tensor:
+    def forward(self, x: Stream, first: int = 0) -> Float[Tensor, "*batch query d_model"]:
         pattern, v = self.pattern(x, first), self.heads(self.v(x))
         few = x.shape[-2] <= FEW
         z = (pattern.unsqueeze(-1) * v.unsqueeze(-3)).sum(-2) if few else pattern @ v
         return self.o(z.transpose(-2, -3).flatten(-2))
 
 
-def rotation(n_ctx: int, d_head: int, base: float = 10_000.0) -> tuple[Tensor, Tensor]:
-    """cos and sin of each angle, [n_ctx d_head]; a pair of dimensions stands side by side."""
+def rotation(
+    n_ctx: int, d_head: int, base: float = 10_000.0
+) -> tuple[Float[Tensor, "n_ctx d_head"], Float[Tensor, "n_ctx d_head"]]:
+    """cos and sin of each angle; a pair of dimensions stands side by side."""
     angles = torch.outer(torch.arange(n_ctx), base ** (-torch.arange(0, d_head, 2) / d_head))
     return angles.cos().repeat_interleave(2, -1), angles.sin().repeat_interleave(2, -1)
 
 
 class MLP(nn.Module):
+    """W_out act(W_in x + b_in) + b_out."""
+
     def __init__(self, cfg: Any) -> None:
         super().__init__()
         self.fc_in = Linear(cfg.d_model, cfg.d_mlp)
         self.fc_out = Linear(cfg.d_mlp, cfg.d_model)
         self.act = ACT[cfg.act_fn]
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Stream) -> Stream:
         return self.fc_out(self.act(self.fc_in(x)))
 
 
 def norm(cfg: Any) -> nn.Module:
+    """A layer norm, or nothing where the config says `none`."""
     return nn.LayerNorm(cfg.d_model, eps=1e-5) if cfg.normalization == "LN" else nn.Identity()
 
 
 class Layer(nn.Module):
+    """Attention and MLP, each added to the stream."""
+
     def __init__(self, cfg: Any) -> None:
         super().__init__()
         self.ln1, self.attn = norm(cfg), Attention(cfg)
         if cfg.d_mlp:
             self.ln2, self.mlp = norm(cfg), MLP(cfg)
 
-    def forward(self, x: Tensor, first: int = 0) -> Tensor:
+    def forward(self, x: Stream, first: int = 0) -> Float[Tensor, "*batch query d_model"]:
         """The stream behind the layer, from position `first` on."""
         x = x[..., first:, :] + self.attn(self.ln1(x), first)
         return x + self.mlp(self.ln2(x)) if hasattr(self, "mlp") else x
@@ -154,7 +168,7 @@ class Layer(nn.Module):
 class Embedding(nn.Embedding):
     """Rows of W_E; small ones as a product, whose gradient needs no sorting of the tokens."""
 
-    def forward(self, tokens: Tensor) -> Tensor:
+    def forward(self, tokens: Int[Tensor, "*batch pos"]) -> Stream:
         if self.training and self.num_embeddings <= SMALL_VOCABULARY:
             every = torch.arange(self.num_embeddings, device=tokens.device)
             chosen = (tokens.reshape(-1, 1) == every).to(self.weight.dtype)
@@ -163,7 +177,7 @@ class Embedding(nn.Embedding):
 
 
 class Body(nn.Module):
-    """tokens [batch pos] -> logits [batch pos d_vocab]."""
+    """The model: tokens -> logits."""
 
     def __init__(self, cfg: Any) -> None:
         super().__init__()
@@ -174,8 +188,11 @@ class Body(nn.Module):
         self.ln_out = norm(cfg)
         self.head = Linear(cfg.d_model, cfg.vocab_size, bias=False)
 
-    def forward(self, input_ids: Tensor, keep: int = 0, trim: bool = False, **_: Any) -> Tensor:
-        """
+    def forward(
+        self, input_ids: Int[Tensor, "*batch pos"], keep: int = 0, trim: bool = False, **_: Any
+    ) -> Float[Tensor, "*batch kept d_vocab"]:
+        """Logits.
+
         Args:
             keep: logits of this many last positions; 0 for all.
             trim: the last layer computes nothing else; its hooks see only these positions.
@@ -220,9 +237,13 @@ class NativeForCausalLM(nn.Module):
         return self.model.head
 
     def forward(
-        self, input_ids: Tensor, logits_to_keep: int = 0, trim: bool = False, **_: Any
+        self,
+        input_ids: Int[Tensor, "*batch pos"],
+        logits_to_keep: int = 0,
+        trim: bool = False,
+        **_: Any,
     ) -> Output:
-        """logits [batch pos d_vocab], under the name `logits`; see `Body.forward`."""
+        """Logits, under the name `logits`; see `Body.forward`."""
         return Output(self.model(input_ids, logits_to_keep, trim))
 
     def save_pretrained(self, folder: str | Path) -> None:

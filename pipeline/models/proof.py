@@ -9,6 +9,7 @@ One short pass on a few tokens, any family:
     sum_h z_h W_O[h] + b_O gives what attention writes      the parts of a head
     z at the first position = v there                       the columns of a joint projection
     g n + b gives what a norm writes                        hook_normalized and hook_scale
+    pattern times v gives z                                 where patterns are stored
 
 Hooks that fail are refused by name, each in a sentence, and nothing is computed on them; all others
 go on. Where resuming, the unembedding or the parts of heads fail, what needs them is refused.
@@ -22,7 +23,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from pipeline.errors import RetraceError
-from pipeline.models import hooks, modules, places, splice
+from pipeline.models import hooks, inner, modules, places, splice
 from pipeline.models.heads import Heads
 
 N_TOKENS = 5
@@ -189,6 +190,36 @@ def head_faults(hf: nn.Module, i: int, at: dict[str, Tensor | None]) -> dict[str
         return {}
     why = "z at the first position is not v there, so that the columns of q, k and v lie elsewhere"
     return dict.fromkeys(("attn.hook_q", "attn.hook_k", "attn.hook_v"), why)
+
+
+@torch.no_grad()
+def prove_patterns(hf: nn.Module, names: list[str]) -> None:
+    """Prove that attention patterns are what attention uses: pattern times v is z.
+
+    `prove` leaves this out, since fused attention forms no pattern.
+
+    Args:
+        names: hooks that are about to be read; their layers are tried.
+
+    Raises:
+        RetraceError: they are not, in a layer that has v and z.
+    """
+    known = set(hooks.hook_names(hf))
+    for layer in sorted({hook.rsplit(".", 2)[0] for hook in names if hooks.is_by_key(hook)}):
+        at = [f"{layer}.attn.hook_{h}" for h in ("pattern", "v", "z")]
+        if not known.issuperset(at[1:]):
+            continue
+        acts = hooks.run_to(hf, few_tokens(hf), at)
+        pattern, v, z = (acts[h] for h in at)
+        n_heads = pattern.shape[-1] // pattern.shape[1]
+        z, d_head = inner.by_head(z, n_heads), z.shape[-1] // n_heads
+        v = inner.by_head(v, v.shape[-1] // d_head)
+        v = v.repeat_interleave(n_heads // v.shape[1], 1)
+        if not alike(inner.by_head(pattern, n_heads).to(v.dtype) @ v, z, z.dtype):
+            raise RetraceError(
+                f"hook '{at[0]}': times attn.hook_v it is not attn.hook_z in this model, so that "
+                f"its scores and patterns are not known; store attn.hook_z"
+            )
 
 
 # --- the whole -----------------------------------------------------------------------------

@@ -96,21 +96,30 @@ def test_every_hook_equals_run_with_cache(
 INNER = [f"blocks.1.attn.hook_{h}" for h in ("attn_scores", "pattern", "result")]
 
 
+@pytest.mark.parametrize("processing", ["raw", "compatibility"])
 def test_scores_patterns_and_results_are_tables_as_all_others(
-    tiny_model_json, tiny_corpus, tmp_path, capsys, monkeypatch
+    processing, tiny_model_json, compatible, tiny_corpus, tmp_path, capsys, monkeypatch
 ):
     """A row for each query: its scores, or pattern, of all heads and keys; or what heads write."""
-    code, said = inline(tmp_path, tiny_model_json, tiny_corpus, capsys, monkeypatch, hooks=INNER)
-    assert code == 0, said
+    model_json = compatible if processing == "compatibility" else tiny_model_json
+    code, said = inline(tmp_path, model_json, tiny_corpus, capsys, monkeypatch, hooks=INNER)
+    if processing == "compatibility":
+        assert code == 1 and "what a head writes is not formed" in said
+        inline(tmp_path, model_json, tiny_corpus, capsys, monkeypatch, hooks=INNER[:2])
+    else:
+        assert code == 0, said
+    names = list(tables.read_json(tmp_path / "manifest.json")["hooks"])
+    assert names == INNER[: len(names)] and len(names) >= 2
     blocks = Blocks(tiny_corpus)
     first, last = blocks.range("eval")
     tokens = torch.from_numpy(blocks.read(first, last)[0].astype(np.int64))
-    bridge = loader.bridge(tiny_model_json)
-    bridge.set_use_attn_result(True)
+    bridge = loader.bridge(model_json)
+    if processing == "raw":
+        bridge.set_use_attn_result(True)
     with torch.no_grad():
         _, cache = bridge.run_with_cache(tokens)
     hidden = (cache[INNER[1]] == 0).transpose(1, 2)
-    for hook in INNER:
+    for hook in names:
         raw, _ = Rows(tmp_path / "manifest.json", hook, "eval").read(0, len(tokens) * 15)
         theirs = cache[hook] if hook.endswith("result") else cache[hook].transpose(1, 2)
         if hook.endswith("scores"):
@@ -119,7 +128,9 @@ def test_scores_patterns_and_results_are_tables_as_all_others(
         np.testing.assert_allclose(raw, theirs, atol=1e-5, rtol=1e-5, err_msg=hook)
     manifest = tables.read_json(tmp_path / "manifest.json")["hooks"]
     n_heads = loader.load(tiny_model_json).hf.config.num_attention_heads
-    assert [manifest[h]["d_model"] for h in INNER] == [n_heads * 16, n_heads * 16, n_heads * 32]
+    widths = {"attn_scores": 16, "pattern": 16, "result": 32}
+    for hook in names:
+        assert manifest[hook]["d_model"] == n_heads * widths[hook.rsplit("hook_", 1)[1]]
 
 
 def test_columns_say_where_a_row_comes_from(tiny_activations, tiny_corpus):

@@ -7,7 +7,8 @@ from torch import nn
 from torch.nn import functional as F
 
 from pipeline.errors import RetraceError
-from pipeline.models import hooks, inner, modules, places
+from pipeline.models import hooks, inner, modules, places, proof
+from pipeline.spec import families
 
 CLOSE = {"atol": 1e-5, "rtol": 1e-5}
 BY_KEY = ["attn.hook_attn_scores", "attn.hook_pattern"]
@@ -190,6 +191,17 @@ def test_attention_sinks_show_a_pattern_and_no_scores():
     assert (mass < 1).all() and (mass > 0).all()  # the rest goes to the sink
     with pytest.raises(RetraceError, match=r"take attn\.hook_pattern"):
         hooks.run_to(hf, check.TOKENS, ["blocks.0.attn.hook_attn_scores"])
+
+
+@pytest.mark.parametrize("kind", ["llama", "gemma2", "bloom", "falcon", "gpt_oss"])
+def test_a_model_proves_its_patterns(kind):
+    hf = check.model_of(kind, 0)
+    proof.prove_patterns(hf, ["hook_embed", *layer_hooks(BY_KEY[1:])])
+    own = modules.family(hf).model_dump()
+    keys = own["hooks"]["attn.hook_k"]
+    hf.retrace_layout = families.Layout(**own | {"hooks": own["hooks"] | {"attn.hook_v": keys}})
+    with pytest.raises(RetraceError, match=r"hook_pattern': times .* not attn\.hook_z"):
+        proof.prove_patterns(hf, ["blocks.1.attn.hook_attn_scores"])
 
 
 # --- experts -------------------------------------------------------------------------------

@@ -17,7 +17,8 @@ from pipeline.store import tables
 
 ROOT = Path(__file__).parents[2]
 ROOMS = (
-    "spec store job downloads text models weights sae imports latents circuits probes claims "
+    "spec store job downloads text models activations weights sae imports latents circuits probes "
+    "claims "
     "figures report papers sharing"
 ).split()
 README = (ROOT / "README.md").read_text()
