@@ -37,14 +37,17 @@ def of_words(
     letter = np.array([word.letter for word in words])
     letters = [a for a in spelling.LETTERS
                if min((letter[:cut] == a).sum(), (letter[cut:] == a).sum()) >= FEW]  # fmt: skip
+    if not letters:
+        cli.log.warning("no letter has %d words in both parts: raise absorption.n_words", FEW)
+        return []
     scale = x[:cut].norm(dim=1).mean() / x.shape[1] ** 0.5
     rows, found = (x / scale).cpu().numpy(), {}
     for a in letters:
         weights = probes.fitted(rows[:cut], (letter[:cut] == a).astype(int), balanced=True)
         found[a] = weights, absorbed.scored(rows[cut:], weights) > 0
-    one_hot = torch.tensor(np.stack([letter == a for a in letters], 1) if letters else [])
+    one_hot = torch.tensor(np.stack([letter == a for a in letters], 1))
     out = []
-    for name, sae in saes.items() if letters else ():
+    for name, sae in saes.items():
         f = torch.cat([sae.encode(part) for part in x.split(512)])
         ranked = absorbed.l1_weights(f[:cut], one_hot[:cut].to(f), seed)
         for a, at in zip(letters, ranked, strict=True):

@@ -181,6 +181,17 @@ def test_the_stage_has_a_row_a_letter_and_counts_those_that_the_probe_sees(lette
     assert len(metrics["trained.x.absorption_fraction"]) == 2
 
 
+def test_too_few_words_of_every_letter_make_an_empty_table(lettered, tmp_path, caplog):
+    folder = published.saelens(tmp_path / "s", "standard", published.draw(5))
+    sae = published.bring(lettered, tmp_path / "sae", folder, "saelens")
+    section = {"n_words": 20, "n_examples": 2, "seeds": [1]}
+    call("absorption", {"absorption": section}, device="cpu", threads=1, model=lettered,
+         saes=[sae], out=tmp_path / "t.parquet")  # fmt: skip
+    assert "no letter has 5 words in both parts: raise absorption.n_words" in caplog.text
+    table = tables.read_table(tmp_path / "t.parquet")
+    assert table.empty and scalars.core({"absorption/trained": table}) == {}
+
+
 def test_letters_that_the_probe_does_not_see_make_no_mean():
     table = pd.DataFrame({"sae": "x", "seed": [1, 1, 2, 2], "f1_probe": [0.9, 0.8, 0.9, 0.2],
                           "n_words": [3, 3, 3, 3], "n_latents": [1, 3, 1, 1],
