@@ -87,6 +87,15 @@ SPARSE_PROBES = {  # of a dictionary, for each k of section benchmarks; {k} stan
     "probe_k{k}_stream": "the same with {k} dimensions of the stream that the dictionary reads",
     "probe_all_stream": "the same with the whole stream",
 }
+ABSORPTION = {  # of a dictionary, one value a seed; SAEBench 0.6.0, Chanin et al. 2024
+    "absorption_fraction": "mean over letters of the mean over held-out words, whose first letter "
+    "a linear probe sees, of the share that other latents than the letter's carry; of letters "
+    "whose probe has an F1 above absorption.min_f1, undefined with fewer than "
+    "absorption.min_letters",
+    "full_absorption": "the same of the share of words on which the letter's latents are silent "
+    "and one other carries most",
+    "letter_latents": "mean number of latents that stand for one of these letters",
+}
 CIRCUITS = {  # of a method of the section circuits
     "total": "mean over prompts of m(source) - m(base), m the logit of the answer minus that of "
     "the other name; for direct_logit m of the clean prompt; for latents the exact effect of "
@@ -175,7 +184,8 @@ def parts(paper: Any) -> dict[str, Any]:
 
     own: METRICS of its metrics.py, in pairs, for the JSON of a job sorts the keys of a mapping and
     the first pattern that fits counts; saes: arm -> names; prompts: of attribution; circuits: arms
-    and methods; ks: of benchmarks, where there is that section; training: names of runs.
+    and methods; ks and absorption: of benchmarks and absorption, where there are these
+    sections; training: names of runs.
     """
     spec = paper.spec
     own = dict(literal(paper.folder / "metrics.py", "METRICS"))
@@ -183,6 +193,8 @@ def parts(paper: Any) -> dict[str, Any]:
     out["saes"] = {a: list(spec.saes_of(a)) for a in spec.arm_names()} if spec.sae else {}
     if spec.benchmarks:
         out["ks"] = list(spec.benchmarks.ks)
+    if spec.absorption:
+        out["absorption"] = True
     out["prompts"] = list(spec.attribution.prompts) if spec.attribution else []
     arms = spec.circuit_arms() if spec.circuits else []
     out["circuits"] = {arm: list(spec.circuits.methods) for arm in arms}
@@ -210,6 +222,8 @@ def known(parts: dict[str, Any]) -> dict[str, str]:
     for arm, saes in parts["saes"].items():
         for sae in saes:
             out |= {f"{arm}.{sae}.{m}": text for m, text in SAE.items()}
+            if parts.get("absorption"):
+                out |= {f"{arm}.{sae}.{m}": text for m, text in ABSORPTION.items()}
             for k in parts.get("ks", []):
                 named = {m.format(k=k): text.format(k=k) for m, text in SPARSE_PROBES.items()}
                 out |= {f"{arm}.{sae}.{m}": text for m, text in named.items()}
@@ -334,6 +348,17 @@ def _steered(rows: Any) -> dict[str, float]:
     return {k: float(v) for k, v in out.items() if np.isfinite(v)}
 
 
+def absorption(table: Any) -> dict[str, list[float]]:
+    """The metrics of ABSORPTION, of every dictionary of a table: one value a seed."""
+    columns = {"letter_latents": "n_latents", "full_absorption": "full_absorption"}
+    out: dict[str, list[float]] = {}
+    for sae, rows in table.groupby("sae"):
+        for metric in ABSORPTION:
+            values = rows[columns.get(metric, metric)].where(rows["counts"])
+            out[f"{sae}.{metric}"] = values.groupby(rows["seed"]).mean().sort_index().tolist()
+    return out
+
+
 def core(tables: dict[str, Any]) -> dict[str, Any]:
     """The metrics that every paper with training runs, SAEs, attribution or circuits has."""
     out: dict[str, Any] = {}
@@ -346,6 +371,8 @@ def core(tables: dict[str, Any]) -> dict[str, Any]:
                 out |= {f"{part}.{row['sae']}.{m}": row[m] for m in SAE if m in row}
         if stage == "benchmarks":
             out |= {f"{part}.{m}": v for m, v in sparse_probes(table).items()}
+        if stage == "absorption":
+            out |= {f"{part}.{m}": v for m, v in absorption(table).items()}
         if name == "attribution/prompts":
             for row in table.to_dict("records"):
                 out |= {f"attribution.{row['prompt']}.{m}": row[m] for m in ATTRIBUTION}

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from pipeline.errors import RetraceError
@@ -40,8 +41,8 @@ class E5:
     eos: int
 
     @torch.no_grad()
-    def states(self, ids: list[int]) -> Tensor:
-        """Last hidden states [n d] of at most 510 tokens, between <s> and </s>."""
+    def states(self, ids: list[int]) -> Float[Tensor, "tokens d_model"]:
+        """Last hidden states of at most 510 tokens, between <s> and </s>."""
         window = torch.tensor([[self.bos, *ids, self.eos]])
         return self.bert(window).last_hidden_state[0, 1:-1]
 

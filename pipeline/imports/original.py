@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from pipeline.errors import RetraceError
@@ -75,8 +76,8 @@ class Original:
     notes: list[str] = field(default_factory=list)
 
     @property
-    def directions(self) -> Tensor:
-        """W_enc [d_in d_sae]; of matching pursuit, which has none of its own, W_dec^T."""
+    def directions(self) -> Float[Tensor, "d_in d_sae"]:
+        """W_enc; of matching pursuit, which has none of its own, W_dec^T."""
         return self.weights["W_enc"] if "W_enc" in self.weights else self.weights["W_dec"].T
 
     @property
@@ -245,30 +246,40 @@ def refuse_skip(files: Files, found: dict[str, Any], *names: str) -> None:
 # --- activation functions ------------------------------------------------------------------
 
 
-def jump(h: Tensor, threshold: Tensor) -> Tensor:
+def jump(
+    h: Float[Tensor, "*rows d_sae"], threshold: Float[Tensor, " #d_sae"] | Float[Tensor, ""]
+) -> Float[Tensor, "*rows d_sae"]:
     """JumpReLU (Rajamanoharan et al. 2024): ReLU(h) where h is above the threshold."""
     return torch.relu(h) * (h > threshold.to(h))
 
 
-def top(h: Tensor, k: int) -> Tensor:
-    """The k largest of ReLU(h) [... d_sae], zero elsewhere."""
+def top(h: Float[Tensor, "*rows d_sae"], k: int) -> Float[Tensor, "*rows d_sae"]:
+    """The k largest of ReLU(h), zero elsewhere."""
     best = torch.relu(h).topk(k, dim=-1)
     return torch.zeros_like(h).scatter(-1, best.indices, best.values)
 
 
-def product(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
-    """x W + b in the dtype of x; W [in out] is cast block by block, never as a whole."""
+def product(
+    x: Float[Tensor, "*rows d_in"], W: Float[Tensor, "d_in d_sae"], b: Float[Tensor, " d_sae"]
+) -> Float[Tensor, "*rows d_sae"]:
+    """x W + b in the dtype of x; W is cast block by block, never as a whole."""
     parts = [x @ some.to(x) for some in W.split(BLOCK, 1)]
     return torch.cat(parts, -1) + b.to(x)
 
 
-def linear(x: Tensor, W: Tensor, b: Tensor) -> Tensor:
-    """x W^T + b in the dtype of x; W [out in], as in torch's own layers."""
+def linear(
+    x: Float[Tensor, "*rows d_in"], W: Float[Tensor, "d_sae d_in"], b: Float[Tensor, " d_sae"]
+) -> Float[Tensor, "*rows d_sae"]:
+    """x W^T + b in the dtype of x; W as in torch's own layers."""
     return product(x, W.T, b)
 
 
-def decoded(f: Tensor, W_dec: Tensor, b_dec: Tensor) -> Tensor:
-    """f W_dec + b_dec in the dtype of f; W_dec [d_sae d_out]."""
+def decoded(
+    f: Float[Tensor, "*rows d_sae"],
+    W_dec: Float[Tensor, "d_sae d_out"],
+    b_dec: Float[Tensor, " d_out"],
+) -> Float[Tensor, "*rows d_out"]:
+    """f W_dec + b_dec in the dtype of f."""
     out = b_dec.to(f).expand(*f.shape[:-1], -1)
     for start in range(0, len(W_dec), BLOCK):
         out = out + f[..., start : start + BLOCK] @ W_dec[start : start + BLOCK].to(f)

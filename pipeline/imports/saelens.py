@@ -17,6 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from pipeline.errors import RetraceError, nearest
@@ -185,14 +186,14 @@ def load(files: Files) -> Any:
     return sae.eval().requires_grad_(False)
 
 
-def encode(sae: Any, x: Tensor) -> Tensor:
+def encode(sae: Any, x: Float[Tensor, "*rows d_in"]) -> Float64[Tensor, "*rows d_sae"]:
     """Latents of rows x, float64."""
     spared = "" if rescaled(sae) or "W_enc" not in dict(sae.named_parameters()) else "W_dec"
     with in_float64(sae, spared):
         return sae.encode(x.double())
 
 
-def decode(sae: Any, f: Tensor) -> Tensor:
+def decode(sae: Any, f: Float[Tensor, "*rows d_sae"]) -> Float64[Tensor, "*rows d_out"]:
     """Rows of latents f, float64."""
     with in_float64(sae, "W_enc"):
         return sae.decode(f.double())

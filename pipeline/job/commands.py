@@ -17,6 +17,7 @@ STAGES = {
     "sae_import": "pipeline.imports.sae_import",
     "evaluation": "pipeline.latents.evaluation",
     "benchmarks": "pipeline.probing.benchmarks",
+    "absorption": "pipeline.probing.absorption",
     "features": "pipeline.latents.features",
     "attribution": "pipeline.latents.attribution",
     "circuits": "pipeline.circuits.circuits",

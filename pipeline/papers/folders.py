@@ -37,6 +37,8 @@ class Paper:
             names += [f"evaluation/{arm}_history" for arm in self.spec.arm_names()]
         if self.spec.benchmarks:
             names += [f"benchmarks/{arm}" for arm in self.spec.arm_names()]
+        if self.spec.absorption:
+            names += [f"absorption/{arm}" for arm in self.spec.arm_names()]
         if self.spec.features:
             names += [f"features/{s}" for s in self.spec.features.saes]
         if self.spec.attribution:

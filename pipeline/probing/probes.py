@@ -55,22 +55,25 @@ def selected(x: Float[Tensor, "texts width"], y: Float[Tensor, " texts"], k: int
     return difference.argsort(descending=True)[:k]
 
 
-def fitted(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Weights and, last, intercept of min_w |w|^2 / 2 + C sum log(1 + exp(-s (x w + b))).
+def fitted(x: np.ndarray, y: np.ndarray, balanced: bool = False) -> np.ndarray:
+    """Weights and, last, intercept of min_w |w|^2 / 2 + sum C log(1 + exp(-s (x w + b))).
 
     Args:
         x: [texts width].
         y: 0 or 1; s = 2 y - 1.
+        balanced: C is divided by twice the share of the texts that have the same y.
     """
     from scipy.optimize import minimize
     from scipy.special import expit
 
     x, s = x.astype(np.float64), 2.0 * y - 1
+    C = PENALTY * len(y) / (2 * np.where(y == 1, (y == 1).sum(), (y == 0).sum()))
+    C = C if balanced else np.full(len(y), PENALTY)
 
     def loss(w: np.ndarray) -> tuple[float, np.ndarray]:
         margin = s * (x @ w[:-1] + w[-1])
-        slope = -PENALTY * s * expit(-margin)
-        value = w[:-1] @ w[:-1] / 2 + PENALTY * np.logaddexp(0, -margin).sum()
+        slope = -C * s * expit(-margin)
+        value = w[:-1] @ w[:-1] / 2 + C @ np.logaddexp(0, -margin)
         return value, np.append(w[:-1] + slope @ x, slope.sum())
 
     start = np.zeros(x.shape[1] + 1)

@@ -125,6 +125,26 @@ class BenchmarksSpec(Section):
     n_tokens: int = Field(default=128, ge=1, description="first tokens of a document that count")
 
 
+class AbsorptionSpec(Section):
+    """Feature absorption of first letters (Chanin et al. 2024, 2409.14507), SAEBench's defaults."""
+
+    template: str = Field(
+        default="{word} has the first letter:",
+        pattern=r"\{word\}",
+        description="of a prompt's lines",
+    )
+    n_words: int = Field(default=1000, ge=20, description="words; SAEBench takes the vocabulary")
+    n_examples: int = Field(default=10, ge=1, description="lines that show the task")
+    seeds: list[int] = Field(
+        default=[42, 43, 44], min_length=1, description="of words, examples and probes, all anew"
+    )
+    max_k: int = Field(default=10, ge=1, description="latents that may stand for a letter")
+    f1_jump: float = Field(default=0.03, ge=0, description="of F1, by each latent more")
+    min_f1: float = Field(default=0.6, ge=0, description="of the probe of a letter that counts")
+    min_letters: int = Field(default=20, ge=1, description="that count; with fewer, no number")
+    batch_size: int = Field(default=16, ge=1, description="prompts a forward pass")
+
+
 class FeaturesSpec(Section):
     """Which dictionaries get a feature page."""
 
@@ -193,6 +213,7 @@ class PaperSpec(Section):
     sae: SaeSection | None = None
     evaluation: EvaluationSpec = EvaluationSpec()
     benchmarks: BenchmarksSpec | None = None
+    absorption: AbsorptionSpec | None = None
     features: FeaturesSpec | None = None
     attribution: AttributionSpec | None = None
     circuits: CircuitsSpec | None = None
@@ -227,6 +248,7 @@ class PaperSpec(Section):
             ("activations", ["model", "corpus"]),
             ("sae", ["activations"]),
             ("benchmarks", ["sae"]),
+            ("absorption", ["sae"]),
             ("features", ["sae"]),
             ("attribution", ["sae"]),
             ("circuits", ["model", *(["sae"] if self.circuits and self.circuits.saes else [])]),

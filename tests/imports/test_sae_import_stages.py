@@ -109,7 +109,10 @@ def loss_with(hf, tokens: torch.Tensor, hook: str, new: torch.Tensor) -> float:
     if reads:
         handle = module.register_forward_pre_hook(lambda m, a: (new, *a[1:]))
     else:
-        swap = lambda m, a, out: (new, *out[1:]) if isinstance(out, tuple) else new  # noqa: E731
+
+        def swap(module, args, out):
+            return (new, *out[1:]) if isinstance(out, tuple) else new
+
         handle = module.register_forward_hook(swap)
     logits = hf(tokens).logits[:, SKIP:-1]
     handle.remove()

@@ -1,4 +1,4 @@
-"""Sparse probing against SAEBench 0.6.0's own functions; run by tests/libraries/run.sh."""
+"""Probing and absorption against SAEBench 0.6.0's own functions; by tests/libraries/run.sh."""
 
 import os
 import sys
@@ -9,12 +9,13 @@ import torch
 from jaxtyping import config
 from published import D, saelens
 
-from pipeline.probing import probes
+from pipeline.probing import absorbed, probes
 
 LIBRARIES = os.environ.get("RETRACE_LIBRARIES")
 if not LIBRARIES:
     pytest.skip("needs the libraries: tests/libraries/run.sh", allow_module_level=True)
 sys.path.append(LIBRARIES)  # behind the project's own packages
+from sae_bench.evals.absorption import feature_absorption_calculator as calculator  # noqa: E402
 from sae_bench.evals.sparse_probing import probe_training  # noqa: E402
 from sae_bench.sae_bench_utils import activation_collection as collection  # noqa: E402
 
@@ -94,3 +95,47 @@ def test_its_probe_on_everything_keeps_the_epoch_that_is_best_on_the_test():
     theirs = np.mean([list(theirs_of((train, test), 0, s, **more).values()) for s in seeds])
     found = [r["accuracy"] for s in seeds for r in probes.probed(train, test, probes.ALL, s)]
     assert theirs > np.mean(found) + 0.02
+
+
+class Answering:
+    """A model whose stream on a word is known: w3 is the fourth row."""
+
+    def __init__(self, x: torch.Tensor) -> None:
+        self.x = x
+
+    def to_tokens(self, prompt: str) -> torch.Tensor:
+        return torch.zeros(1, 3)
+
+    def run_with_cache(self, prompts: list[str], names_filter: list[str]):
+        words = [int(p.rsplit("\n", 1)[1].split(":")[0][1:]) for p in prompts]
+        return None, {names_filter[0]: torch.stack([self.x[words]] * 3, 1)}
+
+
+class Dictionary:
+    """A ReLU dictionary whose decoder rows have norm 1."""
+
+    device, dtype = torch.device("cpu"), torch.float32
+
+    def __init__(self, n: int) -> None:
+        g = torch.Generator().manual_seed(5)
+        W = torch.randn(n, D, generator=g)
+        self.W_dec = W / W.norm(dim=1, keepdim=True)
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x @ self.W_dec.T - 0.6)
+
+
+@pytest.mark.parametrize("main", [[0], [3, 11], [2, 4, 8]])
+def test_absorption_is_saebenchs(main):
+    g = torch.Generator().manual_seed(len(main))
+    sae, probe = Dictionary(30), torch.randn(D, generator=g) * 2
+    x = torch.randn(120, D, generator=g) + probe * torch.rand(120, 1, generator=g)
+    words = [f"w{i}" for i in range(len(x))]
+    theirs = calculator.FeatureAbsorptionCalculator(
+        Answering(x), words, max_icl_examples=2, base_template="{word}: asked"
+    ).calculate_absorption(sae, words, probe, main, layer=0, show_progress=False)
+    ours = absorbed.absorption(x, sae.encode(x), sae.W_dec, probe, main)
+    fractions = [float(r.absorption_fraction) for r in theirs.word_results]
+    np.testing.assert_allclose(ours.fraction, fractions, rtol=1e-4, atol=1e-5)
+    assert ours.full.tolist() == [bool(r.is_full_absorption) for r in theirs.word_results]
+    assert 0 < ours.fraction.mean() < 1 and ours.full.any()

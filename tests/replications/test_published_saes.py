@@ -1,6 +1,7 @@
 """Published dictionaries: formats written and read again, latents that are described, metrics."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -63,10 +64,10 @@ def test_every_format_but_the_encoders_is_written():
 
 
 def test_a_dictionary_that_changed_is_seen():
-    encoder = torch.eye(3)
-    make = lambda scale: type("", (), {  # noqa: E731
-        "encode": lambda _, x: torch.relu(x @ encoder), "decode": lambda _, f: f * scale,
-        "cfg": type("", (), {"d_sae": 3})})()  # fmt: skip
+    def make(scale: float) -> SimpleNamespace:
+        cfg = SimpleNamespace(d_sae=3)
+        return SimpleNamespace(encode=torch.relu, decode=lambda f: f * scale, cfg=cfg)
+
     x = torch.tensor([[1.0, 0, 2], [0, 1, 0], [3, 0, 0]])
     row = formats.compared(make(1.0), make(0.5), x, x)
     assert row["differs_by"] == pytest.approx(0.5)
