@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Published dictionaries against the libraries that wrote them, in both directions: installs
-# dictionary_learning, sparsify and circuit-tracer (pinned, without the packages that they would
-# replace here) into a folder of its own, then runs tests/imports/test_sae_libraries.py, which is skipped
-# without them.
+# Published dictionaries against the libraries that wrote them, in both directions, and probes against
+# scikit-learn: installs dictionary_learning, sparsify, circuit-tracer and scikit-learn (pinned,
+# without the packages that they would replace here) into a folder of its own, then runs the tests
+# that are skipped without them.
 #
 #     PYTHON=.venv/bin/python tests/libraries/run.sh
 set -euo pipefail
@@ -16,5 +16,6 @@ python=${PYTHON:-python3}
     dictionary_learning==0.1.0 eai-sparsify==1.3.3 circuit-tracer==0.5.0 \
     nnsight==0.3.7 python-socketio python-engineio bidict simple-websocket wsproto \
     websocket-client pillow umap-learn pynndescent numba llvmlite circuitsvis importlib_metadata \
-    zstandard natsort schedulefree
-RETRACE_LIBRARIES=$folder "$python" -m pytest -v tests/imports/test_sae_libraries.py "$@"
+    zstandard natsort schedulefree scikit-learn==1.9.1 joblib threadpoolctl
+RETRACE_LIBRARIES=$folder "$python" -m pytest -v \
+    tests/imports/test_sae_libraries.py tests/probes/test_scikit_learn.py "$@"
