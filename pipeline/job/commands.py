@@ -49,6 +49,7 @@ TOOLS = {
     "slide": "pipeline.sharing.slide",
     "crate": "pipeline.sharing.crate",
     "preview": "pipeline.papers.preview",
+    "directions": "pipeline.probes.exported",
     "list": "pipeline.papers.listing",
     "show": "pipeline.papers.listing",
 }

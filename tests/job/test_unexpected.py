@@ -105,6 +105,7 @@ TOOLS = {  # command -> its arguments, and the function of its that fails
     "preview": (["labels", "paper"], "lines"),
     "progress": ([], "newest"),
     "provenance": (["verify", "."], "_verify"),
+    "directions": (["d.safetensors", "--activations", "m.json", "--out", "out"], "read"),
     "list": (["papers"], "lines"),
     "show": (["l0"], "shown"),
     "redraw": (["release.zip", "--out", "out"], "opened"),

@@ -1,8 +1,8 @@
 #!/usr/bin/env bash
-# Published dictionaries against the libraries that wrote them, in both directions, and sparse
-# probing against SAEBench: installs dictionary_learning, sparsify, circuit-tracer and SAEBench
-# (pinned, without the packages that they would replace here) into a folder of its own, then runs
-# tests/imports/test_sae_libraries.py and tests/probing/test_saebench.py, which are skipped without.
+# Published dictionaries against the libraries that wrote them, in both directions, sparse probing
+# against SAEBench, and probes against scikit-learn: installs dictionary_learning, sparsify,
+# circuit-tracer, SAEBench and scikit-learn (pinned, without the packages that they would replace
+# here) into a folder of its own, then runs the tests that are skipped without them.
 #
 #     PYTHON=.venv/bin/python tests/libraries/run.sh
 set -euo pipefail
@@ -18,5 +18,5 @@ python=${PYTHON:-python3}
     websocket-client pillow umap-learn pynndescent numba llvmlite circuitsvis importlib_metadata \
     zstandard natsort schedulefree \
     sae-bench==0.6.0 scikit-learn==1.7.2 joblib threadpoolctl collectibles tabulate
-RETRACE_LIBRARIES=$folder "$python" -m pytest -v \
-    tests/imports/test_sae_libraries.py tests/probing/test_saebench.py "$@"
+RETRACE_LIBRARIES=$folder "$python" -m pytest -v tests/imports/test_sae_libraries.py \
+    tests/probing/test_saebench.py tests/probes/test_scikit_learn.py "$@"

@@ -22,7 +22,8 @@ ROOMS = (
 ).split()
 README = (ROOT / "README.md").read_text()
 RUNS = (ROOT / "results/reference/README.md").read_text()
-PAGES = ("README.md", "CONTRIBUTING.md", "results/reference/README.md", "rules/papers/TUTORIAL.md")
+PAGES = ("README.md", "CONTRIBUTING.md", "results/reference/README.md")
+PAGES += ("rules/papers/TUTORIAL.md", "rules/papers/TUTORIAL_PROBES.md")
 PUBLISHED = sorted(f.parent for f in (ROOT / "results/reference").glob("*/*/claims.csv"))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
 LOCK = [
