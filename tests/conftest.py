@@ -17,9 +17,12 @@ from pathlib import Path
 
 import jaxtyping
 import pytest
+import remembered
 import warm
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Two workers have two cores: threads beside them spin while they wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).parent.parent
 WARM = pytest.StashKey[tempfile.TemporaryDirectory]()
 TORCH_ROOMS = "models weights sae imports latents circuits".split()
@@ -48,6 +51,7 @@ def checked_modules() -> list[str]:
 # The tower: an int may stand where a float is asked for.
 CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 jaxtyping.install_import_hook(checked_modules(), CHECKER)
+jaxtyping.jaxtyped = remembered.jaxtyped  # which the hook puts before each definition
 
 
 # --- two workers ---------------------------------------------------------------------------
