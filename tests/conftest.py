@@ -11,6 +11,7 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -83,6 +84,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     items.sort(key=lambda item: rank.get(item.path.stem, len(LONGEST)))
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """One thread, also after a test that asked for more."""
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
+
+
 @contextlib.contextmanager
 def locked(file: Path, how: int = fcntl.LOCK_EX) -> Iterator[None]:
     """Hold the system's lock on a file, which ends with its process."""
@@ -123,13 +130,14 @@ def stage(name: str, spec: dict, cwd: Path = ROOT, check: bool = True, **paths):
     Args:
         spec: what --spec carries.
         check: fail the test where the stage fails.
-        paths: options of the stage; None leaves one out, a list passes many values.
+        paths: options of the stage; None leaves one out, a list passes many values. Where they
+            name no threads there is one.
 
     Returns:
         The finished process, its stderr as text.
     """
     command = [warm.python(), "-m", "pipeline", name, "--spec", json.dumps(spec)]
-    for option, value in paths.items():
+    for option, value in ({"threads": 1} | paths).items():
         values = value if isinstance(value, list) else [value]
         if value is not None:
             command += [f"--{option.replace('_', '-')}", *map(str, values)]
