@@ -326,9 +326,9 @@ def toy(tmp_path, monkeypatch) -> Iterator[Path]:
     project = toy_project(tmp_path / "retrace")
     monkeypatch.chdir(project)
     monkeypatch.setattr(source, "PIPELINE", project / "pipeline")
-    forget_code()
+    forget_code(note=False)
     yield project
-    forget_code()
+    forget_code(note=False)
 
 
 @pytest.fixture(scope="session")
