@@ -11,15 +11,19 @@ import json
 import os
 import shutil
 import subprocess
+import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jaxtyping
 import pytest
+import remembered
 import warm
 
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# Two workers have two cores: threads beside them spin while they wait for each other.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).parent.parent
 WARM = pytest.StashKey[tempfile.TemporaryDirectory]()
 TORCH_ROOMS = "models activations weights sae imports latents circuits".split()
@@ -48,6 +52,7 @@ def checked_modules() -> list[str]:
 # The tower: an int may stand where a float is asked for.
 CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
 jaxtyping.install_import_hook(checked_modules(), CHECKER)
+jaxtyping.jaxtyped = remembered.jaxtyped  # which the hook puts before each definition
 
 
 # --- two workers ---------------------------------------------------------------------------
@@ -77,6 +82,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         items[:] = [item for item in items if item not in slow]
     rank = {name: i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(LONGEST)))
+
+
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """One thread, also after a test that asked for more."""
+    if torch := sys.modules.get("torch"):
+        torch.set_num_threads(1)
 
 
 @contextlib.contextmanager
@@ -119,13 +130,14 @@ def stage(name: str, spec: dict, cwd: Path = ROOT, check: bool = True, **paths):
     Args:
         spec: what --spec carries.
         check: fail the test where the stage fails.
-        paths: options of the stage; None leaves one out, a list passes many values.
+        paths: options of the stage; None leaves one out, a list passes many values. Where they
+            name no threads there is one.
 
     Returns:
         The finished process, its stderr as text.
     """
     command = [warm.python(), "-m", "pipeline", name, "--spec", json.dumps(spec)]
-    for option, value in paths.items():
+    for option, value in ({"threads": 1} | paths).items():
         values = value if isinstance(value, list) else [value]
         if value is not None:
             command += [f"--{option.replace('_', '-')}", *map(str, values)]
@@ -314,9 +326,9 @@ def toy(tmp_path, monkeypatch) -> Iterator[Path]:
     project = toy_project(tmp_path / "retrace")
     monkeypatch.chdir(project)
     monkeypatch.setattr(source, "PIPELINE", project / "pipeline")
-    forget_code()
+    forget_code(note=False)
     yield project
-    forget_code()
+    forget_code(note=False)
 
 
 @pytest.fixture(scope="session")

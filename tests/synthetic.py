@@ -42,10 +42,10 @@ def inside(folder: Path) -> Iterator[None]:
 
 
 def call(stage: str, spec: dict, **paths) -> None:
-    """The main() of a stage, in this process; SystemExit where it fails."""
+    """The main() of a stage, in this process, on one thread; SystemExit where it fails."""
     module = importlib.import_module(commands.MODULES[stage])
     argv = [stage, "--spec", json.dumps(spec)]
-    for option, value in paths.items():
+    for option, value in ({"threads": 1} | paths).items():
         argv += [f"--{option.replace('_', '-')}"]
         argv += [str(v) for v in (value if isinstance(value, list) else [value])]
     before, sys.argv = sys.argv, argv

@@ -46,7 +46,7 @@ def helpers_of(inputs: Inputs) -> dict:
 
 def params(toy: Path, **config) -> dict[str, dict[str, str]]:
     """Rule -> its params for the toy paper, out of the text of the rules."""
-    forget_code()
+    forget_code(note=False)
     given = helpers_of(inputs_of(toy, **config))
     texts = [f.read_text() for f in (toy / "rules").glob("*.smk")]
     w, own_stage = wildcards(figure="cosines"), given["OWN"]

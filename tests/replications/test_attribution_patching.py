@@ -219,9 +219,8 @@ def made(tmp_path_factory) -> tuple[papers.Paper, dict]:
     given = [x for t, f in files.items() for x in (f"--{t}", str(f))]
     with pytest.MonkeyPatch.context() as patch:
         models_ = [str(arms[a]) for a in sorted(arms)]
-        patch.setattr(
-            sys, "argv", ["stage", "--spec", spec, "--models", *models_, *given, "--device", "cpu"]
-        )
+        given += ["--device", "cpu", "--threads", "1"]
+        patch.setattr(sys, "argv", ["stage", "--spec", spec, "--models", *models_, *given])
         threads = torch.get_num_threads()
         estimates.main()
         torch.set_num_threads(threads)

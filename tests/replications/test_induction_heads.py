@@ -299,7 +299,9 @@ def test_a_bump_is_where_a_loss_gets_steeper(loss, sign):
 
 
 def call(monkeypatch, main, *options: object) -> None:
-    monkeypatch.setattr(sys, "argv", ["stage", *map(str, options), "--device", "cpu"])
+    monkeypatch.setattr(
+        sys, "argv", ["stage", *map(str, options), "--device", "cpu", "--threads", "1"]
+    )
     threads = torch.get_num_threads()
     main()
     torch.set_num_threads(threads)

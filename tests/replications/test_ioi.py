@@ -302,7 +302,9 @@ def arms(tmp_path_factory) -> dict[str, Path]:
 
 
 def call(monkeypatch, main, *options: object) -> None:
-    monkeypatch.setattr(sys, "argv", ["stage", *map(str, options), "--device", "cpu"])
+    monkeypatch.setattr(
+        sys, "argv", ["stage", *map(str, options), "--device", "cpu", "--threads", "1"]
+    )
     threads = torch.get_num_threads()
     main()
     torch.set_num_threads(threads)

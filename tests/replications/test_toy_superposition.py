@@ -295,6 +295,7 @@ def test_a_bad_section_names_the_key(changes, said):
 def run_stage(folder: Path, *options: str) -> subprocess.CompletedProcess:
     command = [warm.python(), str(FOLDER / "superposition.py")]
     command += ["--spec", json.dumps({"own.superposition": smoke()}), "--device", "cpu"]
+    command += ["--threads", "1"]
     for name in stage.TABLES:
         command += [f"--{name}", str(folder / f"{name}.parquet")]
     env = {**os.environ, "PYTHONPATH": str(ROOT)}

@@ -45,6 +45,33 @@ def test_two_arguments_agree_on_a_length():
         lens.kl(p, p[:, :1])
 
 
+def test_a_check_that_is_remembered_is_as_strict():
+    """A call whose like was seen is let pass; any other is checked, and so is any other result."""
+    import beartype
+    import jaxtyping
+    import remembered
+    import torch
+    from jaxtyping import Float
+    from torch import Tensor
+
+    def first_column(x: Float[Tensor, "rows 2"], n: list[int]) -> Float[Tensor, " rows"]:
+        ran.append(n)
+        return x[: sum(n), 0]
+
+    ran: list = []
+    checked = remembered.jaxtyped(first_column, typechecker=beartype.beartype)
+    x, wrong = torch.ones(3, 2), jaxtyping.TypeCheckError
+    for _ in range(2):
+        assert checked(x, [3]).shape == (3,)
+        with pytest.raises(wrong, match="return value"):
+            checked(x, [2])  # the same key as before
+    assert checked(x.double(), n=[1] * 70).shape == (3,) and len(ran) == 5
+    for given in [(x[0], [3]), (x.int(), [3]), (x, ["3"]), (x, 3), (x, ["3"] * 70), (x.T, [3])]:
+        with pytest.raises(wrong, match="parameter"):
+            checked(*given)
+    assert len(ran) == 5
+
+
 def test_the_switch_imports_no_torch():
     """Tests of a room without torch do not wait for it."""
     code = "import conftest, sys; assert not {'torch', 'beartype'} & set(sys.modules)"
