@@ -22,6 +22,8 @@ import torch
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from pipeline.errors import RetraceError
+
 PENALTY = 1.0  # C of scikit-learn's LogisticRegression, whose loss is |w|^2 / 2 + C sum of losses
 STEPS = 1000
 ALL = 0  # k of the probe on every dimension
@@ -94,7 +96,13 @@ def probed(
     Args:
         train, test: label -> means [texts width].
         k: ALL for every dimension.
+
+    Raises:
+        RetraceError: k is more than there are dimensions.
     """
+    width = next(iter(train.values())).shape[1]
+    if k > width:
+        raise RetraceError(f"benchmarks.ks: a probe on {k} of {width} dimensions; lower it")
     generator = torch.Generator().manual_seed(seed)
     for label in train:
         (x, y), (x_test, y_test) = (drawn(acts, label, generator) for acts in (train, test))

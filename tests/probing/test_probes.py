@@ -5,6 +5,7 @@ import pytest
 import torch
 
 from pipeline.claims import scalars
+from pipeline.errors import RetraceError
 from pipeline.probing import probes
 
 
@@ -69,6 +70,11 @@ def test_labels_that_say_nothing_are_guessed():
     train, test = ({n: torch.rand(200, 20, generator=g) for n in "abcd"} for _ in range(2))
     found = [r["accuracy"] for r in probes.rows(train, test, [1, 5], range(5))]
     assert abs(np.mean(found) - 0.5) < 0.03
+
+
+def test_more_latents_than_there_are_is_one_sentence():
+    with pytest.raises(RetraceError, match="a probe on 13 of 12 dimensions"):
+        probes.rows(drawn_acts(), drawn_acts(), [1, 13], [0])
 
 
 def test_metrics_are_means_over_labels_one_a_seed():
