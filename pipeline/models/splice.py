@@ -1,4 +1,4 @@
-"""Run a model's upper part with its stream at one hook replaced.
+"""Run a model's upper part with its stream at one hook replaced. [torch]
 
 `stream` runs the lower part once and returns x; `resume` runs the upper part on any x, without the
 layers below the hook, which would only compute what is thrown away. Gradients flow through
