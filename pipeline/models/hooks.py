@@ -1,4 +1,4 @@
-"""TransformerLens's hook names on the modules of a Hugging Face causal LM.
+"""TransformerLens's hook names on the modules of a Hugging Face model. [torch]
 
 The forward pass runs on the plain Hugging Face model with PyTorch's own forward hooks: on
 2 cores that is about ten times as fast as the bridge's `run_with_cache` (design, decision 6).
@@ -9,6 +9,8 @@ A test holds every hook of every family equal to TransformerBridge's.
 
 `capture` reads the stream, `stop_after` ends the forward pass behind the last hook that is
 needed, `edited` replaces the stream. Everything here keeps gradients where the caller has them.
+modules.py finds modules, places.py reads and replaces what they take and return, and inner.py what
+none does: attention scores, patterns, heads' results, routers' probabilities.
 """
 
 import functools

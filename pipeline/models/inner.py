@@ -123,6 +123,8 @@ class Calls(Readers, TorchFunctionMode):
     It is entered when its module's forward begins and left when that ends, an error included.
     """
 
+    is_entered = False
+
     def __init__(self, module: nn.Module) -> None:
         super().__init__(module)
         enter = module.register_forward_pre_hook(self._enter)
@@ -132,9 +134,12 @@ class Calls(Readers, TorchFunctionMode):
     def _enter(self, *_: Any) -> None:
         self.begin()
         self.__enter__()
+        self.is_entered = True
 
     def _leave(self, *_: Any) -> None:
-        self.__exit__(None, None, None)
+        if self.is_entered:  # not where another's hook failed before
+            self.is_entered = False
+            self.__exit__(None, None, None)
 
     def begin(self) -> None:
         """Called before each forward pass."""
@@ -251,7 +256,8 @@ class InnerPlace:
                 "attn.hook_attn_scores: attention with sinks shifts its scores before the softmax, "
                 "so that they are known up to a number per query; take attn.hook_pattern"
             )
-        handle, restore = readers_of(self.module, Attention).add(self.what, see), eager(self.hf)
+        restore = eager(self.hf)
+        handle = readers_of(self.module, Attention).add(self.what, see)
 
         def remove() -> None:
             handle.remove()

@@ -154,9 +154,13 @@ def measure(
     layers = list(range(n_layers(hf))) if layers is None else layers
     sums: dict[tuple[str, int], Sums] = {}
     negative_entropy = 0.0
+
+    def flat(x: Tensor) -> Tensor:
+        """The positions that count, of all rows."""
+        return x[:, first:].flatten(0, 1)
+
     for some, wanted in passes(hf, tokens, targets):
         x, logits = streams(hf, some)
-        flat = lambda t: t[:, first:].flatten(0, 1)  # noqa: E731
         read, wanted = flat(some), flat(wanted)
         log_p = flat(logits).log_softmax(-1)
         negative_entropy += float((log_p.exp() * log_p).sum(dtype=torch.float64))

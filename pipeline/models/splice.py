@@ -1,4 +1,4 @@
-"""Run a model's upper part with its stream at one hook replaced.
+"""Run a model's upper part with its stream at one hook replaced. [torch]
 
 `stream` runs the lower part once and returns x; `resume` runs the upper part on any x, without the
 layers below the hook, which would only compute what is thrown away. Gradients flow through
@@ -121,8 +121,8 @@ def _skipped_below(hf: nn.Module, hook: str) -> Iterator[None]:
 
 
 def written(
-    hf: nn.Module, hook: str, directions: Float[Tensor, "n d"]
-) -> Float[Tensor, "n d_model"]:
+    hf: nn.Module, hook: str, directions: Float[Tensor, "*n d"]
+) -> Float[Tensor, "*n d_model"]:
     """What directions at a hook write into the residual stream.
 
     Behind an MLP's nonlinearity, and at z, that is the last matrix of the MLP or of attention times
