@@ -9,7 +9,7 @@ the same rows, so that one pass over a layer's rows serves the classes of all of
 [rows d] x [d tasks * classes]. What is short is not arithmetic but passes over X:
 
 1. L-BFGS (Liu & Nocedal 1989) runs in coordinates V with W = M V, where M M^T is the inverse of
-   c X^T X + l2: the Hessian, had every row the same weight c. X is read once for that. In these
+   c X^T X + l2: the Hessian, had every row the same weight c. Some rows are read for that. In these
    coordinates the Hessian is close to the identity, however unlike the scales of the stream are
    (Böhning 1992 bounds it by the same matrix).
 2. A pass goes through X in pieces that stay in the cache between the product that gives the logits
@@ -24,6 +24,8 @@ import torch
 from torch import Tensor
 
 PIECE = 4096  # rows that go through at a time
+COLUMNS = 16  # products of few columns are fastest where their number is a multiple of this
+SAMPLE = 32  # rows a dimension from which the coordinates of the search are made
 MEMORY = 10  # pairs that L-BFGS remembers
 PASSES = 300  # over the rows, at most
 TOLERANCE = 2e-8  # nats a row that the next step may still promise
@@ -105,11 +107,15 @@ class Objective:
         n_layers, n, d = self.X.shape
         flat = W.reshape(n_layers, d + 1, -1)
         loss = torch.zeros(n_layers, len(self.n), dtype=torch.float64, device=W.device)
+        columns = flat.shape[2]
+        wide = torch.nn.functional.pad(flat, (0, -columns % COLUMNS))
+        down = torch.zeros(n_layers, columns, d, device=W.device)  # the gradient, turned
         grad = torch.zeros_like(flat)
         for start in range(0, n, self.piece()):
             x = self.X[:, start : start + self.piece()]
             codes = self.tasks.codes[:, start : start + self.piece()].T[None, ..., None]
-            z = torch.baddbmm(flat[:, -1:], x, flat[:, :-1]).view(*x.shape[:2], *W.shape[2:])
+            z = torch.baddbmm(wide[:, -1:], x, wide[:, :-1])[..., :columns]
+            z = z.reshape(*x.shape[:2], *W.shape[2:])
             log_p = (z + self.absent).log_softmax(-1)
             known = (codes >= 0).expand(n_layers, -1, -1, 1)
             codes = codes.clamp(min=0).expand_as(known)
@@ -119,8 +125,9 @@ class Objective:
             r = log_p.exp_()
             r.scatter_add_(-1, codes, torch.full_like(codes, -1, dtype=r.dtype))
             r = (r * known).flatten(2)
-            grad[:, :-1].baddbmm_(x.mT, r)
+            down.baddbmm_(r.mT, x)
             grad[:, -1] += r.sum(1)
+        grad[:, :-1] = down.mT
         self.passes += 1
         per = self.n.float()[:, None]
         inner = self.shrink[:, None] * W[:, :-1]
@@ -136,15 +143,20 @@ class Objective:
 
 
 def preconditioner(X: Tensor, l2: float, weight: float) -> Tensor:
-    """M [L d+1 d+1] with M M^T = (weight [X 1]^T [X 1] / n + l2 / n)^-1."""
+    """M [L d+1 d+1] with M M^T = (weight [X 1]^T [X 1] / n + l2 / n)^-1.
+
+    Of evenly spaced rows, where there are far more of them than dimensions: M decides how many
+    passes a search takes, and not where it ends.
+    """
     n_layers, n, d = X.shape
+    some = X[:, :: max(1, n // (SAMPLE * (d + 1)))]
     gram = torch.zeros(n_layers, d + 1, d + 1, device=X.device)
-    for start in range(0, n, 8 * PIECE):
-        x = X[:, start : start + 8 * PIECE]
+    for start in range(0, some.shape[1], 8 * PIECE):
+        x = some[:, start : start + 8 * PIECE]
         gram[:, :d, :d].baddbmm_(x.mT, x)
         gram[:, d, :d] += x.sum(1)
-    gram[:, :d, d], gram[:, d, d] = gram[:, d, :d], n
-    A = (gram * (weight / n)).double()
+    gram[:, :d, d], gram[:, d, d] = gram[:, d, :d], some.shape[1]
+    A = (gram * (weight / some.shape[1])).double()
     A.diagonal(dim1=1, dim2=2).add_(l2 / n)
     eye = torch.eye(d + 1, dtype=A.dtype, device=A.device).expand_as(A)
     lower = torch.linalg.cholesky(A)
