@@ -26,7 +26,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 ROOT = Path(__file__).parent.parent
 WARM = pytest.StashKey[tempfile.TemporaryDirectory]()
-TORCH_ROOMS = "models activations weights sae imports latents circuits".split()
+TORCH_ROOMS = "models activations weights sae imports latents saebench circuits probes".split()
 HOOK = "blocks.0.hook_resid_post"
 LONGEST = (  # files; they start first
     "test_smoke test_groups test_workflow test_tutorial test_browser test_kills test_saelens_evals "

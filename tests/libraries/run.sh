@@ -19,4 +19,4 @@ python=${PYTHON:-python3}
     zstandard natsort schedulefree \
     sae-bench==0.6.0 scikit-learn==1.7.2 joblib threadpoolctl collectibles tabulate
 RETRACE_LIBRARIES=$folder "$python" -m pytest -v tests/imports/test_sae_libraries.py \
-    tests/probing/test_saebench.py tests/probes/test_scikit_learn.py "$@"
+    tests/saebench/test_saebench.py tests/probes/test_scikit_learn.py "$@"

@@ -6,7 +6,7 @@ import torch
 
 from pipeline.claims import scalars
 from pipeline.errors import RetraceError
-from pipeline.probing import probes
+from pipeline.saebench import probes
 
 
 def drawn_acts(n: int = 40, width: int = 12, seed: int = 0) -> dict[str, torch.Tensor]:

@@ -12,7 +12,7 @@ from synthetic import call
 from pipeline.claims import scalars
 from pipeline.errors import RetraceError
 from pipeline.models import loader
-from pipeline.probing import absorbed, absorption, spelling
+from pipeline.saebench import absorbed, absorption, spelling
 from pipeline.spec.paper import AbsorptionSpec
 from pipeline.store import tables
 

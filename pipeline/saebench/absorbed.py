@@ -21,7 +21,7 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
-from pipeline.probing import probes
+from pipeline.saebench import probes
 
 # SAEBench 0.6.0, feature_absorption.py
 FULL_COSINE, COSINE, SHARE, MOST = 0.025, 0.1, 0.4, 3

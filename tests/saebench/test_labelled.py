@@ -12,7 +12,7 @@ from synthetic import call
 from pipeline.errors import RetraceError
 from pipeline.latents.stored import load_saes
 from pipeline.models import hooks
-from pipeline.probing import labelled
+from pipeline.saebench import labelled
 from pipeline.store import shards, tables
 
 CPU = torch.device("cpu")

@@ -9,7 +9,7 @@ import torch
 from jaxtyping import config
 from published import D, saelens
 
-from pipeline.probing import absorbed, probes
+from pipeline.saebench import absorbed, probes
 
 LIBRARIES = os.environ.get("RETRACE_LIBRARIES")
 if not LIBRARIES:

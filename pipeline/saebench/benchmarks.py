@@ -17,7 +17,7 @@ from torch import Tensor
 
 from pipeline.job import cli
 from pipeline.latents.stored import load_saes
-from pipeline.probing import labelled, probes
+from pipeline.saebench import labelled, probes
 from pipeline.spec.paper import BenchmarksSpec
 from pipeline.store import tables
 

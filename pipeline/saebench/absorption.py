@@ -15,7 +15,7 @@ from torch import Tensor
 from pipeline.job import cli
 from pipeline.latents.stored import decodes, load_saes
 from pipeline.models import loader
-from pipeline.probing import absorbed, probes, spelling
+from pipeline.saebench import absorbed, probes, spelling
 from pipeline.spec.paper import AbsorptionSpec
 from pipeline.store import tables
 
