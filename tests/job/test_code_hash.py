@@ -175,9 +175,9 @@ def pipeline(tmp_path, monkeypatch) -> Path:
     monkeypatch.setattr(source, "PIPELINE", folder)
     made = {name: f"pipeline.{name}" for name in ("stage", "other")}
     monkeypatch.setattr(commands, "MODULES", made)
-    clear()
+    clear(note=False)
     yield folder
-    clear()
+    clear(note=False)
 
 
 def hashed(*args) -> str:
@@ -319,7 +319,7 @@ def test_a_helper_that_a_papers_file_loads_counts(tmp_path, load, stage):
     assert hashed(stage, [own]) == before
     helper.write_text("def twice(x):\n    return x * 4\n")
     assert hashed(stage, [own]) != before and source.files_code([own]) != identity
-    clear()
+    clear(note=False)
 
 
 def test_where_a_file_lies_does_not_count(pipeline, tmp_path):
@@ -420,7 +420,7 @@ def functions_of(file: Path) -> list[tuple[str, int, int]]:
 @pytest.fixture(scope="module")
 def whole() -> dict[str, tuple[str, reach.Walk]]:
     """Stage -> its code hash and what it reaches, unedited."""
-    clear()
+    clear(note=False)
     return {s: (job_code(s), reached(s)) for s in STAGES}
 
 
@@ -603,7 +603,7 @@ def test_the_hash_of_a_stage_is_the_same_in_any_folder(tmp_path, monkeypatch):
     shutil.copytree(source.PIPELINE, tmp_path / "pipeline")
     monkeypatch.setattr(source, "PIPELINE", tmp_path / "pipeline")
     assert hashed("claims") == before
-    clear()
+    clear(note=False)
 
 
 # --- source files --------------------------------------------------------------------------

@@ -6,6 +6,7 @@ import os
 import random
 import re
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,7 +14,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
-import warm
 from conftest import ROOT, byte_tokenizer, environment, stage
 from loopback_hub import COMMIT, serving
 from pydantic import ValidationError
@@ -507,7 +507,7 @@ def test_a_killed_job_leaves_nothing_and_is_made_anew(tokenizer, tmp_path):
     """Killed while its text lies in the file without a name, it leaves no file."""
     file, out = str(large(tmp_path / "a.jsonl", 12)), tmp_path / "out"
     given = {"source": "local", "path": file, "n_ctx": 16, "n_tokens": 0}
-    command = [warm.python(), "-m", "pipeline", "corpus", "--spec", json.dumps({"corpus": given})]
+    command = [sys.executable, "-m", "pipeline", "corpus", "--spec", json.dumps({"corpus": given})]
     command += ["--tokenizer", str(tokenizer), "--out", str(out / "tokens.parquet")]
     command += ["--documents", str(out / "documents.parquet"), "--threads", "1"]
     process = subprocess.Popen(command, env=environment(), stderr=subprocess.DEVNULL)
