@@ -22,7 +22,7 @@ from typing import Any
 import numpy as np
 
 from pipeline.errors import RetraceError, command
-from pipeline.models import hooks
+from pipeline.spec import families
 from pipeline.store import tables
 
 ARCHITECTURE = "controlvector"
@@ -102,7 +102,7 @@ def config(hook: str, shape: tuple[int, int], about: dict[str, Any]) -> dict[str
         "sae_lens_version": version("sae-lens"),  # without it a folder is read as one of before 6
         "model_name": Path(about["model"]).parent.name,
         "hook_name": hook,
-        "hook_name_bridge": about["hooks"][hook].get("bridge", hooks.bridge_name(hook)),
+        "hook_name_bridge": about["hooks"][hook].get("bridge", families.bridge_name(hook)),
         "context_size": about["n_ctx"],
         "prepend_bos": about["prepend_bos"],
         "seqpos_slice": [about["skip_first"], None],

@@ -13,8 +13,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from pipeline.activations.rows import to_tensor
 from pipeline.errors import RetraceError
-from pipeline.models import hooks
 from pipeline.store import reading
 from pipeline.store.shards import Rows
 from pipeline.text.labels import Corpus, Labels
@@ -90,7 +90,7 @@ def _matching(
             place = np.searchsorted(ordered, found).clip(max=len(ordered) - 1)
             here = ordered[place] == found
             if here.any():
-                yield order[place[here]], hooks.to_tensor(raw[here], rows.dtype)
+                yield order[place[here]], to_tensor(raw[here], rows.dtype)
 
 
 def key(block: np.ndarray, position: np.ndarray) -> np.ndarray:

@@ -15,8 +15,8 @@ import torch
 from jaxtyping import Float
 from torch import Tensor
 
+from pipeline.activations.rows import to_tensor
 from pipeline.errors import RetraceError
-from pipeline.models import hooks
 from pipeline.store import shards
 
 BATCH = 4096  # rows
@@ -114,7 +114,7 @@ def means(
         if not len(keep):
             continue
         at = torch.from_numpy(place[keep]).to(device)
-        x = hooks.to_tensor(raw[keep], rows.dtype, device).float()
+        x = to_tensor(raw[keep], rows.dtype, device).float()
         for name, values in {RAW: x, **{n: s.encode(x) for n, s in saes.items()}}.items():
             total = out.setdefault(name, torch.zeros(n, values.shape[1], device=device))
             total.index_add_(0, at, values.float())

@@ -74,9 +74,12 @@ class Checkpoints:
             "beside": {file.name: intact.sha256_once(file) for file in kept},
         }
         tables.write_json(writing / "checkpoint.json", note, {"key": self.key})
-        writing.rename(self.folder / f"step-{step:09d}")
+        whole = self.folder / f"step-{step:09d}"
+        shutil.rmtree(whole, ignore_errors=True)  # damaged, or of another job: `load` left it
+        writing.rename(whole)
         for path in old:
-            shutil.rmtree(path)
+            if path != whole:
+                shutil.rmtree(path)
 
     def load(self, things: Sequence[Trained]) -> int:
         """Take up the newest checkpoint of this job; the number of steps that it has done, or 0."""

@@ -352,7 +352,10 @@ def test_skipping_a_whole_block():
 
 
 @pytest.mark.workflow
-def test_a_killed_job_resumes_and_ends_with_the_same_bytes(tiny_model_json, tiny_corpus, tmp_path):
+def test_a_killed_job_resumes_and_ends_with_the_same_bytes(
+    tiny_model_json, tiny_corpus, tmp_path, monkeypatch
+):
+    monkeypatch.setenv("RETRACE_PYTHON", sys.executable)  # goes on with the same packages
     many = {"hooks": [HOOK, "blocks.1.hook_resid_post"], "shard_rows": 15, "batch_size": 1}
     out = {name: tmp_path / name / "item" for name in ("whole", "killed")}
     run(out["whole"], tiny_model_json, tiny_corpus, **many)

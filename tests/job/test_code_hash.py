@@ -537,7 +537,8 @@ EXACTLY = {  # definition -> the stages that an edit of it must rerun, and no ot
     "latents/fidelity:loss_recovered": "evaluation",
     "latents/fidelity:density_shares": "evaluation",
     "latents/agreement:correlation": "attribution circuits",
-    "latents/stored:load_saes": "evaluation features attribution circuits steering",
+    "latents/stored:load_saes": "evaluation benchmarks absorption features attribution circuits "
+    "steering",
     "latents/evaluation:main": "evaluation",
     "latents/splicer:next_token_loss": "evaluation",
     "sae/train:train": "sae",

@@ -604,8 +604,11 @@ def test_company_changes_nothing(made, activations, tmp_path):
 
 
 @pytest.mark.workflow
-def test_a_killed_run_resumes_and_ends_with_the_bytes_of_another(made, activations, tmp_path):
+def test_a_killed_run_resumes_and_ends_with_the_bytes_of_another(
+    made, activations, tmp_path, monkeypatch
+):
     """`kill -9` at the first checkpoint; `made` was left in peace, in another process."""
+    monkeypatch.setenv("RETRACE_PYTHON", sys.executable)  # goes on with the same packages
     command = [sys.executable, "-m", "pipeline", "sae", "--spec", json.dumps({"sae": SPEC})]
     for option, value in arguments(tmp_path, activations).items():
         command += [f"--{option}", str(value)]
@@ -647,6 +650,11 @@ def test_a_checkpoint_of_another_spec_or_one_that_is_broken_is_not_used(tmp_path
     file = tmp_path / "step-000000012/topk.safetensors"
     file.write_bytes(file.read_bytes()[:-100])
     assert Checkpoints(tmp_path, "key").load(fresh()) == 0
+    Checkpoints(tmp_path, "key").save(12, half)  # in place of the broken one, at the same step
+    assert Checkpoints(tmp_path, "key").load(fresh()) == 12
+    Checkpoints(tmp_path, "other").save(12, half)  # and in place of another job's
+    assert Checkpoints(tmp_path, "other").load(fresh()) == 12
+    assert [p.name for p in tmp_path.iterdir()] == ["step-000000012"]
 
 
 @pytest.mark.workflow

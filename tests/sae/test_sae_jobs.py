@@ -227,8 +227,11 @@ def test_no_dictionary_trains_on_held_out_rows(activations, tmp_path, reads):
 
 
 @pytest.mark.workflow
-def test_a_killed_job_of_many_architectures_ends_with_the_bytes_of_another(activations, tmp_path):
+def test_a_killed_job_of_many_architectures_ends_with_the_bytes_of_another(
+    activations, tmp_path, monkeypatch
+):
     """`kill -9` at the first checkpoint, against a run in one go."""
+    monkeypatch.setenv("RETRACE_PYTHON", sys.executable)  # goes on with the same packages
     spec = job(specs(), n_rows=25_600, checkpoint_seconds=0.2)
     whole, killed = (started(spec, tmp_path / n, activations) for n in ("whole", "killed"))
     until = time.monotonic() + 120

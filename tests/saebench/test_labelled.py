@@ -9,9 +9,9 @@ import pytest
 import torch
 from synthetic import call
 
+from pipeline.activations.rows import to_tensor
 from pipeline.errors import RetraceError
 from pipeline.latents.stored import load_saes
-from pipeline.models import hooks
 from pipeline.saebench import labelled
 from pipeline.store import shards, tables
 
@@ -91,7 +91,7 @@ def test_means_are_those_of_a_naive_pass(split, n_tokens, made, monkeypatch):
     found = labelled.means(sae, made["activations"], HOOK, split, some, n_tokens, CPU)
     rows = shards.Rows(made["activations"], HOOK, split)
     raw, columns = (list(part) for part in zip(*rows.iterate(10_000), strict=True))
-    x = hooks.to_tensor(np.concatenate(raw), rows.dtype, CPU).float()
+    x = to_tensor(np.concatenate(raw), rows.dtype, CPU).float()
     document = np.concatenate([c["document"] for c in columns])
     for number, place in enumerate(some.slot):
         if place < 0:

@@ -343,7 +343,8 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.workflow
-def test_a_killed_run_goes_on_and_ends_with_the_bytes_of_another(made, data, tmp_path):
+def test_a_killed_run_goes_on_and_ends_with_the_bytes_of_another(made, data, tmp_path, monkeypatch):
+    monkeypatch.setenv("RETRACE_PYTHON", sys.executable)  # goes on with the same packages
     command = [
         sys.executable,
         "-m",

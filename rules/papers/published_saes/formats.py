@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from pydantic import Field
 
+from pipeline.activations.rows import to_tensor
 from pipeline.errors import RetraceError, nearest
 from pipeline.imports import dictionary_learning, formats, saelens
 from pipeline.imports.original import Files
@@ -23,7 +24,6 @@ from pipeline.job import cli, own
 from pipeline.job.source import import_file
 from pipeline.latents.reconstruction import reconstruction
 from pipeline.latents.stored import load_saes
-from pipeline.models import hooks
 from pipeline.spec.base import Section
 from pipeline.spec.imports import listing
 from pipeline.store import shards, tables
@@ -93,7 +93,7 @@ def _rows(manifest: str, hook: str, n: int) -> torch.Tensor:
     """The first n held-out rows of a hook, float32."""
     rows = shards.Rows(manifest, hook, "eval")
     raw = np.concatenate([raw for raw, _ in rows.iterate(4096)])[:n]
-    return hooks.to_tensor(raw, rows.dtype, torch.device("cpu")).float()
+    return to_tensor(raw, rows.dtype, torch.device("cpu")).float()
 
 
 def main() -> None:
