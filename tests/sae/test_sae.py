@@ -605,25 +605,27 @@ def test_company_changes_nothing(made, activations, tmp_path):
 
 @pytest.mark.workflow
 def test_a_killed_run_resumes_and_ends_with_the_bytes_of_another(
-    made, activations, tmp_path, monkeypatch
+    activations, tmp_path, monkeypatch
 ):
-    """`kill -9` at the first checkpoint; `made` was left in peace, in another process."""
+    """`kill -9` at the first checkpoint; another process was left in peace."""
     monkeypatch.setenv("RETRACE_PYTHON", sys.executable)  # goes on with the same packages
+    killed = tmp_path / "killed"
+    run(tmp_path / "whole", activations)
     command = [sys.executable, "-m", "pipeline", "sae", "--spec", json.dumps({"sae": SPEC})]
-    for option, value in arguments(tmp_path, activations).items():
+    for option, value in arguments(killed, activations).items():
         command += [f"--{option}", str(value)]
     process = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE)
     until = time.monotonic() + 120
-    while not list((tmp_path / "saes.partial").glob("step-*")) and time.monotonic() < until:
+    while not list((killed / "saes.partial").glob("step-*")) and time.monotonic() < until:
         assert process.poll() is None, process.stderr.read()
         time.sleep(0.01)
     process.kill()
     process.communicate()
     assert process.returncode == -signal.SIGKILL
-    assert not (tmp_path / "manifest.json").exists() and not (tmp_path / "saes").exists()
-    told = run(tmp_path, activations).stderr
+    assert not (killed / "manifest.json").exists() and not (killed / "saes").exists()
+    told = run(killed, activations).stderr
     assert "resumed at step" in told
-    assert contents(tmp_path) == contents(made)
+    assert contents(killed) == contents(tmp_path / "whole")
 
 
 def test_a_checkpoint_of_another_spec_or_one_that_is_broken_is_not_used(tmp_path):
