@@ -261,14 +261,14 @@ class CorpusSpec(Section):
             raise ValueError("source: local needs path: a .txt, .jsonl or .parquet file, or folder")
         if self.source == "url" and not (self.url and self.sha256):
             raise ValueError("source: url needs url and the sha256 of its file")
-        self._check_columns()
         if self.fallback and self.source != "url":
             raise ValueError(f"fallback serves source: url only, got source: {self.source}")
         if 0 < self.n_tokens < self.n_ctx:
             raise ValueError(f"n_tokens {self.n_tokens} is less than one block of {self.n_ctx}")
         return self
 
-    def _check_columns(self) -> None:
+    @model_validator(mode="after")
+    def _check_columns(self) -> "CorpusSpec":
         """ValueError where a column of token ids or messages stands beside what needs text."""
         if self.tokens_column and self.chat:
             raise ValueError("tokens_column and chat: token ids are no messages; remove one")
@@ -276,6 +276,7 @@ class CorpusSpec(Section):
             for other in ("books", "whole_file") if getattr(self, key) else ():
                 if getattr(self, other):
                     raise ValueError(f"{key} reads columns and {other} plain text; remove one")
+        return self
 
 
 class TokenizerSpec(Section):
