@@ -24,6 +24,9 @@ import warm
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Two workers have two cores: threads beside them spin while they wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
+if not Path("/proc/driver/nvidia/gpus").is_dir():
+    # Read when triton is imported, which torch's other users do long before tests of kernels.
+    os.environ.setdefault("TRITON_INTERPRET", "1")
 ROOT = Path(__file__).parent.parent
 WARM = pytest.StashKey[tempfile.TemporaryDirectory]()
 TORCH_ROOMS = "models activations weights sae imports latents saebench circuits probes".split()

@@ -185,6 +185,7 @@ def test_too_few_words_of_every_letter_make_an_empty_table(lettered, tmp_path, c
     folder = published.saelens(tmp_path / "s", "standard", published.draw(5))
     sae = published.bring(lettered, tmp_path / "sae", folder, "saelens")
     section = {"n_words": 20, "n_examples": 2, "seeds": [1]}
+    caplog.set_level("INFO", "retrace")
     call("absorption", {"absorption": section}, device="cpu", threads=1, model=lettered,
          saes=[sae], out=tmp_path / "t.parquet")  # fmt: skip
     assert "no letter has 5 words in both parts: raise absorption.n_words" in caplog.text
