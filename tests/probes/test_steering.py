@@ -14,7 +14,7 @@ from pipeline.models import hooks, loader
 from pipeline.probes import steered
 from pipeline.probes.directions import Directions
 from pipeline.probes.steered import Edit
-from pipeline.spec.measured import DirectionSpec, SteeringSpec
+from pipeline.spec.measured import DirectionSpec, LabelSpec, SteeringSpec
 from pipeline.store import tables
 from pipeline.store.shards import Blocks
 from pipeline.text.labels import Corpus
@@ -45,6 +45,7 @@ SPEC = {
     "prompts": ["the cat"],
     "n_new": 5,
 }
+PLACES = LabelSpec(column="label")
 
 
 @pytest.fixture(scope="module")
@@ -148,7 +149,7 @@ def test_an_edit_adds_or_takes_out_a_direction_behind_the_first_positions():
 
 def test_effects_are_those_of_whole_passes(model, corpus):
     """Losses and words from a plain forward pass with the stream edited."""
-    text = steered.texts(*corpus, "places", "label", 3, 0, torch.device("cpu"))
+    text = steered.texts(*corpus, "places", PLACES, 3, 0, torch.device("cpu"))
     words = np.array([70, 75])
     run = steered.Steered(model.hf, HOOKS[0], text, words, 5.0, 1)
     edit = Edit(HOOKS[0], "add", unit(3), 4.0)
@@ -187,7 +188,7 @@ def test_kept_keys_continue_as_whole_passes_do(model):
 
 
 def test_texts_are_held_out_and_of_the_class_or_without_it(corpus):
-    text = steered.texts(*corpus, "places", "label", 3, 0, torch.device("cpu"))
+    text = steered.texts(*corpus, "places", PLACES, 3, 0, torch.device("cpu"))
     held = {tuple(row) for row in corpus[0].tokens[corpus[1] == "eval"]}
     assert all(tuple(row) in held for row in text.tokens.numpy())
     assert not (text.own & text.other).any()
@@ -199,10 +200,22 @@ def test_typical_tokens_are_those_that_a_class_has_and_others_have_not():
     tokens = np.array([[1, 1, 1, 2, 2, 3, 3, 3], [4, 4, 4, 2, 2, 3, 3, 3]])
     corpus = Corpus(tokens, np.array([[0] * 8, [1] * 8]), {0: ("", "a"), 1: ("", "b")})
     split = np.array(["train", "train"])
-    assert steered.typical(corpus, split, "a", "label", 1, least=2).tolist() == [1]
-    assert steered.typical(corpus, split, "b", "label", 1, least=2).tolist() == [4]
+    assert steered.typical(corpus, split, "a", PLACES, 1, least=2).tolist() == [1]
+    assert steered.typical(corpus, split, "b", PLACES, 1, least=2).tolist() == [4]
     with pytest.raises(RetraceError, match="no token stands 9 times"):
-        steered.typical(corpus, split, "a", "label", 1, least=9)
+        steered.typical(corpus, split, "a", PLACES, 1, least=9)
+
+
+def test_other_text_is_of_the_classes_that_the_label_counts():
+    tokens = np.array([[1, 1, 1, 2], [3, 3, 3, 2], [4, 4, 4, 4]])
+    about = {0: ("", "a"), 1: ("", "b"), 2: ("", "at nn .")}
+    corpus = Corpus(tokens, np.repeat([[0], [1], [2]], 4, 1), about)
+    split, cpu = np.array(["eval"] * 3), torch.device("cpu")
+    every = steered.texts(corpus, split, "a", PLACES, 9, 0, cpu)
+    counted = LabelSpec(column="label", classes=["a", "b"])
+    two = steered.texts(corpus, split, "a", counted, 9, 0, cpu)
+    assert (len(every.tokens), len(two.tokens)) == (3, 2)
+    assert 4 not in two.tokens and bool(two.other[1].all())
 
 
 # --- what is refused -----------------------------------------------------------------------

