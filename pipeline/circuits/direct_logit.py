@@ -29,7 +29,7 @@ def frozen_norm(
     """
     if isinstance(norm, nn.Identity):
         return (lambda c: c), 0.0
-    if isinstance(norm, nn.LayerNorm):
+    if type(norm) is nn.LayerNorm and norm.bias is not None:  # not a subclass: Nemotron's gain
         scale = (x.var(-1, correction=0, keepdim=True) + norm.eps).sqrt()
         return (lambda c: (c - c.mean(-1, keepdim=True)) / scale * norm.weight), norm.bias
     _, scale, _ = places.standardised(norm, x)

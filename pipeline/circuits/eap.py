@@ -201,6 +201,7 @@ def edges(task: Task, alphas: list[float]) -> tuple[list[Edge], Float[Tensor, " 
     the logits. With alphas [0.0] this is EAP, with `midpoints` EAP-IG (Hanna et al. take the right
     ends of the parts; the middles are nearer to the integral).
     """
+    hooks.require(task.hf, "edges")
     heads, (taps, grads) = task.heads, gradients(task, alphas)
     sources: list[Node] = []
     written: list[Tensor] = []

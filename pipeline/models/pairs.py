@@ -185,8 +185,8 @@ class Run:
         pre, mid, post: the stream before attention, between attention and MLP, and behind the MLP.
         z: what the output projection reads, d_z = n_heads * d_head.
         past: keys and values [batch n_key_heads pos d_head]. Models trained here give none, nor do
-            those whose sliding window has dropped some or that use ALiBi: then a patched run
-            computes all positions.
+            those whose sliding window has dropped some or that use ALiBi, or whose proof shows
+            that a run on them is another: then a patched run computes all positions.
         parallel: attention and MLP both read `pre`; `mid` is what the stream between them would be.
     """
 
@@ -220,10 +220,11 @@ class Run:
         if heads.parallel:
             kept["mid"] = [x + attn for x, attn in zip(kept["pre"], kept["mid"], strict=True)]
         cache = getattr(out, "past_key_values", None)
-        past = [(layer.keys, layer.values) for layer in cache.layers] if cache else []
+        past = [(layer.keys, layer.values) for layer in getattr(cache, "layers", [])]
         config = heads.hf.config
         numbered = hasattr(config, "max_position_embeddings")
-        if getattr(config, "alibi", False) or not numbered:
+        wrong = getattr(heads.hf, "retrace_past_fails", False)  # its own proof said so
+        if getattr(config, "alibi", False) or not numbered or wrong:
             past = []  # ALiBi counts positions in a mask of whole prompts (Bloom, MPT, Falcon)
         if any(keys.shape[-2] != tokens.shape[1] for keys, _ in past):
             past = []

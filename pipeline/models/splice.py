@@ -5,7 +5,7 @@ layers below the hook, which would only compute what is thrown away. Gradients f
 `resume` to x. Positions, masks and rotary angles are the model's own.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -92,12 +92,13 @@ def _without_attention(hf: nn.Module, number: int, x: Tensor) -> Iterator[None]:
         with hooks.edited(hf, f"blocks.{number}.hook_attn_out", torch.zeros_like):
             yield
         return
-    answer = modules.answer_of(hf, attention)
-    try:
-        attention.forward = lambda *_, **__: answer(torch.zeros((), dtype=x.dtype, device=x.device))
+    answer, device = modules.answer_of(hf, attention), next(attention.parameters()).device
+
+    def nothing(*_: Any, **__: Any) -> Any:
+        return answer(torch.zeros((), dtype=x.dtype, device=device))
+
+    with modules.instead([(attention, nothing)]):
         yield
-    finally:
-        attention.__dict__.pop("forward", None)
 
 
 @contextmanager
@@ -111,13 +112,12 @@ def _skipped_below(hf: nn.Module, hook: str) -> Iterator[None]:
         number = int(hook.split(".")[1])
         skipped = list(modules.layers_of(hf))[: number + hook.endswith("hook_resid_post")]
     answers = [modules.answer_of(hf, layer) for layer in skipped]
-    try:
-        for layer, answer in zip(skipped, answers, strict=True):
-            layer.forward = lambda hidden_states, *_, answer=answer, **__: answer(hidden_states)
+
+    def passing(answer: Callable[[Tensor], Any]) -> Callable:
+        return lambda hidden_states, *_, **__: answer(hidden_states)
+
+    with modules.instead([(m, passing(a)) for m, a in zip(skipped, answers, strict=True)]):
         yield
-    finally:
-        for layer in skipped:
-            layer.__dict__.pop("forward", None)
 
 
 def written(
@@ -147,6 +147,7 @@ def written(
     else:
         last = modules.submodule(layer, names.place(at)[0])
         rows = last(directions) - last(torch.zeros_like(directions[:1]))
+        rows = places.moved(rows, modules.home(hf))
     out, post = hooks.written_by(hf, layer, at.split(".")[0])
     return rows * out.scale if post is None else _gained(post, rows)
 
@@ -164,8 +165,9 @@ def normed(hf: nn.Module, rows: Float[Tensor, "*n d_model"]) -> Float[Tensor, "*
 
 def _gained(norm: nn.Module, rows: Float[Tensor, "*n d_model"]) -> Float[Tensor, "*n d_model"]:
     """g * c(row) of a norm g c(x) / s(x) + b."""
-    centred = places.centres(norm, rows)
-    return places.gain(norm, rows) * (rows - rows.mean(-1, keepdim=True) if centred else rows)
+    run = places.as_function(norm)
+    centred = places.centres(run, rows)
+    return places.gain(run, rows) * (rows - rows.mean(-1, keepdim=True) if centred else rows)
 
 
 def final_norm(hf: nn.Module) -> nn.Module:

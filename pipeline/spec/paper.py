@@ -74,7 +74,9 @@ class ActivationsSpec(Section):
     hooks: list[Hook] = Field(min_length=1, description="TransformerLens names")
     dtype: Dtype = Field(default="float16", description="of the stored activations")
     model_dtype: Dtype = Field(
-        default="float32", description="of the forward pass; bfloat16 is for GPUs"
+        default="float32",
+        description="of the forward pass, where model.dtype does not name a half one; bfloat16 is "
+        "for GPUs",
     )
     skip_first: int = Field(
         default=1, ge=0, description="positions dropped at a block's start (attention sinks)"
