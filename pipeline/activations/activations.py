@@ -123,7 +123,8 @@ def main() -> None:
     def work(job: cli.Job) -> None:
         args, spec = job.args, job.section("activations", ActivationsSpec)
         device, blocks = job.device(), Blocks(job.args.corpus)
-        loaded = loader.load(args.model, device, getattr(torch, spec.model_dtype))
+        half = None if spec.model_dtype == "float32" else getattr(torch, spec.model_dtype)
+        loaded = loader.load(args.model, device, half)
         checks.check_fits(loaded.info, blocks, args.corpus)
         proof.prove_patterns(loaded.hf, spec.hooks)
         with torch.inference_mode():

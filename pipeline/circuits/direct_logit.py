@@ -29,11 +29,11 @@ def frozen_norm(
     """
     if isinstance(norm, nn.Identity):
         return (lambda c: c), 0.0
-    if isinstance(norm, nn.LayerNorm):
+    if type(norm) is nn.LayerNorm and norm.bias is not None:  # not a subclass: Nemotron's gain
         scale = (x.var(-1, correction=0, keepdim=True) + norm.eps).sqrt()
         return (lambda c: (c - c.mean(-1, keepdim=True)) / scale * norm.weight), norm.bias
     _, scale, _ = places.standardised(norm, x)
-    bias = places.as_function(norm)(torch.zeros_like(x[:1]))
+    bias = places.as_function(norm)(torch.zeros_like(places.full(x[:1])))
     return (lambda c: places.linear_part(norm, c / scale)), bias
 
 

@@ -64,6 +64,7 @@ class EdgeGraph:
             positions: the positional embedding is a node of its own.
         """
         self.hf, self.tokens, self.heads = hf, tokens, Heads(hf)
+        hooks.require(hf, "edges")
         self.n_embeds = 1 + positions
         self.has_mlp = "blocks.0.hook_mlp_out" in hooks.hook_names(hf)
         self.check_linear()
@@ -208,7 +209,8 @@ class Pass:
     """
 
     def __init__(self, graph: EdgeGraph, present: Present, embeds: list[Tensor] | None) -> None:
-        self.graph, self.present, self.embeds = graph, present, embeds
+        self.graph, self.embeds = graph, embeds
+        self.present = present.to(graph.off.dtype)
         self.made: list[Tensor] = []
         self.read: dict[Target, Tensor] = {}
         self.inputs: dict[Target, Tensor] = {}
@@ -261,7 +263,7 @@ class Pass:
         self.embed = out
 
     def _begin(self, _: nn.Module, args: tuple, kwargs: dict) -> None:
-        stream = places.stream_of(args, kwargs)
+        stream = places.moved(places.stream_of(args, kwargs), self.graph.heads.home)
         parts = [stream] if self.graph.n_embeds == 1 else [self.embed, stream - self.embed]
         self.made = [*(self.embeds or map(self.by_graph, parts))]
 
@@ -271,7 +273,7 @@ class Pass:
         order = torch.cat([heads.columns(layer, s) for s in slots])
         back = None if bool((order.diff() == 1).all()) else order.argsort()
 
-        def after(module: nn.Module, _: tuple, __: Tensor) -> Tensor:
+        def after(module: nn.Module, _: tuple, out: Tensor) -> Tensor:
             columns = []
             for slot in slots:
                 x = heads.attn_reads(layer, self.reads((layer, slot)))
@@ -279,9 +281,11 @@ class Pass:
                     module.forward(x[:, h].contiguous())[..., heads.place(layer, slot, h).columns]
                     for h in range(heads.count(slot))
                 ]
-                columns.append(self._gated((layer, slot), torch.cat(each, -1)))
+                made = places.moved(torch.cat(each, -1), heads.home)
+                columns.append(self._gated((layer, slot), made))
             whole = torch.cat(columns, -1).flatten(0, 1)
-            return whole if back is None else whole[..., back.to(whole.device)]
+            whole = whole if back is None else whole[..., back.to(whole.device)]
+            return places.moved(whole, places.where(out))
 
         return after
 

@@ -34,14 +34,20 @@ def take(names: list[str], folder: Path | None = None) -> int:
         The first that is free; where none is, as with more jobs than GPUs, one of them by the
         process's number.
     """
-    folder = folder or Path(tempfile.gettempdir())
     for i, name in enumerate(names):
-        lock = open(folder / f"retrace-{os.getuid()}-{name}.lock", "w", encoding="utf-8")  # noqa: SIM115
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            lock.close()
-            continue
-        _held.append(lock)
-        return i
+        if hold(name, folder):
+            return i
     return os.getpid() % len(names)
+
+
+def hold(name: str, folder: Path | None = None) -> bool:
+    """Hold a GPU until this process ends; False where a job, this one among them, holds it."""
+    folder = folder or Path(tempfile.gettempdir())
+    lock = open(folder / f"retrace-{os.getuid()}-{name}.lock", "w", encoding="utf-8")  # noqa: SIM115
+    try:
+        fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        lock.close()
+        return False
+    _held.append(lock)
+    return True

@@ -16,7 +16,6 @@ Importing TransformerLens takes 15 s, so that no stage does this; a test holds t
 
 import argparse
 import copy
-import functools
 import itertools
 import json
 import logging
@@ -26,7 +25,7 @@ from importlib.metadata import version
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from pipeline.errors import RetraceError, command
 from pipeline.models.tiny_models import tiny_config, tiny_model, with_architecture
@@ -249,19 +248,13 @@ def seen_in(hf: nn.Module) -> tuple[bool, list[str]]:
         Whether some module of a layer sees sequences run together, [batch*pos d] (OPT), and the
         hooks whose tensor is added to in place later (Falcon's MLP output).
     """
-    from pipeline.models import hooks
+    from pipeline.models import hooks, proof
 
-    with torch.no_grad(), hooks.capture(hf, names := hooks.hook_names(hf)) as acts:
-        versions: dict[str, int] = {}
-        for name in names:
-            hooks.site(hf, name).register(functools.partial(_note_version, versions, name))
-        hf.base_model(input_ids=torch.tensor([[1, 3, 4], [1, 5, 6]]), use_cache=False)
-    late = {n.split(".", 2)[-1] for n, x in acts.items() if x._version != versions[n]}
+    tokens, names = torch.tensor([[1, 3, 4], [1, 5, 6]]), hooks.hook_names(hf)
+    with torch.no_grad(), hooks.capture(hf, names) as acts:
+        hf.base_model(input_ids=tokens, use_cache=False)
+        late = proof.overwritten(hf, names, tokens)
     return any(x.dim() == 2 for x in acts.values()), sorted(late)
-
-
-def _note_version(versions: dict[str, int], name: str, x: Tensor) -> None:
-    versions[name] = x._version
 
 
 def _once_at_the_end(hf: nn.Module, path: str) -> bool:

@@ -60,6 +60,7 @@ class Heads:
                         f"activations of its other hooks can be stored"
                     )
         modules.answer_of(hf, self.layers[0])  # now, before anybody edits the model
+        self.home = modules.home(hf)
         cfg = hf.config
         self.n_layers, self.d_model = len(self.layers), cfg.hidden_size
         self.n_heads = getattr(cfg, "num_attention_heads", None) or cfg.n_heads
@@ -104,12 +105,13 @@ class Heads:
 
     def W_O(self, layer: int) -> Float[Tensor, "n_heads d_head d_model"]:
         """The output projection, head by head."""
-        return places.weight_of(self.out(layer)).T.unflatten(0, (self.n_heads, -1))
+        W = places.moved(places.weight_of(self.out(layer)), self.home)
+        return W.T.unflatten(0, (self.n_heads, -1))
 
     def b_O(self, layer: int) -> Float[Tensor, " d_model"] | float:
         """What attention writes that no head does; 0.0 where there is no bias."""
         bias = getattr(self.out(layer), "bias", None)
-        return 0.0 if bias is None else bias
+        return 0.0 if bias is None else places.moved(bias, self.home)
 
     def count(self, slot: Slot) -> int:
         """How many q, k or v a layer has."""
@@ -129,7 +131,7 @@ class Heads:
     def W_in(self, layer: int, slot: Slot, head: int) -> Float[Tensor, "d_head d_model"]:
         """The rows of the input projection that make q, k or v of a head."""
         place = self.place(layer, slot, head)
-        return places.weight_of(place.module)[place.columns]
+        return places.moved(places.weight_of(place.module)[place.columns], self.home)
 
     # --- what a layer reads ------------------------------------------------------------------
 
@@ -138,13 +140,13 @@ class Heads:
     ) -> Float[Tensor, "*batch d_model"]:
         """What the input projections read, of the stream x before the layer."""
         reader = modules.first_reader(self.names, self.layers[layer])
-        return x if reader is self.attn(layer) else reader(x)
+        return x if reader is self.attn(layer) else places.moved(reader(x), self.home)
 
     def read(
         self, layer: int, slot: Slot, x: Float[Tensor, "*batch d_model"]
     ) -> Float[Tensor, "*batch d_slot"]:
         """q, k or v of all heads, d_slot = count * d_head, of the stream x before its layer."""
-        out = self.module_of(layer, slot)(self.attn_reads(layer, x))
+        out = places.moved(self.module_of(layer, slot)(self.attn_reads(layer, x)), self.home)
         place = self.site(layer, f"attn.hook_{slot}")
         return out if place.columns is None else out[..., place.columns]
 
@@ -153,14 +155,15 @@ class Heads:
     ) -> Float[Tensor, "*batch d_head"]:
         """q, k or v of one head, of the stream x before its layer."""
         place = self.place(layer, slot, head)
-        return place.module(self.attn_reads(layer, x))[..., place.columns]
+        out = place.module(self.attn_reads(layer, x))[..., place.columns]
+        return places.moved(out, self.home)
 
     def mlp_reads(
         self, layer: int, x: Float[Tensor, "*batch d_model"]
     ) -> Float[Tensor, "*batch d_model"]:
         """What the MLP reads, of the stream before it: resid_pre in parallel, else resid_mid."""
         norm = self.mlp_norm(layer)
-        return x if norm is None else norm(x)
+        return x if norm is None else places.moved(norm(x), self.home)
 
     def mlp_norm(self, layer: int) -> nn.Module | None:
         """The norm before the MLP; GPT-J's and Phi's is that of attention; OLMo 2 has none."""
@@ -203,7 +206,7 @@ class Heads:
         """What attention adds to the stream."""
         scale, norm = self.post(layer, "attn")
         whole = self._before_norm(layer, z)
-        return (whole if norm is None else norm(whole)) * scale
+        return (whole if norm is None else places.moved(norm(whole), self.home)) * scale
 
     def _before_norm(self, layer: int, z: Tensor) -> Tensor:
         """The output projection of z, before a norm behind it."""
@@ -228,7 +231,7 @@ class Heads:
         if norm is None:
             return written if scale == 1.0 else written * scale
         raw = self._before_norm(layer, z)
-        return (norm(raw + written) - norm(raw)) * scale
+        return places.moved(norm(raw + written) - norm(raw), self.home) * scale
 
     def mlp_writes(
         self, layer: int, x: Float[Tensor, "*batch d_model"]
@@ -236,14 +239,16 @@ class Heads:
         """What the MLP adds to the stream, of the stream x that it reads."""
         y = self.mlp_reads(layer, x)
         if self.names.mlp:
-            mlp = modules.submodule(self.layers[layer], self.names.mlp)
+            mlp, shape = modules.submodule(self.layers[layer], self.names.mlp), y.shape
+            y = y.reshape(-1, *shape[-2:]) if self.names.experts else y  # they count dimensions
             y = mlp(y, torch.zeros_like(y)) if adds_stream(mlp) else mlp(y)
             y = y[0] if isinstance(y, tuple) else y
+            y = y.view(*shape[:-1], -1)
         else:  # its maps stand in the layer itself (OPT)
             first, last = (self._of_hook(layer, f"mlp.hook_{h}") for h in ("in", "post"))
             y = last(self.layers[layer].activation_fn(first(y)))
         scale, norm = self.post(layer, "mlp")
-        y = y if norm is None else norm(y)
+        y = places.moved(y if norm is None else norm(y), self.home)
         return y if scale == 1.0 else y * scale
 
     # --- edits and patterns ------------------------------------------------------------------
@@ -253,7 +258,7 @@ class Heads:
         """Inside: fn is called with z [batch pos d_z], and what it returns replaces z."""
 
         def before(_: nn.Module, args: tuple):
-            new = fn(args[0])
+            new = fn(places.moved(args[0], self.home))
             return None if new is None else (new, *args[1:])
 
         handle = self.out(layer).register_forward_pre_hook(before)
@@ -275,7 +280,8 @@ class Heads:
                 columns = torch.arange(place.columns.start, place.columns.stop, device=new.device)
 
                 def after(_: nn.Module, __: tuple, out: Tensor, r=rows, a=at, c=columns, v=new):
-                    out = out.clone()
+                    out, at = out.clone(), places.where(out)
+                    r, a, c, v = (places.moved(t, at) for t in (r, a, c, v))
                     out[r[:, None], a[:, None], c] = v
                     return out
 

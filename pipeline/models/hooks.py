@@ -17,6 +17,7 @@ import functools
 import re
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import replace
 from typing import Any
 
 from jaxtyping import Float, Int
@@ -121,6 +122,11 @@ def site(hf: nn.Module, hook: str) -> Place | InnerPlace:
     Raises:
         RetraceError: the model has no such hook, or refuses it.
     """
+    found, home = _site(hf, hook), modules.home(hf)
+    return found if home is None else replace(found, home=home)
+
+
+def _site(hf: nn.Module, hook: str) -> Place | InnerPlace:
     found = _find(hf, hook)
     if found is None:
         _refuse(hf, hook)
@@ -144,12 +150,13 @@ def site(hf: nn.Module, hook: str) -> Place | InnerPlace:
         return Place(module, "norm", what=what, rows=rows)
     if what.startswith("out times "):
         return Place(module, "output", scale=float(getattr(hf.config, what.split()[-1])), rows=rows)
+    changed = {*modules.family(hf).overwritten, *getattr(hf, "retrace_overwritten", ())}
+    kept = hook.split(".", 2)[-1] not in changed
     if what in ("in", "out"):
-        kept = hook.split(".", 2)[-1] not in modules.family(hf).overwritten
         return Place(module, "input" if what == "in" else "output", rows=rows, kept=kept)
     end = modules.reached(layer, (modules.family(hf).place("attn.hook_z") or ("", ""))[0])
     columns = places.columns_of(module, what, end, hf.config.num_attention_heads)
-    return Place(module, "output", columns=columns, rows=rows)
+    return Place(module, "output", columns=columns, rows=rows, kept=kept)
 
 
 def width(hf: nn.Module, hook: str) -> int:
@@ -275,7 +282,7 @@ def edited(hf: nn.Module, hook: str, fn: Callable[[Tensor], Tensor]) -> Iterator
     seen: dict[str, Tensor] = {}
 
     def before_attention(_: nn.Module, args: tuple, kwargs: dict) -> None:
-        seen["resid_pre"] = places.stream_of(args, kwargs)
+        seen["resid_pre"] = places.moved(places.stream_of(args, kwargs), modules.home(hf))
 
     handle = modules.first_reader(names, layer).register_forward_pre_hook(
         before_attention, with_kwargs=True

@@ -114,7 +114,7 @@ class Results(Readers):
         if new is result:
             return out
         # the change alone is added, so that an edit which changes nothing keeps every bit
-        return out + (new - result).unflatten(-1, (self.n_heads, -1)).sum(-2)
+        return out + (new.to(result.dtype) - result).unflatten(-1, (self.n_heads, -1)).sum(-2)
 
 
 class Calls(Readers, TorchFunctionMode):
@@ -231,6 +231,7 @@ class InnerPlace:
         n_heads: of attention.
         rows: where the module sees sequences run together, a list with the last (batch, pos).
         router: of a block of experts.
+        home: as of `places.Place`.
     """
 
     hf: nn.Module
@@ -240,9 +241,11 @@ class InnerPlace:
     rows: list[tuple[int, int]]
     router: nn.Module | None = None
     scale: float = 1.0
+    home: Any = None
 
     def register(self, see: See) -> Any:
         """Call `see` on the tensor; what it returns, if anything, takes its place. The handle."""
+        see = places.at_home(see, self.home)
         if self.what == "result":
             results = readers_of(self.module, Results, self.n_heads)
             return results.add(self.what, self._unflattened(see))

@@ -1,19 +1,24 @@
 """A model of the store, ready to run: Hugging Face, native, or a TransformerBridge. [torch]
 
 Weights are read from safetensors alone, each tensor is accounted for, and no code that a
-repository brings is run.
+repository brings is run. They are read straight to the device; where a GPU is too small for them,
+layers are divided among the GPUs that no other job of this user holds.
 """
 
+import itertools
 import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from pipeline.errors import RetraceError
-from pipeline.models import native
+from pipeline.job import gpus
+from pipeline.models import modules, native
 from pipeline.spec import families
 from pipeline.store import tables
 from pipeline.text.tokens import checkpoint_of, load_tokenizer
+
+ROOM = 0.85  # share of a GPU's free memory that weights may take; the rest is for activations
 
 
 @dataclass(frozen=True)
@@ -38,22 +43,22 @@ def load(model_json: str | Path, device: Any = "cpu", dtype: Any = None) -> Load
 
     Args:
         model_json: path of the item's model.json.
-        dtype: a torch dtype; default float32.
+        dtype: a torch dtype; default: that of the section `model`, float32 where it says none.
     """
     import torch
 
     from pipeline.models import proof
 
     info = tables.read_json(model_json)
-    dtype = dtype or torch.float32
+    dtype = dtype or getattr(torch, info.get("dtype", "float32"))
     has_tokenizer = (checkpoint_of(model_json) / "tokenizer.json").exists()
     tokenizer = load_tokenizer(model_json) if has_tokenizer else None
     if info["processing"] == "compatibility":
         wrapped = bridge(model_json, device, dtype)
         return Loaded(wrapped.original_model, tokenizer, info["bos_id"], info, wrapped)
-    hf = from_folder(checkpoint_of(model_json), dtype).to(device).eval().requires_grad_(False)
-    if "family" in info:
-        hf.retrace_layout = families.Layout(**info["family"])
+    own = families.Layout(**info["family"]) if "family" in info else None
+    hf = from_folder(checkpoint_of(model_json), dtype, device, own)
+    hf.eval().requires_grad_(False)
     proof.prove(hf)
     return Loaded(hf, tokenizer, info["bos_id"], info)
 
@@ -64,36 +69,45 @@ def bridge(model_json: str | Path, device: Any = "cpu", dtype: Any = None) -> An
     from transformer_lens.model_bridge import TransformerBridge
 
     folder = checkpoint_of(model_json)
-    folded = tables.read_json(model_json)["processing"] == "compatibility"
+    info = tables.read_json(model_json)
+    folded, dtype = info["processing"] == "compatibility", dtype or info.get("dtype", "float32")
+    dtype = getattr(torch, dtype) if isinstance(dtype, str) else dtype
     if folded and native.is_native(folder):
         raise RetraceError(
             f"{model_json}: processing: compatibility, but a model that was trained here has "
             f"nothing to fold; write raw"
         )
     if native.is_native(folder):
-        hf = native.from_folder(folder, dtype or torch.float32).to(device)
+        hf = native.from_folder(folder, dtype).to(device)
         return native.to_bridge(hf).eval().requires_grad_(False)
-    out = TransformerBridge.boot_transformers(
-        str(folder), device=str(device), dtype=dtype or torch.float32
-    )
+    out = TransformerBridge.boot_transformers(str(folder), device=str(device), dtype=dtype)
     if folded:
         out.enable_compatibility_mode()
     out.eval().requires_grad_(False)
     return out
 
 
-def from_folder(folder: Path, dtype: Any) -> Any:
-    """The causal LM, or the encoder, of a local folder; safetensors only, no remote code."""
+def from_folder(
+    folder: Path, dtype: Any, device: Any = "cpu", own: families.Layout | None = None
+) -> Any:
+    """The causal LM, or the encoder, of a local folder; safetensors only, no remote code.
+
+    Args:
+        device: where it goes; on a GPU that is too small for it, others take some of its layers.
+        own: the layout that came with the model.
+    """
     if native.is_native(folder):
-        return native.from_folder(folder, dtype)
+        return native.from_folder(folder, dtype).to(device)
     from transformers import AutoModel, AutoModelForCausalLM
 
     check_index(folder)
+    kind = AutoModel if is_encoder(folder) else AutoModelForCausalLM
+    where = placement(folder, kind, dtype, device, own)
     try:
-        kind = AutoModel if is_encoder(folder) else AutoModelForCausalLM
         model, found = kind.from_pretrained(
             folder, dtype=dtype, local_files_only=True, use_safetensors=True,
             trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True,
+            device_map=where.map,
         )  # fmt: skip
     except Exception as e:  # of the config's classes, of safetensors, of torch: any of theirs
         said = (str(e).strip().splitlines() or [type(e).__name__])[0]
@@ -102,7 +116,141 @@ def from_folder(folder: Path, dtype: Any) -> Any:
             f"a folder with config.json, model.safetensors and tokenizer.json"
         ) from e
     check_loaded(folder, found)
+    if own is not None:
+        model.retrace_layout = own
+    if where.layers:
+        from accelerate.hooks import remove_hook_from_submodules
+
+        remove_hook_from_submodules(model)  # hooks of ours are read and replaced at one device
+        modules.spread(model, where.home, where.layers)
     return model
+
+
+# --- where it goes -------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Placement:
+    """Where the modules of a model go.
+
+    Attributes:
+        home: the device of all that is no layer.
+        map: module -> device, as from_pretrained takes it; None: the CPU.
+        layers: the device of each layer, where they differ.
+    """
+
+    home: Any
+    map: dict[str, Any] | None = None
+    layers: tuple = ()
+
+
+def placement(
+    folder: Path, kind: Any, dtype: Any, device: Any, own: families.Layout | None
+) -> Placement:
+    """Where a model of a folder goes: on one device, or its layers on several GPUs.
+
+    Raises:
+        RetraceError: the GPUs that are free here are too small for it.
+    """
+    import torch
+
+    device = torch.device(device)
+    if device.type != "cuda":
+        return Placement(device, {"": device} if device.type != "cpu" else None)
+    size = sum(f.stat().st_size for f in folder.glob("*.safetensors"))
+    if size * 2 <= room_of(device):  # float32 of what was stored as half of it, at most
+        return Placement(device, {"": device})
+    shape = on_meta(folder, kind, dtype, own)
+    names, layers = modules.family(shape), modules.layers_of(shape)
+    sizes = [bytes_of(layer) for layer in layers]
+    rest = bytes_of(shape) - sum(sizes)
+    if sum(sizes) + rest <= room_of(device):
+        return Placement(device, {"": device})
+    chosen = [device]
+    for other in others(device):
+        if sum(sizes) + rest <= sum(map(room_of, chosen)):
+            break
+        chosen.append(other)
+    numbers = divided(sizes, rest, [room_of(d) for d in chosen])
+    if numbers is None:
+        there = ", ".join(f"{room_of(d) / 1e9:.1f}" for d in chosen)
+        raise RetraceError(
+            f"{folder}: its weights take {(sum(sizes) + rest) / 1e9:.1f} GB as {dtype}, and the "
+            f"GPUs that are free here have room for {there} GB; let the job have more of them "
+            f"(--set-resources), or write model.dtype: bfloat16"
+        )
+    found = tuple(chosen[n] for n in numbers)
+    where = dict.fromkeys(beside(shape, names.layers), device)
+    where |= {f"{names.layers}.{i}": at for i, at in enumerate(found)}
+    return Placement(device, where, found)
+
+
+def on_meta(folder: Path, kind: Any, dtype: Any, own: families.Layout | None) -> Any:
+    """The model of a folder without weights: its modules and their shapes."""
+    import torch
+    from transformers import AutoConfig
+
+    config = AutoConfig.from_pretrained(folder, trust_remote_code=False, local_files_only=True)
+    with torch.device("meta"):
+        out = kind.from_config(config, dtype=dtype)
+    if own is not None:
+        out.retrace_layout = own
+    return out
+
+
+def bytes_of(module: Any) -> int:
+    """Bytes of a module's weights, tied ones counted once."""
+    return sum(p.numel() * p.element_size() for p in module.parameters())
+
+
+def room_of(device: Any) -> float:
+    """Bytes of weights that a GPU can take now."""
+    import torch
+
+    return ROOM * torch.cuda.mem_get_info(device)[0]
+
+
+def others(device: Any) -> Any:
+    """The other GPUs that this job may see and no other holds; held when they are asked for."""
+    import torch
+
+    here = torch.cuda.current_device() if device.index is None else device.index
+    for i in range(torch.cuda.device_count()):
+        if i != here and gpus.hold(str(torch.cuda.get_device_properties(i).uuid)):
+            yield torch.device("cuda", i)
+
+
+def divided(sizes: list[int], rest: int, rooms: list[float]) -> list[int] | None:
+    """The number of the device of each layer: neighbours together, each as full as the others.
+
+    Args:
+        sizes: bytes of each layer.
+        rest: bytes of all that is no layer, on the first device.
+        rooms: bytes that fit on each device.
+
+    Returns:
+        None where they do not fit.
+    """
+    share = (sum(sizes) + rest) / sum(rooms)
+    ends = list(itertools.accumulate(share * room for room in rooms))
+    out, done = [], float(rest)
+    for size in sizes:
+        middle = done + size / 2
+        out.append(next((n for n, end in enumerate(ends) if middle < end), len(rooms) - 1))
+        done += size
+    used = [sum(s for s, n in zip(sizes, out, strict=True) if n == k) for k in range(len(rooms))]
+    used[0] += rest
+    return None if any(u > room for u, room in zip(used, rooms, strict=True)) else out
+
+
+def beside(model: Any, layers: str) -> list[str]:
+    """The paths of all modules that hold no layer, the uppermost of each."""
+    out, names = [], layers.split(".")
+    for depth in range(len(names)):
+        at = ".".join(names[:depth])
+        children = modules.submodule(model, at).named_children()
+        out += [f"{at}.{name}".lstrip(".") for name, _ in children if name != names[depth]]
+    return out
 
 
 def is_encoder(folder: Path) -> bool:

@@ -6,12 +6,15 @@
     first_reader  what reads the stream before a layer
     answer_of     what a layer returns, a tensor or a tuple
     rows_of       (batch, pos) of a pass, where modules see sequences run together
+    spread        a model whose layers lie on several devices
 
 Nothing here knows a hook; hooks.py has those.
 """
 
+import functools
 from collections.abc import Callable
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -110,3 +113,80 @@ def rows_of(layer: nn.Module) -> list[tuple[int, int]]:
         layer.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
         layer.__dict__["_retrace_rows"] = rows
     return layer.__dict__["_retrace_rows"]
+
+
+# --- several devices -----------------------------------------------------------------------
+
+
+def home(hf: nn.Module) -> Any:
+    """Where values at hooks are read, of a model that is spread over devices; else None."""
+    return getattr(hf, "retrace_home", None)
+
+
+def spread(hf: nn.Module, home: Any, devices: list[Any]) -> None:
+    """Let the layers of a model lie on several devices, and all else on one.
+
+    Every module of a layer takes what it is called with to its own device, as accelerate's
+    dispatch does, and the last layer brings the stream home. Hooks show values at home, and take
+    them from there, so that nobody else asks where a layer lies.
+
+    Args:
+        home: the device of the embedding, the final norm and the unembedding.
+        devices: one per layer.
+    """
+    layers = layers_of(hf)
+    for layer, device in zip(layers, devices, strict=True):
+        layer.to(device)
+        for module in layer.modules():
+            _takes(module, device)
+    _brings(layers[-1], home)
+    hf.retrace_home = home
+
+
+def _each(value: Any, fn: Callable[[Tensor], Tensor]) -> Any:
+    """The same tuple, list, dictionary or tensor with a function of each tensor."""
+    if isinstance(value, Tensor):
+        return fn(value)
+    if isinstance(value, tuple | list):
+        made = [_each(v, fn) for v in value]
+        return type(value)(*made) if hasattr(value, "_fields") else type(value)(made)
+    return {k: _each(v, fn) for k, v in value.items()} if type(value) is dict else value
+
+
+def _takes(module: nn.Module, device: Any) -> None:
+    """Let a module move its arguments to a device; behind its hooks, which may have moved them."""
+    forward = module.forward
+
+    def here(x: Tensor) -> Tensor:
+        return places.moved(x, device)
+
+    @functools.wraps(forward)
+    def taking(*args: Any, **kwargs: Any) -> Any:
+        return forward(*_each(args, here), **_each(kwargs, here))
+
+    module.forward = taking
+
+
+def _brings(layer: nn.Module, device: Any) -> None:
+    forward = layer.forward
+
+    @functools.wraps(forward)
+    def bringing(*args: Any, **kwargs: Any) -> Any:
+        return _each(forward(*args, **kwargs), lambda x: places.moved(x, device))
+
+    layer.forward = bringing
+
+
+@contextmanager
+def instead(changes: list[tuple[nn.Module, Callable]]) -> Any:
+    """Inside: other functions in the place of some modules' forward."""
+    before = [module.__dict__.get("forward") for module, _ in changes]
+    try:
+        for module, forward in changes:
+            module.forward = forward
+        yield
+    finally:
+        for (module, _), old in zip(changes, before, strict=True):
+            module.__dict__.pop("forward", None)
+            if old is not None:
+                module.forward = old

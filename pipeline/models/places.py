@@ -87,6 +87,36 @@ def columns_of(module: nn.Module, what: str, end: nn.Module, n_heads: int) -> Co
     return as_slice(found[slot])
 
 
+# --- devices -------------------------------------------------------------------------------
+
+
+def where(x: Tensor) -> Any:
+    """The device of a tensor."""
+    return x.device
+
+
+def moved(x: Tensor, device: Any) -> Tensor:
+    """x on a device; None leaves it where it is."""
+    return x if device is None else x.to(device)
+
+
+def full(x: Tensor) -> Tensor:
+    """x in float32 where it is a half one: what is summed up outside of a model is not rounded."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
+def at_home(see: Callable[[Tensor], Tensor | None], home: Any) -> Callable:
+    """`see` on one device, wherever the layer is; home None: the model has one device."""
+    if home is None:
+        return see
+
+    def seen(x: Tensor) -> Tensor | None:
+        new = see(moved(x, home))
+        return None if new is None else moved(new, where(x))
+
+    return seen
+
+
 # --- norms ---------------------------------------------------------------------------------
 
 
@@ -94,7 +124,7 @@ def probe_of(like: Tensor) -> tuple[Tensor, Tensor]:
     """(coordinates [1 d] of mean 0 without a zero, their root mean square)."""
     d = like.shape[-1]
     n = (d + 1) // 2
-    probe = torch.full((1, d), PROBE, dtype=like.dtype, device=like.device)
+    probe = like.new_full((1, d), PROBE)
     probe[:, n:] *= -n / max(d - n, 1)
     return probe, probe.square().mean().sqrt()
 
@@ -120,17 +150,18 @@ def linear_part(norm: nn.Module, rows: Tensor) -> Tensor:
     if isinstance(norm, nn.Identity):
         return rows
     g, weight = gain(as_function(norm), rows), getattr(norm, "weight", None)
+    weight = None if weight is None else moved(weight, where(g))
     if weight is not None and torch.allclose(g[0], weight.to(g.dtype), rtol=1e-4):
         g = weight  # the same, but for the rounding of a measurement
     return (rows - rows.mean(-1, keepdim=True) if is_centred(norm, rows) else rows) * g
 
 
 def as_function(norm: nn.Module) -> Callable[[Tensor], Tensor]:
-    """A norm in float32 without its hooks, to be measured."""
+    """A norm in float32 without its hooks, to be measured; it answers where its input lies."""
     dtype = next((p.dtype for p in norm.parameters()), torch.float32)
     if dtype in (torch.float16, torch.bfloat16):
         norm = copy.deepcopy(norm).float()
-    return norm.forward
+    return lambda x: moved(norm.forward(x), where(x))
 
 
 def epsilon(norm: nn.Module, like: Tensor) -> float:
@@ -189,6 +220,7 @@ class Place:
         what: normalized or scale, of a norm.
         kept: False where the layer changes the tensor in place later, so that a copy is read.
         rows: where the module sees sequences run together, a function that gives (batch, pos).
+        home: where values are read, of a model that is spread over devices.
     """
 
     module: nn.Module
@@ -198,6 +230,7 @@ class Place:
     what: str = ""
     kept: bool = True
     rows: list[tuple[int, int]] = field(default_factory=list)
+    home: Any = None
 
     def value(self, raw: Tensor) -> Tensor:
         """[batch pos d] at the hook, of the module's whole tensor."""
@@ -210,8 +243,10 @@ class Place:
         return raw if self.kept else raw.clone()
 
     def put(self, raw: Tensor, new: Tensor) -> Tensor:
-        """The module's whole tensor, with a new value at the hook."""
+        """The module's whole tensor, with a new value at the hook, in the model's own dtype."""
+        new = new.to(raw.dtype)
         new = new if self.scale == 1.0 else new / self.scale
+        new = new if self.kept else new.clone()  # the reader's own stays as it is
         flat = raw.dim() == 2 and bool(self.rows)
         new = new.flatten(0, 1) if flat else new
         if self.columns is None:
@@ -223,6 +258,7 @@ class Place:
 
     def register(self, see: Callable[[Tensor], Tensor | None]) -> Any:
         """Call `see` on the stream; what it returns, if anything, takes its place. The handle."""
+        see = at_home(see, self.home)
         if self.side == "norm":
             return self._on_norm(see)
         if self.side == "input":
@@ -252,7 +288,7 @@ class Place:
 
     def _on_norm(self, see: Callable[[Tensor], Tensor | None]) -> Any:
         def after(norm: nn.Module, args: tuple, kwargs: dict, out: Tensor):
-            raw = stream_of(args, kwargs)
+            raw = moved(stream_of(args, kwargs), where(out))
             c, s, n = standardised(norm, raw)
             new = see(self.value(s if self.what == "scale" else n))
             if new is None:

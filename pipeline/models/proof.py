@@ -10,21 +10,26 @@ One short pass on a few tokens, any family:
     z at the first position = v there                       the columns of a joint projection
     g n + b gives what a norm writes                        hook_normalized and hook_scale
     pattern times v gives z                                 where patterns are stored
+    z is a function of q, k and v alone                     edges: no gate reads the stream (AFMoE)
+    the end of a prompt, run on the keys and values of its  else patched runs compute all positions
+    beginning, gives its last stream
 
 Hooks that fail are refused by name, each in a sentence, and nothing is computed on them; all others
-go on. Where resuming, the unembedding or the parts of heads fail, what needs them is refused.
+go on. Where resuming, the unembedding, the parts of heads or edges fail, what needs them is too.
 """
 
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
+from functools import partial
 
 import torch
 from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from pipeline.errors import RetraceError
-from pipeline.models import hooks, inner, modules, places, splice
+from pipeline.models import hooks, inner, modules, places, rerun, splice
 from pipeline.models.heads import Heads
+from pipeline.models.pairs import Pairs, Run, Task
 
 N_TOKENS = 5
 ROUNDING = 4  # units in the last place of each summand: a sum of three has one or two roundings
@@ -43,6 +48,7 @@ def prove(hf: nn.Module) -> dict[str, str]:
     hf.retrace_refused, hf.retrace_fails = {}, {}
     names, tokens = hooks.hook_names(hf), few_tokens(hf)
     try:
+        hf.retrace_overwritten = overwritten(hf, names, tokens)
         with hooks.capture(hf, names) as acts, norms_seen(hf) as outs:
             out = hf(input_ids=tokens, use_cache=False)
     except (RuntimeError, TypeError, ValueError, IndexError, AttributeError) as e:
@@ -68,7 +74,23 @@ def prove(hf: nn.Module) -> dict[str, str]:
         refused |= {f"ln_final.{h}": why for h in ("hook_normalized", "hook_scale")}
     hf.retrace_refused = refused
     hf.retrace_fails = headless(hf) if logits is None else whole_faults(hf, tokens, acts, logits)
+    if logits is not None and not hf.retrace_fails.keys() & {"resume", "heads"}:
+        hf.retrace_past_fails = not _goes_on(hf, tokens)
     return refused
+
+
+def overwritten(hf: nn.Module, names: list[str], tokens: Tensor) -> set[str]:
+    """Hooks within a layer whose tensor is changed in place behind them (OLMoE's clip_qkv)."""
+    versions: dict[str, int] = {}
+
+    def note(name: str, x: Tensor) -> None:
+        versions[name] = x._version
+
+    with hooks.capture(hf, names) as acts, ExitStack() as stack:
+        for name in names:
+            stack.callback(hooks.site(hf, name).register(partial(note, name)).remove)
+        hf.base_model(input_ids=tokens, use_cache=False)
+    return {n.split(".", 2)[-1] for n, x in acts.items() if x._version != versions[n]}
 
 
 @contextmanager
@@ -169,7 +191,7 @@ def is_norm(
     if isinstance(norm, nn.Identity):
         return bool(torch.equal(n, out))
     run, n = places.as_function(norm), n.float()
-    out = out.view(n.shape)
+    out = places.moved(out.view(n.shape), places.where(n))
     return alike(places.gain(run, n) * n + run(torch.zeros_like(n)), out, out.dtype)
 
 
@@ -250,9 +272,16 @@ def whole_faults(
             lambda: _heads(hf, acts),
             "what its heads or its MLPs write, computed apart, is not what its layers write",
         ),
+        "edges": (
+            lambda: _of_inputs(hf, tokens, acts),
+            "its attention reads more of the stream than queries, keys and values, such as a gate, "
+            "so that edges into these are not all that there are; patch nodes",
+        ),
     }
-    out = {}
+    out: dict[str, str] = {}
     for name, (test, why) in tests.items():
+        if name == "edges" and "heads" in out:
+            break
         try:
             good = alike(*test(), logits.dtype)
         except RetraceError as e:
@@ -277,3 +306,40 @@ def _heads(hf: nn.Module, acts: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
             ours.append(heads.mlp_writes(i, acts[f"blocks.{i}.{read}"]))
             theirs.append(mlp_out)
     return torch.stack(ours), torch.stack(theirs)
+
+
+def _of_inputs(hf: nn.Module, tokens: Tensor, acts: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
+    """(z with q, k and v as they were and the streams of the prompts exchanged, z), all layers."""
+    layers = [f"blocks.{i}." for i in range(len(modules.layers_of(hf)))]
+    names = [f"{at}attn.hook_z" for at in layers]
+    with ExitStack() as stack:
+        seen = stack.enter_context(hooks.capture(hf, names))
+        for at in layers:
+            stack.enter_context(hooks.edited(hf, f"{at}hook_resid_pre", lambda x: x.flip(0)))
+            for slot in ("q", "k", "v"):
+                was = acts[f"{at}attn.hook_{slot}"]
+                stack.enter_context(hooks.edited(hf, f"{at}attn.hook_{slot}", lambda _, x=was: x))
+        hf.base_model(input_ids=tokens, use_cache=False)
+    return torch.stack([seen[n] for n in names]), torch.stack([acts[n] for n in names])
+
+
+def _goes_on(hf: nn.Module, tokens: Int[Tensor, "batch pos"]) -> bool:
+    """Whether the end of a prompt, run on keys and values of its beginning, has the same stream."""
+    rows = torch.arange(len(tokens), device=tokens.device)
+    end = torch.full_like(rows, tokens.shape[1] - 1)
+    pairs = Pairs(tokens, tokens, rows, rows, end, {})
+    try:
+        base = Run.of(Heads(hf), tokens)
+        task = Task(hf, Heads(hf), pairs, _no_metric, base, base, end, end)
+        at = pairs.suffix(end // 2)
+        hook = f"blocks.{len(base.pre) // 2}.hook_resid_pre"
+        if not base.past:
+            return True
+        found = rerun.on_past(task, hook, pairs.gathered(base.at(hook), at)[None], at)[0]
+    except Exception:  # of another's code on a mask that it does not expect
+        return False
+    return alike(found, pairs.gathered(base.post[-1], at), found.dtype)
+
+
+def _no_metric(x: Tensor) -> Tensor:
+    return x

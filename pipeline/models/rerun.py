@@ -42,7 +42,7 @@ def rerun(
     pairs = task.pairs
     if not task.base.past:
         return task.metric(pairs.at_end(_on_whole_prompts(task, hook, x, places)))
-    end = _on_base_cache(task, hook, x, places)
+    end = on_past(task, hook, x, places)
     return task.metric(end[:, pairs.rows, pairs.end - places[:, 0]])
 
 
@@ -59,8 +59,11 @@ def _on_whole_prompts(
     return splice.resume_stream(task.hf, hook, whole).unflatten(0, (k, n))
 
 
-def _on_base_cache(
-    task: Task, hook: str, x: Tensor, places: Tensor
+def on_past(
+    task: Task,
+    hook: str,
+    x: Float[Tensor, "runs batch suffix d_model"],
+    places: Int[Tensor, "batch suffix"],
 ) -> Float[Tensor, "runs batch suffix d_model"]:
     """The stream before the final norm at `places`, on the keys and values of the base run."""
     from transformers import DynamicCache
@@ -69,7 +72,7 @@ def _on_base_cache(
     cache, first = DynamicCache(), int(hook.split(".")[1])
     for i, past in enumerate(task.base.past):  # layers below the hook do not run and need no copy
         cache.update(*(t.repeat(k, 1, 1, 1) if i >= first else t for t in past), i)
-    last_position = task.hf.config.max_position_embeddings - 1
+    last_position = task.pairs.base.shape[1] - 1  # rotary angles may depend on the largest
     end = splice.resume_stream(
         task.hf,
         hook,

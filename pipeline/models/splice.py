@@ -5,7 +5,7 @@ layers below the hook, which would only compute what is thrown away. Gradients f
 `resume` to x. Positions, masks and rotary angles are the model's own.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from typing import Any
 
@@ -20,8 +20,8 @@ from pipeline.models import hooks, modules, places
 def stream(
     hf: nn.Module, hook: str, tokens: Int[Tensor, "batch pos"]
 ) -> Float[Tensor, "batch pos d"]:
-    """x at `hook`, of tokens; layers above the hook do not run."""
-    return hooks.run_to(hf, tokens, [hook])[hook]
+    """x at `hook`, of tokens, float32 at least; layers above the hook do not run."""
+    return places.full(hooks.run_to(hf, tokens, [hook])[hook])
 
 
 def known(
@@ -45,7 +45,7 @@ def resume(
     x: Float[Tensor, "batch pos d"],
     last: int = 0,
 ) -> Float[Tensor, "batch last d_vocab"]:
-    """Logits with the stream at `hook` set to x.
+    """Logits, float32 at least, with the stream at `hook` set to x.
 
     Args:
         last: only the logits of this many last positions; 0 for all. With a vocabulary of 49,152
@@ -55,7 +55,7 @@ def resume(
     with _skipped_below(hf, hook), hooks.edited(hf, hook, lambda _: x):
         few = {"logits_to_keep": last} if last else {}
         logits = hf(input_ids=tokens, use_cache=False, **few).logits
-    return logits[:, -last:]  # some models give all of them whatever is asked
+    return places.full(logits[:, -last:])  # some models give all of them whatever is asked
 
 
 def resume_stream(
@@ -92,12 +92,13 @@ def _without_attention(hf: nn.Module, number: int, x: Tensor) -> Iterator[None]:
         with hooks.edited(hf, f"blocks.{number}.hook_attn_out", torch.zeros_like):
             yield
         return
-    answer = modules.answer_of(hf, attention)
-    try:
-        attention.forward = lambda *_, **__: answer(torch.zeros((), dtype=x.dtype, device=x.device))
+    answer, device = modules.answer_of(hf, attention), next(attention.parameters()).device
+
+    def nothing(*_: Any, **__: Any) -> Any:
+        return answer(torch.zeros((), dtype=x.dtype, device=device))
+
+    with modules.instead([(attention, nothing)]):
         yield
-    finally:
-        attention.__dict__.pop("forward", None)
 
 
 @contextmanager
@@ -111,13 +112,12 @@ def _skipped_below(hf: nn.Module, hook: str) -> Iterator[None]:
         number = int(hook.split(".")[1])
         skipped = list(modules.layers_of(hf))[: number + hook.endswith("hook_resid_post")]
     answers = [modules.answer_of(hf, layer) for layer in skipped]
-    try:
-        for layer, answer in zip(skipped, answers, strict=True):
-            layer.forward = lambda hidden_states, *_, answer=answer, **__: answer(hidden_states)
+
+    def passing(answer: Callable[[Tensor], Any]) -> Callable:
+        return lambda hidden_states, *_, **__: answer(hidden_states)
+
+    with modules.instead([(m, passing(a)) for m, a in zip(skipped, answers, strict=True)]):
         yield
-    finally:
-        for layer in skipped:
-            layer.__dict__.pop("forward", None)
 
 
 def written(
@@ -146,7 +146,9 @@ def written(
         rows = directions.unflatten(-1, (-1, hf.config.hidden_size)).sum(-2)
     else:
         last = modules.submodule(layer, names.place(at)[0])
-        rows = last(directions) - last(torch.zeros_like(directions[:1]))
+        rows = directions.to(next(last.parameters()).dtype)
+        rows = last(rows) - last(torch.zeros_like(rows[:1]))
+        rows = places.full(places.moved(rows, modules.home(hf)))
     out, post = hooks.written_by(hf, layer, at.split(".")[0])
     return rows * out.scale if post is None else _gained(post, rows)
 
@@ -164,8 +166,9 @@ def normed(hf: nn.Module, rows: Float[Tensor, "*n d_model"]) -> Float[Tensor, "*
 
 def _gained(norm: nn.Module, rows: Float[Tensor, "*n d_model"]) -> Float[Tensor, "*n d_model"]:
     """g * c(row) of a norm g c(x) / s(x) + b."""
-    centred = places.centres(norm, rows)
-    return places.gain(norm, rows) * (rows - rows.mean(-1, keepdim=True) if centred else rows)
+    run = places.as_function(norm)
+    centred = places.centres(run, rows)
+    return places.gain(run, rows) * (rows - rows.mean(-1, keepdim=True) if centred else rows)
 
 
 def final_norm(hf: nn.Module) -> nn.Module:
@@ -197,4 +200,5 @@ def capped(hf: nn.Module, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch
 def unembed(hf: nn.Module, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
     """Logits of the stream behind the last layer."""
     hooks.require(hf, "unembed")
-    return capped(hf, hf.get_output_embeddings()(final_norm(hf)(x)))
+    head = hf.get_output_embeddings()
+    return capped(hf, places.full(head(final_norm(hf)(x.to(head.weight.dtype)))))

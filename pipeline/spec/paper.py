@@ -43,6 +43,12 @@ class Config(Section):
         pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
         description="auto takes a GPU where the scheduler gives one",
     )
+    gpu_gb: float = Field(
+        default=0,
+        ge=0,
+        description="memory of one GPU in GB: a job whose model needs more asks the scheduler for "
+        "several; 0: each asks for one",
+    )
     keep_activations: bool = Field(
         default=True, description="false removes shards when their last reader is done"
     )
@@ -74,7 +80,9 @@ class ActivationsSpec(Section):
     hooks: list[Hook] = Field(min_length=1, description="TransformerLens names")
     dtype: Dtype = Field(default="float16", description="of the stored activations")
     model_dtype: Dtype = Field(
-        default="float32", description="of the forward pass; bfloat16 is for GPUs"
+        default="float32",
+        description="of the forward pass, where model.dtype does not name a half one; bfloat16 is "
+        "for GPUs",
     )
     skip_first: int = Field(
         default=1, ge=0, description="positions dropped at a block's start (attention sinks)"

@@ -82,6 +82,12 @@ class ModelSpec(Section):
     processing: Literal["raw", "compatibility"] = Field(
         default="raw", description="compatibility: layer norm folded, weights centred"
     )
+    dtype: Literal["float32", "bfloat16", "float16"] = Field(
+        default="float32",
+        exclude_if=lambda value: value == "float32",
+        description="that every stage computes in; the half ones are for GPUs. Activations may "
+        "have another as activations.model_dtype",
+    )
     family: str = Field(
         default="",
         description="a JSON file with the layout of a model type that the table of families lacks, "

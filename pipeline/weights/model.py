@@ -238,6 +238,7 @@ def describe(model: Any, bos_id: int | None, spec: ModelSpec, licence: str) -> d
         source["content"] = _content(Path(spec.path))
     own = {"family": families.of_file(Path(spec.family)).model_dump()} if spec.family else {}
     cfg = model.config
+    own |= {} if spec.dtype == "float32" else {"dtype": spec.dtype}
     return own | {
         "name": _name(spec),
         "source": source,
