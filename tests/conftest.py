@@ -50,7 +50,7 @@ def checked_modules() -> list[str]:
 
 
 # From here on, importing one of these modules wraps its functions and dataclasses: a call with a
-# wrong type or shape, such as Float[Tensor, "batch pos d_model"], fails with a TypeCheckError that
+# wrong type or shape, such as Float[Tensor, "batch pos d_model"], fails with an error that
 # names the argument. It imports no torch. Stages in processes of their own are not checked.
 # The tower: an int may stand where a float is asked for.
 CHECKER = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"

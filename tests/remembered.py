@@ -4,10 +4,12 @@ Whether a call fits its annotations is decided by the types of its arguments and
 tensors, by dtype and shape. jaxtyping looks at every call anew, which costs several times what our
 small models compute. `jaxtyped` takes the place of `jaxtyping.jaxtyped`:
 
-1. A call whose arguments have a key (`key_of`) that was not seen is checked by jaxtyping as ever.
-2. One whose key was seen runs unchecked, and its result is looked at if that has a key not seen.
+1. A function without a shape in its annotations is left to the type checker, on every call.
+2. A call whose arguments have a key (`key_of`) that was not seen is checked by jaxtyping as ever.
+3. One whose key was seen runs unchecked, and its result is looked at if that has a key not seen.
 """
 
+import dataclasses
 import functools
 import inspect
 import types
@@ -74,29 +76,67 @@ def short(x: Any) -> Any:
 
 
 class Seen:
-    """The keys of a function's calls, and of its calls with their results."""
+    """The keys of a function's calls, and of its calls with their results.
 
-    def __init__(self) -> None:
+    Attributes:
+        text: whether a check asks for the values of strings.
+    """
+
+    def __init__(self, annotations: dict[str, Any]) -> None:
         self.calls: set[Any] = set()
         self.results: set[Any] = set()
+        self.text = "Literal" in str(annotations)
 
 
 SEEN: dict[types.CodeType, Seen] = {}  # an inner function is made anew on every call of its outer
+
+
+def has_shapes(fn: types.FunctionType) -> bool:
+    """Whether an annotation names a shape, or may name one: what stands in quotes is not read."""
+    for hint in fn.__annotations__.values():
+        hint = fn.__globals__.get(hint, hint) if isinstance(hint, str) else hint
+        quoted = not isinstance(hint, type) and "'" in repr(hint)
+        if "jaxtyping" in repr(hint) or quoted:
+            return True
+    return False
 
 
 def jaxtyped(fn: Any = None, *, typechecker: Any) -> Any:
     """`jaxtyping.jaxtyped` for what its import hook decorates; the checks are remembered."""
     if fn is None:
         return functools.partial(jaxtyped, typechecker=typechecker)
+    if inspect.isclass(fn):
+        if dataclasses.is_dataclass(fn):
+            fn.__init__ = jaxtyped(fn.__init__, typechecker=typechecker)
+        return fn
     if not isinstance(fn, types.FunctionType):
         return checked(fn, typechecker=typechecker)
     if not fn.__annotations__:
         return fn
     if inspect.isgeneratorfunction(fn) or inspect.iscoroutinefunction(fn):
         return checked(fn, typechecker=typechecker)
-    text = "Literal" in str(fn.__annotations__)
-    seen = SEEN.setdefault(fn.__code__, Seen())
-    calls, results = seen.calls, seen.results
+    with_shapes = remembering(fn, typechecker)
+    if "<locals>" in fn.__qualname__:  # made anew on every call of its outer function
+        return with_shapes
+    check = None
+
+    @functools.wraps(fn)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        __tracebackhide__ = True
+        nonlocal check
+        if check is None:  # a name in quotes may stand further down in the file than the function
+            check = with_shapes if has_shapes(fn) else typechecker(fn)
+        return check(*args, **kwargs)
+
+    return call
+
+
+def remembering(fn: types.FunctionType, typechecker: Any) -> Callable:
+    """A function whose calls are checked where their like was not seen."""
+    if fn.__code__ not in SEEN:
+        SEEN[fn.__code__] = Seen(fn.__annotations__)
+    seen = SEEN[fn.__code__]
+    calls, results, text = seen.calls, seen.results, seen.text
     whole = functools.cache(lambda: checked(fn, typechecker=typechecker))
     result_fits = functools.cache(lambda: of_result(fn, typechecker))
 

@@ -1,6 +1,7 @@
 """Shapes in signatures are checked in tests, and cost nothing anywhere else."""
 
 import ast
+import dataclasses
 import subprocess
 import sys
 from pathlib import Path
@@ -70,6 +71,31 @@ def test_a_check_that_is_remembered_is_as_strict():
         with pytest.raises(wrong, match="parameter"):
             checked(*given)
     assert len(ran) == 5
+
+
+def doubled(n: int, later: "Pair | None" = None) -> int:
+    return n * 2 if n < 9 else str(n)
+
+
+@dataclasses.dataclass
+class Pair:
+    left: int
+    right: list[str]
+
+
+def test_what_has_no_shape_is_checked_on_every_call():
+    import beartype
+    import remembered
+
+    checked = remembered.jaxtyped(doubled, typechecker=beartype.beartype)
+    pair = remembered.jaxtyped(Pair, typechecker=beartype.beartype)
+    for _ in range(2):
+        assert checked(4) == 8 and pair(1, ["a"]).right == ["a"]
+        for wrong in (lambda: checked("4"), lambda: checked(9), lambda: pair("1", [])):
+            with pytest.raises(Exception, match=r"type hint|Expected type"):
+                wrong()
+        with pytest.raises(Exception, match=r"type hint|Expected type"):
+            pair(1, [2])
 
 
 def test_the_switch_imports_no_torch():
