@@ -100,6 +100,7 @@ target = partial(rule_helpers.target, workflow.is_rule)
 ask = partial(rule_helpers.asked, remake_incomplete)
 # Inputs, then params; where () follows, a rule names the helper without arguments.
 products_of, item_input_of = ask(INPUTS.products), ask(INPUTS.item_input)
+item_inputs_of, crossed_input_of = ask(INPUTS.item_inputs), ask(INPUTS.crossed_input)
 training_of = ask(INPUTS.training)
 arm_input_of, circuit_input_of = ask(INPUTS.arm_input), ask(INPUTS.circuit_input)
 arms_of = ask(INPUTS.arms)

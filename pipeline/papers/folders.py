@@ -35,6 +35,8 @@ class Paper:
         if self.spec.sae:
             names += [f"evaluation/{arm}" for arm in self.spec.arm_names()]
             names += [f"evaluation/{arm}_history" for arm in self.spec.arm_names()]
+            crossed = [arm for arm in self.spec.arm_names() if self.spec.crosscoders_of(arm)]
+            names += [f"crosscoders/{arm}{part}" for arm in crossed for part in ("", "_latents")]
         if self.spec.benchmarks:
             names += [f"benchmarks/{arm}" for arm in self.spec.arm_names()]
         if self.spec.absorption:
@@ -190,7 +192,8 @@ def filled(paper: PaperSpec, where: str) -> PaperSpec:
 def _without_hub(raw: dict) -> dict:
     """A paper.yaml without the arms whose weights come from a hub, where others are left.
 
-    Published dictionaries that only such arms have are left out, too.
+    Published dictionaries that only such arms have are left out, too, and crosscoders of such an
+    arm's model.
     """
     arms = raw.get("arms")
     if not isinstance(arms, dict):
@@ -213,6 +216,10 @@ def _without_hub(raw: dict) -> dict:
 
 
 def _of(sae: Any, arms: set[str]) -> bool:
-    """Whether a published dictionary belongs to some of these arms and to no other."""
+    """Whether a published dictionary belongs to some of these arms and to no other, or a
+    crosscoder reads one of them."""
+    models = sae.get("models") if isinstance(sae, dict) else None
+    if isinstance(models, list):
+        return not arms.isdisjoint(map(str, models))
     own = sae.get("arms") if isinstance(sae, dict) and "source" in sae else None
     return isinstance(own, list) and bool(own) and arms.issuperset(map(str, own))

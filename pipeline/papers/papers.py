@@ -20,7 +20,8 @@ from pipeline.papers.paths import near, path_digest, resolve, resolve_many
 from pipeline.spec.base import SCALES
 from pipeline.spec.imports import ImportSpec, listing
 from pipeline.spec.once import overlay
-from pipeline.spec.paper import Config, parse
+from pipeline.spec.paper import Config, PaperSpec, parse
+from pipeline.spec.sae import CrosscoderSpec
 from pipeline.spec.sources import CorpusSpec
 from pipeline.spec.yaml_files import load_yaml
 from pipeline.store.provenance import canonical, digest
@@ -142,7 +143,8 @@ class Run:
         """The store's artefacts of one arm: stage -> item.
 
         Those that are several have names: 'training:<run>', and 'sae:<hook>' or, of transcoders,
-        'sae:<hook> to <output hook>'; 'import:<dictionary>' is a published one.
+        'sae:<hook> to <output hook>'; 'import:<dictionary>' is a published one, and
+        'crosscoder:<source> and <source>' those over these sources, under the first of their arms.
         """
         if (name, scale, arm) not in self._stores:
             self._stores[name, scale, arm] = self._store(name, scale, arm)
@@ -163,8 +165,10 @@ class Run:
 
     def sae_item(self, name: str, scale: str, arm: str, sae: str) -> Item:
         """The store's artefact that holds a dictionary of an arm, trained or published."""
-        store = self.store(name, scale, arm)
-        dictionary = self.paper(name, scale).spec.saes_of(arm)[sae]
+        store, spec = self.store(name, scale, arm), self.paper(name, scale).spec
+        if sae in (crossed := spec.crosscoders_of(arm)):
+            return store[f"crosscoder:{_sources(crossed[sae], arm, spec)}"]
+        dictionary = spec.saes_of(arm)[sae]
         return store.get(f"import:{sae}") or store[f"sae:{dictionary.stream}"]
 
     def upstream(self, items: Iterable[Item]) -> list[str]:
@@ -189,11 +193,7 @@ class Run:
         if paper.spec.corpus is not None:
             out["corpus"] = self._corpus(paper, paper.spec.corpus_of(arm))
         if paper.spec.activations is not None:
-            section = paper.spec.activations.model_dump()
-            made_from = {"model": model.id, "corpus": out["corpus"].id}
-            out["activations"] = self._item(
-                "activations", _slug(model.id), {"activations": section}, made_from
-            )
+            out["activations"] = self._activations(paper, model, out["corpus"])
         if paper.spec.sae is not None:
             by_stream: dict[str, dict] = {}
             for sae, dictionary in paper.spec.saes_of(arm).items():
@@ -217,7 +217,51 @@ class Run:
                     {"sae": section},
                     {"activations": out["activations"].id},
                 )
+            out |= self._crosscoders(paper, arm)
         return out
+
+    def _activations(self, paper: Paper, model: Item, corpus: Item) -> Item:
+        section = {"activations": paper.spec.activations.model_dump()}
+        made_from = {"model": model.id, "corpus": corpus.id}
+        return self._item("activations", _slug(model.id), section, made_from)
+
+    def _crosscoders(self, paper: Paper, arm: str) -> dict[str, Item]:
+        """The crosscoders that stand under an arm's name; those of the same sources share a job."""
+        spec, by_sources = paper.spec, {}
+        for name, dictionary in spec.crosscoders_of(arm).items():
+            by_sources.setdefault(_sources(dictionary, arm, spec), {})[name] = dictionary
+        return {
+            f"crosscoder:{sources}": self._crosscoder(paper, arm, dictionaries)
+            for sources, dictionaries in by_sources.items()
+        }
+
+    def _crosscoder(self, paper: Paper, arm: str, dictionaries: dict[str, CrosscoderSpec]) -> Item:
+        """The artefact of crosscoders that share their sources."""
+        spec = paper.spec
+        found = next(iter(dictionaries.values())).sources(arm, spec.activations.hooks[0])
+        arms, hooks = (list(dict.fromkeys(names)) for names in zip(*found, strict=True))
+        stored = {}  # arm -> its activations; arms of one model and text have the same
+        for name in arms:
+            corpus = self._corpus(paper, spec.corpus_of(name))
+            stored[name] = self._activations(paper, self._model(paper, name)[0], corpus).id
+        ids = list(dict.fromkeys(stored.values()))
+        sources = [
+            {
+                "name": " ".join([a] * (len(arms) > 1) + [h] * (len(hooks) > 1)),
+                "hook": h,
+                "activations": ids.index(stored[a]),
+            }
+            for a, h in found
+        ]
+        kept = {"grid", "arms", "hook", "hooks", "models", "output_hook"}
+        section = {
+            "sources": sources,
+            "training": spec.sae.training.model_dump(),
+            "dictionaries": {n: d.model_dump(exclude=kept) for n, d in dictionaries.items()},
+        }
+        name = f"{'_'.join(arms)[:60]}-{re.sub('[. ]', '_', hooks[0])}_of_{len(found)}"
+        inputs = {f"activations_{i}": f"activations/{id}" for i, id in enumerate(ids)}
+        return self._item("crosscoder", name, {"crosscoder": section}, inputs)
 
     def _model(self, paper: Paper, arm: str, over: dict | None = None) -> tuple[Item, Any]:
         """The model's item, and the identity of its source (which fixes the tokenizer)."""
@@ -339,6 +383,11 @@ class Run:
         item = Item(stage, f"{name}-{short}", section, inputs)
         self._items.setdefault(stage, {})[item.id] = item
         return item
+
+
+def _sources(dictionary: CrosscoderSpec, arm: str, spec: PaperSpec) -> str:
+    """A crosscoder's sources, 'arm hook and arm hook'."""
+    return " and ".join(map(" ".join, dictionary.sources(arm, spec.activations.hooks[0])))
 
 
 def _slug(model_id: str) -> str:

@@ -19,12 +19,12 @@ from pipeline.job import gpus
 NAME = r"[A-Za-z]\w*"  # of a paper, an arm, a training run
 ID = r"[^/]+-[0-9a-f]{12}"  # of an artefact of the store: <name>-<digest>
 STAGES = (  # that the store holds
-    "model", "tokenizer", "training", "corpus", "activations", "sae", "sae_import",
+    "model", "tokenizer", "training", "corpus", "activations", "sae", "sae_import", "crosscoder",
 )  # fmt: skip
 WILDCARDS = {
     **dict.fromkeys(("paper", "arm", "run"), NAME),
     **dict.fromkeys(("latents", "figure"), r"\w+"),
-    "layout": "sparsify|dictionary_learning|circuit_tracer",
+    "layout": "sparsify|dictionary_learning|circuit_tracer|crosscoder",
     **dict.fromkeys(STAGES, ID),
 }
 

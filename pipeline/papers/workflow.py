@@ -92,6 +92,11 @@ class Inputs:
         folder = self.item(stage, wildcards).folders().get(made_from)
         return f"results/store/{folder}/{file}" if folder else []
 
+    def item_inputs(self, wildcards: Any, stage: str, file: str) -> list[str]:
+        """A file of every artefact that a store artefact is made from, in order."""
+        found = dict.fromkeys(self.item(stage, wildcards).folders().values())
+        return [f"results/store/{folder}/{file}" for folder in found]
+
     def item_source(self, wildcards: Any, stage: str, what: str) -> list[str]:
         """A file that no job makes: the local copy of a 'text', the paper's data.py as 'data'."""
         found = self.item(stage, wildcards).inputs.get(what)
@@ -166,11 +171,18 @@ class Inputs:
         """A file of every arm's model; arms sorted by name, as in `spec`'s JSON."""
         return self.arms(wildcards, "model", file)
 
+    def crossed_input(self, wildcards: Any, file: str) -> list[str]:
+        """A file of all activations that the crosscoders of the arm in the wildcards read."""
+        store = self.run.store(wildcards.paper, wildcards.scale, self.arm(wildcards, None))
+        items = [item for item in store.values() if item.stage == "crosscoder"]
+        found = dict.fromkeys(folder for item in items for folder in item.folders().values())
+        return [f"results/store/{folder}/{file}" for folder in found]
+
     def sae_input(self, wildcards: Any, section: str | None, file: str) -> str:
         """A file beside the dictionary that a section or wildcard names, trained or imported."""
         paper, arm = self.paper(wildcards), self.arm(wildcards, section)
         name = getattr(wildcards, "latents", None) or getattr(paper.spec, section).sae
-        saes = paper.spec.saes_of(arm) if paper.spec.sae else {}
+        saes = paper.spec.saes_of(arm) | paper.spec.crosscoders_of(arm) if paper.spec.sae else {}
         known("SAE", name, saes, paper)
         return in_store(self.run.sae_item(paper.name, paper.scale, arm, name), file)
 

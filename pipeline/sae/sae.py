@@ -26,7 +26,7 @@ from pipeline.errors import RetraceError
 from pipeline.job import cli
 from pipeline.sae import steps
 from pipeline.sae.stream import Stream, geometric_median
-from pipeline.sae.train import HISTORY, Dictionary, build, train
+from pipeline.sae.train import HISTORY, Dictionary, build, history, summary, train
 from pipeline.sae.transcoder import inference_config
 from pipeline.spec import families
 from pipeline.spec.base import Section
@@ -119,28 +119,6 @@ def save(
     if target_scale is not None:
         config = inference_config(config, sae.W_dec.shape[1])
     tables.write_json(folder / "cfg.json", json.loads(provenance.canonical(config)), certificate)
-
-
-def history(dictionaries: list[Dictionary]) -> Any:
-    """The dictionaries' histories as one DataFrame, one row per dictionary and recorded step."""
-    import pandas as pd
-
-    frames = [pd.DataFrame(d.history, columns=HISTORY).assign(sae=d.name) for d in dictionaries]
-    frame = pd.concat(frames, ignore_index=True)[["sae", *HISTORY]]
-    return frame.astype({"step": "int64", "rows": "int64"})
-
-
-def summary(dictionary: Dictionary, spec: SaeSpec) -> dict[str, Any]:
-    """The entry of a trained dictionary in the manifest."""
-    dead = dictionary.dead.mask.cpu()
-    return {
-        "folder": f"saes/{dictionary.name}",
-        "dead_share": dead.double().mean().item(),
-        "dead": dead.nonzero()[:, 0].tolist(),
-        "steps": dictionary.n_steps,
-        "rows": dictionary.n_steps * dictionary.training.batch_size,
-        "spec": spec.model_dump(mode="json", exclude={"grid", "arms"}),
-    }
 
 
 def prepare(job: SaeJob, stream: Stream, activations: dict) -> list[Dictionary]:

@@ -19,7 +19,8 @@ active and 0 elsewhere, and r = a W_dec + b_dec - x:
    paper has 512, the coefficient falls with the number of dead latents once there are fewer than
    k_aux, and the squared error is not divided by the variance of the residual as in the paper.
 6. L1 adds l1 sum(a n) / B: l1 n / B to the pull on active latents, and l1 sum(a) / B along the
-   decoder's direction to dW_dec.
+   decoder's direction to dW_dec. Of a crosscoder n is the sum of its sources' norms, and each
+   source has its own direction.
 
 A step sets the parameters' `.grad` and changes nothing else.
 """
@@ -118,6 +119,22 @@ class Gradients:
         sae.W_dec.grad = self.W_dec
 
 
+def source_norms(sae: Any) -> list[Float[Tensor, " d_sae"]]:
+    """Norms of the decoder's rows, of a crosscoder those of each source (crosscoders/model.py)."""
+    return [sae.W_dec[:, at].norm(dim=1) for at in columns_of(sae)]
+
+
+def columns_of(sae: Any) -> list[slice]:
+    """The columns of a crosscoder's sources; of any other dictionary all in one."""
+    return getattr(sae, "columns", [slice(None)])
+
+
+def decoder_norm(sae: Any) -> Float[Tensor, " d_sae"]:
+    """What weighs an activation: the sum of `source_norms` (Lindsey et al. 2024)."""
+    first, *others = source_norms(sae)
+    return sum(others, first)
+
+
 def laid_out(
     gradient: Float[Tensor, "d_sae d_in"], W_enc: Float[Tensor, "d_in d_sae"]
 ) -> Float[Tensor, "d_in d_sae"]:
@@ -177,7 +194,7 @@ def topk(
     """One batch of a TopKTrainingSAE; arguments as `reference`, and `capacity` as `auxk`."""
     shape, k = (len(x), sae.cfg.d_sae), sae.cfg.k
     rescale = sae.cfg.rescale_acts_by_decoder_norm
-    norm = sae.W_dec.norm(dim=1) if rescale else torch.ones_like(sae.b_enc)
+    norm = decoder_norm(sae) if rescale else torch.ones_like(sae.b_enc)
     scores = scratch.encode(x - sae.b_dec, sae.W_enc, sae.b_enc, norm)
     values, latents = largest(scores, k)
     at = latents.flatten()
@@ -251,7 +268,8 @@ def standard(
 ) -> Outcome:
     """One batch of a StandardTrainingSAE (L1); arguments as `reference`."""
     shape, l1 = (len(x), sae.cfg.d_sae), coefficients["l1"] / len(x)
-    norm = sae.W_dec.norm(dim=1)
+    norms = source_norms(sae)
+    norm = sum(norms[1:], norms[0])
     pre = scratch.encode(x - sae.b_dec, sae.W_enc, sae.b_enc).relu_()
     some = pre[:SAMPLE_ROWS]  # counting all rows takes half as long as the encoder's product
     if some.count_nonzero() > DENSE_SHARE * some.numel():
@@ -263,7 +281,8 @@ def standard(
     grads = Gradients(sae, support, acts, x, offset=norm * l1)
     sums = support.total(acts)
     if grads.W_dec is not None:
-        grads.W_dec.addcmul_(sae.W_dec, (sums * l1 / norm)[:, None])
+        for at, own in zip(columns_of(sae), norms, strict=True):
+            grads.W_dec[:, at].addcmul_(sae.W_dec[:, at], (sums * l1 / own)[:, None])
     grads.store()
     loss, fired = grads.mse + (sums * norm).sum() * l1, support.fired(acts)
     return Outcome(loss, grads.mse, support.l0_(acts), fired)

@@ -23,7 +23,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 from pipeline.sae.sparse import Scratch, Sparse, largest
-from pipeline.sae.steps import SAMPLE_ROWS, Gradients, Outcome, auxk
+from pipeline.sae.steps import SAMPLE_ROWS, Gradients, Outcome, auxk, decoder_norm
 
 MARGIN = 1.5  # candidates per kept entry, so that the floor from a sample is seldom too high
 
@@ -109,7 +109,7 @@ def _batch(
     """One batch of a dictionary that keeps the k B largest scores of the batch."""
     shape = (len(x), sae.cfg.d_sae)
     rescale = sae.cfg.rescale_acts_by_decoder_norm
-    norm = sae.W_dec.norm(dim=1) if rescale else torch.ones_like(sae.b_enc)
+    norm = decoder_norm(sae) if rescale else torch.ones_like(sae.b_enc)
     scores = scratch.encode(x - sae.b_dec, sae.W_enc, sae.b_enc, norm)
     at = largest_of_all(scores, int(sae.cfg.k * len(x)))
     kept = scores.view(-1)[at].to(x.dtype).relu()

@@ -54,7 +54,7 @@ class Stream:
 
     def __init__(
         self,
-        rows: Rows,
+        rows: Rows | PairedRows,
         *,
         batch_size: int,
         buffer_rows: int,
@@ -109,10 +109,14 @@ class Stream:
         where = f"{self.rows.manifest}: activations at {self.rows.hook}"
         if not torch.isfinite(x).all():
             raise RetraceError(f"{where} hold NaN or infinity; store them in bfloat16 or float32")
-        for part in (x[:, : self.d_in], x[:, -self.d_out :]):
+        for part in self.sides(x):
             if not part.var(0, correction=0).sum() > CONSTANT * part.pow(2).sum(1).mean():
                 raise RetraceError(f"{where} do not vary; check the hook and the model")
         return x
+
+    def sides(self, x: Float[Tensor, "rows d"]) -> tuple[Tensor, ...]:
+        """The columns that are read, and those that are reconstructed."""
+        return x[:, : self.d_in], x[:, -self.d_out :]
 
     def _buffers(self, position: int, stop: int) -> Iterator[tuple[Tensor, Tensor]]:
         """The buffers that contain the stream from `position` to `stop`.

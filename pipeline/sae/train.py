@@ -65,6 +65,7 @@ def build(
     d_out: int | None = None,
     normalize: str = "none",
     metadata: dict | None = None,
+    variant: Callable[[type], type] | None = None,
 ) -> Any:
     """A SAELens TrainingSAE on the CPU, its initial weights a function of the spec alone.
 
@@ -72,6 +73,7 @@ def build(
         d_out: width of the rows that a transcoder reconstructs; default: d_in.
         normalize: SAELens's `normalize_activations`, which saving folds into the weights.
         metadata: fields of SAELens's SAEMetadata.
+        variant: makes the class that is built out of SAELens's (crosscoders/model.py).
     """
     from sae_lens.registry import get_sae_training_class
     from sae_lens.saes.sae import SAEMetadata
@@ -92,6 +94,7 @@ def build(
     if spec.output_hook:
         sae_class = training_class(sae_class, d_out or d_in)
         options["apply_b_dec_to_input"] = False
+    sae_class = variant(sae_class) if variant else sae_class
     config = config_class(
         d_in=d_in,
         normalize_activations=normalize,
@@ -257,6 +260,28 @@ class Dictionary:
         self.optimiser.restore(tensors, device)
         self.dead.restore(tensors)
         self.history = tensors["history"].tolist()
+
+
+def history(dictionaries: list[Dictionary]) -> Any:
+    """The dictionaries' histories as one DataFrame, one row per dictionary and recorded step."""
+    import pandas as pd
+
+    frames = [pd.DataFrame(d.history, columns=HISTORY).assign(sae=d.name) for d in dictionaries]
+    frame = pd.concat(frames, ignore_index=True)[["sae", *HISTORY]]
+    return frame.astype({"step": "int64", "rows": "int64"})
+
+
+def summary(dictionary: Dictionary, spec: SaeSpec) -> dict[str, Any]:
+    """The entry of a trained dictionary in the manifest."""
+    dead = dictionary.dead.mask.cpu()
+    return {
+        "folder": f"saes/{dictionary.name}",
+        "dead_share": dead.double().mean().item(),
+        "dead": dead.nonzero()[:, 0].tolist(),
+        "steps": dictionary.n_steps,
+        "rows": dictionary.n_steps * dictionary.training.batch_size,
+        "spec": spec.model_dump(mode="json", exclude={"grid", "arms"}),
+    }
 
 
 def train(

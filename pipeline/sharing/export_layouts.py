@@ -8,6 +8,15 @@ Each gives the same latents on the same rows when its library reads it:
 * circuit-tracer 0.5.0 (`load_relu_transcoder`): a layer of a transcoder set. A set has every layer
   from 0 on, side by side in one folder.
 
+A crosscoder is written under the names and shapes of the CrossCoder of Minder et al. (2025), whose
+library is on no package index; dictionary_learning 0.1.0 has none. With n sources of width d:
+
+    encoder.weight [n d d_sae], encoder.bias [d_sae], decoder.weight [n d_sae d], decoder.bias [n d]
+    f = act(sum_s x^s encoder.weight^s + encoder.bias)
+    x_hat^s = f decoder.weight^s + decoder.bias^s
+
+act is ReLU; with threshold [d_sae] (BatchTopK) a latent is zero where it is not above its own.
+
 Whether b_dec is subtracted from x is fixed by each library's class; where a dictionary has it the
 other way, the biases of the encoder take it up:
 
@@ -128,6 +137,40 @@ def circuit_tracer(folder: Path, config: SaeLensConfig, weights: Weights) -> Non
         "feature_input_hook": reads, "feature_output_hook": writes,
     }  # fmt: skip
     (folder / "config.yaml").write_text(yaml.safe_dump(set_of), encoding="utf-8")
+
+
+def crosscoder(
+    folder: Path, config: SaeLensConfig, weights: Weights, sources: list[dict[str, Any]]
+) -> None:
+    """crosscoder.safetensors and config.json, which names the sources in their order.
+
+    Args:
+        weights: of wide rows, the sources side by side.
+        sources: of the manifest.
+    """
+    widths = [source["d_in"] for source in sources]
+    if len(set(widths)) > 1:
+        raise RetraceError(
+            f"sources of widths {', '.join(map(str, widths))} cannot be stacked; read the store's "
+            f"folder by SAELens, on rows of all sources side by side"
+        )
+    w = shifted(config, weights, False)
+    n, d = len(widths), widths[0]
+    found = {
+        "encoder.weight": w["W_enc"].reshape(n, d, -1),
+        "encoder.bias": w["b_enc"],
+        "decoder.weight": w["W_dec"].reshape(-1, n, d).swapaxes(0, 1),
+        "decoder.bias": w["b_dec"].reshape(n, d),
+    }
+    if "threshold" in w:
+        found["threshold"] = w["threshold"]
+    save_tensors(folder / "crosscoder.safetensors", found)
+    about = {
+        "sources": [s["name"] for s in sources], "hooks": [s["hook"] for s in sources],
+        "scales": [s["scale"] for s in sources], "activation_dim": d, "num_layers": n,
+        "dict_size": config.d_sae, "activation": "jumprelu" if "threshold" in w else "relu",
+    }  # fmt: skip
+    write_json(folder / "config.json", about)
 
 
 LAYOUTS: dict[str, Callable[[Path, SaeLensConfig, Weights], None]] = {

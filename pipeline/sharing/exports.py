@@ -7,6 +7,7 @@
 * `saelens`: its folder, as `SAE.load_from_disk` reads it, and a card (export_card.py).
 * `sparsify`, `dictionary_learning`, `circuit_tracer`: its weights as those libraries read them
   (export_layouts.py).
+* `crosscoder`: the weights of a crosscoder, source by source (export_layouts.py).
 * `saebench_core.json`: what stage evaluation measured, under SAEBench's names. `explained_variance`
   and `mse` are ours (metrics.py): SAEBench 0.6.0's own subtract the square of a mean square from
   the variance, and divide by the number of tokens twice. Its ablation is SAEBench's: zero at every
@@ -31,7 +32,7 @@ from pipeline.errors import RetraceError, nearest
 from pipeline.job import cli
 from pipeline.sharing.export_card import card
 from pipeline.sharing.export_formats import CoreResult, FeatureDetails, SaeLensConfig, check_weights
-from pipeline.sharing.export_layouts import LAYOUTS
+from pipeline.sharing.export_layouts import LAYOUTS, crosscoder
 from pipeline.spec.base import Section, sentence
 from pipeline.store import provenance, tables
 
@@ -44,8 +45,9 @@ class Export(Section):
     """What --spec carries under `export`."""
 
     format: Literal[
-        "saelens", "saebench", "neuronpedia", "sparsify", "dictionary_learning", "circuit_tracer"
-    ]
+        "saelens", "saebench", "neuronpedia", "sparsify", "dictionary_learning", "circuit_tracer",
+        "crosscoder",
+    ]  # fmt: skip
     arm: str
     sae: str
     paper: str
@@ -254,7 +256,10 @@ def layout(job: cli.Job, export: Export) -> None:
     folder, config, weights = dictionary(job.args.sae, export.sae)
     made = job.certificate([job.args.sae, *sorted(folder.iterdir())])
     with _whole(job.args.out) as out:
-        LAYOUTS[export.format](out, config, weights)
+        if sources := tables.read_json(job.args.sae).get("sources"):
+            crosscoder(out, config, weights, sources)
+        else:
+            LAYOUTS[export.format](out, config, weights)
         files = {file.name: provenance.sha256_file(file) for file in sorted(out.iterdir())}
         tables.write_json(out / "provenance.json", {"files": files}, made)
 
@@ -316,9 +321,24 @@ def neuronpedia(job: cli.Job, export: Export) -> None:
         tables.write_json(out / "provenance.json", {"files": files}, made)
 
 
+def check_kind(manifest: str, export: Export) -> None:
+    """Raise where a crosscoder is to leave in the format of one source, or the other way round."""
+    sources = tables.read_json(manifest).get("sources")
+    if sources and export.format != "crosscoder":
+        raise RetraceError(
+            f"{manifest}: '{export.sae}' is a crosscoder of {len(sources)} sources, which "
+            f"{export.format} has no place for; export it as crosscoder"
+        )
+    if not sources and export.format == "crosscoder":
+        raise RetraceError(
+            f"{manifest}: '{export.sae}' has one source and is no crosscoder; export it as "
+            f"saelens, or as one of {', '.join(LAYOUTS)}"
+        )
+
+
 FORMATS: dict[str, Callable[[cli.Job, Export], None]] = {
     "saelens": saelens, "saebench": saebench, "neuronpedia": neuronpedia,
-    **dict.fromkeys(LAYOUTS, layout),
+    **dict.fromkeys([*LAYOUTS, "crosscoder"], layout),
 }  # fmt: skip
 
 
@@ -334,6 +354,7 @@ def main() -> None:
 
     def work(job: cli.Job) -> None:
         export = job.section("export", Export)
+        check_kind(job.args.sae, export)
         FORMATS[export.format](job, export)
         cli.log.info("%s: written and checked", job.args.out)
 

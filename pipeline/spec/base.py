@@ -49,6 +49,8 @@ SCALES = ("smoke", "laptop", "paper")  # that every paper has, beside those of i
 RESULTS = ("store", "logs", "benchmarks", "reference")  # folders of results/ that are no scale
 # Tags of the two kinds of dictionaries; no name holds a space, so no key of a file is one.
 TRAINED, IMPORTED = "a trained dictionary", "a published dictionary"
+CROSSED = "a crosscoder"
+KINDS = (TRAINED, IMPORTED, CROSSED)  # pydantic's tags, which no message shows
 
 
 class Section(BaseModel):
@@ -72,7 +74,7 @@ class Section(BaseModel):
 def sentence(error: ValidationError) -> str:
     """The first fault of a section: the key, what is wrong, and the value."""
     first = error.errors()[0]
-    return told(first, ".".join(str(p) for p in first["loc"] if p not in (TRAINED, IMPORTED)))
+    return told(first, ".".join(str(p) for p in first["loc"] if p not in KINDS))
 
 
 def told(fault: Any, where: str) -> str:

@@ -18,7 +18,7 @@ from pipeline.spec.figures import completed
 from pipeline.spec.imports import ImportSpec
 from pipeline.spec.measured import CircuitsSpec, ProbesSpec, SteeringSpec, check_probes
 from pipeline.spec.own import OwnStage, parted
-from pipeline.spec.sae import SaeSection, SaeSpec, check_output
+from pipeline.spec.sae import CrosscoderSpec, SaeSection, SaeSpec, check_output
 from pipeline.spec.sources import CorpusSpec, ModelSpec, TokenizerSpec
 from pipeline.spec.training import TrainingSpec
 
@@ -360,13 +360,17 @@ class PaperSpec(Section):
             return
         saes, hooks = self.sae.expanded(), self.activations.hooks
         for name, sae in saes.items():
-            if not sae.hook and len(hooks) > 1:
+            named = sae.hooks if isinstance(sae, CrosscoderSpec) and sae.hooks else [sae.hook]
+            if not named[0] and len(hooks) > 1:
                 raise ValueError(f"sae.{name}: name its hook; activations has {', '.join(hooks)}")
-            if sae.hook and sae.hook not in hooks:
-                raise ValueError(
-                    f"sae.{name}: hook '{sae.hook}' is not stored{nearest(sae.hook, hooks)}; "
-                    f"add it to activations.hooks"
-                )
+            for hook in filter(None, named):
+                if hook not in hooks:
+                    raise ValueError(
+                        f"sae.{name}: hook '{hook}' is not stored{nearest(hook, hooks)}; "
+                        f"add it to activations.hooks"
+                    )
+            if isinstance(sae, CrosscoderSpec):
+                self._check_sources(name, sae)
             if sae.output_hook:
                 check_output(sae.output_hook, name, hooks, self.activations.max_norm_ratio)
             for arm in sae.arms:
@@ -400,6 +404,8 @@ class PaperSpec(Section):
         for key, name, arm in used:
             if name not in saes:
                 raise ValueError(f"{key}: no SAE '{name}'{nearest(name, saes)}")
+            if isinstance(saes[name], CrosscoderSpec):
+                raise ValueError(f"{key}: '{name}' is a crosscoder; name a dictionary of one hook")
             if arm not in (saes[name].arms or self.arm_names()):
                 raise ValueError(f"{key}: SAE '{name}' is not trained on arm '{arm}'")
             if key == "circuits.saes" and saes[name].output_hook:
@@ -407,6 +413,24 @@ class PaperSpec(Section):
             alone = isinstance(saes[name], ImportSpec) and not saes[name].decodes
             if key != "features.saes" and alone:
                 raise ValueError(f"{key}: '{name}' has no decoder, and only features do without")
+
+    def _check_sources(self, name: str, sae: CrosscoderSpec) -> None:
+        """Raise where the sources of a crosscoder do not hold the same tokens."""
+        if self.activations.max_norm_ratio:
+            raise ValueError(
+                f"sae.{name}: a crosscoder needs the same tokens of all sources, and "
+                f"activations.max_norm_ratio drops tokens hook by hook; set it to 0"
+            )
+        for arm in sae.models:
+            if arm not in self.arm_names():
+                raise ValueError(
+                    f"sae.{name}: models: unknown arm '{arm}'{nearest(arm, self.arm_names())}"
+                )
+            if self.corpus_of(arm) != self.corpus_of(sae.models[0]):
+                raise ValueError(
+                    f"sae.{name}: models: arms '{sae.models[0]}' and '{arm}' read different "
+                    f"tokens (arms.{arm}.corpus); name arms of one corpus"
+                )
 
     def stage_of(self, name: str) -> OwnStage:
         """How an own stage is called."""
@@ -450,7 +474,15 @@ class PaperSpec(Section):
         return {
             n: s if s.hook else s.model_copy(update={"hook": hook})
             for n, s in self.sae.expanded().items()
-            if not s.arms or arm in s.arms
+            if not isinstance(s, CrosscoderSpec) and (not s.arms or arm in s.arms)
+        }
+
+    def crosscoders_of(self, arm: str) -> dict[str, CrosscoderSpec]:
+        """Expanded name -> crosscoder, for those that stand under the arm's name."""
+        return {
+            n: s
+            for n, s in (self.sae.expanded() if self.sae else {}).items()
+            if isinstance(s, CrosscoderSpec) and arm in s.owners(self.arm_names())
         }
 
 

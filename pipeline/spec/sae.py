@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError, model_validator
 
 from pipeline.errors import nearest
-from pipeline.spec.base import IMPORTED, TRAINED, Name, Section, sentence
+from pipeline.spec.base import CROSSED, IMPORTED, TRAINED, Name, Section, sentence
 from pipeline.spec.imports import ImportSpec
 
 MOST = 1_000  # dictionaries of a grid
@@ -190,10 +190,71 @@ class SaeSpec(Section):
                 for f, v in point.items()
             )
             try:
-                out[f"{name}_{label}"] = SaeSpec.model_validate({**base, **point})
+                out[f"{name}_{label}"] = type(self).model_validate({**base, **point})
             except ValidationError as e:
                 raise ValueError(f"dictionaries.{name}: grid: {sentence(e)}") from None
         return out
+
+
+class CrosscoderSpec(SaeSpec):
+    """One dictionary of several sources: hooks of a model, or a hook of several models.
+
+    Lindsey et al. 2024 (L1), Minder et al. 2025, 2504.02922 (BatchTopK).
+
+    sae:
+      dictionaries:
+        layers: {architecture: standard, d_sae: 4096, l1_coefficient: 2,
+                 hooks: [blocks.2.hook_resid_post, blocks.4.hook_resid_post]}
+        tuning: {architecture: batchtopk, models: [base, tuned], hook: blocks.4.hook_resid_post,
+                 d_sae: 4096, k: 32}
+    """
+
+    hooks: list[str] = Field(default=[], description="hooks of one model, side by side")
+    models: list[Name] = Field(
+        default=[], description="arms whose models read the same tokens, side by side"
+    )
+
+    ARCHITECTURES: ClassVar = ("standard", "batchtopk")
+
+    @model_validator(mode="after")
+    def _sources(self) -> "CrosscoderSpec":
+        if self.architecture not in self.ARCHITECTURES:
+            raise ValueError(
+                f"architecture: {self.architecture} is not trained over several sources; use "
+                f"{' (L1) or '.join(self.ARCHITECTURES)}"
+            )
+        for key in ("output_hook", "resample_steps", "frozen_decoder"):
+            if getattr(self, key):
+                raise ValueError(f"{key}: not for crosscoders; remove it, or hooks and models")
+        if self.models and self.arms:
+            raise ValueError("arms: models names the arms already; remove one of the two")
+        if self.hooks and self.hook:
+            raise ValueError("hook: hooks names the hooks already; remove one of the two")
+        for key in ("hooks", "models"):
+            names = getattr(self, key)
+            if twice := {n for n in names if names.count(n) > 1}:
+                raise ValueError(f"{key}: '{min(twice)}' stands twice; name it once")
+        if max(len(self.hooks), 1) * max(len(self.models), 1) < 2:
+            one = [*self.hooks, *self.models]
+            raise ValueError(
+                f"hooks, models: a crosscoder has at least two sources, and {one} is "
+                f"{'one' if one else 'none'}; add another, or write hook: for an SAE"
+            )
+        return self
+
+    def sources(self, arm: str, hook: str) -> list[tuple[str, str]]:
+        """(arm, hook) of each source, models first.
+
+        Args:
+            arm: where it has no `models`.
+            hook: where it has neither `hooks` nor `hook`.
+        """
+        hooks = self.hooks or [self.hook or hook]
+        return [(a, h) for a in self.models or [arm] for h in hooks]
+
+    def owners(self, arms: list[str]) -> list[str]:
+        """The arms under whose names it stands: the first of `models`, or each of its arms."""
+        return self.models[:1] or self.arms or arms
 
 
 def check_output(output_hook: str, name: str, hooks: list[str], max_norm_ratio: float) -> None:
@@ -211,14 +272,19 @@ def check_output(output_hook: str, name: str, hooks: list[str], max_norm_ratio: 
 
 
 def _kind(value: Any) -> str:
-    """Which of the two an entry of dictionaries is; only a published one has a source."""
-    named = isinstance(value, ImportSpec) or (isinstance(value, dict) and "source" in value)
-    return IMPORTED if named else TRAINED
+    """Which of the three an entry of dictionaries is, by the keys that only it has."""
+    if isinstance(value, ImportSpec) or (isinstance(value, dict) and "source" in value):
+        return IMPORTED
+    crossed = isinstance(value, dict) and ("hooks" in value or "models" in value)
+    return CROSSED if crossed or isinstance(value, CrosscoderSpec) else TRAINED
 
 
-# Trained here, or published by others.
+# Trained here, over one source or several, or published by others.
 Dictionary = Annotated[
-    Annotated[SaeSpec, Tag(TRAINED)] | Annotated[ImportSpec, Tag(IMPORTED)], Discriminator(_kind)
+    Annotated[SaeSpec, Tag(TRAINED)]
+    | Annotated[CrosscoderSpec, Tag(CROSSED)]
+    | Annotated[ImportSpec, Tag(IMPORTED)],
+    Discriminator(_kind),
 ]
 
 

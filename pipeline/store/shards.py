@@ -1,7 +1,7 @@
 """Reading stored tokens and activations, without torch.
 
 `Blocks` gives the blocks of a corpus; `Rows` the activations of one hook and split, across shards;
-`PairedRows` those of two hooks side by side.
+`PairedRows` those of several hooks or models side by side.
 A shard is opened when a row of it is first asked for. Then its digest is compared with the
 manifest's, once a process, so that a truncated or altered shard never reaches a result. The
 last few shards stay mapped; memory does not grow with the number of rows.
@@ -230,39 +230,50 @@ class Rows:
 
 
 class PairedRows:
-    """The rows of two hooks at the same tokens, side by side: [rows d_in + d_out].
+    """The rows of several hooks, or of several models, at the same tokens, side by side.
 
     Args:
-        rows, target: of the same store and split.
+        parts: of the same split, and in one dtype; [rows, sum of their widths] come out.
 
     Raises:
-        RetraceError: the two do not hold the same tokens in the same order.
+        RetraceError: they do not hold the same tokens in the same order, or not in one dtype.
     """
 
-    def __init__(self, rows: Rows, target: Rows) -> None:
-        self.rows, self.target = rows, target
-        self.manifest, self.hook = rows.manifest, f"{rows.hook} and {target.hook}"
-        self.n_rows, self.dtype = rows.n_rows, rows.dtype
-        self.d_model = rows.d_model + target.d_model
-        if rows.n_rows != target.n_rows:
-            raise self._differ()
+    def __init__(self, *parts: Rows) -> None:
+        first = parts[0]
+        self.parts, self.manifest = parts, first.manifest
+        self.hook = " and ".join(part.hook for part in parts)
+        self.n_rows, self.dtype = first.n_rows, first.dtype
+        self.d_model = sum(part.d_model for part in parts)
+        for part in parts[1:]:
+            if part.n_rows != first.n_rows:
+                raise self._differ(part)
+            if part.dtype != first.dtype:
+                raise RetraceError(
+                    f"{part.manifest}: {part.hook} is {part.dtype} and {first.hook} "
+                    f"{first.dtype}; store both in one dtype"
+                )
 
-    def _differ(self) -> RetraceError:
+    def _differ(self, part: Rows) -> RetraceError:
+        where = f"{self.manifest}: {self.hook}"
+        if part.manifest != self.manifest:
+            where = f"{self.manifest} and {part.manifest}: {part.hook}"
         return RetraceError(
-            f"{self.manifest}: {self.hook} do not hold the same tokens; set "
-            f"activations.max_norm_ratio: 0, which drops tokens hook by hook"
+            f"{where} do not hold the same tokens; set activations.max_norm_ratio: 0, which drops "
+            f"tokens hook by hook"
         )
 
     def again(self) -> "PairedRows":
         """As `Rows.again`."""
-        return PairedRows(self.rows.again(), self.target.again())
+        return PairedRows(*(part.again() for part in self.parts))
 
     def read(self, start: int, stop: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """As `Rows.read`."""
-        (x, at), (y, at_y) = self.rows.read(start, stop), self.target.read(start, stop)
-        if any(not np.array_equal(at[c], at_y[c]) for c in ("block", "position")):
-            raise self._differ()
-        return np.concatenate([x, y], axis=1), at
+        (x, at), *others = [part.read(start, stop) for part in self.parts]
+        for part, (_, found) in zip(self.parts[1:], others, strict=True):
+            if any(not np.array_equal(at[c], found[c]) for c in ("block", "position", "token")):
+                raise self._differ(part)
+        return np.concatenate([x, *(y for y, _ in others)], axis=1), at
 
     def iterate(self, batch_rows: int) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
         """As `Rows.iterate`."""
