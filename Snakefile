@@ -4,6 +4,9 @@ from snakemake.utils import min_version
 
 min_version("9.0")
 
+if workflow.included_stack[-1].path == "Snakefile":  # of a git reference: "" joins to "/rules"
+    workflow.included_stack[-1].path = "./Snakefile"
+
 
 configfile: f"{workflow.current_basedir}/config.yaml"
 

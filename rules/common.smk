@@ -6,10 +6,14 @@ from functools import partial
 from pathlib import Path
 
 from snakemake.io import sourcecache_entry
+from snakemake.sourcecache import LocalSourceFile
 
-# Without "..", which a certificate may not name: snakemake --snakefile ../other/Snakefile.
-ROOT = Path(os.path.abspath(str(workflow.current_basedir))).parent
-sys.path.insert(0, str(ROOT))
+if isinstance(workflow.current_basedir, LocalSourceFile):
+    # Without "..", which a certificate may not name: snakemake --snakefile ../other/Snakefile.
+    ROOT = Path(os.path.abspath(str(workflow.current_basedir))).parent
+    sys.path.insert(0, str(ROOT))
+else:  # a module of a git reference, whose library is the one that is installed
+    ROOT = Path(__import__("pipeline").__file__).parents[1]
 
 from pipeline.claims import summary
 from pipeline.job import kills
@@ -110,9 +114,10 @@ steering_input_of = ask(INPUTS.steering_input)
 item_source_of, own_file_of = ask(INPUTS.item_source, undated), ask(INPUTS.own_files, undated)
 report_input, upstream_of = ask(INPUTS.report), ask(INPUTS.upstream)()
 card_of, yaml_of = ask(INPUTS.card, undated)(), ask(INPUTS.card, dated)()
-caption_metrics_of = ask(INPUTS.caption_metrics)()
+caption_metrics_of, beside_of = ask(INPUTS.caption_metrics)(), ask(INPUTS.beside)()
 drawing_code, others_made = ask(INPUTS.drawing, dated)(), ask(INPUTS.others)()
 spec_of, export_spec = ask(PARAMS.spec), ask(PARAMS.export_spec)
+features_spec, feature_page_spec = ask(PARAMS.features_spec)(), ask(PARAMS.feature_page_spec)()
 item_spec_of, code_of = ask(PARAMS.item_spec), ask(PARAMS.code)
 metrics_spec, claims_spec = ask(PARAMS.metrics_spec)(), ask(PARAMS.claims_spec)()
 figure_spec, graph_spec = ask(PARAMS.figure_spec)(), ask(PARAMS.graph_spec)()

@@ -22,7 +22,7 @@ rule features:
         gpu=gpus_of,
         gpu_mem_mb=gpu_memory_of,
     params:
-        spec=spec_of("features"),
+        spec=features_spec,
         code=code_of("features"),
     shell:
         "{PYTHON:q} -m pipeline features --spec {params.spec:q} --model {input.model:q}"
@@ -34,6 +34,7 @@ rule features:
 rule feature_page:
     input:
         features="results/{scale}/{paper}/features/{latents}.parquet",
+        beside=beside_of,
         upstream=upstream_of,
     output:
         report(
@@ -45,8 +46,8 @@ rule feature_page:
     log:
         "results/logs/{scale}/{paper}/feature_page_{latents}.log",
     params:
-        spec=spec_of("title"),
+        spec=feature_page_spec,
         code=code_of("feature_page"),
     shell:
         "{PYTHON:q} -m pipeline feature_page --spec {params.spec:q} --features {input.features:q}"
-        " --out {output:q} 2> {log:q}"
+        " --beside {input.beside:q} --out {output:q} 2> {log:q}"

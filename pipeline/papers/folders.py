@@ -42,7 +42,8 @@ class Paper:
         if self.spec.absorption:
             names += [f"absorption/{arm}" for arm in self.spec.arm_names()]
         if self.spec.features:
-            names += [f"features/{s}" for s in self.spec.features.saes]
+            beside = [self.spec.features.beside] if self.spec.features.beside else []
+            names += [f"features/{s}" for s in [*self.spec.features.saes, *beside]]
         if self.spec.attribution:
             names += ["attribution/prompts", "attribution/latents"]
         if self.spec.circuits:

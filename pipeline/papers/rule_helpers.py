@@ -23,7 +23,8 @@ STAGES = (  # that the store holds
 )  # fmt: skip
 WILDCARDS = {
     **dict.fromkeys(("paper", "arm", "run"), NAME),
-    **dict.fromkeys(("latents", "figure"), r"\w+"),
+    "latents": r"(\w+\.)?\w+",  # those of an arm that the section does not name: arm.dictionary
+    "figure": r"\w+",
     "layout": "sparsify|dictionary_learning|circuit_tracer|crosscoder",
     **dict.fromkeys(STAGES, ID),
 }

@@ -49,6 +49,22 @@ class Params:
         latents = getattr(wildcards, "latents", None)
         return to_json(picked | ({} if latents is None else {"latents": latents}))
 
+    def features_spec(self, wildcards: Any) -> str:
+        """How latents are described, and which dictionary of which arm."""
+        section = self.inputs.paper(wildcards).spec.features.model_dump(mode="json")
+        del section["beside"]  # what stands beside them on a page changes none of them
+        section["arm"] = self.inputs.arm(wildcards, "features")
+        sae = wildcards.latents.rpartition(".")[2]
+        return to_json({"features": section, "latents": sae})
+
+    def feature_page_spec(self, wildcards: Any) -> str:
+        """The paper's title, and where a null arm's latents stand beside: whose are whose."""
+        spec = self.inputs.paper(wildcards).spec
+        shown: dict[str, Any] = {"title": spec.title, "latents": wildcards.latents}
+        if spec.features and spec.features.beside:
+            shown["sides"] = [f"{spec.features.arm}.{wildcards.latents}", spec.features.beside]
+        return to_json(shown)
+
     def export_spec(self, wildcards: Any, format: str = "") -> str:
         """Which dictionary is exported; the format may be a wildcard."""
         paper = self.inputs.paper(wildcards)

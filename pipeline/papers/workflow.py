@@ -129,6 +129,8 @@ class Inputs:
     def arm(self, wildcards: Any, section: str | None) -> str:
         """The arm in the wildcards, or the one that a section of paper.yaml is about."""
         paper = self.paper(wildcards)
+        if section == "features" and "." in wildcards.latents:
+            return known("arm", wildcards.latents.split(".")[0], paper.spec.arm_names(), paper)
         if section is None:
             return known("arm", wildcards.arm, paper.spec.arm_names(), paper)
         if getattr(paper.spec, section) is None:
@@ -182,6 +184,7 @@ class Inputs:
         """A file beside the dictionary that a section or wildcard names, trained or imported."""
         paper, arm = self.paper(wildcards), self.arm(wildcards, section)
         name = getattr(wildcards, "latents", None) or getattr(paper.spec, section).sae
+        name = name.rpartition(".")[2] if section == "features" else name
         saes = paper.spec.saes_of(arm) | paper.spec.crosscoders_of(arm) if paper.spec.sae else {}
         known("SAE", name, saes, paper)
         return in_store(self.run.sae_item(paper.name, paper.scale, arm, name), file)
@@ -278,6 +281,12 @@ class Inputs:
         figure = known("figure", wildcards.figure, paper.spec.figures, paper)
         named = metrics_in(paper.spec.figures[figure].caption)
         return [f"{home(paper)}/metrics.json"] if named else []
+
+    def beside(self, wildcards: Any) -> list[str]:
+        """The table of the null arm's latents that a page of features shows beside its own."""
+        paper = self.paper(wildcards)
+        named = paper.spec.features and paper.spec.features.beside
+        return [f"{home(paper)}/features/{named}.parquet"] if named else []
 
     def report(self, wildcards: Any, kind: str) -> list[str]:
         """'figures', their 'numbers' or 'pages' (of features) of a paper."""

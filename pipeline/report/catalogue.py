@@ -16,6 +16,8 @@ TITLES = {
     "<arm>.<dictionary>": "Dictionaries",
     "attribution.<prompt>": "Attribution of latents",
     "circuits.<arm>.<method>": "Circuits",
+    "<arm>.probes.<label>.<method>.<hook>": "Probes",
+    "<arm>.steering.<direction>": "Steering",
     "training.<run>": "Models trained here",
 }
 

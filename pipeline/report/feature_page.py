@@ -1,5 +1,8 @@
 """The features table -> one offline page: search, sort, and every latent's contexts and logits.
 
+Where paper.yaml says `features.beside: random.topk`, each latent stands beside one of that null
+arm's dictionary: the k-th of one beside the k-th of the other, in the order that a reader chooses.
+
 1. Pack the table into typed arrays: tokens as indices into one vocabulary, activations as 255ths
    of the latent's largest, histograms as heights. 5,000 latents with 8 contexts of 23 tokens make
    a page of about 2 MB.
@@ -90,6 +93,8 @@ def packed(table: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     sorts = [k for k in SORTS if k in table.column_names]
     arrays |= {k: floats(whole(table[k])) for k in sorts if k != "latent"}
     arrays["latent"] = table["latent"].to_numpy().astype(np.uint32)
+    if "side" in table.column_names:
+        arrays["side"] = table["side"].to_numpy()
     if "top_label" in table.column_names:
         arrays["top_label"] = labels.ids(whole(table["top_label"]))
     arrays |= _histograms(whole(table["histogram"]), table.num_rows)
@@ -104,6 +109,16 @@ def packed(table: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     header = {k: list(v.index) for k, v in named.items()}
     header["sorts"] = [{"key": k, "label": SORTS[k][0], "help": SORTS[k][1]} for k in sorts]
     return header, arrays
+
+
+def joined(table: Any, beside: Any) -> Any:
+    """Two tables as one, with the columns that both have, and `side`: 0, or 1 of beside."""
+    import pyarrow as pa
+
+    both = [c for c in table.column_names if c in beside.column_names]
+    sides = [t.select(both).append_column("side", pa.array([i] * len(t), pa.uint8()))
+             for i, t in enumerate((table, beside))]  # fmt: skip
+    return pa.concat_tables(sides, promote_options="permissive").combine_chunks()
 
 
 def _histograms(lists: Any, rows: int) -> dict[str, np.ndarray]:
@@ -157,25 +172,36 @@ def main() -> None:
     from pipeline.store import embed
 
     parser = cli.parser(
-        "feature_page", __doc__, features="the features table", out="the page, .html"
+        "feature_page",
+        __doc__,
+        features="the features table",
+        beside="that of a null arm*",
+        out="the page, .html",
     )
 
     def work(job: cli.Job) -> None:
         args = job.args
-        header, arrays = packed(tables.read_arrow(args.features))
-        certificates = [c for _, _, c in provenance.chain(args.features) if c]
+        table = tables.read_arrow(args.features)
+        n = len(table)
+        for file in args.beside:
+            table = joined(table, tables.read_arrow(file))
+        header, arrays = packed(table)
+        header["sides"] = job.spec.get("sides", [])
+        files = [args.features, *args.beside]
+        certificates = [c for file in files for _, _, c in provenance.chain(file) if c]
         page = pages.render(
             "features.html",
             title=f"Latents of {Path(args.features).stem}",
             name=Path(args.features).stem,
             paper=job.spec["title"],
             data=blob(header, arrays),
-            n=len(arrays["latent"]),
+            n=n,
+            beside=header["sides"][1] if header["sides"] else "",
             licences=licences(certificates),
             version=__version__,
         )
-        embed.write_page(args.out, page, job.certificate([args.features]))
+        embed.write_page(args.out, page, job.certificate(files))
         size = Path(args.out).stat().st_size / 2**20
-        cli.log.info("%d latents, %.1f MiB", len(arrays["latent"]), size)
+        cli.log.info("%d latents, %.1f MiB", n, size)
 
     cli.run("feature_page", parser.parse_args(), work)

@@ -67,17 +67,22 @@ def read(folder: Path) -> Results:
     """
     if not (folder / "claims.csv").is_file():
         raise RetraceError(f"{folder}: has metrics.json and no claims.csv; run snakemake again")
-    inner, outer, above = (f.name for f in [folder.resolve(), *folder.resolve().parents[:2]])
-    published = inner in SCALES or (above == "reference" and outer not in SCALES)
-    paper, scale = (outer, inner) if published else (inner, outer)
-    base = _base(folder)
+    paper, scale = named(folder)
+    base = base_of(folder)
     file = folder / "metrics.json"
     metrics = whole(tables.read_json(file).get("metrics"), file)
     claims = read_claims(folder / "claims.csv")
     return Results(folder, base, paper, scale, metrics, claims, certificates(folder, base))
 
 
-def _base(folder: Path) -> Path:
+def named(folder: Path) -> tuple[str, str]:
+    """Paper and scale of a folder: results/<scale>/<paper>, or reference/<paper>/<scale>."""
+    inner, outer, above = (f.name for f in [folder.resolve(), *folder.resolve().parents[:2]])
+    published = inner in SCALES or (above == "reference" and outer not in SCALES)
+    return (outer, inner) if published else (inner, outer)
+
+
+def base_of(folder: Path) -> Path:
     """The folder that holds `results`, in which snakemake ran."""
     return next((p.parent for p in folder.resolve().parents if p.name == "results"), folder)
 

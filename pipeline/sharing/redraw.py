@@ -86,11 +86,31 @@ def drawn_as(name: str, shown: dict[str, Any], folder: Path, scale: str) -> dict
     return shown | {"kind": figure.kind, "options": figure.options} if figure else shown
 
 
+def drawn(run: Results, name: str, made: dict[str, Any], papers: Path) -> tuple[Any, Any]:
+    """A published figure, drawn anew: the plotly figure, and the frame of its numbers.
+
+    Raises:
+        RetraceError: a table is missing or changed, or the figure's function is.
+    """
+    from pipeline.figures import drawing
+
+    inputs, own = tables_of(run, made), papers / run.paper / "figures.py"
+    frames = dict(zip(made["spec"]["figure"]["tables"], map(drawing.read, inputs), strict=True))
+    try:
+        as_now = drawn_as(name, made["spec"]["figure"], own.parent, run.scale)
+        return drawing.make(name, as_now, frames, own if own.is_file() else None)
+    except (LookupError, TypeError, ValueError, AttributeError) as e:
+        raise RetraceError(
+            f"the code of this checkout cannot draw these tables ({e!r}); "
+            f"check out {provenance.commits(made).split(',')[0]}, which drew them"
+        ) from e
+
+
 def redraw(run: Results, name: str, made: dict[str, Any], papers: Path, out: Path) -> str:
     """Draw one figure into a folder; a sentence on how its numbers compare.
 
     Raises:
-        RetraceError: a table is missing or changed, or the figure's function is.
+        RetraceError: as `drawn`.
     """
     import pandas as pd
 
@@ -98,20 +118,12 @@ def redraw(run: Results, name: str, made: dict[str, Any], papers: Path, out: Pat
     from pipeline.job import source
     from pipeline.store import embed, tables
 
-    spec, inputs = made["spec"], tables_of(run, made)
+    figure, frame = drawn(run, name, made, papers)
     own = papers / run.paper / "figures.py"
     code = sorted(own.parent.glob("figures*.py")) if own.is_file() else []
-    frames = dict(zip(spec["figure"]["tables"], map(drawing.read, inputs), strict=True))
-    try:
-        as_now = drawn_as(name, spec["figure"], own.parent, run.scale)
-        figure, frame = drawing.make(name, as_now, frames, own if code else None)
-    except (LookupError, TypeError, ValueError, AttributeError) as e:
-        raise RetraceError(
-            f"the code of this checkout cannot draw these tables ({e!r}); "
-            f"check out {provenance.commits(made).split(',')[0]}, which drew them"
-        ) from e
-    cert = provenance.certificate("figures", spec, source.job_code("figures", code), inputs)
-    shown = spec["figure"]
+    code = source.job_code("figures", code)
+    cert = provenance.certificate("figures", made["spec"], code, tables_of(run, made))
+    shown = made["spec"]["figure"]
     page = drawing.page(name, shown["title"], shown["caption"], drawing.plain(figure), "figures.js")
     embed.write_page(out / f"{name}.html", page, cert)
     tables.write_csv(out / f"{name}.csv", frame, cert)

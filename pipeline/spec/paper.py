@@ -158,6 +158,11 @@ class FeaturesSpec(Section):
 
     saes: list[str] = Field(min_length=1, description="expanded names, e.g. topk_k32_d4608")
     arm: Name = "trained"
+    beside: str | None = Field(
+        default=None,
+        pattern=r"^\w+\.\w+$",
+        description="arm.dictionary of a null arm: its latents stand beside those of every page",
+    )
     n_examples: int = Field(default=8, ge=1, description="top activating contexts a latent")
     context: tuple[int, int] = Field(default=(16, 6), description="tokens before and after")
     n_logits: int = Field(default=8, ge=1, description="logits raised and lowered, each")
@@ -397,6 +402,9 @@ class PaperSpec(Section):
             if self.features
             else []
         )
+        if self.features and self.features.beside:
+            arm, _, sae = self.features.beside.partition(".")
+            used.append(("features.beside", sae, arm))
         if self.attribution:
             used.append(("attribution.sae", self.attribution.sae, self.attribution.arm))
         for arm in self.circuit_arms() if self.circuits else []:
@@ -411,7 +419,7 @@ class PaperSpec(Section):
             if key == "circuits.saes" and saes[name].output_hook:
                 raise ValueError(f"{key}: '{name}' is a transcoder; name one without output_hook")
             alone = isinstance(saes[name], ImportSpec) and not saes[name].decodes
-            if key != "features.saes" and alone:
+            if not key.startswith("features.") and alone:
                 raise ValueError(f"{key}: '{name}' has no decoder, and only features do without")
 
     def _check_sources(self, name: str, sae: CrosscoderSpec) -> None:

@@ -15,7 +15,7 @@ from pipeline.papers import rule_helpers
     [
         ("paper", ["toy", "Toy_2"], ["2toy", "a/b", "a-b", ""]),
         ("arm", ["trained"], ["a.b", "_a"]),
-        ("latents", ["topk_k32", "32"], ["a.b", "a-b"]),
+        ("latents", ["topk_k32", "32", "random.topk"], ["a.b.c", ".b", "a-b"]),
         ("figure", ["cosines"], ["a.b", "figures/a"]),
         ("model", ["pythia-70m-0123456789ab"], ["pythia", "a/b-0123456789ab", "a-0123456789aB"]),
         ("sae", ["m-blocks_0-0123456789ab"], ["m-0123456789a"]),

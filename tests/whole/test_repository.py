@@ -18,7 +18,7 @@ from pipeline.store import tables
 ROOT = Path(__file__).parents[2]
 ROOMS = (
     "spec store job downloads text models activations weights sae imports latents saebench "
-    "circuits probes claims figures report papers sharing"
+    "circuits probes claims figures report papers sharing notebook"
 ).split()
 README = (ROOT / "README.md").read_text()
 RUNS = (ROOT / "results/reference/README.md").read_text()
@@ -185,7 +185,7 @@ def test_what_a_paper_costs_is_what_its_run_says():
         minutes = round(run["total_seconds"] / 60)
         times = [f"{minutes} min"] if busy else [clock(run["wall_seconds"])]
         times += [clock(run["wall_seconds"])] if busy else []
-        cells = [c for c in re.findall(r"\[([^\]]*)\]\(" + path, RUNS)]
+        cells = re.findall(r"\[([^\]]*)\]\(" + path, RUNS)
         assert cells and all(c.partition(" on ")[0] in times for c in cells), (path, times)
         assert all(("busy" in c) == bool(busy) for c in cells), (path, cells)
         assert all(f"[{c}](results/reference/{path})" in README for c in cells)

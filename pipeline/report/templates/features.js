@@ -18,10 +18,12 @@
   }
 
   const D = await unpack($("data").textContent);
-  const N = D.latent.length;
+  const N = D.latent.length;  // of both sides, where a null arm stands beside
+  const second = (i) => Boolean(D.side?.[i]);
+  const FIRST = D.side ? D.side.reduce((n, s) => n + !s, 0) : N;
   const BINS = D.histogram.length / N;
-  const DEAD = D.dead.reduce((a, b) => a + b, 0);
-  const row = new Map([...D.latent].map((l, i) => [l, i]));
+  const DEAD = D.dead.reduce((n, dead, i) => n + (dead && !second(i)), 0);
+  const row = new Map([...D.latent].map((l, i) => [l, i]).filter(([, i]) => !second(i)));
   const range = (end, i) => [i ? end[i - 1] : 0, end[i]];
   const texts = (i) => range(D.example_end, i).reduce((a, b) => b - a);  // contexts of a latent
   const everyOf = (end, i, get) => {
@@ -55,7 +57,7 @@
 
   // --- what is shown ------------------------------------------------------------------------
 
-  const state = { only: null, shown: [], drawn: 0, descending: true };
+  const state = { only: null, shown: [], beside: [], drawn: 0, descending: true };
 
   function select() {
     const query = $("search").value, key = $("sort").value;
@@ -67,14 +69,16 @@
     const keep = (i) =>
       (D.dead[i] ? $("dead").checked : live(i)) && (label < 0 || D.top_label[i] === label) && hit(i);
     const sign = state.descending ? -1 : 1;
-    state.shown = [...Array(N).keys()].filter((i) => D.latent[i] === exact || keep(i)).sort((a, b) =>
+    const found = [...Array(N).keys()].filter((i) => D.latent[i] === exact || keep(i)).sort((a, b) =>
       (D.latent[b] === exact) - (D.latent[a] === exact) ||
       sign * (D[key][a] - D[key][b]) || D.latent[a] - D.latent[b]);
+    state.shown = found.filter((i) => !second(i));
+    state.beside = $("beside")?.checked ? found.filter(second) : [];
   }
 
   function refresh() {
     if (state.only === null) select();
-    else state.shown = row.has(state.only) ? [row.get(state.only)] : [];
+    else [state.shown, state.beside] = [row.has(state.only) ? [row.get(state.only)] : [], []];
     state.drawn = 0;
     $("list").replaceChildren();
     $("order").textContent = state.descending ? "↓ largest first" : "↑ smallest first";
@@ -91,18 +95,25 @@
       back.addEventListener("click", () => { location.hash = ""; });
       return [`Latent ${state.only}${state.shown.length ? "" : " does not exist"}. `, back];
     }
-    const rare = [...Array(N).keys()].filter((i) => !D.dead[i] && texts(i) < Number($("seen").value)).length;
+    const rare = [...Array(FIRST).keys()].filter((i) => !D.dead[i] && texts(i) < Number($("seen").value)).length;
     const hidden = [];
     if (DEAD && !$("dead").checked) hidden.push(`${n(DEAD)} that never fire`);
     if (rare) hidden.push(`${n(rare)} seen in fewer texts`);
-    return [`${n(state.shown.length)} of ${n(N)} latents${hidden.length ? `; hidden: ${hidden.join(", ")}` : ""}`];
+    const also = state.beside.length ? `, beside ${n(state.beside.length)} of ${n(N - FIRST)}` : "";
+    return [`${n(state.shown.length)} of ${n(FIRST)} latents${also}${hidden.length ? `; hidden: ${hidden.join(", ")}` : ""}`];
   }
 
   function more() {
     const next = state.shown.slice(state.drawn, state.drawn + PAGE);
-    $("list").append(...next.map(card));
+    $("list").append(...next.map((i, k) => pair(i, state.beside[state.drawn + k])));
     state.drawn += next.length;
     $("more").textContent = state.drawn < state.shown.length ? "more below…" : "";
+  }
+
+  function pair(i, j) {
+    if (!state.beside.length) return card(i);
+    const other = j === undefined ? make("p", "quiet small", `no more of ${D.sides[1]}`) : card(j);
+    return make("div", "pair", card(i), other);
   }
 
   // --- one latent ---------------------------------------------------------------------------
@@ -174,13 +185,14 @@
   }
 
   function card(i) {
-    const link = make("a", "", `latent ${D.latent[i]}`);
-    link.href = `#latent=${D.latent[i]}`;
+    const link = make(second(i) ? "span" : "a", "", `latent ${D.latent[i]}`);
+    if (!second(i)) link.href = `#latent=${D.latent[i]}`;
     const contexts = make("div", "contexts", ...everyOf(D.example_end, i, (e) => context(i, e)));
     const side = make("div", "", histogram(i),
       make("div", "scale", make("span", "", "0"), make("span", "", "its activations"), make("span", "", brief(D.max_act[i]))),
       chips("raises", "top", i), chips("lowers", "bottom", i));
-    const out = make("article", D.dead[i] ? "latent dead" : "latent",
+    const whose = state.beside.length ? [make("p", "whose quiet small", D.sides[D.side[i]])] : [];
+    const out = make("article", D.dead[i] ? "latent dead" : "latent", ...whose,
       make("div", "head", make("h2", "", link), ...facts(i)), make("div", "body", side, contexts));
     out.dataset.latent = D.latent[i];
     return out;
@@ -209,6 +221,7 @@
     const found = new URLSearchParams();
     for (const id of CONTROLS) if ($(id).value !== initial[id]) found.set(id, $(id).value);
     if ($("dead").checked) found.set("dead", "1");
+    if ($("beside")?.checked === false) found.set("alone", "1");
     if (state.descending !== falling()) found.set("order", state.descending ? "down" : "up");
     history.replaceState(null, "", `#${found}`);
   }
@@ -218,6 +231,7 @@
     state.only = wanted.has("latent") ? Number(wanted.get("latent")) : null;
     for (const id of CONTROLS) $(id).value = wanted.get(id) ?? initial[id];
     $("dead").checked = wanted.has("dead");
+    if ($("beside")) $("beside").checked = !wanted.has("alone");
     state.descending = wanted.has("order") ? wanted.get("order") === "down" : falling();
     refresh();
     if (state.only !== null) scrollTo(0, 0);
@@ -232,6 +246,7 @@
   let waiting;
   $("search").addEventListener("input", () => { clearTimeout(waiting); waiting = setTimeout(changed, 120); });
   for (const id of ["where", "label", "fires", "seen", "dead"]) $(id).addEventListener("change", changed);
+  $("beside")?.addEventListener("change", changed);
   $("sort").addEventListener("change", () => { state.descending = falling(); changed(); });
   $("order").addEventListener("click", () => { state.descending = !state.descending; changed(); });
   $("controls").addEventListener("submit", (e) => { e.preventDefault(); changed(); });
