@@ -96,7 +96,7 @@ def _claim(claim: Any, above: dict, row: dict) -> Any:
     said = {INSTEAD[key] for key in INSTEAD if claim.get(key) is not None}
     whole = overlay({k: v for k, v in above.items() if k not in said}, claim)
     if values := row | (whole.pop("with", None) or {}):
-        whole = filled(whole, values)
+        whole = {key: v for key, v in filled(whole, values).items() if v is not None}
     whole = _spelt(whole)
     if isinstance(whole.get("needs"), dict):
         whole["needs"] = {name: _spelt(need) for name, need in whole["needs"].items()}
