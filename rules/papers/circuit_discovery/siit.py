@@ -36,6 +36,7 @@ X = 3  # the id of x, as in the compiled vocabulary
 IS_X, SHARE = Node("mlp", 0), Node("head", 1, 0)
 CHECKS = "behaviour interchange strict".split()
 TABLES = ("history", "checks")
+WRITES = {"checkpoint": "folder of the networks"}
 
 
 class Options(Section):
@@ -177,13 +178,3 @@ def work(job: cli.Job, options: Options) -> own.Tables:
         files |= {str(f.relative_to(root)): provenance.sha256_file(f) for f in written}
     tables.write_json(root / "provenance.json", {"files": files}, job.certificate([]))
     return out
-
-
-def main() -> None:
-    own.main(
-        "siit", __doc__, Options, TABLES, work, writes={"checkpoint": "folder of the networks"}
-    )
-
-
-if __name__ == "__main__":
-    main()

@@ -146,14 +146,3 @@ def work(job: cli.Job, options: Options) -> own.Tables:
         out.add({"summary": [summary(bits, found["trained", name])]}, which)
         out.add({"histogram": histogram(bits, top)}, **which)
     return out
-
-
-def main() -> None:
-    own.main(
-        "entropy", __doc__, Options, TABLES, work, activations="the same of its activations*",
-        saes="manifest.json of every arm's dictionaries, arms sorted by name*",
-    )  # fmt: skip
-
-
-if __name__ == "__main__":
-    main()
