@@ -3,7 +3,7 @@
 1. Draw pairs of directions uniformly on the unit sphere of R^d, for each d and each seed.
 2. Report the mean absolute cosine of a pair. Its expectation is Γ(d/2) / (√π Γ((d+1)/2)).
 
-Replace it by what your paper measures. A stage is pure functions and a thin main().
+Replace it by what your paper measures. A stage is Options, TABLES and work, over pure functions.
 """
 
 import numpy as np
@@ -47,11 +47,3 @@ def work(job: cli.Job, options: Options) -> own.Tables:
     out = own.Tables(TABLES)
     out.add({"cosines": measure(options)})
     return out
-
-
-def main() -> None:
-    own.main("measure", __doc__, Options, TABLES, work)
-
-
-if __name__ == "__main__":
-    main()
