@@ -89,8 +89,10 @@ def stage(name: str, module: ModuleType) -> None:
     """Run the stage that a module declares: Options, TABLES, work; READS and WRITES, where it has
     these."""
     reads, writes = (getattr(module, n, {}) for n in ("READS", "WRITES"))
-    work = (module.Options, module.TABLES, module.work)
-    main(name, module.__doc__, *work, writes=writes, **NEEDS | reads)
+    made = {*module.TABLES, *writes}  # a table may be called models
+    needs = {option: text for option, text in NEEDS.items() if option not in made}
+    declared = (module.Options, module.TABLES, module.work)
+    main(name, module.__doc__, *declared, writes=writes, **needs | reads)
 
 
 def main(

@@ -48,7 +48,7 @@ from pipeline.job import own
 from pipeline.spec.base import Section
 from . import beside
 
-TABLES = ("some",)
+TABLES = ("some", "labels")
 READS = {"word": "a word"}
 
 
@@ -85,7 +85,8 @@ def called(tmp_path, monkeypatch):
 
 def test_a_stage_that_its_file_declares_is_run_with_its_needs(called, tmp_path):
     spec = json.dumps({"own.counted": {"tables": ["some"]}})
-    files = ("--some", str(tmp_path / "some.parquet"), "--models", "a", "b", "--word", "x")
+    files = ("--some", str(tmp_path / "some.parquet"), "--models", "a", "b", "--word", "x",
+             "--labels", str(tmp_path / "labels.parquet"))  # fmt: skip
     called(DECLARED, "--spec", spec, *files)
     made = tables.read_table(tmp_path / "some.parquet").to_dict("records")
     assert made == [{"a": 1, "word": "x", "models": 2}]
