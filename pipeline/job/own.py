@@ -3,8 +3,8 @@
 A paper's stage is a module with a Section of options, the names of its tables, and a function that
 makes their rows:
 
-    class Options(Section):
-        tables: list[str]
+    class Options(own.Options):
+        seeds: list[int]
 
     TABLES = ("heads", "cases")
 
@@ -24,9 +24,10 @@ from pathlib import Path
 from types import ModuleType
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from pipeline.job import cli
+from pipeline.spec.base import Section
 from pipeline.store import tables
 
 NEEDS = {  # option -> what the core's rule hands on under it
@@ -38,6 +39,12 @@ NEEDS = {  # option -> what the core's rule hands on under it
     "runs": "manifest.json of every training run*",
     "corpus": "tokens.parquet of the text that models are trained on*",
 }
+
+
+class Options(Section):
+    """The section own.<stage> of paper.yaml: what every stage has; its own options stand below."""
+
+    tables: list[str] = Field(description="names of what it writes")
 
 
 class Tables:

@@ -11,15 +11,13 @@ import pandas as pd
 from pydantic import Field
 
 from pipeline.job import cli, own
-from pipeline.spec.base import Section
 
 TABLES = ("cosines",)
 
 
-class Options(Section):
+class Options(own.Options):
     """Section own.measure of paper.yaml."""
 
-    tables: list[str]
     d_model: list[int] = Field(min_length=1, description="dimensions of the space")
     n_pairs: int = Field(ge=2, description="pairs of directions, each d and seed")
     seeds: list[int] = Field(min_length=1)

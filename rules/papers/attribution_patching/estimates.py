@@ -59,10 +59,9 @@ class TaskOptions(Section):
     )
 
 
-class Options(Section):
+class Options(own.Options):
     """own.estimates of paper.yaml."""
 
-    tables: list[str]
     tasks: dict[Name, TaskOptions]
     ig_steps: int = Field(default=5, ge=1, description="points between the two prompts")
     seeds: Seeds = Field(default=[0], description="of prompts, and of which edges are drawn")

@@ -62,10 +62,9 @@ class Thresholds(Section):
     n: int = Field(ge=2)
 
 
-class Options(Section):
+class Options(own.Options):
     """own.discovery of paper.yaml."""
 
-    tables: list[str]
     tasks: dict[Name, Task]
     thresholds: Thresholds
     n_examples: int = Field(ge=2, description="sequences, where a task does not have all")

@@ -28,7 +28,7 @@ from pipeline.job import cli, own
 from pipeline.models import hooks
 from pipeline.models.native import NativeForCausalLM
 from pipeline.models.pairs import Node
-from pipeline.spec.base import Section, Seeds
+from pipeline.spec.base import Seeds
 from pipeline.spec.training import Architecture
 from pipeline.store import provenance, tables
 
@@ -39,10 +39,9 @@ TABLES = ("history", "checks")
 WRITES = {"checkpoint": "folder of the networks"}
 
 
-class Options(Section):
+class Options(own.Options):
     """own.siit of paper.yaml."""
 
-    tables: list[str]
     architecture: Architecture
     steps: int = Field(ge=1)
     batch_size: int = Field(ge=2, description="pairs of sequences a step")

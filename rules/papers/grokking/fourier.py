@@ -25,7 +25,6 @@ import pandas as pd
 from pydantic import Field
 
 from pipeline.job import cli, own
-from pipeline.spec.base import Section
 from pipeline.weights import trained
 
 from . import measured, phases
@@ -34,10 +33,9 @@ HERE = Path(__file__).parent
 TABLES = ("progress", "phases", "spectrum", "circle", "frequencies", "neurons", "edits")
 
 
-class Options(Section):
+class Options(own.Options):
     """Section own.fourier of paper.yaml."""
 
-    tables: list[str]
     key_ratio: float = Field(
         default=10.0,
         gt=1,

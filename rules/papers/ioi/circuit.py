@@ -28,7 +28,7 @@ from pipeline.circuits.knockout import Knockout, group_means
 from pipeline.job import cli, own
 from pipeline.models import loader
 from pipeline.models.pairs import Pairs, Task
-from pipeline.spec.base import Name, Section, Seeds
+from pipeline.spec.base import Name, Seeds
 from pipeline.text import prompts_ioi as prompts
 
 from . import discovery, measures
@@ -42,10 +42,9 @@ COLUMNS = {  # of tables that may stay empty
 }
 
 
-class Options(Section):
+class Options(own.Options):
     """own.circuit of paper.yaml."""
 
-    tables: list[str]
     n_behaviour: int = Field(default=200, ge=2, description="prompts of the table behaviour")
     n_patched: int = Field(default=16, ge=2, description="prompts of path patching")
     n_judged: int = Field(default=16, ge=2, description="prompts on which circuits are judged")

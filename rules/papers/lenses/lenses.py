@@ -22,7 +22,7 @@ from pipeline.errors import RetraceError, nearest
 from pipeline.job import cli, own
 from pipeline.latents.stored import blocks as blocks_of
 from pipeline.models import lens, loader
-from pipeline.spec.base import Name, Section
+from pipeline.spec.base import Name
 from pipeline.text.tokens import Texts
 from pipeline.weights import tuned_lens
 
@@ -33,10 +33,9 @@ TABLES = ("layers", "transfer", "trajectories", "attribution", "basis")
 READS = {"translators": "what stage tuning wrote"}
 
 
-class Options(Section):
+class Options(own.Options):
     """Section own.lenses of paper.yaml."""
 
-    tables: list[str]
     n_tokens: dict[Name, int] = Field(
         default={}, description="model -> held-out tokens measured, at most; default 20,000"
     )

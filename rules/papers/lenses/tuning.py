@@ -9,7 +9,7 @@ from pydantic import Field
 from pipeline.job import cli, own
 from pipeline.latents.stored import blocks
 from pipeline.models import loader
-from pipeline.spec.base import Name, Section
+from pipeline.spec.base import Name
 from pipeline.store import provenance, tables
 from pipeline.store.checkpoints import Checkpoints, write_tensors
 from pipeline.weights import tuned_lens
@@ -20,10 +20,9 @@ TABLES = ("history",)
 WRITES = {"translators": "safetensors"}
 
 
-class Options(Section):
+class Options(own.Options):
     """Section own.tuning of paper.yaml."""
 
-    tables: list[str]
     models: dict[Name, Tuning] = Field(min_length=1)
     seeds: list[int] = Field(
         default=[0],

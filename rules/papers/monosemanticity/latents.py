@@ -22,7 +22,7 @@ from pipeline.errors import RetraceError
 from pipeline.job import cli, own
 from pipeline.latents.stored import load_saes
 from pipeline.models import loader, splice
-from pipeline.spec.base import Name, Section
+from pipeline.spec.base import Name
 from pipeline.store import shards, tables
 from pipeline.text.tokens import Texts, load_tokenizer
 
@@ -32,10 +32,9 @@ TABLES = ("units", "matches", "splitting", "tree")
 BATCH = 4096  # rows
 
 
-class Options(Section):
+class Options(own.Options):
     """Section own.latents of paper.yaml."""
 
-    tables: list[str]
     arms: list[Name] = Field(
         min_length=2,
         description="models of several seeds, whose dictionaries are looked at; each is compared "

@@ -12,7 +12,6 @@ import torch
 
 from pipeline.job import cli, own
 from pipeline.models import loader
-from pipeline.spec.base import Section
 from pipeline.store import provenance
 from pipeline.weights import batches
 
@@ -22,10 +21,9 @@ TABLES = ("text", "samples", "lens", "excerpt")
 READS = {"corpus": "tokens.parquet"}
 
 
-class Options(Section):
+class Options(own.Options):
     """Section own.language of paper.yaml."""
 
-    tables: list[str]
     samples: samples.Options
     lens: lens.Options
 

@@ -26,7 +26,7 @@ from pipeline.latents.subsets import Ablation
 from pipeline.latents.units import Latents, Neurons, RandomDirections
 from pipeline.models import loader
 from pipeline.models.pairs import Pairs, Task
-from pipeline.spec.base import Section, Seeds
+from pipeline.spec.base import Seeds
 from pipeline.text.tokens import Texts
 
 from . import curves, graph, prompts
@@ -34,10 +34,9 @@ from . import curves, graph, prompts
 TABLES = "behaviour curves nodes sites graph_nodes graph_edges".split()
 
 
-class Options(Section):
+class Options(own.Options):
     """own.agreement of paper.yaml."""
 
-    tables: list[str]
     saes: list[str] = Field(min_length=1, description="dictionaries, one a site")
     structures: list[prompts.Structure] = Field(default=list(prompts.STRUCTURES), min_length=1)
     n_prompts: int = Field(default=32, ge=2, description="pairs on which circuits are found")

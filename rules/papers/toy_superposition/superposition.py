@@ -101,10 +101,9 @@ class Pentagon(Experiment):
     fits: int = Field(ge=1, description="models of each; the one of lowest loss counts")
 
 
-class Options(Section):
+class Options(own.Options):
     """Section own.superposition of paper.yaml."""
 
-    tables: list[str]
     intro: Sweep
     basic: Sweep
     phase: Phase
