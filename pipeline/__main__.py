@@ -10,13 +10,13 @@ import importlib
 import sys
 
 from pipeline.errors import command, nearest
-from pipeline.job.commands import MODULES, STAGES, TOOLS, sentence
+from pipeline.job.commands import MODULES, OWN, STAGES, TOOLS, sentence
 
 
 def listed() -> str:
     """All commands, those of people first."""
     width = max(map(len, MODULES)) + 2
-    parts = [("Commands", TOOLS), ("Stages, one job of the workflow each", STAGES)]
+    parts = [("Commands", TOOLS), ("Stages, one job of the workflow each", STAGES | OWN)]
     lines = []
     for title, commands in parts:
         lines += ["", f"{title}:"]

@@ -49,6 +49,7 @@ for MADE in own.rules(RUN):
             spec=own_spec_of(MADE.stage),
             code=own_code_of(MADE.stage),
             options=options,
+            stage=MADE.stage,
         shell:
-            "{PYTHON:q} {input.script:q} --spec {params.spec:q} --code {input.code:q}"
-            " {params.options:q} --device {DEVICE} --threads {threads} 2> {log:q}"
+            "{PYTHON:q} -m pipeline own {params.stage} {input.script:q} --spec {params.spec:q}"
+            " --code {input.code:q} {params.options:q} --device {DEVICE} --threads {threads} 2> {log:q}"

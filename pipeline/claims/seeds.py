@@ -1,7 +1,7 @@
 """Metrics of tables that hold several seeds, for the metrics.py of papers; no torch.
 
 `by_seed` calls a paper's function once per seed and lines its numbers up; `of_rows` names the
-numbers of a table by the columns that tell its rows apart.
+numbers of a table by the columns that tell its rows apart; `at_equal_l0` compares dictionaries.
 """
 
 from collections.abc import Callable, Iterable
@@ -39,6 +39,18 @@ def of_rows(table: Any, keys: list[str], columns: Any) -> dict[str, Any]:
         for row in table.to_dict("records")
         for column in columns
     }
+
+
+def at_equal_l0(a: Any, b: Any, metric: str) -> np.ndarray:
+    """a minus b at the L0 of each row of b that lies in the range of a's; [matched], in b's order.
+
+    Args:
+        a, b: dictionaries of an evaluation table, a interpolated linearly in log L0.
+    """
+    a = a.sort_values("l0")
+    inside = b[b["l0"].between(a["l0"].min(), a["l0"].max())]
+    there = np.interp(np.log(inside["l0"]), np.log(a["l0"]), a[metric])
+    return there - inside[metric].to_numpy()
 
 
 def gathered(models: Iterable[dict[str, Any]], front: str = "") -> dict[str, list[float]]:

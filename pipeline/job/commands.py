@@ -37,6 +37,7 @@ STAGES = {
     "attribution_graph": "pipeline.sharing.attribution_graph",
     "release": "pipeline.sharing.release",
 }
+OWN = {"own": "pipeline.job.own_stage"}  # a stage of a paper, by its name and file
 # What people call.
 TOOLS = {
     "scaffold": "pipeline.papers.scaffold",
@@ -55,7 +56,7 @@ TOOLS = {
     "list": "pipeline.papers.listing",
     "show": "pipeline.papers.listing",
 }
-MODULES = STAGES | TOOLS
+MODULES = STAGES | OWN | TOOLS
 
 
 def sentence(module: str) -> str:

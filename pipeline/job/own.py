@@ -3,27 +3,48 @@
 A paper's stage is a module with a Section of options, the names of its tables, and a function that
 makes their rows:
 
+    class Options(own.Options):
+        seeds: list[int]
+
+    TABLES = ("heads", "cases")
+
     def work(job, options):
         out = own.Tables(TABLES)
         for arm, file in own.by_arm(job, job.args.models).items():
             out.add({"heads": rows_of(file, options)}, arm=arm)
         return out
 
-    def main() -> None:
-        own.main("circuit", __doc__, Options, TABLES, work, models="model.json of every arm*")
-
-It is run with --spec, which holds the options under own.circuit, an option for each table, and
-those that are named here.
+It is run by own_stage.py with --spec, which holds the options under own.<stage>, an option for each
+table, and one for each of its needs (NEEDS). READS and WRITES of a module name others, with their
+help.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
-from pydantic import BaseModel
+from pydantic import BaseModel, Field
 
 from pipeline.job import cli
+from pipeline.spec.base import Section
 from pipeline.store import tables
+
+NEEDS = {  # option -> what the core's rule hands on under it
+    "models": "model.json of every arm, arms sorted by name*",
+    "activations": "manifest.json of every arm's activations, likewise*",
+    "saes": "manifest.json of every arm's dictionaries, likewise*",
+    "corpora": "tokens.parquet of every arm's text, likewise*",
+    "labels": "documents.parquet of every arm's text, likewise*",
+    "runs": "manifest.json of every training run*",
+    "corpus": "tokens.parquet of the text that models are trained on*",
+}
+
+
+class Options(Section):
+    """The section own.<stage> of paper.yaml: what every stage has; its own options stand below."""
+
+    tables: list[str] = Field(description="names of what it writes")
 
 
 class Tables:
@@ -69,6 +90,16 @@ class Tables:
 def by_arm(job: cli.Job, files: list[Any]) -> dict[str, Any]:
     """Arm -> its file; the rules hand over one for every arm, sorted by name."""
     return dict(zip(sorted(job.spec["arms"]), files, strict=True))
+
+
+def stage(name: str, module: ModuleType) -> None:
+    """Run the stage that a module declares: Options, TABLES, work; READS and WRITES, where it has
+    these."""
+    reads, writes = (getattr(module, n, {}) for n in ("READS", "WRITES"))
+    made = {*module.TABLES, *writes}  # a table may be called models
+    needs = {option: text for option, text in NEEDS.items() if option not in made}
+    declared = (module.Options, module.TABLES, module.work)
+    main(name, module.__doc__, *declared, writes=writes, **needs | reads)
 
 
 def main(

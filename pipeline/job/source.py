@@ -42,6 +42,7 @@ KEYED = (
 TABLES = {
     ("pipeline.spec.families", "table"): "spec/families.json"
 }  # what reads a file of ours: the file
+RUNNER = ("pipeline.job.own", "stage")  # what own_stage.py hands a paper's stage to
 PAGES = (".html", ".css", ".js")  # files of templates/; an editor's swap file is none
 
 
@@ -252,6 +253,8 @@ def reached(stage: str, own: tuple[str, ...] = ()) -> reach.Walk:
     if found := _module(module):
         first = [n for n in ("main", definitions.MAIN) if n in found["defs"]]
         starts += [(module, n) for n in first or found["defs"]]
+    elif own and _module(RUNNER[0]):  # a stage of the paper's own
+        starts.append(RUNNER)
     return reach.Walk(_module).run(starts)
 
 

@@ -22,6 +22,12 @@ class Agreement(NamedTuple):
     without_largest: float
     largest: int
 
+    @property
+    def correlations(self) -> dict[str, float]:
+        """The three correlations under the names of their metrics."""
+        names = ("correlation", "spearman", "correlation_without_largest")
+        return dict(zip(names, self[:3], strict=True))
+
 
 def correlation(a: Any, b: Any) -> float:
     """Pearson correlation of two sequences; NaN where either is constant or shorter than 2."""

@@ -60,12 +60,23 @@ def written_once(definitions: dict[str, Any], whole: dict[str, Any]) -> None:
     def where_there_are(some: dict, then: dict, other: dict) -> dict[str, Any]:
         return {"if": some, "then": then, "else": other}
 
-    claims = whole["properties"]["claims"]
+    claims, one = whole["properties"]["claims"], definitions["Claim"]["properties"]
+    exchange = {"type": "object", "additionalProperties": {"type": "string"}}
+    exchange["description"] = "the claim with other names in the place of some"
+    one["null_arm"] = {"anyOf": [one["null_arm"], exchange]}
+    one["with"] = {"type": "object", "description": "values for {name} in this claim"}
+    row = {"type": "object", "propertyNames": {"enum": list(one)}, "required": ["id"]}
+    rows = {"each": {"type": "array", "items": {"type": "object"}}}
+    each = {
+        "properties": rows | {"claims": {"type": "array", "items": row}},
+        "required": ["claims"],
+    }
     entry = defaults("Claim") | {"additionalProperties": False}
     claim = {"allOf": [{"$ref": f"#/$defs/Claim{PART}"}, {"required": ["id"]}]}
+    short = where_there_are({"required": ["each"]}, each | {"additionalProperties": False}, claim)
     claims |= where_there_are(
-        {"contains": {"required": ["defaults"]}},
-        {"items": {"if": {"required": ["defaults"]}, "then": entry, "else": claim}},
+        {"contains": {"anyOf": [{"required": ["defaults"]}, {"required": ["each"]}]}},
+        {"items": where_there_are({"required": ["defaults"]}, entry, short)},
         {"items": claims.pop("items")},
     )
     sae = definitions["SaeSection"]

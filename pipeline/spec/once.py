@@ -5,10 +5,15 @@ claim, dictionary and hook whole, as if it had been written out.
 
 1. `overlay` lays one mapping on another, as a scale does on the sections of a paper.
 2. Among the claims, `- defaults: {…}` counts for the claims below it, until the next such entry.
-3. `sae.defaults` lies under every dictionary that is trained here.
-4. `{layer}` in a hook stands for each layer of `activations.layers` or of a dictionary's grid.
+   `with: {name: value}` of a claim or of these defaults puts values where a claim says `{name}`,
+   and `- {each: [{…}, {…}], claims: […]}` makes its claims for each row of such values.
+3. In an expression `{a,b}.x > 0` is `a.x > 0 and b.x > 0`, and `max({a,b}.x)` is `max(a.x, b.x)`.
+   A null arm `{a: b}` is the claim with b for the name a.
+4. `sae.defaults` lies under every dictionary that is trained here.
+5. `{layer}` in a hook stands for each layer of `activations.layers` or of a dictionary's grid.
 """
 
+import re
 from collections.abc import Callable, Iterator
 from itertools import groupby
 from typing import Any
@@ -18,6 +23,10 @@ from pipeline.spec.claims import Claim
 
 LAYER = "{layer}"
 INSTEAD = {"null_arm": "no_null_arm", "no_null_arm": "null_arm"}  # a claim has one of the two
+NAMED = re.compile(r"\{(\w+)((?:\[\d+\])?(?::[^{}]*)?)\}")  # {name}, {name[0]}, {name:.2f}
+SEVERAL = re.compile(r"\{([\w.]+(?:, ?[\w.]+)+)\}")  # {a,b}
+CALL = re.compile(r"\b(min|max)\(([^()]*)\)")
+ROWS = {"each", "claims"}
 
 
 def overlay(base: Any, over: Any) -> Any:
@@ -51,29 +60,123 @@ def expanded(paper: Any) -> Any:
 
 
 def claims(entries: Any) -> Any:
-    """Claims, each with the defaults above it."""
+    """Claims, each with the defaults above it, and those of rows once a row."""
     if not isinstance(entries, list):
         return entries
     out, above = [], {}
     for entry in entries:
         if isinstance(entry, dict) and isinstance(entry.get("defaults"), dict) and len(entry) == 1:
             above = _checked(entry["defaults"])
+        elif isinstance(entry, dict) and "each" in entry:
+            out += [_claim(claim, above, row) for row, claim in _of_rows(entry)]
         else:
-            out.append(_claim(entry, above))
+            out.append(_claim(entry, above, {}))
     return out
 
 
-def _claim(claim: Any, above: dict) -> Any:
-    """One claim with its defaults; what it says itself counts."""
+def _of_rows(entry: dict) -> Iterator[tuple[dict, Any]]:
+    """(row, claim) of an entry `{each: rows, claims: claims}`, row by row."""
+    rows, made = entry["each"], entry.get("claims")
+    mappings = isinstance(rows, list) and all(isinstance(row, dict) for row in rows)
+    if entry.keys() != ROWS or not (mappings and isinstance(made, list)):
+        raise ValueError(
+            "claims: each: must be a list of mappings, beside claims: a list of claims"
+        )
+    return ((row, claim) for row in rows for claim in made)
+
+
+def _claim(claim: Any, above: dict, row: dict) -> Any:
+    """One claim with its defaults, values and expressions written out; what it says itself counts.
+
+    Args:
+        row: values beside those of its `with`.
+    """
     if not isinstance(claim, dict):
         return claim
     said = {INSTEAD[key] for key in INSTEAD if claim.get(key) is not None}
-    return overlay({k: v for k, v in above.items() if k not in said}, claim)
+    whole = overlay({k: v for k, v in above.items() if k not in said}, claim)
+    if values := row | (whole.pop("with", None) or {}):
+        whole = {key: v for key, v in filled(whole, values).items() if v is not None}
+    whole = _spelt(whole)
+    if isinstance(whole.get("needs"), dict):
+        whole["needs"] = {name: _spelt(need) for name, need in whole["needs"].items()}
+    if isinstance(whole.get("null_arm"), dict):
+        whole["null_arm"] = _exchanged(whole)
+    return whole
+
+
+def filled(part: Any, values: dict[str, Any]) -> Any:
+    """Values where a text says {name}, with Python's formats; other braces stay as they are."""
+    if isinstance(part, dict):
+        return {filled(key, values): filled(value, values) for key, value in part.items()}
+    if isinstance(part, list):
+        return [filled(value, values) for value in part]
+    if not isinstance(part, str):
+        return part
+
+    def value(found: re.Match) -> str:
+        return found[0].format(**values) if found[1] in values else found[0]
+
+    try:
+        whole = NAMED.fullmatch(part)
+        if whole and whole[1] in values and ":" not in whole[2]:  # a number stays a number
+            at = values[whole[1]]
+            return at[int(whole[2][1:-1])] if whole[2] else at
+        return NAMED.sub(value, part)
+    except (LookupError, TypeError, ValueError) as e:
+        raise ValueError(f"claims: '{part}' cannot be filled ({e})") from None
+
+
+def _spelt(part: Any) -> Any:
+    """A claim or a need with its expressions written out."""
+    if not isinstance(part, dict):
+        return part
+    texts = {k: part[k] for k in ("holds", "null_arm") if isinstance(part.get(k), str)}
+    return part | {key: spelt_out(text) for key, text in texts.items()}
+
+
+def spelt_out(expression: str) -> str:
+    """`{a,b}.x > 0` as `a.x > 0 and b.x > 0`, `max({a,b}.x)` as `max(a.x, b.x)`.
+
+    Several braces of one comparison go side by side: `{a,b}.x > {c,d}.x` are two comparisons.
+    """
+
+    def terms(found: re.Match) -> str:
+        args = re.split(r", ?(?![^{]*\})", found[2])
+        return f"{found[1]}({', '.join(each for arg in args for each in _alternatives(arg))})"
+
+    parts = CALL.sub(terms, expression).split(" and ")
+    return " and ".join(each for part in parts for each in _alternatives(part))
+
+
+def _alternatives(term: str) -> list[str]:
+    """A term for each name in its braces; itself where it has none."""
+    found = [re.split(", ?", names) for names in SEVERAL.findall(term)]
+    if len({len(names) for names in found}) > 1:
+        raise ValueError(f"claims: '{term}': its braces hold different numbers of names")
+    if not found:
+        return [term]
+    return [SEVERAL.sub(lambda m, i=i: re.split(", ?", m[1])[i], term)
+            for i in range(len(found[0]))]  # fmt: skip
+
+
+def _exchanged(claim: dict) -> str:
+    """The null arm of a claim: what it asks, with other names in the place of some."""
+    said = claim.get("holds")
+    if said is None and {"metric", "paper", "tolerance"} <= claim.keys():
+        said = f"abs({claim['metric']} - {claim['paper']:g}) <= {claim['tolerance']:g}"
+    if not isinstance(said, str):
+        raise ValueError(f"claim '{claim.get('id')}': null_arm: it has no holds: to put names into")
+    others = claim["null_arm"]
+    names = re.compile(rf"(?<![\w.])({'|'.join(map(re.escape, others))})\b")
+    if missing := others.keys() - set(names.findall(said)):
+        raise ValueError(f"claim '{claim.get('id')}': null_arm: no '{min(missing)}' in '{said}'")
+    return names.sub(lambda found: str(others[found[1]]), said)
 
 
 def _checked(defaults: dict) -> dict:
     for key in defaults:
-        if key not in Claim.model_fields:
+        if key not in (*Claim.model_fields, "with"):
             raise ValueError(
                 f"claims: defaults: unknown key '{key}'{nearest(key, Claim.model_fields)}; allowed "
                 f"here: {', '.join(Claim.model_fields)}"

@@ -3,8 +3,9 @@
 import math
 
 import pandas as pd
+import pytest
 
-from pipeline.claims.seeds import gathered, per_seed
+from pipeline.claims.seeds import at_equal_l0, gathered, per_seed
 
 
 def test_a_number_that_a_model_lacks_is_nan():
@@ -17,3 +18,12 @@ def test_a_number_that_a_model_lacks_is_nan():
 def test_one_value_per_seed_ascending():
     table = pd.DataFrame({"seed": [2, 0, 2], "x": [1, 5, 3]})
     assert per_seed(table, lambda rows: {"x": rows["x"].sum()}) == {"x": [5.0, 4.0]}
+
+
+def test_dictionaries_are_compared_at_the_l0_of_the_other_inside_the_range():
+    """b at L0 4, 20 and 200: one is in the range of a; log2 20 is 0.32 of the way from 16 to 32."""
+    a = pd.DataFrame({"l0": [32.0, 16.0], "ev": [0.8, 0.6]})
+    b = pd.DataFrame({"l0": [4.0, 20.0, 200.0], "ev": [0.1, 0.5, 0.9]})
+    share = math.log2(20 / 16)
+    assert at_equal_l0(a, b, "ev") == pytest.approx([0.6 + 0.2 * share - 0.5])
+    assert len(at_equal_l0(a, b[:1], "ev")) == 0

@@ -5,7 +5,9 @@ import logging
 import sys
 from concurrent.futures import ThreadPoolExecutor
 
-from pipeline.job import cli, own
+import pytest
+
+from pipeline.job import cli, own, own_stage
 from pipeline.spec.base import Section
 from pipeline.store import provenance, tables
 
@@ -39,6 +41,66 @@ def test_tables_are_written_with_one_certificate(tmp_path, monkeypatch):
         made = provenance.read(path)
         assert [name.rsplit("/")[-1] for name in made["inputs"]] == ["given.txt"]
         assert (made["stage"], made["seed"]) == ("stage", 3)
+
+
+DECLARED = '''"""A stage that a file declares, with a file beside it."""
+from pipeline.job import own
+from pipeline.spec.base import Section
+from . import beside
+
+TABLES = ("some", "labels")
+READS = {"word": "a word"}
+
+
+class Options(Section):
+    tables: list[str]
+
+
+def work(job, options):
+    out = own.Tables(TABLES)
+    out.add({"some": [{"a": beside.ONE, "word": job.args.word, "models": len(job.args.models)}]})
+    return out
+'''
+SCRIPT = """import beside, sys
+
+if __name__ == "__main__":
+    print(beside.ONE, sys.argv[1:])
+"""
+
+
+@pytest.fixture
+def called(tmp_path, monkeypatch):
+    """Runs a stage of a paper from its text, as rules/own.smk does."""
+    (tmp_path / "beside.py").write_text("ONE = 1")
+
+    def run(text: str, *options: str) -> None:
+        (tmp_path / "stage.py").write_text(text)
+        monkeypatch.setattr(sys, "path", list(sys.path))
+        argv = ["own", "counted", str(tmp_path / "stage.py"), *options]
+        monkeypatch.setattr(sys, "argv", argv)
+        own_stage.main()
+
+    return run
+
+
+def test_a_stage_that_its_file_declares_is_run_with_its_needs(called, tmp_path):
+    spec = json.dumps({"own.counted": {"tables": ["some"]}})
+    files = ("--some", str(tmp_path / "some.parquet"), "--models", "a", "b", "--word", "x",
+             "--labels", str(tmp_path / "labels.parquet"))  # fmt: skip
+    called(DECLARED, "--spec", spec, *files)
+    made = tables.read_table(tmp_path / "some.parquet").to_dict("records")
+    assert made == [{"a": 1, "word": "x", "models": 2}]
+    assert provenance.read(tmp_path / "some.parquet")["stage"] == "counted"
+
+
+def test_a_stage_with_a_main_of_its_own_is_run_as_a_script(called, capsys):
+    called(SCRIPT, "--spec", "{}")
+    assert capsys.readouterr().out == "1 ['--spec', '{}']\n"
+
+
+def test_a_file_that_declares_no_stage_is_told(called):
+    with pytest.raises(SystemExit, match=r"stage.py: a stage has .* add TABLES"):
+        called("Options = 3")
 
 
 def test_progress_is_counted_over_threads(caplog):

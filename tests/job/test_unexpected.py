@@ -176,10 +176,13 @@ def test_every_tool_is_tried():
 
 def test_every_own_stage_of_a_paper_goes_through_the_same_door():
     files = [*(ROOT / "rules").rglob("*.py"), *(ROOT / "pipeline/papers/template").glob("*.py")]
-    stages = [f for f in files if '__name__ == "__main__"' in f.read_text("utf-8")]
+    stages = [f for f in files if "job: cli.Job" in f.read_text("utf-8")]
     assert len(stages) > 10
     for file in stages:
-        tree = ast.parse(file.read_text("utf-8"))
+        text = file.read_text("utf-8")
+        tree = ast.parse(text)
+        if '__name__ == "__main__"' not in text:  # own_stage.py runs what it declares
+            continue
         (main,) = (n for n in tree.body if isinstance(n, ast.FunctionDef) and n.name == "main")
         last = ast.unparse(main.body[-1])
         assert last.startswith(("own.main(", "cli.run(", "with command(")), file

@@ -49,3 +49,11 @@ def test_what_has_no_value():
     assert alone.largest == 2 and np.isnan(alone.without_largest) and alone.pearson > 0.99
     two = agreement([0.0, 1], [0.0, 2])
     assert two.pearson == pytest.approx(1) and two.largest == -1
+
+
+def test_the_three_correlations_have_the_names_of_their_metrics():
+    found = agreement([1.0, 2.0, 4.0, 3.0], [1.0, 2.0, 3.0, 9.0])
+    assert found.correlations == {
+        "correlation": found.pearson, "spearman": found.spearman,
+        "correlation_without_largest": found.without_largest,
+    }  # fmt: skip

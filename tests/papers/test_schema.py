@@ -79,6 +79,16 @@ def test_claims_and_dictionaries_may_leave_to_defaults_what_they_share():
     )
 
 
+def test_claims_of_rows_and_null_arms_of_other_names_are_known():
+    card = {"title": "t", "authors": "a", "year": 2024, "url": "https://x"}
+    claim = {"id": "{a}", "text": "t", "source": "s", "holds": "{a}.x < y", "null_arm": {"y": "z"}}
+    rows = {"each": [{"a": "one"}], "claims": [claim]}
+    assert PAPER.is_valid(card | {"claims": [rows]})
+    assert not PAPER.is_valid(card | {"claims": [rows | {"claims": [claim | {"sorce": "s"}]}]})
+    assert PAPER.is_valid(card | {"claims": [claim | {"id": "one", "with": {"a": "one"}}]})
+    assert not PAPER.is_valid(card | {"claims": [claim | {"id": "one", "null_arm": 3}]})
+
+
 def test_numbers_grouped_by_underscores_are_numbers_whatever_yaml_an_editor_speaks():
     card = {"title": "t", "authors": "a", "year": 2024, "url": "https://x"}
     for n, fits in (("100_000", True), (100_000, True), ("many", False), ("1__0", False)):

@@ -17,6 +17,7 @@ from pipeline.claims import summary
 from pipeline.claims.judge import judge
 from pipeline.claims.scalars import compute, known, parts
 from pipeline.errors import RetraceError
+from pipeline.job import own as own_stages
 from pipeline.job.source import import_file
 from pipeline.models.native import NativeForCausalLM
 from pipeline.papers import papers
@@ -222,7 +223,7 @@ def made(tmp_path_factory) -> tuple[papers.Paper, dict]:
         given += ["--device", "cpu", "--threads", "1"]
         patch.setattr(sys, "argv", ["stage", "--spec", spec, "--models", *models_, *given])
         threads = torch.get_num_threads()
-        estimates.main()
+        own_stages.stage("estimates", estimates)
         torch.set_num_threads(threads)
     return paper, {f"estimates/{t}": tables.read_table(f) for t, f in files.items()}
 

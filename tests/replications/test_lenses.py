@@ -14,6 +14,7 @@ from tiny_lms import LAYERS, NEXT, READ, tiny, translated
 
 from pipeline.errors import RetraceError
 from pipeline.figures import drawing
+from pipeline.job import own
 from pipeline.job.source import import_file
 from pipeline.latents import stored
 from pipeline.models import lens
@@ -93,7 +94,7 @@ def run(module, spec: dict, **paths) -> None:
         command += [f"--{option}", str(value)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sys, "argv", command)
-        module.main()
+        own.stage(Path(module.__file__).stem, module)
 
 
 @pytest.fixture(scope="module")

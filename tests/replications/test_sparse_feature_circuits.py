@@ -18,6 +18,7 @@ from pipeline.claims import needs
 from pipeline.claims.scalars import compute, known, parts
 from pipeline.errors import RetraceError
 from pipeline.figures import drawing
+from pipeline.job import own as own_stages
 from pipeline.job.source import import_file
 from pipeline.latents import sites as latents
 from pipeline.latents.units import ERROR, Latents
@@ -178,7 +179,7 @@ def made(tmp_path_factory) -> tuple[papers.Paper, dict[str, pd.DataFrame], Path]
                 "--threads", "1"]  # fmt: skip
         patch.setattr(sys, "argv", list(map(str, argv)))
         threads = torch.get_num_threads()
-        agreement.main()
+        own_stages.stage("agreement", agreement)
         torch.set_num_threads(threads)
     return paper, {f"agreement/{t}": tables.read_table(f) for t, f in files.items()}, out
 

@@ -36,6 +36,38 @@ def test_what_a_claim_says_itself_counts_and_null_leaves_a_default_out():
     ]
 
 
+def test_claims_of_rows_are_filled_row_by_row_and_numbers_stay_numbers():
+    rows = [{"sae": "a", "f1": [0.25, 0.5]}, {"sae": "b", "f1": [0.7316, 0.001]}]
+    made = CLAIM | {"id": "{sae}_{l0}", "text": "{f1[0]:.3f} ± {f1[1]} of {sae} and {other.key}"}
+    made |= {"metric": "{sae}.f1", "paper": "{f1[0]}", "tolerance": "{f1[1]}", "reason": "r"}
+    made |= {"null_arm": {"{sae}": "random"}}
+    a, b = claims({"defaults": {"with": {"l0": 25}}}, {"each": rows, "claims": [made]})
+    assert (a["id"], a["text"]) == ("a_25", "0.250 ± 0.5 of a and {other.key}")
+    assert (b["metric"], b["paper"], b["tolerance"]) == ("b.f1", 0.7316, 0.001)
+    assert b["null_arm"] == "abs(random.f1 - 0.7316) <= 0.001"
+
+
+@pytest.mark.parametrize(
+    "short, whole",
+    [
+        ("{a,b}.x > 0.5", "a.x > 0.5 and b.x > 0.5"),
+        ("m.{a, b}.x > {c, d}.y and z < 1", "m.a.x > c.y and m.b.x > d.y and z < 1"),
+        ("a.x > max({b,c}.x, d.x)", "a.x > max(b.x, c.x, d.x)"),
+        ("{a,b}.x > min({c,d}.x)", "a.x > min(c.x, d.x) and b.x > min(c.x, d.x)"),
+        ("abs(x - y) <= 0.1", "abs(x - y) <= 0.1"),
+    ],
+)
+def test_braces_in_an_expression_are_written_out(short, whole):
+    assert once.spelt_out(short) == whole
+    assert once.spelt_out(whole) == whole
+
+
+def test_a_null_arm_may_put_names_in_the_place_of_others():
+    claim = CLAIM | {"id": "a", "holds": "two.x > 1 and two.y < text_two.y and one.x > two.x.two"}
+    (found,) = claims(claim | {"null_arm": {"two": "one", "one": "two"}})
+    assert found["null_arm"] == "one.x > 1 and one.y < text_two.y and two.x > one.x.two"
+
+
 @pytest.mark.parametrize(
     "keys, kind",
     [({"holds": "x < y"}, "order"), ({"paper": 1, "comparable": False, "reason": "r"}, "value")],
@@ -52,6 +84,10 @@ def test_the_kind_of_a_claim_follows_from_its_keys(keys, kind):
         ([CLAIM | {"id": "a", "holds": "x", "paper": 1}], "claim 'a': has both holds: (an order)"),
         ([{"defaults": {"sorce": "s"}}], "unknown key 'sorce' (did you mean 'source'?)"),
         ([CLAIM | {"id": "a", "holds": "x < y", "defaults": {}}], "unknown key 'defaults'"),
+        ([{"each": [{"x": 1}]}], "claims: each: must be a list of mappings, beside claims: a li"),
+        ([CLAIM | {"id": "{x:d}", "holds": "x < y", "with": {"x": "a"}}], "'{x:d}' cannot be fil"),
+        ([CLAIM | {"id": "a", "holds": "{a,b}.x < {c,d,e}.y"}], "hold different numbers of names"),
+        ([CLAIM | {"id": "a", "holds": "x < y", "null_arm": {"z": "w"}}], "no 'z' in 'x < y'"),
     ],
 )
 def test_a_mistake_is_one_sentence_and_lint_has_the_same(entries, said):

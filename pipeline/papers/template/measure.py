@@ -3,7 +3,7 @@
 1. Draw pairs of directions uniformly on the unit sphere of R^d, for each d and each seed.
 2. Report the mean absolute cosine of a pair. Its expectation is Γ(d/2) / (√π Γ((d+1)/2)).
 
-Replace it by what your paper measures. A stage is pure functions and a thin main().
+Replace it by what your paper measures. A stage is Options, TABLES and work, over pure functions.
 """
 
 import numpy as np
@@ -11,15 +11,13 @@ import pandas as pd
 from pydantic import Field
 
 from pipeline.job import cli, own
-from pipeline.spec.base import Section
 
 TABLES = ("cosines",)
 
 
-class Options(Section):
+class Options(own.Options):
     """Section own.measure of paper.yaml."""
 
-    tables: list[str]
     d_model: list[int] = Field(min_length=1, description="dimensions of the space")
     n_pairs: int = Field(ge=2, description="pairs of directions, each d and seed")
     seeds: list[int] = Field(min_length=1)
@@ -47,11 +45,3 @@ def work(job: cli.Job, options: Options) -> own.Tables:
     out = own.Tables(TABLES)
     out.add({"cosines": measure(options)})
     return out
-
-
-def main() -> None:
-    own.main("measure", __doc__, Options, TABLES, work)
-
-
-if __name__ == "__main__":
-    main()

@@ -77,8 +77,7 @@ def right(rows: pd.DataFrame, method: str, total: float) -> dict[str, Any]:
     made, exact = rows[column], rows[f"exact_{column}"]
     n, lost = missed(rows, total)
     found = agreement(made, exact)
-    out = {"n": float(len(rows)), "correlation": found.pearson, "spearman": found.spearman}
-    out["correlation_without_largest"] = found.without_largest
+    out = {"n": float(len(rows))} | found.correlations
     out["largest"] = named(rows.iloc[found.largest]) if found.largest >= 0 else ""
     out["error"] = float((made - exact).abs().sum() / exact.abs().sum())
     out["recall"] = len(top(rows["size"], k) & top(rows["exact_size"], k)) / k

@@ -23,7 +23,6 @@ Estimates of nodes (Nanda 2023; Kramár et al. 2024) and of edges (Syed et al. 2
 import time
 from collections.abc import Callable
 from itertools import product
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -38,13 +37,12 @@ from pipeline.circuits.patching import activation_patching
 from pipeline.circuits.table import edge_rows, parts, streams
 from pipeline.errors import RetraceError, nearest
 from pipeline.job import cli, own
-from pipeline.job.source import import_file
 from pipeline.models import loader
 from pipeline.models.pairs import Node, Pairs, Task
 from pipeline.spec.base import Name, Section, Seeds
 
-prompts = import_file(Path(__file__).with_name("prompts.py"))
-compared = import_file(Path(__file__).with_name("compared.py"))
+from . import compared, prompts
+
 TABLES = "nodes edges quality search costs totals".split()
 
 
@@ -61,10 +59,9 @@ class TaskOptions(Section):
     )
 
 
-class Options(Section):
+class Options(own.Options):
     """own.estimates of paper.yaml."""
 
-    tables: list[str]
     tasks: dict[Name, TaskOptions]
     ig_steps: int = Field(default=5, ge=1, description="points between the two prompts")
     seeds: Seeds = Field(default=[0], description="of prompts, and of which edges are drawn")
@@ -228,11 +225,3 @@ def work(job: cli.Job, options: Options) -> own.Tables:
             made = measure(task, what, options, seed, Clock(device))
             out.add(made, {"arm": arm, "task": name, "seed": seed})
     return out
-
-
-def main() -> None:
-    own.main("estimates", __doc__, Options, TABLES, work, models="model.json of every arm*")
-
-
-if __name__ == "__main__":
-    main()

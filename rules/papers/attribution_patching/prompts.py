@@ -12,13 +12,11 @@ above the first year's, wrong those below, and the metric is the difference of t
 The same digit may be right or wrong, and counts as neither.
 """
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pipeline.errors import RetraceError
-from pipeline.job.source import import_file
 from pipeline.spec.base import Section
 from pipeline.text.prompts_ioi import encode, ioi, single
 
@@ -84,7 +82,8 @@ def lookup(options: dict[str, Any], tokenizer: Any, n: int, seed: int) -> dict[s
     """
     import torch
 
-    data = import_file(Path(__file__).with_name("data.py"))
+    from . import data
+
     found = data.checked(options)
     rng = np.random.default_rng(seed)
     out: dict[str, Any] = {k: [] for k in ("clean", "corrupt", "answer", "foil")}

@@ -35,14 +35,13 @@ from pipeline.circuits.table import edge_rows
 from pipeline.claims import roc
 from pipeline.errors import RetraceError
 from pipeline.job import cli, own
-from pipeline.job.source import import_file
 from pipeline.models import loader, native
 from pipeline.spec.base import Name, Section, Seeds
 
-HERE = Path(__file__).parent
-sequences = import_file(HERE / "sequences.py")
-truth = import_file(HERE / "truth.py")
+from . import sequences, truth
+
 TABLES = "edges truth sets areas".split()
+READS = {"checkpoint": "folder of the networks that siit.py trained"}
 N_RANDOM = 50
 ORDER = 1  # the stream of random numbers from which orders are drawn, apart from sequences
 
@@ -63,10 +62,9 @@ class Thresholds(Section):
     n: int = Field(ge=2)
 
 
-class Options(Section):
+class Options(own.Options):
     """own.discovery of paper.yaml."""
 
-    tables: list[str]
     tasks: dict[Name, Task]
     thresholds: Thresholds
     n_examples: int = Field(ge=2, description="sequences, where a task does not have all")
@@ -217,14 +215,3 @@ def work(job: cli.Job, options: Options) -> own.Tables:
     for name, task in options.tasks.items():
         measure(name, task, models[task.model], options, out, progress)
     return out
-
-
-def main() -> None:
-    own.main(
-        "discovery", __doc__, Options, TABLES, work, models="model.json of every arm*",
-        checkpoint="folder of the networks that siit.py trained",
-    )  # fmt: skip
-
-
-if __name__ == "__main__":
-    main()

@@ -35,11 +35,6 @@ METRICS = {  # the first pattern that fits a name counts
 }
 KEYS = ["task", "weights", "ablation"]
 TRUTHS = ("wired", "authors", "swapped")
-AGREEMENT = {
-    "correlation": "pearson",
-    "spearman": "spearman",
-    "correlation_without_largest": "without_largest",
-}
 
 
 def prefix(task: str, weights: str, ablation: str) -> str:
@@ -90,9 +85,9 @@ def metrics(tables: dict[str, Any]) -> dict[str, Any]:
         seeds = [
             some.abs() for _, some in rows[["score", "exact"]].groupby(rows["seed"], sort=False)
         ]
-        found = [agreement(some["score"], some["exact"]) for some in seeds]
-        for name, field in AGREEMENT.items():
-            out[f"{prefix(*key)}.{method}.{name}"] = [getattr(f, field) for f in found]
+        found = [agreement(some["score"], some["exact"]).correlations for some in seeds]
+        for name in found[0]:
+            out[f"{prefix(*key)}.{method}.{name}"] = [f[name] for f in found]
     for key, rows in edges[by_acdc].groupby(KEYS, sort=False):
         out[f"{prefix(*key)}.acdc.order_differs"] = order_differs(rows)
     left = sets[sets["method"].isin(["acdc", "acdc_canonical"])]

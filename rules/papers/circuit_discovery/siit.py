@@ -28,7 +28,7 @@ from pipeline.job import cli, own
 from pipeline.models import hooks
 from pipeline.models.native import NativeForCausalLM
 from pipeline.models.pairs import Node
-from pipeline.spec.base import Section, Seeds
+from pipeline.spec.base import Seeds
 from pipeline.spec.training import Architecture
 from pipeline.store import provenance, tables
 
@@ -36,12 +36,12 @@ X = 3  # the id of x, as in the compiled vocabulary
 IS_X, SHARE = Node("mlp", 0), Node("head", 1, 0)
 CHECKS = "behaviour interchange strict".split()
 TABLES = ("history", "checks")
+WRITES = {"checkpoint": "folder of the networks"}
 
 
-class Options(Section):
+class Options(own.Options):
     """own.siit of paper.yaml."""
 
-    tables: list[str]
     architecture: Architecture
     steps: int = Field(ge=1)
     batch_size: int = Field(ge=2, description="pairs of sequences a step")
@@ -177,13 +177,3 @@ def work(job: cli.Job, options: Options) -> own.Tables:
         files |= {str(f.relative_to(root)): provenance.sha256_file(f) for f in written}
     tables.write_json(root / "provenance.json", {"files": files}, job.certificate([]))
     return out
-
-
-def main() -> None:
-    own.main(
-        "siit", __doc__, Options, TABLES, work, writes={"checkpoint": "folder of the networks"}
-    )
-
-
-if __name__ == "__main__":
-    main()

@@ -25,20 +25,17 @@ import pandas as pd
 from pydantic import Field
 
 from pipeline.job import cli, own
-from pipeline.job.source import import_file
-from pipeline.spec.base import Section
 from pipeline.weights import trained
 
+from . import measured, phases
+
 HERE = Path(__file__).parent
-measured = import_file(HERE / "measured.py")
-phases = import_file(HERE / "phases.py")
 TABLES = ("progress", "phases", "spectrum", "circle", "frequencies", "neurons", "edits")
 
 
-class Options(Section):
+class Options(own.Options):
     """Section own.fourier of paper.yaml."""
 
-    tables: list[str]
     key_ratio: float = Field(
         default=10.0,
         gt=1,
@@ -132,12 +129,3 @@ def work(job: cli.Job, options: Options) -> own.Tables:
         circles.append(measure(models, options, out, progress.add))
     out.parts["circle"] = circles[0]  # which may have no points
     return out
-
-
-def main() -> None:
-    runs = "manifest.json of each training run*"
-    own.main("fourier", __doc__, Options, TABLES, work, runs=runs)
-
-
-if __name__ == "__main__":
-    main()

@@ -20,7 +20,6 @@ weights (both with pipeline/circuits/head_circuits.py), phase.py the curves.
 """
 
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -29,14 +28,10 @@ import torch
 
 from pipeline.circuits import head_circuits
 from pipeline.job import cli, own
-from pipeline.job.source import import_file
 
-HERE = Path(__file__).parent
-attention = import_file(HERE / "attention.py")
-circuits = import_file(HERE / "circuits.py")
-phase = import_file(HERE / "phase.py")
-runs_and_data = import_file(HERE / "held.py")
-Held, Options = runs_and_data.Held, runs_and_data.Options
+from . import attention, circuits, phase
+from .held import Held, Options
+
 TABLES = "training scores phase heads eigenvalues composition ablation patterns".split()
 
 # --- through training ----------------------------------------------------------------------
@@ -164,14 +159,3 @@ def work(job: cli.Job, options: Options) -> own.Tables:
             out.add({"training": losses, "scores": scores, "phase": phases(*found, held.budget)})
             at_the_end(held, found[1], out)
     return out
-
-
-def main() -> None:
-    own.main(
-        "heads", __doc__, Options, TABLES, work, runs="manifest.json of every run*",
-        corpus="tokens.parquet, where a run learns from text*",
-    )  # fmt: skip
-
-
-if __name__ == "__main__":
-    main()

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from pipeline.circuits import head_circuits
 from pipeline.errors import RetraceError
+from pipeline.job import own
 from pipeline.spec.base import Section
 from pipeline.store import tables
 from pipeline.weights import batches, trained
@@ -39,10 +40,9 @@ class Repeat(Section):
     n: int = Field(default=32, ge=1, description="sequences; Olsson et al.: 10")
 
 
-class Options(Section):
+class Options(own.Options):
     """Section own.heads of paper.yaml."""
 
-    tables: list[str]
     icl: Icl = Field(description="of runs that learn from repeated sequences")
     text_icl: Icl | None = Field(default=None, description="of runs that learn from text")
     repeat: Repeat

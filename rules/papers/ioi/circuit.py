@@ -15,7 +15,6 @@ alone. The arm with random weights is a null: its behaviour is measured and noth
 
 from dataclasses import replace
 from itertools import pairwise
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -27,16 +26,14 @@ from torch import Tensor
 from pipeline.circuits import head_circuits, judged
 from pipeline.circuits.knockout import Knockout, group_means
 from pipeline.job import cli, own
-from pipeline.job.source import import_file
 from pipeline.models import loader
 from pipeline.models.pairs import Pairs, Task
-from pipeline.spec.base import Name, Section, Seeds
+from pipeline.spec.base import Name, Seeds
 from pipeline.text import prompts_ioi as prompts
 
-HERE = Path(__file__).parent
-measures = import_file(HERE / "measures.py")
-discovery = import_file(HERE / "discovery.py")
-small = import_file(HERE / "judged.py")
+from . import discovery, measures
+from . import judged as small
+
 DRAWS = 4  # prompts to patch, to look at, of reference, and to judge by
 TABLES = "behaviour heads scatter cases minimality".split()
 COLUMNS = {  # of tables that may stay empty
@@ -45,10 +42,9 @@ COLUMNS = {  # of tables that may stay empty
 }
 
 
-class Options(Section):
+class Options(own.Options):
     """own.circuit of paper.yaml."""
 
-    tables: list[str]
     n_behaviour: int = Field(default=200, ge=2, description="prompts of the table behaviour")
     n_patched: int = Field(default=16, ge=2, description="prompts of path patching")
     n_judged: int = Field(default=16, ge=2, description="prompts on which circuits are judged")
@@ -207,11 +203,3 @@ def work(job: cli.Job, options: Options) -> own.Tables:
             for source, roles in circuits.items():
                 out.add(arm.judge(source, roles, means), key | {"source": source}, seed=seed)
     return out
-
-
-def main() -> None:
-    own.main("circuit", __doc__, Options, TABLES, work, models="model.json of every arm*")
-
-
-if __name__ == "__main__":
-    main()

@@ -11,7 +11,6 @@ Each seed has its own translators, and its own share of the held-out blocks.
 
 from collections.abc import Iterable
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -21,23 +20,22 @@ from torch import Tensor, nn
 
 from pipeline.errors import RetraceError, nearest
 from pipeline.job import cli, own
-from pipeline.job.source import import_file
 from pipeline.latents.stored import blocks as blocks_of
 from pipeline.models import lens, loader
-from pipeline.spec.base import Name, Section
+from pipeline.spec.base import Name
 from pipeline.text.tokens import Texts
 from pipeline.weights import tuned_lens
 
-tuning = import_file(Path(__file__).with_name("tuning.py"))
-basis = import_file(Path(__file__).with_name("basis.py"))
+from . import basis, tuning
+
 PLAIN = -1  # the logit lens among translators
 TABLES = ("layers", "transfer", "trajectories", "attribution", "basis")
+READS = {"translators": "what stage tuning wrote"}
 
 
-class Options(Section):
+class Options(own.Options):
     """Section own.lenses of paper.yaml."""
 
-    tables: list[str]
     n_tokens: dict[Name, int] = Field(
         default={}, description="model -> held-out tokens measured, at most; default 20,000"
     )
@@ -212,15 +210,3 @@ def work(job: cli.Job, how: Options) -> own.Tables:
             out.add(made, model=name, seed=seed)
             cli.log.info("%s, seed %d: read", name, seed)
     return out
-
-
-def main() -> None:
-    own.main(
-        "lenses", __doc__, Options, TABLES, work,
-        models="model.json of every model, sorted by name*",
-        corpora="tokens.parquet of every model*", translators="what stage tuning wrote",
-    )  # fmt: skip
-
-
-if __name__ == "__main__":
-    main()

@@ -7,22 +7,22 @@ import torch
 from pydantic import Field
 
 from pipeline.job import cli, own
-from pipeline.job.source import import_file
 from pipeline.latents.stored import blocks
 from pipeline.models import loader
-from pipeline.spec.base import Name, Section
+from pipeline.spec.base import Name
 from pipeline.store import provenance, tables
 from pipeline.store.checkpoints import Checkpoints, write_tensors
 from pipeline.weights import tuned_lens
 
-Tuning = import_file(Path(__file__).with_name("translators.py")).Tuning
+from .translators import Tuning
+
 TABLES = ("history",)
+WRITES = {"translators": "safetensors"}
 
 
-class Options(Section):
+class Options(own.Options):
     """Section own.tuning of paper.yaml."""
 
-    tables: list[str]
     models: dict[Name, Tuning] = Field(min_length=1)
     seeds: list[int] = Field(
         default=[0],
@@ -58,15 +58,3 @@ def work(job: cli.Job, options: Options) -> own.Tables:
     tables.stamp_safetensors(args.translators, made)
     shutil.rmtree(partial)
     return out
-
-
-def main() -> None:
-    own.main(
-        "tuning", __doc__, Options, TABLES, work,
-        models="model.json of every model, sorted by name*",
-        corpora="tokens.parquet of every model*", writes={"translators": "safetensors"},
-    )  # fmt: skip
-
-
-if __name__ == "__main__":
-    main()

@@ -10,7 +10,6 @@
 """
 
 from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pandas as pd
@@ -21,24 +20,21 @@ from torch import Tensor
 from pipeline.activations.rows import to_tensor
 from pipeline.errors import RetraceError
 from pipeline.job import cli, own
-from pipeline.job.source import import_file
 from pipeline.latents.stored import load_saes
 from pipeline.models import loader, splice
-from pipeline.spec.base import Name, Section
+from pipeline.spec.base import Name
 from pipeline.store import shards, tables
 from pipeline.text.tokens import Texts, load_tokenizer
 
-matching = import_file(Path(__file__).with_name("matching.py"))
-splitting = import_file(Path(__file__).with_name("splitting.py"))
-tally = import_file(Path(__file__).with_name("tally.py"))
+from . import matching, splitting, tally
+
 TABLES = ("units", "matches", "splitting", "tree")
 BATCH = 4096  # rows
 
 
-class Options(Section):
+class Options(own.Options):
     """Section own.latents of paper.yaml."""
 
-    tables: list[str]
     arms: list[Name] = Field(
         min_length=2,
         description="models of several seeds, whose dictionaries are looked at; each is compared "
@@ -243,16 +239,3 @@ def work(job: cli.Job, options: Options) -> own.Tables:
             found = {"matches": matches(arm, other, options), "splitting": near, "tree": example}
             out.add(found, arm=name)
     return out
-
-
-def main() -> None:
-    own.main(
-        "latents", __doc__, Options, TABLES, work,
-        models="model.json of every arm, arms sorted by name*",
-        activations="manifest.json of every arm's activations, likewise*",
-        saes="manifest.json of every arm's dictionaries, likewise*",
-    )  # fmt: skip
-
-
-if __name__ == "__main__":
-    main()

@@ -6,27 +6,24 @@
 """
 
 import math
-from pathlib import Path
 
 import pandas as pd
 import torch
 
 from pipeline.job import cli, own
-from pipeline.job.source import import_file
 from pipeline.models import loader
-from pipeline.spec.base import Section
 from pipeline.store import provenance
 from pipeline.weights import batches
 
-lens = import_file(Path(__file__).with_name("lens.py"))
-samples = import_file(Path(__file__).with_name("samples.py"))
+from . import lens, samples
+
 TABLES = ("text", "samples", "lens", "excerpt")
+READS = {"corpus": "tokens.parquet"}
 
 
-class Options(Section):
+class Options(own.Options):
     """Section own.language of paper.yaml."""
 
-    tables: list[str]
     samples: samples.Options
     lens: lens.Options
 
@@ -69,14 +66,3 @@ def work(job: cli.Job, options: Options) -> own.Tables:
     counts = {f"n_{s}": len(t) for s, t in tokens.items()}
     out.add({"text": text(provenance.read(args.corpus), loaded.info["d_vocab"], **counts)})
     return out
-
-
-def main() -> None:
-    own.main(
-        "language", __doc__, Options, TABLES, work, corpus="tokens.parquet",
-        models="model.json of every arm, arms sorted by name*",
-    )  # fmt: skip
-
-
-if __name__ == "__main__":
-    main()

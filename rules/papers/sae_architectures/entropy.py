@@ -23,7 +23,6 @@ from pipeline.errors import RetraceError, nearest
 from pipeline.job import cli, own
 from pipeline.latents import features
 from pipeline.latents.stored import load_saes
-from pipeline.spec.base import Section
 from pipeline.store import tables
 
 CONTEXT = 32  # tokens of an example
@@ -32,10 +31,9 @@ BIN = 0.25  # bits, of the histogram
 TABLES = ("summary", "histogram")
 
 
-class Options(Section):
+class Options(own.Options):
     """Section own.entropy of paper.yaml."""
 
-    tables: list[str]
     dictionaries: list[str] = Field(min_length=1)
     n_rows: int = Field(default=100_000, ge=1, description="rows scanned, at most")
     n_contexts: int = Field(default=20, ge=1, description="maximally activating examples a latent")
@@ -146,14 +144,3 @@ def work(job: cli.Job, options: Options) -> own.Tables:
         out.add({"summary": [summary(bits, found["trained", name])]}, which)
         out.add({"histogram": histogram(bits, top)}, **which)
     return out
-
-
-def main() -> None:
-    own.main(
-        "entropy", __doc__, Options, TABLES, work, activations="the same of its activations*",
-        saes="manifest.json of every arm's dictionaries, arms sorted by name*",
-    )  # fmt: skip
-
-
-if __name__ == "__main__":
-    main()

@@ -5,6 +5,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from pipeline.claims.seeds import at_equal_l0 as gap
+
 METRICS = {
     "gap.*.explained_variance_min": "gap.<a>_<b>: a minus b in explained variance at the L0 of "
     "each dictionary of b that lies in the range of a's L0, a interpolated linearly in log L0; "
@@ -73,13 +75,6 @@ def of_seeds(trained: pd.DataFrame) -> list[dict[str, pd.DataFrame]]:
     others = [curves(trained, s) for s in sorted(set(trained["seed"]) - {0})]
     whole = [{n: g for n, g in by.items() if len(g) == len(first.get(n, []))} for by in others]
     return [first, *filter(None, whole)]
-
-
-def gap(a: pd.DataFrame, b: pd.DataFrame, metric: str) -> np.ndarray:
-    """a minus b at the L0 of each row of b in the range of a's L0; [matched], by rising L0."""
-    inside = b[b["l0"].between(a["l0"].min(), a["l0"].max())]
-    there = np.interp(np.log(inside["l0"]), np.log(a["l0"]), a[metric])
-    return there - inside[metric].to_numpy()
 
 
 def saving(a: pd.DataFrame, b: pd.DataFrame, metric: str = "loss_recovered_mean") -> float:

@@ -27,7 +27,6 @@ from safetensors.numpy import load_file
 from pipeline.errors import RetraceError, nearest
 from pipeline.job import cli, own
 from pipeline.latents.fidelity import one_to_one, unit
-from pipeline.spec.base import Section
 from pipeline.store import tables
 
 SHARED = 0.7
@@ -35,10 +34,9 @@ TABLES = ("pairs", "cosines")
 EDGES = np.linspace(-1, 1, 81)  # of the histogram of matched cosines
 
 
-class Options(Section):
+class Options(own.Options):
     """Section own.overlap of paper.yaml."""
 
-    tables: list[str]
     dictionaries: list[str] = Field(
         default=[], description="whose twins are matched, by the first seed's name; none: all"
     )

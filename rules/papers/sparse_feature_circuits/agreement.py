@@ -12,7 +12,6 @@ At an MLP whose output is a site the neurons behind its nonlinearity stand besid
 any other site the coordinates of x, as in the paper.
 """
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,27 +20,23 @@ from pydantic import Field
 
 from pipeline.circuits import eap
 from pipeline.job import cli, own
-from pipeline.job.source import import_file
 from pipeline.latents import latent_circuits
 from pipeline.latents import sites as latents
 from pipeline.latents.subsets import Ablation
 from pipeline.latents.units import Latents, Neurons, RandomDirections
 from pipeline.models import loader
 from pipeline.models.pairs import Pairs, Task
-from pipeline.spec.base import Section, Seeds
+from pipeline.spec.base import Seeds
 from pipeline.text.tokens import Texts
 
-HERE = Path(__file__).parent
-prompts = import_file(HERE / "prompts.py")
-curves = import_file(HERE / "curves.py")
-graph = import_file(HERE / "graph.py")
+from . import curves, graph, prompts
+
 TABLES = "behaviour curves nodes sites graph_nodes graph_edges".split()
 
 
-class Options(Section):
+class Options(own.Options):
     """own.agreement of paper.yaml."""
 
-    tables: list[str]
     saes: list[str] = Field(min_length=1, description="dictionaries, one a site")
     structures: list[prompts.Structure] = Field(default=list(prompts.STRUCTURES), min_length=1)
     n_prompts: int = Field(default=32, ge=2, description="pairs on which circuits are found")
@@ -196,14 +191,3 @@ def work(job: cli.Job, options: Options) -> own.Tables:
             structure = Structure(name, loaded, units, options, seed, device)
             out.add(structure.measured(activations), {"structure": name}, seed=seed)
     return out
-
-
-def main() -> None:
-    own.main(
-        "agreement", __doc__, Options, TABLES, work, models="model.json*",
-        activations="manifest.json of the activations*", saes="manifests of the SAE jobs*",
-    )  # fmt: skip
-
-
-if __name__ == "__main__":
-    main()

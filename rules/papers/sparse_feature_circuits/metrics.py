@@ -109,13 +109,6 @@ def over_structures(found: dict[str, dict[str, float]]) -> dict[str, float]:
     return out
 
 
-MEASURES = {
-    "correlation": "pearson",
-    "spearman": "spearman",
-    "correlation_without_largest": "without_largest",
-}
-
-
 def of_estimates(nodes: Any, sites: Any) -> dict[str, float]:
     """How right both estimates are."""
     out: dict[str, float] = {}
@@ -125,8 +118,8 @@ def of_estimates(nodes: Any, sites: Any) -> dict[str, float]:
             hook: [agreement(own["exact"], own[method]) for _, own in rows.groupby("structure")]
             for hook, rows in nodes.groupby("hook")
         }
-        for name, field in MEASURES.items():
-            by_site = {h: np.nanmean([getattr(a, field) for a in f]) for h, f in found.items()}
+        for name in found[order[0]][0].correlations:
+            by_site = {h: np.nanmean([a.correlations[name] for a in f]) for h, f in found.items()}
             out |= {f"{name}.{method}.site{i}": by_site[h] for i, h in enumerate(order)}
             out[f"{name}.{method}"] = float(np.mean(list(by_site.values())))
             out[f"{name}.{method}.early"] = by_site[order[0]]

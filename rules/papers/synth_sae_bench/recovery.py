@@ -81,10 +81,9 @@ class Part(Section):
     seeds: list[int] = Field(default=[0], min_length=1, description="of initial weights")
 
 
-class Options(Section):
+class Options(own.Options):
     """Section own.recovery of paper.yaml."""
 
-    tables: list[str]
     world: ground.World = ground.World()
     n_samples: int = Field(ge=1, description="of the stream")
     milestones: list[int] = Field(default=[], description="samples after which to measure, too")

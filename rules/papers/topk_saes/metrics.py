@@ -5,6 +5,8 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from pipeline.claims.seeds import at_equal_l0
+
 METRICS = {
     "step_k.*": "smallest increase of a metric between neighbouring k at equal width, over all "
     "pairs of the TopK grid trained with AuxK",
@@ -41,14 +43,6 @@ def smallest_step(grid: pd.DataFrame, along: str, fixed: str, metric: str) -> fl
     return float(np.concatenate(steps).min()) if steps else float("nan")
 
 
-def at_matched_l0(topk: pd.DataFrame, l1: pd.DataFrame, metric: str) -> np.ndarray:
-    """TopK minus L1 at the L0 of each L1 dictionary inside TopK's range of L0; [matched]."""
-    topk = topk.sort_values("l0")
-    inside = l1[l1["l0"].between(topk["l0"].min(), topk["l0"].max())]
-    there = np.interp(np.log(inside["l0"]), np.log(topk["l0"]), topk[metric])
-    return there - inside[metric].to_numpy()
-
-
 def of_seed(trained: pd.DataFrame, null: pd.Series) -> dict[str, float]:
     """The metrics of the dictionaries of one seed.
 
@@ -65,7 +59,7 @@ def of_seed(trained: pd.DataFrame, null: pd.Series) -> dict[str, float]:
         out[f"step_k.{metric}"] = smallest_step(grid, "k", "d_sae", metric)
         out[f"step_width.{metric}"] = smallest_step(grid, "d_sae", "k", metric)
     same_width = grid[grid["d_sae"].isin(l1["d_sae"])]
-    gaps = {m: at_matched_l0(same_width, l1, m) for m in ("explained_variance", "delta_loss")}
+    gaps = {m: at_equal_l0(same_width, l1, m) for m in ("explained_variance", "delta_loss")}
     n = len(gaps["delta_loss"])
     out["topk_minus_l1.explained_variance"] = gaps["explained_variance"].min() if n else np.nan
     out["topk_minus_l1.delta_loss"] = gaps["delta_loss"].max() if n else np.nan

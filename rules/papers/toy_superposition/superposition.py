@@ -13,7 +13,6 @@ Each writes one table with a row per feature of a model (phase: per model; theor
 models and their training are in toymodel.py, what is measured of their weights in measures.py.
 """
 
-from pathlib import Path
 from typing import Annotated
 
 import numpy as np
@@ -22,11 +21,10 @@ import torch
 from pydantic import Discriminator, Field, Tag, model_validator
 
 from pipeline.job import cli, own
-from pipeline.job.source import import_file
 from pipeline.spec.base import Section
 
-measures = import_file(Path(__file__).with_name("measures.py"))
-toymodel = import_file(Path(__file__).with_name("toymodel.py"))
+from . import measures, toymodel
+
 TABLES = ("intro", "basic", "phase", "theory", "geometry", "pentagon")
 Density = Annotated[float, Field(gt=0, le=1)]
 
@@ -103,10 +101,9 @@ class Pentagon(Experiment):
     fits: int = Field(ge=1, description="models of each; the one of lowest loss counts")
 
 
-class Options(Section):
+class Options(own.Options):
     """Section own.superposition of paper.yaml."""
 
-    tables: list[str]
     intro: Sweep
     basic: Sweep
     phase: Phase
@@ -265,11 +262,3 @@ def work(job: cli.Job, options: Options) -> own.Tables:
     out.add({"phase": phase(options, train), "theory": theory(options)})
     out.add({"geometry": geometry(options, train), "pentagon": pentagon(options, train)})
     return out
-
-
-def main() -> None:
-    own.main("superposition", __doc__, Options, TABLES, work)
-
-
-if __name__ == "__main__":
-    main()
