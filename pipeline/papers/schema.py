@@ -73,9 +73,11 @@ def written_once(definitions: dict[str, Any], whole: dict[str, Any]) -> None:
     }
     entry = defaults("Claim") | {"additionalProperties": False}
     claim = {"allOf": [{"$ref": f"#/$defs/Claim{PART}"}, {"required": ["id"]}]}
-    short = where_there_are({"required": ["each"]}, each | {"additionalProperties": False}, claim)
+    filled = where_there_are({"required": ["with"]}, row, claim)  # what is filled in has any form
+    short = where_there_are({"required": ["each"]}, each | {"additionalProperties": False}, filled)
+    kinds = ("defaults", "each", "with")
     claims |= where_there_are(
-        {"contains": {"anyOf": [{"required": ["defaults"]}, {"required": ["each"]}]}},
+        {"contains": {"anyOf": [{"required": [kind]} for kind in kinds]}},
         {"items": where_there_are({"required": ["defaults"]}, entry, short)},
         {"items": claims.pop("items")},
     )
