@@ -65,21 +65,29 @@ def written_once(definitions: dict[str, Any], whole: dict[str, Any]) -> None:
     exchange["description"] = "the claim with other names in the place of some"
     one["null_arm"] = {"anyOf": [one["null_arm"], exchange]}
     one["with"] = {"type": "object", "description": "values for {name} in this claim"}
-    row = {"type": "object", "propertyNames": {"enum": list(one)}, "required": ["id"]}
+    definitions["NamedClaim"] = definitions["Claim"] | {  # it begins with its id and text
+        "properties": {k: v for k, v in one.items() if k not in ("id", "text")},
+        "required": ["source"],
+        "additionalProperties": {"type": "string"},
+    }
+    has_id = {"required": ["id"]}
+    whole_claim = where_there_are(has_id, claims.pop("items"), {"$ref": "#/$defs/NamedClaim"})
+    row = where_there_are(has_id, {"propertyNames": {"enum": list(one)}}, {"type": "object"})
     rows = {"each": {"type": "array", "items": {"type": "object"}}}
     each = {
         "properties": rows | {"claims": {"type": "array", "items": row}},
         "required": ["claims"],
     }
     entry = defaults("Claim") | {"additionalProperties": False}
-    claim = {"allOf": [{"$ref": f"#/$defs/Claim{PART}"}, {"required": ["id"]}]}
+    parts = [{"$ref": f"#/$defs/{n}{PART}"} for n in ("Claim", "NamedClaim")]
+    claim = where_there_are(has_id, *parts)
     filled = where_there_are({"required": ["with"]}, row, claim)  # what is filled in has any form
     short = where_there_are({"required": ["each"]}, each | {"additionalProperties": False}, filled)
     kinds = ("defaults", "each", "with")
     claims |= where_there_are(
         {"contains": {"anyOf": [{"required": [kind]} for kind in kinds]}},
         {"items": where_there_are({"required": ["defaults"]}, entry, short)},
-        {"items": claims.pop("items")},
+        {"items": whole_claim},
     )
     sae = definitions["SaeSection"]
     made = sae["properties"].pop("dictionaries")
