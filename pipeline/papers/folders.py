@@ -140,7 +140,9 @@ def faults_of_scales(raw: dict[str, Any], file: Path) -> Iterator[str]:
 def _scales_of_claims(raw: dict[str, Any]) -> Iterator[str]:
     """The scales that claims, or defaults among them, name."""
     for claim in raw["claims"] if isinstance(raw.get("claims"), list) else []:
-        for part in (claim, claim.get("defaults")) if isinstance(claim, dict) else ():
+        several = claim.get("claims") if isinstance(claim, dict) else None
+        parts = [claim, claim.get("defaults")] if isinstance(claim, dict) else []
+        for part in parts + (several if isinstance(several, list) else []):
             scales = part.get("scales") if isinstance(part, dict) else None
             if isinstance(scales, list):
                 yield from (s for s in scales if isinstance(s, str))

@@ -132,7 +132,7 @@ def sentence(fault: Any, data: dict) -> str:
     """A fault of pydantic's, with a claim named by its id and a remedy for what is missing."""
     loc = list(fault["loc"])
     if len(loc) > 1 and loc[0] == "claims" and isinstance(loc[1], int):
-        claim = data["claims"][loc[1]]
+        claim = dict(enumerate(data["claims"])).get(loc[1])  # None: another fault took it out
         loc[1] = claim.get("id", loc[1]) if isinstance(claim, dict) else loc[1]
     where = ".".join(map(str, loc))
     return f"{where}: is missing; add it" if fault["type"] == "missing" else told(fault, where)

@@ -25,6 +25,7 @@ from pipeline.spec.paper import Config, PaperSpec
 FOLDER = Path(__file__).parents[1] / "spec/schema"
 DIALECT = "https://json-schema.org/draft/2020-12/schema"
 PART = "Part"  # ends the name of a definition in which nothing is required: of an overlay
+HAS_ID = {"not": {"propertyNames": {"not": {"const": "id"}}}}  # `required` goes from an overlay
 NAMED = ("properties", "patternProperties", "$defs")  # their keys are names, not keywords
 # 100_000 is a number in YAML 1.1, which we read, and text in YAML 1.2, which editors read.
 GROUPED = {"type": "string", "pattern": r"^-?[0-9]+(_[0-9]+)+$"}
@@ -60,22 +61,31 @@ def written_once(definitions: dict[str, Any], whole: dict[str, Any]) -> None:
     def where_there_are(some: dict, then: dict, other: dict) -> dict[str, Any]:
         return {"if": some, "then": then, "else": other}
 
-    claims, one = whole["properties"]["claims"], definitions["Claim"]["properties"]
+    claims, named = whole["properties"]["claims"], definitions["Claim"]
+    one, keys = named["properties"], {"propertyNames": {"$ref": "#/$defs/ClaimKey"}}
+    definitions["ClaimKey"] = {"enum": [*one, "with"]}
     exchange = {"type": "object", "additionalProperties": {"type": "string"}}
     exchange["description"] = "the claim with other names in the place of some"
     one["null_arm"] = {"anyOf": [one["null_arm"], exchange]}
     one["with"] = {"type": "object", "description": "values for {name} in this claim"}
-    row = {"type": "object", "propertyNames": {"enum": list(one)}, "required": ["id"]}
-    rows = {"each": {"type": "array", "items": {"type": "object"}}}
+    named |= {"required": ["source"], "additionalProperties": {"type": "string"}}  # name: text
+    named |= {"if": HAS_ID, "then": {"required": ["text"], **keys}}
+    row = {"type": "object", "if": HAS_ID, "then": keys}  # what is filled in has any form
     each = {
-        "properties": rows | {"claims": {"type": "array", "items": row}},
+        "properties": {
+            "each": {"type": "array", "items": {"type": "object"}},
+            "claims": {"type": "array", "items": row},
+        },
         "required": ["claims"],
+        "additionalProperties": False,
     }
     entry = defaults("Claim") | {"additionalProperties": False}
-    claim = {"allOf": [{"$ref": f"#/$defs/Claim{PART}"}, {"required": ["id"]}]}
-    short = where_there_are({"required": ["each"]}, each | {"additionalProperties": False}, claim)
+    entry["properties"]["defaults"] |= keys
+    filled = where_there_are({"required": ["with"]}, row, {"$ref": f"#/$defs/Claim{PART}"})
+    short = where_there_are({"required": ["each"]}, each, filled)
+    kinds = ("defaults", "each", "with")
     claims |= where_there_are(
-        {"contains": {"anyOf": [{"required": ["defaults"]}, {"required": ["each"]}]}},
+        {"contains": {"anyOf": [{"required": [kind]} for kind in kinds]}},
         {"items": where_there_are({"required": ["defaults"]}, entry, short)},
         {"items": claims.pop("items")},
     )

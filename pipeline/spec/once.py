@@ -4,7 +4,8 @@ All of it happens on plain YAML data, before anything is validated. A validated 
 claim, dictionary and hook whole, as if it had been written out.
 
 1. `overlay` lays one mapping on another, as a scale does on the sections of a paper.
-2. Among the claims, `- defaults: {…}` counts for the claims below it, until the next such entry.
+2. A claim may begin with its id and text, `- generalises: The network generalises`.
+   Among the claims, `- defaults: {…}` counts for the claims below it, until the next such entry.
    `with: {name: value}` of a claim or of these defaults puts values where a claim says `{name}`,
    and `- {each: [{…}, {…}], claims: […]}` makes its claims for each row of such values.
 3. In an expression `{a,b}.x > 0` is `a.x > 0 and b.x > 0`, and `max({a,b}.x)` is `max(a.x, b.x)`.
@@ -27,6 +28,7 @@ NAMED = re.compile(r"\{(\w+)((?:\[\d+\])?(?::[^{}]*)?)\}")  # {name}, {name[0]},
 SEVERAL = re.compile(r"\{([\w.]+(?:, ?[\w.]+)+)\}")  # {a,b}
 CALL = re.compile(r"\b(min|max)\(([^()]*)\)")
 ROWS = {"each", "claims"}
+KEYS = {*Claim.model_fields, "with", *ROWS, "defaults"}  # of an entry among the claims
 
 
 def overlay(base: Any, over: Any) -> Any:
@@ -93,6 +95,7 @@ def _claim(claim: Any, above: dict, row: dict) -> Any:
     """
     if not isinstance(claim, dict):
         return claim
+    claim = _named(claim)
     said = {INSTEAD[key] for key in INSTEAD if claim.get(key) is not None}
     whole = overlay({k: v for k, v in above.items() if k not in said}, claim)
     if values := row | (whole.pop("with", None) or {}):
@@ -125,6 +128,14 @@ def filled(part: Any, values: dict[str, Any]) -> Any:
         return NAMED.sub(value, part)
     except (LookupError, TypeError, ValueError) as e:
         raise ValueError(f"claims: '{part}' cannot be filled ({e})") from None
+
+
+def _named(claim: dict) -> dict:
+    """A claim that begins `name: text`, with its id and text."""
+    name, text = next(iter(claim.items()), ("id", ""))
+    if name in KEYS or {"id", "text"} & claim.keys() or not isinstance(text, str):
+        return claim
+    return {"id": name, "text": text} | {k: v for k, v in claim.items() if k != name}
 
 
 def _spelt(part: Any) -> Any:

@@ -89,6 +89,16 @@ def test_claims_of_rows_and_null_arms_of_other_names_are_known():
     assert not PAPER.is_valid(card | {"claims": [claim | {"id": "one", "null_arm": 3}]})
 
 
+def test_a_claim_that_begins_with_its_id_and_text_is_known():
+    card = {"title": "t", "authors": "a", "year": 2024, "url": "https://x"}
+    claim = {"rises": "It rises", "source": "s", "holds": "x < y"}
+    assert PAPER.is_valid(card | {"claims": [claim]})
+    assert not PAPER.is_valid(card | {"claims": [claim | {"tolerance": "wide"}]})
+    shared = [{"defaults": {"source": "s"}}, {"rises": "It rises", "holds": "x < y"}]
+    assert PAPER.is_valid(card | {"claims": shared})
+    assert not PAPER.is_valid(card | {"claims": shared[1:]})  # nothing gives it a source
+
+
 def test_numbers_grouped_by_underscores_are_numbers_whatever_yaml_an_editor_speaks():
     card = {"title": "t", "authors": "a", "year": 2024, "url": "https://x"}
     for n, fits in (("100_000", True), (100_000, True), ("many", False), ("1__0", False)):

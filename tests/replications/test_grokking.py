@@ -1,5 +1,6 @@
 """Progress Measures for Grokking: closed forms, fast against naive, the rule of the phases."""
 
+import functools
 import json
 import random
 import sys
@@ -11,6 +12,7 @@ import pytest
 import torch
 
 from pipeline.errors import RetraceError
+from pipeline.job import own as own_stages
 from pipeline.job.source import import_file
 from pipeline.papers import papers
 from pipeline.spec.training import Architecture
@@ -347,7 +349,8 @@ def test_the_stage_reads_runs(tmp_path, monkeypatch):
     runs = [tmp_path / run / "manifest.json" for run in spec.training]
     outputs = {t: tmp_path / f"{t}.parquet" for t in stage.TABLES}
     own = {"own.fourier": spec.own["fourier"]}
-    call(stage.main, own, monkeypatch, runs=runs, **outputs, **common)
+    main = functools.partial(own_stages.stage, "fourier", stage)
+    call(main, own, monkeypatch, runs=runs, **outputs, **common)
     found = {f"fourier/{t}": pd.read_parquet(path) for t, path in outputs.items()}
     assert {f"fourier/{t}" for t in spec.own["fourier"]["tables"]} == found.keys()
     for run in spec.training:

@@ -1,5 +1,6 @@
 """Induction heads: data, a planted head, closed forms of every measure, the stage end to end."""
 
+import functools
 import itertools
 import json
 import os
@@ -15,6 +16,7 @@ import torch
 
 from pipeline.circuits import head_circuits
 from pipeline.errors import RetraceError
+from pipeline.job import own as own_stages
 from pipeline.job.source import import_file
 from pipeline.models.native import NativeForCausalLM
 from pipeline.papers import papers
@@ -25,9 +27,9 @@ from pipeline.weights import training
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "rules/papers/induction_heads"
-data, attention, phase, stage, metrics = (
+data, attention, held, phase, stage, metrics = (
     import_file(FOLDER / f"{name}.py")
-    for name in ("data", "attention", "phase", "heads", "metrics")
+    for name in ("data", "attention", "held", "phase", "heads", "metrics")
 )
 OPTIONS = {"n_tokens": 30, "length": [3, 8], "n_held_out": 40}
 N_CTX = 20
@@ -353,8 +355,9 @@ def test_the_stage_its_metrics_and_figures(tmp_path, monkeypatch, every_figure):
     section["repeat"] = {"length": 10, "times": 2}
     given = [f for t in stage.TABLES for f in (f"--{t}", tmp_path / f"{t}.parquet")]
     call(
-        monkeypatch, stage.main, "--spec", json.dumps({"own.heads": section}), "--runs", *runs,
-        "--corpus", corpus, *given, "--threads", 1,
+        monkeypatch, functools.partial(own_stages.stage, "heads", stage), "--spec",
+        json.dumps({"own.heads": section}), "--runs", *runs, "--corpus", corpus, *given,
+        "--threads", 1,
     )  # fmt: skip
     frames = {f"heads/{t}": tables.read_table(tmp_path / f"{t}.parquet") for t in stage.TABLES}
     assert {f"heads/{t}" for t in spec.own["heads"]["tables"]} == frames.keys()
@@ -441,7 +444,7 @@ def test_every_run_is_attention_only_and_long_enough(scale):
     spec = papers.load(FOLDER, scale).spec
     options = parse(stage.Options, spec.own["heads"], "own.heads")
     for name, run in spec.training.items():
-        stage.runs_and_data.need_attention_only(name, run.architecture)
+        held.need_attention_only(name, run.architecture)
         n_ctx = run.architecture.n_ctx
         assert 1 + options.repeat.length * options.repeat.times <= n_ctx
         if run.data.source == "own":

@@ -1,5 +1,6 @@
 """Indirect object identification: prompts, rules, a planted head, both models end to end."""
 
+import functools
 import json
 import os
 import subprocess
@@ -23,6 +24,7 @@ from pipeline.circuits.knockout import Knockout
 from pipeline.claims.judge import judge
 from pipeline.claims.scalars import compute, known, parts
 from pipeline.errors import RetraceError
+from pipeline.job import own as own_stages
 from pipeline.job.source import import_file
 from pipeline.models.native import NativeForCausalLM
 from pipeline.models.pairs import Pairs, Task
@@ -319,7 +321,15 @@ def made(arms, tmp_path_factory) -> tuple[papers.Paper, dict]:
         spec = json.dumps({"own.circuit": own, "arms": paper.spec.arms})
         given = [f for t in circuit.TABLES for f in (f"--{t}", out / f"{t}.parquet")]
         call(
-            patch, circuit.main, "--spec", spec, "--models", *arms.values(), *given, "--threads", 1
+            patch,
+            functools.partial(own_stages.stage, "circuit", circuit),
+            "--spec",
+            spec,
+            "--models",
+            *arms.values(),
+            *given,
+            "--threads",
+            1,
         )
         for arm in paper.spec.circuit_arms():
             spec = json.dumps({"circuits": paper.spec.circuits.model_dump(mode="json")})

@@ -36,6 +36,12 @@ def test_what_a_claim_says_itself_counts_and_null_leaves_a_default_out():
     ]
 
 
+def test_a_claim_may_begin_with_its_id_and_text():
+    assert claims({"rises": "It rises", "source": "s", "holds": "x < y"}) == [
+        {"id": "rises", "text": "It rises", "source": "s", "kind": "order", "holds": "x < y"}
+    ]
+
+
 def test_claims_of_rows_are_filled_row_by_row_and_numbers_stay_numbers():
     rows = [{"sae": "a", "f1": [0.25, 0.5]}, {"sae": "b", "f1": [0.7316, 0.001]}]
     made = CLAIM | {"id": "{sae}_{l0}", "text": "{f1[0]:.3f} ± {f1[1]} of {sae} and {other.key}"}
@@ -95,6 +101,11 @@ def test_a_mistake_is_one_sentence_and_lint_has_the_same(entries, said):
         claims(*entries)
     assert said in str(e.value) and "\n" not in str(e.value)
     assert [said in s for s in validated(CARD | {"claims": entries})[1]] == [True]
+
+
+def test_lint_tells_all_that_a_claim_without_id_and_source_lacks():
+    said = validated(CARD | {"claims": [{"text": "t", "holds": "x < y"}]})[1]
+    assert sorted(said) == [f"claims.0.{key}: is missing; add it" for key in ("id", "source")]
 
 
 def test_lint_names_the_claim_that_is_at_fault_below_defaults():
