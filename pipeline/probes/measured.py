@@ -123,7 +123,7 @@ def fitted(method: str, X: Tensor, tasks: Tasks, sd: Tensor, spec: ProbesSpec, s
         probe = mlp.fit(X, tasks, spec.mlp, seed)
         return Fitted(lambda x: probe.logits(x, tasks.n_classes), None, True)
     W = {
-        "logistic": lambda: logistic.fit(X, tasks, spec.l2).W,
+        "logistic": lambda: logistic.fit(X, tasks, spec.l2, tolerance=spec.tolerance).W,
         "ridge": lambda: closed.ridge(X, tasks, spec.l2),
         "mean_difference": lambda: closed.mean_difference(X, tasks, sd),
         "mass_mean": lambda: closed.mass_mean(X, tasks),

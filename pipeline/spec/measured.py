@@ -185,6 +185,13 @@ class ProbesSpec(Section):
         description="logistic and ridge: l2 / 2 |W|^2 beside the loss summed over rows, of "
         "standardised activations (C = 1 / l2 in scikit-learn)",
     )
+    tolerance: float = Field(
+        default=2e-8,
+        gt=0,
+        exclude_if=lambda value: value == 2e-8,
+        description="logistic: nats a row that one more step of the search may still promise; the "
+        "default is as exact as float32 allows, and 1e-6 takes a fraction of the passes",
+    )
     mlp: MlpSpec = MlpSpec()
     control: bool = Field(
         default=True, description="a control task for each label of tokens (Hewitt & Liang 2019)"

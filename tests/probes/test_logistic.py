@@ -149,3 +149,12 @@ def test_a_class_that_comes_late_costs_finitely_many_bits():
     X = made(n=400)[:1]
     codes = (torch.arange(400) > 300).long()
     assert codelength.online(X, Tasks(codes[None], [2]), 1.0).isfinite().all()
+
+
+def test_a_looser_tolerance_takes_fewer_passes_and_ends_near_the_least_loss():
+    rng = torch.Generator().manual_seed(0)
+    X = torch.randn(1, 400, 30, generator=rng)
+    tasks = logistic.Tasks(torch.randint(0, 3, (1, 400), generator=rng), [3])
+    exact, loose = (logistic.fit(X, tasks, 0.1, tolerance=t) for t in (2e-8, 1e-4))
+    assert loose.passes < exact.passes
+    assert 0 <= float(loose.loss - exact.loss) < 1e-3

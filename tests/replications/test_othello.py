@@ -222,3 +222,13 @@ def test_data_are_games_in_turn_and_a_wrong_context_is_told():
     assert (batches.evaluation["val"][0].numpy() == held[:, :-1]).all() and batches.d_vocab == 12
     with pytest.raises(RetraceError, match="n_ctx is 5, not 6"):
         data.random_games(options, 0, 4, 6, torch.device("cpu"))
+
+
+def test_squares_have_their_names():
+    right = torch.zeros(1, 2, 3, SIZE**2, dtype=torch.bool)
+    right[0, :, 1, 8] = True
+    found = WORLD.square_rows(right)
+    hit = found[found["accuracy"] > 0]
+    assert len(found) == 3 * SIZE**2 and hit[["ply", "row", "column"]].values.tolist() == [
+        [2, 2, "C"]
+    ]

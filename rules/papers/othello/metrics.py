@@ -13,7 +13,8 @@ METRICS = {
     "*.first_error": "the first ply of which one is illegal; a ply more than there are if none is",
     "*.probe.*.best": "accuracy of a linear probe, mean over squares and plies, at the best layer; "
     "bases: mine (empty, mine, theirs), colour (empty, black, white), colour_parity (the same, one "
-    "probe for even and one for odd plies), is_empty, is_mine, is_theirs (of such squares)",
+    "probe for even and one for odd plies), is_empty, is_mine, is_theirs (of such squares), "
+    "mine_taken, colour_taken (of squares that are not empty)",
     "*.probe.*.embed": "the same at the embeddings",
     "*.probe.*.gain": "best minus that at the embeddings",
     "*.flip.*.wrong": "share of squares whose legality a flipped square changes that are named "

@@ -22,12 +22,14 @@ on games that no model learned from:
 Board numbers: squares `row * size + column`. Sides are those after the ply that was read.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pandas as pd
 import torch
 from pydantic import Field
 from torch import Tensor
@@ -214,22 +216,23 @@ def probe_rows(
             share[basis] = float(right[layer][:, at][known[:, at]].double().mean())
         share["colour_parity"] = (share.pop("even") + share.pop("odd")) / 2
         mine = flat[:size2, cut:].T
-        hits = right[layer][:, :size2]
+        hits, colour = right[layer][:, :size2], right[layer][:, size2 : 2 * size2]
         for name, code in (("is_empty", 0), ("is_mine", 1), ("is_theirs", 2)):
             share[name] = float(hits[mine == code].double().mean())
+        for name, found in (("mine_taken", hits), ("colour_taken", colour)):
+            share[name] = float(found[mine > 0].double().mean())
         out += [{"layer": first_layer + layer, "basis": k, "accuracy": v} for k, v in share.items()]
     return board, out, right[..., :size2].view(len(X), n - n_train, plies, size2)
 
 
-def square_rows(right: Tensor) -> list[dict[str, Any]]:
+def square_rows(right: Tensor) -> pd.DataFrame:
     """Rows of the table squares, of `right` [layers games plies squares]."""
     mean = right.double().mean(1).cpu().numpy()
-    at = np.indices(mean.shape).reshape(3, -1)
-    names = ("layer", "ply", "square")
-    frame = {name: x + (name == "ply") for name, x in zip(names, at, strict=True)}
-    return [dict(zip([*frame, "accuracy"], row, strict=True))
-            for row in zip(*(x.tolist() for x in frame.values()), mean.ravel().tolist(),
-                           strict=True)]  # fmt: skip
+    layer, ply, square = np.indices(mean.shape).reshape(3, -1)
+    size = math.isqrt(mean.shape[-1])
+    column = np.array([*"ABCDEFGH"])[square % size]
+    place = {"layer": layer, "ply": ply + 1, "row": square // size + 1, "column": column}
+    return pd.DataFrame(place | {"accuracy": mean.ravel()})
 
 
 # --- flips ---------------------------------------------------------------------------------
@@ -346,8 +349,7 @@ def of_run(run: trained.Run, options: Options, device: Any, out: own.Tables) -> 
     n_train, codes = options.n_probe_games * 4 // 5, targets(probed)
     card = {"run": run.name, "member": "", "seed": -1, "arm": "moves"}
     out.add({"probes": probe_rows(bag(probed).to(device), codes, n_train, options.l2, -1)[1]}, card)
-    total = 2 * len(run.members)
-    progress = cli.Progress("world", total, "models")
+    progress = cli.Progress("world", 2 * len(run.members), "models")
     for arm, step in (("trained", run.steps[-1]), ("untrained", run.steps[0])):
         for member in run.members:
             model = run.model(member, step).to(device)

@@ -10,7 +10,7 @@ from pipeline.claims.scalars import site
 from pipeline.figures.parts import Drawn, Panels, bars, chosen, line, mean_of, whiskers
 from pipeline.figures.theme import GRID, INK, PALETTE, literal, rgba
 
-MEASURES = {"accuracy": "accuracy", "selectivity": "selectivity"}
+MEASURES = {"accuracy": "accuracy, R² of numbers", "selectivity": "selectivity"}
 CODES = {"codelength": "labels", "control_codelength": "control"}
 TASKS = {
     "accuracy": ("labels", PALETTE[0]),
@@ -34,6 +34,8 @@ def scores(tables: dict[str, Any]) -> pd.DataFrame:
 def layers(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     """Accuracy and selectivity by layer, a line an arm and method; the reader chooses the label."""
     frame = scores(tables).dropna(subset=["selectivity"])
+    frame = frame.assign(accuracy=frame["accuracy"].fillna(frame["r2"]))
+    frame = frame.sort_values("n_classes", ascending=False, kind="stable")  # numbers come last
     hooked = frame[frame["hook"] != ""]
     methods, arms = list(dict.fromkeys(hooked["probe"])), list(dict.fromkeys(hooked["arm"]))
     panels = Panels(list(MEASURES.values()), gap=(0.12, 0.16))
@@ -155,7 +157,7 @@ def samples(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
                 for v in shown.values())  # fmt: skip
     figure.update_layout(
         margin={"l": 4, "r": 4, "t": 8, "b": 4},
-        height=int(70 + 19 * lines),
+        height=int(80 + 19 * lines + 12 * len(values[0])),
         meta={"min_width": 120 + 7 * WIDTH * len(coefficients)},  # a phone scrolls sideways
     )
     return figure, frame
