@@ -13,9 +13,10 @@ rule absorption:
         "results/benchmarks/{scale}/{paper}/absorption_{arm}.tsv"
     threads: THREADS
     resources:
-        mem_mb=8000,
+        mem_mb=memory_of(8000),
         runtime=240,
-        gpu=1,
+        gpu=gpus_of,
+        gpu_mem_mb=gpu_memory_of,
     params:
         spec=spec_of("absorption"),
         code=code_of("absorption"),

@@ -13,9 +13,10 @@ rule activations:
         "results/benchmarks/activations/{activations}.tsv"
     threads: THREADS
     resources:
-        mem_mb=6000,
+        mem_mb=memory_of(6000),
         runtime=240,
-        gpu=1,
+        gpu=gpus_of,
+        gpu_mem_mb=gpu_memory_of,
     params:
         spec=item_spec_of("activations"),
         code=code_of("activations"),

@@ -15,9 +15,10 @@ rule attribution:
         "results/benchmarks/{scale}/{paper}/attribution.tsv"
     threads: THREADS
     resources:
-        mem_mb=6000,
+        mem_mb=memory_of(6000),
         runtime=120,
-        gpu=1,
+        gpu=gpus_of,
+        gpu_mem_mb=gpu_memory_of,
     params:
         spec=spec_of("attribution"),
         code=code_of("attribution"),

@@ -17,9 +17,10 @@ rule circuits:
         "results/benchmarks/{scale}/{paper}/circuits_{arm}.tsv"
     threads: THREADS
     resources:
-        mem_mb=8000,
+        mem_mb=memory_of(8000),
         runtime=120,
-        gpu=1,
+        gpu=gpus_of,
+        gpu_mem_mb=gpu_memory_of,
     params:
         spec=spec_of("circuits"),
         code=code_of("circuits", "prompts.py"),

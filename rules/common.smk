@@ -69,6 +69,25 @@ def stored(path):
     return path if RUN.config.keep_activations else temp(path)
 
 
+def memory_of(base):
+    """mem_mb of a job that runs a model, from the size that its model.json says."""
+
+    def mem_mb(wildcards, input):
+        return base if STORAGE else rule_helpers.memory_mb(input.model, base)
+
+    return mem_mb
+
+
+def gpus_of(wildcards, input):
+    """How many GPUs a job that runs a model asks for."""
+    return 1 if STORAGE else rule_helpers.gpus_for(input.model, RUN.config.gpu_gb)
+
+
+def gpu_memory_of(wildcards, input):
+    """MB that it takes on them, for a limit of `--resources gpu_mem_mb=…`."""
+    return 0 if STORAGE else rule_helpers.gpu_memory_mb(input.model)
+
+
 def print_claims():
     """The claims tables of the papers asked for, and where the pages are."""
     base = f"results/{RUN.config.scale}"

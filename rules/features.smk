@@ -17,9 +17,10 @@ rule features:
         "results/benchmarks/{scale}/{paper}/features_{latents}.tsv"
     threads: THREADS
     resources:
-        mem_mb=8000,
+        mem_mb=memory_of(8000),
         runtime=240,
-        gpu=1,
+        gpu=gpus_of,
+        gpu_mem_mb=gpu_memory_of,
     params:
         spec=spec_of("features"),
         code=code_of("features"),

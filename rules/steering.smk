@@ -19,9 +19,10 @@ rule steering:
         "results/benchmarks/{scale}/{paper}/steering.tsv"
     threads: THREADS
     resources:
-        mem_mb=8000,
+        mem_mb=memory_of(8000),
         runtime=120,
-        gpu=1,
+        gpu=gpus_of,
+        gpu_mem_mb=gpu_memory_of,
     params:
         spec=spec_of("probes", "steering"),
         code=code_of("steering"),

@@ -109,8 +109,13 @@ def row(kind: str, variant: int) -> dict[str, Any]:
         "refused": " ".join(short(refused)),
         "splicing": "no" if "resume" in fails else "yes",
         "logits": "no" if "unembed" in fails else "yes",
-        "circuits": "no" if fails.keys() - {"edges"} else "nodes" if fails else "tested"
-        if (kind, variant) in TESTED else "parts sum",
+        "circuits": "no"
+        if fails.keys() - {"edges"}
+        else "nodes"
+        if fails
+        else "tested"
+        if (kind, variant) in TESTED
+        else "parts sum",
         "checked_against_bridge": len(checked),
         "bridge": NO_BRIDGE.get((kind, variant), "").split(":")[0]
         or ("another model" if (kind, variant) in ANOTHER_MODEL else "the same logits"),

@@ -24,6 +24,7 @@ from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pipeline.circuits.edge_graph import EdgeGraph
+from pipeline.models import places
 from pipeline.models.rerun import OnDone, ignore
 
 Logits = Float[Tensor, "graphs batch pos d_vocab"]
@@ -48,10 +49,10 @@ def squared_distance(
 def kl_divergence(clean: Float[Tensor, "batch pos d_vocab"], end: Int[Tensor, " batch"]) -> Loss:
     """Mean KL(clean || y) of the next token, in nats, at the positions `end`."""
     rows = torch.arange(len(end), device=end.device)
-    log_p = clean[rows, end].log_softmax(-1)
+    log_p = places.full(clean[rows, end]).log_softmax(-1)
 
     def loss(y: Logits) -> Float[Tensor, " graphs"]:
-        log_q = y[:, rows, end].log_softmax(-1)
+        log_q = places.full(y[:, rows, end]).log_softmax(-1)
         return (
             F.kl_div(log_q, log_p.expand_as(log_q), reduction="none", log_target=True)
             .sum(-1)

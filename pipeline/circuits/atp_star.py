@@ -87,7 +87,7 @@ def with_fix(
     task: Task, nodes: list[Node], grads: Taps, turns: Turns
 ) -> Float[Tensor, "nodes batch"]:
     """Estimates of nodes out of these gradients; queries and keys with the QK fix."""
-    scores = eap.scored(task, nodes, eap.by_part(task, grads))
+    scores = eap.scored(task, nodes, eap.by_part(task, grads, eap.has_patterns(nodes)))
     better = fixed(task, grads, turns)
     for j, node in enumerate(nodes):
         if (node.kind, node.layer) in better:

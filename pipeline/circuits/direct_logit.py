@@ -33,7 +33,7 @@ def frozen_norm(
         scale = (x.var(-1, correction=0, keepdim=True) + norm.eps).sqrt()
         return (lambda c: (c - c.mean(-1, keepdim=True)) / scale * norm.weight), norm.bias
     _, scale, _ = places.standardised(norm, x)
-    bias = places.as_function(norm)(torch.zeros_like(x[:1]))
+    bias = places.as_function(norm)(torch.zeros_like(places.full(x[:1])))
     return (lambda c: places.linear_part(norm, c / scale)), bias
 
 

@@ -30,7 +30,7 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pipeline.circuits.patching import LOGITS, Edge, changed_by
-from pipeline.models import hooks
+from pipeline.models import hooks, places
 from pipeline.models.heads import SLOTS, Slot
 from pipeline.models.pairs import Node, Task
 
@@ -125,8 +125,11 @@ def gradients(task: Task, alphas: list[float], edges: bool = True) -> tuple[Taps
         return taps, taps.gradients(m, OF_NODES + OF_EDGES if edges else OF_NODES)
 
 
-def by_part(task: Task, grads: Taps) -> Dots:
+def by_part(task: Task, grads: Taps, patterns: bool = False) -> Dots:
     """(a' - a) . dm/da of every part at every position, with gradients averaged over points.
+
+    Args:
+        patterns: attention patterns, too; dm/dA is dm/dz . v.
 
     Returns:
         (kind, layer) -> [batch pos], of heads, queries, keys and values [batch pos heads].
@@ -135,7 +138,8 @@ def by_part(task: Task, grads: Taps) -> Dots:
 
     def dot(change: Tensor, gradient: Tensor) -> Float[Tensor, "batch pos d"]:
         """The products; gradients are summed over points."""
-        return change * gradient.unflatten(0, (-1, len(task.before))).sum(0)
+        summed = places.full(gradient).unflatten(0, (-1, len(task.before))).sum(0)
+        return places.full(change) * summed
 
     def by_head(x: Float[Tensor, "batch pos d"]) -> Float[Tensor, "batch pos heads"]:
         return x.unflatten(-1, (-1, d_head)).sum(-1)
@@ -146,6 +150,8 @@ def by_part(task: Task, grads: Taps) -> Dots:
         dots["mlp", i] = dot(source.mlp(i) - base.mlp(i), grads.mlp[i]).sum(-1)
         dots["attn", i] = dot(source.attn(i) - base.attn(i), grads.attn[i]).sum(-1)
         dots["head", i] = by_head(dot(source.z[i] - base.z[i], grads.z[i]))
+        if patterns:
+            dots["pattern", i] = by_head(dot(task.turned[i], grads.z[i]))
     for (i, slot), gradient in grads.inputs.items():
         change = task.heads.read(i, slot, source.pre[i]) - task.heads.read(i, slot, base.pre[i])
         dots[slot, i] = by_head(dot(change, gradient))
@@ -174,7 +180,12 @@ def attribution_patching(
     """
     inputs = any(node.kind in SLOTS for node in nodes)
     _, grads = gradients(task, list(alphas), edges=inputs)
-    return scored(task, nodes, by_part(task, grads))
+    return scored(task, nodes, by_part(task, grads, has_patterns(nodes)))
+
+
+def has_patterns(nodes: list[Node]) -> bool:
+    """Whether attention patterns are among them, which take two passes of eager attention."""
+    return any(node.kind == "pattern" for node in nodes)
 
 
 def midpoints(steps: int) -> list[float]:
@@ -217,8 +228,8 @@ def edges(task: Task, alphas: list[float]) -> tuple[list[Edge], Float[Tensor, " 
         targets: list[tuple[Node, str]], gradient: Float[Tensor, "targets rows pos d"]
     ) -> None:
         """Edges from all sources so far to some targets."""
-        total = gradient.unflatten(-3, (len(alphas), -1)).sum(-4)
-        dot = torch.einsum("snpd,tnpd->st", torch.stack(written), total)
+        total = places.full(gradient).unflatten(-3, (len(alphas), -1)).sum(-4)
+        dot = torch.einsum("snpd,tnpd->st", places.full(torch.stack(written)), total)
         scores.append(dot.flatten() / len(task.before))
         found.extend(Edge(s, *t) for s in sources for t in targets)
 

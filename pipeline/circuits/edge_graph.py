@@ -209,7 +209,8 @@ class Pass:
     """
 
     def __init__(self, graph: EdgeGraph, present: Present, embeds: list[Tensor] | None) -> None:
-        self.graph, self.present, self.embeds = graph, present, embeds
+        self.graph, self.embeds = graph, embeds
+        self.present = present.to(graph.off.dtype)
         self.made: list[Tensor] = []
         self.read: dict[Target, Tensor] = {}
         self.inputs: dict[Target, Tensor] = {}

@@ -28,6 +28,7 @@ from pipeline.circuits.head_inputs import many_edges
 from pipeline.circuits.patching import LOGITS, Edge, activation_patching, path_patching
 from pipeline.job import cli
 from pipeline.latents import sites as latents
+from pipeline.models import proof
 from pipeline.models.pairs import Node, Task
 from pipeline.spec.measured import LATENT_METHODS, CircuitsSpec
 
@@ -68,8 +69,13 @@ class Case:
 
     @cached_property
     def nodes(self) -> list[Node]:
-        """All that the table nodes has rows for: the parts first, then the stream."""
-        return self.parts + table.streams(self.task, self.spec.positions)
+        """All that the table nodes has rows for: the parts first, then stream and patterns."""
+        out = self.parts + table.streams(self.task, self.spec.positions)
+        if not self.spec.patterns:
+            return out
+        known = [f"blocks.{i}.attn.hook_pattern" for i in range(self.task.heads.n_layers)]
+        proof.prove_patterns(self.task.hf, known)
+        return out + table.patterns(self.task)
 
     @cached_property
     def cut(self) -> list[Node]:

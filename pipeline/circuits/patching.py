@@ -28,8 +28,11 @@ from pipeline.models.rerun import OnDone, ignore, in_passes, patched, pieces, re
 
 # Where what a node writes enters the stream. In a parallel layer the MLP does not read what
 # attention writes, so that it enters behind the MLP.
-ENTRY = {"resid": "resid_pre", "head": "resid_mid", "attn": "resid_mid", "mlp": "resid_post"}
-PARALLEL_ENTRY = ENTRY | {"head": "resid_post", "attn": "resid_post"}
+ENTRY = {
+    "resid": "resid_pre", "head": "resid_mid", "pattern": "resid_mid", "attn": "resid_mid",
+    "mlp": "resid_post",
+}  # fmt: skip
+PARALLEL_ENTRY = ENTRY | dict.fromkeys(("head", "pattern", "attn"), "resid_post")
 
 
 LOGITS = Node("logits", -1)  # as the target of an edge
@@ -57,10 +60,13 @@ class Edge(NamedTuple):
 def changed_by(task: Task, node: Node) -> Stream:
     """How the stream changes at the node's entry when the node is patched."""
     base, source, layer = task.base, task.source, node.layer
-    if node.kind == "head":
+    if node.kind in ("head", "pattern"):
         d_head = task.heads.d_head
         at = slice(node.head * d_head, (node.head + 1) * d_head)
-        change_of_z = source.z[layer][..., at] - base.z[layer][..., at]
+        if node.kind == "pattern":
+            change_of_z = task.turned[layer][..., at]
+        else:
+            change_of_z = source.z[layer][..., at] - base.z[layer][..., at]
         change = task.heads.change_by(layer, node.head, change_of_z, base.z[layer])
     elif node.kind == "resid":
         change = source.pre[layer] - base.pre[layer]

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pipeline.circuits.patching import Edge
 from pipeline.latents.agreement import agreement
+from pipeline.models import places
 from pipeline.models.pairs import Node, Task
 
 NODES = "method kind layer head position score sd".split()
@@ -45,6 +46,12 @@ def streams(task: Task, positions: list[str]) -> list[Node]:
     return [Node("resid", i, -1, p) for p in positions for i in range(task.heads.n_layers)]
 
 
+def patterns(task: Task) -> list[Node]:
+    """What each head attends to, at all positions at once."""
+    heads = task.heads
+    return [Node("pattern", i, h) for i in range(heads.n_layers) for h in range(heads.n_heads)]
+
+
 def named(part: Node | Edge) -> str:
     """How a node or an edge is called in a table: "mlp 0", "head 9.6 → logits"."""
     if isinstance(part, Edge):
@@ -58,7 +65,8 @@ def named(part: Node | Edge) -> str:
 
 def node_rows(method: str, nodes: list[Node], scores: Float[Tensor, "nodes batch"]) -> pd.DataFrame:
     """Rows of the table nodes; sd is over prompts."""
-    frame = pd.DataFrame([n._asdict() for n in nodes]).assign(method=method)
+    frame, scores = pd.DataFrame([n._asdict() for n in nodes]), places.full(scores)
+    frame = frame.assign(method=method)
     sd = scores.std(-1) if scores.shape[-1] > 1 else torch.full_like(scores[:, 0], torch.nan)
     frame = frame.assign(score=scores.mean(-1).cpu().numpy(), sd=sd.cpu().numpy())
     return frame[NODES]
@@ -105,7 +113,7 @@ def quality(
         scores, exact: their estimates and exact effects.
     """
     total, cut = sums
-    a, b = scores.cpu().numpy().astype(float), exact.cpu().numpy().astype(float)
+    a, b = (x.double().cpu().numpy() for x in (scores, exact))
     same = float(np.mean(np.sign(a) == np.sign(b))) if len(a) else float("nan")
     gap = (cut - total) / abs(total) if total else float("nan")
     found = agreement(a, b)

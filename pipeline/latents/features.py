@@ -27,7 +27,7 @@ from pipeline.activations.rows import to_tensor
 from pipeline.errors import RetraceError
 from pipeline.job import cli
 from pipeline.latents.stored import decodes, load_saes
-from pipeline.models import loader, splice
+from pipeline.models import loader, places, splice
 from pipeline.spec.paper import FeaturesSpec
 from pipeline.store import shards, tables
 from pipeline.text import tokens
@@ -188,7 +188,7 @@ def logit_weights(
         Values (largest first, then smallest first) and token ids, [d_sae 2n] each. Each latent's
         mean logit is subtracted, since softmax ignores it.
     """
-    W_U = hf.get_output_embeddings().weight  # [d_vocab d_model]
+    W_U = places.full(hf.get_output_embeddings().weight)  # [d_vocab d_model]
     known = torch.arange(len(W_U), device=W_U.device)
     if ids is not None:
         known = known[[i for i in ids if i < len(W_U)]]

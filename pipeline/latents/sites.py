@@ -30,7 +30,7 @@ from torch import Tensor
 from pipeline.errors import RetraceError, nearest
 from pipeline.latents.stored import load_saes
 from pipeline.latents.units import ALL, ERROR, Latent, Latents, Units
-from pipeline.models import hooks, splice
+from pipeline.models import hooks, places, splice
 from pipeline.models.pairs import Task
 from pipeline.models.rerun import pieces, rerun
 from pipeline.store import tables
@@ -70,8 +70,10 @@ class Sites:
                     f"what its neurons write by all of them; take hook_mlp_out"
                 )
         self.hooks = sorted(set(names), key=hooks.hook_names(task.hf).index)
-        self.base = hooks.run_to(task.hf, task.pairs.base, self.hooks)
-        self.source = hooks.run_to(task.hf, task.pairs.source, self.hooks)
+        self.base, self.source = (
+            {h: places.full(x) for h, x in hooks.run_to(task.hf, tokens, self.hooks).items()}
+            for tokens in (task.pairs.base, task.pairs.source)
+        )
         self._gradients: dict[tuple, Tensor] = {}
 
     def entry(self, hook: str) -> tuple[str, int]:

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from pipeline.job import cli
 from pipeline.latents import fidelity
-from pipeline.models import hooks, splice
+from pipeline.models import hooks, places, splice
 
 BLOCKS_PER_PASS = 8
 Replace = Callable[[Tensor], Tensor]  # x [tokens d] -> its replacement [tokens d_out]
@@ -89,7 +89,7 @@ class Splicer:
         with torch.no_grad():
             for batch in self.batches:
                 seen = hooks.run_to(hf, batch, both)
-                self.streams.append(torch.cat([seen[h] for h in both], -1))
+                self.streams.append(places.full(torch.cat([seen[h] for h in both], -1)))
         self.d_in, self.d_out = seen[hook].shape[-1], seen[self.at].shape[-1]
         self.known = [splice.known(x, skip_first, max_norm) for x in self.streams]
 

@@ -114,7 +114,7 @@ class Results(Readers):
         if new is result:
             return out
         # the change alone is added, so that an edit which changes nothing keeps every bit
-        return out + (new - result).unflatten(-1, (self.n_heads, -1)).sum(-2)
+        return out + (new.to(result.dtype) - result).unflatten(-1, (self.n_heads, -1)).sum(-2)
 
 
 class Calls(Readers, TorchFunctionMode):

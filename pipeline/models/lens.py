@@ -45,7 +45,7 @@ def streams(hf: nn.Module, tokens: Tensor) -> tuple[list[Tensor], Tensor]:
     names = [f"blocks.{layer}.hook_resid_pre" for layer in range(n_layers(hf))]
     with hooks.capture(hf, names) as seen:
         logits = hf(input_ids=tokens, use_cache=False).logits
-    return [seen[name] for name in names], logits
+    return [places.full(seen[name]) for name in names], places.full(logits)
 
 
 def unembed(hf: nn.Module, x: Tensor) -> Tensor:

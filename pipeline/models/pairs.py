@@ -24,7 +24,7 @@ from jaxtyping import Bool, Float, Int, Shaped
 from torch import Tensor, nn
 
 from pipeline.errors import RetraceError, nearest
-from pipeline.models import hooks, splice
+from pipeline.models import hooks, inner, places, splice
 from pipeline.models.heads import Heads
 
 Stream = Float[Tensor, "batch pos d_model"]
@@ -40,8 +40,9 @@ KEPT = {
 class Node(NamedTuple):
     """A part of the model.
 
-    kind is resid (the stream before a layer), attn, mlp or head; position is a name of the pairs,
-    @3 for the fourth token, or blank for all.
+    kind is resid (the stream before a layer), attn, mlp, head or pattern (what a head attends to,
+    with its values as they are); position is a name of the pairs, @3 for the fourth token, or blank
+    for all. That of a pattern is the query's.
     """
 
     kind: str
@@ -278,19 +279,20 @@ class LogitDifference:
     def of(cls, hf: nn.Module, pairs: Pairs) -> "LogitDifference":
         hooks.require(hf, "unembed")
         head, (scale, cap) = hf.get_output_embeddings(), splice.tail(hf)
-        answer, foil = (mean_rows(head.weight, t) * scale for t in (pairs.answer, pairs.foil))
+        answer, foil = (
+            places.full(mean_rows(head.weight, t)) * scale for t in (pairs.answer, pairs.foil)
+        )
         constant: Tensor | float = 0.0
         if head.bias is not None:  # Phi, GPT-J
-            right, wrong = (
-                mean_rows(head.bias[:, None], t)[:, 0] for t in (pairs.answer, pairs.foil)
-            )
+            bias = places.full(head.bias)[:, None]
+            right, wrong = (mean_rows(bias, t)[:, 0] for t in (pairs.answer, pairs.foil))
             constant = (right - wrong) * scale
         norm = splice.final_norm(hf)
         return cls(hf, norm, pairs.answer, pairs.foil, answer - foil, constant, cap)
 
     def __call__(self, x: Float[Tensor, "*runs batch d_model"]) -> Float[Tensor, "*runs batch"]:
         """m of the stream at the last position of each prompt."""
-        y = self.norm(x)
+        y = places.full(self.norm(x))
         if self.cap:
             return self._mean_logit(y, self.answer) - self._mean_logit(y, self.foil)
         return (y * self.direction).sum(-1) + self.constant
@@ -300,7 +302,7 @@ class LogitDifference:
     ) -> Float[Tensor, "*runs batch"]:
         """The mean of the capped logits of some tokens, of what the unembedding reads."""
         tokens = tokens[:, None] if tokens.dim() == 1 else tokens
-        W_U = self.hf.get_output_embeddings().weight[tokens.clamp(min=0)]
+        W_U = places.full(self.hf.get_output_embeddings().weight[tokens.clamp(min=0)])
         logits = splice.capped(self.hf, torch.einsum("...nd,ntd->...nt", y, W_U))
         given = (tokens >= 0).to(y.dtype)
         return (logits * given).sum(-1) / given.sum(-1)
@@ -337,6 +339,21 @@ class Task:
     source: Run
     before: Float[Tensor, " batch"]
     total: Float[Tensor, " batch"]
+
+    @cached_property
+    def turned(self) -> list[Float[Tensor, "batch pos d_z"]]:
+        """How z of each layer changes with the patterns of the source run: (A' - A) v of base.
+
+        Raises:
+            RetraceError: a model whose attention forms no pattern.
+        """
+        heads, out = self.heads, []
+        both = (heads.patterns(tokens) for tokens in (self.pairs.base, self.pairs.source))
+        for i, (before, after) in enumerate(zip(*both, strict=True)):
+            v = inner.by_head(heads.read(i, "v", self.base.pre[i]), heads.n_key_heads)
+            v = v.repeat_interleave(heads.n_heads // heads.n_key_heads, 1)
+            out.append(((after - before).to(v.dtype) @ v).transpose(1, 2).flatten(2))
+        return out
 
     @classmethod
     def of(cls, hf: nn.Module, pairs: Pairs) -> "Task":

@@ -100,6 +100,11 @@ def moved(x: Tensor, device: Any) -> Tensor:
     return x if device is None else x.to(device)
 
 
+def full(x: Tensor) -> Tensor:
+    """x in float32 where it is a half one: what is summed up outside of a model is not rounded."""
+    return x.float() if x.dtype in (torch.float16, torch.bfloat16) else x
+
+
 def at_home(see: Callable[[Tensor], Tensor | None], home: Any) -> Callable:
     """`see` on one device, wherever the layer is; home None: the model has one device."""
     if home is None:
@@ -238,7 +243,8 @@ class Place:
         return raw if self.kept else raw.clone()
 
     def put(self, raw: Tensor, new: Tensor) -> Tensor:
-        """The module's whole tensor, with a new value at the hook."""
+        """The module's whole tensor, with a new value at the hook, in the model's own dtype."""
+        new = new.to(raw.dtype)
         new = new if self.scale == 1.0 else new / self.scale
         new = new if self.kept else new.clone()  # the reader's own stays as it is
         flat = raw.dim() == 2 and bool(self.rows)

@@ -20,8 +20,8 @@ from pipeline.models import hooks, modules, places
 def stream(
     hf: nn.Module, hook: str, tokens: Int[Tensor, "batch pos"]
 ) -> Float[Tensor, "batch pos d"]:
-    """x at `hook`, of tokens; layers above the hook do not run."""
-    return hooks.run_to(hf, tokens, [hook])[hook]
+    """x at `hook`, of tokens, float32 at least; layers above the hook do not run."""
+    return places.full(hooks.run_to(hf, tokens, [hook])[hook])
 
 
 def known(
@@ -45,7 +45,7 @@ def resume(
     x: Float[Tensor, "batch pos d"],
     last: int = 0,
 ) -> Float[Tensor, "batch last d_vocab"]:
-    """Logits with the stream at `hook` set to x.
+    """Logits, float32 at least, with the stream at `hook` set to x.
 
     Args:
         last: only the logits of this many last positions; 0 for all. With a vocabulary of 49,152
@@ -55,7 +55,7 @@ def resume(
     with _skipped_below(hf, hook), hooks.edited(hf, hook, lambda _: x):
         few = {"logits_to_keep": last} if last else {}
         logits = hf(input_ids=tokens, use_cache=False, **few).logits
-    return logits[:, -last:]  # some models give all of them whatever is asked
+    return places.full(logits[:, -last:])  # some models give all of them whatever is asked
 
 
 def resume_stream(
@@ -146,8 +146,9 @@ def written(
         rows = directions.unflatten(-1, (-1, hf.config.hidden_size)).sum(-2)
     else:
         last = modules.submodule(layer, names.place(at)[0])
-        rows = last(directions) - last(torch.zeros_like(directions[:1]))
-        rows = places.moved(rows, modules.home(hf))
+        rows = directions.to(next(last.parameters()).dtype)
+        rows = last(rows) - last(torch.zeros_like(rows[:1]))
+        rows = places.full(places.moved(rows, modules.home(hf)))
     out, post = hooks.written_by(hf, layer, at.split(".")[0])
     return rows * out.scale if post is None else _gained(post, rows)
 
@@ -199,4 +200,5 @@ def capped(hf: nn.Module, x: Float[Tensor, "*batch d"]) -> Float[Tensor, "*batch
 def unembed(hf: nn.Module, x: Float[Tensor, "*batch d_model"]) -> Float[Tensor, "*batch d_vocab"]:
     """Logits of the stream behind the last layer."""
     hooks.require(hf, "unembed")
-    return capped(hf, hf.get_output_embeddings()(final_norm(hf)(x)))
+    head = hf.get_output_embeddings()
+    return capped(hf, places.full(head(final_norm(hf)(x.to(head.weight.dtype)))))

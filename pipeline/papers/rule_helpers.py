@@ -4,9 +4,11 @@ A fault becomes one sentence and the end of the process, a method becomes a help
 and a few decisions of a run are made: the wildcards, the environment of jobs, the GPUs at once.
 """
 
+import json
+import math
 import os
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any
 
@@ -83,6 +85,46 @@ def gpu_jobs_at_once(device: str, smoke: bool, cluster: bool) -> int | None:
     if cluster:
         return None
     return (os.cpu_count() or 1) if smoke else gpus.count()
+
+
+# What the weights of a model take beside what a rule declares, which was measured with 0.54 GB.
+MEASURED_MB = 540
+BESIDE = 1.15  # weights and what is computed with them, over the weights
+GPU_MB = 2000  # of a GPU: its context, a batch's activations and logits
+
+
+def weights_mb(models: str | Iterable[str]) -> float:
+    """MB of the weights of the largest of some models, in the dtype that stages compute in.
+
+    Args:
+        models: paths of model.json.
+
+    Raises:
+        FileNotFoundError: one is not made yet; snakemake then asks again before the job starts.
+    """
+
+    def size(file: str) -> float:
+        with open(file, encoding="utf-8") as f:
+            about = json.load(f)
+        each = 4 if about.get("dtype", "float32") == "float32" else 2
+        return about.get("n_parameters", 0) * each / 1e6
+
+    return max(map(size, [models] if isinstance(models, str) else models), default=0.0)
+
+
+def memory_mb(models: str | Iterable[str], base: int) -> int:
+    """mem_mb of a job: what its rule declares, and what a larger model takes beyond that."""
+    return base + max(0, math.ceil(BESIDE * weights_mb(models) - MEASURED_MB))
+
+
+def gpu_memory_mb(models: str | Iterable[str]) -> int:
+    """MB on GPUs that a job's model takes, all of them together."""
+    return math.ceil(BESIDE * weights_mb(models)) + GPU_MB
+
+
+def gpus_for(models: str | Iterable[str], gpu_gb: float) -> int:
+    """How many GPUs a job asks for: several where one of gpu_gb is too small for its model."""
+    return max(1, math.ceil(gpu_memory_mb(models) / 1e3 / gpu_gb)) if gpu_gb else 1
 
 
 def target(is_rule: Callable[[str], bool], name: str) -> str:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.errors import RetraceError
-from pipeline.models import hooks, splice
+from pipeline.models import hooks, places, splice
 from pipeline.text.labels import Corpus
 
 BATCH = 8  # blocks that run at a time
@@ -54,7 +54,7 @@ class Edit:
             return x
         change = self.coefficient * norm * self.v
         if self.mode == "ablate":
-            change = -(x @ self.v)[..., None] * self.v
+            change = -(places.full(x) @ self.v)[..., None] * self.v
         kept = torch.arange(x.shape[1], device=x.device)[None, :, None] >= skip
         return x + change * kept
 
@@ -185,7 +185,7 @@ class Steered:
             hook, v = self.reading
             with hooks.capture(self.hf, [hook]) as seen:
                 logits = splice.resume(self.hf, self.hook, tokens, x)
-            read = seen[hook] @ v
+            read = places.full(seen[hook]) @ v
         return logits[:, :-1].float().log_softmax(-1), read
 
 

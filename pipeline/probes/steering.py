@@ -23,7 +23,7 @@ from torch import Tensor
 from pipeline.errors import RetraceError
 from pipeline.job import cli
 from pipeline.latents.stored import load_saes
-from pipeline.models import hooks, loader
+from pipeline.models import hooks, loader, places
 from pipeline.probes import steered
 from pipeline.probes.directions import Directions
 from pipeline.probes.steered import Edit
@@ -88,7 +88,7 @@ class Steering:
             for text in (spec.plus, spec.minus):
                 tokens = torch.tensor([self.ids(text.replace("{class}", target))])
                 at = hooks.run_to(self.hf, tokens.to(self.device), [hook])[hook]
-                ends.append(at[0, -1])
+                ends.append(places.full(at[0, -1]))
             return ends[0] - ends[1]
         method = spec.method or "mean_difference"
         if spec.source == "dictionary" and spec.latent >= 0:

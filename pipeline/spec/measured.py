@@ -56,6 +56,12 @@ class CircuitsSpec(Section):
     positions: list[Name] = Field(
         default=[], description="where the stream is patched, as the prompts name them"
     )
+    patterns: bool = Field(
+        default=False,
+        exclude_if=lambda value: not value,
+        description="what each head attends to is a node, too, of kind pattern: the attention of "
+        "the other prompt on the values of this one",
+    )
     ig_steps: int = Field(
         default=5, ge=1, description="eap_ig, latent_ig: points between the two prompts"
     )

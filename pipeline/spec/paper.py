@@ -43,6 +43,12 @@ class Config(Section):
         pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$",
         description="auto takes a GPU where the scheduler gives one",
     )
+    gpu_gb: float = Field(
+        default=0,
+        ge=0,
+        description="memory of one GPU in GB: a job whose model needs more asks the scheduler for "
+        "several; 0: each asks for one",
+    )
     keep_activations: bool = Field(
         default=True, description="false removes shards when their last reader is done"
     )

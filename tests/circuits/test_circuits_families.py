@@ -103,6 +103,30 @@ def test_patched_nodes_are_whole_forward_passes(task, position):
             torch.testing.assert_close(effect, want, **CLOSE, msg=f"{node}")
 
 
+@pytest.mark.parametrize("position", ["", "name"])
+def test_patched_patterns_are_whole_forward_passes(task, position):
+    """And their estimates are slopes; ALiBi, windows, grouped queries and norms of queries."""
+    n, mask = task.pairs.base.shape[1], task.pairs.mask(position)
+    nodes = [Node("pattern", i, h, position) for i in range(2) for h in (0, 3)]
+    estimates = eap.attribution_patching(task, nodes)
+    for node, effect, slope in zip(nodes, activation_patching(task, nodes), estimates, strict=True):
+        hook = f"blocks.{node.layer}.attn.hook_pattern"
+        columns = slice(node.head * n, (node.head + 1) * n)
+        want = replaced(task, hook, columns, mask) - task.before
+        torch.testing.assert_close(effect, want, **CLOSE, msg=f"{node}")
+        new = hooks.run_to(task.hf, task.pairs.source, [hook])[hook]
+        t = torch.zeros(len(task.before), requires_grad=True)
+
+        def step(x, columns=columns, new=new, t=t):
+            change = torch.zeros_like(x)
+            change[..., columns] = ((new - x.detach()) * mask[..., None])[..., columns]
+            return x + t[:, None, None] * change
+
+        with torch.enable_grad(), hooks.edited(task.hf, hook, step):
+            (want,) = torch.autograd.grad(plain(task).sum(), t)
+        torch.testing.assert_close(slope, want, **CLOSE, msg=f"{node}")
+
+
 def test_patched_queries_keys_and_values_are_whole_forward_passes(task):
     nodes, d = head_inputs.input_nodes(task), task.heads.d_head
     everywhere = task.pairs.mask("")

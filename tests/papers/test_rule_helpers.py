@@ -1,5 +1,6 @@
 """What rules/common.smk needs around the answers: helpers, one-sentence faults, wildcards, GPUs."""
 
+import json
 import re
 from pathlib import Path
 
@@ -79,3 +80,41 @@ def test_jobs_find_this_checkout_first(monkeypatch):
     rule_helpers.set_environment(Path("ours"))
     assert rule_helpers.os.environ["PYTHONPATH"] == "ours:theirs"
     assert rule_helpers.os.environ["MALLOC_TRIM_THRESHOLD_"] == "7"  # what is set is left
+
+
+# --- what a scheduler is told --------------------------------------------------------------
+
+
+@pytest.fixture
+def models(tmp_path):
+    """model.json of SmolLM2-135M, and of Gemma 2 9B in bfloat16."""
+    about = {"small": {"n_parameters": 134_515_008},
+             "large": {"n_parameters": 9_241_705_984, "dtype": "bfloat16"}}  # fmt: skip
+    for name, values in about.items():
+        (tmp_path / f"{name}.json").write_text(json.dumps(values))
+    return {name: str(tmp_path / f"{name}.json") for name in about}
+
+
+def test_memory_grows_with_the_weights(models):
+    assert rule_helpers.weights_mb(models["large"]) == pytest.approx(18_483, abs=1)
+    assert rule_helpers.memory_mb(models["small"], 6000) in range(6000, 6100)
+    assert rule_helpers.memory_mb(models["large"], 6000) in range(26_000, 27_000)
+    both = list(models.values())
+    assert rule_helpers.memory_mb(both, 6000) == rule_helpers.memory_mb(models["large"], 6000)
+    assert rule_helpers.memory_mb([], 6000) == 6000
+
+
+@pytest.mark.parametrize(
+    ("gpu_gb", "small", "large"), [(0, 1, 1), (80, 1, 1), (16, 1, 2), (8, 1, 3)]
+)
+def test_a_model_that_one_gpu_is_too_small_for_asks_for_several(gpu_gb, small, large, models):
+    assert rule_helpers.gpus_for(models["small"], gpu_gb) == small
+    assert rule_helpers.gpus_for(models["large"], gpu_gb) == large
+    assert rule_helpers.gpu_memory_mb(models["large"]) in range(23_000, 23_500)
+
+
+def test_a_model_that_is_not_made_yet_is_asked_for_again(tmp_path):
+    """Snakemake takes a FileNotFoundError of an input as 'not known yet'."""
+    with pytest.raises(FileNotFoundError) as e:
+        rule_helpers.memory_mb(str(tmp_path / "model.json"), 6000)
+    assert e.value.filename == str(tmp_path / "model.json")

@@ -1,0 +1,180 @@
+"""A model on one GPU and with its layers on several: the same numbers, and how much memory.
+
+    python tests/benchmarks/spread.py                     Gemma-2-9B's shape, on 1 and all GPUs
+    python tests/benchmarks/spread.py --gpus 1 2 4        on these many
+    python tests/benchmarks/spread.py --tiny              a small model on the CPU, for a look
+
+memory   GiB at most allocated on all GPUs together, from before the weights are read until
+         activations, splicing and attribution have run; `floor` is the weights plus what a bare
+         forward pass of the same batch takes beside them, and the target 1.15 times that, a share of 0.87
+apart    the largest difference of what was computed from that on one GPU, over its largest value
+
+The model is random, in bfloat16, written once to --work (18.5 GB) and read by our own loader, which
+is told that a GPU has room for its share alone, so that several are needed. Every number of GPUs is
+a process of its own.
+"""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+
+from harness import ROOT, Row, arguments, report
+
+SHAPE = {  # of google/gemma-2-9b: its config.json
+    "vocab_size": 256_000, "hidden_size": 3584, "intermediate_size": 14_336,
+    "num_hidden_layers": 42, "num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 256,
+    "query_pre_attn_scalar": 256, "sliding_window": 4096, "max_position_embeddings": 8192,
+    "final_logit_softcapping": 30.0, "attn_logit_softcapping": 50.0,
+}  # fmt: skip
+TINY = {
+    "vocab_size": 512, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 4,
+    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 16, "query_pre_attn_scalar": 16,
+}  # fmt: skip
+GIB = 2**30
+
+
+def write_model(folder: Path, tiny: bool) -> Path:
+    """model.json of a random model; made where the devices are, then written."""
+    import torch
+    from transformers import AutoModelForCausalLM, Gemma2Config
+
+    from pipeline.store import tables
+
+    if not (folder / "model.json").exists():
+        config = Gemma2Config(**(SHAPE | (TINY if tiny else {})))
+        torch.manual_seed(0)
+        with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
+            hf = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
+        hf.save_pretrained(folder / "checkpoint")
+        info = {"processing": "raw", "bos_id": 2, "n_ctx": 8192, "dtype": "bfloat16"}
+        tables.write_json(folder / "model.json", info, {"stage": "model"})
+    return folder / "model.json"
+
+
+def load(model_json: Path, n: int) -> tuple:
+    """(model, bytes of its weights) on n devices, each with room for little more than its part."""
+    import torch
+
+    from pipeline.models import loader, modules
+
+    size = sum(f.stat().st_size for f in (model_json.parent / "checkpoint").glob("*.safetensors"))
+    if not torch.cuda.is_available():
+        hf = loader.load(model_json).hf
+        devices = [torch.device("cpu")] * len(modules.layers_of(hf))
+        modules.spread(hf, devices[0], devices) if n > 1 else None
+        return hf, loader.bytes_of(hf)
+    loader.room_of = lambda _: 1.06 * size / n + (n > 1) * 0.05 * size
+    hf = loader.load(model_json, torch.device("cuda", 0)).hf
+    used = {p.device for p in hf.parameters()}
+    assert len(used) == n, f"weights lie on {used}, not on {n} GPUs"
+    return hf, loader.bytes_of(hf)
+
+
+def computed(hf, tokens) -> dict:
+    """name -> tensor on the CPU: activations, losses of splices, attributions."""
+    import torch
+
+    from pipeline.latents.splicer import Splicer
+    from pipeline.models import hooks, modules, splice
+
+    n = len(modules.layers_of(hf))
+    early, late = f"blocks.{n // 4}", f"blocks.{3 * n // 4}"
+    wanted = [f"{early}.hook_resid_post", f"{late}.mlp.hook_post", f"{late}.attn.hook_z",
+              f"{late}.hook_attn_out", f"{late}.ln2.hook_normalized"]  # fmt: skip
+    with torch.no_grad():
+        out = {h: x.float().cpu() for h, x in hooks.run_to(hf, tokens, wanted).items()}
+        splicer = Splicer(hf, f"{late}.hook_resid_pre", tokens[:2], 1)
+        losses = splicer.measure([splicer.target, torch.zeros_like])
+        out["spliced losses"] = torch.tensor(losses)
+    hook = f"{early}.hook_resid_post"
+    x = splice.stream(hf, hook, tokens[:1]).detach().requires_grad_(True)
+    logits = splice.resume(hf, hook, tokens[:1], x, last=1)[0, -1]
+    (gradient,) = torch.autograd.grad(logits[3] - logits[4], x)
+    out["attribution"] = (gradient * x.detach()).sum(-1).cpu()
+    return out
+
+
+def one(args) -> None:
+    """A process: load on args.one devices, compute, write what was found."""
+    sys.path.insert(0, str(ROOT))
+    import torch
+
+    model_json, n = Path(args.work) / "model.json", args.one
+    gpus = range(torch.cuda.device_count()) if torch.cuda.is_available() else ()
+
+    def peak() -> float:
+        return float(sum(torch.cuda.max_memory_allocated(i) for i in gpus))
+
+    hf, weights = load(model_json, n)
+    loaded = peak()
+    generator = torch.Generator().manual_seed(0)
+    home = next(hf.parameters()).device
+    size = (args.batch_size, args.n_ctx)
+    tokens = torch.randint(5, hf.config.vocab_size, size, generator=generator).to(home)
+    for i in gpus:
+        torch.cuda.reset_peak_memory_stats(i)
+    with torch.no_grad():
+        hf.base_model(input_ids=tokens, use_cache=False)
+        hf(input_ids=tokens[:2], use_cache=False)
+    batch = max(0.0, peak() - weights)
+    found = computed(hf, tokens)
+    torch.save(found, f"{args.work}/{n}.pt")
+    about = {"weights": weights, "batch": batch, "peak": max(loaded, peak()), "loaded": loaded}
+    (Path(args.work) / f"{n}.json").write_text(json.dumps(about))
+
+
+def apart(work: Path, n: int) -> float:
+    """The largest difference between n devices and one, over the largest value, of all results."""
+    import torch
+
+    a, b = (torch.load(work / f"{k}.pt", weights_only=True) for k in (1, n))
+    gaps = {k: float((a[k] - b[k]).abs().max() / a[k].abs().max()) for k in a}
+    print(n, {k: f"{gap:.1e}" for k, gap in gaps.items()})
+    return max(gaps.values())
+
+
+def main() -> None:
+    parser = arguments(__doc__)
+    parser.add_argument("--work", type=Path, default=Path(tempfile.gettempdir()) / "spread")
+    parser.add_argument("--gpus", type=int, nargs="*", help="default: 1, and all that there are")
+    parser.add_argument("--tiny", action="store_true")
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--n-ctx", type=int, default=512)
+    parser.add_argument("--one", type=int, default=0, help="(of a process of this script)")
+    args = parser.parse_args()
+    if args.one:
+        return one(args)
+    sys.path.insert(0, str(ROOT))
+    import torch
+
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    args.work.mkdir(parents=True, exist_ok=True)
+    write_model(args.work, args.tiny)
+    if device == "cuda":
+        torch.cuda.empty_cache()
+    counts = args.gpus or sorted({1, max(1, torch.cuda.device_count()) if device == "cuda" else 2})
+    rows = []
+    for n in counts:
+        command = [sys.executable, __file__, "--one", str(n), "--work", str(args.work)]
+        command += ["--batch-size", str(args.batch_size), "--n-ctx", str(args.n_ctx)]
+        subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        about = json.loads((args.work / f"{n}.json").read_text())
+        floor = (about["weights"] + about["batch"]) / GIB
+        print(f"{n}: { ({k: round(v / GIB, 3) for k, v in about.items()}) } GiB")
+        if device == "cuda":
+            rows.append(
+                Row(f"memory on {n} GPUs", about["peak"] / GIB, "GiB", floor=floor,
+                    floor_name="weights and a bare pass", higher_is_better=False,
+                    target="share_of_floor >= 0.8696")
+            )  # fmt: skip
+        if n > 1:
+            rows.append(Row(f"apart, {n} and 1", apart(args.work, n), "", higher_is_better=False,
+                            target="ours <= 0.02"))  # fmt: skip
+    report("spread", rows, args.out, device)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,74 @@
+"""Stages on a model in bfloat16: what they compute is that of float32, but for rounding."""
+
+import families_check as check
+import pytest
+import test_circuits_families as exact
+import torch
+
+from pipeline.circuits import methods
+from pipeline.latents import features
+from pipeline.latents.splicer import Splicer
+from pipeline.models import lens, proof, splice
+from pipeline.models.pairs import Pairs, Task
+from pipeline.spec.measured import CircuitsSpec
+
+ALL = [m for m in methods.METHODS if not m.startswith("latent")]
+KINDS = ["llama", "gemma2", "gpt2", "gpt_neox", "mixtral"]
+
+
+@pytest.fixture(autouse=True)
+def no_grad():
+    with torch.no_grad():
+        yield
+
+
+def both(kind: str) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """The same rounded weights in float32 and in bfloat16, proved."""
+    half = check.model_of(kind, 0, **{"gemma2": {"final_logit_softcapping": None}}.get(kind, {}))
+    half = half.to(torch.bfloat16)
+    whole = check.model_of(kind, 0)
+    whole.config = half.config
+    whole.load_state_dict(half.state_dict())
+    for hf in (whole, half):
+        assert proof.prove(hf) == {} and hf.retrace_fails == {}
+    return whole, half
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_scores_of_every_method(kind):
+    wanted = [m for m in ALL if kind != "mixtral" or m != "acdc"]
+    spec = CircuitsSpec(prompts="pairs", methods=wanted, n_exact=5, positions=["name"])
+    tables = []
+    for hf in both(kind):
+        task = Task.of(hf, Pairs.of(exact.PROMPTS, 0, "cpu"))
+        tables.append((methods.measure(task, spec, 0), float(task.total.abs().max())))
+    (want, size), (found, _) = tables
+    for name, column in (("nodes", "score"), ("edges", "score")):
+        a, b = want[name], found[name]
+        keys = [c for c in a if c not in (column, "sd", "exact")]
+        joined = a.merge(b, on=keys, suffixes=("", "_half"))
+        assert len(joined) == len(a) == len(b)
+        gap = (joined[column] - joined[f"{column}_half"]).abs()
+        assert gap.median() <= 0.03 * max(size, 1.0), name
+        assert joined[column].corr(joined[f"{column}_half"]) > 0.98, name
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_splicing_lenses_and_logit_weights(kind):
+    found = []
+    for hf in both(kind):
+        hook, tokens = "blocks.1.hook_resid_pre", check.TOKENS
+        x = splice.stream(hf, hook, tokens)
+        assert x.dtype == torch.float32
+        splicer = Splicer(hf, hook, tokens, 1)
+        losses = splicer.measure([splicer.target, torch.zeros_like])
+        streams, logits = lens.streams(hf, tokens)
+        W = torch.eye(32)[:4]
+        values, _ = features.logit_weights(hf, splice.written(hf, "blocks.1.mlp.hook_post", W48), 3)
+        found.append((torch.tensor(losses), lens.unembed(hf, streams[1]), logits, values, W))
+    for want, half in zip(*found, strict=True):
+        assert half.dtype == want.dtype == torch.float32
+        torch.testing.assert_close(half, want, atol=0.3, rtol=0.1)
+
+
+W48 = torch.eye(48)[:4]
