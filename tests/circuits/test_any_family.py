@@ -84,7 +84,7 @@ def test_circuits_are_those_of_whole_passes(kind, settings):
         exact.test_patched_queries_keys_and_values_are_whole_forward_passes(task)
         exact.test_estimates_are_slopes_of_whole_forward_passes(task)
         if "clip_qkv" in settings:  # between attn.hook_v and what the pattern is multiplied with
-            with pytest.raises(RetraceError, match="is not attn.hook_z"):
+            with pytest.raises(RetraceError, match=r"is not attn\.hook_z"):
                 proof.prove_patterns(hf, ["blocks.0.attn.hook_pattern"])
         else:
             exact.test_patched_patterns_are_whole_forward_passes(task, "")
@@ -119,3 +119,9 @@ def test_edges_are_refused_where_a_gate_reads_the_stream(kind):
         ):
             with pytest.raises(RetraceError, match="more of the stream than queries, keys and val"):
                 of_edges(task)
+
+
+def test_the_table_of_families_names_what_is_tested_here():
+    names = {kind for kind, _ in FOUND + SETTINGS + TYPES}
+    assert set(check.ALSO) <= names
+    assert {kind for kind, _ in check.TESTED} >= names - {"stablelm", "falcon"}
