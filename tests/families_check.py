@@ -1,6 +1,6 @@
 """Every model type of the table of families against TransformerLens's bridge, in numbers.
 
-    python tests/families_check.py          writes results/reference/families.csv
+    PYTHONPATH=. python tests/families_check.py          writes results/reference/families.csv
 
 A tiny random model is made of each type and each setting of it that has a layout of its own. Of
 every hook that the bridge has, too, our value is held equal to that in the bridge's own cache.
