@@ -1,6 +1,6 @@
 """Every model type of the table of families against TransformerLens's bridge, in numbers.
 
-    python tests/families_check.py          writes results/reference/families.csv
+    PYTHONPATH=. python tests/families_check.py          writes results/reference/families.csv
 
 A tiny random model is made of each type and each setting of it that has a layout of its own. Of
 every hook that the bridge has, too, our value is held equal to that in the bridge's own cache.
@@ -31,7 +31,12 @@ CLOSE = 1e-4
 CIRCUITS = [("gpt_neox", 0), ("gpt_neox", 1), ("gemma", 0), ("gemma2", 0), ("gptj", 0), ("opt", 0),
             ("phi", 0), ("olmo", 0), ("olmo2", 0), ("granite", 0), ("phi3", 0), ("gpt_neo", 0),
             ("stablelm", 1), ("gemma3_text", 0), ("qwen3", 0), ("bloom", 0)]  # fmt: skip
-TESTED = [*CIRCUITS, ("llama", 0), ("gpt2", 0), ("mistral", 0)]
+# Held exact by test_any_family.py, most of them among the slow tests.
+ALSO = ("nemotron mpt mixtral olmoe gpt_oss qwen2 qwen3_moe cohere cohere2 starcoder2 exaone4 xglm "
+        "arcee smollm3 seed_oss glm glm4 glm4_moe codegen qwen2_moe ernie4_5_moe granitemoe "
+        "flex_olmo minimax_m2 apertus hunyuan_v1_dense olmo3 ministral3 vaultgemma internlm3 "
+        "bitnet").split()  # fmt: skip
+TESTED = [*CIRCUITS, ("llama", 0), ("gpt2", 0), ("mistral", 0), *((kind, 0) for kind in ALSO)]
 # Bridges of TransformerLens 3.9 whose own logits are not those of the Hugging Face model: what
 # they read before attention mixes positions, in the first layer, is still compared.
 FIRST = ("hook_embed", *(f"blocks.0.{h}" for h in ("hook_resid_pre", "ln1.hook_scale",
@@ -109,8 +114,13 @@ def row(kind: str, variant: int) -> dict[str, Any]:
         "refused": " ".join(short(refused)),
         "splicing": "no" if "resume" in fails else "yes",
         "logits": "no" if "unembed" in fails else "yes",
-        "circuits": "no" if fails.keys() - {"edges"} else "nodes" if fails else "tested"
-        if (kind, variant) in TESTED else "parts sum",
+        "circuits": "no"
+        if fails.keys() - {"edges"}
+        else "nodes"
+        if fails
+        else "tested"
+        if (kind, variant) in TESTED
+        else "parts sum",
         "checked_against_bridge": len(checked),
         "bridge": NO_BRIDGE.get((kind, variant), "").split(":")[0]
         or ("another model" if (kind, variant) in ANOTHER_MODEL else "the same logits"),

@@ -104,7 +104,7 @@ class Sites:
     def _mean_gradient(self, stream: str, layer: int, change: Tensor, alphas: list[float]):
         task = self.task
         places = task.pairs.suffix(task.pairs.first_change(""))
-        start = getattr(task.base, stream)[layer]
+        start = places.full(getattr(task.base, stream)[layer])
         x0, move = task.pairs.gathered(start, places), task.pairs.gathered(change, places)
         total = torch.zeros_like(x0)
         for some in pieces(task.pairs, alphas, places.shape[1]):

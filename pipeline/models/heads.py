@@ -307,4 +307,4 @@ def _kept(
 ) -> Float[Tensor, "*batch n d_model"]:
     """A norm of x on parts of x, with the scale that x has; no bias."""
     _, size, _ = places.standardised(norm, x)
-    return places.linear_part(norm, parts) / size[..., None, :]
+    return (places.linear_part(norm, parts) / size[..., None, :]).to(parts.dtype)

@@ -243,13 +243,14 @@ def held_norm(hf: nn.Module, x: Tensor, part: Tensor) -> Tensor:
     norm = splice.final_norm(hf)
     if isinstance(norm, nn.Identity):
         return part
-    if isinstance(norm, nn.LayerNorm):
+    if type(norm) is nn.LayerNorm and norm.weight is not None:  # no subclass: Nemotron's gain
         part, x, eps = part - part.mean(-1, keepdim=True), x - x.mean(-1, keepdim=True), norm.eps
     elif type(norm).__name__ == "LlamaRMSNorm":
         eps = norm.variance_epsilon
     else:  # gains of 1 + weight (Gemma), norms without weights (OLMo)
         return places.linear_part(norm, part) / places.standardised(norm, x)[1]
-    return part * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * norm.weight
+    gain = places.full(norm.weight)
+    return part * (x.square().mean(-1, keepdim=True) + eps).rsqrt() * gain
 
 
 @torch.no_grad()
@@ -274,7 +275,8 @@ def parts(hf: nn.Module, tokens: Tensor, first: int = 0) -> pd.DataFrame:
     names = {part: hook for part, hook in names.items() if hook in known}
     end = f"blocks.{n - 1}.hook_resid_post"
     with hooks.capture(hf, [*names.values(), end]) as seen:
-        logits = hf(input_ids=tokens[None], use_cache=False).logits[0]
+        logits = places.full(hf(input_ids=tokens[None], use_cache=False).logits[0])
+    seen = {hook: places.full(x) for hook, x in seen.items()}
     top = logits.argmax(-1)
     head, norm = hf.get_output_embeddings(), splice.final_norm(hf)
     scale, cap = splice.tail(hf)
@@ -283,16 +285,18 @@ def parts(hf: nn.Module, tokens: Tensor, first: int = 0) -> pd.DataFrame:
             f"model type '{hf.config.model_type}': its logits are capped by a tanh, so that they "
             f"are no sum of what its parts write; take a lens"
         )
-    u = (head.weight[top] - head.weight.mean(0)) * scale  # [pos d_model]
+    W_U = places.full(head.weight)
+    u = (W_U[top] - W_U.mean(0)) * scale  # [pos d_model]
     found = {
         part: (held_norm(hf, seen[end][0], seen[hook][0]) * u).sum(-1)
         for part, hook in names.items()
     }
     found["bias", -1] = torch.zeros_like(found["embedding", -1])
     if getattr(norm, "bias", None) is not None:
-        found["bias", -1] += u @ norm.bias
+        found["bias", -1] += u @ places.full(norm.bias)
     if head.bias is not None:
-        found["bias", -1] += (head.bias[top] - head.bias.mean()) * scale
+        b_U = places.full(head.bias)
+        found["bias", -1] += (b_U[top] - b_U.mean()) * scale
     whole = logits.gather(-1, top[:, None])[:, 0] - logits.mean(-1)
     columns = {"position": range(len(tokens)), "id": top.tolist(), "logit": whole.tolist()}
     frames = [

@@ -166,13 +166,11 @@ def placement(
     rest = bytes_of(shape) - sum(sizes)
     if sum(sizes) + rest <= room_of(device):
         return Placement(device, {"": device})
-    chosen = [device]
-    for other in others(device):
-        if sum(sizes) + rest <= sum(map(room_of, chosen)):
-            break
-        chosen.append(other)
-    numbers = divided(sizes, rest, [room_of(d) for d in chosen])
-    if numbers is None:
+    chosen, more = [device], others(device)
+    while (numbers := divided(sizes, rest, [room_of(d) for d in chosen])) is None:
+        if (other := next(more, None)) is not None:
+            chosen.append(other)
+            continue
         there = ", ".join(f"{room_of(d) / 1e9:.1f}" for d in chosen)
         raise RetraceError(
             f"{folder}: its weights take {(sum(sizes) + rest) / 1e9:.1f} GB as {dtype}, and the "

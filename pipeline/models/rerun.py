@@ -70,6 +70,7 @@ def on_past(
 
     k, n = x.shape[:2]
     cache, first = DynamicCache(), int(hook.split(".")[1])
+    x = x.to(task.base.at(hook).dtype)
     for i, past in enumerate(task.base.past):  # layers below the hook do not run and need no copy
         cache.update(*(t.repeat(k, 1, 1, 1) if i >= first else t for t in past), i)
     last_position = task.pairs.base.shape[1] - 1  # rotary angles may depend on the largest

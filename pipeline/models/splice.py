@@ -141,6 +141,7 @@ def written(
             f"hook '{hook}': what a direction there writes into the stream depends on the token; "
             f"take one of hook_resid_*, hook_attn_out, hook_mlp_out, attn.hook_z, mlp.hook_post"
         )
+    hooks.check(hf, hook)
     names, layer = modules.family(hf), modules.layers_of(hf)[int(hook.split(".")[1])]
     if at == "attn.hook_result":
         rows = directions.unflatten(-1, (-1, hf.config.hidden_size)).sum(-2)

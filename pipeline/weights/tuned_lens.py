@@ -31,7 +31,7 @@ from torch import Tensor, nn
 
 from pipeline.errors import RetraceError
 from pipeline.job import cli
-from pipeline.models import lens, splice
+from pipeline.models import lens, places, splice
 from pipeline.spec.base import Section
 from pipeline.store.checkpoints import Checkpoints
 from pipeline.weights.batches import seeded
@@ -164,7 +164,7 @@ class TunedLens:
             log_p = flat(logits).log_softmax(-1)
             p = log_p.exp()
             head = self.hf.get_output_embeddings()
-            W, bias = head.weight, head.bias
+            W, bias = (None if t is None else places.full(t) for t in (head.weight, head.bias))
             columns, weight = vocabulary(p, self.how, step)
             if columns is not None:
                 W, bias = W[columns], None if bias is None else bias[columns]
@@ -174,7 +174,8 @@ class TunedLens:
         found = []
         for layer in self.layers:
             h = flat(x[layer])
-            y = splice.final_norm(self.hf)(h + F.linear(h, self.A[layer], self.b[layer]))
+            moved = (h + F.linear(h, self.A[layer], self.b[layer])).to(head.weight.dtype)
+            y = places.full(splice.final_norm(self.hf)(moved))
             with torch.no_grad():
                 z = F.linear(y, W, bias)
                 log_q = (z if weight is None else z.add_(weight)).log_softmax(-1)

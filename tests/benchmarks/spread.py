@@ -6,7 +6,7 @@
 
 memory   GiB at most allocated on all GPUs together, from before the weights are read until
          activations, splicing and attribution have run; `floor` is the weights plus what a bare
-         forward pass of the same batch takes beside them, and the target 1.15 times that, a share of 0.87
+         forward pass of the same batch takes beside them; the target is a share of 1 / 1.15 = 0.87
 apart    the largest difference of what was computed from that on one GPU, over its largest value
 
 The model is random, in bfloat16, written once to --work (18.5 GB) and read by our own loader, which

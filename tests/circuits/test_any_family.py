@@ -20,7 +20,7 @@ LONG = {"rope_theta": 10000.0, "rope_type": "longrope", "original_max_position_e
 # count dimensions, positions behind the context, and a cache of another class.
 FOUND = [
     ("nemotron", {}), ("mpt", {}), ("mixtral", {}), ("olmoe", {"clip_qkv": 0.1}),
-    ("opt", {"layer_norm_elementwise_affine": False}),
+    ("opt", {"layer_norm_elementwise_affine": False}), ("gpt_oss", {}),
     ("llama", {"rope_parameters": DYNAMIC, "max_position_embeddings": 4}),
 ]  # fmt: skip
 SETTINGS = [
@@ -83,6 +83,11 @@ def test_circuits_are_those_of_whole_passes(kind, settings):
         exact.test_patched_nodes_are_whole_forward_passes(task, "name")
         exact.test_patched_queries_keys_and_values_are_whole_forward_passes(task)
         exact.test_estimates_are_slopes_of_whole_forward_passes(task)
+        if "clip_qkv" in settings:  # between attn.hook_v and what the pattern is multiplied with
+            with pytest.raises(RetraceError, match=r"is not attn\.hook_z"):
+                proof.prove_patterns(hf, ["blocks.0.attn.hook_pattern"])
+        else:
+            exact.test_patched_patterns_are_whole_forward_passes(task, "")
         exact.test_direct_logits_sum_to_the_metric(task)
         exact.test_an_edge_into_an_mlp_is_a_whole_forward_pass(task)
         exact.test_edges_with_gradients_are_complete(task)
@@ -114,3 +119,9 @@ def test_edges_are_refused_where_a_gate_reads_the_stream(kind):
         ):
             with pytest.raises(RetraceError, match="more of the stream than queries, keys and val"):
                 of_edges(task)
+
+
+def test_the_table_of_families_names_what_is_tested_here():
+    names = {kind for kind, _ in FOUND + SETTINGS + TYPES}
+    assert set(check.ALSO) <= names
+    assert {kind for kind, _ in check.TESTED} >= names - {"stablelm", "falcon"}

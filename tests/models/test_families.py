@@ -113,6 +113,8 @@ def test_neurons_of_a_mixture_of_experts_are_refused():
     with pytest.raises(RetraceError, match=r"a mixture of experts.*mlp\.hook_expert_weights"):
         hooks.site(hf, "blocks.0.mlp.hook_post")
     assert "blocks.0.mlp.hook_in" in hooks.hook_names(hf)
+    with pytest.raises(RetraceError, match=r"a mixture of experts.*mlp\.hook_expert_weights"):
+        splice.written(hf, "blocks.0.mlp.hook_post", torch.ones(1, 48))
 
 
 # --- hooks can be replaced -----------------------------------------------------------------

@@ -2,6 +2,7 @@
 
 import math
 
+import families_check as check
 import numpy as np
 import pytest
 import torch
@@ -158,3 +159,16 @@ def test_a_norm_of_another_class_is_measured(gpt2):
     gpt2.transformer.ln_f = other = nn.GroupNorm(1, D, eps=norm.eps)
     other.load_state_dict(norm.state_dict())
     torch.testing.assert_close(lens.held_norm(gpt2, x, part), want, atol=1e-4, rtol=1e-4)
+
+
+OTHERS = [("nemotron", {}), ("mpt", {}), ("opt", {"layer_norm_elementwise_affine": False}),
+          ("granite", {}), ("gemma", {}), ("phi", {}), ("cohere", {})]  # fmt: skip
+
+
+@pytest.mark.parametrize(("kind", "settings"), OTHERS, ids=[kind for kind, _ in OTHERS])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_parts_sum_to_the_logit_for_gains_scales_and_missing_biases(kind, settings, dtype):
+    hf = check.model_of(kind, 0, **settings).to(dtype)
+    at = lens.parts(hf, check.TOKENS[0], first=1).groupby("position")
+    loose = {"rtol": 1e-4, "atol": 1e-4} if dtype == torch.float32 else {"rtol": 0.1, "atol": 0.2}
+    np.testing.assert_allclose(at["contribution"].sum(), at["logit"].first(), **loose)
