@@ -2,6 +2,7 @@
 
 import json
 import re
+import shlex
 import shutil
 import subprocess
 from dataclasses import dataclass
@@ -75,6 +76,13 @@ def snakemake(*args: str, cwd: Path, check: bool = True, timeout: int = 600, **c
 
 
 VALUED = {"-s", "--snakefile", "--directory", "--configfile", "--report"}
+
+
+def by_warm_python(line: str) -> str:
+    """A line of the docs with the warm Python in the place of the environment's programs."""
+    python = shlex.quote(warm.python())
+    line = re.sub(r"(^|\.venv/bin/)snakemake(?= )", f"{python} -m snakemake", line)
+    return re.sub(r"(^|\.venv/bin/)python(?= )", python, line)
 
 
 def copy_repository(to: Path) -> Path:

@@ -43,9 +43,11 @@ READ_LATER = ("PYTHONPATH", "PYTHONDONTWRITEBYTECODE")
 # Snakemake sets them to the threads of a rule, which at smoke scale is 1.
 THREADS = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 WITH = {  # command -> the libraries that it uses
-    **dict.fromkeys("tokenizer corpus activations evaluation features".split(), "transformers"),
-    **dict.fromkeys("circuits training attribution attribution_graph".split(), "transformers"),
-    **dict.fromkeys("model sae sae_import exports".split(), "sae_lens"),
+    **dict.fromkeys("tokenizer corpus activations circuits training".split(), "transformers"),
+    **dict.fromkeys("attribution_graph probes".split(), "transformers"),
+    **dict.fromkeys("crosscoder crosscoder_evaluation".split(), "transformers"),
+    **dict.fromkeys("model sae sae_import exports evaluation features".split(), "sae_lens"),
+    **dict.fromkeys("attribution benchmarks absorption steering".split(), "sae_lens"),
 }
 
 
@@ -53,12 +55,21 @@ def needs(args: list[str]) -> str:
     """Which libraries a command line of Python uses; '': not known."""
     if args[:2] == ["-m", "snakemake"]:
         return "light"
+    args = own_script(args)
     if args[:2] == ["-m", "pipeline"] and len(args) > 2:
         return WITH.get(args[2], "light")
     if args and args[0].endswith(".py"):
         with open(args[0], encoding="utf-8") as f:
-            return "transformers" if "torch" in f.read() else "light"
+            text = f.read()
+        if "load_saes" in text or "sae_lens" in text or "pipeline.latents" in text:
+            return "sae_lens"
+        return "transformers" if "torch" in text else "light"
     return os.environ.get("RETRACE_WITH", "") if args[:1] == ["-c"] else ""
+
+
+def own_script(args: list[str]) -> list[str]:
+    """The paper's script and what follows of `-m pipeline own <stage> <script>`; else all."""
+    return args[4:] if args[:3] == ["-m", "pipeline", "own"] and len(args) > 4 else args
 
 
 def richest(wanted: str, folder: str) -> str:
@@ -126,6 +137,7 @@ def is_first(args: list[str]) -> bool:
     noted = os.environ.get("RETRACE_COLD")
     if not noted:
         return False
+    args = own_script(args)
     name = args[2] if args[0] == "-m" else os.path.abspath(args[0]).replace(os.sep, "+")
     try:
         os.close(os.open(os.path.join(noted, name), os.O_CREAT | os.O_EXCL))

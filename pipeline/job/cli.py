@@ -1,4 +1,4 @@
-"""What the main() of every stage shares: arguments, the log, and how a fault is told.
+"""What the main() of every stage shares: arguments, the log, and the sentence of a fault.
 
 A stage is `python -m pipeline <stage> --spec JSON ... `; snakemake calls it so, and so can you,
 under a debugger. It exits 0, or prints one sentence and exits 1.
@@ -161,18 +161,18 @@ class Progress:
 
     def __init__(self, what: str, total: int, unit: str, done: int = 0) -> None:
         self.what, self.total, self.unit = what, total, unit
-        self.first, self.started, self.told = done, time.monotonic(), time.monotonic()
+        self.first, self.started, self.last_line = done, time.monotonic(), time.monotonic()
         self.done, self.lock = done, threading.Lock()
         self.bar: Any = None
-        self.shown = contextlib.ExitStack()  # until the last unit
+        self.open_bars = contextlib.ExitStack()  # until the last unit
         if sys.stderr.isatty():
             from tqdm import tqdm
             from tqdm.contrib.logging import logging_redirect_tqdm
 
             how = {"unit_scale": True, "dynamic_ncols": True, "leave": False}
             bar = tqdm(desc=what, total=total, initial=done, unit=f" {unit}", **how)
-            self.bar = self.shown.enter_context(bar)
-            self.shown.enter_context(logging_redirect_tqdm())
+            self.bar = self.open_bars.enter_context(bar)
+            self.open_bars.enter_context(logging_redirect_tqdm())
 
     def add(self, n: int = 1) -> None:
         """Report that `n` more units are finished; any thread may call it."""
@@ -185,15 +185,15 @@ class Progress:
         if self.bar is not None:
             self.bar.update(done - self.bar.n)
             if done >= self.total:
-                self.shown.close()
+                self.open_bars.close()
         else:
             self._line(done)
 
     def _line(self, done: int) -> None:
         now = time.monotonic()
-        if now - self.told < 5 and done < self.total:
+        if now - self.last_line < 5 and done < self.total:
             return
-        self.told = now
+        self.last_line = now
         rate = (done - self.first) / max(now - self.started, 1e-9)
         left = (self.total - done) / rate if rate else 0
         log.info(

@@ -103,7 +103,7 @@ def _definition(nodes: list[ast.stmt], package: str) -> dict[str, Any]:
     bare = _Bare().visit(ast.Module(body=list(nodes), type_ignores=[]))
     out: dict[str, Any] = {"code": canonical_hash(ast.dump(bare)) if nodes else ""}
     files = {f for node in nodes for f in python_files(node)}
-    return out | used.told() | ({"files": sorted(files)} if files else {})
+    return out | used.as_json() | ({"files": sorted(files)} if files else {})
 
 
 def facts(text: str, package: str = "pipeline") -> dict[str, Any]:
@@ -113,7 +113,7 @@ def facts(text: str, package: str = "pipeline") -> dict[str, Any]:
         package: that of the file, for imports relative to it; '' where it lies in none.
 
     Returns:
-        defs: name -> code (a digest) and what `Uses.told` says; a method is 'Class.method', the
+        defs: name -> code (a digest) and what `Uses.as_json` gives; a method is 'Class.method', the
             fields of a class are 'Class<fields>'.
         classes: name -> bases (dotted names) and methods that are definitions of their own.
         imports: alias -> dotted targets, of the module.

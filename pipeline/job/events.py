@@ -22,7 +22,7 @@ from typing import Any
 LOG, EVENTS = ".snakemake.log", ".events.jsonl"
 DIGEST = re.compile(r"-[0-9a-f]{12}$")  # at the end of a store artefact's name
 STORED = re.compile(r" \([a-z, ]+ storage\)$")  # behind a file's name
-TOLD = re.compile(r"(\d+ %  .+ left)$")  # of a stage, a line of cli.Progress
+PROGRESS = re.compile(r"(\d+ %  .+ left)$")  # the end of a line of cli.Progress in a log
 DAMAGED = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
 
 
@@ -175,8 +175,8 @@ def _job(record: Any, papers_of: Callable[[dict[str, str]], list[str]]) -> dict[
 
 def of_stage(log: Path) -> str:
     """'40 %, 812 rows/s, 1:20 left': the last line of progress in a job's log; '' without one."""
-    told = [m[1] for line in read_lines(log) if (m := TOLD.search(line))]
-    return told[-1].replace("%  ", "%, ") if told else ""
+    lines = [m[1] for line in read_lines(log) if (m := PROGRESS.search(line))]
+    return lines[-1].replace("%  ", "%, ") if lines else ""
 
 
 def read_lines(log: Path) -> list[str]:

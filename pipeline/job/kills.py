@@ -2,7 +2,7 @@
 
 1. `own` holds a lock on the store for as long as snakemake lives. It is the system's lock on an
    open file (flock), which ends with its process however that ends: SIGKILL, a closed terminal,
-   power. A second snakemake waits a moment, and is then told who works.
+   power. A second snakemake waits a moment, and then ends with the name of the first.
 2. Whoever holds it knows that no other snakemake works here. Snakemake's own lock files, which a
    killed one leaves behind, are stale then, and are removed. Outputs that it was writing are made
    again (rules/common.smk sets what `--rerun-incomplete` sets).
@@ -64,9 +64,9 @@ def own(file: Path, patience: float = PATIENCE) -> bool:
             os.close(held)
             return False
     _held[file] = held
-    about = {"process": os.getpid(), "host": socket.gethostname(), "folder": os.getcwd()}
+    owner = {"process": os.getpid(), "host": socket.gethostname(), "folder": os.getcwd()}
     os.truncate(held, 0)
-    os.pwrite(held, json.dumps(about).encode(), 0)
+    os.pwrite(held, json.dumps(owner).encode(), 0)
     atexit.register(os.truncate, held, 0)
     return True
 
@@ -74,8 +74,8 @@ def own(file: Path, patience: float = PATIENCE) -> bool:
 def _taken(file: Path) -> str:
     """Who works on a store, in one sentence."""
     try:
-        about = json.loads(file.read_text(encoding="utf-8"))
-        who = "process {process} on {host}, called in {folder},".format(**about)
+        owner = json.loads(file.read_text(encoding="utf-8"))
+        who = "process {process} on {host}, called in {folder},".format(**owner)
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         who = "another snakemake"
     return f"{file.parent}: {who} works on it; wait until it ends, or end it, then run this again"

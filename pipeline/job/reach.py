@@ -41,7 +41,7 @@ FRAME = {
 }
 # Bases of other packages that call no method of a class by a name of its own.
 CLOSED = {"BaseModel", "NamedTuple", "Protocol", "ABC", "Generic", "object", "Enum", "StrEnum"}
-# Definitions of one text are told apart by what their names stand for, so many steps deep.
+# Two definitions of the same text differ by what their names stand for, to this depth.
 DEPTH = 3
 
 
@@ -117,8 +117,8 @@ class Walk:
     def _subclass(self, module: str, name: str) -> None:
         """A class of an imported module: a base of ours may list it, or be asked for it."""
         for home, base in self._above(module, name):
-            told = self.read(home)["classes"][base].get("told_of_subclasses")
-            if told or "__subclasses__" in self.attrs:
+            listed = self.read(home)["classes"][base].get("told_of_subclasses")
+            if listed or "__subclasses__" in self.attrs:
                 self.stack.append((module, name))
             else:
                 self.waiting.setdefault("__subclasses__", []).append((module, name))

@@ -121,11 +121,11 @@ def import_file(path: str | Path) -> ModuleType:
 def _home_of(fault: ImportError) -> str:
     """'; it is pipeline.figures.theme' for a module or a name of ours that stands elsewhere."""
     name = re.match(r"cannot import name '(\w+)'", fault.msg)
-    last, room = (name[1], fault.name) if name else (fault.name.split(".")[-1], "")
+    last, module = (name[1], fault.name) if name else (fault.name.split(".")[-1], "")
     found = []
     for file in sorted(PIPELINE.rglob("*.py")):
         dotted = ".".join(["pipeline", *file.relative_to(PIPELINE).with_suffix("").parts])
-        inside = room and dotted.startswith(f"{room}.") and last in _facts(file)["defs"]
+        inside = module and dotted.startswith(f"{module}.") and last in _facts(file)["defs"]
         if inside or last in (file.stem, f"{file.parent.name}_{file.stem}"):
             found.append(dotted)
     return f"; it is in {' or '.join(found)}" if found else ""
@@ -141,8 +141,8 @@ def _facts(file: Path, package: str = "") -> dict[str, Any]:
     Snakemake asks for every module on every call.
     """
     try:
-        about = f"{definitions.python()} {package}".encode()
-        key = hashlib.sha256(file.read_bytes() + about).hexdigest()
+        salt = f"{definitions.python()} {package}".encode()
+        key = hashlib.sha256(file.read_bytes() + salt).hexdigest()
     except OSError as e:
         raise RetraceError(f"{file}: cannot be read ({e.strerror})") from e
     if key not in _remembered():

@@ -155,8 +155,8 @@ class Uses(ast.NodeVisitor):
         if node is not None:
             self.visit(node)
 
-    def told(self) -> dict[str, Any]:
-        """The attributes that hold something, as JSON; names and attrs always."""
+    def as_json(self) -> dict[str, Any]:
+        """The attributes that are not empty, as JSON; names and attrs always."""
         found = {"names": sorted(self.names), "attrs": sorted(self.attrs), "imports": self.imports}
         globs = self.globs | (self._made if self._passed else set())
         found |= {"globs": sorted(globs), "strings": sorted(self.strings), "whole": self.whole}

@@ -11,38 +11,45 @@ ridge             least squares to +1 for the class and -1 for the others, with 
 """
 
 import torch
+from jaxtyping import Bool, Float
 from torch import Tensor
 
 from pipeline.probes.logistic import Tasks, absent
 
-FLOOR = 1e-4  # of the mean variance, added to a covariance that few rows leave singular
+FLOOR = 1e-4  # share of the mean variance added to the diagonal: few rows leave it singular
 
 
-def one_hot(tasks: Tasks) -> Tensor:
-    """float32 [n P C]: 1 at a row's class, 0 elsewhere and where it has none."""
+def one_hot(tasks: Tasks) -> Float[Tensor, "rows tasks classes"]:
+    """1 at a row's class, 0 elsewhere and where it has none."""
     codes, most = tasks.codes.T, max(tasks.n_classes)
     known = (codes >= 0)[..., None]
     return torch.nn.functional.one_hot(codes.clamp(min=0), most).float() * known
 
 
-def means(X: Tensor, hot: Tensor) -> Tensor:
-    """Mean of the rows [L n d] of each class, [L d P C]; 0 where a class has no row."""
+def means(
+    X: Float[Tensor, "layers rows dims"], hot: Float[Tensor, "rows tasks classes"]
+) -> Float[Tensor, "layers dims tasks classes"]:
+    """Mean of the rows of each class; 0 where a class has no row."""
     sums = X.mT @ hot.flatten(1)[None]
     return sums.view(*sums.shape[:2], *hot.shape[1:]) / hot.sum(0).clamp(min=1)
 
 
-def mean_difference(X: Tensor, tasks: Tasks, sd: Tensor) -> Tensor:
+def mean_difference(
+    X: Float[Tensor, "layers rows dims"], tasks: Tasks, sd: Float[Tensor, "layers dims"]
+) -> Float[Tensor, "layers dims+1 tasks classes"]:
     """W of the nearest mean in the stream's own units.
 
     Args:
-        sd: by which X was divided, [L d].
+        sd: the standard deviations that X was divided by.
     """
     found = means(X, one_hot(tasks))
     W = found * sd.square()[:, :, None, None]
     return _with_bias(W, -0.5 * (W * found).sum(1, keepdim=True), tasks)
 
 
-def mass_mean(X: Tensor, tasks: Tasks) -> Tensor:
+def mass_mean(
+    X: Float[Tensor, "layers rows dims"], tasks: Tasks
+) -> Float[Tensor, "layers dims+1 tasks classes"]:
     """W of linear discriminant analysis."""
     hot = one_hot(tasks)
     found, counts = means(X, hot), hot.sum(0)  # [L d P C], [P C]
@@ -56,21 +63,26 @@ def mass_mean(X: Tensor, tasks: Tasks) -> Tensor:
     return _with_bias(W, -0.5 * (W * found).sum(1, keepdim=True) + prior, tasks)
 
 
-def ridge(X: Tensor, tasks: Tasks, l2: float) -> Tensor:
+def ridge(
+    X: Float[Tensor, "layers rows dims"], tasks: Tasks, l2: float
+) -> Float[Tensor, "layers dims+1 tasks classes"]:
     """W of least squares to +1 and -1."""
     hot = one_hot(tasks)
     return least_squares(X, 2 * hot - 1, (tasks.codes >= 0).T, l2, tasks)
 
 
 def least_squares(
-    X: Tensor, targets: Tensor, known: Tensor, l2: float, tasks: Tasks | None = None
-) -> Tensor:
+    X: Float[Tensor, "layers rows dims"],
+    targets: Float[Tensor, "rows tasks classes"],
+    known: Bool[Tensor, "rows tasks"],
+    l2: float,
+    tasks: Tasks | None = None,
+) -> Float[Tensor, "layers dims+1 tasks classes"]:
     """W that minimises sum |x W + b - t|^2 + l2 |W|^2 over the known rows.
 
     Args:
-        targets: [n P C].
-        known: which rows count, bool [n P].
-        tasks: whose absent classes are left at 0; default: none is absent.
+        known: which rows of a task count.
+        tasks: the classes that these do not have are left at 0; default: all have all.
     """
     W = torch.zeros(len(X), X.shape[2], *targets.shape[1:], device=X.device)
     bias = torch.zeros(len(X), 1, *targets.shape[1:], device=X.device)
@@ -87,7 +99,9 @@ def least_squares(
     return _with_bias(W, bias, tasks)
 
 
-def _solve(covariance: Tensor, B: Tensor) -> Tensor:
+def _solve(
+    covariance: Float[Tensor, "layers dims dims"], B: Float[Tensor, "layers dims classes"]
+) -> Float[Tensor, "layers dims classes"]:
     """covariance^-1 B, with a floor under its spectrum."""
     A = covariance.double()
     floor = FLOOR * A.diagonal(dim1=1, dim2=2).mean(1)

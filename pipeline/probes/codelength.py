@@ -15,6 +15,7 @@ import math
 from itertools import pairwise
 
 import torch
+from jaxtyping import Float, Float64
 from torch import Tensor
 
 from pipeline.probes import logistic
@@ -31,11 +32,13 @@ def ends(n: int) -> list[int]:
     return [e for e in found if e >= LEAST or e == n] or [n]
 
 
-def online(X: Tensor, tasks: Tasks, l2: float) -> Tensor:
-    """Bits of the online code, [L P].
+def online(
+    X: Float[Tensor, "layers rows dims"], tasks: Tasks, l2: float
+) -> Float64[Tensor, "layers tasks"]:
+    """Bits of the online code.
 
     Args:
-        X: standardised rows [L n d], in the order in which they are sent.
+        X: standardised rows, in the order in which they are sent.
         tasks: rows without a label are not sent.
     """
     stops = ends(X.shape[1])
@@ -55,7 +58,7 @@ def online(X: Tensor, tasks: Tasks, l2: float) -> Tensor:
     return bits
 
 
-def uniform(tasks: Tasks) -> Tensor:
-    """Bits of the uniform code, [P]."""
+def uniform(tasks: Tasks) -> Float64[Tensor, " tasks"]:
+    """Bits of the uniform code."""
     known = (tasks.codes >= 0).sum(1).double().cpu()
     return known * torch.tensor([math.log2(c) for c in tasks.n_classes], dtype=torch.float64)

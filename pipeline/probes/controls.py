@@ -9,13 +9,24 @@ A word type is a token id. A document has none, so its labels have no control ta
 """
 
 import numpy as np
+from jaxtyping import Bool, Int
 
 from pipeline.errors import RetraceError
 from pipeline.text.labels import by_id
 
 
-def control(name: str, codes: np.ndarray, ids: np.ndarray, n_classes: int, seed: int) -> np.ndarray:
-    """The control task of labels, [n], -1 where a row has none.
+def control(
+    name: str,
+    codes: Int[np.ndarray, " rows"],
+    ids: Int[np.ndarray, " rows"],
+    n_classes: int,
+    seed: int,
+) -> Int[np.ndarray, " rows"]:
+    """The control task of labels; -1 where a row has none.
+
+    Args:
+        name: the labels' name, for the error.
+        codes: each row's class; ids: its token id.
 
     Raises:
         RetraceError: fewer word types than classes.
@@ -35,22 +46,28 @@ def control(name: str, codes: np.ndarray, ids: np.ndarray, n_classes: int, seed:
     return out
 
 
-def majority(codes: np.ndarray, test: np.ndarray, n_classes: int) -> np.ndarray:
+def majority(
+    codes: Int[np.ndarray, " rows"], test: Bool[np.ndarray, " rows"], n_classes: int
+) -> Int[np.ndarray, " test_rows"]:
     """The most frequent class of the training rows, for each test row."""
     counts = np.bincount(codes[~test & (codes >= 0)], minlength=n_classes)
     return np.full(int(test.sum()), int(counts.argmax()))
 
 
 def bag_of_ids(
-    codes: np.ndarray, test: np.ndarray, n_classes: int, row: np.ndarray, ids: np.ndarray
-) -> np.ndarray:
+    codes: Int[np.ndarray, " rows"],
+    test: Bool[np.ndarray, " rows"],
+    n_classes: int,
+    row: Int[np.ndarray, " tokens"],
+    ids: Int[np.ndarray, " tokens"],
+) -> Int[np.ndarray, " test_rows"]:
     """What the token ids of a row say, for each test row.
 
     Of one token: the class that its id most often has. Of a document: multinomial naive Bayes over
     its ids, one added to every count.
 
     Args:
-        row, ids: the row of each stored token and its id, [m].
+        row, ids: the row of each stored token, and its id.
     """
     train = ~test & (codes >= 0)
     if len(row) == len(codes):
@@ -66,8 +83,10 @@ def bag_of_ids(
     return (scores + np.log(prior / prior.sum())).argmax(1)[test]
 
 
-def accuracy(found: np.ndarray, codes: np.ndarray, n_classes: int) -> tuple[float, float]:
-    """(share of rows that are right, mean over classes of that share) of the rows with a label."""
+def accuracy(
+    found: Int[np.ndarray, " rows"], codes: Int[np.ndarray, " rows"], n_classes: int
+) -> tuple[float, float]:
+    """Accuracy on the rows with a label, and its mean over classes."""
     known = codes >= 0
     if not known.any():
         return float("nan"), float("nan")

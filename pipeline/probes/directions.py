@@ -47,11 +47,11 @@ class Directions:
         return W[i] - np.delete(W, i, 0).mean(0)
 
     def write(self, path: str | Path, certificate: dict) -> None:
-        """As safetensors, with a certificate."""
+        """Write all probes as safetensors, with a certificate."""
         from safetensors.numpy import save_file
 
-        about = {"classes": json.dumps(self.classes)}
-        tables.atomically(path, lambda to: save_file(self.weights, to, metadata=about))
+        metadata = {"classes": json.dumps(self.classes)}
+        tables.atomically(path, lambda to: save_file(self.weights, to, metadata=metadata))
         tables.stamp_safetensors(path, certificate)
 
     @classmethod

@@ -41,9 +41,9 @@ def read(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     try:
         with safe_open(path, "numpy") as file:
             found = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-            about = file.metadata() or {}
+            metadata = file.metadata() or {}
         norms = {name.split("/")[2]: 0.0 for name in found}
-        return found, {hook: float(about[hook]) for hook in norms}
+        return found, {hook: float(metadata[hook]) for hook in norms}
     except (SafetensorError, ValueError, LookupError, OSError) as e:
         raise RetraceError(
             f"{path}: no directions of the stage steering ({e}); name steering/"
@@ -92,21 +92,21 @@ def write_gguf(path: Path, tensors: dict[str, np.ndarray], model: str) -> None:
     tables.atomically(path, write)
 
 
-def config(hook: str, shape: tuple[int, int], about: dict[str, Any]) -> dict[str, Any]:
+def config(hook: str, shape: tuple[int, int], manifest: dict[str, Any]) -> dict[str, Any]:
     """cfg.json of a SAELens folder with as many latents as `shape` [n d] has rows.
 
     Args:
-        about: manifest.json of the activations.
+        manifest: manifest.json of the activations.
     """
     metadata = {
         "sae_lens_version": version("sae-lens"),  # without it a folder is read as one of before 6
-        "model_name": Path(about["model"]).parent.name,
+        "model_name": Path(manifest["model"]).parent.name,
         "hook_name": hook,
-        "hook_name_bridge": about["hooks"][hook].get("bridge", families.bridge_name(hook)),
-        "context_size": about["n_ctx"],
-        "prepend_bos": about["prepend_bos"],
-        "seqpos_slice": [about["skip_first"], None],
-        "dataset_path": Path(about["corpus"]).parent.name,
+        "hook_name_bridge": manifest["hooks"][hook].get("bridge", families.bridge_name(hook)),
+        "context_size": manifest["n_ctx"],
+        "prepend_bos": manifest["prepend_bos"],
+        "seqpos_slice": [manifest["skip_first"], None],
+        "dataset_path": Path(manifest["corpus"]).parent.name,
     }
     return {
         "architecture": "standard", "d_in": shape[1], "d_sae": shape[0], "dtype": "float32",
@@ -115,7 +115,7 @@ def config(hook: str, shape: tuple[int, int], about: dict[str, Any]) -> dict[str
     }  # fmt: skip
 
 
-def write_saelens(folder: Path, hook: str, found: dict[str, np.ndarray], about: dict) -> None:
+def write_saelens(folder: Path, hook: str, found: dict[str, np.ndarray], manifest: dict) -> None:
     """The decoder rows of one hook."""
     from safetensors.numpy import save_file
 
@@ -127,7 +127,7 @@ def write_saelens(folder: Path, hook: str, found: dict[str, np.ndarray], about: 
     folder.mkdir(parents=True, exist_ok=True)
     tables.atomically(folder / "sae_weights.safetensors", lambda to: save_file(weights, to))
     rows = [name.rpartition("/")[0] for name in names]
-    for file, data in (("cfg.json", config(hook, W.shape, about)), ("names.json", rows)):
+    for file, data in (("cfg.json", config(hook, W.shape, manifest)), ("names.json", rows)):
         text = json.dumps(data, indent=1) + "\n"
         tables.atomically(folder / file, lambda to, text=text: to.write_text(text, "utf-8"))
 
@@ -139,8 +139,8 @@ def export(directions: str, activations: str, out: str) -> list[Path]:
         RetraceError: a file is missing, or the activations lack a hook of the directions.
     """
     found, norms = read(directions)
-    about, folder = tables.read_json(activations), Path(out)
-    missing = [hook for hook in norms if hook not in about.get("hooks", {})]
+    manifest, folder = tables.read_json(activations), Path(out)
+    missing = [hook for hook in norms if hook not in manifest.get("hooks", {})]
     if missing:
         raise RetraceError(
             f"{activations}: has no hook '{missing[0]}', of which {directions} has directions; "
@@ -149,10 +149,10 @@ def export(directions: str, activations: str, out: str) -> list[Path]:
     folder.mkdir(parents=True, exist_ok=True)
     written = []
     for file, tensors in control_vectors(found, norms).items():
-        write_gguf(folder / file, tensors, Path(about["model"]).parent.name)
+        write_gguf(folder / file, tensors, Path(manifest["model"]).parent.name)
         written.append(folder / file)
     for hook in norms:
-        write_saelens(folder / "saelens" / hook, hook, found, about)
+        write_saelens(folder / "saelens" / hook, hook, found, manifest)
         written.append(folder / "saelens" / hook)
     return written
 

@@ -16,11 +16,13 @@ the same rows, so that one pass over a layer's rows serves the classes of all of
    and the one that gives the gradient.
 
 Layers [L], tasks [P] and their vectors of the search are batched; those that are done keep still.
+In signatures `inputs` are the dimensions and the bias.
 """
 
 from dataclasses import dataclass
 
 import torch
+from jaxtyping import Float, Float64, Int
 from torch import Tensor
 
 PIECE = 4096  # rows that go through at a time
@@ -37,11 +39,11 @@ class Tasks:
     """What is read off the same rows.
 
     Attributes:
-        codes: int64 [P n], -1 where a row has no label.
-        n_classes: of each task.
+        codes: each row's class, -1 where it has no label.
+        n_classes: how many classes each task has.
     """
 
-    codes: Tensor
+    codes: Int[Tensor, "tasks rows"]
     n_classes: list[int]
 
     def rows(self, which: slice | Tensor) -> "Tasks":
@@ -54,39 +56,47 @@ class Fit:
     """Probes of standardised rows.
 
     Attributes:
-        W: [L d+1 P C], the bias last; classes that a task has not are 0.
-        loss: the objective over the labelled rows, a row's share of it, nats, [L P].
-        passes: over the rows, of the slowest.
+        W: the weights, the bias last; 0 for classes that a task does not have.
+        loss: the objective, averaged over the labelled rows, in nats.
+        passes: how often the rows were read, until the slowest probe was done.
     """
 
-    W: Tensor
-    loss: Tensor
+    W: Float[Tensor, "layers inputs tasks classes"]
+    loss: Float64[Tensor, "layers tasks"]
     passes: int
 
 
-def moments(X: Tensor) -> tuple[Tensor, Tensor]:
-    """(mean, standard deviation) of rows [L n d], each [L d]; a constant dimension has 1."""
+def moments(
+    X: Float[Tensor, "layers rows dims"],
+) -> tuple[Float[Tensor, "layers dims"], Float[Tensor, "layers dims"]]:
+    """Mean and standard deviation of the rows; the latter is 1 for a constant dimension."""
     mean = X.mean(1)
     sd = (X - mean[:, None]).square().mean(1).sqrt()
     return mean, torch.where(sd > 1e-12, sd, torch.ones_like(sd))
 
 
-def logits(X: Tensor, W: Tensor, n_classes: list[int]) -> Tensor:
-    """[L n P C] of rows [L n d]; -inf for classes that a task has not."""
+def logits(
+    X: Float[Tensor, "layers rows dims"],
+    W: Float[Tensor, "layers dims+1 tasks classes"],
+    n_classes: list[int],
+) -> Float[Tensor, "layers rows tasks classes"]:
+    """Logits of the rows; -inf for classes that a task does not have."""
     n_layers, n, d = X.shape
     flat = W.reshape(n_layers, d + 1, -1)
     out = torch.baddbmm(flat[:, -1:], X, flat[:, :-1]).view(n_layers, n, *W.shape[2:])
     return out + absent(n_classes, W.shape[-1], X.device)
 
 
-def absent(n_classes: list[int], most: int, device: torch.device) -> Tensor:
-    """[P C]: -inf where a task has no such class, else 0."""
+def absent(n_classes: list[int], most: int, device: torch.device) -> Float[Tensor, "tasks classes"]:
+    """-inf where a task has no such class, else 0."""
     there = torch.arange(most)[None] < torch.tensor(n_classes)[:, None]
     return torch.where(there, 0.0, -torch.inf).to(device)
 
 
-def losses(z: Tensor, tasks: Tasks) -> Tensor:
-    """Cross-entropy of each row, nats, [L n P], 0 where it has no label, of logits [L n P C]."""
+def losses(
+    z: Float[Tensor, "layers rows tasks classes"], tasks: Tasks
+) -> Float[Tensor, "layers rows tasks"]:
+    """Cross-entropy of each row in nats, of its logits z; 0 where it has no label."""
     codes = tasks.codes.T[None, ..., None].expand(z.shape[0], -1, -1, 1)
     found = z.gather(-1, codes.clamp(min=0))[..., 0]
     return torch.where(codes[..., 0] >= 0, z.logsumexp(-1) - found, 0.0)
@@ -95,15 +105,17 @@ def losses(z: Tensor, tasks: Tasks) -> Tensor:
 class Objective:
     """The mean loss of the labelled rows and its gradient."""
 
-    def __init__(self, X: Tensor, tasks: Tasks, l2: float) -> None:
+    def __init__(self, X: Float[Tensor, "layers rows dims"], tasks: Tasks, l2: float) -> None:
         self.X, self.tasks = X, tasks
         self.n = (tasks.codes >= 0).sum(1).double().clamp(min=1)  # [P]
-        self.shrink = (l2 / self.n).float()  # of the mean loss
+        self.shrink = (l2 / self.n).float()  # weight of |W|^2 / 2 in the mean loss
         self.absent = absent(tasks.n_classes, max(tasks.n_classes), X.device)
         self.passes = 0
 
-    def __call__(self, W: Tensor) -> tuple[Tensor, Tensor]:
-        """(loss [L P] float64, gradient [L d+1 P C]) at W, in one pass over the rows."""
+    def __call__(
+        self, W: Float[Tensor, "layers inputs tasks classes"]
+    ) -> tuple[Float64[Tensor, "layers tasks"], Float[Tensor, "layers inputs tasks classes"]]:
+        """Loss and gradient at W, in one pass over the rows."""
         n_layers, n, d = self.X.shape
         flat = W.reshape(n_layers, d + 1, -1)
         loss = torch.zeros(n_layers, len(self.n), dtype=torch.float64, device=W.device)
@@ -142,8 +154,10 @@ class Objective:
         return max(PIECE, (1 << 28) // (self.X.shape[0] * self.absent.numel()))
 
 
-def preconditioner(X: Tensor, l2: float, weight: float) -> Tensor:
-    """M [L d+1 d+1] with M M^T = (weight [X 1]^T [X 1] / n + l2 / n)^-1.
+def preconditioner(
+    X: Float[Tensor, "layers rows dims"], l2: float, weight: float
+) -> Float[Tensor, "layers dims+1 dims+1"]:
+    """M with M M^T = (weight [X 1]^T [X 1] / n + l2 / n)^-1.
 
     Of evenly spaced rows, where there are far more of them than dimensions: M decides how many
     passes a search takes, and not where it ends.
@@ -164,9 +178,13 @@ def preconditioner(X: Tensor, l2: float, weight: float) -> Tensor:
 
 
 def fit(
-    X: Tensor, tasks: Tasks, l2: float, W: Tensor | None = None, tolerance: float = TOLERANCE
+    X: Float[Tensor, "layers rows dims"],
+    tasks: Tasks,
+    l2: float,
+    W: Float[Tensor, "layers dims+1 tasks classes"] | None = None,
+    tolerance: float = TOLERANCE,
 ) -> Fit:
-    """The probes of standardised rows X [L n d], to within `tolerance` of the least mean loss.
+    """The probes of standardised rows X, to within `tolerance` of the least mean loss.
 
     Args:
         W: where the search begins; default: at 0.
@@ -183,8 +201,10 @@ def _times(M: Tensor, W: Tensor) -> Tensor:
     return (M @ W.flatten(2)).view_as(W)
 
 
-def _dot(a: Tensor, b: Tensor) -> Tensor:
-    """Inner products of vectors [L d+1 P C] of each layer and task, float64 [L P]."""
+def _dot(
+    a: Float[Tensor, "layers inputs tasks classes"], b: Float[Tensor, "layers inputs tasks classes"]
+) -> Float64[Tensor, "layers tasks"]:
+    """Inner products of the vectors of each layer and task."""
     return (a * b).sum((1, 3), dtype=torch.float64)
 
 

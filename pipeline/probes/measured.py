@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from jaxtyping import Bool, Float, Int
 from torch import Tensor
 
 from pipeline.errors import RetraceError
@@ -41,14 +42,14 @@ class Draw:
     bench: Bench
     split: str
     seed: int
-    test: np.ndarray
+    test: Bool[np.ndarray, " rows"]
     labels: dict[str, Labels]
     real: dict[str, np.ndarray]
     control: dict[str, np.ndarray]
     numbers: dict[str, tuple[np.ndarray, np.ndarray]]
-    order: np.ndarray
+    order: Int[np.ndarray, " train_rows"]
 
-    def tasks(self, rows: np.ndarray, device: torch.device) -> Tasks:
+    def tasks(self, rows: Int[np.ndarray, " some_rows"], device: torch.device) -> Tasks:
         """The real tasks of some rows, then the control tasks."""
         every = [*self.real.values(), *self.control.values()]
         n_classes = [len(self.labels[name].classes) for name in [*self.real, *self.control]]
@@ -88,7 +89,9 @@ def draw(bench: Bench, labels: dict[str, Labels], spec: ProbesSpec, split: str, 
     return Draw(bench, split, seed, test, labels, real, control, numbers, order)
 
 
-def control_numbers(values: np.ndarray, ids: np.ndarray, seed: int, wanted: bool) -> np.ndarray:
+def control_numbers(
+    values: Float[np.ndarray, " rows"], ids: Int[np.ndarray, " rows"], seed: int, wanted: bool
+) -> Float[np.ndarray, " rows"]:
     """A control task of numbers: a value for each word type, drawn from the real ones."""
     out = np.full_like(values, np.nan)
     known = np.isfinite(values)
@@ -107,18 +110,25 @@ class Fitted:
     """A method's probes of a group of layers, ready to be judged.
 
     Attributes:
-        logits: standardised rows [L n d] -> [L n P C].
-        W: where the probe is linear, [L d+1 P C] for standardised rows.
+        logits: standardised rows [layers rows dims] -> [layers rows tasks classes].
+        W: the weights for standardised rows, the bias last; None: the probe is not linear.
         calibrated: whether its softmax is a probability.
     """
 
     logits: Callable[[Tensor], Tensor]
-    W: Tensor | None
+    W: Float[Tensor, "layers inputs tasks classes"] | None
     calibrated: bool
 
 
-def fitted(method: str, X: Tensor, tasks: Tasks, sd: Tensor, spec: ProbesSpec, seed: int) -> Fitted:
-    """A method's probes of standardised training rows [L n d]."""
+def fitted(
+    method: str,
+    X: Float[Tensor, "layers rows dims"],
+    tasks: Tasks,
+    sd: Float[Tensor, "layers dims"],
+    spec: ProbesSpec,
+    seed: int,
+) -> Fitted:
+    """A method's probes of standardised training rows."""
     if method == "mlp":
         probe = mlp.fit(X, tasks, spec.mlp, seed)
         return Fitted(lambda x: probe.logits(x, tasks.n_classes), None, True)
@@ -178,8 +188,10 @@ def measure(
                 yield row, weights
 
 
-def as_they_are(W: Tensor, mean: Tensor, sd: Tensor) -> Tensor:
-    """Weights [C d+1] for rows as they are, of W [d+1 C] for standardised rows."""
+def as_they_are(
+    W: Float[Tensor, "inputs classes"], mean: Float[Tensor, " dims"], sd: Float[Tensor, " dims"]
+) -> Float[Tensor, "classes dims+1"]:
+    """Weights for rows as they are stored, of the weights W for standardised rows."""
     slopes = (W[:-1] / sd[:, None]).T
     return torch.cat([slopes, (W[-1] - slopes @ mean)[:, None]], 1)
 
@@ -223,8 +235,8 @@ def _judged(
     return out
 
 
-def mean_loss(z: Tensor, tasks: Tasks) -> list[list[float]]:
-    """Mean cross-entropy over the rows with a label, nats, [L P]."""
+def mean_loss(z: Float[Tensor, "layers rows tasks classes"], tasks: Tasks) -> list[list[float]]:
+    """Mean cross-entropy over the rows with a label in nats, of each layer and task."""
     counts = (tasks.codes >= 0).sum(1).clamp(min=1)
     return (logistic.losses(z, tasks).double().sum(1) / counts).tolist()
 
@@ -288,10 +300,10 @@ def baselines(drawn: Draw) -> Iterator[dict[str, Any]]:
 def groups(names: list[str], n: int, widths: list[int], device: torch.device) -> list[list[str]]:
     """Hooks that are fitted together: of one width, and few enough for memory."""
     out: list[list[str]] = []
-    room = GROUP_BYTES.get(device.type, GROUP_BYTES["cpu"])
+    budget = GROUP_BYTES.get(device.type, GROUP_BYTES["cpu"])
     for i, hook in enumerate(names):
         alike = out and widths[i] == widths[i - 1]
-        if alike and (len(out[-1]) + 1) * n * widths[i] * 4 <= room:
+        if alike and (len(out[-1]) + 1) * n * widths[i] * 4 <= budget:
             out[-1].append(hook)
         else:
             out.append([hook])

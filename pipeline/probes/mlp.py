@@ -6,6 +6,7 @@ all see the same rows in the same order: an epoch is a permutation drawn from th
 """
 
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from pipeline.probes.logistic import Tasks, absent, losses
@@ -23,7 +24,7 @@ class Mlp:
         """
         Args:
             shape: layers, d, tasks, classes at most.
-            seed: of the first weights, normal with variance 2 / fan-in (He et al. 2015).
+            seed: draws the first weights, normal with variance 2 / fan-in (He et al. 2015).
         """
         n_layers, d, n_tasks, most = shape
         draw = torch.Generator().manual_seed(seed)
@@ -37,16 +38,18 @@ class Mlp:
         self.weights = [w.to(device) for w in self.weights]
         return self
 
-    def logits(self, X: Tensor, n_classes: list[int]) -> Tensor:
-        """[L n P C] of rows [L n d]; -inf for classes that a task has not."""
+    def logits(
+        self, X: Float[Tensor, "layers rows dims"], n_classes: list[int]
+    ) -> Float[Tensor, "layers rows tasks classes"]:
+        """Logits of the rows; -inf for classes that a task does not have."""
         first, b, last, c = self.weights
         h = (X @ first.flatten(2)).view(*X.shape[:2], *first.shape[2:]) + b[:, None]
         z = torch.einsum("lnph,lphc->lnpc", h.relu(), last) + c[:, None]
         return z + absent(n_classes, c.shape[-1], X.device)
 
 
-def fit(X: Tensor, tasks: Tasks, spec: MlpSpec, seed: int) -> Mlp:
-    """Probes trained on standardised rows [L n d]."""
+def fit(X: Float[Tensor, "layers rows dims"], tasks: Tasks, spec: MlpSpec, seed: int) -> Mlp:
+    """Probes trained on standardised rows."""
     n_layers, n, d = X.shape
     shape = (n_layers, d, len(tasks.n_classes), max(tasks.n_classes))
     probe = Mlp(shape, spec.hidden, seed).to(X.device)

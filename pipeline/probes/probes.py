@@ -62,7 +62,7 @@ def measure(
     """The table scores, and the linear probes of the first seed.
 
     Args:
-        benches: of each `per`, token, document or last.
+        benches: one for each `per`: token, document or last.
         names: hooks.
     """
     out, kept = [], Directions()
@@ -110,12 +110,12 @@ def work(job: cli.Job) -> None:
             known = [found.known for found in labels.values() if found.per == per]
             benches[per] = rows.bench(args.activations, per, names, corpus, known, spec.n_rows)
         scores, kept = measure(benches, labels, names, spec, device)
-    about = [row for found in labels.values() for row in label_rows(benches[found.per], found)]
+    described = [row for found in labels.values() for row in label_rows(benches[found.per], found)]
     columns = ["label", "per", "class", "rows", "documents", "types"]
     inputs = [args.activations, args.corpus, args.documents, args.model, *args.label_files]
     made = job.certificate(inputs, seed=spec.seeds)
     tables.write_table(args.scores, scores, made)
-    tables.write_table(args.labels, pd.DataFrame(about, columns=columns), made)
+    tables.write_table(args.labels, pd.DataFrame(described, columns=columns), made)
     kept.write(args.directions, made)
 
 

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from jaxtyping import Float, Float32, Int
 from torch import Tensor
 
 from pipeline.activations.rows import to_tensor
@@ -28,35 +29,35 @@ class Bench:
     """Rows of one kind, for all hooks.
 
     Attributes:
-        manifest: of the activations.
+        manifest: path of the activations' manifest.json.
         per: token, document or last.
-        block, position: of the stored rows that are read, in their order, [m].
-        row: which row of the bench each of these belongs to, [m]; of tokens 0 to m - 1.
-        ids: token ids of the stored rows, [m].
-        document, token: of the bench's rows, [n]; token is the last of a document's.
+        block, position: where the stored rows that are read lie, in their order.
+        row: which row of the bench each of these belongs to; where a row is a token, 0, 1, 2 ….
+        ids: token ids of the stored rows.
+        document, token: document and token id of each row of the bench; a document's last token.
     """
 
     manifest: str
     per: str
-    block: np.ndarray
-    position: np.ndarray
-    row: np.ndarray
-    ids: np.ndarray
-    document: np.ndarray
-    token: np.ndarray
+    block: Int[np.ndarray, " stored"]
+    position: Int[np.ndarray, " stored"]
+    row: Int[np.ndarray, " stored"]
+    ids: Int[np.ndarray, " stored"]
+    document: Int[np.ndarray, " rows"]
+    token: Int[np.ndarray, " rows"]
 
     def __len__(self) -> int:
         return len(self.document)
 
-    def labels(self, found: Labels) -> np.ndarray:
-        """The label of each row, [n]: codes, -1 for none, or numbers, NaN for none."""
+    def labels(self, found: Labels) -> Int[np.ndarray, " rows"] | Float[np.ndarray, " rows"]:
+        """The label of each row: codes, -1 for none, or numbers, NaN for none."""
         values = found.values[self.block, self.position]
         out = np.full(len(self), -1 if found.classes else np.nan, values.dtype)
         out[self.row] = values  # all rows of a document have one label, or the last one's counts
         return out
 
-    def acts(self, hook: str, device: torch.device) -> Tensor:
-        """Activations of the rows, float32 [n d].
+    def acts(self, hook: str, device: torch.device) -> Float32[Tensor, "rows dims"]:
+        """Activations of the rows.
 
         Raises:
             RetraceError: NaN or infinity among them.
@@ -77,7 +78,10 @@ class Bench:
 
 
 def _matching(
-    manifest: str, hook: str, block: np.ndarray, position: np.ndarray
+    manifest: str,
+    hook: str,
+    block: Int[np.ndarray, " stored"],
+    position: Int[np.ndarray, " stored"],
 ) -> Iterator[tuple[np.ndarray, Tensor]]:
     """(which of the wanted rows, their activations as stored), batch by batch."""
     wanted = key(block, position)
@@ -93,12 +97,16 @@ def _matching(
                 yield order[place[here]], to_tensor(raw[here], rows.dtype)
 
 
-def key(block: np.ndarray, position: np.ndarray) -> np.ndarray:
+def key(
+    block: Int[np.ndarray, " stored"], position: Int[np.ndarray, " stored"]
+) -> Int[np.ndarray, " stored"]:
     """One number for a place in a corpus, in its order."""
     return block.astype(np.int64) << 24 | position.astype(np.int64)
 
 
-def stored_places(manifest: str, names: list[str], corpus: Corpus) -> tuple[np.ndarray, np.ndarray]:
+def stored_places(
+    manifest: str, names: list[str], corpus: Corpus
+) -> tuple[Int[np.ndarray, " stored"], Int[np.ndarray, " stored"]]:
     """(block, position) of the tokens that every hook has a row of, BOS left out.
 
     Raises:
@@ -131,8 +139,9 @@ def bench(
     """The rows of one kind.
 
     Args:
-        known: of each label, which tokens of the corpus have one, bool [blocks n_ctx].
-        n_rows: of tokens, at most; drawn at random, the same for all seeds, hooks and arms.
+        known: for each label, which tokens of the corpus have one, bool [blocks n_ctx].
+        n_rows: tokens that are taken, at most; drawn at random, and the same for all seeds, hooks
+            and arms.
     """
     block, position = stored_places(manifest, names, corpus)
     any_label = np.logical_or.reduce([k[block, position] for k in known])
@@ -163,7 +172,7 @@ def held_out(bench: Bench, split: str, share: float, seed: int) -> np.ndarray:
 
     Args:
         split: document: all rows of documents that are drawn; token: rows, drawn one by one.
-        share: of the documents or rows.
+        share: which share of the documents or rows is held out.
     """
     if split == "document":
         return reading.held_out(bench.document, share, seed)

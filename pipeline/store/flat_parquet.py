@@ -2,7 +2,7 @@
 
 A shard of activations is read far more often than written. In this layout a column's values lie
 in the file as they lie in memory, so that reading is `np.memmap`, and writing is the disk's work.
-pyarrow's writer cannot be told to lay a file out so (it cuts pages at their row count and copies
+pyarrow's writer cannot lay a file out so (it cuts pages at their row count and copies
 values three times); any Parquet reader reads the file, and a test lets pyarrow do it.
 
 The footer is Thrift's compact protocol, by Parquet's format specification (parquet.thrift,
@@ -100,11 +100,11 @@ def pieces(columns: dict[str, np.ndarray], metadata: dict[str, str]) -> list[byt
         at = start + size
         length = [(2, I32, cell)] if kind == FIXED_LEN_BYTE_ARRAY else []
         schema.append(struct((1, I32, kind), *length, (3, I32, REQUIRED), (4, BINARY, name)))
-        about = struct(
+        chunk_meta = struct(
             (1, I32, kind), (2, LIST, (I32, [PLAIN])), (3, LIST, (BINARY, [name])),
             (4, I32, UNCOMPRESSED), (5, I64, rows), (6, I64, size), (7, I64, size), (9, I64, start),
         )  # fmt: skip
-        chunks.append(struct((2, I64, start), (3, STRUCT, about)))
+        chunks.append(struct((2, I64, start), (3, STRUCT, chunk_meta)))
     group = struct((1, LIST, (STRUCT, chunks)), (2, I64, at), (3, I64, rows))
     pairs = [struct((1, BINARY, k), (2, BINARY, v)) for k, v in metadata.items()]
     footer = struct(
@@ -154,12 +154,14 @@ def _columns(path: str | Path, found: Any) -> dict[str, np.ndarray]:
     whole = np.memmap(path, np.uint8, "r").view(np.ndarray)
     columns = {}
     for i in range(found.num_columns):
-        chunk, about = found.row_group(0).column(i), found.schema.column(i)
-        cell = about.length or 4
+        chunk, declared = found.row_group(0).column(i), found.schema.column(i)
+        cell = declared.length or 4
         end = chunk.data_page_offset + chunk.total_compressed_size
         start = end - found.num_rows * cell
         if not 0 <= start <= end <= len(whole):
-            raise ValueError(f"column {about.name} lies outside the file")
+            raise ValueError(f"column {declared.name} lies outside the file")
         values = whole[start:end]
-        columns[about.name] = values.reshape(-1, cell) if about.length else values.view(np.int32)
+        columns[declared.name] = (
+            values.reshape(-1, cell) if declared.length else values.view(np.int32)
+        )
     return columns

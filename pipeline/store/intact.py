@@ -1,4 +1,4 @@
-"""Damage is told before it is used: seals of files, and the check of all that a job reads.
+"""Damage is found before a file is used: seals of files, and the check of all that a job reads.
 
 1. A seal is the sha256 of a whole file whose own 64 digits are zeros. It stands in the file's
    certificate, so that one changed bit anywhere is found, in the certificate as in the content.
@@ -116,8 +116,8 @@ def _sha256_of(path: str, stamp: tuple) -> str:
 def broken(path: Path, certificate: dict[str, Any] | None = None) -> str:
     """What is wrong with a sealed file; blank where nothing is."""
     start, value = _place(path)
-    told = (certificate or {}).get("seal", value)
-    if value != told or _sha256(path, start) != value:
+    sealed = (certificate or {}).get("seal", value)
+    if value != sealed or _sha256(path, start) != value:
         return f"{path}: changed since stage {(certificate or {}).get('stage', 'release')} wrote it"
     return ""
 
@@ -137,9 +137,9 @@ def noted_sha256(file: Path, notes: Path) -> str:
     if stamp[2] > NOTED and time.time() - max(stamp[3:]) / 1e9 > RACY and stamp == stamp_of(file):
         with contextlib.suppress(OSError):  # then it is computed again
             notes.mkdir(parents=True, exist_ok=True)
-            about = {"file": list(stamp), "sha256": sha}
+            found = {"file": list(stamp), "sha256": sha}
             temporary = note.with_name(f".{note.name}.{os.getpid()}.tmp")
-            temporary.write_text(json.dumps({**about, "note": provenance.digest(about)}))
+            temporary.write_text(json.dumps({**found, "note": provenance.digest(found)}))
             temporary.replace(note)
     return sha
 
@@ -147,9 +147,9 @@ def noted_sha256(file: Path, notes: Path) -> str:
 def _noted(note: Path, stamp: tuple) -> str:
     """The digest that a note holds; blank where it is not of this stamp, or damaged."""
     try:
-        about = json.loads(note.read_text(encoding="utf-8"))
-        whole = about.pop("note") == provenance.digest(about)
-        return about["sha256"] if whole and tuple(about["file"]) == stamp else ""
+        found = json.loads(note.read_text(encoding="utf-8"))
+        whole = found.pop("note") == provenance.digest(found)
+        return found["sha256"] if whole and tuple(found["file"]) == stamp else ""
     except (OSError, ValueError, LookupError, TypeError, AttributeError):
         return ""
 

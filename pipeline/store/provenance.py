@@ -277,7 +277,7 @@ def locate(name: str, near: Path, base: str | Path = "") -> Path | None:
     the base is another run, and its files are not theirs.
 
     Args:
-        name: of the input, in a certificate.
+        name: the input's name in a certificate.
         near: the file that carries the certificate.
         base: the folder that names are relative to.
 
@@ -310,7 +310,7 @@ def chain(path: str | Path, base: str | Path = "") -> Iterator[tuple[int, Path, 
         if file in seen:
             continue
         seen.add(file)
-        # a name that leads out of the base is told, and never opened
+        # a name that leads out of the base is reported, and never opened
         cert = read(file) if file not in outside and is_file(file) else None
         yield depth, file, cert
         for name in sorted((cert or {}).get("inputs", {}), reverse=True):

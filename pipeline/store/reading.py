@@ -127,8 +127,8 @@ def held_out(documents: np.ndarray | pd.Series, share: float = 0.3, seed: int = 
 
     Args:
         documents: the document of each row, [n].
-        share: of the documents; at least one is held out, and one is not.
-        seed: of the draw.
+        share: which share of the documents is held out; at least one is, and one is not.
+        seed: draws the documents that are held out.
 
     Returns:
         bool [n].

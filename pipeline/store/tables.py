@@ -75,7 +75,7 @@ def write_tables(
     Args:
         parts: called twice, since the certificate holds a digest of all that is written; whoever
             has more than memory holds gives a generator. Each part begins a row group.
-        schema: of each of them.
+        schema: the one schema of all parts.
     """
     import pyarrow.parquet as pq
 

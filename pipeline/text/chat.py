@@ -27,7 +27,7 @@ def encoder(
     Args:
         bos_id: where blocks begin with BOS, the one that the template writes first is taken off;
             None leaves it.
-        name: of the text, for faults.
+        name: the text's name, for error messages.
 
     Raises:
         RetraceError: the tokenizer has no chat template; later, messages that it does not take.
@@ -64,7 +64,7 @@ def encoder(
         chats = [json.loads(text) for text in texts]
         try:
             found = ids_of(chats)
-        except Exception as e:  # of Jinja, or whatever a template's code meets
+        except Exception as e:  # an error of Jinja, or whatever a template's code raises
             raise refused(chats) from e
         arrays = [np.asarray(ids, np.int32) for ids in found]
         leads = bos_id is not None

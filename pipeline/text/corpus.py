@@ -40,7 +40,7 @@ DOCUMENTS = 1 << 16  # rows of documents.parquet that are written at a time
 
 
 def block_schema() -> Any:
-    """Of tokens.parquet."""
+    """The schema of tokens.parquet."""
     import pyarrow as pa
 
     ids = pa.list_(pa.int32())
@@ -84,7 +84,7 @@ def _slice(stream: Stream, start: int, end: int) -> Stream:
 
 
 def document_schema() -> Any:
-    """Of documents.parquet."""
+    """The schema of documents.parquet."""
     import pyarrow as pa
 
     texts = {name: pa.string() for name in ("title", "label")}
@@ -223,11 +223,11 @@ def main() -> None:
         os.environ |= {"RAYON_NUM_THREADS": str(args.threads), "TOKENIZERS_PARALLELISM": "true"}
         tokenizer, info = load_tokenizer(args.tokenizer), tables.read_json(args.tokenizer)
         bos_id, eos_id = special_ids(spec, info["bos_id"], tokenizer.eos_token_id)
-        room = Path(args.out).parent
+        scratch = Path(args.out).parent
         found = sources.read(spec, Path(f"{args.out}.partial"), vocabulary(tokenizer, info))
         _same_text(info, found, args.tokenizer)
         encode = checked(encoding(found, spec, tokenizer, info), info, args.tokenizer)
-        streams = split(found.texts, spec, encode, eos_id, found.name, room)
+        streams = split(found.texts, spec, encode, eos_id, found.name, scratch)
         if spec.shuffle:
             streams = shuffled(streams, spec.seed)
         made = job.certificate(

@@ -28,7 +28,7 @@ from pipeline.text import columns, streams
 
 SUFFIXES = (".txt", ".json", ".jsonl", ".parquet")
 BLANK_LINE = re.compile(r"\n[^\S\n]*\n\s*")
-ROWS = 256  # of a Parquet file, read at a time
+ROWS = 256  # rows of a Parquet file that are read at a time
 
 
 class Fields(NamedTuple):

@@ -68,7 +68,7 @@ class Corpus:
 
     @classmethod
     def read(cls, tokens: str | Path, documents: str | Path) -> "Corpus":
-        """Of the stage corpus's two tables."""
+        """The corpus in the two tables of stage corpus."""
         blocks = Blocks(tokens)
         ids, owners = blocks.read(0, len(blocks))
         frame = tables.read_table(documents, ["document", "title", "label"])
@@ -244,9 +244,9 @@ def _numbers(name: str, raw: np.ndarray) -> np.ndarray:
         ) from None
     known = values[np.isfinite(values)]
     if not len(known) or known.min() == known.max():
-        told = f"all numbers are {known[0]:g}" if len(known) else "no token has a number"
+        reason = f"all numbers are {known[0]:g}" if len(known) else "no token has a number"
         raise RetraceError(
-            f"probes.labels.{name}: {told}, so there is nothing to learn; correct it"
+            f"probes.labels.{name}: {reason}, so there is nothing to learn; correct it"
         )
     return values.reshape(raw.shape)
 
@@ -266,12 +266,12 @@ def _classes(name: str, spec: LabelSpec, raw: np.ndarray, owner: np.ndarray) -> 
             )
     there = sorted(c for c in spec.classes or counts if counts[c] >= spec.least)
     if len(there) < 2:
-        told = ", ".join(f"{c} ({n})" for c, n in counts.most_common(5)) or "none"
+        listed = ", ".join(f"{c} ({n})" for c, n in counts.most_common(5)) or "none"
         raise RetraceError(
             f"probes.labels.{name}: one class only has {spec.least} rows or more; a probe tells "
-            f"at least two apart, and the classes are {told}; take more text or lower least"
+            f"at least two apart, and the classes are {listed}; take more text or lower least"
             if there
-            else f"probes.labels.{name}: no class has {spec.least} rows; the classes are {told}; "
+            else f"probes.labels.{name}: no class has {spec.least} rows; the classes are {listed}; "
             f"take more text or lower least"
         )
     code = {c: i for i, c in enumerate(there)}
@@ -286,7 +286,7 @@ def by_id(ids: np.ndarray, codes: np.ndarray, n_classes: int) -> Callable[[np.nd
     """The bag-of-ids rule for one token: the class that its id most often has.
 
     Args:
-        ids, codes: of the training rows, [n].
+        ids, codes: token id and class of each training row, [n].
 
     Returns:
         ids -> codes; one that training never saw gets the most frequent class, and so does a tie.

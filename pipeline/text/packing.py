@@ -56,7 +56,7 @@ def take(
     n: int,
     encode: Encode,
     eos_id: int | None,
-    room: Path | None = None,
+    scratch: Path | None = None,
 ) -> Stream:
     """The first n tokens of documents in the given order, each closed by EOS.
 
@@ -65,10 +65,10 @@ def take(
         order: indices into texts, tokenised until n tokens are there.
         encode: texts -> int32 token ids of each.
         eos_id: None leaves documents unclosed.
-        room: folder of the files that the tokens lie in; default: of temporary files.
+        scratch: folder of the files that the tokens lie in; default: of temporary files.
     """
     end = np.array([] if eos_id is None else [eos_id], np.int32)
-    tokens, owners, used = (spool.Ids(room) for _ in range(3))
+    tokens, owners, used = (spool.Ids(scratch) for _ in range(3))
     found = 0
     progress = cli.Progress("corpus", n, "tokens")
     for chosen, some in batches(texts, order if n else []):
@@ -106,25 +106,25 @@ def split(
     encode: Encode,
     eos_id: int | None,
     source: str,
-    room: Path | None = None,
+    scratch: Path | None = None,
 ) -> dict[str, Stream]:
     """The streams of train and eval, cut to whole blocks.
 
     Args:
         eos_id: closes every document; None: nothing does.
-        room: see `take`.
+        scratch: see `take`.
 
     Raises:
         RetraceError: the corpus is too short; it says how many tokens there are.
     """
     return (_split_tail if spec.split == "tail" else _split_documents)(
-        texts, spec, encode, eos_id, source, room
+        texts, spec, encode, eos_id, source, scratch
     )
 
 
 def _split_documents(
     texts: Sequence[Any], spec: CorpusSpec, encode: Encode, eos_id: int | None, source: str,
-    room: Path | None,
+    scratch: Path | None,
 ) -> dict[str, Stream]:  # fmt: skip
     """Train and eval from different documents, in a random order."""
     if 0 < spec.n_eval_tokens < spec.n_ctx:
@@ -136,12 +136,12 @@ def _split_documents(
     need = {s: n // spec.n_ctx * body for s, n in
             (("train", spec.n_tokens), ("eval", spec.n_eval_tokens))}  # fmt: skip
     order = np.random.default_rng(spec.seed).permutation(len(texts))
-    held_out = take(texts, order[::-1], need["eval"], encode, eos_id, room)
+    held_out = take(texts, order[::-1], need["eval"], encode, eos_id, scratch)
     rest = order[: len(order) - len(held_out.used)]
     if spec.n_tokens:
-        train = take(texts, rest, need["train"], encode, eos_id, room)
+        train = take(texts, rest, need["train"], encode, eos_id, scratch)
     else:
-        train = _whole_blocks(take(texts, rest, sys.maxsize, encode, eos_id, room), body)
+        train = _whole_blocks(take(texts, rest, sys.maxsize, encode, eos_id, scratch), body)
         need["train"] = body  # one block, at least
     if len(train.tokens) < need["train"] or len(held_out.tokens) < need["eval"]:
         every = (ids for _, some in batches(texts, range(len(texts))) for ids in encode(some))
@@ -156,13 +156,13 @@ def _split_documents(
 
 def _split_tail(
     texts: Sequence[Any], spec: CorpusSpec, encode: Encode, eos_id: int | None, source: str,
-    room: Path | None,
+    scratch: Path | None,
 ) -> dict[str, Stream]:  # fmt: skip
     """The last eval_share of all tokens is eval, what stands before it train; in text order.
 
     n_tokens keeps the end of train, n_eval_tokens the start of eval, so that they stay neighbours.
     """
-    whole = take(texts, range(len(texts)), sys.maxsize, encode, eos_id, room)
+    whole = take(texts, range(len(texts)), sys.maxsize, encode, eos_id, scratch)
     n, body = len(whole.tokens), spec.n_ctx - spec.prepend_bos
     border = int(n * (1 - spec.eval_share))
     caps = [(k // spec.n_ctx or sys.maxsize) * body for k in (spec.n_tokens, spec.n_eval_tokens)]

@@ -90,7 +90,7 @@ class Prompts:
     variant: list[str] = field(default_factory=list)
 
     def data(self) -> dict[str, Any]:
-        """As the stage circuits takes prompts."""
+        """The prompts in the form that stage circuits takes."""
         names = ("clean", "corrupt", "answer", "foil", "positions")
         return {name: getattr(self, name) for name in names}
 

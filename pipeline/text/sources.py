@@ -41,7 +41,7 @@ class Alike:
 
     Attributes:
         first, last: the token that every row begins or ends with.
-        length: of every row.
+        length: token ids per row.
     """
 
     first: int | None = None
@@ -64,7 +64,7 @@ class Text:
     Attributes:
         texts: document -> text, messages as JSON, or int32 token ids; on disk.
         about: document -> (title, label); on disk.
-        commit: of a hub's dataset, or empty.
+        commit: that of the hub's dataset; empty for other sources.
     """
 
     texts: spool.Spool
@@ -129,9 +129,9 @@ def read(spec: CorpusSpec, folder: Path, below: int = 0) -> Text:
         below: token ids of a pretokenised column must be smaller.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    room = folder.parent
-    made = spool.token_rows(room) if spec.tokens_column else spool.texts(room)
-    about, alike = spool.Spool(room, _said, _read_said), Alike()
+    scratch = folder.parent
+    made = spool.token_rows(scratch) if spec.tokens_column else spool.texts(scratch)
+    about, alike = spool.Spool(scratch, _said, _read_said), Alike()
     try:
         source = open_source(spec, folder)
         digests = [source.sha256()]

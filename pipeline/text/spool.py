@@ -18,22 +18,22 @@ import numpy as np
 BUFFER = 1 << 20  # bytes
 
 
-def _nameless(room: Path | None) -> IO[bytes]:
-    return tempfile.TemporaryFile(dir=room, buffering=BUFFER)
+def _nameless(scratch: Path | None) -> IO[bytes]:
+    return tempfile.TemporaryFile(dir=scratch, buffering=BUFFER)
 
 
 class Spool(Sequence):
     """Values that are written one after another and read in any order.
 
     Args:
-        room: folder of the file; None: the system's own for temporary files.
+        scratch: folder of the file; None: the system's own for temporary files.
         encode, decode: value -> bytes, and back.
     """
 
     def __init__(
-        self, room: Path | None, encode: Callable[[Any], bytes], decode: Callable[[bytes], Any]
+        self, scratch: Path | None, encode: Callable[[Any], bytes], decode: Callable[[bytes], Any]
     ) -> None:
-        self._file = _nameless(room)
+        self._file = _nameless(scratch)
         self._ends = array("q", [0])
         self._encode, self._decode = encode, decode
 
@@ -54,21 +54,21 @@ class Spool(Sequence):
         return (self[i] for i in range(len(self)))
 
 
-def texts(room: Path | None) -> Spool:
+def texts(scratch: Path | None) -> Spool:
     """A spool of strings."""
-    return Spool(room, str.encode, bytes.decode)
+    return Spool(scratch, str.encode, bytes.decode)
 
 
-def token_rows(room: Path | None) -> Spool:
+def token_rows(scratch: Path | None) -> Spool:
     """A spool of int32 arrays."""
-    return Spool(room, np.ndarray.tobytes, lambda data: np.frombuffer(data, np.int32))
+    return Spool(scratch, np.ndarray.tobytes, lambda data: np.frombuffer(data, np.int32))
 
 
 class Ids:
     """int32 numbers that are appended, then read as one array that lies on disk."""
 
-    def __init__(self, room: Path | None) -> None:
-        self._file = _nameless(room)
+    def __init__(self, scratch: Path | None) -> None:
+        self._file = _nameless(scratch)
         self._n = 0
 
     def append(self, ids: np.ndarray) -> None:

@@ -112,9 +112,9 @@ def _behind_another(backend: Any, ids: list[int]) -> list[str]:
     fronts = [w for w, two in zip(words, twice, strict=True) if two.startswith(w[1])]
     if not fronts:
         return alone
-    front, shown = fronts[0]
+    front, front_text = fronts[0]
     pairs = zip(decode([[front, i] for i in ids]), alone, strict=True)
-    return [p.removeprefix(shown) if p.startswith(shown) else a for p, a in pairs]
+    return [p.removeprefix(front_text) if p.startswith(front_text) else a for p, a in pairs]
 
 
 def _bytes_of(name: str, text: str, alphabet: dict[str, int]) -> bytes:

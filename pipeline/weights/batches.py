@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from jaxtyping import Int
 from torch import Tensor
 
 from pipeline.errors import RetraceError, nearest
@@ -110,8 +111,10 @@ def seeded(*identity: int) -> int:
     return int.from_bytes(hashlib.sha256(repr(identity).encode()).digest()[:4], "big")
 
 
-def windows(ids: Tensor, n_ctx: int) -> Pair:
-    """Consecutive windows of a text, and for each token the one behind it: [windows n_ctx] each."""
+def windows(
+    ids: Int[Tensor, " tokens"], n_ctx: int
+) -> tuple[Int[Tensor, "windows n_ctx"], Int[Tensor, "windows n_ctx"]]:
+    """Consecutive windows of a text, and for each token the one behind it."""
     n = (len(ids) - 1) // n_ctx
     return ids[: n * n_ctx].view(n, n_ctx), ids[1 : n * n_ctx + 1].view(n, n_ctx)
 

@@ -23,7 +23,7 @@ class Curves:
     """What the evaluations of a run gave.
 
     Args:
-        data: of every member.
+        data: one per member.
         flat: the members' first weights.
 
     Attributes:

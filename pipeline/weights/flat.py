@@ -15,7 +15,7 @@ class Layout:
     """Which parameters of a model are trained, in the order in which a row of weights holds them.
 
     Attributes:
-        names: of the trained parameters.
+        names: the trained parameters' names.
         shapes, sizes: shape and number of values of each.
     """
 

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Shaped
 
 from pipeline.errors import RetraceError
 
@@ -100,11 +101,13 @@ def hf_name(name: str) -> str:
         raise RetraceError(f"GGUF tensor '{name}': a Llama model has none of that name") from None
 
 
-def undo_interleaving(w: np.ndarray, n_heads: int) -> np.ndarray:
+def undo_interleaving(
+    w: Shaped[np.ndarray, "rows d_model"], n_heads: int
+) -> Shaped[np.ndarray, "rows d_model"]:
     """Rows of W_Q or W_K from llama.cpp's order of rotary pairs to Hugging Face's.
 
     Args:
-        w: [n_heads * d_head, d_model], rows (pair 0 first, pair 0 second, pair 1 first, …).
+        w: n_heads * d_head rows (pair 0 first, pair 0 second, pair 1 first, …).
 
     Returns:
         The same shape, rows of a head (all firsts, all seconds).

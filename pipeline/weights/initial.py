@@ -57,7 +57,7 @@ def initial(model: nn.Module, architecture: Architecture, seed: int) -> None:
 
 
 def learning_rate(how: Optimiser, lr: float, step: int, steps: int) -> float:
-    """Of the step-th update, counted from 1.
+    """Learning rate of update `step`, counted from 1.
 
     Linear warm-up lr · step / warmup; then constant, or a cosine from lr to min_lr that ends at
     decay_steps.

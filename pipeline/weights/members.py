@@ -28,7 +28,7 @@ class Members:
     """All members of a run.
 
     Args:
-        data: of every member, in the order of spec.members().
+        data: one per member, in the order of spec.members().
 
     Attributes:
         flat: trained weights, [members n].
@@ -37,7 +37,7 @@ class Members:
         curves: what the evaluations gave.
     """
 
-    name = "members"  # of their file in a checkpoint
+    name = "members"  # the name of their file in a checkpoint
 
     def __init__(self, spec: TrainingSpec, data: list[Batches], device: torch.device) -> None:
         self.spec, self.data, self.device = spec, data, device

@@ -26,6 +26,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
+from jaxtyping import Float, Int
 from pydantic import Field
 from torch import Tensor, nn
 
@@ -57,11 +58,13 @@ class TunedLensSpec(Section):
     save_every: int = Field(default=25, ge=1, exclude=True, description="steps between states")
 
 
-def vocabulary(p: Tensor, how: TunedLensSpec, step: int) -> tuple[Tensor | None, Tensor | None]:
-    """Tokens in the softmax of a step and the logarithm of how many each stands for, [columns].
+def vocabulary(
+    p: Float[Tensor, "tokens d_vocab"], how: TunedLensSpec, step: int
+) -> tuple[Int[Tensor, " columns"] | None, Float[Tensor, " columns"] | None]:
+    """Tokens in the softmax of a step and the logarithm of how many each stands for.
 
     Args:
-        p: the model's prediction, [tokens d_vocab].
+        p: the model's prediction.
 
     Returns:
         None, None for the whole vocabulary.
@@ -82,12 +85,14 @@ class TunedLens:
     """The translators of one model in training.
 
     Args:
-        name: of the model.
+        name: the model's name, for error messages and files.
         hf: the model.
-        blocks: training tokens, [blocks pos].
+        blocks: training tokens.
     """
 
-    def __init__(self, name: str, hf: nn.Module, blocks: Tensor, how: TunedLensSpec) -> None:
+    def __init__(
+        self, name: str, hf: nn.Module, blocks: Int[Tensor, "blocks pos"], how: TunedLensSpec
+    ) -> None:
         self.name, self.hf, self.blocks, self.how = name, hf, blocks, how
         self.layers = list(range(0, lens.n_layers(hf), how.every))
         d = hf.config.hidden_size
@@ -116,7 +121,7 @@ class TunedLens:
         )
 
     def learning_rate(self, step: int) -> float:
-        """Of a step, counted from 0."""
+        """Learning rate of a step, counted from 0."""
         warmup = self.how.steps // WARMUP_SHARE if self.how.optimiser == "adam" else 0
         if step < warmup:
             return self.lr * (step + 1) / warmup
@@ -126,8 +131,8 @@ class TunedLens:
         generator = torch.Generator().manual_seed(seeded(self.how.seed, epoch))
         return torch.randperm(len(self.blocks), generator=generator)
 
-    def batch(self, step: int) -> Tensor:
-        """The blocks of a step, [blocks pos]; every block once per epoch."""
+    def batch(self, step: int) -> Int[Tensor, "blocks pos"]:
+        """The blocks of a step; every block once per epoch."""
         n = max(1, self.how.tokens_per_step // self.blocks.shape[1])
         places = range(step * n, (step + 1) * n)
         ids = [self._order(i // len(self.blocks))[i % len(self.blocks)] for i in places]
@@ -152,8 +157,10 @@ class TunedLens:
                 f"lr_scale {self.how.lr_scale:g}"
             )
 
-    def gradients(self, tokens: Tensor, step: int, n: int) -> Tensor:
-        """Add a pass's part of the gradient; the KL of each layer summed over it, over n: [layers].
+    def gradients(
+        self, tokens: Int[Tensor, "batch pos"], step: int, n: int
+    ) -> Float[Tensor, " layers"]:
+        """Add a pass's part of the gradient; the KL of each layer summed over it, over n.
 
         The gradient of the KL by the lens's logits is q - p: the unembedding is applied by hand, so
         that no layer's logits are kept.

@@ -356,7 +356,7 @@ def test_a_killed_job_resumes_and_ends_with_the_same_bytes(
     tiny_model_json, tiny_corpus, tmp_path, monkeypatch
 ):
     monkeypatch.setenv("RETRACE_PYTHON", sys.executable)  # goes on with the same packages
-    many = {"hooks": [HOOK, "blocks.1.hook_resid_post"], "shard_rows": 15, "batch_size": 1}
+    many = {"hooks": [HOOK, "blocks.1.hook_resid_post"], "shard_rows": 30, "batch_size": 1}
     out = {name: tmp_path / name / "item" for name in ("whole", "killed")}
     run(out["whole"], tiny_model_json, tiny_corpus, **many)
     spec = {"activations": {"dtype": "float32", **many}}
@@ -376,11 +376,11 @@ def test_a_killed_job_resumes_and_ends_with_the_same_bytes(
     job.send_signal(signal.SIGKILL)
     job.wait()
     left = {p: p.stat().st_mtime_ns for p in partial.rglob("part-*.parquet")}
-    assert 20 <= len(left) < 480
+    assert 20 <= len(left) < 240
     assert not (out["killed"] / "shards").exists()
     assert not (out["killed"] / "manifest.json").exists()
     done = run(out["killed"], tiny_model_json, tiny_corpus, **many)
-    kept = int(re.search(r"going on after (\d+) of 240 shards", done.stderr)[1])
+    kept = int(re.search(r"going on after (\d+) of 120 shards", done.stderr)[1])
     assert len(left) // 2 - 1 <= kept <= len(left) // 2
     assert contents(out["killed"]) == contents(out["whole"])
 

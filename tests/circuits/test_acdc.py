@@ -333,6 +333,7 @@ def test_attribution_is_that_of_eap(both, alphas):
     )
 
 
+@pytest.mark.workflow
 @pytest.mark.parametrize("ablation", ["corrupt", "zero"])
 def test_the_stage_has_the_method(ablation):
     spec = CircuitsSpec(

@@ -213,6 +213,10 @@ def test_estimates_are_exact_for_small_changes(task):
         torch.testing.assert_close(scores[some[edge]], want, atol=2e-4, rtol=0.1)
 
 
+def test_midpoints_halve_equal_parts():
+    assert eap.midpoints(1) == [0.5] and eap.midpoints(4) == [0.125, 0.375, 0.625, 0.875]
+
+
 def test_edges_to_the_logits_become_complete_with_steps(task):
     """Sum over edges into the logits against the change itself."""
     total = task.total.mean()

@@ -84,6 +84,7 @@ def test_verdict_of_a_value(ours, scale, over, verdict):
         ([0.45, 0.5, 0.55], "reproduced", 3),
         ([0.3, 0.5, 0.55], "reproduced", 2),  # the mean and most seeds
         ([0.2, 0.5, 0.8], "undecided", 1),  # the mean by luck: most seeds lie outside
+        ([0.2, 0.5, 0.5, 0.8], "undecided", 2),  # half of the seeds are not most of them
         ([0.61, 0.62, 0.63], "undecided", 0),  # the interval of the mean reaches the tolerance
         ([0.80, 0.81, 0.82], "not reproduced", 0),
         ([0.61, 0.62] * 10, "not reproduced", 0),  # more seeds settle it

@@ -362,6 +362,7 @@ def test_roles_of_colour_are_those_that_draw_js_replaces():
     assert not {theme.INK, theme.GRID, theme.PAGE} & {*theme.PALETTE, *theme.SEQUENTIAL}
 
 
+@pytest.mark.workflow
 def test_a_figure_needs_no_torch(made_up):
     root, _ = made_up
     code = (

@@ -74,6 +74,7 @@ def go(browser: Browser, name: str) -> None:
     )
 
 
+@pytest.mark.workflow
 def test_a_reader_walks_from_node_to_node(browser):
     browser.open("graph.html")
     browser.until(f"{SHOWN} === 'logits'")
@@ -96,6 +97,7 @@ def test_a_reader_walks_from_node_to_node(browser):
     assert browser.errors() == [] and browser.js("return window.hacked ?? null") is None
 
 
+@pytest.mark.workflow
 def test_a_click_on_a_marker_goes_there_and_a_change_of_scheme_stays_there(browser):
     browser.open("graph.html")
     browser.until(f"{SHOWN} === 'logits'")

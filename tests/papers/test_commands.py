@@ -13,7 +13,7 @@ from pathlib import Path
 
 import pytest
 from conftest import environment
-from snake import ROOT, copy_repository, snakemake
+from snake import ROOT, by_warm_python, copy_repository, snakemake
 
 from pipeline.papers.scaffold import scaffold
 
@@ -39,7 +39,7 @@ GIVEN = list(dict.fromkeys(c for d in DOCS for c in commands((ROOT / d).read_tex
 
 
 def call(command: str, cwd: Path, *more: str) -> subprocess.CompletedProcess:
-    line = shlex.split(re.sub(r"^(\.venv/bin/)?", f"{BIN}/", command)) + list(more)
+    line = [*shlex.split(by_warm_python(command)), *more]
     env = environment() | {"PYTHONPATH": str(cwd)}
     return subprocess.run(line, cwd=cwd, env=env, capture_output=True, text=True)
 
@@ -60,6 +60,13 @@ def checkout(tmp_path_factory) -> Path:
 def test_the_docs_give_commands():
     assert len(GIVEN) > 15
     assert any("hub=true" in c for c in GIVEN) and any("papers_dirs" in c for c in GIVEN)
+
+
+@pytest.mark.workflow
+def test_the_environment_has_the_program_snakemake():
+    """The tests below start it as a module."""
+    done = subprocess.run([BIN / "snakemake", "--version"], capture_output=True, text=True)
+    assert re.fullmatch(r"9\.\d+.*\n", done.stdout), done.stderr
 
 
 @pytest.mark.workflow

@@ -2,11 +2,10 @@
 
 import re
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from snake import ROOT, copy_repository
+from snake import ROOT, by_warm_python, copy_repository
 
 from pipeline.papers.lint import lint
 
@@ -18,11 +17,11 @@ pytestmark = pytest.mark.workflow
 
 
 def run(command: str, folder: Path) -> str:
-    """A line of the tutorial, by this Python's tools."""
-    line = command.replace(".venv/bin/", f"{Path(sys.executable).parent}/")
+    """A line of the tutorial."""
     done = subprocess.run(
-        line, shell=True, cwd=folder, capture_output=True, text=True, stdin=subprocess.DEVNULL
-    )
+        by_warm_python(command), shell=True, cwd=folder, capture_output=True, text=True,
+        stdin=subprocess.DEVNULL,
+    )  # fmt: skip
     assert done.returncode == 0, f"{command}\n{done.stdout}{done.stderr}"
     return done.stdout + done.stderr
 

@@ -1,8 +1,6 @@
 """The paper attribution_patching: prompts, what is compared, both models end to end."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -228,6 +226,7 @@ def made(tmp_path_factory) -> tuple[papers.Paper, dict]:
     return paper, {f"estimates/{t}": tables.read_table(f) for t, f in files.items()}
 
 
+@pytest.mark.workflow
 def test_every_node_and_edge_has_an_estimate_and_an_effect(made):
     _, frames = made
     nodes, edges = frames["estimates/nodes"], frames["estimates/edges"]
@@ -257,6 +256,7 @@ def test_every_node_and_edge_has_an_estimate_and_an_effect(made):
     assert (exact["forwards"] == exact["n"] + 2).all()
 
 
+@pytest.mark.workflow
 def test_metrics_claims_and_figures(made, every_figure):
     paper, frames = made
     found = compute(frames, known(parts(paper)), FOLDER / "metrics.py")
@@ -268,6 +268,7 @@ def test_metrics_claims_and_figures(made, every_figure):
     every_figure(paper, frames)
 
 
+@pytest.mark.workflow
 def test_a_share_of_no_logit_difference_is_undefined(made):
     _, frames = made
     totals = frames["estimates/totals"]
@@ -285,14 +286,3 @@ def test_an_arm_or_a_function_that_is_not_there_is_told():
     what = estimates.TaskOptions(arms=["small"], prompts="lokup", n_prompts=1)
     with pytest.raises(RetraceError, match=r"prompts\.py has no function 'lokup'"):
         estimates.given("lookup", what, None, 0, "cpu")
-
-
-def test_figures_and_metrics_import_no_torch():
-    code = (
-        "import sys; from pipeline.job.source import import_file\n"
-        "for f in ('figures', 'metrics', 'compared'):\n"
-        f"    import_file(r'{FOLDER}/' + f + '.py')\n"
-        "assert 'torch' not in sys.modules"
-    )
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    assert subprocess.run([sys.executable, "-c", code], env=env).returncode == 0

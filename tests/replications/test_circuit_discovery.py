@@ -227,9 +227,15 @@ def test_the_same_seed_is_the_same_model():
 # --- the whole ---------------------------------------------------------------------------------
 
 
+LARGE = ("reverse", "siit")
+
+
 @pytest.fixture(scope="module")
 def made():
-    """(the paper, its tables) of the smoke scale, by the stage's own functions."""
+    """(the paper, its tables) of the smoke scale, by the stage's own functions.
+
+    The two graphs with the most edges have one seed.
+    """
     paper = papers.load(FOLDER, "smoke")
     options = parse(discovery.Options, paper.spec.own["discovery"], "paper.yaml")
     out = own.Tables(discovery.TABLES)
@@ -239,13 +245,15 @@ def made():
         for name, task in options.tasks.items():
             compiled = task.model != "siit"
             hfs = dict.fromkeys(options.seeds, model(task.model)) if compiled else trained
-            discovery.measure(name, task, hfs, options, out)
+            seeds = options.seeds[: 1 if name in LARGE else None]
+            discovery.measure(name, task, hfs, options.model_copy(update={"seeds": seeds}), out)
         checks = [siit.checks(hf, s + 1).assign(seed=s) for s, hf in trained.items()]
     found = {f"discovery/{table}": frame for table, frame in out.frames()}
     history = [h.assign(seed=s) for s, (_, h) in runs.items()]
     return paper, found | {"siit/history": pd.concat(history), "siit/checks": pd.concat(checks)}
 
 
+@pytest.mark.workflow
 def test_tables_agree_with_each_other(made):
     _, frames = made
     edges, sets, areas = (frames[f"discovery/{t}"] for t in ("edges", "sets", "areas"))
@@ -258,12 +266,13 @@ def test_tables_agree_with_each_other(made):
     assert (whole[whole["weights"] == "trained"]["loss"] < 1e-9).all()
 
 
+@pytest.mark.workflow
 def test_the_canonical_order_is_that_of_the_graph_and_each_seed_draws_another(made):
     paper, frames = made
     options = parse(discovery.Options, paper.spec.own["discovery"], "paper.yaml")
     areas, task = frames["discovery/areas"], options.tasks["reverse"]
     draw, hf = discovery.sequences.SEQUENCES[task.sequences], model("reverse")
-    tokens, _ = draw(options.n_examples, np.random.default_rng(1))
+    tokens, _ = draw(options.n_examples, np.random.default_rng(0))
     with torch.no_grad():
         graph = EdgeGraph(hf, tokens, None, positions=True)
         t = options.thresholds
@@ -272,12 +281,12 @@ def test_the_canonical_order_is_that_of_the_graph_and_each_seed_draws_another(ma
         truth = discovery.truth_rows(graph, "reverse")
     own = roc.areas(roc.incidence(truth)[1], kept.numpy(), truth["authors"].to_numpy(bool))
     rows = areas[(areas["task"] == "reverse") & (areas["weights"] == "trained")]
-    rows = rows[(rows["ablation"] == "zero") & (rows["seed"] == 1) & (rows["truth"] == "authors")]
+    rows = rows[(rows["ablation"] == "zero") & (rows["seed"] == 0) & (rows["truth"] == "authors")]
     found = rows.set_index("method").loc["acdc_canonical", ["edges", "nodes"]]
     assert found.to_dict() == pytest.approx(own)
     found = compute(frames, known(parts(paper)), FOLDER / "metrics.py")
     differs = {k: v["values"] for k, v in found.items() if k.endswith("order_differs")}
-    assert len(differs) == 4 * 2 * 2 and all(len(v) == 2 for v in differs.values())
+    assert len(differs) == 4 * 2 * 2 and {len(v) for v in differs.values()} == {1, 2}
     assert max(max(v) for v in differs.values()) > 0  # the order matters
 
 
@@ -287,12 +296,14 @@ def test_a_seed_without_a_network_is_one_sentence(tmp_path):
         discovery.trained(tmp_path, [7], torch.device("cpu"))
 
 
+@pytest.mark.workflow
 def test_random_order_is_chance(made):
     _, frames = made
     areas = frames["discovery/areas"]
     assert areas[areas["method"] == "random"]["edges"].mean() == pytest.approx(0.5, abs=0.05)
 
 
+@pytest.mark.workflow
 def test_metrics_claims_and_figures(made, every_figure):
     paper, frames = made
     found = compute(frames, known(parts(paper)), FOLDER / "metrics.py")
@@ -301,6 +312,7 @@ def test_metrics_claims_and_figures(made, every_figure):
     every_figure(paper, frames)
 
 
+@pytest.mark.workflow
 def test_the_graph_counts_what_it_shows(made):
     _, frames = made
     graph = import_file(FOLDER / "figures_graph.py")
@@ -309,14 +321,3 @@ def test_the_graph_counts_what_it_shows(made):
     for (task, name), rows in numbers.groupby(["task", "truth"]):
         known_edges = truths[truths["task"] == task][name].sum()
         assert (rows.groupby("ablation")["known"].sum() == known_edges).all()
-
-
-def test_figures_and_metrics_import_no_torch():
-    names = ("figures", "figures_graph", "metrics")
-    code = (
-        "import sys; from pipeline.job.source import import_file\n"
-        f"for f in {names}: import_file(r'{FOLDER}/' + f + '.py')\n"
-        "assert 'torch' not in sys.modules"
-    )
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    assert subprocess.run([sys.executable, "-c", code], env=env).returncode == 0

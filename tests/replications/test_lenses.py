@@ -102,6 +102,7 @@ def frames(made) -> dict[str, pd.DataFrame]:
     return {f"lenses/{t}": drawing.read(made / f"{t}.parquet") for t in lenses.TABLES}
 
 
+@pytest.mark.workflow
 def test_the_stages_on_a_llama(made, frames):
     layers = frames["lenses/layers"]
     assert sorted(layers["layer"].unique()) == [0, 1, 2] and set(layers["model"]) == {"smollm2"}

@@ -1,8 +1,6 @@
 """Sparse feature circuits: prompts, metrics of made-up curves, and the whole on a tiny model."""
 
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -203,6 +201,7 @@ def test_a_correlation_of_one_latent_alone_is_seen():
     )
 
 
+@pytest.mark.workflow
 def test_curves_begin_at_none_and_end_at_the_model(made):
     paper, frames, _ = made
     curves = frames["agreement/curves"]
@@ -226,6 +225,7 @@ def test_curves_begin_at_none_and_end_at_the_model(made):
         np.testing.assert_allclose(rows["faithfulness"], share, atol=1e-3)
 
 
+@pytest.mark.workflow
 def test_nodes_are_patched_and_edges_lead_upwards(made):
     _, frames, _ = made
     nodes, sites = frames["agreement/nodes"], frames["agreement/sites"]
@@ -244,6 +244,7 @@ def test_nodes_are_patched_and_edges_lead_upwards(made):
         assert (own.loc[own["number"] >= 0, "logits"] != "").all()
 
 
+@pytest.mark.workflow
 def test_metrics_claims_and_figures(made, every_figure):
     paper, frames, _ = made
     found = compute(dict(frames), known(parts(paper)), FOLDER / "metrics.py")
@@ -254,6 +255,7 @@ def test_metrics_claims_and_figures(made, every_figure):
     every_figure(paper, frames)
 
 
+@pytest.mark.workflow
 def test_the_walk_of_a_graph_names_its_traces(made):
     _, frames, _ = made
     drawn, _ = figures.graph(frames, {"structure": "across_rc"})
@@ -269,6 +271,7 @@ def test_the_walk_of_a_graph_names_its_traces(made):
     assert shown == 3 * len(walk["links"])
 
 
+@pytest.mark.workflow
 @pytest.mark.parametrize("structure", ["within_rc", "across_rc"])
 def test_the_graph_is_exported(made, structure):
     _, frames, out = made
@@ -287,6 +290,7 @@ def test_the_graph_is_exported(made, structure):
     )
 
 
+@pytest.mark.workflow
 @pytest.mark.parametrize("structure", ["within_rc", "across_rc"])
 def test_the_probability_of_the_answer_is_a_softmax_of_two_logits(made, structure):
     _, frames, out = made
@@ -331,17 +335,8 @@ def test_top_tokens_are_those_of_all_rows(monkeypatch):
     assert set(first) <= set(rows.token[:100])
 
 
+@pytest.mark.workflow
 def test_error_terms_have_no_label(made):
     _, frames, _ = made
     nodes = frames["agreement/graph_nodes"]
     assert (nodes.loc[nodes["number"] == ERROR, "tokens"] == "").all()
-
-
-def test_figures_and_metrics_import_no_torch():
-    code = (
-        "import sys; from pipeline.job.source import import_file\n"
-        f"for f in ('figures', 'metrics'): import_file(r'{FOLDER}/' + f + '.py')\n"
-        "assert 'torch' not in sys.modules"
-    )
-    env = {**os.environ, "PYTHONPATH": str(ROOT)}
-    assert subprocess.run([sys.executable, "-c", code], env=env).returncode == 0

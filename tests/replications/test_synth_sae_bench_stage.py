@@ -165,6 +165,7 @@ def whole(tmp_path_factory):
     return recovery.run(options(), JOB, tmp_path_factory.mktemp("whole"))
 
 
+@pytest.mark.workflow
 @pytest.mark.parametrize("killed_at", [7, 17, 23])
 def test_a_killed_run_ends_with_the_numbers_of_an_undisturbed_one(
     whole, tmp_path, monkeypatch, killed_at

@@ -43,6 +43,7 @@ def made():
     return out, stream, truth, torch.from_numpy(x[:500])
 
 
+@pytest.mark.workflow
 @pytest.mark.parametrize("name", SPECS)
 def test_each_finds_planted_directions(made, name):
     """48 true directions, 3 a row; 96 random rows have a mean best cosine of 0.6."""
@@ -53,6 +54,7 @@ def test_each_finds_planted_directions(made, name):
     assert 2 < l0 < 12
 
 
+@pytest.mark.workflow
 @pytest.mark.parametrize("name", SPECS)
 def test_a_saved_folder_takes_rows_as_they_are(made, tmp_path, name):
     """The same dictionary saved for a scale of 1 answers scaled rows with the scaled answer."""
@@ -90,6 +92,7 @@ def test_each_resumes_exactly(name):
         assert torch.equal(value, again.tensors()[key]), key
 
 
+@pytest.mark.workflow
 def test_batchtopk_is_saved_with_the_threshold_that_keeps_its_l0(made, tmp_path):
     """Without its batch a row has no top k; the threshold learned in training takes its place."""
     from sae_lens import SAE
@@ -104,6 +107,7 @@ def test_batchtopk_is_saved_with_the_threshold_that_keeps_its_l0(made, tmp_path)
     assert l0 == pytest.approx(3, rel=0.25)
 
 
+@pytest.mark.workflow
 def test_matryoshkas_first_level_reconstructs_more_than_a_topks_first_half(made):
     """What its nested losses are for."""
 

@@ -337,6 +337,7 @@ def transcoders(activations, tmp_path_factory) -> Path:
     return out
 
 
+@pytest.mark.workflow
 @pytest.mark.parametrize("name", TRANSCODERS)
 def test_a_saved_transcoder_is_saelens_and_reconstructs_what_ours_does(
     activations, transcoders, name

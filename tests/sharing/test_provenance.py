@@ -219,6 +219,7 @@ def command(*args: str) -> subprocess.CompletedProcess:
     )
 
 
+@pytest.mark.workflow
 def test_the_command_line(chained):
     said = command("verify", "results").stdout
     assert "results: 6 files verified; 0 faults\n" in said
@@ -234,6 +235,7 @@ def test_the_command_line(chained):
         assert "Traceback" not in said
 
 
+@pytest.mark.workflow
 def test_the_command_line_tells_of_a_truncated_file_in_one_sentence(chained):
     chained["m.json"].write_text('{"ev": ')
     for verb in ("show", "verify"):

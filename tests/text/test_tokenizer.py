@@ -172,6 +172,7 @@ def test_a_tokenizer_of_another_text_is_told(play, tmp_path):
     assert re.search("made from a text of sha256 .* delete .*, then run again", line)
 
 
+@pytest.mark.workflow
 def test_torch_is_not_imported(play, tmp_path):
     spec = {"tokenizer": {"kind": "char"}, "corpus": section(play)}
     code = (

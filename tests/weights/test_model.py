@@ -522,6 +522,7 @@ def test_two_runs_give_the_same_bytes_and_verify(tiny_model, tiny_model_json, tm
     assert any(str(weights) in fault for fault in verify.faults(tmp_path))
 
 
+@pytest.mark.workflow
 def test_load_needs_no_transformer_lens(tiny_model_json):
     code = (
         f"import sys; from pipeline.models import loader; loader.load({str(tiny_model_json)!r});"
@@ -530,6 +531,7 @@ def test_load_needs_no_transformer_lens(tiny_model_json):
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
 
 
+@pytest.mark.workflow
 def test_the_tokenizer_needs_no_torch(tiny_model_json):
     code = (
         "import sys; from pipeline.text.tokens import load_tokenizer;"

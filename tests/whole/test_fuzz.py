@@ -12,7 +12,6 @@ import json
 import mmap
 import os
 import resource
-import subprocess
 import sys
 import tarfile
 import tempfile
@@ -20,7 +19,9 @@ import traceback
 import zipfile
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 
+import conftest
 import numpy as np
 import pytest
 import yaml
@@ -374,11 +375,17 @@ def test_tokenizers(home, n):
 
 
 @pytest.mark.parametrize(
-    "asked, there",
-    [([], False), (["-m", "not smoke and not workflow"], False), (["-m", "slow"], True)],
+    "asked, there", [("", False), ("not smoke and not workflow", False), ("slow", True)]
 )
 def test_minutes_of_random_input_are_left_out_unless_asked_for(asked, there):
     """Another -m, such as that of CONTRIBUTING's quick part, does not bring them back."""
-    command = [sys.executable, "-m", "pytest", "--collect-only", __file__, *asked]
-    said = subprocess.run(command, capture_output=True, text=True, cwd=Path(__file__).parent).stdout
-    assert ("test_cards[10000]" in said) == there and "test_cards" in said
+    marks = {"long": {"slow": pytest.mark.slow}, "short": {}}
+    items = [SimpleNamespace(path=Path(f"{n}.py"), get_closest_marker=m.get, name=n)
+             for n, m in marks.items()]  # fmt: skip
+    left_out: list = []
+    hook = SimpleNamespace(pytest_deselected=lambda items: left_out.extend(items))
+    config = SimpleNamespace(getoption={"markexpr": asked}.get, hook=hook)
+    conftest.pytest_collection_modifyitems(config, items)
+    assert {i.name for i in items} == ({"long", "short"} if there else {"short"})
+    assert [i.name for i in left_out] == ([] if there else ["long"])
+    assert SIZES[1].marks[0].name == "slow"

@@ -74,6 +74,7 @@ def test_a_run_of_the_same_paper_is_not_what_was_published(copied, tmp_path):
     assert verify.examined(run, tmp_path).faults
 
 
+@pytest.mark.workflow
 def test_a_published_figure_is_drawn_again_without_a_run_or_torch(copied, tmp_path):
     (tmp_path / "stub").mkdir()
     (tmp_path / "stub/torch.py").write_text("raise RuntimeError('no torch here')")

@@ -2,6 +2,8 @@
 
 import ast
 import re
+import subprocess
+import sys
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -88,3 +90,17 @@ def test_no_stage_is_imported():
     doors = set(commands.STAGES.values())
     found = {f"{f.name}: {d}" for room in ROOMS for f in modules(room) for d in doors & named(f)}
     assert found == set()
+
+
+@pytest.mark.workflow
+def test_papers_figures_and_metrics_import_no_torch():
+    """All of them in one process, which names the first file after which torch is there."""
+    files = [f for n in ("figures*", "metrics") for f in ROOT.glob(f"rules/papers/*/{n}.py")]
+    code = (
+        "import sys; from pipeline.job.source import import_file\n"
+        "for file in sys.argv[1:]:\n"
+        "    import_file(file); 'torch' in sys.modules and sys.exit(file)"
+    )
+    command = [sys.executable, "-c", code, *map(str, files)]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True)
+    assert len(files) > 25 and done.returncode == 0, done.stderr

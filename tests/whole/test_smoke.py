@@ -1,5 +1,6 @@
 """The real workflow at smoke scale: every paper of rules/papers, from packages to the index."""
 
+import functools
 import itertools
 import json
 import re
@@ -77,6 +78,19 @@ def test_metrics_have_definitions(smoke, paper):
     assert metrics["metrics"] and all(m["definition"] for m in metrics["metrics"].values())
 
 
+@functools.cache
+def covered_by(stage: str, own: tuple[str, ...]) -> set[tuple[str, str]]:
+    """(module, definition) of all that the hash of a stage covers, and of FRAME."""
+    walk = source.reached(stage, own)
+    return walk.reached.keys() | walk.soft | frame()
+
+
+@functools.cache
+def frame() -> set[tuple[str, str]]:
+    starts = ((m, n) for m, names in reach.FRAME.items() for n in names)
+    return set(reach.Walk(source._module).run(starts).reached)
+
+
 def unhashed(job: dict) -> set[str]:
     """Functions of ours that a job called and that its code hash does not cover.
 
@@ -87,11 +101,7 @@ def unhashed(job: dict) -> set[str]:
     """
     stage, own = called_with(job["argv"])
     files = source.with_loaded(own)
-    walk = source.reached(stage, tuple(map(str, files)))
-    frame = reach.Walk(source._module).run(
-        (m, n) for m, names in reach.FRAME.items() for n in names
-    )
-    covered = walk.reached.keys() | walk.soft | frame.reached.keys()
+    covered = covered_by(stage, tuple(map(str, files)))
     left = set()
     for file, qualified in job["called"]:
         module = ".".join(Path(file).with_suffix("").parts).removesuffix(".__init__")

@@ -1,0 +1,45 @@
+"""Processes of the tests are forked off a Python that has their libraries: tests/warm.py."""
+
+import pytest
+import warm
+from conftest import TORCH_ROOMS
+
+from pipeline.job import commands
+
+
+def test_every_stage_with_torch_has_a_python_with_torch():
+    """One that is not named works, too, but imports torch anew for each of its jobs."""
+    with_torch = {s for s, m in commands.STAGES.items() if m.split(".")[1] in TORCH_ROOMS}
+    assert len(with_torch) > 10 and with_torch <= warm.WITH.keys()
+
+
+@pytest.mark.parametrize(
+    "line, libraries",
+    [
+        ("-m snakemake -n", "light"),
+        ("-m pipeline metrics --spec {}", "light"),
+        ("-m pipeline activations --spec {}", "transformers"),
+        ("-m pipeline evaluation --spec {}", "sae_lens"),
+        ("-m pipeline own measure {folder}/plain.py --spec {}", "light"),
+        ("-m pipeline own measure {folder}/torches.py --spec {}", "transformers"),
+        ("{folder}/saes.py --spec {}", "sae_lens"),
+        ("-m pytest", ""),
+        ("-c pass", ""),
+    ],
+)
+def test_a_command_line_has_the_libraries_that_it_uses(line, libraries, tmp_path, monkeypatch):
+    monkeypatch.delenv("RETRACE_WITH", raising=False)
+    (tmp_path / "plain.py").write_text("import numpy\n")
+    (tmp_path / "torches.py").write_text("import torch\n")
+    (tmp_path / "saes.py").write_text("from pipeline.latents.stored import load_saes\n")
+    assert warm.needs(line.replace("{folder}", str(tmp_path)).split()) == libraries
+
+
+def test_lines_of_the_docs_are_run_by_that_python(monkeypatch):
+    from snake import by_warm_python
+
+    monkeypatch.setenv("RETRACE_PYTHON", "/a b/python")
+    assert by_warm_python(".venv/bin/snakemake -c2 x") == "'/a b/python' -m snakemake -c2 x"
+    assert by_warm_python("snakemake -n") == "'/a b/python' -m snakemake -n"
+    line = ".venv/bin/python -m pipeline provenance show python"
+    assert by_warm_python(line) == "'/a b/python' -m pipeline provenance show python"
