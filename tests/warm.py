@@ -45,7 +45,7 @@ THREADS = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THR
 WITH = {  # command -> the libraries that it uses
     **dict.fromkeys("tokenizer corpus activations evaluation features".split(), "transformers"),
     **dict.fromkeys("circuits training attribution attribution_graph".split(), "transformers"),
-    **dict.fromkeys("model sae sae_import exports".split(), "sae_lens"),
+    **dict.fromkeys("model sae sae_import crosscoder exports".split(), "sae_lens"),
 }
 
 
