@@ -45,8 +45,8 @@ THREADS = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THR
 WITH = {  # command -> the libraries that it uses
     **dict.fromkeys("tokenizer corpus activations circuits training".split(), "transformers"),
     **dict.fromkeys("attribution_graph probes".split(), "transformers"),
-    **dict.fromkeys("crosscoder crosscoder_evaluation".split(), "transformers"),
-    **dict.fromkeys("model sae sae_import exports evaluation features".split(), "sae_lens"),
+    **dict.fromkeys("crosscoder_evaluation".split(), "transformers"),
+    **dict.fromkeys("model sae sae_import crosscoder exports evaluation features".split(), "sae_lens"),
     **dict.fromkeys("attribution benchmarks absorption steering".split(), "sae_lens"),
 }
 

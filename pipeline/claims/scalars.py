@@ -62,6 +62,9 @@ SAE = {
     "splice_check": "|loss with x replaced by x_hat + (x - x_hat) - loss_model|, nats; near zero "
     "if the splice is right",
 }
+SPLICED = {  # of SAE, what needs the model; a crosscoder is not spliced
+    *(name for name in SAE if name.startswith(("loss_", "kl_"))), "delta_loss", "splice_check",
+}  # fmt: skip
 ATTRIBUTION = {
     "logit_diff": "logit of the answer minus logit of the foil at the last position",
     "baseline_logit_diff": "the same with every latent and the error set to zero at the hook",
@@ -86,6 +89,22 @@ SPARSE_PROBES = {  # of a dictionary, for each k of section benchmarks; {k} stan
     "0.6.0, sparse probing); chance is 0.5; one value a seed of the draw",
     "probe_k{k}_stream": "the same with {k} dimensions of the stream that the dictionary reads",
     "probe_all_stream": "the same with the whole stream",
+}
+PERTURBATION = {  # of a dictionary, for each n of benchmarks.tpp; {n} stands for it
+    "tpp_n{n}": "mean over labels of the accuracy that a label's probe loses when the {n} latents "
+    "of largest effect on it are ablated, less the mean of what the other labels' probes lose "
+    "(targeted probe perturbation, SAEBench 0.6.0); one value a seed of the draws",
+    "tpp_n{n}_intended": "the first part alone: what a label's own probe loses",
+    "tpp_n{n}_unintended": "the second part alone: what the other labels' probes lose",
+}
+CROSSCODERS = {  # of a source of a crosscoder, <arm>.<crosscoder>.<source>.*, beside those of SAE
+    "living": "latents that held-out rows make non-zero",
+    "shared": "of these, latents whose decoder norms, on scaled rows, are within a factor of 0.8 "
+    "of the largest source's in every source (0.4 <= delta <= 0.6 of two, Minder et al. 2025)",
+    "exclusive": "of these, latents of this source whose norm in every other is below 0.2 of it "
+    "(delta < 0.1 or > 0.9 of two, Lindsey et al. 2024)",
+    "confirmed": "of the exclusive ones, those that latent scaling calls exclusive, too: nu_r < "
+    "0.5 and nu_e < 0.2 in every other source (Minder et al. 2025)",
 }
 ABSORPTION = {  # of a dictionary, one value a seed; SAEBench 0.6.0, Chanin et al. 2024
     "absorption_fraction": "mean over letters of the mean over held-out words, whose first letter "
@@ -191,8 +210,12 @@ def parts(paper: Any) -> dict[str, Any]:
     own = dict(literal(paper.folder / "metrics.py", "METRICS"))
     out: dict[str, Any] = {"own": [[name, text] for name, text in own.items()]}
     out["saes"] = {a: list(spec.saes_of(a)) for a in spec.arm_names()} if spec.sae else {}
+    crossed = {a: found for a in spec.arm_names() if (found := spec.crosscoders_of(a))}
+    if crossed:  # absent elsewhere, as those below
+        out["crosscoders"] = {arm: list(found) for arm, found in crossed.items()}
     if spec.benchmarks:
         out["ks"] = list(spec.benchmarks.ks)
+        out |= {"tpp": list(spec.benchmarks.tpp)} if spec.benchmarks.tpp else {}
     if spec.absorption:
         out["absorption"] = True
     out["prompts"] = list(spec.attribution.prompts) if spec.attribution else []
@@ -227,6 +250,13 @@ def known(parts: dict[str, Any]) -> dict[str, str]:
             for k in parts.get("ks", []):
                 named = {m.format(k=k): text.format(k=k) for m, text in SPARSE_PROBES.items()}
                 out |= {f"{arm}.{sae}.{m}": text for m, text in named.items()}
+            for n in parts.get("tpp", []):
+                named = {m.format(n=n): text.format(n=n) for m, text in PERTURBATION.items()}
+                out |= {f"{arm}.{sae}.{m}": text for m, text in named.items()}
+    for arm, names in parts.get("crosscoders", {}).items():
+        measured = {m: t for m, t in SAE.items() if m not in SPLICED} | CROSSCODERS
+        for sae in names:
+            out |= {f"{arm}.{sae}.*.{m}": text for m, text in measured.items()}
     for prompt in parts["prompts"]:
         out |= {f"attribution.{prompt}.{m}": text for m, text in ATTRIBUTION.items()}
     if parts["prompts"]:
@@ -282,10 +312,26 @@ def training(run: str, table: Any) -> dict[str, list[float]]:
     return out
 
 
+def crosscoders(arm: str, table: Any) -> dict[str, float]:
+    """SAE, as far as it is measured, and CROSSCODERS of every source of an arm's crosscoders."""
+    out = {}
+    for row in table.to_dict("records"):
+        source = "_".join(map(site, row["source"].split()))
+        found = {m: row[m] for m in (*SAE, *CROSSCODERS) if m in row}
+        out |= {f"{arm}.{row['sae']}.{source}.{m}": float(v) for m, v in found.items()}
+    return out
+
+
 def sparse_probes(table: Any) -> dict[str, list[float]]:
-    """SPARSE_PROBES of every dictionary in a table of benchmarks, one value per seed."""
+    """SPARSE_PROBES and PERTURBATION of every dictionary of a table, one value per seed."""
     out: dict[str, list[float]] = {}
     for (sae, of, k), rows in table.groupby(["sae", "of", "k"]):
+        if of == "tpp":
+            by_seed = rows.groupby("seed")[["tpp", "intended", "unintended"]].mean().sort_index()
+            for column, values in by_seed.items():
+                named = f"tpp_n{k}" + f"_{column}" * (column != "tpp")
+                out[f"{sae}.{named}"] = values.tolist()
+            continue
         named = f"probe_k{k}" if k else "probe_all"
         named += "_stream" * (of == "stream")
         by_seed = rows.groupby("seed")["accuracy"].mean().sort_index()
@@ -369,6 +415,8 @@ def core(tables: dict[str, Any]) -> dict[str, Any]:
         if stage == "evaluation" and not part.endswith("_history"):
             for row in table.to_dict("records"):
                 out |= {f"{part}.{row['sae']}.{m}": row[m] for m in SAE if m in row}
+        if stage == "crosscoders" and not part.endswith("_latents"):
+            out |= crosscoders(part, table)
         if stage == "benchmarks":
             out |= {f"{part}.{m}": v for m, v in sparse_probes(table).items()}
         if stage == "absorption":

@@ -17,12 +17,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from jaxtyping import Float
 from torch import Tensor
 
 from pipeline.errors import RetraceError
+from pipeline.imports.mapped import npz
 from pipeline.spec.yaml_files import load_yaml
 
 Map = Callable[[Tensor], Tensor]
@@ -44,6 +44,10 @@ class Files:
     beside: dict[str, Path] = field(default_factory=dict)
     factor: float = 0
     transcoder: bool = False
+
+    def all(self) -> list[Path]:
+        """The weights, and what lies beside them."""
+        return [self.weights, *self.beside.values()]
 
 
 @dataclass
@@ -123,8 +127,7 @@ def tensors(path: Path) -> dict[str, Any]:
 
                 return load_file(path)
             case ".npz":
-                with np.load(path, allow_pickle=False) as found:
-                    return {name: torch.from_numpy(found[name]) for name in found.files}
+                return npz(path)
             case ".pt" | ".pth":
                 loaded = _torch(path)
             case other:
@@ -203,11 +206,17 @@ def take(found: dict[str, Any], files: Files, format: str, *names: str) -> list[
                 f"that is whole"
             )
         tensor = found[name].detach()
-        # one pass without a copy: a sum in float64 of finite float32 numbers is finite
-        if not tensor.is_floating_point() or not math.isfinite(tensor.sum(dtype=torch.float64)):
+        # one pass without a copy; where a number is NaN, so is the least
+        if not tensor.is_floating_point() or not all(map(math.isfinite, _ends(tensor))):
             raise RetraceError(f"{files.weights}: '{name}' holds no finite numbers")
         out.append(tensor.float())
     return out
+
+
+def _ends(tensor: Tensor) -> tuple[float, float]:
+    """The least and the largest number."""
+    least, largest = tensor.aminmax() if tensor.numel() else (0.0, 0.0)
+    return float(least), float(largest)
 
 
 def check_shapes(files: Files, original: Original) -> Original:

@@ -17,7 +17,7 @@ from typing import Any, NamedTuple
 
 import torch
 import yaml
-from jaxtyping import Float, Float64
+from jaxtyping import Float
 from torch import Tensor
 
 from pipeline.errors import RetraceError, nearest
@@ -186,15 +186,19 @@ def load(files: Files) -> Any:
     return sae.eval().requires_grad_(False)
 
 
-def encode(sae: Any, x: Float[Tensor, "*rows d_in"]) -> Float64[Tensor, "*rows d_sae"]:
-    """Latents of rows x, float64."""
+def encode(sae: Any, x: Float[Tensor, "*rows d_in"]) -> Float[Tensor, "*rows d_sae"]:
+    """Latents of rows x, in the dtype of x: float32 or float64."""
+    if x.dtype == torch.float32:
+        return sae.encode(x)
     spared = "" if rescaled(sae) or "W_enc" not in dict(sae.named_parameters()) else "W_dec"
     with in_float64(sae, spared):
         return sae.encode(x.double())
 
 
-def decode(sae: Any, f: Float[Tensor, "*rows d_sae"]) -> Float64[Tensor, "*rows d_out"]:
-    """Rows of latents f, float64."""
+def decode(sae: Any, f: Float[Tensor, "*rows d_sae"]) -> Float[Tensor, "*rows d_out"]:
+    """Rows of latents f, in the dtype of f: float32 or float64."""
+    if f.dtype == torch.float32:
+        return sae.decode(f)
     with in_float64(sae, "W_enc"):
         return sae.decode(f.double())
 

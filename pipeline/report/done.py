@@ -10,6 +10,7 @@ from typing import Any
 
 from pipeline.report.pages import number
 from pipeline.spec.paper import PaperSpec
+from pipeline.spec.sae import CrosscoderSpec
 
 ARCHITECTURES = {
     "topk": "TopK", "batchtopk": "BatchTopK", "matryoshka_batchtopk": "Matryoshka BatchTopK",
@@ -182,7 +183,8 @@ def dictionaries(spec: PaperSpec) -> Iterator[str]:
     for sae in spec.sae.expanded().values():
         kind = getattr(sae, "architecture", "") or "published"
         frozen = " with a frozen random decoder" if getattr(sae, "frozen_decoder", False) else ""
-        groups.setdefault(f"{ARCHITECTURES.get(kind, kind)}{frozen}", []).append(sae)
+        over = " over several sources" if isinstance(sae, CrosscoderSpec) else ""
+        groups.setdefault(f"{ARCHITECTURES.get(kind, kind)}{frozen}{over}", []).append(sae)
     for name, saes in groups.items():
         sizes = sorted({s.d_sae for s in saes if getattr(s, "d_sae", 0)})
         ks = sorted({s.k for s in saes if getattr(s, "k", 0)})

@@ -131,6 +131,12 @@ class BenchmarksSpec(Section):
     n_test: int = Field(default=500, ge=2, description="held-out documents of a label, at most")
     min_documents: int = Field(default=20, ge=2, description="a label with fewer is left out")
     n_tokens: int = Field(default=128, ge=1, description="first tokens of a document that count")
+    tpp: list[Annotated[int, Field(ge=1)]] = Field(
+        default=[],
+        exclude_if=lambda value: not value,
+        description="latents ablated for a label by targeted probe perturbation; SAEBench has 2, "
+        "5, 10, 20, 50, 100 and 500; none: it is not measured",
+    )
 
 
 class AbsorptionSpec(Section):

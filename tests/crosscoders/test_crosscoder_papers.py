@@ -2,11 +2,14 @@
 
 from pathlib import Path
 
+import pandas as pd
 import pytest
 import yaml
 from snake import ROOT, snakemake
 
+from pipeline.claims import scalars
 from pipeline.papers import papers
+from pipeline.report import done
 from pipeline.store import tables
 
 FIRST, SECOND = "blocks.0.hook_resid_post", "blocks.1.hook_resid_post"
@@ -88,16 +91,36 @@ def test_one_of_a_models_that_is_left_out_is_left_out_too(tmp_path):
     assert set(found.sae.expanded()) == {"layers"} and found.arm_names() == ["late"]
 
 
+def test_each_source_has_metrics_of_its_own_with_definitions(tmp_path):
+    found = run(paper(tmp_path)).paper("cross", "smoke")
+    known = scalars.known(scalars.parts(found))
+    rows = [
+        {"sae": "steps_k4", "source": "early", "explained_variance": 0.9, "confirmed": 3},
+        {"sae": "steps_k4", "source": "late", "explained_variance": 0.8, "confirmed": 4},
+    ]
+    values = scalars.core({"crosscoders/early": pd.DataFrame(rows)})
+    rows = [{"sae": "layers", "source": SECOND, "shared": 7}]
+    values |= scalars.core({"crosscoders/late": pd.DataFrame(rows)})
+    assert values["early.steps_k4.late.confirmed"] == 4 and values["late.layers.l1.shared"] == 7
+    assert all(scalars.definition(name, known) for name in values) and len(values) == 5
+    assert scalars.definition("early.steps_k4.late.loss_spliced", known) is None
+
+
+def test_what_was_done_names_them(tmp_path):
+    said = list(done.dictionaries(run(paper(tmp_path)).paper("cross", "smoke").spec))
+    assert len(said) == 2 and all("over several sources" in text for text in said)
+
+
 @pytest.mark.workflow
 def test_crosscoders_of_a_paper_are_trained_judged_and_exported(tmp_path):
     folder = paper(tmp_path)
     export = "results/smoke/cross/exports/early.steps_k8/crosscoder"
     made = [f"results/smoke/cross/crosscoders/{arm}.parquet" for arm in ("early", "late")]
-    done = snakemake(
+    made_by = snakemake(
         "--directory", str(tmp_path), *made, export,
         cwd=ROOT, papers_dirs=f"[{folder}]", papers="[cross]", scale="smoke", device="cpu",
     )  # fmt: skip
-    assert done.jobs.count("crosscoder") == 2 and "sae" not in done.jobs
+    assert made_by.jobs.count("crosscoder") == 2 and "sae" not in made_by.jobs
     base = tmp_path / "results/smoke/cross"
     table = tables.read_table(base / "crosscoders/early.parquet")
     assert sorted(zip(table["sae"], table["source"], strict=True)) == [

@@ -121,6 +121,16 @@ def test_words_of_their_own_tell_the_labels(made, tmp_path):
     assert (table["n_train"] > 2).all() and len(table) == 7 * 2 * 3
 
 
+def test_ablating_latents_is_measured_where_it_is_asked_for(made, tmp_path):
+    plain, both = benchmarks(made, tmp_path / "a"), benchmarks(made, tmp_path / "b", tpp=[1, 8])
+    found = both[both["of"] == "tpp"]
+    assert set(found["k"]) == {1, 8} and len(found) == 2 * 2 * 3 and "tpp" not in set(plain["of"])
+    pd.testing.assert_frame_equal(both[both["of"] != "tpp"][plain.columns].reset_index(drop=True),
+                                  plain)  # fmt: skip
+    np.testing.assert_allclose(found["tpp"], found["intended"] - found["unintended"])
+    assert found.groupby("k")["intended"].mean()[8] > 0.1
+
+
 def test_too_few_documents_are_one_sentence(made, tmp_path, capsys):
     with pytest.raises(SystemExit):
         benchmarks(made, tmp_path, min_documents=10_000)

@@ -9,13 +9,14 @@ import torch
 from jaxtyping import config
 from published import D, saelens
 
-from pipeline.saebench import absorbed, probes
+from pipeline.saebench import absorbed, perturbation, probes
 
 LIBRARIES = os.environ.get("RETRACE_LIBRARIES")
 if not LIBRARIES:
     pytest.skip("needs the libraries: tests/libraries/run.sh", allow_module_level=True)
 sys.path.append(LIBRARIES)  # behind the project's own packages
 from sae_bench.evals.absorption import feature_absorption_calculator as calculator  # noqa: E402
+from sae_bench.evals.scr_and_tpp import main as scr_and_tpp  # noqa: E402
 from sae_bench.evals.sparse_probing import probe_training  # noqa: E402
 from sae_bench.sae_bench_utils import activation_collection as collection  # noqa: E402
 
@@ -30,14 +31,18 @@ def unchecked():
     config.update("jaxtyping_disable", False)
 
 
-def texts(n: int, seed: int) -> dict[str, torch.Tensor]:
-    """Label -> rows [n N_CTX D]; labels overlap, and texts end in masked rows of zeros."""
+def texts(n: int, seed: int, least: int = 3) -> dict[str, torch.Tensor]:
+    """Label -> rows [n N_CTX D]; labels overlap, and texts end in masked rows of zeros.
+
+    Args:
+        least: rows of a text that are not masked.
+    """
     g = torch.Generator().manual_seed(seed)
     towards = torch.randn(len(LABELS), D, generator=torch.Generator().manual_seed(9))
     out = {}
     for i, label in enumerate(LABELS):
         x = torch.randn(n, N_CTX, D, generator=g) * 3 + towards[i]
-        length = torch.randint(3, N_CTX + 1, (n, 1), generator=g)
+        length = torch.randint(least, N_CTX + 1, (n, 1), generator=g)
         out[label] = x * (torch.arange(N_CTX) < length)[..., None]
     return out
 
@@ -95,6 +100,65 @@ def test_its_probe_on_everything_keeps_the_epoch_that_is_best_on_the_test():
     theirs = np.mean([list(theirs_of((train, test), 0, s, **more).values()) for s in seeds])
     found = [r["accuracy"] for s in seeds for r in probes.probed(train, test, probes.ALL, s)]
     assert theirs > np.mean(found) + 0.02
+
+
+def perturbed(folder, least: int, seed: int) -> tuple[list[dict], dict, dict]:
+    """Our rows, and their scores of all labels and of each, given our probes; draw for draw."""
+    from sae_lens import SAE
+
+    sae = SAE.load_from_disk(str(saelens(folder)), device="cpu")
+    splits, ns = (texts(N_TRAIN, 0, least), texts(N_TEST, 1, least)), [1, 3, 10]
+    x = [collection.create_meaned_model_activations(split) for split in splits]
+    f = [collection.get_sae_meaned_activations(split, sae, 50) for split in splits]
+    weights = perturbation.probes_of(x[0], torch.Generator().manual_seed(0))
+    theirs = {}
+    for label, w in weights.items():
+        theirs[label] = probe_training.Probe(D, torch.float32)
+        theirs[label].net.weight.data = torch.tensor(w[None, :-1], dtype=torch.float32)
+        theirs[label].net.bias.data = torch.tensor(w[-1:], dtype=torch.float32)
+    torch.manual_seed(seed)
+    with torch.no_grad():
+        clean = scr_and_tpp.get_probe_test_accuracy(theirs, list(LABELS), x[1], 500, False)
+        effects = scr_and_tpp.get_all_node_effects_for_one_sae(
+            sae, theirs, list(LABELS), False, splits[0], 50
+        )
+        after = scr_and_tpp.perform_feature_ablations(
+            theirs, sae, 50, splits[1], effects, ns, list(LABELS), 500, False
+        )
+    generator = torch.Generator().manual_seed(seed)
+    ours = perturbation.perturbed(weights, f[0], (x[1], f[1]), sae.W_dec.detach(), ns, generator)
+    return ours, *scr_and_tpp.create_tpp_plotting_dict(after, clean)
+
+
+NAMES = {
+    "tpp": "total_metric",
+    "intended": "intended_diff_only",
+    "unintended": "unintended_diff_only",
+}
+
+
+@pytest.mark.parametrize("seed", [42, 43])
+def test_probe_perturbation_is_saebenchs(seed, unchecked, tmp_path):
+    """Their effects, their ablations of every token, their accuracies."""
+    ours, scores, by_label = perturbed(tmp_path, N_CTX, seed)
+    for row in ours:
+        for column, name in NAMES.items():
+            wanted = by_label[row["label"]][f"tpp_threshold_{row['k']}_{name}"]
+            assert row[column] == pytest.approx(wanted, abs=1e-6)
+    for n in {row["k"] for row in ours}:
+        mean = np.mean([row["tpp"] for row in ours if row["k"] == n])
+        assert mean == pytest.approx(scores[f"tpp_threshold_{n}_total_metric"], abs=1e-6)
+    assert np.ptp([row["tpp"] for row in ours]) > 0.02
+
+
+def test_its_ablation_reaches_into_the_padding(unchecked, tmp_path):
+    """Latents that a row of zeros makes fire are taken out of masked rows, too: other scores."""
+    off = 0
+    for seed in range(42, 46):
+        ours, _, by_label = perturbed(tmp_path, 3, seed)
+        found = [by_label[r["label"]][f"tpp_threshold_{r['k']}_total_metric"] for r in ours]
+        off += sum(abs(r["tpp"] - theirs) > 1e-6 for r, theirs in zip(ours, found, strict=True))
+    assert off > 0
 
 
 class Answering:

@@ -6,7 +6,7 @@ import torch
 
 from pipeline.claims import scalars
 from pipeline.errors import RetraceError
-from pipeline.saebench import probes
+from pipeline.saebench import perturbation, probes
 
 
 def drawn_acts(n: int = 40, width: int = 12, seed: int = 0) -> dict[str, torch.Tensor]:
@@ -94,3 +94,37 @@ def test_metrics_are_means_over_labels_one_a_seed():
     known = scalars.known(parts | {"ks": [1]})
     assert set(found) <= set(known) and "1 latents" in known["trained.x.probe_k1"]
     assert not any("probe" in name for name in scalars.known(parts))
+
+
+def test_perturbation_is_what_own_and_other_probes_lose():
+    """Three labels with a dimension each, which are the latents, too: a label's own falls alone."""
+    g = torch.Generator().manual_seed(0)
+
+    def texts(n: int) -> dict[str, torch.Tensor]:
+        at = enumerate("abc")
+        return {name: torch.rand(n, 3, generator=g) + 4 * torch.eye(3)[i] for i, name in at}
+
+    train, test, W_dec = texts(60), texts(40), torch.eye(3)
+    found = perturbation.rows((train, train), (test, test), W_dec, [1], [0, 1])
+    assert [(r["seed"], r["label"]) for r in found] == [(s, n) for s in (0, 1) for n in "abc"]
+    for row in found:
+        assert row["intended"] > 0.4 and row["tpp"] == row["intended"] - row["unintended"] > 0.3
+    with pytest.raises(RetraceError, match=r"benchmarks\.tpp: 4 of 3 latents"):
+        perturbation.rows((train, train), (test, test), W_dec, [4], [0])
+
+
+def test_metrics_of_perturbation_are_means_over_labels_one_a_seed():
+    import pandas as pd
+
+    rows = [
+        {"sae": "x", "of": "tpp", "k": 5, "seed": seed, "label": label, "accuracy": 0.5,
+         "intended": 0.3 + more, "unintended": 0.1, "tpp": 0.2 + more}
+        for seed in (3, 1)
+        for label, more in (("a", 0), ("b", seed / 100))
+    ]  # fmt: skip
+    found = scalars.core({"benchmarks/trained": pd.DataFrame(rows)})
+    assert found["trained.x.tpp_n5"] == pytest.approx([0.205, 0.215])
+    assert found["trained.x.tpp_n5_unintended"] == pytest.approx([0.1, 0.1])
+    parts = {"own": [], "saes": {"trained": ["x"]}, "prompts": [], "circuits": {}, "training": []}
+    assert set(found) <= set(scalars.known(parts | {"ks": [], "tpp": [5]}))
+    assert not any("tpp" in name for name in scalars.known(parts | {"ks": [1]}))
