@@ -29,6 +29,7 @@ markov = import_file(Path(__file__).with_name("markov.py"))
 TABLES = ("continuations", "attention", "measures")
 WORD = re.compile(r"[^\W\d_]{3,}")
 BATCH = 64  # blocks at a time
+SHUFFLED = 3  # order of the null arm: of a shuffled text nearly every longer context is new
 
 
 class Markov(Section):
@@ -140,7 +141,7 @@ def chains(loaded: Any, text: dict[str, np.ndarray], options: Options) -> dict[s
     most, d_vocab = max(what.orders), loaded.info["d_vocab"]
     chain = markov.Chain(text["train"], most, d_vocab)
     mixed = np.random.default_rng(seed).permutation(text["train"])
-    shuffled = markov.Chain(mixed, most, d_vocab)
+    shuffled = markov.Chain(mixed, min(most, SHUFFLED), d_vocab)
     decode = loaded.tokenizer.decode
     vocabulary = {w.lower() for w in WORD.findall(decode(text["train"].tolist()))}
     blocks = blocks_of(text["eval"], loaded.info["n_ctx"], what.n_loss)
@@ -150,6 +151,8 @@ def chains(loaded: Any, text: dict[str, np.ndarray], options: Options) -> dict[s
             {"kind": "loss", "writer": "markov", "order": order, "loss": chain.loss(blocks, order)}
         )
         for name, source in (("markov", chain), ("shuffled", shuffled)):
+            if order > source.order:
+                continue
             ids = markov.written(source, [], what.n_known, order, 1.0, seed)
             share = known_share(decode(ids), vocabulary)
             measures.append({"kind": "known", "writer": name, "order": order, "known": share})
