@@ -192,6 +192,7 @@ def claim_rows(claims: list[dict], card: dict[str, Any]) -> list[dict[str, Any]]
     for row in claims:
         claim = declared.get(row["id"], row)
         extra = {"figure": shown.figure_of(claim, figures), "metric": claim.get("metric", "")}
+        extra["budget"] = words.decimal(row.get("budget") or "")
         if row["kind"] == "order":
             holds = row["paper_value"] or claim["holds"]
             extra |= {"conditions": words.conditions(holds, row["ours"])}

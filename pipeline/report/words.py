@@ -13,6 +13,7 @@ import ast
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from decimal import Decimal
 from typing import Any
 
 from pipeline.claims import expressions
@@ -191,3 +192,8 @@ def seeds(ours: str) -> str:
     """'3 of 3 seeds' at the end of a number of claims.csv, else blank."""
     found = SEEDS.search(ours)
     return f"{found[1]} of {found[2]} seeds" if found else ""
+
+
+def decimal(text: str) -> str:
+    """A text in which 6e-05 % is 0.00006 %."""
+    return re.sub(r"\d(?:\.\d+)?e-\d+(?= %)", lambda m: format(Decimal(m[0]), "f"), text)

@@ -92,3 +92,8 @@ def test_every_published_order_keeps_its_names_and_numbers():
 )
 def test_what_names_share_is_said_once(names, about, short):
     assert words.shared(names) == (about, dict(zip(names, short, strict=True)))
+
+
+def test_a_tiny_share_is_written_out():
+    assert words.decimal("24 of 40, 6e-05 %") == "24 of 40, 0.00006 %"
+    assert words.decimal("1.5e-03 % and 0.2 %") == "0.0015 % and 0.2 %"
