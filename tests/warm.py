@@ -44,10 +44,9 @@ READ_LATER = ("PYTHONPATH", "PYTHONDONTWRITEBYTECODE")
 THREADS = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 WITH = {  # command -> the libraries that it uses
     **dict.fromkeys("tokenizer corpus activations circuits training".split(), "transformers"),
-    **dict.fromkeys("attribution_graph probes".split(), "transformers"),
-    **dict.fromkeys("crosscoder_evaluation".split(), "transformers"),
-    **dict.fromkeys("model sae sae_import crosscoder exports evaluation features".split(), "sae_lens"),
-    **dict.fromkeys("attribution benchmarks absorption steering".split(), "sae_lens"),
+    **dict.fromkeys("attribution_graph probes crosscoder_evaluation".split(), "transformers"),
+    **dict.fromkeys("model sae sae_import crosscoder exports evaluation".split(), "sae_lens"),
+    **dict.fromkeys("features attribution benchmarks absorption steering".split(), "sae_lens"),
 }
 
 
