@@ -30,8 +30,9 @@ from torch import Tensor
 from pipeline.errors import RetraceError, nearest
 from pipeline.latents.stored import load_saes
 from pipeline.latents.units import ALL, ERROR, Latent, Latents, Units
-from pipeline.models import hooks, places, splice
+from pipeline.models import hooks, splice
 from pipeline.models.pairs import Task
+from pipeline.models.places import full
 from pipeline.models.rerun import pieces, rerun
 from pipeline.store import tables
 
@@ -71,7 +72,7 @@ class Sites:
                 )
         self.hooks = sorted(set(names), key=hooks.hook_names(task.hf).index)
         self.base, self.source = (
-            {h: places.full(x) for h, x in hooks.run_to(task.hf, tokens, self.hooks).items()}
+            {h: full(x) for h, x in hooks.run_to(task.hf, tokens, self.hooks).items()}
             for tokens in (task.pairs.base, task.pairs.source)
         )
         self._gradients: dict[tuple, Tensor] = {}
@@ -104,7 +105,7 @@ class Sites:
     def _mean_gradient(self, stream: str, layer: int, change: Tensor, alphas: list[float]):
         task = self.task
         places = task.pairs.suffix(task.pairs.first_change(""))
-        start = places.full(getattr(task.base, stream)[layer])
+        start = full(getattr(task.base, stream)[layer])
         x0, move = task.pairs.gathered(start, places), task.pairs.gathered(change, places)
         total = torch.zeros_like(x0)
         for some in pieces(task.pairs, alphas, places.shape[1]):

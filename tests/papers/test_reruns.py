@@ -166,7 +166,7 @@ def layout(toy: Path) -> None:
 def frame(toy: Path) -> None:
     """Code that only hands a stage its arguments."""
     edit(toy / "pipeline" / "errors.py", "cutoff=0.6", "cutoff=0.7")
-    edit(toy / "pipeline/job/cli.py", "if now - self.told < 5", "if now - self.told < 6")
+    edit(toy / "pipeline/job/cli.py", "if now - self.last_line < 5", "if now - self.last_line < 6")
     edit(
         toy / "pipeline/spec/claims.py",
         "def judged_at(self",
