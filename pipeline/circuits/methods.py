@@ -28,6 +28,7 @@ from pipeline.circuits.head_inputs import many_edges
 from pipeline.circuits.patching import LOGITS, Edge, activation_patching, path_patching
 from pipeline.job import cli
 from pipeline.latents import sites as latents
+from pipeline.latents.units import reads_of
 from pipeline.models import proof
 from pipeline.models.pairs import Node, Task
 from pipeline.spec.measured import LATENT_METHODS, CircuitsSpec
@@ -244,7 +245,7 @@ class LatentScores:
 
     @classmethod
     def of(cls, case: Case) -> "LatentScores":
-        sites = latents.Sites(case.task, list(case.units))
+        sites = latents.Sites(case.task, list(case.units), reads_of(case.units))
         alphas = {"latent_attribution": [0.0], "latent_ig": eap.midpoints(case.spec.ig_steps)}
         found = {
             method: {h: latents.effects(sites, h, u, alphas[method]) for h, u in case.units.items()}

@@ -8,7 +8,8 @@ changes by about
     latent_attribution   (f_i' - f_i) d_i . dm/dx on the base run               (their Eq. 3)
     latent_ig            the same, dm/dx averaged along the line from x to x'   (their Eq. 4)
 
-1. `Sites` runs the model on both prompts and keeps x at every site.
+1. `Sites` runs the model on both prompts and keeps x at every site. A transcoder's site is where it
+   writes; what it reads stands to the left of what is written there.
 2. `gradient` averages dm/dx over points between x and x'. It does not depend on the units, so that
    latents, random directions and neurons of one site share it.
 3. `effects` multiplies. Summed over all nodes of a site, latent_ig approaches the effect of
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from pipeline.errors import RetraceError, nearest
 from pipeline.latents.stored import load_saes
-from pipeline.latents.units import ALL, ERROR, Latent, Latents, Units
+from pipeline.latents.units import ALL, ERROR, Latent, Latents, TranscoderLatents, Units
 from pipeline.models import hooks, splice
 from pipeline.models.pairs import Task
 from pipeline.models.places import full
@@ -53,12 +54,16 @@ class Effects(NamedTuple):
 class Sites:
     """Hooks of a model, in the order of computation, on pairs of prompts.
 
+    Args:
+        names: the hooks.
+        reads: of a transcoder's, the hook that it reads (units.reads_of).
+
     Attributes:
-        base, source: hook -> x in either run, [n pos d].
+        base, source: hook -> x in either run, [n pos d]; of a transcoder [n pos d_in + d].
     """
 
-    def __init__(self, task: Task, names: list[str]) -> None:
-        self.task = task
+    def __init__(self, task: Task, names: list[str], reads: dict[str, str] | None = None) -> None:
+        self.task, self.reads = task, reads or {}
         for name in names:
             hooks.check(task.hf, name)
             if name.split(".", 2)[-1] not in ENTRY:
@@ -70,12 +75,37 @@ class Sites:
                     f"'{name}' cannot be a site of latents, since a norm behind the MLP scales "
                     f"what its neurons write by all of them; take hook_mlp_out"
                 )
+        for name, read in self.reads.items():
+            if not read.startswith("blocks."):
+                raise RetraceError(
+                    f"'{name}' cannot be a site of a transcoder that reads {read}; take one that "
+                    f"reads a hook of a layer"
+                )
         self.hooks = sorted(set(names), key=hooks.hook_names(task.hf).index)
-        self.base, self.source = (
-            {h: full(x) for h, x in hooks.run_to(task.hf, tokens, self.hooks).items()}
+        needed = list(dict.fromkeys([*self.hooks, *self.reads.values()]))
+        base, source = (
+            {h: full(x) for h, x in hooks.run_to(task.hf, tokens, needed).items()}
             for tokens in (task.pairs.base, task.pairs.source)
         )
+        self._d_in = {name: base[read].shape[-1] for name, read in self.reads.items()}
+        self.base = {name: self.read(base, name) for name in self.hooks}
+        self.source = {name: self.read(source, name) for name in self.hooks}
         self._gradients: dict[tuple, Tensor] = {}
+
+    @property
+    def first_layer(self) -> int:
+        """The first layer with a site, or with what one reads."""
+        return min(int(h.split(".")[1]) for h in (*self.hooks, *self.reads.values()))
+
+    def read(self, seen: dict[str, Tensor], hook: str) -> Float[Tensor, "n pos d"]:
+        """What the units of a site split, out of x at the hooks of a run."""
+        parts = [seen[self.reads[hook]]] if hook in self.reads else []
+        return torch.cat([*parts, seen[hook]], -1)
+
+    def change(self, hook: str) -> Float[Tensor, "n pos d"]:
+        """The source run's x at a site less the base run's, without what a transcoder reads."""
+        change = self.source[hook] - self.base[hook]
+        return change[..., self._d_in.get(hook, 0) :]
 
     def entry(self, hook: str) -> tuple[str, int]:
         """The stream that the hook writes into, see Run of pairs.py, and the layer."""
@@ -98,7 +128,7 @@ class Sites:
         stream, layer = self.entry(hook)
         key = (stream, layer, hook.replace("mlp.hook_post", "hook_mlp_out"), *alphas)
         if key not in self._gradients:
-            change = self.written(hook, self.source[hook] - self.base[hook])
+            change = self.written(hook, self.change(hook))
             self._gradients[key] = self._mean_gradient(stream, layer, change, alphas)
         return self._pulled_back(hook, self._gradients[key])
 
@@ -144,7 +174,7 @@ class Sites:
 
     def whole(self, hook: str) -> Float[Tensor, " n"]:
         """The exact effect of patching a whole site."""
-        change = self.written(hook, self.source[hook] - self.base[hook])
+        change = self.written(hook, self.change(hook))
         return self.patched(hook, [change], self.task.pairs.first_change(""))[0]
 
 
@@ -237,14 +267,14 @@ def scores(found: dict[str, Effects], nodes: list[Latent]) -> Float[Tensor, "nod
 def load(
     manifests: list[str], names: list[str], activations: str | Path, device: torch.device | str
 ) -> dict[str, Latents]:
-    """hook -> latents of the dictionaries `names`.
+    """hook -> latents of the dictionaries `names`; of a transcoder the hook where it writes.
 
     Args:
         manifests: manifest.json of the SAE jobs.
         activations: manifest.json of the activations that the dictionaries were trained on.
 
     Raises:
-        RetraceError: a dictionary is missing, is a transcoder, or shares its hook with another.
+        RetraceError: a dictionary is missing, or shares its hook with another.
     """
     stored, out = tables.read_json(activations), {}
     listed = {n: (m, tables.read_json(m)) for m in manifests for n in tables.read_json(m)["saes"]}
@@ -252,11 +282,11 @@ def load(
         if name not in listed:
             raise RetraceError(f"circuits.saes: no dictionary '{name}'{nearest(name, listed)}")
         manifest, trained = listed[name]
-        hook = trained["hook"]
-        if trained.get("output_hook"):
-            raise RetraceError(f"circuits.saes: '{name}' is a transcoder; name one that is none")
+        reads, written = trained["hook"], trained.get("output_hook")
+        hook = written or reads
         if hook in out:
             raise RetraceError(f"circuits.saes: two dictionaries at {hook}; name one a hook")
         sae = load_saes(manifest, device, [name])[name]
-        out[hook] = Latents(sae, stored["skip_first"], stored["hooks"][hook]["max_norm"])
+        unknown = (stored["skip_first"], stored["hooks"][reads]["max_norm"])
+        out[hook] = TranscoderLatents(sae, reads, *unknown) if written else Latents(sae, *unknown)
     return out

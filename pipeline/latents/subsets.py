@@ -22,6 +22,7 @@ Prompts have one template and length, so that a position means the same in all o
 
 from collections.abc import Callable
 from contextlib import ExitStack
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -98,23 +99,37 @@ class Ablation:
         Args:
             kept: hook -> which nodes keep their values, bool [k pos units+1].
         """
-        task, first = self.sites.task, self.sites.hooks[0]
-        layer = int(first.split(".")[1])
+        task, layer = self.sites.task, self.sites.first_layer
+        seen: dict[str, Tensor] = {}
         (k, *_), n = next(iter(kept.values())).shape, len(task.pairs.rows)
         with ExitStack() as stack:
             for hook, unit in self.units.items():
 
-                def ablate(x: Tensor, unit=unit, keep=kept[hook], mean=self.mean[hook]) -> Tensor:
-                    f, e = unit.split(x)
+                def ablate(
+                    x: Tensor, hook=hook, unit=unit, keep=kept[hook], mean=self.mean[hook]
+                ) -> Tensor:
+                    f, e = unit.split(self.sites.read(seen | {hook: x}, hook))
                     f, e = f.unflatten(0, (k, n)), e.unflatten(0, (k, n))
                     f = torch.where(keep[:, None, :, :-1], f, mean[0]).flatten(0, 1)
                     e = torch.where(keep[:, None, :, -1:], e, mean[1]).flatten(0, 1)
                     return unit.join(f, e)
 
                 stack.enter_context(hooks.edited(task.hf, hook, ablate))
+            _watch(stack, self.sites, seen)
             x = task.base.pre[layer].repeat(k, 1, 1)
             end = splice.resume_stream(task.hf, f"blocks.{layer}.hook_resid_pre", x)
         return task.metric(task.pairs.at_end(end.unflatten(0, (k, n))))
+
+
+def _watch(stack: ExitStack, sites: Sites, seen: dict[str, Tensor]) -> None:
+    """Keep in `seen` what transcoders read, in every forward pass while the stack is open."""
+
+    def keep(x: Tensor, hook: str) -> Tensor:
+        seen[hook] = x
+        return x
+
+    for hook in dict.fromkeys(sites.reads.values()):
+        stack.enter_context(hooks.edited(sites.task.hf, hook, partial(keep, hook=hook)))
 
 
 class LatentEdge(NamedTuple):
@@ -168,21 +183,24 @@ def edges(
 
 
 def _cut_at(sites: Sites, names: list[str]) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor]:
-    """x on arrival at each hook, the leaf that replaces it there, and the last stream.
+    """What each site's units split, as it arrives; the leaf that takes its place; the last stream.
 
     A gradient of one hook's x in another hook's leaf then passes through no third hook.
     """
-    task, layer = sites.task, int(names[0].split(".")[1])
+    task, layer = sites.task, sites.first_layer
+    seen: dict[str, Tensor] = {}
     before: dict[str, Tensor] = {}
     after: dict[str, Tensor] = {}
     with torch.enable_grad(), ExitStack() as stack:
         for hook in names:
 
             def cut(x: Tensor, hook=hook) -> Tensor:
-                before[hook], after[hook] = x, x.detach().requires_grad_(True)
+                before[hook] = sites.read(seen | {hook: x}, hook)
+                after[hook] = x.detach().requires_grad_(True)
                 return after[hook]
 
             stack.enter_context(hooks.edited(task.hf, hook, cut))
+        _watch(stack, sites, seen)
         x = task.base.pre[layer].detach().requires_grad_(True)
         end = splice.resume_stream(task.hf, f"blocks.{layer}.hook_resid_pre", x)
     return before, after, end

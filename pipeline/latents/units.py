@@ -76,6 +76,37 @@ class Latents:
         return self.sae.W_dec[number]
 
 
+class TranscoderLatents(Latents):
+    """The latents of a transcoder, which reads x at another hook of the model, and its error term.
+
+    y = sum_i f_i(x) d_i + b + e. At its site, where it writes, `split` takes x and y side by side;
+    all else is of y.
+
+    Args:
+        reads: the hook of x.
+        rest: as of `Latents`; tokens are known or not by x.
+    """
+
+    def __init__(self, sae: Any, reads: str, skip_first: int = 0, max_norm: float = 0) -> None:
+        super().__init__(sae, skip_first, max_norm)
+        self.reads = reads
+
+    def split(
+        self, x: Float[Tensor, "n pos d_in_and_out"]
+    ) -> tuple[Float[Tensor, "n pos d_sae"], Float[Tensor, "n pos d_out"]]:
+        """f of x, and e of y."""
+        d_out = self.sae.W_dec.shape[1]
+        given, y = x[..., :-d_out], x[..., -d_out:]
+        known = splice.known(given, self.skip_first, self.max_norm)[..., None]
+        f = self.sae.encode(given) * known
+        return f, y - self.sae.decode(f)
+
+
+def reads_of(units: "dict[str, Units]") -> dict[str, str]:
+    """Site -> the hook that its transcoder reads, of those that have one."""
+    return {h: u.reads for h, u in units.items() if isinstance(u, TranscoderLatents)}
+
+
 class Neurons:
     """The coordinates of x: neurons behind an MLP's nonlinearity, or the basis of the stream.
 

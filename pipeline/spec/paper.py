@@ -422,8 +422,6 @@ class PaperSpec(Section):
                 raise ValueError(f"{key}: '{name}' is a crosscoder; name a dictionary of one hook")
             if arm not in (saes[name].arms or self.arm_names()):
                 raise ValueError(f"{key}: SAE '{name}' is not trained on arm '{arm}'")
-            if key == "circuits.saes" and saes[name].output_hook:
-                raise ValueError(f"{key}: '{name}' is a transcoder; name one without output_hook")
             alone = isinstance(saes[name], ImportSpec) and not saes[name].decodes
             if not key.startswith("features.") and alone:
                 raise ValueError(f"{key}: '{name}' has no decoder, and only features do without")

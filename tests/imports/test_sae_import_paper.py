@@ -89,9 +89,9 @@ def test_a_fault_is_one_sentence_before_anything_runs(over, sentence, root):
     assert sentence in str(e.value) and "a published dictionary" not in str(e.value)
 
 
-def test_circuits_of_a_published_transcoder_are_refused(root):
+def test_circuits_take_a_published_transcoder(root):
     hooks = [RESID, "blocks.1.hook_mlp_out"]
     coder = theirs(hook=RESID, output_hook=hooks[1])
     circuits = {"prompts": "p", "methods": ["latent_ig"], "saes": ["theirs"]}
-    with pytest.raises(RetraceError, match=r"circuits\.saes: 'theirs' is a transcoder"):
-        run(root, {"theirs": coder}, activations={"hooks": hooks}, circuits=circuits)
+    found = run(root, {"theirs": coder}, activations={"hooks": hooks}, circuits=circuits)
+    assert found.paper("p", "laptop").spec.circuits.saes == ["theirs"]

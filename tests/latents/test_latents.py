@@ -329,7 +329,8 @@ def test_dictionaries_are_loaded_by_name(tmp_path, monkeypatch):
         ("b", {"hook": HOOKS[1], "output_hook": hook, "saes": {"coder": {}}}),
     ):
         (tmp_path / job).write_text(json.dumps(about))
-    (tmp_path / "acts").write_text(json.dumps({"skip_first": 1, "hooks": {hook: {"max_norm": 9}}}))
+    norms = {hook: {"max_norm": 9}, HOOKS[1]: {"max_norm": 7}}
+    (tmp_path / "acts").write_text(json.dumps({"skip_first": 1, "hooks": norms}))
     monkeypatch.setattr(latents, "load_saes", lambda m, d, names: {n: TopK(0) for n in names})
     manifests = [str(tmp_path / "a"), str(tmp_path / "b")]
     cpu = torch.device("cpu")
@@ -338,8 +339,8 @@ def test_dictionaries_are_loaded_by_name(tmp_path, monkeypatch):
     assert list(found) == [hook] and (found[hook].skip_first, found[hook].max_norm) == (1, 9)
     with pytest.raises(RetraceError, match="no dictionary 'ones'"):
         load("ones")
-    with pytest.raises(RetraceError, match="'coder' is a transcoder"):
-        load("coder")
+    coder = load("coder")[hook]
+    assert (coder.reads, coder.skip_first, coder.max_norm) == (HOOKS[1], 1, 7)
     with pytest.raises(RetraceError, match="two dictionaries at"):
         load("one", "other")
 

@@ -19,11 +19,12 @@ import torch
 from pydantic import Field
 
 from pipeline.circuits import eap
+from pipeline.errors import RetraceError
 from pipeline.job import cli, own
 from pipeline.latents import latent_circuits
 from pipeline.latents import sites as latents
 from pipeline.latents.subsets import Ablation
-from pipeline.latents.units import Latents, Neurons, RandomDirections
+from pipeline.latents.units import Latents, Neurons, RandomDirections, reads_of
 from pipeline.models import loader
 from pipeline.models.pairs import Pairs, Task
 from pipeline.spec.base import Seeds
@@ -185,6 +186,11 @@ def work(job: cli.Job, options: Options) -> own.Tables:
     args, device, out = job.args, job.device(), own.Tables(TABLES)
     loaded, activations = loader.load(args.models[0], device), args.activations[0]
     found = latents.load(args.saes, options.saes, activations, device)
+    if coders := reads_of(found):
+        raise RetraceError(
+            f"own.agreement.saes: a transcoder writes at {min(coders)}, and random directions and "
+            f"neurons of the same site have nothing to read; name dictionaries of one hook"
+        )
     for seed in options.seeds:
         units = units_of(found, loaded, seed)
         for name in options.structures:
