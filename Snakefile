@@ -4,7 +4,7 @@ from snakemake.utils import min_version
 
 min_version("9.0")
 
-if workflow.included_stack[-1].path == "Snakefile":  # of a git reference: "" joins to "/rules"
+if workflow.included_stack[-1].path == "Snakefile":  # in a git reference; it has no folder to join
     workflow.included_stack[-1].path = "./Snakefile"
 
 

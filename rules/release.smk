@@ -8,6 +8,7 @@ rule release:
         figures=report_input("figures"),
         numbers=report_input("numbers"),
         pages=report_input("pages"),
+        script="results/{scale}/figures.js",
         yaml=yaml_of,
         own=own_file_of("*.py"),
         rules=own_file_of("rules.smk"),
@@ -22,4 +23,4 @@ rule release:
         "{PYTHON:q} -m pipeline release --spec {params.spec:q} --files {input.report:q}"
         " {input.metrics:q} {input.claims:q} {input.tables:q} {input.figures:q}"
         " {input.numbers:q} {input.pages:q} --own {input.yaml:q} {input.own:q} {input.rules:q}"
-        " --out {output:q} 2> {log:q}"
+        " --script {input.script:q} --out {output:q} 2> {log:q}"

@@ -70,10 +70,15 @@ def verdicts(tables: dict[str, Any], options: dict[str, Any]) -> tuple[Any, Any]
     return fig, frame
 
 
+def label(id: str) -> str:
+    """A claim's id as words."""
+    return theme.literal(id.replace("_", " "))
+
+
 def draw(fig: Any, rows: Any, row: int, *, shown: bool) -> None:
     """One panel: rows of orders, or of values."""
     value = rows["kind"].iloc[0] == "value"
-    names = [theme.literal(n) for n in rows["id"]]
+    names = [label(n) for n in rows["id"]]
     for verdict, colour in COLOURS.items():
         some = rows[rows["verdict"] == verdict]
         if some.empty:
@@ -81,7 +86,7 @@ def draw(fig: Any, rows: Any, row: int, *, shown: bool) -> None:
         bounded = some["low"].notna() & np.isfinite(some["low"]) & np.isfinite(some["high"])
         fig.add_scatter(
             x=some["at"],
-            y=[theme.literal(n) for n in some["id"]],
+            y=[label(n) for n in some["id"]],
             error_x={
                 "type": "data",
                 "symmetric": False,

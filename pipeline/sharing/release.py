@@ -1,10 +1,11 @@
 """A paper's results as one archive: what a reviewer needs, and what a journal keeps.
 
 1. Take the report, claims, metrics, every table that a figure or a metric reads, the figures with
-   their plotted numbers, and the paper's own files. Weights and activations stay behind: their
-   digests stand in the certificates.
+   their plotted numbers and the script that draws them, and the paper's own files. Weights and
+   activations stay behind: their digests stand in the certificates.
 2. Write them under the paths that they have in a checkout, inputs before what is made from them,
-   with README.md (what to do) and release.json (the sha256 of every file).
+   with release.json (the sha256 of every file) and, at the root, README_<paper>_<scale>.md: what
+   to do. Its name is its own, since a clone has a README.md.
 
 Unpacked in a clone of Retrace, every figure is drawn anew from its tables, in seconds and without
 torch; `python -m pipeline compare release.zip results/<scale>/<paper>` tells whether the bytes are
@@ -25,7 +26,8 @@ README = """\
 {authors}, {year}. {url}
 
 A replication by Retrace {version} at scale `{scale}`, made from commit {commits}. Open
-`{base}/report.html`; it is one page and loads nothing.
+`{base}/report.html`; it is one page and loads nothing. A figure by itself, such as
+`{base}/figures/{figure}.html`, is drawn by `results/{scale}/figures.js`.
 
 In a clone of Retrace at that commit, with its requirements.lock installed, unpack this archive.
 Then
@@ -96,6 +98,7 @@ def main() -> None:
         __doc__,
         files="results of the paper*",
         own="paper.yaml and the paper's own code*",
+        script="figures.js",
         out="release.zip",
     )
 
@@ -104,14 +107,16 @@ def main() -> None:
         base = f"results/{job.spec['scale']}/{paper}"
         named = {f: f"rules/papers/{paper}/{f.name}" for f in map(Path, args.own)}
         named |= {f: f"{base}/{f.relative_to(base)}" for f in map(Path, args.files)}
+        named[Path(args.script)] = f"results/{job.spec['scale']}/figures.js"
         files = sorted(named, key=order)
         members = [(named[f], f.read_bytes()) for f in files]
-        sums = {named[f]: provenance.sha256_file(f) for f in files}
+        first = (f"README_{paper}_{job.spec['scale']}.md", readme(job.spec, files).encode())
+        members.insert(0, first)
+        sums = {name: provenance.sha256_bytes(content) for name, content in members}
         about = {"paper": paper, "scale": job.spec["scale"], "sha256": sums}
         made = job.certificate([]) | {"spec": {}, "content": provenance.digest(about)}
         text = json.dumps({**about, "provenance": made}, indent=1, ensure_ascii=False) + "\n"
         members.append((f"{base}/release.json", text.encode()))
-        members.append((f"{base}/README.md", readme(job.spec, files).encode()))
         write(args.out, members)
         size = Path(args.out).stat().st_size / 2**20
         cli.log.info("%d files, %.1f MiB", len(members), size)

@@ -26,7 +26,7 @@ from pipeline.store import intact, provenance
 
 # Folders of what snakemake writes and of measurements, and what a published run took.
 UNCERTIFIED = {"logs", "benchmarks", "run.json"}
-UNSUMMED = {"release.json", "README.md"}  # what release.json does not list
+UNSUMMED = {"release.json", "README.md"}  # what release.json does not list; the latter before 0.2
 BROKEN = (ValueError, TypeError, LookupError, AttributeError, OSError, RecursionError)
 
 

@@ -13,6 +13,7 @@ from pipeline.claims.expressions import evaluate, names, parse
 from pipeline.claims.judge import COLUMNS, interval_of_mean, interval_of_median, judge
 from pipeline.claims.scalars import summary
 from pipeline.errors import RetraceError
+from pipeline.figures.kinds_verdicts import label
 from pipeline.figures.kinds_verdicts import verdicts as drawn
 from pipeline.papers.folders import Paper
 from pipeline.spec.claims import Claim
@@ -578,6 +579,10 @@ def test_the_figure_of_verdicts_has_each_judged_claim_in_the_unit_of_its_border(
     assert "unjudged" not in at
     assert {t.name for t in figure.data} == {"reproduced", "not reproduced"}
     assert sum(t.showlegend for t in figure.data) == 2
+
+
+def test_the_figure_of_verdicts_names_claims_in_words():
+    assert label("topk_above_l1") == "topk above l1" and label("<b>") == "&lt;b&gt;"
 
 
 def test_a_run_that_judges_nothing_has_an_empty_figure_of_verdicts():

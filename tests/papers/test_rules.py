@@ -209,6 +209,49 @@ def test_spec_holds_the_sections_and_the_dictionary_in_the_wildcards(everything)
     assert named == {"title": paper["title"], "latents": "topk"}
 
 
+def test_latents_of_a_null_arm_have_its_model_and_the_same_description(everything):
+    """`features.beside: random.random_weights`, beside features of the arm trained."""
+    params, paper = Params(everything, {}), "topk_saes"
+    section = everything.run.paper(paper, "smoke").spec.features.model_dump(mode="json")
+    assert section.pop("beside") == "random.random_weights"
+    for latents, arm, sae in (
+        ("topk_k32_d576", "trained", "topk_k32_d576"),
+        ("random.random_weights", "random", "random_weights"),
+    ):
+        w = wildcards(paper=paper, latents=latents)
+        told = json.loads(params.features_spec(w))
+        assert told == {"features": section | {"arm": arm}, "latents": sae}
+        model = everything.run.store(paper, "smoke", arm)["model"]
+        found = everything.arm_input(w, "model", "model.json", "features")
+        assert found == [f"results/store/model/{model.id}/model.json"]
+        item = everything.run.sae_item(paper, "smoke", arm, sae)
+        assert everything.sae_input(w, "features", "saes") == f"results/store/sae/{item.id}/saes"
+    w = wildcards(paper=paper, latents="topk_k32_d576")
+    beside = "results/smoke/topk_saes/features/random.random_weights.parquet"
+    assert everything.beside(w) == [beside] and beside in everything.tables(w)
+    sides = json.loads(params.feature_page_spec(w))["sides"]
+    assert sides == ["trained.topk_k32_d576", "random.random_weights"]
+    for latents, said in (("rand.x", "no arm 'rand'"), ("random.topk_k32_d57", "no SAE")):
+        with pytest.raises(RetraceError, match=said):
+            w = wildcards(paper=paper, latents=latents)
+            everything.sae_input(w, "features", "saes")
+
+
+@pytest.mark.parametrize(
+    "beside, said",
+    [
+        ("random.topk_k32", "features.beside: no SAE 'topk_k32'"),
+        ("random.noaux", "SAE 'noaux' is not trained on arm 'random'"),
+        ("random", "String should match pattern"),
+    ],
+)
+def test_a_null_arm_without_such_latents_is_told(beside, said):
+    card = papers.load_yaml(ROOT / "rules/papers/topk_saes/paper.yaml")
+    card["features"]["beside"] = beside
+    with pytest.raises(RetraceError, match=said):
+        papers.load(ROOT / "rules/papers/topk_saes", "smoke", card)
+
+
 def test_code_covers_the_files_that_are_named_and_no_other(toy):
     ask = Params(inputs_of(toy), {}).code
     before = ask(wildcards(), "metrics", "metrics.py"), ask(wildcards(), "metrics")

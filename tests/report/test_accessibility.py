@@ -17,7 +17,7 @@ VERSION = "4.14.1"
 SHA512 = "FHfa+lmNjQZfJz1q8wKqIDwC6DExcHt/pkjNQb09a3NPjCKg2rhu5qb2S4r76ASyFNNtuFooJpZe37OgudVGtQ=="
 GRAVE = ("serious", "critical")
 FETCH_SECONDS = 120
-PAGES = [REPORT, INDEX, FEATURES, ALONE, "catalogue.html"]
+PAGES = [REPORT, INDEX, FEATURES, ALONE, "catalogue.html", "made_up/costs.html"]
 RUN = """
 const [source, done] = arguments;
 if (!window.axe) (0, eval)(source);

@@ -126,7 +126,7 @@ def test_terms_are_those_that_occur(text):
 
 def test_the_whole_card_is_in_the_page(made_up, text):
     root, paper = made_up
-    (shown,) = re.findall(r"<pre\b[^>]*>(.*?)</pre>", text, re.S)
+    (shown,) = re.findall(r"<pre [^>]*>(.*?)</pre>", text, re.S)
     assert html.unescape(shown) == (root / paper.folder / "paper.yaml").read_text()
 
 

@@ -49,13 +49,25 @@ def module(name: str, *args: str, cwd: Path) -> subprocess.CompletedProcess:
 
 def test_it_holds_what_a_reviewer_needs_and_no_store(released):
     names = set(members(released / TARGET))
-    expected = "report.html metrics.json claims.csv claims.csv.json release.json README.md"
+    expected = "report.html metrics.json claims.csv claims.csv.json release.json"
     expected += " measure/cosines.parquet figures/cosines.html figures/cosines.csv"
     assert {f"{BASE}/{n}" for n in [*expected.split(), "figures/cosines.csv.json"]} <= names
+    assert {n for n in names if "/" not in n} == {"README_toy_smoke.md"}
     own = {n for n in names if n.startswith("rules/papers/toy/")}
     kept = {f.name for f in (released / "rules/papers/toy").iterdir() if f.is_file()}
     assert {Path(n).name for n in own} == kept
     assert not [n for n in names if "store" in n or n.endswith(".safetensors")]
+
+
+def test_its_figures_have_their_script_beside_them(released):
+    found = members(released / TARGET)
+    page = found[f"{BASE}/figures/cosines.html"].decode()
+    script = re.search(r'<script src="([^"]+)">', page)[1]
+    place = (Path(BASE) / "figures" / script).as_posix()
+    parts: list[str] = []
+    for part in place.split("/"):
+        parts = parts[:-1] if part == ".." else [*parts, part]
+    assert found["/".join(parts)] == (released / "results/smoke/figures.js").read_bytes()
 
 
 def test_the_same_files_give_the_same_bytes(released, tmp_path):
@@ -123,7 +135,7 @@ def test_a_release_is_compared_with_what_was_unpacked(released, elsewhere):
 
 
 def test_the_readme_names_commands_that_can_be_run(released, elsewhere):
-    text = members(released / TARGET)[f"{BASE}/README.md"].decode()
+    text = members(released / TARGET)["README_toy_smoke.md"].decode()
     lines = [ln.strip() for ln in text.splitlines() if ln.startswith("    ")]
     assert len(lines) == 4 and "commit unknown" in text
     for line in lines[:2]:
