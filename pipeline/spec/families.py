@@ -210,6 +210,11 @@ def check_type(kind: str, where: str = "") -> None:
     Args:
         where: the file that names it, if one does.
     """
+    if kind not in types() and f"{kind}_text" in types():
+        raise RetraceError(
+            f"{where and where + ': '}model type '{kind}' has an image tower, which is not read; "
+            f"take its language model saved alone, of type {kind}_text, as a folder"
+        )
     if kind not in types():
         raise RetraceError(
             f"{where and where + ': '}model type '{kind}'{nearest(kind, types())} has no hooks "

@@ -289,8 +289,9 @@ def _parquet(path: Path, fields: Fields) -> Iterator[tuple[str, Any]]:
             if field not in names:
                 raise _missing(path, field, names)
         try:
-            for batch in file.iter_batches(ROWS, columns=fields.names):
-                yield from (("", record) for record in _rows(batch, fields))
+            for i in range(file.num_row_groups):  # of all at once, pyarrow keeps what it has read
+                for batch in file.iter_batches(ROWS, row_groups=[i], columns=fields.names):
+                    yield from (("", record) for record in _rows(batch, fields))
         except (pa.ArrowException, OSError, ValueError) as e:
             raise RetraceError(f"{path}: not a readable Parquet file ({e}); fetch it again") from e
 

@@ -542,3 +542,20 @@ def test_tokens_that_the_model_does_not_know_are_refused(largest, fits):
         return
     with pytest.raises(RetraceError, match="gives token 10, but the model's vocabulary ends at 9"):
         encode(["a"])
+
+
+def test_a_parquet_file_is_read_a_row_group_at_a_time(tmp_path):
+    """What pyarrow holds while a file is read does not grow with the file."""
+    import pyarrow.parquet as pq
+
+    held = []
+    for n_groups in (2, 20):
+        file = tmp_path / f"{n_groups}.parquet"
+        texts = [f"{i} " + "word " * 4000 for i in range(50 * n_groups)]
+        pq.write_table(pa.table({"text": texts}), file, row_group_size=50, use_dictionary=False)
+        before = pa.total_allocated_bytes()
+        found = documents.each([file], documents.Fields("text"))
+        sizes = [pa.total_allocated_bytes() - before for _ in found]
+        assert len(sizes) == len(texts)
+        held.append(max(sizes))
+    assert held[1] < 2 * held[0]
