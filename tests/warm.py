@@ -43,11 +43,11 @@ READ_LATER = ("PYTHONPATH", "PYTHONDONTWRITEBYTECODE")
 # Snakemake sets them to the threads of a rule, which at smoke scale is 1.
 THREADS = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 WITH = {  # command -> the libraries that it uses
-    **dict.fromkeys("tokenizer corpus activations circuits training".split(), "transformers"),
-    **dict.fromkeys("attribution_graph probes".split(), "transformers"),
-    **dict.fromkeys("crosscoder crosscoder_evaluation".split(), "transformers"),
-    **dict.fromkeys("model sae sae_import exports evaluation features".split(), "sae_lens"),
-    **dict.fromkeys("attribution benchmarks absorption steering".split(), "sae_lens"),
+    **dict.fromkeys("tokenizer corpus activations training circuits".split(), "transformers"),
+    **dict.fromkeys("attribution_graph probes crosscoder_evaluation".split(), "transformers"),
+    **dict.fromkeys("model sae sae_import crosscoder exports".split(), "sae_lens"),
+    **dict.fromkeys("evaluation features attribution benchmarks".split(), "sae_lens"),
+    **dict.fromkeys("absorption steering".split(), "sae_lens"),
 }
 
 

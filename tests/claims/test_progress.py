@@ -63,7 +63,7 @@ def test_the_pattern_is_that_of_the_stages(caplog):
 
     with caplog.at_level("INFO", "retrace"):
         Progress("activations", 10, "tokens").at(10)
-    assert events.TOLD.search(f"10:00:00 {caplog.messages[0]}")
+    assert events.PROGRESS.search(f"10:00:00 {caplog.messages[0]}")
 
 
 def test_a_failure_another_attempt_and_the_end(tmp_path):
