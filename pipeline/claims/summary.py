@@ -190,7 +190,7 @@ def print_failures(failed: Iterable[Any], command: str, log: str | Path) -> None
     """Print the end of each failed job's log, what it said, and the command that runs it alone.
 
     Args:
-        failed: jobs with a rule, a log and an output; see `events.Job`.
+        failed: jobs with a rule, a log and an output; see `events.JobState`.
         command: the command line that ran, without targets; see `without_targets`.
         log: snakemake's own log.
     """

@@ -28,7 +28,7 @@ from typing import Any
 from pipeline.claims import summary
 from pipeline.claims.costs import duration
 from pipeline.job import events
-from pipeline.job.events import Job, Journal, State
+from pipeline.job.events import JobState, Journal, State
 
 NAME = "Retrace"
 DEFAULT = "DefaultStreamHandler"  # snakemake's own; see its logging.py
@@ -71,7 +71,7 @@ class Terminal(logging.Handler):
         self.about, self.command = (papers_of, is_target), command
         self.stream = stream or sys.stderr
         self.state, self.executing, self.closed = State(), False, False
-        self.folded: dict[str, list[tuple[Job, float, str]]] = {}
+        self.folded: dict[str, list[tuple[JobState, float, str]]] = {}
         self.said = time.monotonic()
         self.repeated: set[str] = set()
         self.bar: Any = None
@@ -144,7 +144,7 @@ class Terminal(logging.Handler):
         """' 5/37': the jobs done."""
         return f"{self.state.done}/{self.state.total}".rjust(self.width)
 
-    def age(self, job: Job) -> str:
+    def age(self, job: JobState) -> str:
         return duration(self.state.last - job.began)
 
     def line(self, text: str) -> None:
@@ -234,7 +234,7 @@ class Terminal(logging.Handler):
         super().close()
 
 
-def common(named: str, ended: list[tuple[Job, float, str]]) -> str:
+def common(named: str, ended: list[tuple[JobState, float, str]]) -> str:
     """'toy figures: circle, line  9.1 s': jobs of one stage, and the seconds of all of them."""
     whats = [job.what for job, _, _ in ended if job.what]
     took = duration(sum(seconds for _, seconds, _ in ended))
@@ -246,7 +246,7 @@ def jobs(n: int) -> str:
     return f"{n} job{'s' * (n != 1)}"
 
 
-def at(job: Job, now: float, folder: Path) -> str:
+def at(job: JobState, now: float, folder: Path) -> str:
     """'3 min 20 s, 40 %, 812 rows/s, 1:20 left': how long a job has run, and what its log says."""
     said = events.of_stage(folder / job.log) if job.log else ""
     return ", ".join(filter(None, (duration(max(now - job.began, 0)), said)))

@@ -27,7 +27,7 @@ DAMAGED = (ValueError, LookupError, TypeError, AttributeError, OverflowError, Re
 
 
 @dataclass
-class Job:
+class JobState:
     """A job that was started.
 
     Attributes:
@@ -69,10 +69,10 @@ class State:
     process: int = 0
     ended: bool = False
     done: int = 0
-    running: dict[int, Job] = field(default_factory=dict)
-    failed: dict[int, Job] = field(default_factory=dict)
+    running: dict[int, JobState] = field(default_factory=dict)
+    failed: dict[int, JobState] = field(default_factory=dict)
 
-    def take(self, event: dict[str, Any]) -> Job | None:
+    def take(self, event: dict[str, Any]) -> JobState | None:
         """Follow one event; the job that it is about."""
         kind, self.last = event["event"], float(event["at"])
         if kind == "run":
@@ -81,7 +81,9 @@ class State:
             self.began = self.last
         elif kind == "job":
             texts = {k: str(event[k]) for k in ("rule", "paper", "what", "log", "output")}
-            job = Job(int(event["id"]), **texts, measured=bool(event["measured"]), began=self.last)
+            job = JobState(
+                int(event["id"]), **texts, measured=bool(event["measured"]), began=self.last
+            )
             self.running[job.id] = job
             self.failed.pop(job.id, None)  # another attempt
             return job

@@ -32,7 +32,7 @@ from pipeline.job import cli
 from pipeline.spec.sources import CorpusSpec
 from pipeline.store import tables
 from pipeline.text import chat, sources, spool
-from pipeline.text.packing import Encode, Stream, cut, shuffled, split
+from pipeline.text.packing import Encode, TokenStream, cut, shuffled, split
 from pipeline.text.tokens import load_tokenizer
 
 ROW_GROUP = 1024  # blocks that a reader must take at a time
@@ -48,7 +48,7 @@ def block_schema() -> Any:
     return pa.schema(names)
 
 
-def block_tables(streams: dict[str, Stream], n_ctx: int, bos_id: int | None) -> Iterator[Any]:
+def block_tables(streams: dict[str, TokenStream], n_ctx: int, bos_id: int | None) -> Iterator[Any]:
     """The row groups of tokens.parquet: block, split, tokens, documents; eval comes last."""
     import pyarrow as pa
 
@@ -77,10 +77,10 @@ def block_tables(streams: dict[str, Stream], n_ctx: int, bos_id: int | None) -> 
             spool.forget(stream.tokens, stream.document)
 
 
-def _slice(stream: Stream, start: int, end: int) -> Stream:
+def _slice(stream: TokenStream, start: int, end: int) -> TokenStream:
     """Tokens of a stream, out of their file, with no word on documents."""
     parts = (np.array(x[start:end]) for x in (stream.tokens, stream.document))
-    return Stream(*parts, stream.used[:0])
+    return TokenStream(*parts, stream.used[:0])
 
 
 def document_schema() -> Any:
@@ -93,7 +93,9 @@ def document_schema() -> Any:
     )
 
 
-def document_tables(about: Sequence[tuple[str, str]], streams: dict[str, Stream]) -> Iterator[Any]:
+def document_tables(
+    about: Sequence[tuple[str, str]], streams: dict[str, TokenStream]
+) -> Iterator[Any]:
     """Parts of documents.parquet: the documents whose tokens stand in blocks, in order of use.
 
     Args:

@@ -24,7 +24,7 @@ Encode = Callable[[list[Any]], list[np.ndarray]]
 
 
 @dataclass(frozen=True)
-class Stream:
+class TokenStream:
     """The tokens of one split; the arrays may lie on disk, so slice them.
 
     tokens, document: int32 [n]; used: int32 [documents, 2], each document and how many of its
@@ -57,7 +57,7 @@ def take(
     encode: Encode,
     eos_id: int | None,
     scratch: Path | None = None,
-) -> Stream:
+) -> TokenStream:
     """The first n tokens of documents in the given order, each closed by EOS.
 
     Args:
@@ -83,10 +83,10 @@ def take(
             progress.at(min(found, n))
         if found >= n:
             break
-    return Stream(tokens.array(), owners.array(), used.array().reshape(-1, 2))
+    return TokenStream(tokens.array(), owners.array(), used.array().reshape(-1, 2))
 
 
-def cut(stream: Stream, n_ctx: int, bos_id: int | None) -> tuple[np.ndarray, np.ndarray]:
+def cut(stream: TokenStream, n_ctx: int, bos_id: int | None) -> tuple[np.ndarray, np.ndarray]:
     """Blocks of a stream.
 
     Returns:
@@ -107,7 +107,7 @@ def split(
     eos_id: int | None,
     source: str,
     scratch: Path | None = None,
-) -> dict[str, Stream]:
+) -> dict[str, TokenStream]:
     """The streams of train and eval, cut to whole blocks.
 
     Args:
@@ -125,7 +125,7 @@ def split(
 def _split_documents(
     texts: Sequence[Any], spec: CorpusSpec, encode: Encode, eos_id: int | None, source: str,
     scratch: Path | None,
-) -> dict[str, Stream]:  # fmt: skip
+) -> dict[str, TokenStream]:  # fmt: skip
     """Train and eval from different documents, in a random order."""
     if 0 < spec.n_eval_tokens < spec.n_ctx:
         raise RetraceError(
@@ -157,7 +157,7 @@ def _split_documents(
 def _split_tail(
     texts: Sequence[Any], spec: CorpusSpec, encode: Encode, eos_id: int | None, source: str,
     scratch: Path | None,
-) -> dict[str, Stream]:  # fmt: skip
+) -> dict[str, TokenStream]:  # fmt: skip
     """The last eval_share of all tokens is eval, what stands before it train; in text order.
 
     n_tokens keeps the end of train, n_eval_tokens the start of eval, so that they stay neighbours.
@@ -179,20 +179,20 @@ def _split_tail(
     }
 
 
-def _whole_blocks(stream: Stream, body: int) -> Stream:
+def _whole_blocks(stream: TokenStream, body: int) -> TokenStream:
     return _part(stream, 0, len(stream.tokens) // body * body)
 
 
-def _part(stream: Stream, start: int, end: int) -> Stream:
+def _part(stream: TokenStream, start: int, end: int) -> TokenStream:
     """A piece of a stream."""
     ends = np.cumsum(stream.used[:, 1], dtype=np.int64)
     begins = ends - stream.used[:, 1]
     n = np.minimum(ends, end) - np.maximum(begins, start)
     used = np.column_stack([stream.used[:, 0], n.clip(0)]).astype(np.int32)[n > 0]
-    return Stream(stream.tokens[start:end], stream.document[start:end], used)
+    return TokenStream(stream.tokens[start:end], stream.document[start:end], used)
 
 
-def shuffled(streams: dict[str, Stream], seed: int) -> dict[str, Stream]:
+def shuffled(streams: dict[str, TokenStream], seed: int) -> dict[str, TokenStream]:
     """The tokens of each split in a random order, each still with its document.
 
     They are all held in memory, 16 bytes each.
@@ -200,5 +200,5 @@ def shuffled(streams: dict[str, Stream], seed: int) -> dict[str, Stream]:
     out = {}
     for i, (name, stream) in enumerate(streams.items()):
         order = np.random.default_rng([seed, i]).permutation(len(stream.tokens))
-        out[name] = Stream(stream.tokens[order], stream.document[order], stream.used)
+        out[name] = TokenStream(stream.tokens[order], stream.document[order], stream.used)
     return out

@@ -12,7 +12,7 @@ import synthetic
 import warm
 
 from pipeline.claims import summary
-from pipeline.job.events import Job
+from pipeline.job.events import JobState
 
 ROW = {"id": "c", "paper_value": "0.5", "ours": "0.51234567", "sd": "", "verdict": "reproduced"}
 
@@ -133,7 +133,7 @@ def test_the_command_line_without_its_targets(argv, command):
 
 
 def test_a_lost_log_is_no_second_failure(tmp_path, capsys):
-    lost = [Job(1, "x", log=str(tmp_path / "gone.log")), Job(2, "y")]
+    lost = [JobState(1, "x", log=str(tmp_path / "gone.log")), JobState(2, "y")]
     summary.print_failures(lost, "snakemake", tmp_path / "snakemake.log")
     said = capsys.readouterr().err
     assert "rule x failed and left no log" in said and "rule y failed and left no log" in said

@@ -16,7 +16,7 @@ from snake import snakemake, toy_project
 from pipeline import errors
 from pipeline.claims import summary
 from pipeline.job import cli, commands, kills
-from pipeline.job.events import Job
+from pipeline.job.events import JobState
 
 STAGE = '''"""A stage of its own that fails."""
 from pathlib import Path
@@ -81,7 +81,7 @@ def test_the_trace_stays_in_the_log_of_a_job(tmp_path, capsys):
         assert called(tmp_path, "sum(values)", f).returncode == 1
     assert "Traceback (most recent call last)" in log.read_text()
     assert f"full trace: {log}" in log.read_text()
-    summary.print_failures([Job(1, "own", log=str(log))], "", tmp_path / "snakemake.log")
+    summary.print_failures([JobState(1, "own", log=str(log))], "", tmp_path / "snakemake.log")
     shown = capsys.readouterr().err
     assert shown.count("error in stage own: TypeError") == 1
     assert "Traceback" not in shown and "own.py" not in shown

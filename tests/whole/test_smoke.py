@@ -85,10 +85,37 @@ def covered_by(stage: str, own: tuple[str, ...]) -> set[tuple[str, str]]:
     return walk.reached.keys() | walk.soft | frame()
 
 
+NAMES_ALL = {("pipeline.__main__", "main"), ("pipeline.job.source", "job_code")}
+HASHING = "source reach definitions uses commands".split()
+
+
 @functools.cache
 def frame() -> set[tuple[str, str]]:
-    starts = ((m, n) for m, names in reach.FRAME.items() for n in names)
-    return set(reach.Walk(source._module).run(starts).reached)
+    """FRAME and what it calls.
+
+    The front door and the hash of a job name every module: of what they lead to, only the modules
+    that hash are meant.
+    """
+    starts = {(m, n) for m, names in reach.FRAME.items() for n in names} - NAMES_ALL
+    hashing = [f"pipeline.job.{name}" for name in HASHING]
+    own = {(m, name) for m in hashing for name in source._module(m)["defs"]}
+    return set(reach.Walk(source._module).run(starts).reached) | NAMES_ALL | own
+
+
+@pytest.mark.parametrize(
+    "stage, called, left",
+    [
+        ("metrics", ["pipeline/claims/metrics.py", "main"], False),
+        ("metrics", ["pipeline/job/cli.py", "run"], False),
+        ("metrics", ["pipeline/sae/train.py", "train"], True),
+        ("sae", ["pipeline/sae/train.py", "train"], False),
+        ("sae", ["pipeline/claims/judge.py", "judge"], True),
+        ("sae", ["rules/papers/ioi/circuit.py", "main"], True),
+    ],
+)
+def test_a_call_that_no_hash_covers_is_seen(stage, called, left):
+    job = {"argv": ["-m", "pipeline", stage, "--spec", "{}"], "called": [called]}
+    assert bool(unhashed(job)) is left
 
 
 def unhashed(job: dict) -> set[str]:
