@@ -104,30 +104,47 @@ def starts(
     return distinct(v, torch.stack([influence(u) for u in v]), n)
 
 
+def replayed(influence: Callable[[Tensor], Tensor], like: Tensor) -> Callable[[Tensor], Tensor]:
+    """`influence`, on a GPU replayed as a CUDA graph: a search waits for launches, not for sums.
+
+    The result of a call and its gradient lie in memory that the next call overwrites.
+
+    Args:
+        like: a vector such as those that will be given, [d_model].
+    """
+    if not like.is_cuda:
+        return influence
+    return torch.cuda.make_graphed_callables(influence, (like.clone().requires_grad_(True),))
+
+
 def direction(influence: Callable[[Tensor], Tensor], v: Tensor, found: Tensor, n: int) -> Tensor:
     """The unit vector of largest influence, orthogonal to the rows of `found` [i d_model].
 
+    L-BFGS itself runs on the CPU: its hundreds of sums over d_model numbers cost a GPU a launch
+    each.
+
     Args:
-        influence: unit vector -> scalar.
+        influence: unit vector -> scalar, on the device of v.
         v: where the search starts, [d_model].
         n: iterations of L-BFGS, at most.
     """
+    device, found = v.device, found.cpu()
 
     def unit(t: Tensor) -> Tensor:
         t = t - found.T @ (found @ t)
         return t / t.norm().clamp(min=1e-12)
 
-    v = unit(v).clone().requires_grad_(True)
+    v = unit(v.cpu()).clone().requires_grad_(True)
     search = torch.optim.LBFGS([v], max_iter=n, line_search_fn="strong_wolfe")
 
     def closure() -> Tensor:
         search.zero_grad()
-        loss = -influence(unit(v))
+        loss = -influence(unit(v).to(device))
         loss.backward()
         return loss
 
     search.step(closure)
-    return unit(unit(v.detach()))  # twice: once leaves rounding along `found`
+    return unit(unit(v.detach())).to(device)  # twice: once leaves rounding along `found`
 
 
 def causal_basis(
@@ -152,11 +169,12 @@ def causal_basis(
     with torch.no_grad():
         G, S = quadratic(read, x)
         among = candidates(G, S)
+    searched = replayed(influence, mean)
     found, energies = x[:0], []
     for _ in range(k):
         with torch.no_grad():
             first = starts(influence, G, S, among, found, n_starts)
-        ends = [direction(influence, v, found, max_iter) for v in first]
+        ends = [direction(searched, v, found, max_iter) for v in first]
         with torch.no_grad():
             reached = torch.stack([influence(v) for v in ends])
         found = torch.cat([found, ends[int(reached.argmax())][None]])

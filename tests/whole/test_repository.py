@@ -124,6 +124,73 @@ def test_readme_counts_verdicts_as_the_tables_do(folder):
     assert f"| {short} |" in README, f"write into README's table: {short}"
 
 
+def section(after: str) -> str:
+    """The part of the page of the published runs between a line and the next heading."""
+    return RUNS.split(f"{after}\n", 1)[1].split("\n## ", 1)[0]
+
+
+def number(row: dict[str, str]) -> str:
+    """The cell `ours` of an example: an order's expression, or a value beside the paper's."""
+    if row["kind"] == "order":
+        return f"`{row['ours']}`"
+    sd = f" ± {float(row['sd']):.4g}" if row["sd"] else ""
+    return f"{float(row['ours']):.4g}{sd} (paper: {float(row['paper_value']):.4g})"
+
+
+def test_examples_of_claims_are_rows_of_the_published_tables():
+    named, wrong = [], []
+    for line in section("Some of them:").splitlines():
+        cells = [c.strip() for c in line.strip("|").split(" | ")]
+        label = re.fullmatch(r"\[(\w+)\]\((\w+)/(\w+)/claims\.csv\), (\w+)", cells[0])
+        if label is None:
+            assert cells[0] in ("", "paper, scale") or set(line) <= set("|- "), line
+            continue
+        assert label[1] == label[2] and label[3] == label[4], line
+        named.append(label[2])
+        table = read_claims(ROOT / "results/reference" / label[2] / label[3] / "claims.csv")
+        row = next(r for r in table if r["text"] == cells[1])
+        if (now := [number(row), row["verdict"]]) != cells[2:]:
+            wrong.append(f"{cells[1]}: {now}")
+    assert not wrong, "write into results/reference/README.md: " + "; ".join(wrong)
+    assert len(set(named)) == len({folder.parent.name for folder in PUBLISHED})
+
+
+def clock(seconds: float) -> str:
+    """75 -> '1 min 15 s'."""
+    minutes, rest = divmod(round(seconds), 60)
+    return f"{minutes} min {rest:02d} s" if minutes else f"{rest} s"
+
+
+def machine(run: dict, paper: str) -> str:
+    """What run.json's `device` and `remark` say of the machine, in the words of the table."""
+    said = run["device"]
+    gpu = re.search(r"[AH]\d00", said)
+    name = f"{'two' if 'each with half' in said else 'one'} {gpu[0]}" if gpu else "2 cores, no GPU"
+    sharers = re.search(r"(\w+) and (\w+) shared one", said)
+    shared = "share" in run.get("remark", "") or (sharers and paper in sharers.groups())
+    return name + (", shared with other papers" if shared else "")
+
+
+def test_what_a_paper_costs_is_what_its_run_says():
+    costs = section("## What it costs")
+    for folder in PUBLISHED:
+        run = tables.read_json(folder / "run.json")
+        name, path = folder.parent.name, f"{folder.parent.name}/{folder.name}/run.json"
+        if folder.name == "paper":
+            time = f"{clock(run['total_seconds'])} of jobs ([run.json]({path}))"
+            said = f"| {name} | {machine(run, name)} | {time} |"
+            assert said in costs, f"write into results/reference/README.md: {said}"
+            continue
+        busy = re.search(r"(?:busy with|beside) other work", run["device"])
+        minutes = round(run["total_seconds"] / 60)
+        times = [f"{minutes} min"] if busy else [clock(run["wall_seconds"])]
+        times += [clock(run["wall_seconds"])] if busy else []
+        cells = [c for c in re.findall(r"\[([^\]]*)\]\(" + path, RUNS)]
+        assert cells and all(c.partition(" on ")[0] in times for c in cells), (path, times)
+        assert all(("busy" in c) == bool(busy) for c in cells), (path, cells)
+        assert all(f"[{c}](results/reference/{path})" in README for c in cells)
+
+
 @pytest.mark.parametrize("folder", PUBLISHED, ids=lambda f: "-".join(f.parts[-2:]))
 def test_what_is_not_reproduced_is_discussed(folder):
     """In the card, and so in every report: what was tried, and what is thought to be the reason."""
