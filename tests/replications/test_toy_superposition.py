@@ -292,7 +292,8 @@ def test_a_bad_section_names_the_key(changes, said):
 
 
 def run_stage(folder: Path, *options: str) -> subprocess.CompletedProcess:
-    command = [warm.python(), str(FOLDER / "superposition.py")]
+    file = str(FOLDER / "superposition.py")
+    command = [warm.python(), "-m", "pipeline", "own", "superposition", file]
     command += ["--spec", json.dumps({"own.superposition": smoke()}), "--device", "cpu"]
     command += ["--threads", "1"]
     for name in stage.TABLES:
