@@ -20,7 +20,10 @@ SHORT = 8  # characters of a definition's digest
 
 
 def faults(paper: Any) -> Iterator[str]:
-    """A sentence for every claim that no run could judge: claim, metric, the nearest one."""
+    """A sentence for every claim that no run of its scales could judge: claim, metric, a near one.
+
+    What a claim measures has to be there at the scales that judge it.
+    """
     definitions = scalars.known(scalars.parts(paper))
 
     def known(name: str) -> bool:
@@ -37,6 +40,8 @@ def faults(paper: Any) -> Iterator[str]:
         except (ValueError, TypeError, RecursionError) as e:
             yield f"{where}: {e}"
             continue
+        if claim.scales and paper.scale not in claim.scales:
+            continue  # a scale may leave out what it does not judge
         for name in sorted(wanted):
             if not known(name):
                 yield (
