@@ -89,7 +89,9 @@ def test_a_command_of_python_is_understood(command, checkout):
     done = call(command, checkout)
     said = done.stdout + done.stderr
     assert "Traceback" not in said and "usage:" not in said
-    absent = [w for w in command.split() if w.startswith(("results/", "FIGURE", "release."))]
+    absent = [
+        w for w in command.split() if w.startswith(("results/", "FIGURE", "FILE", "release."))
+    ]
     absent += [".snakemake/log"] * ("progress" in command)
     assert bool(done.returncode) == bool(absent), said
     if absent:

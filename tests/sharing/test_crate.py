@@ -26,7 +26,8 @@ def released(made_up, tmp_path_factory) -> Path:
         files = [p for p in BASE.rglob("*") if p.is_file()]
         own = [Path("rules/papers/made_up/paper.yaml"), Path("rules/papers/made_up/figures.py")]
         spec = {"paper": "made_up", "scale": "laptop", "card": card}
-        synthetic.call("release", spec, files=files, own=own, out=out)
+        script = BASE.parent / "figures.js"
+        synthetic.call("release", spec, files=files, own=own, script=script, out=out)
     return out
 
 
@@ -74,7 +75,7 @@ def test_every_job_is_an_action_with_its_inputs_and_results(graph):
     claims = of[f"{BASE}/claims.csv"]
     assert claims["object"] == [{"@id": f"{BASE}/metrics.json"}]
     assert graph[claims["instrument"]["@id"]]["name"] == "pipeline claims"
-    figures = [a for a in actions if "pipeline figures" in graph[a["instrument"]["@id"]]["name"]]
+    figures = [a for a in actions if graph[a["instrument"]["@id"]]["name"] == "pipeline figures"]
     assert figures and all(len(a["result"]) == 2 for a in figures)  # the page and its numbers
     assert len(graph["./"]["mentions"]) == len(actions)
 
