@@ -94,7 +94,7 @@ def least_squares(
         A = (centred.mT @ centred).double()
         A.diagonal(dim1=1, dim2=2).add_(l2)
         B = (centred.mT @ (targets[:, p] - mean_t)).double()
-        W[:, :, p] = torch.linalg.solve(A, B).float()
+        W[:, :, p] = _positive_definite(A, B).float()
         bias[:, 0, p] = mean_t - (mean_x[:, None] @ W[:, :, p])[:, 0]
     return _with_bias(W, bias, tasks)
 
@@ -106,7 +106,14 @@ def _solve(
     A = covariance.double()
     floor = FLOOR * A.diagonal(dim1=1, dim2=2).mean(1)
     A.diagonal(dim1=1, dim2=2).add_(floor[:, None])
-    return torch.linalg.solve(A, B.double()).float()
+    return _positive_definite(A, B.double()).float()
+
+
+def _positive_definite(
+    A: Float[Tensor, "layers dims dims"], B: Float[Tensor, "layers dims classes"]
+) -> Float[Tensor, "layers dims classes"]:
+    """A^-1 B by Cholesky: torch 2.13's batched LU fails on two CPU threads (findings/)."""
+    return torch.cholesky_solve(B, torch.linalg.cholesky(A))
 
 
 def _with_bias(W: Tensor, bias: Tensor, tasks: Tasks | None) -> Tensor:

@@ -31,6 +31,20 @@ def test_ridge_solves_the_normal_equations(rows):
         np.testing.assert_allclose(W[0, -1, p, :n], targets.mean(0) - x.mean(0) @ want, atol=1e-4)
 
 
+def test_ridge_of_several_layers_on_two_threads_is_that_of_each_alone():
+    """What a run with -c2 does; a batched LU of this size raises there (torch 2.13, MKL)."""
+    g = torch.Generator().manual_seed(0)
+    X, targets = torch.randn(3, 400, 200, generator=g), torch.randn(400, 1, 2, generator=g)
+    known, before = torch.ones(400, 1, dtype=torch.bool), torch.get_num_threads()
+    try:
+        torch.set_num_threads(2)
+        together = closed.least_squares(X, targets, known, 1.0)
+    finally:
+        torch.set_num_threads(before)
+    alone = [closed.least_squares(x[None], targets, known, 1.0) for x in X]
+    torch.testing.assert_close(together, torch.cat(alone), atol=1e-5, rtol=1e-5)
+
+
 def test_the_difference_of_means_names_the_nearest_mean_of_the_stream(rows):
     """In the stream's own units, though the rows are standardised."""
     X, tasks = rows
