@@ -20,9 +20,9 @@ SHORT = 8  # characters of a definition's digest
 
 
 def faults(paper: Any) -> Iterator[str]:
-    """A sentence for every claim that no run of its scales could judge: claim, metric, a near one.
+    """A sentence for every claim that no run could judge: claim, metric, the nearest one.
 
-    What a claim measures has to be there at the scales that judge it.
+    A scale that does not judge a claim may leave out what it measures.
     """
     definitions = scalars.known(scalars.parts(paper))
 
@@ -40,14 +40,21 @@ def faults(paper: Any) -> Iterator[str]:
         except (ValueError, TypeError, RecursionError) as e:
             yield f"{where}: {e}"
             continue
-        if claim.scales and paper.scale not in claim.scales:
-            continue  # a scale may leave out what it does not judge
         for name in sorted(wanted):
-            if not known(name):
+            if not known(name) and not _known_elsewhere(name, claim, paper):
                 yield (
                     f"{where}: no metric '{name}'{nearest(name, definitions)}; metrics come from "
                     f"the sections of paper.yaml and from METRICS in the paper's metrics.py"
                 )
+
+
+def _known_elsewhere(name: str, claim: Claim, paper: Any) -> bool:
+    """Whether this scale does not judge the claim, and one that does has its metric."""
+    others = [s for s in claim.scales if s != paper.scale]
+    if paper.at is None or len(others) < len(claim.scales):
+        return False
+    found = (scalars.known(scalars.parts(paper.at(scale))) for scale in others)
+    return any(scalars.definition(name, definitions) is not None for definitions in found)
 
 
 def check(paper: Any) -> None:

@@ -5,8 +5,8 @@ validates the whole before anything runs.
 """
 
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +21,17 @@ from pipeline.spec.yaml_files import load_yaml
 
 @dataclass(frozen=True)
 class Paper:
-    """A validated paper at one scale."""
+    """A validated paper at one scale.
+
+    Attributes:
+        at: scale -> the same paper there, without the checks of `load`.
+    """
 
     name: str
     folder: Path
     scale: str
     spec: PaperSpec
+    at: Callable[[str], "Paper"] | None = field(default=None, compare=False, repr=False)
 
     def tables(self) -> dict[str, str]:
         """Name -> path of every table that this paper's stages write, e.g. 'evaluation/trained'."""
@@ -96,11 +101,15 @@ def load(folder: Path, scale: str, raw: dict | None = None, hub: bool = False) -
             f"{file}: scales: no scale '{scale}'{nearest(scale, scales)}; it has "
             f"{', '.join(scales)}; add it there, or name another"
         )
-    merged = overlay({k: v for k, v in raw.items() if k != "scales"}, scales[scale])
-    if not hub and isinstance(merged, dict):
-        merged = _without_hub(merged)
-    parsed = spec.parse(PaperSpec, merged, f"{file} ({scale})")
-    paper = Paper(folder.name, folder, scale, filled(parsed, f"{file} ({scale})"))
+
+    def at(scale: str) -> Paper:
+        merged = overlay({k: v for k, v in raw.items() if k != "scales"}, scales[scale])
+        if not hub and isinstance(merged, dict):
+            merged = _without_hub(merged)
+        parsed = spec.parse(PaperSpec, merged, f"{file} ({scale})")
+        return Paper(folder.name, folder, scale, filled(parsed, f"{file} ({scale})"), at)
+
+    paper = at(scale)
     from pipeline.claims import verdicts
     from pipeline.figures import drawing  # they read papers, too
     from pipeline.papers import own

@@ -55,8 +55,8 @@ def lint(folder: Path) -> list[str]:
     scales = folders.scales_of(raw)
     raw.pop("scales", None)
     found: dict[str, list[str]] = {}
-    for scale, over in scales.items():
-        merged = folders.overlay(raw, over)
+    merged = {scale: folders.overlay(raw, over) for scale, over in scales.items()}
+    for scale in scales:
         for fault in at_scale(folder, scale, merged):
             found.setdefault(fault, []).append(scale)
     for fault in budgets_of_no_scale(folder, raw, scales):
@@ -66,15 +66,25 @@ def lint(folder: Path) -> list[str]:
     return out + list(reading_code(folder))
 
 
-def at_scale(folder: Path, scale: str, data: dict) -> list[str]:
-    """The faults of a paper at one scale."""
+def at_scale(folder: Path, scale: str, data: dict[str, dict]) -> list[str]:
+    """The faults of a paper at one scale.
+
+    Args:
+        data: scale -> what stands in paper.yaml there.
+    """
     file = folder / "paper.yaml"
-    spec, said, whole = validated(data)
+    spec, said, whole = validated(data[scale])
     out = [f"{file}: {s}" for s in said]
     if spec is None or not whole:
         return out
+
+    def at(other: str) -> folders.Paper:
+        """The paper at another scale; where that is faulty itself, at this one."""
+        elsewhere = validated(data[other])[0] or spec
+        return folders.Paper(folder.name, folder, other, folders.filled(elsewhere, str(file)), at)
+
     try:
-        paper = folders.Paper(folder.name, folder, scale, folders.filled(spec, str(file)))
+        paper = at(scale)
     except RetraceError as e:
         return [*out, str(e)]
     for check in (verdicts.faults, reasons, able_to_fail, drawing.faults, own_stages, unpinned):

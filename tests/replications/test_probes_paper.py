@@ -5,9 +5,12 @@ import itertools
 import numpy as np
 import pandas as pd
 import pytest
+import yaml
 from conftest import ROOT
 
+from pipeline.errors import RetraceError
 from pipeline.job.source import import_file
+from pipeline.papers import folders
 from pipeline.text.labels import Document
 
 PAPER = ROOT / "rules/papers/probes"
@@ -80,3 +83,14 @@ def test_layers_are_compared_behind_the_embeddings():
     wanted = {"accuracy": 0.75, "gain": -0.15, "accuracy_rise": -0.1, "selectivity_rise": 0.2}
     for name, value in {**wanted, "code_rise": 0.5}.items():
         assert found[f"trained.layers.pos.{name}"] == pytest.approx([value, value])
+
+
+def test_a_smoke_run_leaves_out_parts_of_speech_and_still_knows_their_claims():
+    """Its metrics are those of the scales that judge them; a name that none has is a fault."""
+    raw = folders.load_yaml(PAPER / "paper.yaml")
+    smoke = folders.load(PAPER, "smoke", raw)
+    assert "pos" not in smoke.spec.probes.labels and not smoke.spec.corpus.books
+    assert "pos" in smoke.at("laptop").spec.probes.labels
+    text = (PAPER / "paper.yaml").read_text().replace("probes.pos.mlp", "probes.poz.mlp")
+    with pytest.raises(RetraceError, match=r"no metric .trained\.probes\.poz\.mlp\.mean\.accuracy"):
+        folders.load(PAPER, "smoke", yaml.safe_load(text))
