@@ -134,5 +134,5 @@ def forget_code(note: bool = True) -> None:
             and the versions of packages.
     """
     caches = (source.tree, source._facts, source._module, source.reached, source._templates)
-    for function in (*caches, *((source._remembered, source._version) if note else ())):
+    for function in (*caches, source._ours, *((source._remembered, source._version) if note else ())):
         function.cache_clear()
