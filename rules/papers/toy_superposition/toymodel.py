@@ -138,8 +138,8 @@ class _Slice:
             )
         torch.bmm((self.V * self.gain).mT, self.error, out=self.dh)
         self.dh[:, self.n_hidden] = 0
-        decoder = torch.bmm(self.error, self.h.mT).mul_(self.gain)
-        return decoder.baddbmm_(self.x, self.dh.mT)
+        decoder = torch.bmm(self.h, self.error.mT).mul_(self.gain.mT)
+        return decoder.baddbmm_(self.dh, self.x.mT).mT
 
     def adamw(self, gradient: Tensor, step: int, how: Optimiser) -> None:
         """One step of AdamW, as torch.optim.AdamW does it; `step` counts from 1."""
