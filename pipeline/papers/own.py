@@ -73,8 +73,9 @@ class OwnRule:
 def rules(run: Run) -> list[OwnRule]:
     """The rules of all own stages that leave theirs to the core, of every paper that can be read.
 
-    Those of the run's own scale are named paper_stage, others paper_stage_at_scale. Papers that this
-    run does not ask for are read as they are: their faults are told when somebody asks for them.
+    Those of the run's own scale are named paper_stage, others paper_stage_at_scale. Papers that
+    this run does not ask for are read as they are: their faults are told when somebody asks for
+    them.
     """
     out = []
     for name in run.available:
