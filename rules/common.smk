@@ -23,6 +23,7 @@ from pipeline.papers.rule_params import Params
 from pipeline.papers.workflow import DICTIONARIES, Inputs
 
 rule_helpers.set_environment(ROOT)
+rule_helpers.seldom_collect()
 PYTHON = sys.executable
 # Folders that a relative path of config.yaml is looked up in: beside the main Snakefile (a
 # group's, where it imports this one as a module), beside this Snakefile, where snakemake was called.
@@ -122,5 +123,4 @@ item_spec_of, code_of = ask(PARAMS.item_spec), ask(PARAMS.code)
 metrics_spec, claims_spec = ask(PARAMS.metrics_spec)(), ask(PARAMS.claims_spec)()
 figure_spec, graph_spec = ask(PARAMS.figure_spec)(), ask(PARAMS.graph_spec)()
 report_spec, index_spec = ask(PARAMS.report_spec)(), ask(PARAMS.index_spec)()
-own_spec_of, own_code_of = ask(OWN.spec), ask(OWN.code)
 training_code = ask(PARAMS.training_code)()

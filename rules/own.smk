@@ -6,17 +6,25 @@ def product(path):
     return directory(path[:-1]) if own.is_folder(path) else path
 
 
-def own_input_of(stage):
-    """Named inputs of an own stage: its script, its code, and what it needs."""
-    given = {"script": ask(OWN.script, undated)(stage), "code": ask(OWN.code_files, undated)(stage)}
-    needs = ask(OWN.inputs)(stage)
-    return unpack(lambda wildcards: {k: f(wildcards) for k, f in given.items()} | needs(wildcards))
+def own_input_of(made):
+    """Named inputs of a job: its script, its code, and what it needs."""
+    script, code = ask(OWN.script, undated)(made.stage), ask(OWN.code_files, undated)(made.stage)
+    needs = ask(OWN.inputs)(made.stage)
+    return unpack(lambda wildcards: {"script": script(made), "code": code(made)} | needs(made))
 
 
-def own_resources_of(stage, name):
-    """What an own stage asks for; at smoke scale a job is mostly start-up, which has one thread."""
-    asked = ask(OWN.resources)(stage)
-    return lambda w: 1 if name == "threads" and w.scale == "smoke" else getattr(asked(w), name)
+def own_resource_of(made, name):
+    """What a job asks for; at smoke scale it is mostly start-up, which has one thread."""
+    asked = ask(OWN.resources)(made.stage)
+    if name == "threads" and made.scale == "smoke":
+        return 1
+    return lambda wildcards: getattr(asked(made), name)
+
+
+def own_param_of(made, method):
+    """The answer of a method of OWN."""
+    answer = ask(method)(made.stage)
+    return lambda wildcards: answer(made)
 
 
 def options(wildcards, input, output):
@@ -30,24 +38,21 @@ for MADE in own.rules(RUN):
         name:
             MADE.name
         input:
-            own_input_of(MADE.stage),
+            own_input_of(MADE),
         output:
             **{name: product(path) for name, path in MADE.outputs.items()},
         log:
             MADE.beside("logs", "log"),
         benchmark:
             MADE.beside("benchmarks", "tsv")
-        wildcard_constraints:
-            paper=MADE.paper,
-            scale=MADE.scales,
-        threads: own_resources_of(MADE.stage, "threads")
+        threads: own_resource_of(MADE, "threads")
         resources:
-            mem_mb=own_resources_of(MADE.stage, "mem_mb"),
-            runtime=own_resources_of(MADE.stage, "runtime"),
-            gpu=own_resources_of(MADE.stage, "gpu"),
+            mem_mb=own_resource_of(MADE, "mem_mb"),
+            runtime=own_resource_of(MADE, "runtime"),
+            gpu=own_resource_of(MADE, "gpu"),
         params:
-            spec=own_spec_of(MADE.stage),
-            code=own_code_of(MADE.stage),
+            spec=own_param_of(MADE, OWN.spec),
+            code=own_param_of(MADE, OWN.code),
             options=options,
             stage=MADE.stage,
         shell:

@@ -133,6 +133,7 @@ def forget_code(note: bool = True) -> None:
         note: also what is noted under the bytes of a file, and holds for another file of the same,
             and the versions of packages.
     """
-    caches = (source.tree, source._facts, source._module, source.reached, source._templates)
-    for function in (*caches, *((source._remembered, source._version) if note else ())):
+    caches = [source.tree, source._facts, source._module, source.reached, source._templates]
+    caches += [source._ours, *((source._remembered, source._version) if note else ())]
+    for function in caches:
         function.cache_clear()

@@ -22,6 +22,7 @@ from typing import Any
 LOG, EVENTS = ".snakemake.log", ".events.jsonl"
 DIGEST = re.compile(r"-[0-9a-f]{12}$")  # at the end of a store artefact's name
 STORED = re.compile(r" \([a-z, ]+ storage\)$")  # behind a file's name
+OF_PAPER = re.compile(r"(?:^|/)results/(?!store/)[^/]+/([^/]+)/")  # rules of own stages name files
 PROGRESS = re.compile(r"(\d+ %  .+ left)$")  # the end of a line of cli.Progress in a log
 DAMAGED = (ValueError, LookupError, TypeError, AttributeError, OverflowError, RecursionError)
 
@@ -162,7 +163,8 @@ def of_record(
 def _job(record: Any, papers_of: Callable[[dict[str, str]], list[str]]) -> dict[str, Any]:
     """What is kept of a job that starts."""
     wildcards = dict(record.wildcards or {})
-    papers = papers_of(wildcards)
+    output = STORED.sub("", next(iter(record.output or []), ""))
+    papers = papers_of(wildcards) if wildcards else OF_PAPER.findall(output)
     rest = [v for k, v in wildcards.items() if k not in ("scale", "paper")]
     return {
         "id": record.jobid,
@@ -170,7 +172,7 @@ def _job(record: Any, papers_of: Callable[[dict[str, str]], list[str]]) -> dict[
         "paper": " and ".join(papers[:1] + [f"{len(papers) - 1} more"] * (len(papers) > 1)),
         "what": " ".join(DIGEST.sub("", v) for v in rest),
         "log": STORED.sub("", next(iter(record.log or []), "")),
-        "output": STORED.sub("", next(iter(record.output or []), "")),
+        "output": output,
         "measured": bool(record.benchmark),
     }
 

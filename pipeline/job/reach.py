@@ -28,8 +28,9 @@ from typing import Any
 
 from pipeline.job.definitions import BODY, FIELDS, MAIN, canonical_hash
 
-# Definitions that hand a stage its arguments, check its inputs, report its progress, and describe
-# the result in its certificate. They decide nothing that a result holds: an edit reruns nothing.
+# Definitions that hand a stage its arguments, check its inputs, report its progress, say what is
+# wrong, and describe the result in its certificate. They decide nothing that a result holds: an
+# edit reruns nothing.
 FRAME = {
     "pipeline": {"__version__"},
     "pipeline.__main__": {"main"},  # hands a command to its module
@@ -37,7 +38,7 @@ FRAME = {
     "pipeline.store.intact": {"check_alone", "check_inputs", "seal", "to_seal"},
     "pipeline.errors": {"nearest", "RetraceError"},
     "pipeline.store.provenance": {"certificate", "git_state", "paper_state", "versions"},
-    "pipeline.job.source": {"job_code"},
+    "pipeline.job.source": {"job_code", "_home_of"},
 }
 # Bases of other packages that call no method of a class by a name of its own.
 CLOSED = {"BaseModel", "NamedTuple", "Protocol", "ABC", "Generic", "object", "Enum", "StrEnum"}

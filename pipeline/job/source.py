@@ -12,13 +12,10 @@ and only then. The hash covers
 """
 
 import ast
-import contextlib
 import functools
 import hashlib
 import importlib.metadata
 import importlib.util
-import json
-import os
 import re
 import sys
 from collections.abc import Iterable
@@ -29,11 +26,11 @@ from typing import Any
 import pipeline
 from pipeline.errors import RetraceError
 from pipeline.job import commands, definitions, reach
+from pipeline.job.note import Note
 from pipeline.store.provenance import digest
 
 PIPELINE = Path(pipeline.__file__).parent
 NOTE = Path("results/store/.digests/code.json")  # below the working directory
-REMEMBERED = 4000  # files and jobs; beyond it the note starts anew
 # Packages whose release decides numbers or pictures, by their import names. Those that only read
 # and write files (pyarrow, safetensors) or check settings (pydantic) decide none.
 KEYED = (
@@ -140,36 +137,23 @@ def _facts(file: Path, package: str = "") -> dict[str, Any]:
 
     Snakemake asks for every module on every call.
     """
+    key = _key(file, package)
+    return _remembered().facts(key, lambda: _read_facts(file, package))
+
+
+def _key(file: Path, package: str = "") -> str:
+    """A digest of a file's bytes, and of what else its facts depend on."""
     try:
         salt = f"{definitions.python()} {package}".encode()
-        key = hashlib.sha256(file.read_bytes() + salt).hexdigest()
+        return hashlib.sha256(file.read_bytes() + salt).hexdigest()
     except OSError as e:
         raise RetraceError(f"{file}: cannot be read ({e.strerror})") from e
-    if key not in _remembered():
-        _remembered()[key] = _read_facts(file, package)
-        _remembered()["new"] = True
-    return _remembered()[key]
 
 
 @functools.cache
-def _remembered() -> dict[str, Any]:
-    """What `_facts` found in earlier calls; a note that is not readable is as good as none."""
-    try:
-        found = json.loads(NOTE.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return {}
-    return found if isinstance(found, dict) and len(found) < REMEMBERED else {}
-
-
-def _remember() -> None:
-    """Keep what is new; where that cannot be written, the next call computes it again."""
-    if not _remembered().pop("new", False) or not NOTE.parent.parent.is_dir():
-        return
-    temporary = NOTE.with_suffix(f".{os.getpid()}.tmp")
-    with contextlib.suppress(OSError):
-        NOTE.parent.mkdir(parents=True, exist_ok=True)
-        temporary.write_text(json.dumps(_remembered()), encoding="utf-8")
-        temporary.replace(NOTE)
+def _remembered() -> Note:
+    """What earlier calls found."""
+    return Note(NOTE)
 
 
 def _read_facts(file: Path, package: str) -> dict[str, Any]:
@@ -266,13 +250,29 @@ def job_code(stage: str, files: Iterable[str | Path] = ()) -> str:
         files: the paper's own .py files that take part.
     """
     own = with_loaded(files)
+    key = digest([stage, [[f.name, _key(f)] for f in own]])
+    code = _remembered().code(_ours(), key, lambda: _hashed(stage, own))
+    _remembered().write_now_and_then()
+    return code
+
+
+def _hashed(stage: str, own: list[Path]) -> str:
+    """`job_code`, computed."""
     walk = reached(stage, tuple(map(str, own)))
     ours = [code for (module, _), code in walk.reached.items() if not module.endswith(".py")]
     templates = _templates(frozenset(walk.templates))
-    _remember()
     read = [hashlib.sha256((PIPELINE / f).read_bytes()).hexdigest()
             for reader, f in TABLES.items() if reader in walk.reached]  # fmt: skip
     return digest([sorted(ours), files_code(own), templates, packages(walk.packages), *read])
+
+
+@functools.cache
+def _ours() -> str:
+    """A digest of all that a code hash may depend on beside the paper's own files."""
+    read = {p.relative_to(PIPELINE).as_posix(): p for p in sorted(PIPELINE.rglob("*"))}
+    kept = {n: p for n, p in read.items() if p.suffix in (".py", *PAGES) or n in TABLES.values()}
+    digests = {n: hashlib.sha256(p.read_bytes()).hexdigest() for n, p in kept.items()}
+    return digest([definitions.python(), digests, {n: _version(n) for n in KEYED}])
 
 
 def packages(used: Iterable[str]) -> dict[str, str]:

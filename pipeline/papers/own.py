@@ -52,27 +52,30 @@ OF_LENT = {
 
 @dataclass(frozen=True)
 class OwnRule:
-    """A rule that makes the files of an own stage, at the scales where it makes these."""
+    """A rule that makes the files of an own stage at one scale; it has no wildcards.
 
+    Snakemake holds each file against every rule whose pattern begins as the file's name does. A
+    pattern begins with what stands before its first wildcard: were the scale one, a rule of each
+    paper would be tried for each file of all others.
+    """
+
+    name: str
     paper: str
+    scale: str
     stage: str
-    scales: str  # as a regular expression
     outputs: dict[str, str]  # a path that ends in / is a folder
-
-    @property
-    def name(self) -> str:
-        return f"{self.paper}_{self.stage}"
 
     def beside(self, kind: str, ending: str) -> str:
         """Its log or benchmark."""
-        return f"results/{kind}/{{scale}}/{{paper}}/{self.stage}.{ending}"
+        return f"results/{kind}/{self.scale}/{self.paper}/{self.stage}.{ending}"
 
 
 def rules(run: Run) -> list[OwnRule]:
     """The rules of all own stages that leave theirs to the core, of every paper that can be read.
 
-    Papers that this run does not ask for are read as they are: their faults are told when somebody
-    asks for them.
+    Those of the run's own scale are named paper_stage, others paper_stage_at_scale. Papers that
+    this run does not ask for are read as they are: their faults are told when somebody asks for
+    them.
     """
     out = []
     for name in run.available:
@@ -80,16 +83,17 @@ def rules(run: Run) -> list[OwnRule]:
             folder, sections = run.sections(name, "own")
         except RetraceError:
             continue
-        made: dict[tuple, list[str]] = {}
+        has_rules = (folder / "rules.smk").exists()
         for scale, own in sections.items():
-            for stage, outputs in _outputs(own, (folder / "rules.smk").exists()):
-                made.setdefault((stage, *outputs.items()), []).append(scale)
-        out += [OwnRule(name, s, "|".join(at), dict(files)) for (s, *files), at in made.items()]
+            ending = "" if scale == run.config.scale else f"_at_{scale}"
+            for stage, files in _outputs(own, has_rules):
+                paths = {n: f"results/{scale}/{name}/{stage}/{f}" for n, f in files.items()}
+                out.append(OwnRule(f"{name}_{stage}{ending}", name, scale, stage, paths))
     return out
 
 
 def _outputs(own: Any, has_rules: bool) -> Iterator[tuple[str, dict[str, str]]]:
-    """Stage -> the files that it makes, of the stages whose rule is the core's."""
+    """(stage, name -> file that it makes) of the stages whose rule is the core's."""
     data = parted({"own": own})
     stages = data.get("stages", {})
     for stage, options in data["own"].items() if isinstance(own, dict) else ():
@@ -100,7 +104,7 @@ def _outputs(own: Any, has_rules: bool) -> Iterator[tuple[str, dict[str, str]]]:
             files = {name: f"{name}.parquet" for name in options["tables"]} | about.makes
         except (ValidationError, TypeError, LookupError):
             continue
-        yield stage, {n: f"results/{{scale}}/{{paper}}/{stage}/{f}" for n, f in files.items()}
+        yield stage, files
 
 
 def is_folder(path: str) -> bool:

@@ -4,6 +4,8 @@ A fault becomes one sentence and the end of the process, a method becomes a help
 and a few decisions of a run are made: the wildcards, the environment of jobs, the GPUs at once.
 """
 
+import gc
+import inspect
 import json
 import math
 import os
@@ -40,6 +42,10 @@ def or_exit(function: Callable, *args: Any, **named: Any) -> Any:
         sys.exit(f"error: {unexpected(e, trace_file('rules'))}")
 
 
+SIGNATURE = inspect.signature(lambda wildcards: None)
+OBJECTS = 1_000_000  # made since the last look for cycles; Python's default is 700
+
+
 def asked(before: Callable[[], None], method: Callable, mark: Callable | None = None) -> Callable:
     """A helper: called in a rule, it returns the function that snakemake calls with the wildcards.
 
@@ -55,9 +61,18 @@ def asked(before: Callable[[], None], method: Callable, mark: Callable | None = 
             found = or_exit(method, wildcards, *args, **named)
             return mark(found) if mark else found
 
+        answer.__signature__ = SIGNATURE  # snakemake asks for it, several times a job
         return answer
 
     return helper
+
+
+def seldom_collect() -> None:
+    """Look for cycles of objects seldom: a graph of jobs has millions of objects, and all stay.
+
+    With Python's defaults a third of snakemake's time went into looking, at 5,000 jobs.
+    """
+    gc.set_threshold(OBJECTS)
 
 
 def set_environment(root: Path) -> None:

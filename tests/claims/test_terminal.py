@@ -332,3 +332,15 @@ def read(fd: int) -> bytes:
         return os.read(fd, 4096)
     except OSError:
         return b""
+
+
+def test_the_paper_of_an_own_stage_is_read_off_its_output(shown):
+    """Its rule has no wildcards."""
+    made, lines = shown
+    about = {"wildcards": {}, "log": ["l"], "benchmark": "x.tsv"}
+    own = {"rule_name": "toy_measure", "output": ["results/smoke/toy/measure/a.parquet"]}
+    index = {"rule_name": "index", "output": ["results/smoke/index.html"]}
+    feed(made, begun(toy_measure=1, index=1))
+    feed(made, record("job_info", jobid=1, **own, **about), done(1))
+    feed(made, record("job_info", jobid=2, **index, **about), done(2))
+    assert [line for line in lines() if "/2" in line] == ["1/2  toy measure  T", "2/2  index  T"]

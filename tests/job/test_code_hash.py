@@ -9,7 +9,7 @@ import pytest
 from snake import forget_code as clear
 
 from pipeline.errors import RetraceError
-from pipeline.job import commands, definitions, reach, source
+from pipeline.job import commands, definitions, note, reach, source
 from pipeline.job.source import file_code, functions, import_file, job_code, literal, reached
 
 CODE = '''"""Docstring."""
@@ -681,6 +681,49 @@ def test_a_papers_folder_is_a_package(tmp_path):
     (tmp_path / "one/metrics.py").write_text("from . import wave\n")
     with pytest.raises(ImportError, match="wave"):
         import_file(tmp_path / "one/metrics.py")
+
+
+def test_a_jobs_hash_is_remembered_until_a_file_of_ours_or_of_the_paper_changes(
+    pipeline, tmp_path, monkeypatch
+):
+    """Another process follows no name again, whichever folder the paper lies in."""
+    monkeypatch.setattr(source, "NOTE", tmp_path / "store/digests/code.json")
+    (tmp_path / "store").mkdir()
+    for paper in ("one", "two"):
+        (tmp_path / paper).mkdir()
+        (tmp_path / paper / "data.py").write_text("x = 1\n")
+    clear()
+    first = source.job_code("stage", [tmp_path / "one/data.py"])
+    other = source.job_code("other")
+    source._remembered().write()  # as at the end of the process
+    clear()
+    with monkeypatch.context() as m:
+        m.setattr(source, "_hashed", lambda *_: pytest.fail("walked again"))
+        assert source.job_code("stage", [tmp_path / "two/data.py"]) == first
+        assert source.job_code("other") == other
+    (tmp_path / "two/data.py").write_text("x = 2\n")
+    clear()
+    assert source.job_code("stage", [tmp_path / "two/data.py"]) != first
+    text = (pipeline / "stage.py").read_text()
+    (pipeline / "stage.py").write_text(text.replace("def main():", "def main():\n    print()"))
+    clear()
+    moved = source.job_code("stage", [tmp_path / "one/data.py"])
+    assert moved != first and source.job_code("other") == other
+    (pipeline / "stage.py").write_text(text)
+    clear()
+    assert source.job_code("stage", [tmp_path / "one/data.py"]) == first
+
+
+def test_a_long_note_keeps_the_files_that_were_asked_for(tmp_path, monkeypatch):
+    monkeypatch.setattr(note, "REMEMBERED", 2)
+    (tmp_path / "store").mkdir()
+    path = tmp_path / "store/digests/code.json"
+    for keys in ("ab", "bcd"):
+        kept = note.Note(path)
+        for key in keys:
+            assert kept.facts(key, lambda key=key: {"of": key}) == {"of": key}
+        kept.write()
+    assert note.Note(path).files == {k: {"of": k} for k in "bcd"}
 
 
 def test_a_hash_is_remembered_under_the_files_bytes(tmp_path, monkeypatch):

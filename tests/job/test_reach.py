@@ -20,7 +20,7 @@ ONE, TWO = "return 'wanted'", "return 'edited'"
 def clear() -> None:
     """Forget what was read: a process hashes a file once."""
     caches = (source._facts, source._remembered, source._module, source.reached)
-    for function in (*caches, source._templates, source._version):
+    for function in (*caches, source._templates, source._version, source._ours):
         function.cache_clear()
 
 

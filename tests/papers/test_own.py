@@ -28,10 +28,15 @@ def test_a_rule_makes_each_table_of_the_stages_that_leave_it_to_the_core(asked):
             if has_rules and stage not in paper.spec.stages:
                 assert f"{name}_{stage}" not in rules
                 continue
-            rule = rules[f"{name}_{stage}"]
-            assert rule.scales == "smoke|laptop|paper"
-            made = {p.format(scale="smoke", paper=name) for p in rule.outputs.values()}
-            assert {paper.tables()[f"{stage}/{t}"] for t in options["tables"]} <= made
+            for scale in ("smoke", "laptop", "paper"):
+                ending = "" if scale == "smoke" else f"_at_{scale}"  # the run's own is smoke
+                rule = rules[f"{name}_{stage}{ending}"]
+                assert (rule.paper, rule.scale) == (name, scale)
+                tables = asked.asked.run.paper(name, scale).tables()
+                made = set(rule.outputs.values())
+                assert {tables[f"{stage}/{t}"] for t in options["tables"]} <= made
+                files = [*made, rule.beside("logs", "log"), rule.beside("benchmarks", "tsv")]
+                assert not [f for f in files if "{" in f or f"/{scale}/{name}/" not in f]
 
 
 def test_what_is_needed_is_read_and_handed_on_by_its_name(asked):

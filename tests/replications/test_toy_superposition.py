@@ -177,9 +177,10 @@ def family(densities, n=6, m=2, relu=True, ids=()):
 QUICK = toymodel.Optimiser(steps=25, batch_size=64, lr=1e-2, eval_batches=2)
 
 
-@pytest.mark.parametrize("relu", [True, False])
-def test_training_is_autograd_with_torch_adamw(relu):
+@pytest.mark.parametrize("relu, wide", [(True, 64), (False, 64), (True, 6)])
+def test_training_is_autograd_with_torch_adamw(relu, wide, monkeypatch):
     """The written-out gradient and update against the three lines that they stand for."""
+    monkeypatch.setattr(toymodel, "WIDE", wide)  # the family has 6 features
     models = family([0.5, 0.1], relu=relu)
     W, b, _ = toymodel.train(models, [3], QUICK)
     start = toymodel.initial(models, 3)
@@ -222,7 +223,9 @@ def test_seeds_and_models_differ():
 
 def test_features_are_active_with_their_density_and_uniform():
     models = family([0.7, 0.05])
-    part = toymodel._Slice(models, [0], 50_000, torch.device("cpu"), torch.empty(4 * 6 * 300_000))
+    weights = toymodel._Weights(toymodel.initial(models, 0))
+    scratch = torch.empty(4 * 6 * 300_000)
+    part = toymodel._Slice(models, 1, 50_000, (weights.V, weights.gradient), scratch)
     part.forward(torch.rand(1, 6, 50_000, generator=toymodel.generator("cpu", 0)))
     for x, p in zip(part.x, (0.7, 0.05), strict=True):
         active = x[x > 0]

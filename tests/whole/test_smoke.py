@@ -86,7 +86,7 @@ def covered_by(stage: str, own: tuple[str, ...]) -> set[tuple[str, str]]:
 
 
 NAMES_ALL = {("pipeline.__main__", "main"), ("pipeline.job.source", "job_code")}
-HASHING = "source reach definitions uses commands".split()
+HASHING = "source note reach definitions uses commands".split()
 
 
 @functools.cache

@@ -24,6 +24,7 @@ from torch import Tensor
 from pipeline.spec.base import Section
 
 BETAS, EPS = (0.9, 0.999), 1e-8  # torch.optim.AdamW's defaults, as in the notebook
+WIDE = 64  # features, from which a product of few rows is faster than one of few columns
 SLICE_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 26}  # of x; three such buffers fit a 2 MiB cache
 
 
@@ -93,19 +94,43 @@ def initial(family: Family, seed: int) -> Tensor:
     return V
 
 
+class _Weights:
+    """V of all models that one thread trains, [models, n, m + 1], with AdamW's moments.
+
+    A step takes them together: of one model's few weights an operation's start would take longest.
+    """
+
+    def __init__(self, V: Tensor) -> None:
+        self.V, self.gradient = V, torch.zeros_like(V)
+        self.mean, self.square = torch.zeros_like(V), torch.zeros_like(V)
+
+    def adamw(self, step: int, how: Optimiser) -> None:
+        """One step of AdamW, as torch.optim.AdamW does it; `step` counts from 1."""
+        self.mean.lerp_(self.gradient, 1 - BETAS[0])
+        self.square.mul_(BETAS[1]).addcmul_(self.gradient, self.gradient, value=1 - BETAS[1])
+        scale = (self.square.sqrt() / math.sqrt(1 - BETAS[1] ** step)).add_(EPS)
+        self.V.mul_(1 - how.lr * how.weight_decay)
+        self.V.addcdiv_(self.mean, scale, value=-how.lr / (1 - BETAS[0] ** step))
+
+
 class _Slice:
-    """Models whose buffers fit the cache: their weights, moments and one step of training.
+    """Models whose buffers fit the cache: their gradient and loss.
 
     Rows of a batch stand last: x is [models, n, rows], h is [models, m + 1, rows].
     """
 
     def __init__(
-        self, family: Family, seeds: list[int], rows: int, device: torch.device, scratch: Tensor
+        self, family: Family, s: int, rows: int, weights: tuple[Tensor, Tensor], scratch: Tensor
     ) -> None:
-        (models, n), m, s = family.density.shape, family.n_hidden, len(seeds)
+        """
+        Args:
+            s: how many seeds; models of one seed stand together.
+            weights: V and its gradient of these models, which `gradient` fills.
+        """
+        (models, n), m = family.density.shape, family.n_hidden
         self.relu, self.n_hidden = family.relu, m
-        self.V = torch.stack([initial(family, seed) for seed in seeds]).flatten(0, 1).to(device)
-        self.mean, self.square = torch.zeros_like(self.V), torch.zeros_like(self.V)
+        self.V, self.dV = weights
+        device = self.V.device
         self.importance = family.importance.to(device).repeat(s, 1)[:, :, None]
         self.gain = self.importance * (2 / (rows * n))
         density = family.density.to(device)[:, :, None]
@@ -128,8 +153,8 @@ class _Slice:
         self.h[:, self.n_hidden] = 1
         torch.bmm(self.V, self.h, out=self.out)
 
-    def gradient(self, u: Tensor) -> Tensor:
-        """dL/dV [models, n, m + 1] on one batch."""
+    def gradient(self, u: Tensor) -> None:
+        """dL/dV [models, n, m + 1] on one batch, into self.dV."""
         self.forward(u)
         torch.sub(self.out, self.x, out=self.error)
         if self.relu:
@@ -138,16 +163,12 @@ class _Slice:
             )
         torch.bmm((self.V * self.gain).mT, self.error, out=self.dh)
         self.dh[:, self.n_hidden] = 0
-        decoder = torch.bmm(self.error, self.h.mT).mul_(self.gain)
-        return decoder.baddbmm_(self.x, self.dh.mT)
-
-    def adamw(self, gradient: Tensor, step: int, how: Optimiser) -> None:
-        """One step of AdamW, as torch.optim.AdamW does it; `step` counts from 1."""
-        self.mean.lerp_(gradient, 1 - BETAS[0])
-        self.square.mul_(BETAS[1]).addcmul_(gradient, gradient, value=1 - BETAS[1])
-        scale = (self.square.sqrt() / math.sqrt(1 - BETAS[1] ** step)).add_(EPS)
-        self.V.mul_(1 - how.lr * how.weight_decay)
-        self.V.addcdiv_(self.mean, scale, value=-how.lr / (1 - BETAS[0] ** step))
+        if self.V.shape[1] >= WIDE:
+            decoder = torch.bmm(self.h, self.error.mT).mul_(self.gain.mT)
+            self.dV.copy_(decoder.baddbmm_(self.dh, self.x.mT).mT)
+        else:
+            torch.bmm(self.error, self.h.mT, out=self.dV)
+            self.dV.mul_(self.gain).baddbmm_(self.x, self.dh.mT)
 
     def loss(self, u: Tensor) -> Tensor:
         """Mean over rows and features of I (x − x')²: [models]."""
@@ -166,9 +187,14 @@ def _train_block(
     rows = len(seeds) * how.batch_size
     width = min(models, max(1, elements // (rows * n)))
     scratch = torch.empty(width * rows * (3 * n + 2 * family.n_hidden + 2), device=device)
+    parts = [family[i : i + width] for i in range(0, models, width)]
+    first = [initial(part, seed) for part in parts for seed in seeds]
+    weights = _Weights(torch.cat(first).to(device))
+    sizes = [len(seeds) * len(part.ids) for part in parts]
+    cuts = zip(weights.V.split(sizes), weights.gradient.split(sizes), strict=True)
     slices = [
-        _Slice(family[i : i + width], seeds, how.batch_size, device, scratch)
-        for i in range(0, models, width)
+        _Slice(part, len(seeds), how.batch_size, cut, scratch)
+        for part, cut in zip(parts, cuts, strict=True)
     ]
     u = torch.empty(len(seeds), n, how.batch_size, device=device)
     streams = [generator(device, family.name, "data", seed) for seed in seeds]
@@ -176,7 +202,8 @@ def _train_block(
         for row, stream in zip(u, streams, strict=True):
             row.uniform_(generator=stream)
         for part in slices:
-            part.adamw(part.gradient(u), step, how)
+            part.gradient(u)
+        weights.adamw(step, how)
         on_step(len(seeds) * models * n)
     held_out = generator(device, family.name, "held out")
     losses = torch.zeros(len(seeds) * models, dtype=torch.float64)
