@@ -30,6 +30,7 @@ from pipeline.job import cli
 from pipeline.sae import resample as sae_resample
 from pipeline.sae import steps, steps_batch, steps_gates, steps_pursuit
 from pipeline.sae.dead import DeadLatents
+from pipeline.sae.fused import FusedStep, suits
 from pipeline.sae.graphs import StepGraphs
 from pipeline.sae.optimiser import Optimiser, coefficients, learning_rate, with_prefix
 from pipeline.sae.sparse import Scratch
@@ -122,6 +123,7 @@ class Dictionary:
 
     Attributes:
         optimiser: Adam and its state.
+        fused: the step that stores no gradient; None where `gradients` and `optimiser` are used.
         dead: which latents are dead.
         graphs: CUDA graphs of the step; None if a step may wait for the device.
         history: about N_RECORDS rows of the columns HISTORY.
@@ -145,6 +147,8 @@ class Dictionary:
             # The fast steps give W_enc's gradient transposed; Adam is fastest on equal layouts.
             sae.W_enc.data = sae.W_enc.data.T.contiguous().T
         self.optimiser = Optimiser(sae, training)
+        fused = on_gpu and step is None and suits(sae, training)
+        self.fused = FusedStep(sae, self.optimiser, training) if fused else None
         self.dead = DeadLatents(sae.cfg.d_sae, training, n_steps, device)
         self.graphs = StepGraphs(name) if on_gpu and self.gradients in STATIC else None
         self.history: list[list[float]] = []
@@ -184,16 +188,19 @@ class Dictionary:
         self, x: Tensor, step: int, dead: Tensor | None, scratch: Scratch, **more: Any
     ) -> steps.Outcome:
         """Gradients, Adam, and the counts of silent rows."""
-        outcome = self.gradients(
-            self.sae,
-            x,
-            dead=dead,
-            coefficients=coefficients(self.sae, step),
-            step=step,
-            scratch=scratch,
-            **more,
-        )
-        self.optimiser.step()
+        if self.fused is not None:
+            outcome = self.fused(x, dead=dead, scratch=scratch, **more)
+        else:
+            outcome = self.gradients(
+                self.sae,
+                x,
+                dead=dead,
+                coefficients=coefficients(self.sae, step),
+                step=step,
+                scratch=scratch,
+                **more,
+            )
+            self.optimiser.step()
         self.dead.count(outcome.fired, len(x))
         return outcome
 
@@ -258,6 +265,8 @@ class Dictionary:
         device = self.sae.W_dec.device
         self.sae.load_state_dict(with_prefix(tensors, "sae.", device))
         self.optimiser.restore(tensors, device)
+        if self.fused is not None:
+            self.fused.operands = None  # of other weights
         self.dead.restore(tensors)
         self.history = tensors["history"].tolist()
 
