@@ -7,7 +7,8 @@ that a result does not depend on scheduling. `Dense` has the same methods. On a 
 pipeline/kernels are used instead, and operands may be bfloat16; sums are always float32.
 """
 
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Hashable
 from functools import cached_property
 
 import torch
@@ -32,16 +33,33 @@ class Scratch:
 
     Attributes:
         recordings: CUDA graphs of the dictionaries' steps, which share their memory.
+        eager_steps: kind of step -> how often one ran without a graph (sae/graphs.py).
     """
 
     def __init__(self, half: bool = False) -> None:
         self.half = half
         self.blocks: dict[str, Tensor] = {}
         self.recordings: list[torch.cuda.CUDAGraph] = []
+        self.eager_steps: Counter[Hashable] = Counter()
+        self._batches: dict[tuple, Tensor] = {}
+        self._shown: Tensor | None = None
 
     def cast(self, x: Tensor) -> Tensor:
         """A tensor in the dtype of operands."""
         return x.bfloat16() if self.half else x
+
+    def held(self, x: Tensor) -> Tensor:
+        """A batch in memory that keeps its address; copied once for all dictionaries.
+
+        A batch must not be changed in place while it is shown.
+        """
+        key = (tuple(x.shape), x.dtype)
+        if key not in self._batches:
+            self._batches[key], self._shown = torch.empty_like(x), None
+        if self._shown is not x:
+            self._batches[key].copy_(x)
+            self._shown = x
+        return self._batches[key]
 
     def matrix(self, name: str, rows: int, columns: int, like: Tensor) -> Tensor:
         """A matrix [rows columns] with `like`'s dtype or bfloat16; its content is undefined."""
