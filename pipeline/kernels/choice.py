@@ -105,6 +105,7 @@ def largest(scores: Tensor, norm: Tensor, k: int, groups: int) -> tuple[Tensor, 
     """
     rows, columns = scores.shape
     width, bits = columns // groups, scores.element_size() * 8
+    among = triton.next_power_of_2(groups * k)
     positions, latents = (
         torch.empty(rows, k, dtype=torch.int32, device=scores.device) for _ in range(2)
     )
@@ -115,6 +116,6 @@ def largest(scores: Tensor, norm: Tensor, k: int, groups: int) -> tuple[Tensor, 
     )  # fmt: skip
     _largest_of[(rows,)](
         scores, positions, norm, latents, acts, columns, width, k, groups * k,
-        triton.next_power_of_2(groups * k), bits, num_warps=WARPS,
+        among, bits, num_warps=min(max(among // 512, 1), 8),
     )  # fmt: skip
     return latents, acts

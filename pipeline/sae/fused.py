@@ -8,6 +8,7 @@ The same kernels run on every batch, and nothing waits for the GPU, so that a st
 as a CUDA graph.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -104,7 +105,7 @@ class FusedStep:
         scores = scratch.matrix("acts", len(x), sae.cfg.d_sae, x)
         torch.addmm(operands.bias, xc, operands.enc.T, out=scores)
         batch = self._topk if self.widths is None else self._batch
-        entries, d, about, r = batch(x, xc, scores, keep=bool(has_auxk))
+        entries, d, about, r = batch(x, xc, scores, scratch, keep=bool(has_auxk))
         mse, l0, inner = (about.sum(0) / len(x)).unbind()
         loss = mse if self.widths is None else mse + inner
         if has_auxk:
@@ -113,15 +114,17 @@ class FusedStep:
         return Outcome(loss, mse, l0, fired)
 
     def _topk(
-        self, x: Tensor, xc: Tensor, scores: Tensor, keep: bool
+        self, x: Tensor, xc: Tensor, scores: Tensor, scratch: Scratch, keep: bool
     ) -> tuple[Any, Tensor, Tensor, Tensor | None]:
         """Entries of the k largest scores of every row, d, and `about` and r of rows.residual."""
         from pipeline.kernels import adam, rows
 
         latents, acts = self._choice(scores)
         dec, b_dec = self.operands.dec, self.sae.b_dec
+        work = partial(by_latent, latents.flatten(), scores.shape[1])
+        in_order = scratch.beside(work, x.device)  # many short kernels
         d, pulls, about, r = rows.residual(latents, acts, x, b_dec, dec, keep=keep)
-        ordered, order, starts = by_latent(latents.flatten(), scores.shape[1])
+        ordered, order, starts = in_order()
         at, _, a, g = rows.in_order(order, acts, pulls)
         entries = adam.Entries(ordered, starts, at, at, a, g, xc, d.flatten(0, 1))
         return entries, d[:, 0], about, r
@@ -138,17 +141,13 @@ class FusedStep:
         return latents.int(), values.to(norm.dtype).relu() / norm[latents]
 
     def _batch(
-        self, x: Tensor, xc: Tensor, scores: Tensor, keep: bool
+        self, x: Tensor, xc: Tensor, scores: Tensor, scratch: Scratch, keep: bool
     ) -> tuple[Any, Tensor, Tensor, Tensor | None]:
         """As `_topk`, of the k B largest scores of the batch; moves the running threshold."""
         from pipeline.kernels import adam, batch, rows
 
-        sae, widths = self.sae, self.widths
-        n, groups, norm = (
-            int(sae.cfg.k * len(x)),
-            batch.groups_of(scores.shape[1]),
-            self.operands.norm,
-        )
+        sae, widths, norm = self.sae, self.widths, self.operands.norm
+        n, groups = int(sae.cfg.k * len(x)), batch.groups_of(scores.shape[1])
         if groups and scores.dtype == torch.bfloat16:
             latents, row_of, kept, acts, starts = batch.largest(scores, norm, n, groups)
         else:
@@ -157,13 +156,14 @@ class FusedStep:
             kept, starts = scores.view(-1)[at].relu(), starts_of(row_of, len(x))
             acts = kept / norm[latents]
         move_threshold(sae, kept)
+        in_order = scratch.beside(partial(by_latent, latents, scores.shape[1]), x.device)
         if len(widths) > 1:
             starts = rows.levels(latents, starts, widths)
         d, pulls, about, r = rows.residual(
             latents, acts, x, sae.b_dec, self.operands.dec, starts=starts, n_levels=len(widths),
             keep=keep,
         )  # fmt: skip
-        ordered, order, starts = by_latent(latents, scores.shape[1])
+        ordered, order, starts = in_order()
         at, virtual, a, g = rows.in_order(order, acts, pulls, row_of, latents, widths)
         entries = adam.Entries(ordered, starts, at, virtual, a, g, xc, d.flatten(0, 1))
         return entries, d[:, 0], about, r

@@ -9,7 +9,8 @@ pipeline/kernels are used instead, and operands may be bfloat16; sums are always
 
 from collections import Counter
 from collections.abc import Callable, Hashable
-from functools import cached_property
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -43,6 +44,7 @@ class Scratch:
         self.eager_steps: Counter[Hashable] = Counter()
         self._batches: dict[tuple, Tensor] = {}
         self._shown: Tensor | None = None
+        self._side: torch.cuda.Stream | None = None
 
     def cast(self, x: Tensor) -> Tensor:
         """A tensor in the dtype of operands."""
@@ -60,6 +62,26 @@ class Scratch:
             self._batches[key].copy_(x)
             self._shown = x
         return self._batches[key]
+
+    def beside(self, work: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+        """Begin some work on a GPU beside what comes next; calling what is returned joins it.
+
+        Without a GPU it is done at once.
+        """
+        if device.type != "cuda":
+            return partial(_given, work())
+        if self._side is None:
+            self._side = torch.cuda.Stream(device)
+        side = self._side
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            out = work()
+
+        def join() -> Any:
+            torch.cuda.current_stream(device).wait_stream(side)
+            return out
+
+        return join
 
     def matrix(self, name: str, rows: int, columns: int, like: Tensor) -> Tensor:
         """A matrix [rows columns] with `like`'s dtype or bfloat16; its content is undefined."""
@@ -226,6 +248,11 @@ class Dense:
 
     def l0_(self, values: Float[Tensor, "batch d_sae"]) -> Float[Tensor, ""]:
         return values.sign_().sum(1, dtype=_wide(values)).mean()
+
+
+def _given(value: Any) -> Any:
+    """The value."""
+    return value
 
 
 def _wide(values: Tensor) -> torch.dtype:
