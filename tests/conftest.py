@@ -30,8 +30,8 @@ if not Path("/proc/driver/nvidia/gpus").is_dir():
 ROOT = Path(__file__).parent.parent
 WARM = pytest.StashKey[tempfile.TemporaryDirectory]()
 TORCH_ROOMS = (
-    "models activations weights sae imports latents crosscoders saebench circuits probes".split()
-)
+    "models activations weights kernels sae imports latents crosscoders saebench circuits probes"
+).split()
 HOOK = "blocks.0.hook_resid_post"
 LONGEST = (  # files; they start first
     "test_smoke test_groups test_workflow test_tutorial test_browser test_kills test_saelens_evals "
@@ -48,7 +48,7 @@ def checked_modules() -> list[str]:
     Triton reads the source of its kernels, so that nothing may wrap them.
     """
     files = [f for room in TORCH_ROOMS for f in sorted((ROOT / "pipeline" / room).glob("*.py"))]
-    return [f"pipeline.{f.parent.name}.{f.stem}" for f in files if f.stem != "kernels"]
+    return [f"pipeline.{f.parent.name}.{f.stem}" for f in files if f.parent.name != "kernels"]
 
 
 # From here on, importing one of these modules wraps its functions and dataclasses: a call with a

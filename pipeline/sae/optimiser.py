@@ -44,11 +44,13 @@ class Optimiser:
     Attributes:
         trained: name -> parameter.
         adam: fused; on a GPU its learning rate is a tensor, which a recorded step reads.
+        count: number of steps done, shared by all parameters after `begin`; else None.
     """
 
     def __init__(self, sae: Any, training: SaeTraining) -> None:
-        device = sae.W_dec.device
+        self.device = device = sae.W_dec.device
         self.on_gpu = device.type == "cuda"
+        self.count: Tensor | None = None
         self.trained = {n: p for n, p in sae.named_parameters() if p.requires_grad}
         self.adam = torch.optim.Adam(
             self.trained.values(),
@@ -61,9 +63,16 @@ class Optimiser:
         if self.on_gpu:
             self.adam.param_groups[0]["lr"] = torch.tensor(training.lr, device=device)
 
+    def begin(self) -> None:
+        """Make Adam's state before its first step, its counts of steps one tensor: `count`."""
+        self.count = torch.zeros((), device=self.device)
+        for parameter in self.trained.values():
+            moments = {key: torch.zeros_like(parameter) for key in ("exp_avg", "exp_avg_sq")}
+            self.adam.state[parameter] = {"step": self.count} | moments
+
     def set_learning_rate(self, lr: float) -> None:
         """Set the learning rate of the next step."""
-        if self.on_gpu:
+        if torch.is_tensor(self.adam.param_groups[0]["lr"]):
             self.adam.param_groups[0]["lr"].fill_(lr)
         else:
             self.adam.param_groups[0]["lr"] = lr
@@ -96,6 +105,11 @@ class Optimiser:
         for name, parameter in self.trained.items():
             state = with_prefix(tensors, f"adam.{name}.", device)
             self.adam.state[parameter] = {k: _laid_out_as(parameter, t) for k, t in state.items()}
+            if self.count is not None:
+                self.count = self.adam.state[parameter]["step"]
+        if self.count is not None:
+            for state in self.adam.state.values():
+                state["step"] = self.count
 
 
 def with_prefix(tensors: dict[str, Tensor], prefix: str, device: torch.device) -> dict[str, Tensor]:

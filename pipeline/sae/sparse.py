@@ -4,11 +4,13 @@
 activations and for their gradients. A product is an `embedding_bag`: over the entries row by row
 for values @ W, latent by latent for values' @ x. Each bag is summed by one thread in one order, so
 that a result does not depend on scheduling. `Dense` has the same methods. On a GPU the kernels of
-sae/kernels.py are used instead, and operands may be bfloat16; sums are always float32.
+pipeline/kernels are used instead, and operands may be bfloat16; sums are always float32.
 """
 
-from collections.abc import Callable
-from functools import cached_property
+from collections import Counter
+from collections.abc import Callable, Hashable
+from functools import cached_property, partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -32,16 +34,54 @@ class Scratch:
 
     Attributes:
         recordings: CUDA graphs of the dictionaries' steps, which share their memory.
+        eager_steps: kind of step -> how often one ran without a graph (sae/graphs.py).
     """
 
     def __init__(self, half: bool = False) -> None:
         self.half = half
         self.blocks: dict[str, Tensor] = {}
         self.recordings: list[torch.cuda.CUDAGraph] = []
+        self.eager_steps: Counter[Hashable] = Counter()
+        self._batches: dict[tuple, Tensor] = {}
+        self._shown: Tensor | None = None
+        self._side: torch.cuda.Stream | None = None
 
     def cast(self, x: Tensor) -> Tensor:
         """A tensor in the dtype of operands."""
         return x.bfloat16() if self.half else x
+
+    def held(self, x: Tensor) -> Tensor:
+        """A batch in memory that keeps its address; copied once for all dictionaries.
+
+        A batch must not be changed in place while it is shown.
+        """
+        key = (tuple(x.shape), x.dtype)
+        if key not in self._batches:
+            self._batches[key], self._shown = torch.empty_like(x), None
+        if self._shown is not x:
+            self._batches[key].copy_(x)
+            self._shown = x
+        return self._batches[key]
+
+    def beside(self, work: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
+        """Begin some work on a GPU beside what comes next; calling what is returned joins it.
+
+        Without a GPU it is done at once.
+        """
+        if device.type != "cuda":
+            return partial(_given, work())
+        if self._side is None:
+            self._side = torch.cuda.Stream(device)
+        side = self._side
+        side.wait_stream(torch.cuda.current_stream(device))
+        with torch.cuda.stream(side):
+            out = work()
+
+        def join() -> Any:
+            torch.cuda.current_stream(device).wait_stream(side)
+            return out
+
+        return join
 
     def matrix(self, name: str, rows: int, columns: int, like: Tensor) -> Tensor:
         """A matrix [rows columns] with `like`'s dtype or bfloat16; its content is undefined."""
@@ -72,7 +112,7 @@ class Scratch:
     def _scaled(self, W_enc: Tensor, scale: Tensor) -> Tensor:
         """W_enc * scale, in the dtype of operands."""
         if self.half and W_enc.is_cuda and W_enc.T.is_contiguous():
-            from pipeline.sae.kernels import scaled
+            from pipeline.kernels.bags import scaled
 
             return scaled(W_enc.T, scale).T
         dtype = torch.bfloat16 if self.half else W_enc.dtype
@@ -104,7 +144,7 @@ class Sparse:
     @cached_property
     def row_starts(self) -> Int64[Tensor, " batch_and_1"]:
         """Index of the first entry of each row, then n: [batch + 1]."""
-        return _starts(self.rows, self.batch)
+        return starts_of(self.rows, self.batch)
 
     @cached_property
     def by_latent(self) -> tuple[Tensor, Tensor, Tensor]:
@@ -112,7 +152,7 @@ class Sparse:
         # short integers are sorted in fewer passes
         short = torch.int16 if self.d_sae < 2**15 else torch.int32
         latents, order = self.latents.to(short).sort(stable=True)
-        return order, self.rows[order], _starts(latents, self.d_sae)
+        return order, self.rows[order], starts_of(latents, self.d_sae)
 
     def on(self, rows: Int64[Tensor, " n"], batch: int) -> "Sparse":
         """The same entries in other rows, which must ascend, too."""
@@ -138,7 +178,7 @@ class Sparse:
         return out.detach(), pull
 
     def _decode_on_gpu(self, values: Tensor, weights: Tensor) -> tuple[Tensor, Pull]:
-        from pipeline.sae.kernels import dots
+        from pipeline.kernels.bags import dots
 
         def pull(d: Tensor, offset: Tensor | None) -> Tensor:
             g = dots(self.latents, self.row_starts, d, weights)
@@ -210,6 +250,11 @@ class Dense:
         return values.sign_().sum(1, dtype=_wide(values)).mean()
 
 
+def _given(value: Any) -> Any:
+    """The value."""
+    return value
+
+
 def _wide(values: Tensor) -> torch.dtype:
     """The dtype of sums."""
     return torch.float32 if values.dtype == torch.bfloat16 else values.dtype
@@ -222,7 +267,7 @@ def product(
     return a @ b if a.dtype == _wide(a) else torch.mm(a, b, out_dtype=_wide(a))
 
 
-def _starts(ascending: Tensor, n: int) -> Tensor:
+def starts_of(ascending: Tensor, n: int) -> Tensor:
     """Where each of 0 to n - 1 begins in a sorted tensor, then its length: int64 [n + 1]."""
     every = torch.arange(n + 1, dtype=ascending.dtype, device=ascending.device)
     return torch.searchsorted(ascending, every)
@@ -233,7 +278,7 @@ def _bags(
 ) -> Tensor:
     """Sum of values[i] * weights[index[i]] over each bag, i from starts[bag] to starts[bag + 1]."""
     if values.is_cuda:
-        from pipeline.sae.kernels import bags
+        from pipeline.kernels.bags import bags
 
         return bags(index, starts, values, weights, most)
     return F.embedding_bag(
@@ -266,7 +311,7 @@ def largest(
 def _largest(scores: Tensor, k: int) -> tuple[Tensor, Tensor]:
     """`largest` of short rows."""
     if scores.is_cuda:
-        from pipeline.sae import kernels
+        from pipeline.kernels import bags as kernels
 
         if scores.shape[1] <= kernels.WIDEST:
             indices = kernels.largest(scores, k)

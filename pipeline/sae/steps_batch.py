@@ -121,12 +121,12 @@ def _batch(
     if sae.cfg.aux_loss_coefficient:
         loss = loss + auxk(grads, scores, norm, dead, scratch, capacity)
     grads.store()
-    _move_threshold(sae, kept)
+    move_threshold(sae, kept)
     fired = support.fired(acts)
     return Outcome(loss, grads.mse, support.l0_(acts), fired)
 
 
-def _move_threshold(sae: Any, kept: Tensor) -> None:
+def move_threshold(sae: Any, kept: Tensor) -> None:
     """Move the running mean of the smallest positive score, in float64 as in SAELens.
 
     It is changed in place, because a CUDA graph keeps its address.

@@ -24,8 +24,14 @@ import torch
 from jaxtyping import Bool, Float
 from torch import Tensor
 
-from pipeline.sae.sparse import Dense, Scratch, Sparse
+from pipeline.sae.sparse import Dense, Scratch, Sparse, product
 from pipeline.sae.steps import DENSE_SHARE, SAMPLE_ROWS, Outcome, laid_out
+
+
+def _is_dense(on: Tensor) -> bool:
+    """Whether a bool matrix is on in many places."""
+    some = on[:SAMPLE_ROWS]
+    return bool(some.count_nonzero() > DENSE_SHARE * some.numel())
 
 
 def _support(on: Tensor, scratch: Scratch, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -39,8 +45,7 @@ def _support(on: Tensor, scratch: Scratch, dtype: torch.dtype) -> tuple[Any, Any
         The support, and a function that takes the values on it from a matrix [batch d_sae]; a Dense
         takes all of them.
     """
-    some = on[:SAMPLE_ROWS]
-    if some.count_nonzero() > DENSE_SHARE * some.numel():
+    if _is_dense(on):
         return Dense(scratch), lambda matrix: matrix
     flat = on.view(-1).nonzero()[:, 0]
     rows = torch.div(flat, on.shape[1], rounding_mode="floor")
@@ -102,6 +107,8 @@ def jumprelu(
     theta = sae.threshold.data.clamp_(min=0).to(x.dtype)  # projected as SAELens does it
     width = sae.bandwidth
     p = scratch.encode(xc, sae.W_enc, sae.b_enc)
+    if scratch.half and _is_dense(p[:SAMPLE_ROWS] > theta - width / 2):
+        return _jumprelu_dense(sae, xc, p, theta.float(), coefficients["l0"], scratch)
     support, pick = _support(p > theta - width / 2, scratch, x.dtype)
     p = pick(p)
     above = p - support.spread(theta)
@@ -124,6 +131,39 @@ def jumprelu(
     mse, fired = r.pow(2).sum() / len(x), support.fired(acts)
     active = support.l0_(acts)
     return Outcome(mse + coefficients["l0"] * active, mse, active, fired)
+
+
+def _jumprelu_dense(
+    sae: Any, xc: Tensor, p: Tensor, theta: Tensor, coefficient: float, scratch: Scratch
+) -> Outcome:
+    """`jumprelu` of many active latents on a GPU.
+
+    Args:
+        xc: x - b_dec, [batch d_in].
+        p: pre-activations, [batch d_sae].
+        theta: thresholds, float32 [d_sae].
+        coefficient: of the L0 loss.
+    """
+    from pipeline.kernels import gates
+
+    batch, cast = len(xc), scratch.cast
+    acts = gates.opened(p, theta, scratch.matrix("opened", *p.shape, like=p))
+    W_dec = cast(sae.W_dec.detach())
+    r = product(acts, W_dec).sub_(xc)
+    d = r * (2 / batch)
+    d_cast, xc_cast = cast(d), cast(xc)
+    g = torch.mm(d_cast, W_dec.T, out=scratch.matrix("pull", *p.shape, like=p))
+    pseudo, pull, active = gates.pulled_(
+        p, g, theta, l0=coefficient / batch, width=sae.bandwidth,
+        to_input=sae.cfg.jumprelu_ste_to_input,
+    )  # fmt: skip
+    sae.threshold.grad = -pseudo.to(sae.threshold.dtype)
+    if sae.W_dec.requires_grad:
+        sae.W_dec.grad = product(acts.T, d_cast)
+    sae.W_enc.grad = laid_out(product(g.T, xc_cast), sae.W_enc)
+    sae.b_enc.grad, sae.b_dec.grad = pull, d.sum(0) - sae.W_enc @ pull
+    mse, l0 = r.pow(2).sum() / batch, active.sum() / batch
+    return Outcome(mse + coefficient * l0, mse, l0, active > 0)
 
 
 FAST = {"gated": gated, "jumprelu": jumprelu}

@@ -30,7 +30,8 @@ from pipeline.job import cli
 from pipeline.sae import resample as sae_resample
 from pipeline.sae import steps, steps_batch, steps_gates, steps_pursuit
 from pipeline.sae.dead import DeadLatents
-from pipeline.sae.graphs import StepGraphs
+from pipeline.sae.fused import FusedStep, suits
+from pipeline.sae.graphs import Lanes, StepGraphs
 from pipeline.sae.optimiser import Optimiser, coefficients, learning_rate, with_prefix
 from pipeline.sae.sparse import Scratch
 from pipeline.sae.transcoder import training_class
@@ -122,9 +123,9 @@ class Dictionary:
 
     Attributes:
         optimiser: Adam and its state.
+        fused: the step that stores no gradient; None where `gradients` and `optimiser` are used.
         dead: which latents are dead.
         graphs: CUDA graphs of the step; None if a step may wait for the device.
-        history: about N_RECORDS rows of the columns HISTORY.
     """
 
     def __init__(
@@ -145,9 +146,13 @@ class Dictionary:
             # The fast steps give W_enc's gradient transposed; Adam is fastest on equal layouts.
             sae.W_enc.data = sae.W_enc.data.T.contiguous().T
         self.optimiser = Optimiser(sae, training)
+        fused = on_gpu and step is None and suits(sae, training)
+        self.fused = FusedStep(sae, self.optimiser, training) if fused else None
         self.dead = DeadLatents(sae.cfg.d_sae, training, n_steps, device)
-        self.graphs = StepGraphs(name) if on_gpu and self.gradients in STATIC else None
-        self.history: list[list[float]] = []
+        kind = (self.gradients, repr(sae.cfg), self.fused is None)
+        self.graphs = StepGraphs(name, kind) if on_gpu and self.gradients in STATIC else None
+        self._history: list[list[float]] = []
+        self._unread: list[tuple[list[float], float, Tensor]] = []
         self._unchecked: list[tuple[int, Tensor]] = []  # step, loss
 
     def step(self, x: Float[Tensor, "batch d"], step: int, scratch: Scratch) -> steps.Outcome:
@@ -184,16 +189,19 @@ class Dictionary:
         self, x: Tensor, step: int, dead: Tensor | None, scratch: Scratch, **more: Any
     ) -> steps.Outcome:
         """Gradients, Adam, and the counts of silent rows."""
-        outcome = self.gradients(
-            self.sae,
-            x,
-            dead=dead,
-            coefficients=coefficients(self.sae, step),
-            step=step,
-            scratch=scratch,
-            **more,
-        )
-        self.optimiser.step()
+        if self.fused is not None:
+            outcome = self.fused(x, dead=dead, scratch=scratch, **more)
+        else:
+            outcome = self.gradients(
+                self.sae,
+                x,
+                dead=dead,
+                coefficients=coefficients(self.sae, step),
+                step=step,
+                scratch=scratch,
+                **more,
+            )
+            self.optimiser.step()
         self.dead.count(outcome.fired, len(x))
         return outcome
 
@@ -216,10 +224,13 @@ class Dictionary:
 
         Not called after every step: on a GPU it waits for the device.
         """
-        for step, loss in self._unchecked:
-            if not torch.isfinite(loss):
+        losses = (
+            torch.stack([loss for _, loss in self._unchecked]).tolist() if self._unchecked else []
+        )
+        for (step, _), loss in zip(self._unchecked, losses, strict=True):
+            if not math.isfinite(loss):
                 raise RetraceError(
-                    f"dictionary '{self.name}': the loss is {loss.item()} at step {step + 1} of "
+                    f"dictionary '{self.name}': the loss is {loss} at step {step + 1} of "
                     f"{self.n_steps}; lower sae.training.lr, or look for extreme activations"
                 )
         self._unchecked.clear()
@@ -229,22 +240,25 @@ class Dictionary:
     ) -> None:
         """Append the batch of a step to the history, its MSE in the unit of the activations.
 
+        It does not wait for the device.
+
         Args:
             scale: factor by which the rows that are reconstructed were multiplied.
         """
         variance = x[:, -self.sae.W_dec.shape[1] :].var(0, correction=0).sum()
-        self.history.append(
-            [
-                step + 1,
-                (step + 1) * len(x),
-                learning_rate(step, self.n_steps, self.training),
-                outcome.mse.item() / scale**2,
-                1 - (outcome.mse / variance).item(),
-                outcome.l0.item(),
-                self.dead.mask.double().mean().item(),
-                outcome.loss.item(),
-            ]
-        )
+        dead = self.dead.mask.double().mean()
+        found = (outcome.mse, outcome.mse / variance, outcome.l0, dead, outcome.loss)
+        about = [step + 1, (step + 1) * len(x), learning_rate(step, self.n_steps, self.training)]
+        self._unread.append((about, scale, torch.stack([value.double() for value in found])))
+
+    @property
+    def history(self) -> list[list[float]]:
+        """About N_RECORDS rows of the columns HISTORY. Reading them waits for the device."""
+        for about, scale, found in self._unread:
+            mse, unexplained, l0, dead, loss = found.tolist()
+            self._history.append([*about, mse / scale**2, 1 - unexplained, l0, dead, loss])
+        self._unread.clear()
+        return self._history
 
     def tensors(self) -> dict[str, Tensor]:
         """All that training changes, on the CPU, for a checkpoint."""
@@ -258,8 +272,10 @@ class Dictionary:
         device = self.sae.W_dec.device
         self.sae.load_state_dict(with_prefix(tensors, "sae.", device))
         self.optimiser.restore(tensors, device)
+        if self.fused is not None:
+            self.fused.operands = None  # of other weights
         self.dead.restore(tensors)
-        self.history = tensors["history"].tolist()
+        self._history, self._unread = tensors["history"].tolist(), []
 
 
 def history(dictionaries: list[Dictionary]) -> Any:
@@ -304,17 +320,21 @@ def train(
     """
     one = dictionaries[0]
     half = one.optimiser.on_gpu and one.training.precision == "bfloat16"
-    scratch, every, saved = Scratch(half), max(1, n_steps // N_RECORDS), time.monotonic()
+    lanes = Lanes(half, len(dictionaries), one.sae.W_dec.device)
+    every, saved = max(1, n_steps // N_RECORDS), time.monotonic()
     for step, x in enumerate(stream.batches(first, n_steps), first):
         done = step + 1
         due = time.monotonic() - saved >= seconds
         recorded = done % every == 0 or done == n_steps
-        for dictionary in dictionaries:
-            outcome = dictionary.step(x, step, scratch)
-            if recorded or due:
+        with lanes.batch():
+            for i, dictionary in enumerate(dictionaries):
+                with lanes.of(i) as scratch:
+                    outcome = dictionary.step(x, step, scratch)
+                    if recorded:
+                        dictionary.record(outcome, x, step, stream.target_scale)
+        if recorded or due:
+            for dictionary in dictionaries:
                 dictionary.check()
-            if recorded:
-                dictionary.record(outcome, x, step, stream.target_scale)
         resample(dictionaries, stream, done)
         if due and done < n_steps:
             save(done)

@@ -117,12 +117,44 @@ def test_where_recording_fails_steps_are_taken_one_by_one(small, monkeypatch, ca
     monkeypatch.setattr(graphs, "RecordedStep", fail)
     plain, unwaited = started("topk", 10), started("topk", 10)
     unwaited.graphs = graphs.StepGraphs("unwaited")
-    x = torch.randn(16, 12, dtype=torch.float64)
+    x, scratch = torch.randn(16, 12, dtype=torch.float64), Scratch()
     for step in range(8):
-        plain.step(x, step, Scratch())
-        unwaited.step(x, step, Scratch())
+        plain.step(x, step, scratch)
+        unwaited.step(x, step, scratch)
     assert not unwaited.graphs.recording and not unwaited.graphs.recorded
     assert torch.equal(plain.sae.W_enc, unwaited.sae.W_enc)
+
+
+def test_dictionaries_of_one_kind_compile_once_and_share_the_batch(small, monkeypatch):
+    """Each takes one plain step; three of them together have compiled what the others replay."""
+    held = []
+
+    class Kept(Recorded):
+        def __call__(self, x):
+            held.append(x)
+            return self.step(x)
+
+    monkeypatch.setattr(graphs, "RecordedStep", Kept)
+    several, scratch = [started("topk", 10) for _ in range(4)], Scratch()
+    for one in several:
+        one.graphs = graphs.StepGraphs("one of them", "kind")
+    for step in range(3):
+        x = torch.randn(16, 12, dtype=torch.float64)
+        for one in several:
+            one.step(x, step, scratch)
+        assert all(torch.equal(x, shown) for shown in held[-4:])
+    assert Recorded.made == 4 and len(held) == 8 and len({x.data_ptr() for x in held}) == 1
+
+
+def test_a_history_is_read_when_it_is_asked_for():
+    one, x = started("topk", 10), torch.randn(16, 12, dtype=torch.float64)
+    outcome = one.step(x, 0, Scratch())
+    one.record(outcome, x, 0, 2.0)
+    step, rows, lr, mse, explained, l0, dead, loss = one.history[0]
+    assert (step, rows, lr) == (1, 16, pytest.approx(one.training.lr / one.training.warmup_steps))
+    assert mse == outcome.mse.item() / 4 and loss == outcome.loss.item() and l0 == 4 and dead == 0
+    total = x.var(0, correction=0).sum()
+    assert explained == 1 - (outcome.mse / total).item() and len(one.history) == 1
 
 
 def test_a_short_window_of_dead_latents_keeps_no_place_for_the_living():

@@ -148,6 +148,8 @@ class Learner(Dictionary):
 
     def record(self, outcome: Outcome, x: Tensor, step: int, scale: float) -> None:
         """Add the batch of a step to the history; mse in the unit of the samples."""
+        if self.stream is not None:
+            torch.cuda.current_stream().wait_stream(self.stream)
         super().record(outcome, x * self.scale, step, self.scale)
 
     def tensors(self) -> dict[str, Tensor]:

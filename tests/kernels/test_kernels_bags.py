@@ -11,7 +11,7 @@ if not importlib.util.find_spec("triton"):
     pytest.skip("Triton is not installed", allow_module_level=True)
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
-from pipeline.sae import kernels
+from pipeline.kernels import bags as kernels
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 INDEX = torch.tensor([3, 1, 2, 0, 3, 3, 1], device=DEVICE)
