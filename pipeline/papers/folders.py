@@ -42,6 +42,8 @@ class Paper:
             names += [f"evaluation/{arm}_history" for arm in self.spec.arm_names()]
             crossed = [arm for arm in self.spec.arm_names() if self.spec.crosscoders_of(arm)]
             names += [f"crosscoders/{arm}{part}" for arm in crossed for part in ("", "_latents")]
+            layered = [arm for arm in self.spec.arm_names() if self.spec.transcoders_of(arm)]
+            names += [f"transcoders/{arm}" for arm in layered]
         if self.spec.benchmarks:
             names += [f"benchmarks/{arm}" for arm in self.spec.arm_names()]
         if self.spec.absorption:
