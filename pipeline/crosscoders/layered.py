@@ -57,7 +57,7 @@ class Layered(nn.Module):
         super().__init__()
         self.spec, self.n_layers, self.d, self.d_sae = spec, n_layers, d, spec.d_sae
         self.cross = getattr(spec, "layers", "each") == "cross"
-        self.spans = [range(l, n_layers if self.cross else l + 1) for l in range(n_layers)]
+        self.spans = [range(i, n_layers if self.cross else i + 1) for i in range(n_layers)]
         self.homes = divided(self.spans, [torch.device(x) for x in devices])
         self.home = torch.device(devices[0])
         rng = torch.Generator().manual_seed(spec.seed)
@@ -94,7 +94,7 @@ class Layered(nn.Module):
     def groups(self) -> list[list[nn.Parameter]]:
         """Parameters whose gradients are clipped together: all, or those of one transcoder."""
         lists = (self.W_enc, self.b_enc, self.W_dec, self.b_dec, self.W_skip, self.threshold)
-        found = [[p[l] for p in lists if len(p)] for l in range(self.n_layers)]
+        found = [[p[i] for p in lists if len(p)] for i in range(self.n_layers)]
         return [list(itertools.chain(*found))] if self.cross else found
 
 

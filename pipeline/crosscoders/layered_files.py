@@ -220,7 +220,11 @@ def _write_yaml(path: Path, weights: LayerWeights, model: str) -> None:
         "activation": weights.activation,
     }  # fmt: skip
     about |= {"k": weights.k} if weights.k else {}
-    tables.atomically(path, lambda to: to.write_text(yaml.safe_dump(about), encoding="utf-8") and None)
+
+    def text(to: Path) -> None:
+        to.write_text(yaml.safe_dump(about), encoding="utf-8")
+
+    tables.atomically(path, text)
 
 
 def _tensors(path: Path, found: dict[str, Tensor], certificate: dict) -> None:
@@ -252,7 +256,8 @@ def read_clt(folder: str | Path) -> LayerWeights:
     n_layers = config.get("n_layers") or len(list(folder.glob("W_enc_*.safetensors")))
     found: dict[str, list[Tensor]] = {}
     for n in range(n_layers):
-        both = {**_read(folder / f"W_enc_{n}.safetensors"), **_read(folder / f"W_dec_{n}.safetensors")}
+        parts = [_read(folder / f"W_{part}_{n}.safetensors") for part in ("enc", "dec")]
+        both = parts[0] | parts[1]
         for name in ("W_enc", "b_enc", "b_dec", "W_dec", "threshold"):
             if f"{name}_{n}" in both:
                 found.setdefault(name, []).append(both[f"{name}_{n}"])
@@ -333,8 +338,8 @@ def _layers(
         wanted = [(d_sae, d), (d_sae, wide, d), (d,)]
         if shapes != wanted:
             raise RetraceError(
-                f"{folder}: layer {n} of {n_layers} has W_enc, W_dec and b_dec of {shapes} in place "
-                f"of {wanted}; another model's layer may lie among these"
+                f"{folder}: layer {n} of {n_layers} has W_enc, W_dec and b_dec of {shapes} and "
+                f"not {wanted}; another model's layer may lie among these"
             )
     hooks, outputs = (
         of if isinstance(of, list) else [f"blocks.{n}.{of}" for n in range(n_layers)]

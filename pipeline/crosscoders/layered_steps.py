@@ -19,8 +19,8 @@ write to, and r^m = y_hat^m - y^m (crosscoders/layered.py):
    pre_act_coefficient / B sum of relu(theta - p) n, which pulls them up. Both are SAELens's terms
    for one layer (JumpReLU, mode tanh).
 
-Devices beyond the first get x and r, and give back sums [batch layers d]; launches are asynchronous,
-so that all devices work at the same time.
+Devices beyond the first get x and r, and give back sums [batch layers d]; launches are
+asynchronous, so that all devices work at the same time.
 """
 
 import math
@@ -76,7 +76,7 @@ class Memory:
     def __init__(self, model: Layered, half: bool) -> None:
         shared = model.spec.architecture == "topk"
         kept: dict[Any, Scratch] = {}
-        keys = [home if shared else l for l, home in enumerate(model.homes)]
+        keys = [home if shared else i for i, home in enumerate(model.homes)]
         self.of = [kept.setdefault(key, Scratch(half)) for key in keys]
 
 
@@ -130,11 +130,11 @@ def _encode(model: Layered, x: Tensor, dead: Tensor | None, memory: Memory) -> l
     masks = [None] * model.n_layers if dead is None else dead.view(model.n_layers, -1)
     choose = {"topk": _topk, "batchtopk": _scores, "jumprelu": _jump}[model.spec.architecture]
     parts, scores = [], []
-    for l, home in enumerate(model.homes):
+    for i, home in enumerate(model.homes):
         with _on(home):
-            part = Part(l, x[:, l].to(home), model.norms(l), memory.of[l])
-            if masks[l] is not None:
-                part.dead = masks[l].to(home).nonzero()[:, 0]
+            part = Part(i, x[:, i].to(home), model.norms(i), memory.of[i])
+            if masks[i] is not None:
+                part.dead = masks[i].to(home).nonzero()[:, 0]
             scores.append(choose(model, part))
             parts.append(part)
     if model.spec.architecture == "batchtopk":
@@ -197,16 +197,16 @@ def _largest_over(scores: list[Tensor], n: int, home: torch.device) -> tuple[lis
 def _move_thresholds(model: Layered, kept: list[Tensor]) -> None:
     """Move the running means of the smallest positive kept scores, as sae/steps_batch.py."""
     means = model.topk_threshold
-    for l, values in enumerate(kept):
+    for i, values in enumerate(kept):
         smallest = values.masked_fill(values <= 0, torch.inf).min().to(means)
-        moved = torch.lerp(means[l], smallest, model.spec.topk_threshold_lr)
-        means[l] = torch.where(smallest.isfinite(), moved, means[l])
+        moved = torch.lerp(means[i], smallest, model.spec.topk_threshold_lr)
+        means[i] = torch.where(smallest.isfinite(), moved, means[i])
 
 
 def _jump(model: Layered, part: Part) -> None:
-    l = part.layer
-    theta = model.threshold[l].data.clamp_(min=0)
-    p = part.scratch.encode(part.x, model.W_enc[l].detach().T, model.b_enc[l].detach())
+    i = part.layer
+    theta = model.threshold[i].data.clamp_(min=0)
+    p = part.scratch.encode(part.x, model.W_enc[i].detach().T, model.b_enc[i].detach())
     if part.dead is not None:
         part.p_dead = p[:, part.dead].to(theta.dtype)
     width = model.spec.jumprelu_bandwidth
@@ -217,7 +217,7 @@ def _jump(model: Layered, part: Part) -> None:
 
 def _residual(model: Layered, parts: list[Part], x: Tensor, y: Tensor) -> Tensor:
     """y_hat - y, [batch layers d], on the first device."""
-    sums = {home: None for home in model.homes}
+    sums: dict[torch.device, Any] = dict.fromkeys(model.homes)
     batch = len(y)
     for part in parts:
         home, span = model.homes[part.layer], model.spans[part.layer]
@@ -235,7 +235,7 @@ def _residual(model: Layered, parts: list[Part], x: Tensor, y: Tensor) -> Tensor
 
 def _gradients(model: Layered, part: Part, r: Tensor, d: Tensor, share: float) -> Tensor:
     """Set the gradients of a layer; what its penalties add to the loss."""
-    l, span, home = part.layer, model.spans[part.layer], model.homes[part.layer]
+    i, span, home = part.layer, model.spans[part.layer], model.homes[part.layer]
     own = slice(span.start, span.stop)
     d_span = d[:, own].flatten(1).to(home)
     grads = Grads(model, part, d_span)
@@ -248,11 +248,11 @@ def _gradients(model: Layered, part: Part, r: Tensor, d: Tensor, share: float) -
         added = d_span.new_zeros(())
         if part.dead is not None and model.spec.aux_loss_coefficient and len(part.dead):
             added = _auxk(model, part, grads, r[:, own].flatten(1).to(home))
-    model.W_enc[l].grad, model.b_enc[l].grad = grads.W_enc, grads.b_enc
+    model.W_enc[i].grad, model.b_enc[i].grad = grads.W_enc, grads.b_enc
     if grads.W_dec is not None:
-        model.W_dec[l].grad = grads.W_dec.view_as(model.W_dec[l])
+        model.W_dec[i].grad = grads.W_dec.view_as(model.W_dec[i])
     if len(model.W_skip):
-        model.W_skip[l].grad = d[:, l].to(home).T @ part.x
+        model.W_skip[i].grad = d[:, i].to(home).T @ part.x
     return added
 
 
@@ -288,10 +288,10 @@ class Grads:
 
 def _jump_gradients(model: Layered, part: Part, grads: Grads, share: float) -> Tensor:
     """JumpReLU and its tanh penalty."""
-    spec, support, l = model.spec, part.support, part.layer
+    spec, support, i = model.spec, part.support, part.layer
     width, batch = spec.jumprelu_bandwidth, len(part.x)
     lam = spec.l0_coefficient * share / batch
-    theta = model.threshold[l].detach()
+    theta = model.threshold[i].detach()
     above = part.p - support.spread(theta)
     near = (above > -width / 2) & (above < width / 2)
     c_n = support.spread(part.norm * spec.tanh_scale)
@@ -299,12 +299,12 @@ def _jump_gradients(model: Layered, part: Part, grads: Grads, share: float) -> T
     slope = lam * (1 - t * t)
     g = part.pull(grads.d_span, None) + slope * c_n
     pseudo = g * support.spread(theta) * near / width
-    model.threshold[l].grad = -support.total(pseudo).to(theta.dtype)
+    model.threshold[i].grad = -support.total(pseudo).to(theta.dtype)
     g = g * (above > 0)
     grads.encoder(g + pseudo if spec.jumprelu_ste_to_input else g)
     if grads.W_dec is not None:
         along = support.total(slope * part.acts) * spec.tanh_scale / part.norm
-        grads.W_dec.addcmul_(model.W_dec[l].detach().flatten(1), along[:, None])
+        grads.W_dec.addcmul_(model.W_dec[i].detach().flatten(1), along[:, None])
     return t.sum() * lam
 
 

@@ -262,7 +262,9 @@ class TranscodersSpec(SaeSpec):
 
     Dunefsky et al. 2024, 2406.11944; Paulo et al. 2025, 2501.18823 (skip); Ameisen et al. 2025.
 
-    activations: {layers: [0, 1], hooks: ['blocks.{layer}.mlp.hook_in', 'blocks.{layer}.hook_mlp_out']}
+    activations:
+      layers: [0, 1]
+      hooks: ["blocks.{layer}.mlp.hook_in", "blocks.{layer}.hook_mlp_out"]
     sae:
       dictionaries:
         single: {layers: each, architecture: topk, d_sae: 1024, k: 16, skip: true}

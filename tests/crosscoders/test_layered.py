@@ -1,6 +1,5 @@
-"""Transcoders of all layers: gradients against autograd, one layer against SAELens, devices, files."""
+"""Transcoders of all layers: gradients by autograd and by SAELens, devices, files, stages."""
 
-import json
 from pathlib import Path
 
 import numpy as np
@@ -75,7 +74,7 @@ def plainly(model: Layered, both: torch.Tensor, dead: torch.Tensor) -> torch.Ten
     """The loss as the papers write it, dense, with autograd."""
     made, (x, y) = model.spec, model.split(both)
     norms = [W.flatten(1).norm(dim=1) for W in model.W_dec]
-    p = [x[:, l] @ W.T + b for l, (W, b) in enumerate(zip(model.W_enc, model.b_enc, strict=True))]
+    p = [x[:, i] @ W.T + b for i, (W, b) in enumerate(zip(model.W_enc, model.b_enc, strict=True))]
     scores = torch.stack([a * n for a, n in zip(p, norms, strict=True)]).detach()
     n_kept = made.k * len(x)
     least = None
@@ -91,21 +90,21 @@ def plainly(model: Layered, both: torch.Tensor, dead: torch.Tensor) -> torch.Ten
     else:
         f = [a.relu() * keep for a, keep in zip(p, scores >= least, strict=True)]
     y_hat = [b.expand(len(x), -1) for b in model.b_dec]
-    for l, span in enumerate(model.spans):
+    for i, span in enumerate(model.spans):
         for m in span:
-            y_hat[m] = y_hat[m] + f[l] @ model.W_dec[l][:, m - l]
-    for l, W in enumerate(model.W_skip):
-        y_hat[l] = y_hat[l] + x[:, l] @ W.T
+            y_hat[m] = y_hat[m] + f[i] @ model.W_dec[i][:, m - i]
+    for i, W in enumerate(model.W_skip):
+        y_hat[i] = y_hat[i] + x[:, i] @ W.T
     r = torch.stack(y_hat, 1) - y
     loss = r.pow(2).sum((1, 2)).mean()
-    for l, span in enumerate(model.spans):
-        at = dead[l].nonzero()[:, 0]
+    for i, span in enumerate(model.spans):
+        at = dead[i].nonzero()[:, 0]
         if made.architecture == "jumprelu":
-            loss = loss + made.l0_coefficient * torch.tanh(4 * norms[l] * f[l]).sum(1).mean()
-            below = (model.threshold[l] - p[l]).relu()[:, at] * norms[l][at]
+            loss = loss + made.l0_coefficient * torch.tanh(4 * norms[i] * f[i]).sum(1).mean()
+            below = (model.threshold[i] - p[i]).relu()[:, at] * norms[i][at]
             loss = loss + made.pre_act_coefficient * below.sum(1).mean()
             continue
-        e = r[:, list(span)].flatten(1).detach() + p[l][:, at] @ model.W_dec[l][at].flatten(1)
+        e = r[:, list(span)].flatten(1).detach() + p[i][:, at] @ model.W_dec[i][at].flatten(1)
         share = min(1.0, len(at) / (D // 2))
         loss = loss + made.aux_loss_coefficient * share * e.pow(2).sum(1).mean()
     return loss
@@ -161,9 +160,7 @@ def test_a_cross_layer_transcoder_of_one_layer_is_a_transcoder(architecture):
     torch.testing.assert_close(out.loss, want.loss.to(out.loss))
     torch.testing.assert_close(out.l0, want.l0)
     torch.testing.assert_close(model.W_enc[0].grad.T, sae.W_enc.grad, rtol=1e-4, atol=1e-6)
-    torch.testing.assert_close(
-        model.W_dec[0].grad.flatten(1), sae.W_dec.grad, rtol=1e-4, atol=1e-6
-    )
+    torch.testing.assert_close(model.W_dec[0].grad.flatten(1), sae.W_dec.grad, rtol=1e-4, atol=1e-6)
     if architecture == "batchtopk":
         torch.testing.assert_close(model.topk_threshold[0], sae.topk_threshold)
 
@@ -197,7 +194,7 @@ def planted(n: int, d: int = 16, true: int = 12, seed: int = 0) -> tuple[np.ndar
     writes = truth.normal(size=(2, true, 2, d))
     writes /= np.linalg.norm(writes, axis=(2, 3), keepdims=True)
     writes[1, :, 0] = 0
-    codes = np.where(rng.random((2, n, true)) < 0.1, rng.uniform(0.5, 1.5, (2, n, true)), 0)
+    codes = np.where(rng.random((2, n, true)) < 0.08, rng.uniform(0.5, 1.5, (2, n, true)), 0)
     x = np.einsum("lnf,fd->nld", codes, reads)
     y = np.einsum("lnf,lfmd->nmd", codes, writes)
     return np.concatenate([x, y], 1).astype(np.float32) * 4, writes[0]
@@ -215,21 +212,24 @@ class Batches:
             yield self.both[rng.integers(0, len(self.both), self.batch_size)]
 
 
-@pytest.mark.parametrize("architecture", ["topk", "batchtopk", "jumprelu"])
+@pytest.mark.parametrize("architecture", SPARSITY)
 def test_training_finds_the_features_that_write_to_two_layers(architecture, one_thread):  # noqa: F811
     both, writes = planted(6000)
-    more = {"k": 2} if architecture != "jumprelu" else {
-        "l0_coefficient": 0.3, "jumprelu_bandwidth": 1.0, "l0_warmup_share": 0.5,
-    }  # fmt: skip
-    made = spec(architecture, d_sae=24, **more | {"jumprelu_init_threshold": 0.1})
-    training = SaeTraining(n_rows=256 * 600, batch_size=256, lr=1e-2, dead_rows=5000)
-    dictionary = LayeredDictionary("d", Layered(made, 2, 16), training, 600, [1.0, 1.0])
-    train([dictionary], Batches(both), 600)
-    W = dictionary.sae.W_dec[0].detach().flatten(1).numpy()
+    more = {
+        "topk": {"k": 2}, "batchtopk": {"k": 1},
+        "jumprelu": {"l0_coefficient": 3, "jumprelu_bandwidth": 0.3, "l0_warmup_share": 0.5,
+                     "jumprelu_init_threshold": 0.1},
+    }[architecture]  # fmt: skip
+    more |= {} if architecture == "jumprelu" else {"aux_loss_coefficient": 1 / 32}
+    training = SaeTraining(n_rows=256 * 300, batch_size=256, lr=1e-2, dead_rows=5000)
+    model = Layered(spec(architecture, **more), 2, 16)
+    dictionary = LayeredDictionary("d", model, training, 300, [1.0, 1.0])
+    train([dictionary], Batches(both), 300)
+    W = model.W_dec[0].detach().flatten(1).numpy()
     W /= np.linalg.norm(W, axis=1, keepdims=True)
     best = (writes.reshape(len(writes), -1) @ W.T).max(1)
     assert (best > 0.95).sum() >= 10, np.sort(best)
-    assert dictionary.history[-1][4] > 0.8
+    assert dictionary.history[-1][4] > 0.9
 
 
 # --- files ---------------------------------------------------------------------------------
@@ -292,7 +292,7 @@ def test_what_cannot_be_read_is_told(tmp_path):
     with pytest.raises(RetraceError, match=r"W_dec_1\.safetensors: is missing"):
         read_layers(tmp_path)
     (tmp_path / "W_dec_2.safetensors").rename(tmp_path / "W_dec_1.safetensors")
-    with pytest.raises(RetraceError, match="has W_dec of 2 of 3 layers|W_dec_2.safetensors"):
+    with pytest.raises(RetraceError, match=r"has W_dec of 2 of 3 layers|W_dec_2\.safetensors"):
         read_layers(tmp_path)
     (tmp_path / "away").rename(tmp_path / "W_dec_2.safetensors")
     with pytest.raises(RetraceError):
@@ -354,7 +354,7 @@ def test_a_job_trains_and_judges_all_sets_and_resumes_to_the_same_bytes(
 
     monkeypatch.setattr(Checkpoints, "save", once)
     cut = job(pairs, checkpoint_seconds=1e-9)
-    with pytest.raises(BaseException):  # noqa: B017, PT011 - the stage turns it into an exit
+    with pytest.raises(BaseException):  # noqa: B017 - the stage turns it into an exit
         call("transcoders", cut, **paths(tmp_path / "two", manifest))
     assert list((tmp_path / "two").glob("saes.partial/step-*"))
     monkeypatch.undo()
@@ -390,7 +390,7 @@ def test_a_layer_that_is_not_stored_is_named():
         made.pairs(["blocks.0.hook_resid_post"])
 
 
-def test_layers_of_different_widths_are_told(tmp_path, caplog):
+def test_layers_of_different_widths_are_told(tmp_path, capsys):
     both, _ = planted(300)
     pairs = [(f"blocks.{n}.mlp.hook_in", f"blocks.{n}.hook_mlp_out") for n in range(2)]
     hooks = [p[0] for p in pairs] + [p[1] for p in pairs]
@@ -399,4 +399,4 @@ def test_layers_of_different_widths_are_told(tmp_path, caplog):
     manifest = store(tmp_path / "acts", held)
     with pytest.raises(SystemExit):
         call("transcoders", job(pairs), **paths(tmp_path / "out", manifest))
-    assert "need one width" in caplog.text or json.dumps(caplog.text)
+    assert "need one width" in capsys.readouterr().err
