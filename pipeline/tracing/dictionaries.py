@@ -44,12 +44,12 @@ class Dictionaries:
 
     hooks: list[str]
     output_hooks: list[str]
-    W_enc: list[Float[Tensor, "d_sae d_in"]]
-    b_enc: list[Float[Tensor, " d_sae"]]
-    W_dec: list[Float[Tensor, "d_sae n_out d_model"]]
+    W_enc: list[Tensor]
+    b_enc: list[Tensor]
+    W_dec: list[Tensor]
     b_dec: Float[Tensor, "n_layers d_model"]
     encoders: list[Callable[[Tensor], Tensor]]
-    W_skip: list[Float[Tensor, "d_model d_in"]] | None = None
+    W_skip: list[Tensor] | None = None
     skip_first: int = 0
 
     @property
@@ -84,8 +84,9 @@ class Dictionaries:
         self, layer: int, x: Float[Tensor, "*batch pos d_in"]
     ) -> Float[Tensor, "*batch pos d_model"]:
         """What a layer writes beside its features: b_dec, and x W_skip^T."""
-        skip = 0.0 if self.W_skip is None else x @ self.W_skip[layer].T
-        return (self.b_dec[layer] + skip) * self.known(x.shape[-2])
+        y = self.b_dec[layer].expand(*x.shape[:-1], -1)
+        y = y if self.W_skip is None else y + x @ self.W_skip[layer].T
+        return y * self.known(x.shape[-2])
 
     def rows(
         self, layer: int, numbers: Int64[Tensor, " n"], out: int
@@ -97,17 +98,19 @@ class Dictionaries:
 # --- out of what is stored -----------------------------------------------------------------
 
 
-def from_saes(saes: list[Any], entries: list[dict[str, Any]], skip_first: int = 0) -> Dictionaries:
+def from_saes(
+    saes: list[Any], manifests: list[dict[str, Any]], skip_first: int = 0
+) -> Dictionaries:
     """SAELens's transcoders, one per layer, in the order of layers.
 
     Args:
         saes: read by `SAE.load_from_disk`.
-        entries: of each, its entry in a manifest's `saes`, with hook and output_hook.
+        manifests: of the job of each, with its hook and output_hook.
     """
     skip = [getattr(sae, "W_skip", None) for sae in saes]
     return Dictionaries(
-        hooks=[e["hook"] for e in entries],
-        output_hooks=[e.get("output_hook") or e["hook"] for e in entries],
+        hooks=[m["hook"] for m in manifests],
+        output_hooks=[m.get("output_hook") or m["hook"] for m in manifests],
         W_enc=[sae.W_enc.T for sae in saes],
         b_enc=[sae.b_enc for sae in saes],
         W_dec=[sae.W_dec[:, None] for sae in saes],

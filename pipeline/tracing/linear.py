@@ -41,8 +41,12 @@ class Norm:
     centred: bool = False
 
     def forward(self, x: Stream) -> Stream:
-        x = self._scaled(self._c(x))
+        x = self.linear(x)
         return x if self.bias is None else x + self.bias
+
+    def linear(self, x: Stream) -> Stream:
+        """Without b."""
+        return self._scaled(self._c(x))
 
     def pull(self, g: Stream) -> Stream:
         """The transpose of its linear part."""
@@ -107,20 +111,39 @@ class Attention:
         return len(self.W_O) // self.n_heads
 
     def forward(self, x: Stream) -> Stream:
-        v = (self.before.forward(x) @ self.W_V.T + self.b_V).unflatten(-1, (-1, self.d_head))
+        z = self._mixed(self.before.forward(x) @ self.W_V.T + self.b_V)
+        return self.after.forward(z.flatten(-2) @ self.W_O + self.b_O) * self.scale
+
+    def linear(self, x: Stream) -> Stream:
+        """Without biases."""
+        return self.after.linear(self.z(x).flatten(-2) @ self.W_O) * self.scale
+
+    def z(self, x: Stream) -> Float[Tensor, "*batch pos n_heads d_head"]:
+        """z of each head, without biases."""
+        return self._mixed(self.before.linear(x) @ self.W_V.T)
+
+    def _mixed(
+        self, v: Float[Tensor, "*batch pos d_v"]
+    ) -> Float[Tensor, "*batch pos n_heads d_head"]:
+        v = v.unflatten(-1, (-1, self.d_head))
         v = v.repeat_interleave(self.n_heads // v.shape[-2], -2)  # queries that share a key
-        n = x.shape[-2]
-        z = torch.einsum("hqk,...khd->...qhd", self.pattern[:, :n, :n], v).flatten(-2)
-        return self.after.forward(z @ self.W_O + self.b_O) * self.scale
+        n = v.shape[-3]
+        return torch.einsum("hqk,...khd->...qhd", self.pattern[:, :n, :n], v)
 
     def pull(self, g: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_model"]:
         """The transpose of its linear part."""
         return self.before.pull(self.values(g) @ self.W_V)
 
+    def at_z(
+        self, g: Float[Tensor, "batch pos d_model"]
+    ) -> Float[Tensor, "batch pos n_heads d_head"]:
+        """g, at what attention writes, as it arrives at z of each head."""
+        return (self.after.pull(g * self.scale) @ self.W_O.T).unflatten(-1, (-1, self.d_head))
+
     def values(self, g: Float[Tensor, "batch pos d_model"]) -> Float[Tensor, "batch pos d_v"]:
         """g, at what attention writes, as it arrives at the values."""
         n, n_key = g.shape[1], len(self.W_V) // self.d_head
-        z = (self.after.pull(g * self.scale) @ self.W_O.T).unflatten(-1, (n_key, -1, self.d_head))
+        z = self.at_z(g).unflatten(2, (n_key, -1))
         # [key heads, keys, group*queries] x [key heads, group*queries, batch*d_head]
         A = self.pattern[:, :n, :n].unflatten(0, (n_key, -1)).permute(0, 3, 1, 2).flatten(2)
         v = A @ z.permute(2, 3, 1, 0, 4).flatten(3).flatten(1, 2)
@@ -226,14 +249,17 @@ class Linear:
                 )
 
     def forward(
-        self, writes: Callable[[int, Tensor], Tensor]
+        self,
+        writes: Callable[[int, Tensor], Tensor],
+        embed: Float[Tensor, "*batch pos d_model"] | None = None,
     ) -> tuple[list[Float[Tensor, "*batch pos d_model"]], Float[Tensor, "*batch pos d_model"]]:
         """(what each dictionary reads, the stream behind the last layer).
 
         Args:
             writes: layer, what its dictionary reads -> what the layer's MLP writes, skip included.
+            embed: default: the prompt's.
         """
-        pre, read = self.embed, []
+        pre, read = self.embed if embed is None else embed, []
         for i, layer in enumerate(self.layers):
             mid = pre + layer.attention.forward(pre)
             read.append(layer.read.forward(pre if layer.from_pre else mid))
@@ -249,6 +275,7 @@ class Linear:
     def pulled_back(
         self, layers: list[int], positions: Int64[Tensor, " batch"],
         directions: Float[Tensor, "batch d_model"],
+        at_attention: Callable[[int, Tensor], None] = lambda *_: None,
     ) -> Iterator[tuple[int, Float[Tensor, "batch pos d_model"]]]:  # fmt: skip
         """The gradient of each direction's projection, at each place where something is written.
 
@@ -258,6 +285,7 @@ class Linear:
 
         Args:
             layers: of each direction, not increasing.
+            at_attention: called with a layer and the gradient at what its attention writes.
         """
         n_pos, top = int(positions.max()) + 1, len(self.layers)
         state = directions.new_zeros(len(layers), n_pos, directions.shape[1])
@@ -285,9 +313,30 @@ class Linear:
                 read[rows] += place(rows)
             back = None if read is None else layer.read.pull(read)
             mid = state if back is None or layer.from_pre else state + back
+            at_attention(i, mid)
             state = mid + layer.attention.pull(mid)
             state = state + back if back is not None and layer.from_pre else state
         yield -1, state
+
+    def pushed(
+        self, embed: Float[Tensor, "batch pos d_model"],
+        added: dict[int, Float[Tensor, "batch pos d_model"]],
+    ) -> Iterator[tuple[int, Float[Tensor, "batch pos d_model"]]]:  # fmt: skip
+        """(layer, the stream before it) of what is embedded and added alone, without biases.
+
+        Args:
+            added: layer -> what is added to what its MLP writes.
+        """
+        pre = embed
+        for i, layer in enumerate(self.layers):
+            yield i, pre
+            mid = pre + layer.attention.linear(pre)
+            if layer.W_skip is not None:
+                skip = layer.read.linear(pre if layer.from_pre else mid) @ layer.W_skip.T
+                skip[..., : layer.skip_first, :] = 0
+                mid = mid + skip
+            pre = mid + added[i] if i in added else mid
+        yield len(self.layers), pre
 
     def constant(
         self, fixed: list[Float[Tensor, "pos d_model"]]
@@ -309,8 +358,7 @@ class Linear:
             skip[: layer.skip_first] = 0
             return fixed[i] + skip
 
-        only = Linear(**{**self.__dict__, "embed": torch.zeros_like(self.embed)})
-        read, last = only.forward(writes)
+        read, last = self.forward(writes, torch.zeros_like(self.embed))
         return read, self.final.forward(last)
 
 

@@ -40,14 +40,14 @@ def forward(found, sizes, errors, embed):
         for out in range(d.W_dec[layer].shape[1]):
             row = d.W_dec[layer][features.number[i], out] * features.activation[i]
             written[:, layer + out, at] += sizes[:, i, None] * row
-    linear = replace(found.linear, embed=found.linear.embed * embed[..., None])
+    linear = found.linear
 
     def writes(layer, x):
         if d.W_skip is None:
             return written[:, layer]
         return written[:, layer] + (x @ d.W_skip[layer].T) * d.known(x.shape[-2])
 
-    reads, last = linear.forward(writes)
+    reads, last = linear.forward(writes, linear.embed * embed[..., None])
     values = [
         reads[layer][:, at] @ d.W_enc[layer][number] + d.b_enc[layer][number]
         for layer, at, number in zip(*(x.tolist() for x in features[:3]), strict=True)
