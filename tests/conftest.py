@@ -30,8 +30,8 @@ if not Path("/proc/driver/nvidia/gpus").is_dir():
 ROOT = Path(__file__).parent.parent
 WARM = pytest.StashKey[tempfile.TemporaryDirectory]()
 TORCH_ROOMS = (
-    "models activations weights sae imports latents crosscoders saebench circuits probes".split()
-)
+    "models activations weights sae imports latents crosscoders saebench circuits tracing probes"
+).split()
 HOOK = "blocks.0.hook_resid_post"
 LONGEST = (  # files; they start first
     "test_smoke test_groups test_workflow test_tutorial test_browser test_kills test_saelens_evals "

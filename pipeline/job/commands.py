@@ -25,6 +25,7 @@ STAGES = {
     "features": "pipeline.latents.features",
     "attribution": "pipeline.latents.attribution",
     "circuits": "pipeline.circuits.circuits",
+    "graphs": "pipeline.tracing.graphs",
     "probes": "pipeline.probes.probes",
     "steering": "pipeline.probes.steering",
     "metrics": "pipeline.claims.metrics",

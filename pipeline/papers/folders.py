@@ -61,6 +61,9 @@ class Paper:
         if self.spec.circuits:
             parts = ("nodes", "edges", "methods")
             names += [f"circuits/{a}_{part}" for a in self.spec.circuit_arms() for part in parts]
+        if self.spec.graphs:
+            parts = ("scores", "nodes", "edges", "suppressed", "heads", "replacement")
+            names += [f"graphs/{a}_{part}" for a in self.spec.graph_arms() for part in parts]
         if self.spec.probes:
             names += [f"probes/{a}_{part}" for a in self.spec.probe_arms()
                       for part in ("scores", "labels")]  # fmt: skip
@@ -223,10 +226,11 @@ def _without_hub(raw: dict) -> dict:
 
     here = {name: arm for name, arm in arms.items() if not from_hub(arm)} or arms
     gone = set(map(str, arms)) - set(map(str, here))
-    circuits = raw.get("circuits")
-    if isinstance(circuits, dict) and isinstance(circuits.get("without"), list):
-        left = [arm for arm in circuits["without"] if arm in here or arm not in arms]
-        raw = raw | {"circuits": circuits | {"without": left}}
+    for name in ("circuits", "graphs"):
+        section = raw.get(name)
+        if isinstance(section, dict) and isinstance(section.get("without"), list):
+            left = [arm for arm in section["without"] if arm in here or arm not in arms]
+            raw = raw | {name: section | {"without": left}}
     section = raw.get("sae")
     if isinstance(section, dict) and isinstance(section.get("dictionaries"), dict):
         kept = {name: sae for name, sae in section["dictionaries"].items() if not _of(sae, gone)}

@@ -16,7 +16,13 @@ from pipeline.spec.base import Dtype, Name, Scale, Section, sentence
 from pipeline.spec.claims import Budget, Claim
 from pipeline.spec.figures import completed
 from pipeline.spec.imports import ImportSpec
-from pipeline.spec.measured import CircuitsSpec, ProbesSpec, SteeringSpec, check_probes
+from pipeline.spec.measured import (
+    CircuitsSpec,
+    GraphsSpec,
+    ProbesSpec,
+    SteeringSpec,
+    check_probes,
+)
 from pipeline.spec.own import OwnStage, parted
 from pipeline.spec.sae import CrosscoderSpec, SaeSection, SaeSpec, TranscodersSpec, check_output
 from pipeline.spec.sources import CorpusSpec, ModelSpec, TokenizerSpec
@@ -236,6 +242,7 @@ class PaperSpec(Section):
     features: FeaturesSpec | None = None
     attribution: AttributionSpec | None = None
     circuits: CircuitsSpec | None = None
+    graphs: GraphsSpec | None = Field(default=None, exclude_if=lambda value: value is None)
     probes: ProbesSpec | None = None
     steering: SteeringSpec | None = None
     own: dict[Name, dict[str, Any]] = Field(
@@ -271,6 +278,7 @@ class PaperSpec(Section):
             ("features", ["sae"]),
             ("attribution", ["sae"]),
             ("circuits", ["model", *(["sae"] if self.circuits and self.circuits.saes else [])]),
+            ("graphs", ["sae"]),
             ("probes", ["activations"]),
             ("steering", ["probes"]),
         ):
@@ -307,11 +315,12 @@ class PaperSpec(Section):
                         f"has none; set corpus.{key}: false"
                     )
         self._check_training()
-        for arm in self.circuits.without if self.circuits else []:
-            if arm not in self.arm_names():
-                raise ValueError(
-                    f"circuits.without: unknown arm '{arm}'{nearest(arm, self.arm_names())}"
-                )
+        for section in ("circuits", "graphs"):
+            for arm in getattr(getattr(self, section), "without", []):
+                if arm not in self.arm_names():
+                    raise ValueError(
+                        f"{section}.without: unknown arm '{arm}'{nearest(arm, self.arm_names())}"
+                    )
         self._check_claims()
         self._check_saes()
         check_probes(self)
@@ -501,6 +510,10 @@ class PaperSpec(Section):
     def circuit_arms(self) -> list[str]:
         """The arms whose circuits are measured."""
         return [a for a in self.arm_names() if a not in self.circuits.without]
+
+    def graph_arms(self) -> list[str]:
+        """The arms whose prompts are traced."""
+        return [a for a in self.arm_names() if a not in self.graphs.without]
 
     def probe_arms(self) -> list[str]:
         """The arms whose activations are probed."""
