@@ -263,7 +263,7 @@ def parts(paper: Any) -> dict[str, Any]:
     arms = spec.circuit_arms() if spec.circuits else []
     out["circuits"] = {arm: list(spec.circuits.methods) for arm in arms}
     if spec.graphs:
-        out["graphs"] = {arm: list(spec.graphs.dictionaries) for arm in spec.graph_arms()}
+        out["graphs"] = {arm: spec.graph_dictionaries(arm) for arm in spec.graph_arms()}
     if spec.probes:  # absent elsewhere, so that no other paper's job changes
         hooks = spec.probes.hooks or spec.activations.hooks
         sites = list(dict.fromkeys(["text", "mean", *map(site, hooks)]))

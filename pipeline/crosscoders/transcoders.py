@@ -116,12 +116,15 @@ def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
 
 
 def n_bytes(job: TranscodersJob, d: int) -> int:
-    """Bytes of all weights, their gradients and Adam's two states, float32."""
-    n, total = len(job.pairs), 0
+    """Bytes of all weights and Adam's two states, and of the gradients of one set, float32."""
+    n, kept, gradients = len(job.pairs), 0, 0
     for spec in job.dictionaries.values():
         written = n * (n + 1) // 2 if spec.layers == "cross" else n
-        total += spec.d_sae * d * (n + written) + n * d * d * spec.skip
-    return 16 * total
+        fixed = spec.d_sae * d * written * spec.frozen_decoder
+        trained = spec.d_sae * d * (n + written) + n * d * d * spec.skip - fixed
+        kept += 3 * trained + fixed
+        gradients = max(gradients, trained)
+    return 4 * (kept + gradients)
 
 
 def devices(first: torch.device, need: int) -> list[torch.device]:

@@ -323,6 +323,12 @@ class PaperSpec(Section):
                     )
         self._check_claims()
         self._check_saes()
+        for name in self.graphs.dictionaries if self.graphs else []:
+            if not self.graphs.among(name, list(known := self.sae.expanded())):
+                meant = self.graphs.dictionaries[name]
+                raise ValueError(
+                    f"graphs.dictionaries.{name}: no dictionary '{meant}'{nearest(meant, known)}"
+                )
         check_probes(self)
         return self
 
@@ -514,6 +520,11 @@ class PaperSpec(Section):
     def graph_arms(self) -> list[str]:
         """The arms whose prompts are traced."""
         return [a for a in self.arm_names() if a not in self.graphs.without]
+
+    def graph_dictionaries(self, arm: str) -> list[str]:
+        """The names of graphs.dictionaries that an arm has."""
+        own = [*self.saes_of(arm), *self.transcoders_of(arm)]
+        return [name for name in self.graphs.dictionaries if self.graphs.among(name, own)]
 
     def probe_arms(self) -> list[str]:
         """The arms whose activations are probed."""
