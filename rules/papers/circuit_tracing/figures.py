@@ -28,7 +28,7 @@ def curves(frame: pd.DataFrame, x: str, ys: dict[str, str], title: str) -> Drawn
     columns = [x, *ys]
     frame = frame[frame["family"].isin(NAMES)]
     frame = frame.groupby(["family", "k"], as_index=False)[columns].mean()
-    panels, values = Panels(), {y: [] for y in ys}
+    panels, values, first = Panels(), {y: [] for y in ys}, next(iter(ys))
     for family, (name, colour) in NAMES.items():
         rows = frame[frame["family"] == family].sort_values(x)
         if rows.empty:
@@ -36,13 +36,14 @@ def curves(frame: pd.DataFrame, x: str, ys: dict[str, str], title: str) -> Drawn
         for y in ys:
             values[y].append(rows[y].tolist())
         said = [f"{name}, k {k}" for k in rows["k"]]
-        panels.add(0, line(rows[x], rows[next(iter(ys))], name, colour, marker={"size": 7},
-                           customdata=said, hover="%{customdata}: %{y:.3~g} at %{x:.3~g}"))  # fmt: skip
+        look = {"marker": {"size": 7}, "customdata": said}
+        hover = "%{customdata}: %{y:.3~g} at %{x:.3~g}"
+        panels.add(0, line(rows[x], rows[first], name, colour, hover=hover, **look))
     if len(ys) > 1:
         chosen(panels.figure, {
             text: [{"y": values[y]}, {"yaxis.title.text": text}] for y, text in ys.items()
         })  # fmt: skip
-    panels.axes(title, next(iter(ys.values())))
+    panels.axes(title, ys[first])
     return panels.finish(420, top=48), frame
 
 
@@ -69,7 +70,7 @@ def faithful(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
         families = [NAMES[f][0] for f in rows["family"]]
         panels.add(0, bars(families, rows[column], name, colour,
                            hover=f"%{{x}}, {name}: %{{y:.2f}}",
-                           error_y=whiskers(rows[column], rows["least"], rows["most"])))  # fmt: skip
+                           error_y=whiskers(rows[column], rows["min"], rows["max"])))  # fmt: skip
         drawn.append(rows.rename(columns={column: "correlation"}))
     panels.axes("", "rank correlation of said and measured")
     return panels.finish(400, top=48), pd.concat(drawn, ignore_index=True)

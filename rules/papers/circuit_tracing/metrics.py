@@ -69,19 +69,23 @@ def same_k(a: pd.DataFrame, b: pd.DataFrame) -> dict[str, float]:
 
 def metrics(tables: dict[str, Any]) -> dict[str, Any]:
     """The numbers of METRICS."""
-    every = by_dictionary(tables)
     out: dict[str, list[float]] = {}
-    for seed, rows in every.groupby("seed"):
-        family = dict(list(rows.groupby("family")))
-        found = {f"family.{n}.{m}": v for n, of in family.items()
-                 for m, v in of.drop(columns=["family", "k", "seed"]).mean().dropna().items()}  # fmt: skip
-        for a, b in PAIRS:
-            if a in family and b in family:
-                kinds = {"equal": equal, "same_k": same_k}
-                found |= {f"{kind}.{a}_{b}.{m}": v for kind, of in kinds.items()
-                          for m, v in of(family[a], family[b]).items()}  # fmt: skip
-        for name, value in found.items():
+    for _, rows in by_dictionary(tables).groupby("seed"):
+        for name, value in of_seed(dict(list(rows.groupby("family")))).items():
             out.setdefault(name, []).append(float(value))
-        del seed
     scores = [t["balance_error"].max() for n, t in tables.items() if n.endswith("_scores")]
     return out | ({"graphs.balance_error_max": float(max(scores))} if scores else {})
+
+
+def of_seed(family: dict[str, pd.DataFrame]) -> dict[str, float]:
+    """The numbers of one seed."""
+    out = {}
+    for name, rows in family.items():
+        means = rows.drop(columns=["family", "k", "seed"]).mean().dropna()
+        out |= {f"family.{name}.{m}": v for m, v in means.items()}
+    for a, b in PAIRS:
+        if a in family and b in family:
+            for kind, of in (("equal", equal), ("same_k", same_k)):
+                gaps = of(family[a], family[b])
+                out |= {f"{kind}.{a}_{b}.{m}": v for m, v in gaps.items()}
+    return out
