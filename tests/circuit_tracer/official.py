@@ -10,6 +10,7 @@ features alone, and what pruning keeps. Runs in the environment that official.sh
 
 import sys
 from pathlib import Path
+from typing import ClassVar
 
 import torch
 from huggingface_hub import constants
@@ -38,7 +39,7 @@ CLOSE = 1e-4  # relative to the largest effect into a node: both sum in float32,
 class Tokenizer:
     """What circuit-tracer asks of a tokenizer: no special tokens."""
 
-    special_tokens_map: dict = {}
+    special_tokens_map: ClassVar[dict] = {}
     padding_side = "right"
 
     def convert_tokens_to_ids(self, tokens: list) -> list:
@@ -73,9 +74,19 @@ def llama(
 
 
 def transcoders(
-    n_layers: int, d_model: int, d_sae: int, skip: bool, bias: float, device: str = "cpu"
+    n_layers: int,
+    d_model: int,
+    d_sae: int,
+    skip: bool,
+    bias: float,
+    device: str = "cpu",
+    spread: float = 0.1,
 ) -> list[SingleLayerTranscoder]:
-    """Random ReLU transcoders; the lower the bias, the fewer features are active."""
+    """Random ReLU transcoders; the lower the bias, the fewer features are active.
+
+    Args:
+        spread: standard deviation of the encoders' biases.
+    """
     draw = torch.Generator().manual_seed(1)
 
     def drawn(*shape: int, size: float) -> torch.Tensor:
@@ -86,7 +97,7 @@ def transcoders(
         one = SingleLayerTranscoder(d_model, d_sae, torch.nn.functional.relu, layer, skip)
         weights = {
             "W_enc": drawn(d_model, d_sae, size=d_model**-0.5),
-            "b_enc": drawn(d_sae, size=0.1) + bias,
+            "b_enc": drawn(d_sae, size=spread) + bias,
             "W_dec": drawn(d_sae, d_model, size=d_model**-0.5),
             "b_dec": drawn(d_model, size=0.1),
         }
