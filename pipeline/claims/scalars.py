@@ -152,8 +152,8 @@ GRAPHS = {  # of dictionaries of the section graphs: means over prompts; circuit
     "n_kept": "of these, nodes that pruning keeps",
     "l0": "active features per token, over all layers",
     "pruned_l0": "features that pruning keeps per token",
-    "kl_frozen": "KL divergence of next tokens from the model's, nats, mean over the positions of "
-    "a prompt, of the replacement model with its patterns and norms' scales, without errors",
+    "kl_frozen": "KL divergence of next tokens from the model's, nats, mean over positions of a "
+    "prompt, of the replacement model with its patterns and norms' scales, without errors",
     "agreement_frozen": "share of these positions where both find the same token most probable",
     "balance_error": "largest difference between a node's value and the sum of edges and bias into "
     "it, as a share of their sizes; 0 but for rounding",
