@@ -8,7 +8,8 @@
   SAELens has no class for TopK; these are circuit-tracer's transcoder set, layer_<l>.safetensors
   (`load_transcoder_set`, with `activation` and `k` of config.yaml).
 
-BatchTopK leaves as JumpReLU, as in SAELens. cfg.json beside the files names the hooks. Weights take
+BatchTopK leaves as JumpReLU, as in SAELens. cfg.json beside the files names the hooks, and
+config.yaml is circuit-tracer's. Weights take
 rows as they are: scales and TopK's decoder norms are folded into them.
 """
 
@@ -175,8 +176,7 @@ def write(
         "d_in": weights.b_dec.shape[1], "skip": weights.W_skip is not None,
     }  # fmt: skip
     tables.write_json(folder / "cfg.json", config, certificate)
-    if weights.layers == "cross" or weights.activation == "topk":
-        _write_yaml(folder / "config.yaml", weights, metadata[0]["model_name"])
+    _write_yaml(folder / "config.yaml", weights, metadata[0]["model_name"])
 
 
 def _write_clt(folder: Path, weights: LayerWeights, certificate: dict) -> None:

@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pandas as pd
 import pytest
+import torch
 import yaml
 from snake import ROOT, snakemake
 from test_crosscoder_papers import CARD, TEXT
@@ -84,8 +85,9 @@ def test_a_set_without_its_hooks_or_in_a_section_of_one_hook_is_told(tmp_path):
 @pytest.mark.workflow
 def test_a_paper_with_sets_of_all_layers_runs(tmp_path):
     folder = paper(tmp_path)
+    left = [f"results/smoke/layered/exports/late.{n}/circuit_tracer" for n in ("cross", "skip")]
     made_by = snakemake(
-        "--directory", str(tmp_path), "results/smoke/layered/transcoders/late.parquet",
+        "--directory", str(tmp_path), "results/smoke/layered/transcoders/late.parquet", *left,
         cwd=ROOT, papers_dirs=f"[{folder}]", papers="[layered]", scale="smoke", device="cpu",
     )  # fmt: skip
     assert made_by.jobs.count("transcoders") == 1
@@ -98,3 +100,9 @@ def test_a_paper_with_sets_of_all_layers_runs(tmp_path):
     entries = tables.read_json(manifest)["saes"]
     cross, skip = (read_layers(manifest.parent / entries[n]["folder"]) for n in ("cross", "skip"))
     assert cross.W_dec[0].shape == (48, 2, 32) and skip.W_skip is not None
+    x = torch.randn(5, 2, 32)
+    for own, folder in zip((cross, skip), left, strict=True):
+        assert not (tmp_path / folder / "cfg.json").exists()
+        again = read_layers(tmp_path / folder)
+        assert (again.hooks, again.activation) == (own.hooks, own.activation)
+        torch.testing.assert_close(again.forward(x), own.forward(x))
