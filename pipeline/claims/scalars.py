@@ -106,6 +106,15 @@ CROSSCODERS = {  # of a source of a crosscoder, <arm>.<crosscoder>.<source>.*, b
     "confirmed": "of the exclusive ones, those that latent scaling calls exclusive, too: nu_r < "
     "0.5 and nu_e < 0.2 in every other source (Minder et al. 2025)",
 }
+TRANSCODERS = {  # of a set of all layers, <arm>.<set>.*, and of each layer, <arm>.<set>.l<n>.*
+    "explained_variance": "1 - sum of squared errors / sum of squared deviations of what a layer's "
+    "MLP writes on held-out tokens, from its true input; of a set the mean over layers",
+    "l0": "mean number of active features per token that read the layer; of a set the sum over "
+    "layers",
+    "mse": "mean squared error per token of what the layer's MLP writes; of a set the sum",
+    "silent_share": "share of features that no held-out token makes fire; of a set the mean",
+    "dead_share": "share of features that had been silent for dead_rows rows when training ended",
+}
 ABSORPTION = {  # of a dictionary, one value a seed; SAEBench 0.6.0, Chanin et al. 2024
     "absorption_fraction": "mean over letters of the mean over held-out words, whose first letter "
     "a linear probe sees, of the share that other latents than the letter's carry; of letters "
@@ -131,6 +140,35 @@ CIRCUITS = {  # of a method of the section circuits
     "correlation_without_largest": "Pearson's without the one part whose leaving out changes it "
     "the most; the column largest of the table methods names it",
     "sign_agreement": "share of those whose score has the sign of the exact effect",
+}
+GRAPHS = {  # of dictionaries of the section graphs: means over prompts; circuit-tracer's scores
+    "replacement_score": "share of the influence on the logits that starts in embeddings, not in "
+    "errors, in the graph before pruning; influence is the sum of the powers of the graph's edges, "
+    "those into a node as shares (circuit-tracer, compute_graph_scores)",
+    "completeness_score": "share of what nodes read that does not come from errors, nodes weighted "
+    "by their influence (circuit-tracer, compute_graph_scores)",
+    "n_active": "features active on a prompt, over all layers and positions",
+    "n_features": "of these, nodes of the graph before pruning",
+    "n_kept": "of these, nodes that pruning keeps",
+    "l0": "active features per token, over all layers",
+    "pruned_l0": "features that pruning keeps per token",
+    "kl_frozen": "KL divergence of next tokens from the model's, nats, mean over positions of a "
+    "prompt, of the replacement model with its patterns and norms' scales, without errors",
+    "agreement_frozen": "share of these positions where both find the same token most probable",
+    "balance_error": "largest difference between a node's value and the sum of edges and bias into "
+    "it, as a share of their sizes; 0 but for rounding",
+    "faithfulness": "rank correlation between what a graph says of a feature's activation when "
+    "another is taken out, and what the true model does, over features of largest influence and "
+    "all kept features behind them",
+    "faithfulness_null": "the same with what the model does when another feature's decoder row is "
+    "taken out in its place, with the same activation and length",
+    "faithfulness_logits": "as faithfulness, of the logits that the graph explains",
+    "faithfulness_logits_null": "its null",
+}
+REPLACED = {  # of the same, on held-out text
+    "kl": "KL divergence of next tokens from the model's, nats, mean over held-out tokens, with "
+    "the dictionaries in the place of all MLPs at once, attention and norms computed anew",
+    "agreement": "share of these tokens where both find the same next token most probable",
 }
 PROBES = {  # of a label and a method at a hook of the section probes, one value a seed
     "accuracy": "share of held-out rows whose class the probe names; the rows are of documents "
@@ -213,6 +251,9 @@ def parts(paper: Any) -> dict[str, Any]:
     crossed = {a: found for a in spec.arm_names() if (found := spec.crosscoders_of(a))}
     if crossed:  # absent elsewhere, as those below
         out["crosscoders"] = {arm: list(found) for arm, found in crossed.items()}
+    layered = {a: found for a in spec.arm_names() if (found := spec.transcoders_of(a))}
+    if layered:
+        out["transcoders"] = {arm: list(found) for arm, found in layered.items()}
     if spec.benchmarks:
         out["ks"] = list(spec.benchmarks.ks)
         out |= {"tpp": list(spec.benchmarks.tpp)} if spec.benchmarks.tpp else {}
@@ -221,6 +262,8 @@ def parts(paper: Any) -> dict[str, Any]:
     out["prompts"] = list(spec.attribution.prompts) if spec.attribution else []
     arms = spec.circuit_arms() if spec.circuits else []
     out["circuits"] = {arm: list(spec.circuits.methods) for arm in arms}
+    if spec.graphs:
+        out["graphs"] = {arm: spec.graph_dictionaries(arm) for arm in spec.graph_arms()}
     if spec.probes:  # absent elsewhere, so that no other paper's job changes
         hooks = spec.probes.hooks or spec.activations.hooks
         sites = list(dict.fromkeys(["text", "mean", *map(site, hooks)]))
@@ -257,6 +300,9 @@ def known(parts: dict[str, Any]) -> dict[str, str]:
         measured = {m: t for m, t in SAE.items() if m not in SPLICED} | CROSSCODERS
         for sae in names:
             out |= {f"{arm}.{sae}.*.{m}": text for m, text in measured.items()}
+    for arm, names in parts.get("transcoders", {}).items():
+        for name, at in product(names, ("", "l*.")):
+            out |= {f"{arm}.{name}.{at}{m}": text for m, text in TRANSCODERS.items()}
     for prompt in parts["prompts"]:
         out |= {f"attribution.{prompt}.{m}": text for m, text in ATTRIBUTION.items()}
     if parts["prompts"]:
@@ -264,6 +310,9 @@ def known(parts: dict[str, Any]) -> dict[str, str]:
     for arm, methods in parts["circuits"].items():
         for method in methods:
             out |= {f"circuits.{arm}.{method}.{m}": t for m, t in CIRCUITS.items()}
+    for arm, names in parts.get("graphs", {}).items():
+        for name in names:
+            out |= {f"graphs.{arm}.{name}.{m}": t for m, t in (GRAPHS | REPLACED).items()}
     for arm, (labels, sites) in parts.get("probes", {}).items():
         for name, at in product(labels, sites):
             out |= {f"{arm}.probes.{name}.*.{at}.{m}": text for m, text in PROBES.items()}
@@ -319,6 +368,15 @@ def crosscoders(arm: str, table: Any) -> dict[str, float]:
         source = "_".join(map(site, row["source"].split()))
         found = {m: row[m] for m in (*SAE, *CROSSCODERS) if m in row}
         out |= {f"{arm}.{row['sae']}.{source}.{m}": float(v) for m, v in found.items()}
+    return out
+
+
+def transcoders(arm: str, table: Any) -> dict[str, float]:
+    """TRANSCODERS of every set of an arm and of each of its layers."""
+    out = {}
+    for row in table.to_dict("records"):
+        at = "" if row["layer"] < 0 else f"l{row['layer']}."
+        out |= {f"{arm}.{row['sae']}.{at}{m}": float(row[m]) for m in TRANSCODERS}
     return out
 
 
@@ -417,6 +475,8 @@ def core(tables: dict[str, Any]) -> dict[str, Any]:
                 out |= {f"{part}.{row['sae']}.{m}": row[m] for m in SAE if m in row}
         if stage == "crosscoders" and not part.endswith("_latents"):
             out |= crosscoders(part, table)
+        if stage == "transcoders":
+            out |= transcoders(part, table)
         if stage == "benchmarks":
             out |= {f"{part}.{m}": v for m, v in sparse_probes(table).items()}
         if stage == "absorption":
@@ -429,6 +489,12 @@ def core(tables: dict[str, Any]) -> dict[str, Any]:
             out |= probes(part.removesuffix("_scores"), table)
         if name == "steering/effects":
             out |= steering(table)
+        if stage == "graphs" and part.endswith(("_scores", "_replacement")):
+            arm, of = part.rpartition("_")[0], GRAPHS if part.endswith("_scores") else REPLACED
+            for dictionary, rows in table.groupby("dictionary", sort=False):
+                means = rows[list(of)].mean()
+                found = {m: v for m, v in means.items() if math.isfinite(v)}
+                out |= {f"graphs.{arm}.{dictionary}.{m}": v for m, v in found.items()}
         if stage == "circuits" and part.endswith("_methods"):
             for method, rows in table.groupby("method", sort=False):
                 named = f"circuits.{part.removesuffix('_methods')}.{method}"

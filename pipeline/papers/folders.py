@@ -33,15 +33,22 @@ class Paper:
     spec: PaperSpec
     at: Callable[[str], "Paper"] | None = field(default=None, compare=False, repr=False)
 
+    def _only_layered(self, arm: str) -> bool:
+        """Whether all dictionaries of an arm are sets of transcoders, judged by their own stage."""
+        spec = self.spec
+        return bool(spec.transcoders_of(arm)) and not spec.saes_of(arm)
+
     def tables(self) -> dict[str, str]:
         """Name -> path of every table that this paper's stages write, e.g. 'evaluation/trained'."""
         names = [f"{stage}/{t}" for stage, s in self.spec.own.items() for t in s["tables"]]
         names += [f"training/{run}" for run in self.spec.training]
         if self.spec.sae:
-            names += [f"evaluation/{arm}" for arm in self.spec.arm_names()]
-            names += [f"evaluation/{arm}_history" for arm in self.spec.arm_names()]
+            arms = [a for a in self.spec.arm_names() if not self._only_layered(a)]
+            names += [f"evaluation/{arm}{part}" for part in ("", "_history") for arm in arms]
             crossed = [arm for arm in self.spec.arm_names() if self.spec.crosscoders_of(arm)]
             names += [f"crosscoders/{arm}{part}" for arm in crossed for part in ("", "_latents")]
+            layered = [arm for arm in self.spec.arm_names() if self.spec.transcoders_of(arm)]
+            names += [f"transcoders/{arm}" for arm in layered]
         if self.spec.benchmarks:
             names += [f"benchmarks/{arm}" for arm in self.spec.arm_names()]
         if self.spec.absorption:
@@ -54,6 +61,9 @@ class Paper:
         if self.spec.circuits:
             parts = ("nodes", "edges", "methods")
             names += [f"circuits/{a}_{part}" for a in self.spec.circuit_arms() for part in parts]
+        if self.spec.graphs:
+            parts = ("scores", "nodes", "edges", "suppressed", "heads", "replacement")
+            names += [f"graphs/{a}_{part}" for a in self.spec.graph_arms() for part in parts]
         if self.spec.probes:
             names += [f"probes/{a}_{part}" for a in self.spec.probe_arms()
                       for part in ("scores", "labels")]  # fmt: skip
@@ -216,10 +226,11 @@ def _without_hub(raw: dict) -> dict:
 
     here = {name: arm for name, arm in arms.items() if not from_hub(arm)} or arms
     gone = set(map(str, arms)) - set(map(str, here))
-    circuits = raw.get("circuits")
-    if isinstance(circuits, dict) and isinstance(circuits.get("without"), list):
-        left = [arm for arm in circuits["without"] if arm in here or arm not in arms]
-        raw = raw | {"circuits": circuits | {"without": left}}
+    for name in ("circuits", "graphs"):
+        section = raw.get(name)
+        if isinstance(section, dict) and isinstance(section.get("without"), list):
+            left = [arm for arm in section["without"] if arm in here or arm not in arms]
+            raw = raw | {name: section | {"without": left}}
     section = raw.get("sae")
     if isinstance(section, dict) and isinstance(section.get("dictionaries"), dict):
         kept = {name: sae for name, sae in section["dictionaries"].items() if not _of(sae, gone)}

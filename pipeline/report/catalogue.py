@@ -16,6 +16,7 @@ TITLES = {
     "<arm>.<dictionary>": "Dictionaries",
     "attribution.<prompt>": "Attribution of latents",
     "circuits.<arm>.<method>": "Circuits",
+    "graphs.<arm>.<dictionaries>": "Attribution graphs",
     "<arm>.probes.<label>.<method>.<hook>": "Probes",
     "<arm>.steering.<direction>": "Steering",
     "training.<run>": "Models trained here",

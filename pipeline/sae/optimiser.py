@@ -48,7 +48,7 @@ class Optimiser:
     """
 
     def __init__(self, sae: Any, training: SaeTraining) -> None:
-        self.device = device = sae.W_dec.device
+        self.device = device = next(sae.parameters()).device
         self.on_gpu = device.type == "cuda"
         self.count: Tensor | None = None
         self.trained = {n: p for n, p in sae.named_parameters() if p.requires_grad}

@@ -34,7 +34,7 @@ def _is_dense(on: Tensor) -> bool:
     return bool(some.count_nonzero() > DENSE_SHARE * some.numel())
 
 
-def _support(on: Tensor, scratch: Scratch, dtype: torch.dtype) -> tuple[Any, Any]:
+def support_of(on: Tensor, scratch: Scratch, dtype: torch.dtype) -> tuple[Any, Any]:
     """Where a matrix is on, as a Sparse, or as a Dense if that is in many places.
 
     Args:
@@ -67,7 +67,7 @@ def gated(
     W_dec, xc, l1 = sae.W_dec.detach(), x - sae.b_dec, coefficients["l1"] / len(x)
     norm, gain = W_dec.norm(dim=1), sae.r_mag.exp()
     p = scratch.encode(xc, sae.W_enc)
-    support, pick = _support(p > -sae.b_gate, scratch, x.dtype)
+    support, pick = support_of(p > -sae.b_gate, scratch, x.dtype)
     p = pick(p)
     q = (p + support.spread(sae.b_gate)).relu()
     open_ = q > 0
@@ -109,7 +109,7 @@ def jumprelu(
     p = scratch.encode(xc, sae.W_enc, sae.b_enc)
     if scratch.half and _is_dense(p[:SAMPLE_ROWS] > theta - width / 2):
         return _jumprelu_dense(sae, xc, p, theta.float(), coefficients["l0"], scratch)
-    support, pick = _support(p > theta - width / 2, scratch, x.dtype)
+    support, pick = support_of(p > theta - width / 2, scratch, x.dtype)
     p = pick(p)
     above = p - support.spread(theta)
     acts = p * (above > 0)

@@ -95,11 +95,90 @@ class CircuitsSpec(Section):
         return self
 
 
+Share = Annotated[float, Field(gt=0, lt=1)]
+
+# --- graphs -------------------------------------------------------------------------------
+
+
+class TracedPrompt(Section):
+    """A prompt whose next token is explained."""
+
+    prompt: str = Field(min_length=1)
+    answer: str = Field(
+        default="",
+        description="a single token; the graph explains it, however probable it is",
+    )
+
+
+NODE = r"^(L\d+\.(\d+|error)@\d+|embed@\d+|logit\.\d+)$"
+
+
+class GraphsSpec(Section):
+    """Attribution graphs of prompts through dictionaries of all layers (Ameisen et al. 2025)."""
+
+    dictionaries: dict[Name, str] = Field(
+        min_length=1,
+        description="a name in tables and metrics, and the dictionaries that it means: a "
+        "dictionary over all layers, or the names of one per layer with {layer} in the place of "
+        "its number",
+    )
+    prompts: dict[Name, TracedPrompt] = Field(min_length=1)
+    without: list[Name] = Field(default=[], description="arms that are left out")
+    n_logits: int = Field(default=10, ge=1, description="tokens that are explained, at most")
+    logit_share: Share = Field(
+        default=0.95, description="of probability that the explained tokens have together"
+    )
+    max_features: int = Field(
+        default=7500, ge=0, description="features of largest influence that are nodes; 0: all"
+    )
+    batch_size: int = Field(default=256, ge=1, description="targets a backward pass")
+    node_share: Share = Field(default=0.8, description="of influence that kept nodes hold")
+    edge_share: Share = Field(default=0.98, description="of influence that kept edges hold")
+    n_suppressed: int = Field(
+        default=16, ge=0, description="features taken out of the true model, a prompt"
+    )
+    n_heads_edges: int = Field(
+        default=32, ge=0, description="strongest edges between positions whose heads are named"
+    )
+    n_blocks: int = Field(
+        default=8, ge=1, description="held-out blocks that the replacement model reads"
+    )
+    seed: int = Field(default=0, description="of the features of the null")
+    supernodes: dict[str, dict[str, list[Annotated[str, Field(pattern=NODE)]]]] = Field(
+        default={},
+        description="<dictionary>.<prompt> -> name -> nodes that stand together on its page, "
+        "such as L3.120@5, L3.error@5, embed@2 and logit.318",
+    )
+
+    @model_validator(mode="after")
+    def _known(self) -> "GraphsSpec":
+        graphs = [f"{d}.{p}" for d in self.dictionaries for p in self.prompts]
+        _in("supernodes", "graph", list(self.supernodes), graphs)
+        for graph, groups in self.supernodes.items():
+            nodes = [node for group in groups.values() for node in group]
+            for node in nodes:
+                if nodes.count(node) > 1:
+                    raise ValueError(f"supernodes.{graph}: '{node}' stands twice; name it once")
+        return self
+
+    def among(self, name: str, known: list[str]) -> list[str]:
+        """Those of some dictionaries that a name means, whatever the number of layers is."""
+        before, several, behind = self.dictionaries[name].partition("{layer}")
+        pattern = re.escape(before) + (r"\d+" + re.escape(behind) if several else "")
+        return [one for one in known if re.fullmatch(pattern, one)]
+
+    def layered(self, name: str, n_layers: int) -> list[str]:
+        """The dictionaries that a name means."""
+        pattern = self.dictionaries[name]
+        if "{layer}" not in pattern:
+            return [pattern]
+        return [pattern.replace("{layer}", str(layer)) for layer in range(n_layers)]
+
+
 # --- probes ------------------------------------------------------------------------------
 
 ProbeMethod = Literal["logistic", "ridge", "mean_difference", "mass_mean", "mlp"]
 Column = Literal["label", "title"]
-Share = Annotated[float, Field(gt=0, lt=1)]
 
 
 class LabelSpec(Section):
