@@ -16,7 +16,7 @@ from pipeline.activations import checks, rows
 from pipeline.activations.buffers import Buffers, combined
 from pipeline.activations.plan import Plan, Shard
 from pipeline.errors import RetraceError
-from pipeline.store import intact, provenance, tables
+from pipeline.store import chunks, intact, provenance, tables
 from pipeline.store.shards import Blocks
 
 KEY = "key.json"
@@ -122,6 +122,7 @@ def manifest(folder: Path, plan: Plan, digests: dict[str, str]) -> dict[str, Any
             entries.append(
                 {"file": f"shards/{name}"}
                 | {k: stats[-1][k] for k in ("split", "rows", "mean_norm")}
+                | {"footer": chunks.tail_sha256(folder / name)}
             )
         train = [s for s in stats if s["split"] == "train"]
         if sum(s["rows"] for s in train) > 1:

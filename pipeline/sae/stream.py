@@ -30,6 +30,7 @@ from pipeline.store import tables
 from pipeline.store.shards import PairedRows, Rows
 
 CHUNKS = 64  # in a buffer; by default a chunk is a thousand rows, about a megabyte
+AHEAD = 4  # chunks that the disk is asked for before they are read
 READERS = {"cuda": 4}  # threads that read one buffer each; one thread on a CPU
 # Variance, as a share of the mean square, below which rows are constant: rounding leaves constant
 # float32 rows 1e-14.
@@ -177,8 +178,10 @@ class Stream:
         raw = rows.view(torch.int16).numpy() if dtype == torch.bfloat16 else rows.numpy()
         raw = raw.view(tables.NUMPY[self.rows.dtype])
         reader = self.rows.again()  # a reader of this thread's own
-        at = 0
-        for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
+        spans, at = list(zip(starts.tolist(), stops.tolist(), strict=True)), 0
+        for i, (start, stop) in enumerate(spans):
+            for soon in spans[i + AHEAD if i else 1 : i + AHEAD + 1]:
+                reader.ahead(*soon)  # the disk is at work while these rows are hashed and copied
             raw[at : at + stop - start] = reader.read(start, stop)[0]
             at += stop - start
         return (
