@@ -123,4 +123,4 @@ metrics_spec, claims_spec = ask(PARAMS.metrics_spec)(), ask(PARAMS.claims_spec)(
 figure_spec, graph_spec = ask(PARAMS.figure_spec)(), ask(PARAMS.graph_spec)()
 report_spec, index_spec = ask(PARAMS.report_spec)(), ask(PARAMS.index_spec)()
 own_spec_of, own_code_of = ask(OWN.spec), ask(OWN.code)
-training_code = ask(PARAMS.training_code)()
+training_code, stream_code = ask(PARAMS.training_code)(), ask(PARAMS.stream_code)()

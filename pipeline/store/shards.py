@@ -153,6 +153,10 @@ class Rows:
         self.starts = [0, *accumulate(s.rows for s in self.shards)]
         self.n_rows: int = self.starts[-1]
         self._sha256 = info.files
+        self._forget()
+
+    def _forget(self) -> None:
+        """Nothing is open and nothing compared."""
         self._open: OrderedDict[int, Opened] = OrderedDict()
         self._verified: set[int] = set()  # shards compared as a whole
         self._left: dict[int, np.ndarray] = {}  # chunks of the others that are to be compared

@@ -5,9 +5,9 @@
         --dictionaries 1 4
 
 ours     percent of an epoch's time in which no batch is there; every chunk of a shard is compared
-         with its sha256 when it is first read, and that is included. On a CPU the time until the stream gives a batch, its choosing
-         and scaling included; with a GPU what the epoch takes longer than its steps on batches that
-         lie there
+         with its sha256 when it is first read, and that is included. On a CPU the time until the
+         stream gives a batch, its choosing and scaling included; with a GPU what the epoch takes
+         longer than its steps on batches that lie there
 floor    the epoch's bytes at the rate of reading a file from the disk, as a percentage of that time
 ratio    the rate at which the stream alone gives batches, nothing trained on them, to that rate
 
