@@ -7,12 +7,13 @@
    there: rows, mean norm and sha256 of every shard.
 
 Memory holds two shards of every hook, with a GPU a few, whatever the number of tokens.
+
+With `activations.window` the held-out shards alone are stored. Those of the training rows are made
+for one training at a time, a window ahead of it: it calls this stage with --ahead (ahead.py).
 """
 
 import os
 import shutil
-from collections import deque
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -20,64 +21,16 @@ from typing import Any
 import torch
 from torch import nn
 
-from pipeline.activations import checks, files, forward
-from pipeline.activations.buffers import Buffers
-from pipeline.activations.plan import BUFFER_BYTES, Plan, Shard, plan, row_bytes
+from pipeline.activations import ahead, checks, files, forward
+from pipeline.activations.plan import Plan, plan
+from pipeline.activations.writers import Writers
+from pipeline.errors import RetraceError
 from pipeline.job import cli
 from pipeline.models import loader, modules, proof
 from pipeline.spec import families
 from pipeline.spec.paper import ActivationsSpec
 from pipeline.store import provenance, tables
 from pipeline.store.shards import Blocks
-
-WRITERS = {"cuda": 4}  # threads that write: one hashes more slowly than a GPU computes
-
-
-class Writers:
-    """Threads that write shards, and the buffers that come back from them.
-
-    Args:
-        left: the shards that are still to be written.
-        made: the certificate, written into every shard.
-    """
-
-    def __init__(
-        self, device: torch.device, plan: Plan, left: list[Shard], folder: Path, made: dict
-    ) -> None:
-        self.plan, self.folder, self.made, self.device = plan, folder, made, device
-        n_writers, ahead = WRITERS.get(device.type, 1), forward.AHEAD.get(device.type, 0)
-        self.most_rows = max(map(plan.rows, left), default=0)
-        row = row_bytes(plan.spec, plan.widths)
-        fit = 4 * BUFFER_BYTES // (self.most_rows * row) if left else 0
-        self.unmade = min(max(2 + ahead, min(1 + n_writers + ahead, fit)), len(left))
-        self.pool = ThreadPoolExecutor(n_writers)
-        self.writing: deque[tuple[Future, Buffers]] = deque()
-        self.digests: dict[str, str] = {}
-
-    def next_free(self) -> Buffers:
-        """Buffers that nobody uses: written ones, new ones, or the next that will be written.
-
-        New ones are made late, since page-locked memory takes time, in which a GPU already works.
-        """
-        written = self.writing and self.writing[0][0].done()
-        if self.unmade and not written:
-            self.unmade -= 1
-            dtype = getattr(torch, self.plan.spec.dtype)
-            return Buffers.like(self.most_rows, self.plan.widths, dtype, self.device)
-        future, buffers = self.writing.popleft()
-        self.digests |= future.result()
-        return buffers
-
-    def write(self, shard: Shard, buffers: Buffers, cols: dict[str, Any]) -> None:
-        """Write a shard in a thread; `next_free` hands its buffers out again."""
-        args = (self.folder, self.plan, shard, buffers, cols, self.made)
-        self.writing.append((self.pool.submit(files.write, *args), buffers))
-
-    def finish(self) -> dict[str, str]:
-        """Wait until all is written; file -> sha256."""
-        for future, _ in self.writing:
-            self.digests |= future.result()
-        return self.digests
 
 
 def run(
@@ -107,17 +60,32 @@ def run(
         for shard, found in forward.computed(hf, plan, left, blocks, writers.next_free, on_batch):
             checks.check_finite(hf, plan, shard, blocks, found)
             checks.check_some_left(plan, shard, found)
-            if shard.number == 0 and plan.rows(shard) > 1:
+            if shard is plan.shards[0] and plan.rows(shard) > 1:
                 for hook in plan.spec.hooks:  # now, rather than after an hour
                     checks.check_varies(hook, plan.spec.dtype, [found.statistics(hook)])
             writers.write(shard, found, files.columns(plan, shard, blocks))
         return writers.finish()
 
 
+def held_out(planned: Plan, corpus: str) -> Plan:
+    """The shards that are stored beside a window.
+
+    Raises:
+        RetraceError: there are none.
+    """
+    kept = [shard for shard in planned.shards if shard.split == "eval"]
+    if not kept:
+        raise RetraceError(
+            f"activations.window: {corpus} has no held-out block, and dictionaries are judged on "
+            f"those alone; raise corpus.eval_share or corpus.n_eval_tokens"
+        )
+    return replace(planned, shards=kept)
+
+
 def main() -> None:
     parser = cli.parser(
         "activations", __doc__, model="model.json", corpus="tokens.parquet", out="manifest.json",
-        shards="folder of the shards",
+        shards="folder of the shards", ahead="folder of a window that training rows are made into*",
     )  # fmt: skip
 
     def work(job: cli.Job) -> None:
@@ -131,6 +99,11 @@ def main() -> None:
             planned = plan(spec, blocks, forward.widths(loaded.hf, spec.hooks, blocks.n_ctx))
             planned = replace(planned, bounds=forward.bounds(loaded.hf, planned, blocks))
         made = job.certificate([args.model, args.corpus])
+        if args.ahead:
+            ahead.serve(loaded.hf, planned, spec.window, blocks, Path(args.ahead[0]), made)
+            return
+        if spec.window:
+            planned = held_out(planned, args.corpus)
         key = {k: made[k] for k in ("spec", "code", "versions", "device")}
         key["inputs"] = sorted(made["inputs"].values())
         shards, partial = Path(args.shards), Path(f"{args.shards}.partial")
@@ -144,6 +117,7 @@ def main() -> None:
         shutil.rmtree(shards / files.NOTES)
         facts = {"skip_first": spec.skip_first, "n_ctx": blocks.n_ctx}
         facts["prepend_bos"] = blocks.prepend_bos
+        facts |= {"window": spec.window} if spec.window else {}
         facts |= {k: provenance.name_of(getattr(args, k)) for k in ("model", "corpus")}
         tables.write_json(args.out, listed | facts, made)
 

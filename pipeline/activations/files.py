@@ -16,7 +16,7 @@ from pipeline.activations import checks, rows
 from pipeline.activations.buffers import Buffers, combined
 from pipeline.activations.plan import Plan, Shard
 from pipeline.errors import RetraceError
-from pipeline.store import intact, provenance, tables
+from pipeline.store import chunks, intact, provenance, tables
 from pipeline.store.shards import Blocks
 
 KEY = "key.json"
@@ -57,15 +57,30 @@ def write(
     Returns:
         file below `folder` -> sha256.
     """
-    digests = {}
-    for hook in plan.spec.hooks:
-        acts = rows.to_numpy(buffers.acts(hook), plan.spec.dtype)
-        kept = {name: col[buffers.kept(hook)] for name, col in cols.items()}
-        about = {"hook": hook, "split": shard.split, **buffers.statistics(hook)}
-        digests[path_of(hook, shard)] = tables.write_shard(
-            folder / path_of(hook, shard), acts, kept, plan.spec.dtype, {**made, **about}
-        )
+    names = {hook: path_of(hook, shard) for hook in plan.spec.hooks}
+    digests = write_hooks(folder, names, plan, shard, buffers, cols, made)
     tables.write_json(note_of(folder, shard), {"files": digests}, {})
+    return digests
+
+
+def write_hooks(
+    folder: Path,
+    names: dict[str, str],
+    plan: Plan,
+    shard: Shard,
+    buffers: Buffers,
+    cols: dict[str, np.ndarray],
+    made: dict[str, Any],
+) -> dict[str, str]:
+    """Write a shard's files, as `write`, under the names that each hook has below `folder`."""
+    digests = {}
+    for hook, name in names.items():
+        acts = rows.to_numpy(buffers.acts(hook), plan.spec.dtype)
+        kept = {column: col[buffers.kept(hook)] for column, col in cols.items()}
+        about = {"hook": hook, "split": shard.split, **buffers.statistics(hook)}
+        digests[name] = tables.write_shard(
+            folder / name, acts, kept, plan.spec.dtype, {**made, **about}
+        )
     return digests
 
 
@@ -107,7 +122,8 @@ def resume(folder: Path, plan: Plan, key: dict[str, Any]) -> int:
 def manifest(folder: Path, plan: Plan, digests: dict[str, str]) -> dict[str, Any]:
     """hooks and files of manifest.json, from the shards in `folder`.
 
-    A hook's mean_norm and variance are over its training rows.
+    A hook's mean_norm and variance are over its training rows; over the held-out ones where those
+    alone are stored, beside a window.
 
     Args:
         digests: sha256 of shards where it is known.
@@ -122,8 +138,9 @@ def manifest(folder: Path, plan: Plan, digests: dict[str, str]) -> dict[str, Any
             entries.append(
                 {"file": f"shards/{name}"}
                 | {k: stats[-1][k] for k in ("split", "rows", "mean_norm")}
+                | {"footer": chunks.tail_sha256(folder / name)}
             )
-        train = [s for s in stats if s["split"] == "train"]
+        train = [s for s in stats if s["split"] == "train" or plan.spec.window]
         if sum(s["rows"] for s in train) > 1:
             checks.check_varies(hook, plan.spec.dtype, train)
         n_rows = {s: sum(e["rows"] for e in entries if e["split"] == s) for s in ("train", "eval")}

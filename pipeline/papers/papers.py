@@ -214,11 +214,12 @@ class Run:
                     "training": paper.spec.sae.training.model_dump(),
                     "dictionaries": saes,
                 }
+                spec, inputs = {"sae": section}, {"activations": out["activations"].id}
+                if paper.spec.activations.window:  # its rows are made in the job itself
+                    spec |= out["activations"].spec
+                    inputs |= out["activations"].inputs
                 out[f"sae:{stream}"] = self._item(
-                    "sae",
-                    f"{_slug(model.id)}-{re.sub('[. ]', '_', stream)}",
-                    {"sae": section},
-                    {"activations": out["activations"].id},
+                    "sae", f"{_slug(model.id)}-{re.sub('[. ]', '_', stream)}", spec, inputs
                 )
             out |= self._crosscoders(paper, arm)
             out |= self._transcoders(paper, arm, model, out["activations"])

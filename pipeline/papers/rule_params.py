@@ -142,6 +142,11 @@ class Params:
         files = self.inputs.paper(wildcards).code_files(*own) if own else []
         return source.job_code(stage, files)
 
+    def stream_code(self, wildcards: Any) -> str:
+        """The code hash of stage sae; also that of its shards, where the job makes them itself."""
+        made = ["activations"] * ("model" in self.inputs.item("sae", wildcards).inputs)
+        return " ".join(source.job_code(stage) for stage in ["sae", *made])
+
     def training_code(self, wildcards: Any) -> str:
         """The code hash of a training run, the paper's data.py included."""
         return source.job_code("training", self.inputs.item_source(wildcards, "training", "data"))

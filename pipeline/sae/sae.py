@@ -7,9 +7,12 @@
    active (sae/steps.py and its siblings); sae/train.py is the loop.
 4. Rows are scaled for training; when a dictionary is saved, the scale is folded into its weights,
    so that it takes activations as they are.
-5. Dictionaries with an output_hook are transcoders (sae/transcoder.py); those of one job share both
+5. With `activations.window` the rows are made while the dictionaries are trained, in a process of
+   stage activations that this one starts: on the same GPU, or with --gpus 2 on another. The
+   manifest lists the digest of every shard, though the shards are gone (store/window.py).
+6. Dictionaries with an output_hook are transcoders (sae/transcoder.py); those of one job share both
    hooks.
-6. Until the job is done, all files lie in `<saes>.partial/`, its checkpoints included
+7. Until the job is done, all files lie in `<saes>.partial/`, its checkpoints included
    (store/checkpoints.py).
 
 `history.parquet` has about a hundred rows per dictionary, one for the batch of a step: `mse` is in
@@ -19,13 +22,16 @@ the unit of the activations, `loss` is what was minimised, on scaled rows and wi
 import json
 import os
 import shutil
+import subprocess
+import sys
+from contextlib import ExitStack
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 from pipeline.errors import RetraceError
-from pipeline.job import cli
+from pipeline.job import cli, kills
 from pipeline.sae import steps
-from pipeline.sae.stream import Stream, geometric_median
+from pipeline.sae.stream import Stream, WindowStream
 from pipeline.sae.train import HISTORY, Dictionary, build, history, summary, train
 from pipeline.sae.transcoder import inference_config
 from pipeline.spec import families
@@ -35,6 +41,7 @@ from pipeline.spec.sae import SaeSpec, SaeTraining
 from pipeline.store import provenance, tables
 from pipeline.store.checkpoints import Checkpoints, write_tensors
 from pipeline.store.shards import Rows
+from pipeline.store.window import Window
 
 MEDIAN_ROWS = 32_768  # in the sample for b_dec, as in Gao et al.'s released training code
 
@@ -52,13 +59,17 @@ class SaeJob(Section):
         return self.training.n_rows // self.training.batch_size
 
 
-def check(job: SaeJob, rows: Rows) -> None:
-    """Raise RetraceError if there are too few rows or steps for one of the dictionaries."""
+def check(job: SaeJob, n_rows: int, manifest: str) -> None:
+    """Raise RetraceError if there are too few rows or steps for one of the dictionaries.
+
+    Args:
+        n_rows: training rows of an epoch.
+    """
     for name, spec in job.dictionaries.items():
-        if spec.d_sae > rows.n_rows:
+        if spec.d_sae > n_rows:
             raise RetraceError(
-                f"sae.{name}: {spec.d_sae} latents are wider than the {rows.n_rows} training rows "
-                f"of {rows.manifest} can train; raise corpus.n_tokens or lower d_sae"
+                f"sae.{name}: {spec.d_sae} latents are wider than the {n_rows} training rows "
+                f"of {manifest} can train; raise corpus.n_tokens or lower d_sae"
             )
         if spec.resample_steps and spec.resample_steps[-1] >= job.n_steps:
             raise RetraceError(
@@ -127,7 +138,7 @@ def prepare(job: SaeJob, stream: Stream, activations: dict) -> list[Dictionary]:
     Args:
         activations: manifest.json of the activations.
     """
-    b_dec = geometric_median(stream.sample(MEDIAN_ROWS)[:, -stream.d_out :])
+    b_dec = stream.median(MEDIAN_ROWS)
     out = []
     for name, spec in job.dictionaries.items():
         sae = build(
@@ -147,30 +158,90 @@ def work(job: cli.Job) -> None:
     """Train, or go on with an interrupted training, and write the outputs."""
     args, section = job.args, job.section("sae", SaeJob)
     device, training = job.device(), section.training
-    rows = Rows(args.activations, section.hook, "train")
-    check(section, rows)
-    stream = Stream(
-        rows,
-        batch_size=training.batch_size,
-        buffer_rows=training.buffer_rows,
-        seed=training.seed,
-        normalize=training.normalize != "none",
-        device=device,
-        target=Rows(args.activations, section.output_hook) if section.output_hook else None,
-    )
-    dictionaries = prepare(section, stream, tables.read_json(args.activations))
+    partial, stored = Path(f"{args.saes}.partial"), tables.read_json(args.activations)
+    how = {
+        "batch_size": training.batch_size,
+        "buffer_rows": training.buffer_rows,
+        "seed": training.seed,
+        "normalize": training.normalize != "none",
+        "device": device,
+    }
+    with ExitStack() as stack:
+        if "activations" in job.spec:
+            stream = windowed(job, section, stored, how)
+            stack.callback(stream.window.stop)
+        else:
+            rows = Rows(args.activations, section.hook, "train")
+            output = section.output_hook
+            stream = Stream(rows, target=Rows(args.activations, output) if output else None, **how)
+        check(section, stream.n_rows, args.activations)
+        dictionaries = prepare(section, stream, stored)
+        learn(job, section, dictionaries, stream)
+        stack.close()
+        write(job, section, dictionaries, stream, partial)
+
+
+def windowed(job: cli.Job, section: SaeJob, stored: dict, how: dict[str, Any]) -> WindowStream:
+    """The stream of rows that are made a window ahead, in a process that ends with this one.
+
+    Args:
+        stored: manifest.json of the activations, which holds the held-out rows.
+        how: what every stream is given.
+    """
+    args, hooks = job.args, [h for h in (section.hook, section.output_hook) if h]
+    folder = Path(f"{args.saes}.partial") / "window"
+    spec = job.spec["activations"] | {"hooks": hooks}
+    device = args.device if args.gpus > 1 else str(how["device"])
+    command = [
+        sys.executable, "-m", "pipeline", "activations",
+        "--spec", provenance.canonical({"activations": spec}),
+        "--model", *args.model, "--corpus", *args.corpus, "--out", str(folder / "manifest.json"),
+        "--shards", str(folder / "shards"), "--ahead", str(folder), "--device", device,
+        "--threads", str(args.threads),
+    ]  # fmt: skip
+    around = os.environ.get("PYTHONPATH", "")
+    library = os.pathsep.join(filter(None, [str(Path(__file__).parents[2]), around]))
+    env = os.environ | {kills.PARENT: str(os.getpid()), "PYTHONPATH": library}
+
+    def start(log: IO[str]) -> subprocess.Popen:
+        return subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=env, text=True
+        )
+
+    window = Window(folder, start, section.training.seed)
+    try:
+        norms = [stored["hooks"][hook]["mean_norm"] for hook in hooks]
+        return WindowStream(
+            window,
+            hooks,
+            norms=norms,
+            total=section.n_steps * section.training.batch_size,
+            kept=1 - spec.get("max_dropped", 0.02) if spec.get("max_norm_ratio") else 1.0,
+            **how,
+        )
+    except BaseException:
+        window.stop()
+        raise
+
+
+def learn(job: cli.Job, section: SaeJob, dictionaries: list[Dictionary], stream: Stream) -> None:
+    """Train the dictionaries, from the last checkpoint on where there is one."""
+    args, training = job.args, section.training
     partial = Path(f"{args.saes}.partial")
     given = [section.model_dump(mode="json"), provenance.sha256_file(args.activations)]
+    given += [stream.window.key] if isinstance(stream, WindowStream) else []
     made_by = [job.code, job.hardware, provenance.versions()]
     checkpoints = Checkpoints(partial, provenance.digest([given, made_by]))
     first = checkpoints.load(dictionaries)
+    if isinstance(stream, WindowStream):
+        stream.start_at(first * training.batch_size)
     cli.log.info(
         "%d dictionaries, %d steps of %d rows, %.2f epochs of %d rows at %s",
         len(dictionaries),
         section.n_steps,
         training.batch_size,
-        section.n_steps * training.batch_size / rows.n_rows,
-        rows.n_rows,
+        section.n_steps * training.batch_size / stream.n_rows,
+        stream.n_rows,
         section.hook,
     )
     done = first * training.batch_size
@@ -184,7 +255,6 @@ def work(job: cli.Job) -> None:
         save=lambda step: checkpoints.save(step, dictionaries),
         progress=progress.at,
     )
-    write(job, section, dictionaries, stream, partial)
 
 
 def write(
@@ -192,7 +262,9 @@ def write(
 ) -> None:
     """Write the outputs in `<saes>.partial/`, then move them into place, the manifest last."""
     args, out = job.args, Path(job.args.out)
-    made = job.certificate([args.activations], seed=section.training.seed)
+    made = job.certificate(
+        [args.activations, *args.model, *args.corpus], seed=section.training.seed
+    )
     folders, saes = partial / "saes", Path(args.saes)
     shutil.rmtree(folders, ignore_errors=True)
     entries = {d.name: summary(d, section.dictionaries[d.name]) for d in dictionaries}
@@ -219,6 +291,8 @@ def write(
         "activations": provenance.name_of(args.activations),
         "files": {os.path.relpath(p, out.parent): provenance.sha256_file(p) for p in files},
     }
+    if isinstance(stream, WindowStream):
+        manifest["window"] = {"shards": stream.window.digests(stream.window.opened)}
     tables.write_json(out, manifest, made)
     shutil.rmtree(partial, ignore_errors=True)
     for dictionary in dictionaries:
@@ -240,5 +314,8 @@ def main() -> None:
         out="manifest.json",
         saes="folder of SAELens folders",
         history="history.parquet",
+        model="model.json, where training rows are made a window ahead*",
+        corpus="tokens.parquet, where training rows are made a window ahead*",
     )
+    parser.add_argument("--gpus", type=int, default=1, help="2: they are made on another GPU")
     cli.run("sae", parser.parse_args(), work)

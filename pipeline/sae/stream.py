@@ -8,6 +8,9 @@
 4. Rows are scaled to a mean norm of sqrt(d_in) (Conerly et al. 2024, "April update"), so that one
    learning rate and one L1 coefficient fit all layers and models.
 
+Where the rows are made a window ahead (store/window.py), a WindowStream takes the shards in a drawn
+order and mixes those that are open; the rest is the same.
+
 The store is read in chunks, never row by row. The chunks of a buffer are read in the order of the
 store, so that a shard is opened once per buffer. While one buffer is used, a thread reads the next
 one: two are in memory. With a GPU a few threads read further ahead, into pinned memory, and copy
@@ -17,8 +20,9 @@ the buffers to the device.
 import math
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Any
 
 import numpy as np
 import torch
@@ -28,8 +32,12 @@ from torch import Tensor
 from pipeline.errors import RetraceError
 from pipeline.store import tables
 from pipeline.store.shards import PairedRows, Rows
+from pipeline.store.window import Window, buffers, start_of
+
+Plan = tuple[np.ndarray, np.ndarray, np.ndarray, Sequence[int]]  # see `Stream._plans`
 
 CHUNKS = 64  # in a buffer; by default a chunk is a thousand rows, about a megabyte
+AHEAD = 4  # chunks that the disk is asked for before they are read
 READERS = {"cuda": 4}  # threads that read one buffer each; one thread on a CPU
 # Variance, as a share of the mean square, below which rows are constant: rounding leaves constant
 # float32 rows 1e-14.
@@ -49,6 +57,7 @@ class Stream:
         target: for transcoders, the rows to reconstruct; they stand to the right of `rows`.
 
     Attributes:
+        n_rows: rows of an epoch.
         scale, target_scale: factors by which `rows` and `target` are multiplied.
     """
 
@@ -65,14 +74,25 @@ class Stream:
     ) -> None:
         self.rows = PairedRows(rows, target) if target else rows
         self.batch_size, self.seed, self.device = batch_size, seed, torch.device(device)
-        if rows.n_rows == 0:
+        self.n_rows = self._rows_of_an_epoch()
+        if self.n_rows == 0:
             raise RetraceError(f"{rows.manifest}: holds no training row; raise corpus.n_tokens")
-        self.chunk_rows = max(1, min(buffer_rows, rows.n_rows) // CHUNKS)
+        self.chunk_rows = max(1, min(buffer_rows, self._mixed_rows()) // CHUNKS)
         self.d_in, self.d_out = rows.d_model, (target or rows).d_model
-        self.scale = math.sqrt(self.d_in) / mean_norm(rows) if normalize else 1.0
+        self.scale = math.sqrt(self.d_in) / self._mean_norm(rows) if normalize else 1.0
         self.target_scale = self.scale
         if target and normalize:
-            self.target_scale = math.sqrt(self.d_out) / mean_norm(target)
+            self.target_scale = math.sqrt(self.d_out) / self._mean_norm(target)
+
+    def _rows_of_an_epoch(self) -> int:
+        return self.rows.n_rows
+
+    def _mixed_rows(self) -> int:
+        """Rows that a buffer's may be drawn from."""
+        return self.n_rows
+
+    def _mean_norm(self, rows: Rows) -> float:
+        return mean_norm(rows)
 
     def _scaled(self, raw: Tensor) -> Tensor:
         """Stored rows in float32, multiplied by their scales; `raw` may be overwritten."""
@@ -104,7 +124,7 @@ class Stream:
         Raises:
             RetraceError: they do not vary, or contain NaN or infinity.
         """
-        buffer, order = self._load(*next(self._plans(0, 1)))
+        buffer, order = self._load(*self._first_plan())
         x = self._scaled(buffer[order[:n]])
         where = f"{self.rows.manifest}: activations at {self.rows.hook}"
         if not torch.isfinite(x).all():
@@ -113,6 +133,13 @@ class Stream:
             if not part.var(0, correction=0).sum() > CONSTANT * part.pow(2).sum(1).mean():
                 raise RetraceError(f"{where} do not vary; check the hook and the model")
         return x
+
+    def median(self, n_rows: int) -> Float[Tensor, " d"]:
+        """The geometric median of what is reconstructed, on the first rows of the stream."""
+        return geometric_median(self.sample(n_rows)[:, -self.d_out :])
+
+    def _first_plan(self) -> tuple[np.ndarray, ...]:
+        return next(self._plans(0, 1))[:3]
 
     def sides(self, x: Float[Tensor, "rows d"]) -> tuple[Tensor, ...]:
         """The columns that are read, and those that are reconstructed."""
@@ -127,10 +154,12 @@ class Stream:
         """
         side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         readers = min(READERS.get(self.device.type, 1), os.cpu_count() or 1)
-        ahead: deque[Future] = deque()
+        ahead: deque[tuple[Future, Sequence[int]]] = deque()
 
         def first() -> tuple[Tensor, Tensor]:
-            loaded, copied = ahead.popleft().result()
+            future, used = ahead.popleft()
+            loaded, copied = future.result()
+            self._read(used)
             if copied is not None:
                 here = torch.cuda.current_stream(self.device)
                 here.wait_event(copied)
@@ -140,16 +169,27 @@ class Stream:
 
         with ThreadPoolExecutor(readers) as pool:
             for plan in self._plans(position, stop):
-                ahead.append(pool.submit(self._load_ahead, side, *plan))
-                if len(ahead) > readers:
+                if plan is not None:
+                    *where, used = plan
+                    ahead.append((pool.submit(self._load_ahead, side, *where), used))
+                    if len(ahead) > readers:
+                        yield first()
+                elif ahead:  # rows that are not there yet; those that are give room
                     yield first()
+                else:
+                    self._wait()
             while ahead:
                 yield first()
 
-    def _plans(
-        self, position: int, stop: int
-    ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
-        """For each buffer: the first row and the end of its chunks, and the order of its rows."""
+    def _read(self, used: Sequence[int]) -> None:
+        """Shards that no later buffer reads."""
+
+    def _wait(self) -> None:
+        """A moment, in which rows may come to be there."""
+
+    def _plans(self, position: int, stop: int) -> Iterator[Plan | None]:
+        """For each buffer: the first row and the end of its chunks, the order of its rows, and
+        which shards it uses up; None as long as its rows are not there."""
         epoch, skip = divmod(position, self.rows.n_rows)
         while True:
             starts = np.arange(0, self.rows.n_rows, self.chunk_rows)
@@ -162,7 +202,7 @@ class Stream:
                     if position >= stop:
                         return
                     order = np.random.default_rng([self.seed, epoch, i]).permutation(n)
-                    yield chunks, stops, order[skip:]
+                    yield chunks, stops, order[skip:], ()
                     position += n - skip
                 skip = max(skip - n, 0)
             epoch += 1
@@ -177,8 +217,10 @@ class Stream:
         raw = rows.view(torch.int16).numpy() if dtype == torch.bfloat16 else rows.numpy()
         raw = raw.view(tables.NUMPY[self.rows.dtype])
         reader = self.rows.again()  # a reader of this thread's own
-        at = 0
-        for start, stop in zip(starts.tolist(), stops.tolist(), strict=True):
+        spans, at = list(zip(starts.tolist(), stops.tolist(), strict=True)), 0
+        for i, (start, stop) in enumerate(spans):
+            for soon in spans[i + AHEAD if i else 1 : i + AHEAD + 1]:
+                reader.ahead(*soon)  # the disk is at work while these rows are hashed and copied
             raw[at : at + stop - start] = reader.read(start, stop)[0]
             at += stop - start
         return (
@@ -195,13 +237,122 @@ class Stream:
             return loaded, side.record_event()
 
 
+class WindowStream(Stream):
+    """Batches of rows that are made a window ahead and removed when they were read.
+
+    Args:
+        window: where they are made.
+        hooks: one that is read and, for transcoders, one that is reconstructed.
+        norms: mean norm of each hook's rows, of the held-out ones, which are known beforehand.
+        total: rows that are read in all.
+        kept: the share of an epoch's rows that are stored, at least.
+        rest: as of `Stream`.
+    """
+
+    def __init__(
+        self, window: Window, hooks: Sequence[str], *, norms: Sequence[float], total: int,
+        kept: float = 1.0, **rest: Any,
+    ) -> None:  # fmt: skip
+        self.window, self._norms = window, dict(zip(hooks, norms, strict=True))
+        self.total, self.kept = total, kept
+        self.wanted: int | None = None  # the row from which on shards were asked for
+        rows, *target = (window.rows[hook] for hook in hooks)
+        super().__init__(rows, target=target[0] if target else None, **rest)
+        most = self._mixed_rows()
+        if most < self.batch_size:
+            raise RetraceError(
+                f"activations.window: the {window.sizes.open} shards that are mixed hold {most:,} "
+                f"rows, less than a batch of {self.batch_size:,}; raise it, or lower "
+                f"sae.training.batch_size"
+            )
+
+    def start_at(self, position: int) -> None:
+        """Begin at a row, as a killed job does at its last checkpoint."""
+        if self.wanted != position:
+            self.go_on(position)
+
+    def go_on(self, position: int) -> None:
+        """Have the shards made that the stream reads from row `position` on, in their order."""
+        sizes, n_rows = self.window.sizes, self.kept * self.n_rows
+        epochs = math.ceil(self.total / n_rows)
+        most = math.ceil(self.total / n_rows * len(sizes.rows)) + sizes.open + 1
+        open, first = start_of(position, self.window, self.chunk_rows, CHUNKS)
+        self.window.want(open, first, max(min(epochs * len(sizes.rows), most), first))
+        self.wanted = position
+
+    def median(self, n_rows: int) -> Float[Tensor, " d"]:
+        """As of `Stream`; kept beside the window, since its rows are soon gone."""
+        file = self.window.folder / "median.json"
+        if not file.exists():
+            median = super().median(n_rows)
+            tables.write_json(file, {"median": median.tolist()}, {"key": self.window.key})
+        kept = tables.read_json(file)
+        if kept["provenance"]["key"] != self.window.key:
+            file.unlink()
+            return self.median(n_rows)
+        return torch.tensor(kept["median"], device=self.device)
+
+    def _rows_of_an_epoch(self) -> int:
+        return sum(self.window.sizes.rows)
+
+    def _mixed_rows(self) -> int:
+        return sum(sorted(self.window.sizes.rows)[-self.window.sizes.open :])
+
+    def _mean_norm(self, rows: Rows) -> float:
+        return checked_norm(self._norms[rows.hook], rows)
+
+    def _first_plan(self) -> tuple[np.ndarray, ...]:
+        if self.wanted is None:
+            self.go_on(0)
+        for plan in self._plans(0, 1):
+            if plan is not None:
+                return plan[:3]
+            self._wait()
+        raise AssertionError("plans end after a row")
+
+    def _read(self, used: Sequence[int]) -> None:
+        self.window.remove(used)
+
+    def _wait(self) -> None:
+        self.window.wait()
+
+    def _plans(self, position: int, stop: int) -> Iterator[Plan | None]:
+        window, at = self.window, 0
+        if self.wanted is None:
+            self.go_on(position)
+        for buffer in buffers(window.seed, window.sizes, self.chunk_rows, CHUNKS, window.rows_of):
+            if buffer is None:
+                yield None
+                continue
+            at += len(buffer.order)
+            if at <= position:
+                continue
+            if position >= stop:
+                return
+            while not all(window.lies_there(j) for j in {piece[0] for piece in buffer.pieces}):
+                yield None  # made again for a job that goes on from a checkpoint
+            window.planned(buffer)
+            starts = np.array([self._starts[j] + a for j, a, _ in buffer.pieces])
+            stops = np.array([self._starts[j] + b for j, _, b in buffer.pieces])
+            yield starts, stops, buffer.order[len(buffer.order) - (at - position) :], buffer.used
+            position = at
+
+    @property
+    def _starts(self) -> list[int]:
+        return next(iter(self.window.rows.values())).starts
+
+
 def mean_norm(rows: Rows) -> float:
     """Mean Euclidean norm of the rows, from their manifest.
 
     Raises:
         RetraceError: it is zero or not finite.
     """
-    found = sum(s.rows * s.mean_norm for s in rows.shards) / rows.n_rows
+    return checked_norm(sum(s.rows * s.mean_norm for s in rows.shards) / rows.n_rows, rows)
+
+
+def checked_norm(found: float, rows: Rows) -> float:
+    """A mean norm; RetraceError where it is zero or not finite."""
     if not (math.isfinite(found) and found > 0):
         raise RetraceError(
             f"{rows.manifest}: activations at {rows.hook} have a mean norm of {found}; check that "

@@ -3,7 +3,15 @@
 import re
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    ValidationError,
+    model_validator,
+)
 
 from pipeline.errors import nearest
 
@@ -41,6 +49,19 @@ def scale_name(name: str) -> str:
     return name
 
 
+def in_bytes(size: Any) -> Any:
+    """Bytes of a size such as 50GB (10^9) or 4GiB (2^30); ValueError where it is none."""
+    if isinstance(size, int) and not isinstance(size, bool) and size > 0:
+        return size
+    found = re.fullmatch(r"(\d+(?:\.\d+)?) ?([kKMGT])(i?)B", str(size))
+    base = 1024 if found and found[3] else 1000
+    n = float(found[1]) * base ** ("KMGT".index(found[2].upper()) + 1) if found else 0
+    if n < 1:
+        raise ValueError(f"{size!r} is no size; write 50GB, 500MB or 4GiB")
+    return int(n)
+
+
+Size = Annotated[int, BeforeValidator(in_bytes, json_schema_input_type=int | str)]
 Inside = Annotated[str, AfterValidator(inside)]
 Seeds = Annotated[list[Annotated[int, Field(ge=0)]], Field(min_length=1), AfterValidator(once)]
 Scale = Annotated[str, Field(pattern=r"^[A-Za-z]\w*$"), AfterValidator(scale_name)]

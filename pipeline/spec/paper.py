@@ -12,7 +12,7 @@ from pydantic import BaseModel, Field, ValidationError, model_validator
 
 from pipeline.errors import RetraceError, nearest
 from pipeline.spec import once
-from pipeline.spec.base import Dtype, Name, Scale, Section, sentence
+from pipeline.spec.base import Dtype, Name, Scale, Section, Size, sentence
 from pipeline.spec.claims import Budget, Claim
 from pipeline.spec.figures import completed
 from pipeline.spec.imports import ImportSpec
@@ -24,7 +24,14 @@ from pipeline.spec.measured import (
     check_probes,
 )
 from pipeline.spec.own import OwnStage, parted
-from pipeline.spec.sae import CrosscoderSpec, SaeSection, SaeSpec, TranscodersSpec, check_output
+from pipeline.spec.sae import (
+    CrosscoderSpec,
+    SaeSection,
+    SaeSpec,
+    TranscodersSpec,
+    check_output,
+    check_window,
+)
 from pipeline.spec.sources import CorpusSpec, ModelSpec, TokenizerSpec
 from pipeline.spec.training import TrainingSpec
 
@@ -112,6 +119,13 @@ class ActivationsSpec(Section):
     batch_size: int = Field(default=16, ge=1, description="blocks a forward pass")
     shard_rows: int = Field(
         default=16_384, ge=1, description="rows a Parquet shard, at most; a killed job loses one"
+    )
+    window: Size | None = Field(
+        default=None,
+        exclude_if=lambda value: value is None,
+        description="disk that training rows may take, such as 50GB: they are made that far ahead "
+        "of the training of dictionaries and removed behind it; held-out rows are stored as ever. "
+        "Default: all rows are stored",
     )
 
 
@@ -330,6 +344,7 @@ class PaperSpec(Section):
                     f"graphs.dictionaries.{name}: no dictionary '{meant}'{nearest(meant, known)}"
                 )
         check_probes(self)
+        check_window(self)
         return self
 
     def _check_claims(self) -> None:

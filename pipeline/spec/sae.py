@@ -388,3 +388,24 @@ class SaeSection(Section):
         return {
             n: s for name, spec in self.dictionaries.items() for n, s in spec.expand(name).items()
         }
+
+
+def check_window(paper: Any) -> None:
+    """ValueError where a section needs training rows that `activations.window` does not keep."""
+    if paper.activations is None or paper.activations.window is None:
+        return
+    rest = "keeps held-out rows alone; remove one of the two"
+    named = [s for s in ("probes", "benchmarks") if getattr(paper, s) is not None]
+    named += [f"own.{n}" for n, own in paper.stages.items() if "activations" in own.needs]
+    saes = paper.sae.expanded() if paper.sae else {}
+    named += [f"sae.{name}" for name, spec in saes.items() if isinstance(spec, CrosscoderSpec)]
+    if named:
+        raise ValueError(f"{named[0]}: reads all stored rows, and activations.window {rest}")
+    if not saes:
+        raise ValueError("activations.window: is for dictionaries; add a section sae, or remove it")
+    for name, spec in saes.items():
+        if isinstance(spec, SaeSpec) and spec.resample_steps:
+            raise ValueError(
+                f"sae.{name}: resample_steps: reads rows beyond those that activations.window has "
+                f"made; remove one of the two"
+            )

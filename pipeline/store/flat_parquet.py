@@ -10,6 +10,7 @@ format 2.x): the few structs that plain, required, unstatisticked columns need.
 """
 
 import mmap
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -79,11 +80,23 @@ def _kind(column: np.ndarray) -> tuple[int, int]:
 
 
 def pieces(columns: dict[str, np.ndarray], metadata: dict[str, str]) -> list[bytes | memoryview]:
-    """The bytes of a file, in order; the columns' values are not copied.
+    """The bytes of a file, in order; see `parts`.
 
     Args:
-        columns: int32 [rows], or [rows, d] of any type, which becomes one cell of bytes a row.
         metadata: key -> text of the schema's metadata.
+    """
+    body, footer = parts(columns)
+    return [*body, footer(metadata)]
+
+
+def parts(
+    columns: dict[str, np.ndarray],
+) -> tuple[list[bytes | memoryview], Callable[[dict[str, str]], bytes]]:
+    """The bytes before a file's footer, in order; and what makes the footer from the metadata.
+
+    Args:
+        columns: int32 [rows], or [rows, d] of any type, which becomes one cell of bytes a row. The
+            values are not copied.
     """
     rows = len(next(iter(columns.values())))
     out: list[bytes | memoryview] = [MAGIC]
@@ -106,12 +119,16 @@ def pieces(columns: dict[str, np.ndarray], metadata: dict[str, str]) -> list[byt
         )  # fmt: skip
         chunks.append(struct((2, I64, start), (3, STRUCT, chunk_meta)))
     group = struct((1, LIST, (STRUCT, chunks)), (2, I64, at), (3, I64, rows))
-    pairs = [struct((1, BINARY, k), (2, BINARY, v)) for k, v in metadata.items()]
-    footer = struct(
-        (1, I32, 2), (2, LIST, (STRUCT, schema)), (3, I64, rows), (4, LIST, (STRUCT, [group])),
-        (5, LIST, (STRUCT, pairs)), (6, BINARY, CREATED_BY),
-    )  # fmt: skip
-    return [*out, footer + len(footer).to_bytes(4, "little") + MAGIC]
+
+    def footer(metadata: dict[str, str]) -> bytes:
+        pairs = [struct((1, BINARY, k), (2, BINARY, v)) for k, v in metadata.items()]
+        made = struct(
+            (1, I32, 2), (2, LIST, (STRUCT, schema)), (3, I64, rows), (4, LIST, (STRUCT, [group])),
+            (5, LIST, (STRUCT, pairs)), (6, BINARY, CREATED_BY),
+        )  # fmt: skip
+        return made + len(made).to_bytes(4, "little") + MAGIC
+
+    return out, footer
 
 
 def mapped(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
@@ -140,13 +157,25 @@ def mapped(path: str | Path) -> tuple[dict[str, np.ndarray], dict[str, str]]:
 
 def read_ahead(values: np.ndarray) -> None:
     """Ask the system to read a part of a mapped column at once; left alone it reads bit by bit."""
+    base, _ = whole_of(values)
+    if isinstance(base, mmap.mmap):
+        start = place_of(values)
+        first = start - start % mmap.PAGESIZE
+        base.madvise(mmap.MADV_WILLNEED, first, start - first + values.nbytes)
+
+
+def whole_of(values: np.ndarray) -> tuple[Any, np.ndarray]:
+    """The map that a part of a mapped column lies in, and all of the file's bytes, uint8."""
     base = values
     while isinstance(base, np.ndarray):
         base = base.base
-    if isinstance(base, mmap.mmap):
-        start = values.ctypes.data - np.frombuffer(base, np.uint8).ctypes.data
-        first = start - start % mmap.PAGESIZE
-        base.madvise(mmap.MADV_WILLNEED, first, start - first + values.nbytes)
+    whole = np.frombuffer(base, np.uint8) if isinstance(base, mmap.mmap) else values
+    return base, whole
+
+
+def place_of(values: np.ndarray) -> int:
+    """At which byte of its file a part of a mapped column begins."""
+    return values.ctypes.data - whole_of(values)[1].ctypes.data
 
 
 def _columns(path: str | Path, found: Any) -> dict[str, np.ndarray]:

@@ -2,9 +2,11 @@
 
 `Blocks` gives the blocks of a corpus; `Rows` the activations of one hook and split, across shards;
 `PairedRows` those of several hooks or models side by side.
-A shard is opened when a row of it is first asked for. Then its digest is compared with the
-manifest's, once a process, so that a truncated or altered shard never reaches a result. The
-last few shards stay mapped; memory does not grow with the number of rows.
+A shard is opened when a row of it is first asked for. Then its footer is compared with the
+manifest's digest, and each chunk of rows with the footer's when it is first read, once a process
+(chunks.py), so that a truncated or altered shard never reaches a result. Of a shard that was made
+before there were chunks, the whole file is compared when it is first opened. The last few shards
+stay mapped; memory does not grow with the number of rows.
 """
 
 from bisect import bisect_right
@@ -13,16 +15,16 @@ from collections.abc import Iterator
 from copy import copy
 from itertools import accumulate
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import numpy as np
 from pydantic import BaseModel, Field, ValidationError
 
 from pipeline.errors import RetraceError, nearest
 from pipeline.spec.base import Dtype, Inside, sentence
-from pipeline.store import flat_parquet, provenance, tables
+from pipeline.store import chunks, flat_parquet, provenance, tables
 
-OPEN_SHARDS = 2  # at most this many stay mapped: two adjacent ones serve a read across an edge
+OPEN_SHARDS = 8  # at most this many stay mapped: those of the next few reads (`Rows.ahead`)
 COLUMNS = ("document", "block", "position", "token")
 
 
@@ -33,6 +35,7 @@ class ShardEntry(BaseModel):
     split: str
     rows: int = Field(ge=0)
     mean_norm: float
+    footer: str = Field(default="", description="sha256; shards of before have none")
 
 
 class Stored(BaseModel):
@@ -121,7 +124,7 @@ class Rows:
         manifest: path of an activations manifest.json.
         hook: a hook that it holds.
         split: train or eval.
-        verify: compare each shard's sha256 with the manifest's when it is first opened.
+        verify: compare what is read with the manifest's digests.
 
     Raises:
         RetraceError: unknown hook or split; later, a shard that is missing, truncated, altered,
@@ -150,8 +153,13 @@ class Rows:
         self.starts = [0, *accumulate(s.rows for s in self.shards)]
         self.n_rows: int = self.starts[-1]
         self._sha256 = info.files
-        self._open: OrderedDict[int, tuple[np.ndarray, dict[str, np.ndarray]]] = OrderedDict()
-        self._verified: set[int] = set()
+        self._forget()
+
+    def _forget(self) -> None:
+        """Nothing is open and nothing compared."""
+        self._open: OrderedDict[int, Opened] = OrderedDict()
+        self._verified: set[int] = set()  # shards compared as a whole
+        self._left: dict[int, np.ndarray] = {}  # chunks of the others that are to be compared
 
     def __len__(self) -> int:
         return self.n_rows
@@ -176,11 +184,12 @@ class Rows:
         while at < stop:
             i = bisect_right(self.starts, at) - 1
             to = min(stop, self.starts[i + 1])
-            raw, cols = self._shard(i)
+            shard = self._shard(i)
             part = slice(at - self.starts[i], to - self.starts[i])
-            acts.append(raw[part])
+            acts.append(shard.acts[part])
             flat_parquet.read_ahead(acts[-1])
-            columns.append({c: cols[c][part] for c in COLUMNS})
+            self._check_rows(i, acts[-1], shard)
+            columns.append({c: shard.columns[c][part] for c in COLUMNS})
             at = to
         if len(acts) == 1:
             return acts[0], columns[0]
@@ -196,37 +205,86 @@ class Rows:
         for start in range(0, self.n_rows, batch_rows):
             yield self.read(start, start + batch_rows)
 
-    def _shard(self, i: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """Shard i, opened and checked."""
+    def ahead(self, start: int, stop: int) -> None:
+        """Ask the system for rows that are read soon; returns at once."""
+        while start < stop:
+            i = bisect_right(self.starts, start) - 1
+            to = min(stop, self.starts[i + 1])
+            raw = self._shard(i).acts[start - self.starts[i] : to - self.starts[i]]
+            flat_parquet.read_ahead(raw)
+            start = to
+
+    def _shard(self, i: int) -> "Opened":
+        """Shard i, opened; its rows are checked when they are read."""
         if i in self._open:
             self._open.move_to_end(i)
             return self._open[i]
         entry = self.shards[i]
         path = self.manifest.parent / entry.file
-        self._check_file(i, path, entry.file)
-        raw, columns, metadata = tables.read_shard(path)
+        self._check_file(i, path, entry)
+        raw, columns, metadata, said = tables.open_shard(path)
         found = (len(raw), metadata["d_model"], metadata["dtype"], metadata.get("hook"))
-        said = (entry.rows, self.d_model, self.dtype, self.hook)
-        if found != said or any(len(columns.get(c, ())) != len(raw) for c in COLUMNS):
+        wanted = (entry.rows, self.d_model, self.dtype, self.hook)
+        if found != wanted or any(len(columns.get(c, ())) != len(raw) for c in COLUMNS):
             raise RetraceError(
                 f"{path}: holds {found[0]} rows of {found[1]} {found[2]} at {found[3]}, but "
-                f"{self.manifest} says {said[0]} of {said[1]} {said[2]} at {said[3]}; {_REMEDY}"
+                f"{self.manifest} says {wanted[0]} of {wanted[1]} {wanted[2]} at {wanted[3]}; "
+                f"{_REMEDY}"
             )
-        self._open[i] = raw, columns
+        self._open[i] = shard = Opened(raw, columns, self._chunks(i, path, entry, raw, said))
+        for column in columns.values():  # a hundredth of the bytes, so at once
+            self._check_rows(i, column, shard)
         if len(self._open) > OPEN_SHARDS:
             self._open.popitem(last=False)
-        return raw, columns
+        return shard
 
-    def _check_file(self, i: int, path: Path, name: str) -> None:
-        """The file is there and, once a process, has the manifest's digest."""
+    def _check_file(self, i: int, path: Path, entry: ShardEntry) -> None:
+        """The file is there; its footer, or all of it once a process, has the manifest's digest."""
         if not path.is_file():
             raise RetraceError(f"{path}: missing, though {self.manifest} lists it; {_REMEDY}")
-        if self.verify and i not in self._verified:
-            if provenance.sha256_file(path) != self._sha256.get(name):
-                raise RetraceError(
-                    f"{path}: truncated or altered, its sha256 is not {self.manifest}'s; {_REMEDY}"
-                )
+        if not self.verify or i in self._verified:
+            return
+        if entry.footer:
+            if chunks.tail_sha256(path) != entry.footer:
+                raise self._altered(path)
+        elif provenance.sha256_file(path) != self._sha256.get(entry.file):
+            raise self._altered(path)
+        else:
             self._verified.add(i)
+
+    def _chunks(
+        self, i: int, path: Path, entry: ShardEntry, raw: np.ndarray, said: str
+    ) -> chunks.Chunks | None:
+        """What the rows of a shard are compared with; None where they need not be."""
+        if not (self.verify and entry.footer) or not len(raw):
+            return None
+        try:
+            found = chunks.Chunks(flat_parquet.whole_of(raw)[1], said, self._left.get(i))
+        except ValueError:
+            raise self._altered(path) from None
+        self._left[i] = found.left
+        return found
+
+    def _check_rows(self, i: int, values: np.ndarray, shard: "Opened") -> None:
+        """Raise where a part of a mapped column is not as it was written."""
+        if shard.chunks is None or not values.size:
+            return
+        start = flat_parquet.place_of(values)
+        if not shard.chunks.fit(start, start + values.nbytes):
+            raise self._altered(self.manifest.parent / self.shards[i].file)
+
+    def _altered(self, path: Path) -> RetraceError:
+        return RetraceError(
+            f"{path}: truncated or altered, its sha256 is not {self.manifest}'s; {_REMEDY}"
+        )
+
+
+class Opened(NamedTuple):
+    """A mapped shard: its rows, the columns beside them, and what they are compared with."""
+
+    acts: np.ndarray
+    columns: dict[str, np.ndarray]
+    chunks: chunks.Chunks | None
 
 
 class PairedRows:
@@ -274,6 +332,11 @@ class PairedRows:
             if any(not np.array_equal(at[c], found[c]) for c in ("block", "position", "token")):
                 raise self._differ(part)
         return np.concatenate([x, *(y for y, _ in others)], axis=1), at
+
+    def ahead(self, start: int, stop: int) -> None:
+        """As `Rows.ahead`."""
+        for part in self.parts:
+            part.ahead(start, stop)
 
     def iterate(self, batch_rows: int) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
         """As `Rows.iterate`."""

@@ -9,16 +9,18 @@ import hashlib
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from glob import escape
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from pipeline.errors import RetraceError
-from pipeline.store import flat_parquet, intact, provenance
+from pipeline.store import chunks, flat_parquet, intact, provenance
 
 WRITTEN = 1 << 25  # bytes of a shard that are handed to the disk at a time
 NUMPY = {"float32": np.float32, "float16": np.float16, "bfloat16": np.uint16}
@@ -204,21 +206,20 @@ def write_shard(
     if acts.dtype != NUMPY[dtype]:
         raise ValueError(f"{path}: {acts.dtype} array given for dtype {dtype}")
     about = {"dtype": dtype, "d_model": acts.shape[1], **metadata}
-    pieces = flat_parquet.pieces(
-        {"act": acts} | {n: np.asarray(c, np.int32) for n, c in columns.items()},
-        {provenance.KEY: provenance.canonical(about)},
+    body, footer = flat_parquet.parts(
+        {"act": acts} | {n: np.asarray(c, np.int32) for n, c in columns.items()}
     )
 
-    def digest() -> str:
+    def digest() -> Any:
         sink = hashlib.sha256()
-        for piece in pieces:
+        for piece in body:
             sink.update(piece)
-        return sink.hexdigest()
+        return sink
 
     def write(to: Path) -> None:
         with open(to, "wb") as f, ThreadPoolExecutor(1) as disk:
             begun = []  # now, so that the last wait for the disk is short
-            for piece in pieces:
+            for piece in chain(body, last()):
                 for at in range(0, len(piece), WRITTEN):
                     f.write(piece[at : at + WRITTEN])
                     f.flush()
@@ -226,18 +227,34 @@ def write_shard(
             for one in begun:
                 one.result()
 
-    with ThreadPoolExecutor(1) as beside:  # hashing and writing each take a core most of the time
-        found = beside.submit(digest)
+    with ThreadPoolExecutor(2) as beside:  # hashing and writing each take a core most of the time
+        whole, parts = beside.submit(digest), beside.submit(chunks.noted, body)
+
+        @cache
+        def end() -> bytes:
+            return footer({provenance.KEY: provenance.canonical(about), chunks.KEY: parts.result()})
+
+        def last() -> Iterator[bytes]:
+            yield end()  # waits for the digests, while the disk is at work
+
         atomically(path, write)
-        return found.result()
+        found = whole.result()
+        found.update(end())
+        return found.hexdigest()
 
 
 def read_shard(path: str | Path) -> tuple[np.ndarray, dict[str, np.ndarray], dict]:
+    """Map a shard into memory; nothing is copied. See `open_shard`."""
+    return open_shard(path)[:3]
+
+
+def open_shard(path: str | Path) -> tuple[np.ndarray, dict[str, np.ndarray], dict, str]:
     """Map a shard into memory; nothing is copied.
 
     Returns:
         acts [rows, d_model] (uint16 bit patterns for bfloat16), the int32 columns, and the
-        metadata (dtype, d_model, hook, …). The arrays are read-only.
+        metadata (dtype, d_model, hook, …); what its footer says of its chunks (chunks.py), blank in
+        shards of before. The arrays are read-only.
     """
     found, metadata = flat_parquet.mapped(path)
     try:
@@ -249,7 +266,7 @@ def read_shard(path: str | Path) -> tuple[np.ndarray, dict[str, np.ndarray], dic
         ) from e
     if cells.ndim != 2 or cells.shape[1] != d_model * kind().itemsize:
         raise RetraceError(f"{path}: its cells are not {about['d_model']} {about['dtype']} long")
-    return cells.view(kind), found, about
+    return cells.view(kind), found, about, metadata.get(chunks.KEY, "")
 
 
 def where(table: Any, **values: Any) -> Any:

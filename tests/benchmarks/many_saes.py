@@ -79,7 +79,7 @@ def store(
     import numpy as np
     from sae_cpu import batch
 
-    from pipeline.store import provenance, tables
+    from pipeline.store import chunks, provenance, tables
 
     x = batch(min(n_rows, shard_rows), d_in).numpy().astype(dtype)
     norm, entries, files = float(np.linalg.norm(x.astype(np.float32), axis=1).mean()), [], {}
@@ -89,7 +89,8 @@ def store(
         columns = dict.fromkeys(("document", "block", "position", "token"), index)
         name = f"shards/{HOOK}/part-{len(entries):05d}.parquet"
         tables.write_shard(folder / name, rows, columns, dtype, {"hook": HOOK})
-        entries.append({"file": name, "split": "train", "rows": len(rows), "mean_norm": norm})
+        entry = {"file": name, "split": "train", "rows": len(rows), "mean_norm": norm}
+        entries.append(entry | {"footer": chunks.tail_sha256(folder / name)})
         files[name] = provenance.sha256_file(folder / name)
     about = {
         "d_model": d_in, "dtype": dtype, "rows": {"train": n_rows}, "mean_norm": norm,
