@@ -1,19 +1,47 @@
-"""Logistic probes that take rows as the stream has them, and give readings and borders. [torch]
+"""Logistic probes of the stream of small models, and their borders, in its own units. [torch]
 
-logistic.py fits standardised rows. Here the moments of the rows that a probe learned from go with
-it, so that other rows are read, and a border is written, in the stream's own units.
+1. `streams` are the rows of sequences that need not be stored.
+2. `Standard` are probes of them: logistic.py fits standardised rows, and here the moments of the
+   rows that a probe learned from go with it, so that other rows are read, and a border is written,
+   as the stream has them.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from typing import Any
 
+import torch
 from jaxtyping import Float, Int
-from torch import Tensor
+from torch import Tensor, nn
 
+from pipeline.models import hooks
 from pipeline.probes import logistic
 from pipeline.probes.logistic import Tasks
 
+SEQUENCES = 512  # that a model reads at once
 ROWS = 1 << 13  # rows that are read at once
 TOLERANCE = 1e-6  # nats a row, as in logistic.fit
+
+
+def streams(
+    model: nn.Module, tokens: Int[Tensor, "n pos"], device: Any,
+    at: Int[Tensor, " n"] | None = None, forward: Callable[[Tensor], Any] | None = None,
+) -> Float[Tensor, "layers rows d_model"]:  # fmt: skip
+    """The embeddings with their positions, and the stream behind every layer, on the device.
+
+    Args:
+        at: one position of each sequence; default: all, so that rows are n * pos.
+        forward: runs the model in another way, on up to SEQUENCES of them.
+    """
+    every, parts = range(model.config.n_layers), []
+    names = ["blocks.0.hook_resid_pre", *(f"blocks.{i}.hook_resid_post" for i in every)]
+    for rows in torch.arange(len(tokens)).split(SEQUENCES):
+        with hooks.capture(model, names) as acts:
+            (forward or model)(tokens[rows].to(device))
+        found = torch.stack([acts[n].float() for n in names])
+        if at is not None:
+            found = found[:, torch.arange(len(rows)), at[rows], None]
+        parts.append(found.flatten(1, 2))
+    return torch.cat(parts, 1)
 
 
 class Standard:

@@ -7,15 +7,13 @@ import sys
 
 import numpy as np
 import pytest
-from conftest import ROOT
 
-from pipeline.job.source import import_file
+from pipeline.text import mazes as MAZES
 
 LIBRARIES = os.environ.get("RETRACE_MAZES")
 if not LIBRARIES:
     pytest.skip("needs maze-dataset: tests/libraries/mazes.sh", allow_module_level=True)
 sys.path.append(LIBRARIES)  # behind the project's own packages
-MAZES = import_file(ROOT / "rules/papers/mazes/mazes.py")
 N = 60  # mazes of a kind and size
 
 
@@ -131,6 +129,6 @@ def test_searches_start_where_the_packages_do():
 
         random = staticmethod(rng.random)
 
-    MAZES.chunk("depth_first", 200, 3, 2, Told())
+    MAZES.chunk("depth_first", 3, 2, Told())
     assert seen == {0, 1}
     random.seed()

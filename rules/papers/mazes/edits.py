@@ -22,8 +22,9 @@ from torch import Tensor
 
 from pipeline.errors import RetraceError
 from pipeline.models import hooks
+from pipeline.text import mazes
 
-from . import data, mazes
+from . import data
 
 BATCH = 128
 LAST = 8  # tokens from the last semicolon to <PATH_START>
@@ -42,8 +43,7 @@ def numbers(tokens: Tensor, size: int) -> Tensor:
     """The connection before each semicolon, -1 at other tokens, int64 [n pos]."""
     cell = torch.from_numpy(mazes.token_cells(size))[tokens]
     one, other = cell[:, 1:-3], cell[:, 3:-1]
-    low = torch.minimum(one, other)
-    found = torch.where((one - other).abs() == 1, low + size**2, low)
+    found = torch.minimum(one, other) + size**2 * ((one - other).abs() == 1)
     out = torch.full_like(tokens, -1)
     out[:, 4:] = torch.where(tokens[:, 4:] == mazes.SEMICOLON, found, -1)
     return out
@@ -51,11 +51,10 @@ def numbers(tokens: Tensor, size: int) -> Tensor:
 
 def joined(found: mazes.Mazes, number: np.ndarray) -> mazes.Mazes:
     """Mazes with one more connection each, solved anew."""
-    square = found.size**2
-    bit = np.uint64(1) << (number % square).astype(np.uint64)
-    right = found.right | np.where(number >= square, bit, np.uint64(0))
-    down = found.down | np.where(number >= square, np.uint64(0), bit)
-    return mazes.solve(right, down, found.origin, found.target, found.size)
+    right, number = number >= found.size**2, number % found.size**2
+    bit = np.uint64(1) << number.astype(np.uint64)
+    words = found.right | bit * right, found.down | bit * ~right
+    return mazes.solve(*words, found.origin, found.target, found.size)
 
 
 def pairs(found: mazes.Mazes, n: int, seed: int) -> Pairs:
@@ -63,18 +62,18 @@ def pairs(found: mazes.Mazes, n: int, seed: int) -> Pairs:
     there = found.connections()
     shorter = np.zeros(there.shape, bool)
     for number in mazes.inside(found.size):
-        made = joined(found, np.full(len(found), number))
+        made = joined(found, np.full(found.n, number))
         shorter[:, number] = ~there[:, number] & (made.length < found.length)
     keep = np.flatnonzero(shorter.any(1))[:n]
     if not len(keep):
-        raise RetraceError(f"own.world.n_probe_mazes: in none of {len(found)} mazes a connection "
+        raise RetraceError(f"own.world.n_probe_mazes: in none of {len(there)} mazes a connection "
                            f"would make the path shorter; raise it")  # fmt: skip
     rank = np.random.default_rng(seed).random(shorter.shape) * shorter
     number, without = rank[keep].argmax(1), found.rows(keep)
     made = joined(without, number)
-    part = torch.from_numpy((without.path == made.path).argmin(1))
     both = (data.written(which, seed) for which in (without, made))
-    return Pairs(*both, torch.from_numpy(number), part)
+    part = (without.path == made.path).argmin(1)
+    return Pairs(*both, torch.from_numpy(number), torch.from_numpy(part))
 
 
 def directions(model: Any, given: data.Written, behind: int, device: Any) -> Tensor:
@@ -90,7 +89,7 @@ def directions(model: Any, given: data.Written, behind: int, device: Any) -> Ten
         total.index_add_(0, known, rows)
         count.index_add_(0, known, torch.ones_like(rows[:, :1]))
     found = total / count.clamp(min=1) - total.sum(0) / count.sum()
-    return torch.where(count > 0, found, torch.zeros_like(found))
+    return found * (count > 0)
 
 
 def read(model: Any, tokens: Tensor, behind: int, where: Tensor, add: Tensor) -> Tensor:
@@ -125,10 +124,11 @@ def rows(
     other = torch.randint(1, len(toward), every.shape, generator=rng) + pairs.number
     ways = {"random": torch.randn(along.shape, generator=rng).to(device),
             "other": toward[(other % len(toward)).to(device)]}  # fmt: skip
-    unit = {name: way / way.norm(dim=1, keepdim=True).clamp(min=1e-9) for name, way in ways.items()}
-    ways = {"mean": along} | {k: w * along.norm(dim=1, keepdim=True) for k, w in unit.items()}
-    for edit, *names, sign in (("activate", "without", "joined", 1),
-                               ("remove", "joined", "without", -1)):  # fmt: skip
+    lengths = {name: way.norm(dim=1, keepdim=True).clamp(min=1e-9) for name, way in ways.items()}
+    long = along.norm(dim=1, keepdim=True)
+    ways = {"mean": along} | {name: way / lengths[name] * long for name, way in ways.items()}
+    edits = (("activate", "without", "joined", 1), ("remove", "joined", "without", -1))
+    for edit, *names, sign in edits:
         for direction, way in ways.items():
             for scale in options.scales:
                 moved = named(*names, sign * scale * way)[solved]
@@ -138,35 +138,39 @@ def rows(
 
 def shown(model: Any, pairs: Pairs, toward: Tensor, options: Any, device: Any,
           reading: Callable) -> Iterator[dict[str, Any]]:  # fmt: skip
-    """Rows of the table play, of the first pairs, before and after activating at the last scale.
+    """Rows of the table play, of the first pairs, as figures of kind `maze` read it.
 
-    A row of `wall` is the reading of a connection at a layer, at the middle of its cells; one of
-    `move` is the probability of a cell behind a step of the path. `mark` says what is true: whether
-    there is a connection, or which it is that was `written`; the step at which the path is there.
+    `wall` is the reading of a connection, at the middle of its cells, and `mark` whether it is
+    there, or that it is what was `written`. `move` is the probability of a cell behind a step, and
+    `mark` the step at which the path is there, or -1. The edit activates, at the largest scale.
     """
     size, number = pairs.without.mazes.size, pairs.number[: options.n_shown]
-    given = data.Written(*(pairs.without.mazes.rows(slice(len(number))),
-                           *(x[: len(number)] for x in pairs.without[1:])))  # fmt: skip
-    there, add = given.mazes.connections(), options.scales[-1] * toward[number.to(device)]
-    for edit, change in (("before", 0 * add), ("after", add)):
+    given = data.Written(pairs.without.mazes.rows(slice(len(number))),
+                         *(x[: len(number)] for x in pairs.without[1:]))  # fmt: skip
+    there, add = given.mazes.connections(), max(options.scales) * toward[number.to(device)]
+    for edit, change in (("", 0 * add), ("written in", add)):
 
         def forward(tokens: Tensor, change: Tensor = change) -> Tensor:
             return read(model, tokens, options.behind, given.start - LAST, change)
 
-        found, p = reading(given, forward), forward(given.tokens.to(device)).softmax(-1).cpu()
-        for i, path in enumerate(given.mazes.path):
-            card = {"maze": i + 1, "edit": edit}
-            for k, place in enumerate(mazes.inside(size)):
-                row, column = divmod(int(place) % size**2, size)
-                down = place < size**2
-                mark = "written" if place == number[i] else str(bool(there[i, place]))
-                card |= {"row": row + 0.5 * down, "column": column + 0.5 * (not down), "mark": mark}
-                for layer, value in enumerate(found[:, i, k]):
-                    yield card | {"what": "wall", "layer": layer, "step": 0, "value": float(value)}
+        walls, p = reading(given, forward), forward(given.tokens.to(device)).softmax(-1).cpu()
+        for i, path in enumerate(given.mazes.path.tolist()):
+            card = {"case": i + 1, "edit": edit}
+            for k, place in enumerate(mazes.inside(size).tolist()):
+                row, column, down = *divmod(place % size**2, size), place < size**2
+                mark = "written" if place == number[i] else str(there[i, place])
+                card |= {"row": row + 0.5 * down, "column": column + 0.5 * (not down)}
+                for layer, x in enumerate(walls[:, i, k].tolist()):
+                    yield card | {
+                        "what": "wall",
+                        "layer": layer,
+                        "step": 0,
+                        "value": x,
+                        "mark": mark,
+                    }
             for step in range(given.mazes.length[i]):
                 z = p[i, given.start[i] + step][mazes.cell_tokens(size)].tolist()
-                for cell, value in enumerate(z):
-                    row, column = map(float, divmod(cell, size))
-                    walked = int(np.flatnonzero(path == cell)[0]) if cell in path else -1
-                    yield card | {"row": row, "column": column, "mark": str(walked), "what": "move",
-                                  "layer": -1, "step": step, "value": value}  # fmt: skip
+                for cell, x in enumerate(z):
+                    mark = str(path.index(cell) if cell in path else -1)
+                    yield card | {"row": cell // size, "column": cell % size, "what": "move",
+                                  "layer": -1, "step": step, "value": x, "mark": mark}  # fmt: skip

@@ -1,27 +1,25 @@
-"""Mazes on square lattices of up to 8 cells a side, many at once, with the tokens of maze-dataset.
+"""Mazes on lattices of up to 8 x 8 cells, many at once, with the tokens of maze-dataset.
 
-Cell `row * size + column` is a bit of one 64-bit word a maze. `right` holds the cells that are
-connected to the next in their row, `down` those connected to the one below; a flood moves along
-all connections of all mazes by four shifts. Connections are numbered as in the package: cells for
-`down`, then cells for `right`, 2 size² in all.
+Cell `row * size + column` is a bit of one 64-bit word a maze: `right` holds the cells that are
+connected to the next in their row, `down` those to the one below, and a flood moves along all
+connections by four shifts. Connections are numbered: all cells for `down`, then all for `right`.
 
 Algorithms and tokens are those of maze-dataset 1.4.2 (MIT; arXiv 2309.10498), mode AOTP_UT_uniform:
-tests/replications/test_mazes_dataset.py hands both the same random numbers and finds the same
-mazes. As there, a search never starts in the last row or column, unless there is but one. Where
-several paths are shortest, ours may be another one than A*'s.
+tests/replications/test_mazes_dataset.py gives both the same random numbers, and finds the same
+mazes. As there, no search starts in the last row or column. Of several shortest paths
+ours may be another.
 """
 
 import os
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, fields
 from functools import cache
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from pipeline.errors import RetraceError, nearest
 
-CHUNK = 8192  # mazes that are made at once by one thread
+CHUNK = 4096  # mazes that are made at once by one thread
 U = np.uint64
 ONE = U(1)
 SPECIAL = ("<ADJLIST_START>", "<ADJLIST_END>", "<TARGET_START>", "<TARGET_END>", "<ORIGIN_START>",
@@ -41,25 +39,19 @@ PERCOLATED, PERCOLATION = (
 )  # probability of a connection: the paper's, the package's default
 
 
-@dataclass(frozen=True)
-class Mazes:
-    """Mazes with their solutions.
-
-    Attributes:
-        right, down: words uint64 [n].
-        origin, target: cells, int64 [n].
-        path: cells of a shortest path with both ends, -1 behind it, int8 [n cells].
-    """
+class Mazes(NamedTuple):
+    """Mazes with their solutions."""
 
     size: int
-    right: np.ndarray
+    right: np.ndarray  # words uint64 [n]
     down: np.ndarray
-    origin: np.ndarray
+    origin: np.ndarray  # cells, int64 [n]
     target: np.ndarray
-    path: np.ndarray
+    path: np.ndarray  # cells of a shortest path with both ends, -1 behind it, int8 [n cells]
 
-    def __len__(self) -> int:
-        return len(self.right)
+    @property
+    def n(self) -> int:
+        return len(self.path)
 
     @property
     def length(self) -> np.ndarray:
@@ -68,7 +60,7 @@ class Mazes:
 
     def rows(self, which: Any) -> "Mazes":
         """The same of some mazes."""
-        return Mazes(self.size, *(getattr(self, f.name)[which] for f in fields(self)[1:]))
+        return Mazes(self.size, *(x[which] for x in self[1:]))
 
     def connections(self) -> np.ndarray:
         """Which connections there are, bool [n 2*cells]."""
@@ -181,9 +173,9 @@ def solve(right: np.ndarray, down: np.ndarray, origin: np.ndarray, target: np.nd
     return Mazes(size, right, down, origin, target, path)
 
 
-def chunk(kind: str, n: int, size: int, shortest: int, rng: np.random.Generator) -> Mazes:
-    """Of n random mazes those whose path has `shortest` cells or more."""
-    square, most = size * size, max(size - 1, 1)
+def chunk(kind: str, size: int, shortest: int, rng: np.random.Generator) -> Mazes:
+    """Of CHUNK random mazes those whose path has `shortest` cells or more."""
+    n, square, most = CHUNK, size * size, max(size - 1, 1)
     start = rng.integers(0, most, n) * size + rng.integers(0, most, n)
     right = down = np.zeros(n, U)
     if kind != "percolation":
@@ -214,21 +206,16 @@ def mazes(kind: str, n: int, size: int, shortest: int, seed: int) -> Mazes:
     if kind not in KINDS:
         raise RetraceError(f"kind: no mazes '{kind}'{nearest(kind, KINDS)}")
     made: list[Mazes] = []
-    got = first = 0
-    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
-        while got < n:
-            share = max(got / (first * CHUNK), 0.01) if first else 0.5
-            more = -(-int((n - got) / share) // CHUNK)
-            seeds = [[seed, KINDS.index(kind), first + i] for i in range(more)]
+    n_threads = len(os.sched_getaffinity(0))
+    with ThreadPoolExecutor(n_threads) as threads:
+        while sum(m.n for m in made) < n:
+            seeds = [[seed, KINDS.index(kind), len(made) + i] for i in range(n_threads)]
             draws = map(np.random.default_rng, seeds)
-            made += threads.map(lambda rng: chunk(kind, CHUNK, size, shortest, rng), draws)
-            first += more
-            got = sum(map(len, made))
-            if not got:
+            made += threads.map(lambda rng: chunk(kind, size, shortest, rng), draws)
+            if not any(m.n for m in made):
                 raise RetraceError(f"shortest: no {kind} maze of {size} x {size} has a path of "
                                    f"{shortest} cells; lower it")  # fmt: skip
-    joined = (np.concatenate([getattr(m, f.name) for m in made])[:n] for f in fields(Mazes)[1:])
-    return Mazes(size, *joined)
+    return Mazes(size, *(np.concatenate(x)[:n] for x in list(zip(*made, strict=True))[1:]))
 
 
 # --- tokens --------------------------------------------------------------------------------
@@ -262,7 +249,7 @@ def tokens(found: Mazes, keys: np.ndarray, flips: np.ndarray) -> tuple[np.ndarra
         flips: above 0.5, the later cell of a connection is named first, [n 2*cells].
     """
     size, square, there = found.size, found.size**2, found.connections()
-    token, n_edges, rows = cell_tokens(size), there.sum(1), np.arange(len(found))
+    token, n_edges, rows = cell_tokens(size), there.sum(1), np.arange(found.n)
     order = np.where(there, keys, np.inf).argsort(1)[:, : int(n_edges.max(initial=0))]
     low = order % square
     cells = np.stack([low, np.where(order < square, low + size, low + 1).clip(max=square - 1)], -1)
@@ -270,8 +257,8 @@ def tokens(found: Mazes, keys: np.ndarray, flips: np.ndarray) -> tuple[np.ndarra
     body = np.empty((*order.shape, 4), np.uint8)
     body[..., ::2] = token[np.where(turn[..., None], cells[..., ::-1], cells)]
     body[..., 1], body[..., 3] = CONNECTOR, SEMICOLON
-    out = np.full((len(found), body[0].size + 10 + square), PADDING, np.uint8)
-    out[:, 0], out[:, 1 : 1 + body[0].size] = LIST_START, body.reshape(len(found), -1)
+    out = np.full((found.n, body[0].size + 10 + square), PADDING, np.uint8)
+    out[:, 0], out[:, 1 : 1 + body[0].size] = LIST_START, body.reshape(found.n, -1)
     first = 1 + 4 * n_edges
     out[np.arange(out.shape[1]) >= first[:, None]] = PADDING
     ends = (LIST_END, ORIGIN_START, token[found.origin], ORIGIN_END, TARGET_START,
@@ -286,6 +273,5 @@ def tokens(found: Mazes, keys: np.ndarray, flips: np.ndarray) -> tuple[np.ndarra
 
 def written(found: Mazes, seed: int) -> tuple[np.ndarray, np.ndarray]:
     """`tokens` with connections in a random order; the same for the same seed."""
-    return tokens(
-        found, *np.random.default_rng([seed, 1]).random((2, len(found), 2 * found.size**2))
-    )
+    rng = np.random.default_rng([seed, 1])
+    return tokens(found, *rng.random((2, found.n, 2 * found.size**2)))
