@@ -214,5 +214,11 @@ def test_metrics_take_the_best_layer_and_the_best_scale():
                           "moved": [0.2, 0.5, 0.1], "solved": 4})  # fmt: skip
     found = METRICS.of_edits(edits)
     assert found == {"edit.activate.mean": 0.5, "edit.remove.mean": 0.1, "edit.solved": 0.5}
+    scales = [
+        {"edit": "activate", "direction": d, "scale": s, "moved": m, "solved": n}
+        for d, s, m, n in (("random", 9, 0.9, 4), ("mean", 1, 0.2, 4), ("mean", 2, 0.5, 4))
+    ]
+    assert EDITS.best(scales) == 2
+    assert EDITS.best([r | {"moved": float("nan"), "solved": 0} for r in scales]) == 1
     heads = pd.DataFrame({"layer": [0, 0, 1], "back_1": [0.4, 0.1, 1], "back_3": [0.4, 0.1, 1]})
     assert METRICS.of_heads(heads) == {"heads.semicolon": 0.5}

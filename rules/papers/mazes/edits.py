@@ -136,18 +136,24 @@ def rows(
                        "solved": len(moved), "moved": float(moved.double().mean())}  # fmt: skip
 
 
-def shown(model: Any, pairs: Pairs, toward: Tensor, options: Any, device: Any,
+def best(made: list[dict[str, Any]]) -> float:
+    """The scale at which most connections are activated; the first where none can be judged."""
+    own = [r for r in made if (r["edit"], r["direction"]) == ("activate", "mean")]
+    return max(own, key=lambda r: r["moved"] if r["solved"] else -1)["scale"]
+
+
+def shown(model: Any, pairs: Pairs, add: Tensor, options: Any, device: Any,
           reading: Callable) -> Iterator[dict[str, Any]]:  # fmt: skip
     """Rows of the table play, of the first pairs, as figures of kind `maze` read it.
 
     `wall` is the reading of a connection, at the middle of its cells, and `mark` whether it is
     there, or that it is what was `written`. `move` is the probability of a cell behind a step, and
-    `mark` the step at which the path is there, or -1. The edit activates, at the largest scale.
+    `mark` the step at which the path is there, or -1. The edit adds `add` [2*cells d].
     """
     size, number = pairs.without.mazes.size, pairs.number[: options.n_shown]
     given = data.Written(pairs.without.mazes.rows(slice(len(number))),
                          *(x[: len(number)] for x in pairs.without[1:]))  # fmt: skip
-    there, add = given.mazes.connections(), max(options.scales) * toward[number.to(device)]
+    there, add = given.mazes.connections(), add[number.to(device)]
     for edit, change in (("", 0 * add), ("written in", add)):
 
         def forward(tokens: Tensor, change: Tensor = change) -> Tensor:

@@ -197,10 +197,11 @@ def of_model(model: Any, given: data.Options, options: Options, device: Any) -> 
     def reading(some: data.Written, forward: Any) -> np.ndarray:
         return readings(probes, streams(model, some.tokens, device, some.start, forward))
 
-    return {"tasks": tasks, "probes": probe_rows,
+    made = list(edits.rows(model, pairs, toward, options, device))
+    add = edits.best(made) * toward
+    return {"tasks": tasks, "probes": probe_rows, "edits": made,
             "heads": list(head_rows(model, held.tokens[:BATCH], device)),
-            "edits": list(edits.rows(model, pairs, toward, options, device)),
-            "play": list(edits.shown(model, pairs, toward, options, device, reading))}  # fmt: skip
+            "play": list(edits.shown(model, pairs, add, options, device, reading))}  # fmt: skip
 
 
 def work(job: cli.Job, options: Options) -> own.Tables:
