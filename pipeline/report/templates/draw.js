@@ -212,6 +212,7 @@
       const i = chosen.get(figure)?.[c] ?? control.active ?? 0;
       if (i !== (control.active ?? 0)) await apply(figure, control, i);
     }
+    if (plot.layout.meta?.play) await retracePlay(figure, box, plot.layout.meta.play);
     if (plot.layout.meta?.walk) await retraceWalk(figure, box, plot.layout.meta.walk);
     figure.querySelector(".retrace-wait")?.remove();
     figure.dataset.drawn = onDark ? "dark" : "light";
