@@ -239,7 +239,7 @@ def heats(out: parts.Panels, size: int, hovers: tuple[str, ...], diverging: bool
     """Empty maps in the panels, from the left."""
     blank = [[0.0] * size for _ in range(size)]
     for i, hover in enumerate(hovers):
-        look = {"zmin": 0, "zmax": 1, "colorscale": theme.scale(theme.SEQUENTIAL)}
+        look = {"zmin": 0, "zmax": 1, "colorscale": theme.scale([PAGE, PALETTE[0]])}
         reach = 1 if diverging and i == 0 else None
         look = {"showscale": False} | ({} if reach else look)
         out.add(i + 2 - len(hovers), parts.heat(blank, hover=hover, reach=reach, **look))
