@@ -11,12 +11,13 @@ ridge             least squares to +1 for the class and -1 for the others, with 
 """
 
 import torch
-from jaxtyping import Bool, Float
+from jaxtyping import Bool, Float, Float64
 from torch import Tensor
 
 from pipeline.probes.logistic import Tasks, absent
 
 FLOOR = 1e-4  # share of the mean variance added to the diagonal: few rows leave it singular
+ROWS = 1 << 15  # rows that are held in double precision at once
 
 
 def one_hot(tasks: Tasks) -> Float[Tensor, "rows tasks classes"]:
@@ -56,8 +57,8 @@ def mass_mean(
     W = torch.zeros_like(found)
     for p, known in enumerate((tasks.codes >= 0).float()):
         n = known.sum()
-        second = X.mT @ (X * known[:, None])
-        between = (found[:, :, p] * counts[p]) @ found[:, :, p].mT
+        second = products(X, X * known[:, None], torch.zeros(len(X), 1, X.shape[2]).to(X))
+        between = ((found[:, :, p] * counts[p]) @ found[:, :, p].mT).double()
         W[:, :, p] = _solve((second - between) / n, found[:, :, p])
     prior = (counts / counts.sum(1, keepdim=True)).clamp(min=1e-12).log()
     return _with_bias(W, -0.5 * (W * found).sum(1, keepdim=True) + prior, tasks)
@@ -86,17 +87,34 @@ def least_squares(
     """
     W = torch.zeros(len(X), X.shape[2], *targets.shape[1:], device=X.device)
     bias = torch.zeros(len(X), 1, *targets.shape[1:], device=X.device)
-    for p, mask in enumerate(known.T.float()):
-        n = mask.sum()
-        mean_x = (X * mask[:, None]).sum(1) / n  # [L d]
-        mean_t = (targets[:, p] * mask[:, None]).sum(0) / n
-        centred = (X - mean_x[:, None]) * mask[:, None]
-        A = (centred.mT @ centred).double()
+    for p, mask in enumerate(known.T):
+        rows = X[:, mask]
+        mean_x = rows.mean(1, keepdim=True, dtype=torch.float64)
+        mean_t = targets[mask, p].mean(0)
+        A = products(rows, rows, mean_x)
         A.diagonal(dim1=1, dim2=2).add_(l2)
-        B = (centred.mT @ (targets[:, p] - mean_t)).double()
-        W[:, :, p] = _positive_definite(A, B).float()
-        bias[:, 0, p] = mean_t - (mean_x[:, None] @ W[:, :, p])[:, 0]
+        B = products(rows, (targets[mask, p] - mean_t).expand(len(X), -1, -1), mean_x)
+        found = _positive_definite(A, B)
+        W[:, :, p] = found.float()
+        bias[:, 0, p] = mean_t - (mean_x @ found)[:, 0].float()
     return _with_bias(W, bias, tasks)
+
+
+def products(
+    X: Float[Tensor, "layers rows dims"],
+    Y: Float[Tensor, "layers rows columns"],
+    centre: Float[Tensor, "layers 1 dims"],
+) -> Float64[Tensor, "layers dims columns"]:
+    """(X - centre)^T Y in double precision, Y centred as well where it is X.
+
+    Of a million rows, with dimensions in which few rows are hundreds of deviations away, single
+    precision leaves X^T X + l2 indefinite.
+    """
+    found = torch.zeros(len(X), X.shape[2], Y.shape[2], dtype=torch.float64, device=X.device)
+    for x, y in zip(X.split(ROWS, 1), Y.split(ROWS, 1), strict=True):
+        left = x.double() - centre
+        found += left.mT @ (left if Y is X else y.double())
+    return found
 
 
 def _solve(

@@ -12,6 +12,8 @@ from torch import Tensor
 from pipeline.probes.logistic import Tasks, absent, losses
 from pipeline.spec.measured import MlpSpec
 
+UNITS = 1 << 26  # hidden units of rows, layers and tasks that are held at once
+
 
 class Mlp:
     """Probes of L layers and P tasks.
@@ -41,11 +43,17 @@ class Mlp:
     def logits(
         self, X: Float[Tensor, "layers rows dims"], n_classes: list[int]
     ) -> Float[Tensor, "layers rows tasks classes"]:
-        """Logits of the rows; -inf for classes that a task does not have."""
+        """Logits of the rows, some at a time; -inf for classes that a task does not have."""
+        at_once = max(1, UNITS // self.weights[1].numel())
+        z = torch.cat([self._logits(x) for x in X.split(at_once, 1)], 1)
+        return z + absent(n_classes, z.shape[-1], X.device)
+
+    def _logits(
+        self, X: Float[Tensor, "layers rows dims"]
+    ) -> Float[Tensor, "layers rows tasks classes"]:
         first, b, last, c = self.weights
         h = (X @ first.flatten(2)).view(*X.shape[:2], *first.shape[2:]) + b[:, None]
-        z = torch.einsum("lnph,lphc->lnpc", h.relu(), last) + c[:, None]
-        return z + absent(n_classes, c.shape[-1], X.device)
+        return torch.einsum("lnph,lphc->lnpc", h.relu(), last) + c[:, None]
 
 
 def fit(X: Float[Tensor, "layers rows dims"], tasks: Tasks, spec: MlpSpec, seed: int) -> Mlp:

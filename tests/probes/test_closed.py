@@ -98,3 +98,26 @@ def test_a_seed_gives_the_same_hidden_layer_and_another_seed_another(rows):
     spec = MlpSpec(hidden=4, epochs=1)
     a, b, c = (mlp.fit(X, tasks, spec, seed).weights[0] for seed in (0, 0, 1))
     assert torch.equal(a, b) and not torch.equal(a, c)
+
+
+def test_ridge_of_many_rows_with_rare_large_values_is_that_of_double_precision(monkeypatch):
+    """Dimensions like those of a stream whose first position is thousands of times the others."""
+    monkeypatch.setattr(closed, "ROWS", 7000)
+    g = torch.Generator().manual_seed(0)
+    X = torch.randn(1, 40_000, 3, generator=g) @ torch.randn(3, 24, generator=g) * 0.01
+    X[:, ::997] += 30 * torch.randn(24, generator=g)  # few rows, one direction, 97 deviations
+    targets = torch.randn(40_000, 1, 1, generator=g)
+    known = torch.ones(40_000, 1, dtype=torch.bool)
+    W = closed.least_squares(X, targets, known, 1e-4)[0, :-1, 0]
+    x, t = X[0].double(), targets[:, 0].double()
+    x, t = x - x.mean(0), t - t.mean(0)
+    want = torch.linalg.solve(x.T @ x + 1e-4 * torch.eye(24).double(), x.T @ t)
+    torch.testing.assert_close(W.double(), want, atol=1e-3, rtol=1e-3)
+
+
+def test_logits_of_a_hidden_layer_are_the_same_in_pieces(rows, monkeypatch):
+    X, tasks = rows
+    probe = mlp.fit(X, tasks, MlpSpec(hidden=4, epochs=1), 0)
+    whole = probe.logits(X, tasks.n_classes)
+    monkeypatch.setattr(mlp, "UNITS", 8 * 4 * 7)
+    torch.testing.assert_close(probe.logits(X, tasks.n_classes), whole)

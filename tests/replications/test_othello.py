@@ -167,7 +167,7 @@ def test_an_edit_puts_the_stream_as_far_behind_the_border(games):
     codes = torch.randint(0, 3, (4 * SIZE**2, 40), generator=rng)
     board = WORLD.Board(X, codes, l2=1.0)
     squares = torch.arange(5)
-    edit, x = WORLD.mirrored(board, squares, 0.5), X[2, :5]
+    edit, x = WORLD.mirrored(board.border, squares, 0.5), X[2, :5]
     w, b = board.border(2, squares)
     before, after = ((v * w).sum(1) + b for v in (x, edit(1, x)))
     assert torch.allclose(after, -0.5 * before, atol=1e-4)
@@ -176,8 +176,13 @@ def test_an_edit_puts_the_stream_as_far_behind_the_border(games):
     assert torch.allclose(before, wanted, atol=1e-4)
     turn = torch.zeros(3, 5, 8)
     turn[..., 0] = 1.0
-    moved = WORLD.mirrored(board, squares, 0.5, turn)(1, x) - x
+    moved = WORLD.mirrored(board.border, squares, 0.5, turn)(1, x) - x
     assert torch.allclose(moved.norm(dim=1), (edit(1, x) - x).norm(dim=1), atol=1e-4)
+    w, b = board.middle(2, squares)  # between the means of the rows where a square is mine, theirs
+    for square, along, offset in zip(squares.tolist(), w, b, strict=True):
+        mine, theirs = (X[2][codes[square] == code].mean(0) for code in (1, 2))
+        assert torch.allclose(along, theirs - mine, atol=1e-5)
+        assert torch.allclose(mine @ along + offset, -(theirs @ along + offset), atol=1e-4)
 
 
 def test_only_squares_whose_legality_changed_are_judged(games):

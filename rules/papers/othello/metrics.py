@@ -20,6 +20,7 @@ METRICS = {
     "*.flip.*.wrong": "share of squares whose legality a flipped square changes that are named "
     "wrongly, mean over plies, at the scale of which it is least; directions: none, probe, random, "
     "other_square",
+    "*.flip.means.*": "the same along the difference of the means of theirs and mine",
     "*.flip.*.error": "mean number of wrong squares, missing and superfluous, at that scale",
     "*.flip.*.wrong_unchanged": "of these, squares whose legality the flip does not change",
 }

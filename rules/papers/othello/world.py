@@ -18,6 +18,7 @@ on games that no model learned from:
             `wrong` is the share of squares whose legality changed that are named wrongly; `error`
             counts all wrong squares, missing and superfluous (Li et al. 2023, section 4.2). Null
             arms: nothing, the same lengths in random directions, and another square's direction.
+            Beside the probe's the difference of means of theirs and mine, across its own middle.
 
 Board numbers: squares `row * size + column`. Sides are those after the ply that was read.
 """
@@ -150,12 +151,19 @@ class Board:
     Attributes:
         W: [layers d+1 tasks 3] for standardised rows; tasks are BASES x squares.
         mean, sd: [layers d].
+        of_mine, of_theirs: mean stream where a square is mine, or theirs, [layers squares d].
     """
 
     def __init__(self, X: Tensor, codes: Tensor, l2: float) -> None:
         self.mean, self.sd = logistic.moments(X)
         tasks = Tasks(codes, [3] * len(codes))
         self.W = logistic.fit(self.standard(X), tasks, l2, tolerance=1e-6).W
+        mine = codes[: len(codes) // len(BASES)]
+        self.of_mine, self.of_theirs = (self._means(X, mine == code) for code in (1, 2))
+
+    @staticmethod
+    def _means(X: Tensor, where: Tensor) -> Tensor:
+        return where.to(X) @ X / where.sum(1).clamp(min=1)[:, None]
 
     def standard(self, X: Tensor) -> Tensor:
         return (X - self.mean[:, None]) / self.sd[:, None]
@@ -171,6 +179,11 @@ class Board:
         W = self.W[layer][:, squares, 2] - self.W[layer][:, squares, 1]  # basis mine comes first
         w = W[:-1].T / self.sd[layer]
         return w, W[-1] - w @ self.mean[layer]
+
+    def middle(self, layer: int, squares: Tensor) -> tuple[Tensor, Tensor]:
+        """The same along the difference of the means, b halfway between them."""
+        theirs, mine = self.of_theirs[layer, squares], self.of_mine[layer, squares]
+        return theirs - mine, -((theirs - mine) * (theirs + mine)).sum(1) / 2
 
 
 def targets(games: Games) -> Tensor:
@@ -268,7 +281,10 @@ def written(
         return model(tokens).logits[:, -1]
 
 
-def mirrored(board: Board, squares: Tensor, scale: float, turn: Tensor | None = None) -> Any:
+Border = Callable[[int, Tensor], tuple[Tensor, Tensor]]  # Board.border or Board.middle
+
+
+def mirrored(border: Border, squares: Tensor, scale: float, turn: Tensor | None = None) -> Any:
     """An edit that takes the last position across the border of a square.
 
     Args:
@@ -276,7 +292,7 @@ def mirrored(board: Board, squares: Tensor, scale: float, turn: Tensor | None = 
     """
 
     def edit(layer: int, x: Tensor) -> Tensor:
-        w, b = board.border(layer + 1, squares)  # layer 0 of the probes is the embeddings
+        w, b = border(layer + 1, squares)  # layer 0 of the probes is the embeddings
         length = w.norm(dim=1, keepdim=True)
         far = ((x * w).sum(1) + b)[:, None] / length
         along = w / length if turn is None else turn[layer]
@@ -322,9 +338,10 @@ def flip_rows(
         yield cards | {"direction": "none", "scale": 0.0} | judged(plain, before, after, games.size)
         for scale in options.scales:
             edits = {
-                "probe": mirrored(board, at, scale),
-                "random": mirrored(board, at, scale, turn),
-                "other_square": mirrored(board, other, scale),
+                "probe": mirrored(board.border, at, scale),
+                "means": mirrored(board.middle, at, scale),
+                "random": mirrored(board.border, at, scale, turn),
+                "other_square": mirrored(board.border, other, scale),
             }
             for name, edit in edits.items():
                 z = written(model, tokens, options.first, edit)
