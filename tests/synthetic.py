@@ -274,7 +274,7 @@ def figures_js(script: Path) -> None:
     """What the rule figures_js runs."""
     from pipeline.report import figures_js, pages
 
-    draw = [str(pages.TEMPLATES / name) for name in ("walk.js", "draw.js")]
+    draw = [str(pages.TEMPLATES / name) for name in ("walk.js", "play.js", "draw.js")]
     before, sys.argv = sys.argv, ["figures_js", "--draw", *draw, "--out", str(script)]
     try:
         figures_js.main()

@@ -160,6 +160,23 @@ def completeness(tables: dict[str, Any], options: dict[str, Any]) -> tuple[Any, 
     return fig, pd.concat(out.values(), ignore_index=True)
 
 
+def board(tables: dict[str, Any], options: dict[str, Any]) -> tuple[Any, Any]:
+    """A board to play with: what a probe reads by layer and step, and the next move's chances.
+
+    A tap on a square, or a list, shows what changes after it was flipped; see `spec_figures.Board`.
+    """
+    from pipeline.figures import kinds_graph
+
+    return kinds_graph.board(tables, options)
+
+
+def maze(tables: dict[str, Any], options: dict[str, Any]) -> tuple[Any, Any]:
+    """A maze to play with: what a probe reads of its connections, and the next cell's chances."""
+    from pipeline.figures import kinds_graph
+
+    return kinds_graph.maze(tables, options)
+
+
 ESTIMATES = {"": "gradient × activation", "_ig": "integrated gradients"}
 
 
@@ -180,6 +197,7 @@ KINDS = {
     f.__name__: f
     for f in (
         pareto, scaling, training, density, attribution, completeness, dead, verdicts, lines,
-        learning, bars, agreement, estimates, heads, matrix, trajectories, histogram, cumulative,
+        learning, bars, agreement, estimates, heads, matrix, board, maze, trajectories, histogram,
+        cumulative,
     )
 }  # fmt: skip

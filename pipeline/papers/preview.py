@@ -1,12 +1,15 @@
-"""What a paper's labels say, before any model runs: examples, balance, and what the id gives away.
+r"""What a paper's labels say, before any model runs: examples, balance, and what the id gives away.
 
     python -m pipeline preview labels my_paper
     python -m pipeline preview labels my_paper --scale smoke --label in_quotes --examples 6
+    python -m pipeline preview labels my_paper --pattern '(?P<name>Mr\. \w+)|(?P<year>1\d{3})'
 
 Reads the corpus that the paper's run made, or says how to make it. For each label of the section
 probes it prints how many tokens, documents and token ids each class has, the accuracy of the most
-frequent class and of the token id alone on held-out documents, and some tokens in their context. A
-label that the id alone gives away says little about what the model computed. No torch is needed.
+frequent class and of the token id alone on held-out documents (R^2 for numbers), the tokens that
+give most away, and some tokens in their context. A label that the id alone gives away says little
+about what the model computed. `--pattern` and `--function` try a label that paper.yaml does not
+have yet. No torch is needed.
 """
 
 import argparse
@@ -21,11 +24,13 @@ from pipeline.papers.papers import Run
 from pipeline.papers.paths import resolve
 from pipeline.spec.base import SCALES
 from pipeline.spec.measured import LabelSpec
+from pipeline.spec.paper import parse
 from pipeline.spec.yaml_files import load_yaml
 
 ROOT = Path(__file__).parents[2]
 WHAT = ("labels",)
 AROUND = 8  # tokens before and after an example
+TELLING = 5  # tokens that are named
 GIVEN_AWAY = 0.98  # share of the way from the most frequent class to all right
 
 
@@ -47,23 +52,36 @@ def corpus_of(run: Run, paper: Paper) -> tuple[Path, Path]:
     return tokens, Path(f"results/store/{store['corpus'].folders()['tokenizer']}/model.json")
 
 
-def made(run: Run, paper: Paper, only: str) -> tuple[Any, Any, dict[str, Any]]:
+def wanted(paper: Paper, args: argparse.Namespace) -> dict[str, LabelSpec]:
+    """Name -> the label's section: those of paper.yaml, or one that is tried.
+
+    Raises:
+        RetraceError: there is none, or none of that name.
+    """
+    for key in ("pattern", "function"):
+        if given := getattr(args, key, ""):
+            return {"tried": parse(LabelSpec, {key: given}, f"--{key}")}
+    probes = paper.spec.probes
+    if probes is None:
+        raise RetraceError(
+            f"{paper.folder / 'paper.yaml'}: no section probes, so no labels; write it or try "
+            f"--pattern"
+        )
+    if args.label and args.label not in probes.labels:
+        raise RetraceError(f"no label '{args.label}'{nearest(args.label, probes.labels)}")
+    return {k: v for k, v in probes.labels.items() if args.label in ("", k)}
+
+
+def made(run: Run, paper: Paper, specs: dict[str, LabelSpec]) -> tuple[Any, Any, dict[str, Any]]:
     """(corpus, texts, name -> labels or the sentence of what is wrong with them)."""
     from pipeline.text import labels
     from pipeline.text.tokens import Texts, load_tokenizer
 
-    probes = paper.spec.probes
-    if probes is None:
-        raise RetraceError(f"{paper.folder / 'paper.yaml'}: no section probes, so no labels")
-    if only and only not in probes.labels:
-        raise RetraceError(f"no label '{only}'{nearest(only, probes.labels)}")
     tokens, model = corpus_of(run, paper)
     corpus = labels.Corpus.read(tokens, tokens.with_name("documents.parquet"))
     texts, own = Texts(load_tokenizer(model)), paper.code_files("labels.py")
     out: dict[str, Any] = {}
-    for name, spec in probes.labels.items():
-        if only not in ("", name):
-            continue
+    for name, spec in specs.items():
         file = str(resolve(spec.file, paper.folder, run.roots)) if spec.file else None
         try:
             out[name] = labels.make(name, spec, corpus, texts, own[0] if own else None, file)
@@ -84,6 +102,7 @@ def shown(found: Any, spec: LabelSpec, corpus: Any, texts: Any, n: int, seed: in
         values = found.values[known]
         parts = np.quantile(values, [0, 0.25, 0.5, 0.75, 1])
         lines += ["  numbers: least, quartiles, largest " + ", ".join(f"{v:g}" for v in parts)]
+        lines += told(found, corpus, texts, rng)
         return lines + examples(
             known, corpus, texts, lambda b, p: f"{found.values[b, p]:g}", n, rng
         )
@@ -94,22 +113,31 @@ def shown(found: Any, spec: LabelSpec, corpus: Any, texts: Any, n: int, seed: in
             f"  {name:20} {mine.sum():>9,} tokens {mine.mean():>7.1%}  "
             f"{len(np.unique(owner[mine])):>7,} documents {len(np.unique(ids[mine])):>7,} ids"
         )
-    lines += told(found, corpus, rng)
+    lines += told(found, corpus, texts, rng)
     for code, name in enumerate(found.classes):
         mine = known & (found.values == code)
         lines += examples(mine, corpus, texts, lambda *_, name=name: name, n, rng)
     return lines
 
 
-def told(found: Any, corpus: Any, rng: np.random.Generator) -> list[str]:
-    """What the token id alone gives away."""
-    from pipeline.text.labels import leakage
+def told(found: Any, corpus: Any, texts: Any, rng: np.random.Generator) -> list[str]:
+    """What the token id alone gives away, and which tokens do."""
+    from pipeline.text.labels import leakage, telling
 
     common, by_id = leakage(found, corpus, rng)
-    line = f"  most frequent class {common:.1%}, token id alone {by_id:.1%} of held-out tokens"
+    if found.classes:
+        line = f"  most frequent class {common:.1%}, token id alone {by_id:.1%} of held-out tokens"
+    else:
+        line = f"  R^2 of the token id alone {by_id:.3f} on held-out tokens"
     if by_id >= common + GIVEN_AWAY * (1 - common):
         line += ": the id alone gives this label away, so a probe of it reads tokens, not context"
-    return [line]
+    if not found.classes:
+        return [line]
+    tokens = [
+        f"{''.join(texts.context([i]))!r} {found.classes[code]} ({share:.0%} of {n:,})"
+        for i, code, share, n in telling(found, corpus, TELLING)
+    ]
+    return [line, f"  tokens that give most away: {', '.join(tokens)}"] if tokens else [line]
 
 
 def examples(
@@ -138,6 +166,8 @@ def main() -> None:
     parser.add_argument("paper", help="name of a paper")
     parser.add_argument("--scale", default="laptop", choices=SCALES)
     parser.add_argument("--label", default="", help="one label; default: all")
+    parser.add_argument("--pattern", default="", help="try a regular expression as a label")
+    parser.add_argument("--function", default="", help="try a function of the paper's labels.py")
     parser.add_argument("--examples", type=int, default=3, help="of each class")
     parser.add_argument("--dir", action="append", default=[], help="folder of papers, if another")
     parser.add_argument("--seed", type=int, default=0, help="of the examples")
@@ -159,10 +189,11 @@ def lines(args: argparse.Namespace) -> list[str]:
         config["papers_dirs"] = args.dir
     run = Run.load(config, [Path.cwd(), ROOT])
     paper = run.paper(args.paper, args.scale)
-    corpus, texts, found = made(run, paper, args.label)
+    specs = wanted(paper, args)
+    corpus, texts, found = made(run, paper, specs)
     out: list[str] = []
     for name, one in found.items():
-        spec = paper.spec.probes.labels[name]
+        spec = specs[name]
         if isinstance(one, str):
             out += [f"{name}: {one}", ""]
         else:

@@ -24,7 +24,7 @@ from pipeline.papers.folders import Paper, find
 from pipeline.papers.papers import Item, Run
 from pipeline.papers.paths import near, resolve
 
-DRAWING = ("walk", "draw")  # our code beside plotly.js, in this order
+DRAWING = ("walk", "play", "draw")  # our code beside plotly.js, in this order
 
 DICTIONARIES = ("sae", "sae_import")  # the stages that make some
 

@@ -109,7 +109,7 @@ def anchor(text: str) -> str:
     return re.sub(r"[^\w-]+", "-", text)
 
 
-DRAW = [Path(__file__).parent / f"templates/{name}.js" for name in ("walk", "draw")]
+DRAW = [Path(__file__).parent / f"templates/{name}.js" for name in ("walk", "play", "draw")]
 
 
 def write(out: str | Path, draw: Iterable[str | Path] = DRAW) -> None:

@@ -147,6 +147,26 @@ class Matrix(Rows):
     numbers: bool = Field(default=False, description="whether they stand in the cells")
 
 
+class Board(Rows):
+    """A world that a reader plays with: its reading by layer, and where the model goes next.
+
+    The table has a row a cell, or a wall: case, edit ("" before any), what (read, wall or move),
+    layer (-1 of moves), step, row, column, value, mark.
+    """
+
+    titles: tuple[str, str] = Field(description="what the two panels are called")
+    case: str = Field(default="case", description="what a case is called")
+    step: str = Field(default="step", description="what a step is called")
+    edit: str = Field(default="written", description="what the list of edits is called")
+    none: str = Field(default="nothing", description="what no edit is called")
+    names: list[str] = Field(default=[], description="of the columns; default: numbers from 0")
+    first: str = Field(default="mine", description="board: the mark of the discs that are read -1")
+
+
+class Maze(Board):
+    """The same of a maze, whose connections are read."""
+
+
 class Trajectories(Rows):
     """The likeliest token at every layer and position of a text that the reader chooses."""
 
@@ -247,8 +267,9 @@ class Verdicts(Section):
 OPTIONS: dict[str, type[Section]] = {
     m.__name__.lower(): m
     for m in (
-        Lines, Learning, Agreement, Bars, Matrix, Trajectories, Histogram, Cumulative, Heads,
-        Estimates, Pareto, Scaling, Training, Density, Attribution, Completeness, Dead, Verdicts,
+        Lines, Learning, Agreement, Bars, Matrix, Board, Maze, Trajectories, Histogram, Cumulative,
+        Heads, Estimates, Pareto, Scaling, Training, Density, Attribution, Completeness, Dead,
+        Verdicts,
     )
 }  # fmt: skip
 

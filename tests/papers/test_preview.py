@@ -73,6 +73,26 @@ def test_numbers_are_told_by_quartiles_and_a_faulty_label_by_its_sentence(there)
     assert re.search(r"^never: probes.labels.never: one class only", text, re.M)
 
 
+def test_tokens_that_give_a_label_away_are_named_and_numbers_have_an_r2(there):
+    text = said(there, label="vowel")
+    found = re.findall(r"'(\w)' (True|False) \(100% of [\d,]+\)", text)
+    assert found and all((letter in "aeiou") == (label == "True") for letter, label in found)
+    assert re.search(
+        r"R\^2 of the token id alone -?\d\.\d{3} on held-out", said(there, label="place")
+    )
+
+
+def test_a_label_is_tried_before_it_is_written_down(there):
+    text = said(there, pattern=r"(?P<vowel>[aeiou])|(?P<blank>\s)")
+    assert text.startswith("tried: ") and re.findall(r"^  (\w+) +[\d,]+ tokens", text, re.M) == [
+        "blank", "no", "vowel"
+    ]  # fmt: skip
+    assert said(there, function="vowel").startswith("tried: vowel, per token")
+    with pytest.raises(RetraceError, match=r"--pattern: .*no regular expression"):
+        said(there, pattern="(")
+    assert "has no function 'vowels'" in said(there, function="vowels")
+
+
 def test_what_cannot_be_shown_is_one_sentence(folder):
     with pytest.raises(RetraceError, match=r"tokens\.parquet: not made yet; make it by `snakemake"):
         said(folder)

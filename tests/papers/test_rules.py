@@ -57,6 +57,7 @@ def test_paths_of_a_paper(toy):
     assert inputs.report(w, "pages") == inputs.upstream(w) == []
     assert inputs.drawing(w) == [
         "pipeline/report/templates/walk.js",
+        "pipeline/report/templates/play.js",
         "pipeline/report/templates/draw.js",
     ]
     assert inputs.rules_files() == []

@@ -101,7 +101,8 @@ def test_labels_of_a_file_by_token_and_by_title(corpus, tmp_path):
 def faults(tmp_path):
     own = tmp_path / "labels.py"
     own.write_text("def short(document):\n    return [1]\n\ndef same(document):\n"
-                   "    return [1.0] * len(document.ids)\n")  # fmt: skip
+                   "    return [1.0] * len(document.ids)\n\ndef cut(document):\n"
+                   "    return document.strings[99]\n")  # fmt: skip
     other = tmp_path / "other.parquet"
     pd.DataFrame({"block": [0], "position": [1], "token": [9], "label": ["a"]}).to_parquet(other)
     far = tmp_path / "far.parquet"
@@ -115,6 +116,7 @@ def faults(tmp_path):
         "no class": ({"column": "label", "least": 50}, None, "no class has 50 rows"),
         "unknown class": ({"column": "label", "classes": ["plce"]}, None, "mean 'place'"),
         "short": ({"function": "short"}, own, "gives 1 labels for the 3 tokens of document 5"),
+        "fails": ({"function": "cut"}, own, "'cut' fails on document 5 (IndexError: list index"),
         "none": ({"function": "shrt"}, own, "has no function 'shrt'"),
         "alike": ({"function": "same", "kind": "number"}, own, "all numbers are 1"),
         "words": ({"column": "label", "kind": "number"}, own, "not every label is one"),
@@ -127,7 +129,7 @@ def faults(tmp_path):
 
 @pytest.mark.parametrize(
     "fault",
-    "one_class no_class unknown_class short none alike words other far titles odd".split(),
+    "one_class no_class unknown_class short fails none alike words other far titles odd".split(),
 )
 def test_bad_labels_are_told_in_a_sentence(corpus, tmp_path, fault):
     spec, own, said = faults(tmp_path)[fault.replace("_", " ")]

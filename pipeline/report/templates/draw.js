@@ -82,6 +82,7 @@
   function height(layout, data, width) {
     const named = data.filter((t) => t.name && t.showlegend !== false && t.visible !== false);
     const base = layout.height ?? 440;
+    if (width < narrow && layout.meta?.play) return Math.min(base, square(layout, width) + 110);
     if (named.length < 2 || layout.showlegend === false) {
       const axes = Object.keys(layout).filter((key) => /^yaxis/.test(key));
       const panels = new Set(axes.map((key) => layout[key].domain?.[0] ?? 0)).size;  // one below the other
@@ -212,6 +213,7 @@
       const i = chosen.get(figure)?.[c] ?? control.active ?? 0;
       if (i !== (control.active ?? 0)) await apply(figure, control, i);
     }
+    if (plot.layout.meta?.play) await retracePlay(figure, box, plot.layout.meta.play);
     if (plot.layout.meta?.walk) await retraceWalk(figure, box, plot.layout.meta.walk);
     figure.querySelector(".retrace-wait")?.remove();
     figure.dataset.drawn = onDark ? "dark" : "light";
