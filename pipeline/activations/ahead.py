@@ -67,7 +67,7 @@ def serve(
         made: the certificate, written into every shard.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".maker", "w") as lock:
+    with open(folder / ".maker", "w", encoding="utf-8") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)  # a killed reader's maker is about to end
         key, found = window.key_of(made), sizes(plan, n_bytes)
         _forget_another(folder, key)
