@@ -139,6 +139,9 @@ class Play:
     Args:
         controls: name -> its values; those in `sliders` are sliders, others lists. Where a
             combination has no state, later controls are put elsewhere, so the rarest stands last.
+
+    Attributes:
+        start: the place of each control at first; the nearest that exists is taken.
     """
 
     def __init__(self, controls: dict[str, list], sliders: Iterable[str] = ()) -> None:
@@ -149,6 +152,7 @@ class Play:
             {"name": name, "values": [str(v) for v in values], "slider": name in sliders}
             for name, values in controls.items()
         ]
+        self.start = [0] * len(self.controls)
         self.shown: list[dict[str, Any]] = []
         self.said: list[dict[str, Any]] = []
 
@@ -177,7 +181,7 @@ class Play:
 
 
 def playable(figure: go.Figure, play: Play, tap: tuple[int, str] | None = None) -> go.Figure:
-    """The figure, shown at the first state of all.
+    """The figure, each of its traces drawn in its first state until play.js takes over.
 
     Args:
         tap: a trace and a list: a tap on a point whose text is a value of the list chooses it.
@@ -186,7 +190,7 @@ def playable(figure: go.Figure, play: Play, tap: tuple[int, str] | None = None) 
         change = next(iter(shown["states"].values()))
         for i, trace in enumerate(shown["traces"]):
             figure.data[trace].update({k.replace(".", "_"): v[i] for k, v in change.items()})
-    meta = {"controls": play.controls, "shown": play.shown, "said": play.said}
+    meta = {"controls": play.controls, "shown": play.shown, "said": play.said, "start": play.start}
     if tap:
         meta["tap"] = {"trace": tap[0], "control": play.by([tap[1]])[0]}
     return figure.update_layout(meta={"play": meta}, showlegend=False)
@@ -218,6 +222,7 @@ def played(tables: dict[str, Any], what: Board) -> tuple[pd.DataFrame, Play, int
                 what.edit: ["", *sorted(set(table["edit"]) - {""})]}  # fmt: skip
     play = Play(controls, sliders=(what.step, "layer"))
     play.controls[3]["values"][0] = what.none
+    play.start = [0, len(controls[what.step]) // 2, len(layers) - 1, 0]
     return table, play, int(table["row"].max()) + 1
 
 

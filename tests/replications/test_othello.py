@@ -237,3 +237,59 @@ def test_squares_have_their_names():
     assert len(found) == 3 * SIZE**2 and hit[["ply", "row", "column"]].values.tolist() == [
         [2, 2, "C"]
     ]
+
+
+# --- the stage play ------------------------------------------------------------------------
+
+PLAY = import_file(PAPER / "play.py")
+
+
+def tiny_model(n_ctx: int):
+    """A model of two layers before training."""
+    from pipeline.spec.training import Architecture
+    from pipeline.weights import initial
+
+    torch.manual_seed(0)
+    shape = Architecture(n_layers=2, d_model=8, n_heads=2, d_mlp=8, n_ctx=n_ctx)
+    return initial.build(shape, SIZE**2 - 4).float().eval().requires_grad_(False)
+
+
+def test_flips_that_are_shown_are_those_of_plain_rules(games):
+    squares, after = PLAY.flips(games, 0, 9, 99)
+    assert len(squares) > 1 and len(PLAY.flips(games, 0, 9, 2)[0]) == 2
+    for square, word in zip(squares, after, strict=True):
+        plain = replayed(games, 0, 9)
+        before = plain.legal()
+        r, c = divmod(int(square), SIZE)
+        plain.rows[r][c] = "w" if plain.rows[r][c] == "b" else "b"
+        assert members(word) == plain.legal() != before
+    p, marks = PLAY.moves(torch.zeros(32), after[0], SIZE)
+    assert p.sum() == pytest.approx(1) and p[2 * SIZE + 2] == 0  # no token sets a disc there
+    assert set(np.flatnonzero(marks == "legal").tolist()) == members(after[0])
+
+
+def test_a_shown_game_has_a_row_a_square_and_its_flips_are_the_worlds(games):
+    model = tiny_model(PLIES - 1)
+    X = WORLD.streams(model, games.tokens[:, :-1], "cpu")
+    board = WORLD.Board(X, WORLD.targets(games)[..., :-1].flatten(1), l2=1.0)
+    options = PLAY.Options(
+        tables=["play"], n_probe_games=12, first=0, scale=1, plies=[8], n_flips=3
+    )
+    one = WORLD.Games(games.tokens[:1], SIZE)
+    found = pd.DataFrame(PLAY.shown(model, board, one, options, "cpu"))
+    played = found[found["edit"] == ""]
+    assert len(played) == (PLIES - 1) * SIZE**2 * (3 + 1)  # layers and embeddings, and moves
+    assert played["value"].between(-1, 1).all()
+    marks = played[(played["what"] == "read") & (played["step"] == 8) & (played["layer"] == 0)]
+    plain = replayed(games, 0, 7)
+    mine = marks[marks["mark"] == "mine"]
+    assert set((mine["row"] * SIZE + mine["column"]).tolist()) == plain.discs(plain.turn)
+    squares, _ = PLAY.flips(one, 0, 7, 3)
+    names = {f"{'ABCDEF'[s % SIZE]}{s // SIZE + 1}" for s in squares.tolist()}
+    assert set(found["edit"]) - {""} == names
+    x = torch.from_numpy(games.tokens[:1, :8].astype(np.int64))
+    to = torch.from_numpy(squares)
+    z, stream = PLAY.flipped(model, board, x, to, options)
+    edit = WORLD.mirrored(board.border, to, 1)
+    assert torch.allclose(z, WORLD.written(model, x.expand(len(to), -1), 0, edit))
+    assert stream.shape == (3, len(to), 8)

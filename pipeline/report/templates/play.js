@@ -4,6 +4,7 @@
 //   shown     [{traces, by, states}]: the state under the places of the controls `by`, joined by
 //             commas, is what Plotly.restyle does to these traces
 //   said      [{by, states}]: likewise sentences
+//   start     the place of each control at first
 //   tap       {trace, control}: a tap on a point whose text is a value of that control chooses it
 globalThis.retracePlay = (() => {
   "use strict";
@@ -71,7 +72,7 @@ globalThis.retracePlay = (() => {
     box.role = "group";
     box.ariaLabel = "what is shown";
     figure.prepend(box);
-    let at = places.get(figure) ?? near(play, play.controls.map(() => 0), -1);
+    let at = places.get(figure) ?? near(play, play.start, -1);
     let busy = false, drawn = null;
     const choose = (c) => (v) => {
       if (v < 0 || v >= play.controls[c].values.length) return;

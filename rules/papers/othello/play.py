@@ -83,7 +83,7 @@ def flips(games: Any, game: int, ply: int, most: int) -> tuple[np.ndarray, np.nd
 def flipped(model: Any, board: Any, tokens: Tensor, squares: Tensor, options: Options) -> tuple[
     Tensor, Tensor]:  # fmt: skip
     """(logits at the last position [n tokens], stream there [layers n d]), one square a row."""
-    x, edit = tokens.expand(len(squares), -1), world.mirrored(board, squares, options.scale)
+    x, edit = tokens.expand(len(squares), -1), world.mirrored(board.border, squares, options.scale)
     with ExitStack() as stack:
         for layer in range(options.first, model.config.n_layers):
 
