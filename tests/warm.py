@@ -43,7 +43,9 @@ READ_LATER = ("PYTHONPATH", "PYTHONDONTWRITEBYTECODE")
 # Snakemake sets them to the threads of a rule, which at smoke scale is 1.
 THREADS = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 WITH = {  # command -> the libraries that it uses
-    **dict.fromkeys("tokenizer corpus activations circuits graphs training".split(), "transformers"),
+    **dict.fromkeys(
+        "tokenizer corpus activations circuits graphs training".split(), "transformers"
+    ),
     **dict.fromkeys("attribution_graph probes crosscoder_evaluation".split(), "transformers"),
     **dict.fromkeys("model sae sae_import crosscoder exports evaluation".split(), "sae_lens"),
     **dict.fromkeys("features attribution benchmarks absorption steering".split(), "sae_lens"),

@@ -106,6 +106,15 @@ CROSSCODERS = {  # of a source of a crosscoder, <arm>.<crosscoder>.<source>.*, b
     "confirmed": "of the exclusive ones, those that latent scaling calls exclusive, too: nu_r < "
     "0.5 and nu_e < 0.2 in every other source (Minder et al. 2025)",
 }
+TRANSCODERS = {  # of a set of all layers, <arm>.<set>.*, and of each layer, <arm>.<set>.l<n>.*
+    "explained_variance": "1 - sum of squared errors / sum of squared deviations of what a layer's "
+    "MLP writes on held-out tokens, from its true input; of a set the mean over layers",
+    "l0": "mean number of active features per token that read the layer; of a set the sum over "
+    "layers",
+    "mse": "mean squared error per token of what the layer's MLP writes; of a set the sum",
+    "silent_share": "share of features that no held-out token makes fire; of a set the mean",
+    "dead_share": "share of features that had been silent for dead_rows rows when training ended",
+}
 ABSORPTION = {  # of a dictionary, one value a seed; SAEBench 0.6.0, Chanin et al. 2024
     "absorption_fraction": "mean over letters of the mean over held-out words, whose first letter "
     "a linear probe sees, of the share that other latents than the letter's carry; of letters "
@@ -242,6 +251,9 @@ def parts(paper: Any) -> dict[str, Any]:
     crossed = {a: found for a in spec.arm_names() if (found := spec.crosscoders_of(a))}
     if crossed:  # absent elsewhere, as those below
         out["crosscoders"] = {arm: list(found) for arm, found in crossed.items()}
+    layered = {a: found for a in spec.arm_names() if (found := spec.transcoders_of(a))}
+    if layered:
+        out["transcoders"] = {arm: list(found) for arm, found in layered.items()}
     if spec.benchmarks:
         out["ks"] = list(spec.benchmarks.ks)
         out |= {"tpp": list(spec.benchmarks.tpp)} if spec.benchmarks.tpp else {}
@@ -251,7 +263,7 @@ def parts(paper: Any) -> dict[str, Any]:
     arms = spec.circuit_arms() if spec.circuits else []
     out["circuits"] = {arm: list(spec.circuits.methods) for arm in arms}
     if spec.graphs:
-        out["graphs"] = {arm: list(spec.graphs.dictionaries) for arm in spec.graph_arms()}
+        out["graphs"] = {arm: spec.graph_dictionaries(arm) for arm in spec.graph_arms()}
     if spec.probes:  # absent elsewhere, so that no other paper's job changes
         hooks = spec.probes.hooks or spec.activations.hooks
         sites = list(dict.fromkeys(["text", "mean", *map(site, hooks)]))
@@ -288,6 +300,9 @@ def known(parts: dict[str, Any]) -> dict[str, str]:
         measured = {m: t for m, t in SAE.items() if m not in SPLICED} | CROSSCODERS
         for sae in names:
             out |= {f"{arm}.{sae}.*.{m}": text for m, text in measured.items()}
+    for arm, names in parts.get("transcoders", {}).items():
+        for name, at in product(names, ("", "l*.")):
+            out |= {f"{arm}.{name}.{at}{m}": text for m, text in TRANSCODERS.items()}
     for prompt in parts["prompts"]:
         out |= {f"attribution.{prompt}.{m}": text for m, text in ATTRIBUTION.items()}
     if parts["prompts"]:
@@ -353,6 +368,15 @@ def crosscoders(arm: str, table: Any) -> dict[str, float]:
         source = "_".join(map(site, row["source"].split()))
         found = {m: row[m] for m in (*SAE, *CROSSCODERS) if m in row}
         out |= {f"{arm}.{row['sae']}.{source}.{m}": float(v) for m, v in found.items()}
+    return out
+
+
+def transcoders(arm: str, table: Any) -> dict[str, float]:
+    """TRANSCODERS of every set of an arm and of each of its layers."""
+    out = {}
+    for row in table.to_dict("records"):
+        at = "" if row["layer"] < 0 else f"l{row['layer']}."
+        out |= {f"{arm}.{row['sae']}.{at}{m}": float(row[m]) for m in TRANSCODERS}
     return out
 
 
@@ -451,6 +475,8 @@ def core(tables: dict[str, Any]) -> dict[str, Any]:
                 out |= {f"{part}.{row['sae']}.{m}": row[m] for m in SAE if m in row}
         if stage == "crosscoders" and not part.endswith("_latents"):
             out |= crosscoders(part, table)
+        if stage == "transcoders":
+            out |= transcoders(part, table)
         if stage == "benchmarks":
             out |= {f"{part}.{m}": v for m, v in sparse_probes(table).items()}
         if stage == "absorption":

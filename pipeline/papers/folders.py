@@ -33,15 +33,22 @@ class Paper:
     spec: PaperSpec
     at: Callable[[str], "Paper"] | None = field(default=None, compare=False, repr=False)
 
+    def _only_layered(self, arm: str) -> bool:
+        """Whether all dictionaries of an arm are sets of transcoders, judged by their own stage."""
+        spec = self.spec
+        return bool(spec.transcoders_of(arm)) and not spec.saes_of(arm)
+
     def tables(self) -> dict[str, str]:
         """Name -> path of every table that this paper's stages write, e.g. 'evaluation/trained'."""
         names = [f"{stage}/{t}" for stage, s in self.spec.own.items() for t in s["tables"]]
         names += [f"training/{run}" for run in self.spec.training]
         if self.spec.sae:
-            names += [f"evaluation/{arm}" for arm in self.spec.arm_names()]
-            names += [f"evaluation/{arm}_history" for arm in self.spec.arm_names()]
+            arms = [a for a in self.spec.arm_names() if not self._only_layered(a)]
+            names += [f"evaluation/{arm}{part}" for part in ("", "_history") for arm in arms]
             crossed = [arm for arm in self.spec.arm_names() if self.spec.crosscoders_of(arm)]
             names += [f"crosscoders/{arm}{part}" for arm in crossed for part in ("", "_latents")]
+            layered = [arm for arm in self.spec.arm_names() if self.spec.transcoders_of(arm)]
+            names += [f"transcoders/{arm}" for arm in layered]
         if self.spec.benchmarks:
             names += [f"benchmarks/{arm}" for arm in self.spec.arm_names()]
         if self.spec.absorption:

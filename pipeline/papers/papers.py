@@ -21,7 +21,7 @@ from pipeline.spec.base import SCALES
 from pipeline.spec.imports import ImportSpec, listing
 from pipeline.spec.once import overlay
 from pipeline.spec.paper import Config, PaperSpec, parse
-from pipeline.spec.sae import CrosscoderSpec
+from pipeline.spec.sae import CrosscoderSpec, TranscodersSpec
 from pipeline.spec.sources import CorpusSpec
 from pipeline.spec.yaml_files import load_yaml
 from pipeline.store.provenance import canonical, digest
@@ -144,7 +144,8 @@ class Run:
 
         Those that are several have names: 'training:<run>', and 'sae:<hook>' or, of transcoders,
         'sae:<hook> to <output hook>'; 'import:<dictionary>' is a published one, and
-        'crosscoder:<source> and <source>' those over these sources, under the first of their arms.
+        'crosscoder:<source> and <source>' those over these sources, under the first of their arms,
+        'transcoders:<read> to <written>' those of all layers.
         """
         if (name, scale, arm) not in self._stores:
             self._stores[name, scale, arm] = self._store(name, scale, arm)
@@ -168,6 +169,8 @@ class Run:
         store, spec = self.store(name, scale, arm), self.paper(name, scale).spec
         if sae in (crossed := spec.crosscoders_of(arm)):
             return store[f"crosscoder:{_sources(crossed[sae], arm, spec)}"]
+        if sae in (layered := spec.transcoders_of(arm)):
+            return store[f"transcoders:{layered[sae].stream}"]
         dictionary = spec.saes_of(arm)[sae]
         return store.get(f"import:{sae}") or store[f"sae:{dictionary.stream}"]
 
@@ -218,6 +221,28 @@ class Run:
                     {"activations": out["activations"].id},
                 )
             out |= self._crosscoders(paper, arm)
+            out |= self._transcoders(paper, arm, model, out["activations"])
+        return out
+
+    def _transcoders(
+        self, paper: Paper, arm: str, model: Item, activations: Item
+    ) -> dict[str, Item]:
+        """The transcoders of all layers of an arm; those of the same hooks share a job."""
+        spec, by_stream, out = paper.spec, {}, {}
+        for name, dictionary in spec.transcoders_of(arm).items():
+            by_stream.setdefault(dictionary.stream, {})[name] = dictionary
+        for stream, found in by_stream.items():
+            first: TranscodersSpec = next(iter(found.values()))
+            kept = {"grid", "arms", "hook", "output_hook", "reads", "writes"}
+            section = {
+                "pairs": first.pairs(spec.activations.hooks),
+                "training": spec.sae.training.model_dump(),
+                "dictionaries": {n: d.model_dump(exclude=kept) for n, d in found.items()},
+            }
+            name = f"{_slug(model.id)}-{re.sub('[. ]', '_', stream)}"
+            made_from = {"activations": activations.id}
+            item = self._item("transcoders", name, {"transcoders": section}, made_from)
+            out[f"transcoders:{stream}"] = item
         return out
 
     def _activations(self, paper: Paper, model: Item, corpus: Item) -> Item:

@@ -185,7 +185,9 @@ class Inputs:
         paper, arm = self.paper(wildcards), self.arm(wildcards, section)
         name = getattr(wildcards, "latents", None) or getattr(paper.spec, section).sae
         name = name.rpartition(".")[2] if section == "features" else name
-        saes = paper.spec.saes_of(arm) | paper.spec.crosscoders_of(arm) if paper.spec.sae else {}
+        spec, saes = paper.spec, {}
+        if spec.sae:
+            saes = spec.saes_of(arm) | spec.crosscoders_of(arm) | spec.transcoders_of(arm)
         known("SAE", name, saes, paper)
         return in_store(self.run.sae_item(paper.name, paper.scale, arm, name), file)
 

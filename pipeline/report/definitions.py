@@ -29,6 +29,7 @@ METHODS = {  # what is scored, and the source
 METRICS = {  # beginning of a metric's name -> its last part: what it is
     "<arm>.<dictionary>": scalars.SAE,
     "<arm>.<crosscoder>.<source>": scalars.CROSSCODERS,
+    "<arm>.<set of transcoders>": scalars.TRANSCODERS,
     "attribution.<prompt>": scalars.ATTRIBUTION,
     "circuits.<arm>.<method>": scalars.CIRCUITS,
     "graphs.<arm>.<dictionaries>": scalars.GRAPHS | scalars.REPLACED,

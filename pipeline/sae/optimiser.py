@@ -47,7 +47,7 @@ class Optimiser:
     """
 
     def __init__(self, sae: Any, training: SaeTraining) -> None:
-        device = sae.W_dec.device
+        device = next(sae.parameters()).device
         self.on_gpu = device.type == "cuda"
         self.trained = {n: p for n, p in sae.named_parameters() if p.requires_grad}
         self.adam = torch.optim.Adam(

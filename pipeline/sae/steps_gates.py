@@ -28,7 +28,7 @@ from pipeline.sae.sparse import Dense, Scratch, Sparse
 from pipeline.sae.steps import DENSE_SHARE, SAMPLE_ROWS, Outcome, laid_out
 
 
-def _support(on: Tensor, scratch: Scratch, dtype: torch.dtype) -> tuple[Any, Any]:
+def support_of(on: Tensor, scratch: Scratch, dtype: torch.dtype) -> tuple[Any, Any]:
     """Where a matrix is on, as a Sparse, or as a Dense if that is in many places.
 
     Args:
@@ -62,7 +62,7 @@ def gated(
     W_dec, xc, l1 = sae.W_dec.detach(), x - sae.b_dec, coefficients["l1"] / len(x)
     norm, gain = W_dec.norm(dim=1), sae.r_mag.exp()
     p = scratch.encode(xc, sae.W_enc)
-    support, pick = _support(p > -sae.b_gate, scratch, x.dtype)
+    support, pick = support_of(p > -sae.b_gate, scratch, x.dtype)
     p = pick(p)
     q = (p + support.spread(sae.b_gate)).relu()
     open_ = q > 0
@@ -102,7 +102,7 @@ def jumprelu(
     theta = sae.threshold.data.clamp_(min=0).to(x.dtype)  # projected as SAELens does it
     width = sae.bandwidth
     p = scratch.encode(xc, sae.W_enc, sae.b_enc)
-    support, pick = _support(p > theta - width / 2, scratch, x.dtype)
+    support, pick = support_of(p > theta - width / 2, scratch, x.dtype)
     p = pick(p)
     above = p - support.spread(theta)
     acts = p * (above > 0)

@@ -6,7 +6,8 @@ Each gives the same latents on the same rows when its library reads it:
 * dictionary_learning 0.1.0 (`load_dictionary`): L1 as AutoEncoderNew, whose reader leaves decoder
   norms alone, TopK, JumpReLU (BatchTopK among them) and gated autoencoders.
 * circuit-tracer 0.5.0 (`load_relu_transcoder`): a layer of a transcoder set. A set has every layer
-  from 0 on, side by side in one folder.
+  from 0 on, side by side in one folder. Transcoders of all layers leave whole, and cross-layer ones
+  as `load_clt` of its repository reads them.
 
 A crosscoder is written under the names and shapes of the CrossCoder of Minder et al. (2025), whose
 library is on no package index; dictionary_learning 0.1.0 has none. With n sources of width d:
@@ -25,6 +26,7 @@ other way, the biases of the encoder take it up:
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -171,6 +173,20 @@ def crosscoder(
         "dict_size": config.d_sae, "activation": "jumprelu" if "threshold" in w else "relu",
     }  # fmt: skip
     write_json(folder / "config.json", about)
+
+
+def transcoders(out: Path, folder: Path) -> None:
+    """Transcoders of all layers as circuit-tracer's: they lie so, or as SAELens's folders."""
+    from safetensors.numpy import load_file
+
+    shutil.copy2(folder / "config.yaml", out / "config.yaml")
+    for file in sorted(folder.glob("*.safetensors")):
+        shutil.copy2(file, out / file.name)
+    for layer in sorted(path for path in folder.glob("layer_*") if path.is_dir()):
+        w = load_file(layer / "sae_weights.safetensors")
+        found = {n: w[n] for n in ("W_dec", "b_enc", "b_dec", "W_skip") if n in w}
+        found |= {"W_enc": w["W_enc"].T, "activation_function.threshold": w["threshold"]}
+        save_tensors(out / f"{layer.name}.safetensors", found)
 
 
 LAYOUTS: dict[str, Callable[[Path, SaeLensConfig, Weights], None]] = {

@@ -32,7 +32,7 @@ from pipeline.errors import RetraceError, nearest
 from pipeline.job import cli
 from pipeline.sharing.export_card import card
 from pipeline.sharing.export_formats import CoreResult, FeatureDetails, SaeLensConfig, check_weights
-from pipeline.sharing.export_layouts import LAYOUTS, crosscoder
+from pipeline.sharing.export_layouts import LAYOUTS, crosscoder, transcoders
 from pipeline.spec.base import Section, sentence
 from pipeline.store import provenance, tables
 
@@ -253,6 +253,15 @@ def saelens(job: cli.Job, export: Export) -> None:
 
 def layout(job: cli.Job, export: Export) -> None:
     """The folder of another library; provenance.json names what it is made of."""
+    entry = tables.read_json(job.args.sae)["saes"].get(export.sae, {})
+    if "layers" in entry:
+        folder = Path(job.args.sae).parent / entry["folder"]
+        made = job.certificate([job.args.sae])
+        with _whole(job.args.out) as out:
+            transcoders(out, folder)
+            files = {file.name: provenance.sha256_file(file) for file in sorted(out.iterdir())}
+            tables.write_json(out / "provenance.json", {"files": files}, made)
+        return
     folder, config, weights = dictionary(job.args.sae, export.sae)
     made = job.certificate([job.args.sae, *sorted(folder.iterdir())])
     with _whole(job.args.out) as out:
@@ -323,7 +332,13 @@ def neuronpedia(job: cli.Job, export: Export) -> None:
 
 def check_kind(manifest: str, export: Export) -> None:
     """Raise where a crosscoder is to leave in the format of one source, or the other way round."""
-    sources = tables.read_json(manifest).get("sources")
+    stored = tables.read_json(manifest)
+    sources, entry = stored.get("sources"), stored["saes"].get(export.sae, {})
+    if "layers" in entry and export.format != "circuit_tracer":
+        raise RetraceError(
+            f"{manifest}: '{export.sae}' is a set of transcoders of all layers, which "
+            f"{export.format} has no place for; export it as circuit_tracer"
+        )
     if sources and export.format != "crosscoder":
         raise RetraceError(
             f"{manifest}: '{export.sae}' is a crosscoder of {len(sources)} sources, which "

@@ -47,10 +47,10 @@ Scale = Annotated[str, Field(pattern=r"^[A-Za-z]\w*$"), AfterValidator(scale_nam
 Dtype = Literal["float32", "float16", "bfloat16"]
 SCALES = ("smoke", "laptop", "paper")  # that every paper has, beside those of its own
 RESULTS = ("store", "logs", "benchmarks", "reference")  # folders of results/ that are no scale
-# Tags of the two kinds of dictionaries; no name holds a space, so no key of a file is one.
+# Tags of the kinds of dictionaries; no name holds a space, so no key of a file is one.
 TRAINED, IMPORTED = "a trained dictionary", "a published dictionary"
-CROSSED = "a crosscoder"
-KINDS = (TRAINED, IMPORTED, CROSSED)  # pydantic's tags, which no message shows
+CROSSED, LAYERED = "a crosscoder", "transcoders of all layers"
+KINDS = (TRAINED, IMPORTED, CROSSED, LAYERED)  # pydantic's tags, which no message shows
 
 
 class Section(BaseModel):

@@ -161,6 +161,12 @@ class GraphsSpec(Section):
                     raise ValueError(f"supernodes.{graph}: '{node}' stands twice; name it once")
         return self
 
+    def among(self, name: str, known: list[str]) -> list[str]:
+        """Those of some dictionaries that a name means, whatever the number of layers is."""
+        before, several, behind = self.dictionaries[name].partition("{layer}")
+        pattern = re.escape(before) + (r"\d+" + re.escape(behind) if several else "")
+        return [one for one in known if re.fullmatch(pattern, one)]
+
     def layered(self, name: str, n_layers: int) -> list[str]:
         """The dictionaries that a name means."""
         pattern = self.dictionaries[name]

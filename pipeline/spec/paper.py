@@ -24,7 +24,7 @@ from pipeline.spec.measured import (
     check_probes,
 )
 from pipeline.spec.own import OwnStage, parted
-from pipeline.spec.sae import CrosscoderSpec, SaeSection, SaeSpec, check_output
+from pipeline.spec.sae import CrosscoderSpec, SaeSection, SaeSpec, TranscodersSpec, check_output
 from pipeline.spec.sources import CorpusSpec, ModelSpec, TokenizerSpec
 from pipeline.spec.training import TrainingSpec
 
@@ -323,6 +323,12 @@ class PaperSpec(Section):
                     )
         self._check_claims()
         self._check_saes()
+        for name in self.graphs.dictionaries if self.graphs else []:
+            if not self.graphs.among(name, list(known := self.sae.expanded())):
+                meant = self.graphs.dictionaries[name]
+                raise ValueError(
+                    f"graphs.dictionaries.{name}: no dictionary '{meant}'{nearest(meant, known)}"
+                )
         check_probes(self)
         return self
 
@@ -380,6 +386,9 @@ class PaperSpec(Section):
             return
         saes, hooks = self.sae.expanded(), self.activations.hooks
         for name, sae in saes.items():
+            if isinstance(sae, TranscodersSpec):
+                self._check_layers(name, sae)
+                continue
             named = sae.hooks if isinstance(sae, CrosscoderSpec) and sae.hooks else [sae.hook]
             if not named[0] and len(hooks) > 1:
                 raise ValueError(f"sae.{name}: name its hook; activations has {', '.join(hooks)}")
@@ -393,25 +402,9 @@ class PaperSpec(Section):
                 self._check_sources(name, sae)
             if sae.output_hook:
                 check_output(sae.output_hook, name, hooks, self.activations.max_norm_ratio)
-            for arm in sae.arms:
-                if arm not in self.arm_names():
-                    raise ValueError(
-                        f"sae.{name}: unknown arm '{arm}'{nearest(arm, self.arm_names())}"
-                    )
-            if isinstance(sae, ImportSpec):
-                continue
-            if sae.k > sae.d_sae:
-                raise ValueError(f"sae.{name}: k {sae.k} is more than its {sae.d_sae} latents")
-            if sae.d_sae > self.sae.training.n_rows:
-                raise ValueError(
-                    f"sae.{name}: {sae.d_sae} latents are wider than {self.sae.training.n_rows} "
-                    f"training rows can train; raise sae.training.n_rows or lower d_sae"
-                )
-            if 0 < self.corpus.n_tokens < sae.d_sae:
-                raise ValueError(
-                    f"sae.{name}: {sae.d_sae} latents are wider than {self.corpus.n_tokens} "
-                    f"tokens can train; raise corpus.n_tokens or lower d_sae"
-                )
+            self._check_arms(name, sae)
+            if not isinstance(sae, ImportSpec):
+                self._check_widths(name, sae)
         used = (
             [("features.saes", s, self.features.arm) for s in self.features.saes]
             if self.features
@@ -429,11 +422,50 @@ class PaperSpec(Section):
                 raise ValueError(f"{key}: no SAE '{name}'{nearest(name, saes)}")
             if isinstance(saes[name], CrosscoderSpec):
                 raise ValueError(f"{key}: '{name}' is a crosscoder; name a dictionary of one hook")
+            if isinstance(saes[name], TranscodersSpec):
+                raise ValueError(
+                    f"{key}: '{name}' is a set of transcoders of all layers; name a dictionary of "
+                    f"one hook"
+                )
             if arm not in (saes[name].arms or self.arm_names()):
                 raise ValueError(f"{key}: SAE '{name}' is not trained on arm '{arm}'")
             alone = isinstance(saes[name], ImportSpec) and not saes[name].decodes
             if not key.startswith("features.") and alone:
                 raise ValueError(f"{key}: '{name}' has no decoder, and only features do without")
+
+    def _check_arms(self, name: str, sae: SaeSpec | ImportSpec) -> None:
+        for arm in sae.arms:
+            if arm not in self.arm_names():
+                raise ValueError(f"sae.{name}: unknown arm '{arm}'{nearest(arm, self.arm_names())}")
+
+    def _check_widths(self, name: str, sae: SaeSpec) -> None:
+        """Raise where a dictionary is too wide for its data, or k for the dictionary."""
+        if sae.k > sae.d_sae:
+            raise ValueError(f"sae.{name}: k {sae.k} is more than its {sae.d_sae} latents")
+        if sae.d_sae > self.sae.training.n_rows:
+            raise ValueError(
+                f"sae.{name}: {sae.d_sae} latents are wider than {self.sae.training.n_rows} "
+                f"training rows can train; raise sae.training.n_rows or lower d_sae"
+            )
+        if 0 < self.corpus.n_tokens < sae.d_sae:
+            raise ValueError(
+                f"sae.{name}: {sae.d_sae} latents are wider than {self.corpus.n_tokens} "
+                f"tokens can train; raise corpus.n_tokens or lower d_sae"
+            )
+
+    def _check_layers(self, name: str, sae: TranscodersSpec) -> None:
+        """Raise where the stored hooks cannot serve transcoders of all layers."""
+        try:
+            sae.pairs(self.activations.hooks)
+        except ValueError as e:
+            raise ValueError(f"sae.{name}: {e}") from None
+        if self.activations.max_norm_ratio:
+            raise ValueError(
+                f"sae.{name}: transcoders need the same tokens at all hooks, and "
+                f"activations.max_norm_ratio drops tokens hook by hook; set it to 0"
+            )
+        self._check_arms(name, sae)
+        self._check_widths(name, sae)
 
     def _check_sources(self, name: str, sae: CrosscoderSpec) -> None:
         """Raise where the sources of a crosscoder do not hold the same tokens."""
@@ -489,6 +521,11 @@ class PaperSpec(Section):
         """The arms whose prompts are traced."""
         return [a for a in self.arm_names() if a not in self.graphs.without]
 
+    def graph_dictionaries(self, arm: str) -> list[str]:
+        """The names of graphs.dictionaries that an arm has."""
+        own = [*self.saes_of(arm), *self.transcoders_of(arm)]
+        return [name for name in self.graphs.dictionaries if self.graphs.among(name, own)]
+
     def probe_arms(self) -> list[str]:
         """The arms whose activations are probed."""
         return [a for a in self.arm_names() if a not in self.probes.without]
@@ -499,7 +536,15 @@ class PaperSpec(Section):
         return {
             n: s if s.hook else s.model_copy(update={"hook": hook})
             for n, s in self.sae.expanded().items()
-            if not isinstance(s, CrosscoderSpec) and (not s.arms or arm in s.arms)
+            if not isinstance(s, CrosscoderSpec | TranscodersSpec) and (not s.arms or arm in s.arms)
+        }
+
+    def transcoders_of(self, arm: str) -> dict[str, TranscodersSpec]:
+        """Expanded name -> transcoders of all layers, for those of the arm."""
+        return {
+            n: s
+            for n, s in (self.sae.expanded() if self.sae else {}).items()
+            if isinstance(s, TranscodersSpec) and (not s.arms or arm in s.arms)
         }
 
     def crosscoders_of(self, arm: str) -> dict[str, CrosscoderSpec]:

@@ -7,7 +7,7 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError, model_validator
 
 from pipeline.errors import nearest
-from pipeline.spec.base import CROSSED, IMPORTED, TRAINED, Name, Section, sentence
+from pipeline.spec.base import CROSSED, IMPORTED, LAYERED, TRAINED, Name, Section, sentence
 from pipeline.spec.imports import ImportSpec
 
 MOST = 1_000  # dictionaries of a grid
@@ -257,6 +257,87 @@ class CrosscoderSpec(SaeSpec):
         return self.models[:1] or self.arms or arms
 
 
+class TranscodersSpec(SaeSpec):
+    """Transcoders of all layers: one of each layer, or a cross-layer transcoder.
+
+    Dunefsky et al. 2024, 2406.11944; Paulo et al. 2025, 2501.18823 (skip); Ameisen et al. 2025.
+
+    activations:
+      layers: [0, 1]
+      hooks: ["blocks.{layer}.mlp.hook_in", "blocks.{layer}.hook_mlp_out"]
+    sae:
+      dictionaries:
+        single: {layers: each, architecture: topk, d_sae: 1024, k: 16, skip: true}
+        cross: {layers: cross, architecture: jumprelu, d_sae: 1024, l0_coefficient: 2}
+    """
+
+    layers: Literal["each", "cross"] = Field(
+        description="each: a transcoder a layer; cross: a feature writes to all later layers, too"
+    )
+    reads: str = Field(default="mlp.hook_in", description="the hook of a layer that is read")
+    writes: str = Field(default="hook_mlp_out", description="the hook that is reconstructed")
+    skip: bool = Field(default=False, description="each: y_hat has a linear term in x, W_skip")
+    tanh_scale: float = Field(
+        default=4.0, gt=0, description="jumprelu: c of the penalty tanh(c |W_dec| f) (SAELens's)"
+    )
+    l0_warmup_share: float = Field(
+        default=1.0, ge=0, le=1, description="share of the steps over which l0_coefficient rises "
+        "from 0 (Ameisen et al. 2025: all)",
+    )  # fmt: skip
+    pre_act_coefficient: float = Field(
+        default=3e-6, ge=0, description="jumprelu: of the pre-activation loss of dead latents "
+        "(Anthropic's value, as SAELens states)",
+    )  # fmt: skip
+
+    ARCHITECTURES: ClassVar = ("topk", "batchtopk", "jumprelu")
+
+    @model_validator(mode="after")
+    def _layered(self) -> "TranscodersSpec":
+        if self.architecture not in self.ARCHITECTURES:
+            raise ValueError(
+                f"architecture: {self.architecture} is not trained over all layers; use "
+                f"{', '.join(self.ARCHITECTURES)}"
+            )
+        for key in ("hook", "output_hook", "resample_steps", "l0_warmup_steps"):
+            if getattr(self, key):
+                instead = {"l0_warmup_steps": "l0_warmup_share", "resample_steps": "nothing"}
+                raise ValueError(
+                    f"{key}: not for transcoders of all layers; write "
+                    f"{instead.get(key, 'reads and writes')} in its place"
+                )
+        if self.skip and self.layers == "cross":
+            raise ValueError(
+                "skip: circuit-tracer's files of a cross-layer transcoder hold no W_skip; leave it "
+                "out, or write layers: each"
+            )
+        return self
+
+    @property
+    def stream(self) -> str:
+        """What is read and written; sets with the same share a job."""
+        return f"{self.reads} to {self.writes}"
+
+    def pairs(self, stored: list[str]) -> list[tuple[str, str]]:
+        """(hook read, hook written) of each layer, from 0 on, out of the stored hooks.
+
+        Raises:
+            ValueError: a layer of these has one of the two and not the other, or is missing.
+        """
+        of = {
+            at: {int(h.split(".")[1]) for h in stored if h == f"blocks.{h.split('.')[1]}.{at}"}
+            for at in (self.reads, self.writes)
+        }
+        layers = sorted(of[self.reads] | of[self.writes])
+        for layer in range(layers[-1] + 1 if layers else 1):
+            for at, found in of.items():
+                if layer not in found:
+                    raise ValueError(
+                        f"hook 'blocks.{layer}.{at}' is not stored, and every layer is needed; add "
+                        f"it to activations.hooks"
+                    )
+        return [(f"blocks.{n}.{self.reads}", f"blocks.{n}.{self.writes}") for n in layers]
+
+
 def check_output(output_hook: str, name: str, hooks: list[str], max_norm_ratio: float) -> None:
     """Raise where the activations section cannot serve a transcoder."""
     if output_hook not in hooks:
@@ -272,17 +353,20 @@ def check_output(output_hook: str, name: str, hooks: list[str], max_norm_ratio: 
 
 
 def _kind(value: Any) -> str:
-    """Which of the three an entry of dictionaries is, by the keys that only it has."""
+    """Which of the four an entry of dictionaries is, by the keys that only it has."""
     if isinstance(value, ImportSpec) or (isinstance(value, dict) and "source" in value):
         return IMPORTED
+    if isinstance(value, TranscodersSpec) or (isinstance(value, dict) and "layers" in value):
+        return LAYERED
     crossed = isinstance(value, dict) and ("hooks" in value or "models" in value)
     return CROSSED if crossed or isinstance(value, CrosscoderSpec) else TRAINED
 
 
-# Trained here, over one source or several, or published by others.
+# Trained here, over one source, several or all layers, or published by others.
 Dictionary = Annotated[
     Annotated[SaeSpec, Tag(TRAINED)]
     | Annotated[CrosscoderSpec, Tag(CROSSED)]
+    | Annotated[TranscodersSpec, Tag(LAYERED)]
     | Annotated[ImportSpec, Tag(IMPORTED)],
     Discriminator(_kind),
 ]

@@ -335,7 +335,11 @@ def work(job: cli.Job) -> None:
     skip_first = tables.read_json(args.activations)["skip_first"]
     text = blocks(args.corpus, "eval", spec.n_blocks).to(device)
     rows: dict[str, list[dict[str, Any]]] = {}
+    listed = [one for manifest in args.saes for one in tables.read_json(manifest)["saes"]]
     for name in spec.dictionaries:
+        if not spec.among(name, listed):
+            cli.log.info("%s: of other arms", name)
+            continue
         d = load(args.saes, spec, name, n_layers, skip_first, device)
         check(loaded.hf, d, name)
         about = {"dictionary": name, "n_layers": n_layers, "d_sae": len(d.b_enc[0])}
@@ -344,6 +348,11 @@ def work(job: cli.Job) -> None:
             for table, some in found.items():
                 rows.setdefault(table, []).extend(some)
         cli.log.info("%s: %d prompts traced", name, len(spec.prompts))
+    if not rows:
+        raise RetraceError(
+            f"graphs.dictionaries: none of {', '.join(spec.dictionaries)} is of this arm; add one, "
+            f"or name the arm in graphs.without"
+        )
     made = job.certificate([args.model, args.corpus, args.activations, *args.saes], seed=spec.seed)
     for table, some in rows.items():
         out = args.out if table == "scores" else getattr(args, table)
