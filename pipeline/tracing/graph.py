@@ -151,10 +151,11 @@ class Tracer:
             if at < 0:
                 out[:, embeds : embeds + n] = _products(g, self.linear.embed[:n])
                 break
+            some = out[: len(g)]
             for writer in self.writers[at]:
-                writer.add(g, out)
+                writer.add(g, some)
             start = errors + at * self.n_pos
-            out[:, start : start + n] = _products(g, self.replacement.errors[at][:n])
+            some[:, start : start + n] = _products(g, self.replacement.errors[at][:n])
         return out
 
     def feature_rows(self, some: Int64[Tensor, " batch"]) -> Float[Tensor, "batch columns"]:

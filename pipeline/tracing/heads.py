@@ -99,8 +99,8 @@ def carried(
 
     def at_attention(layer: int, g: Tensor) -> None:
         attention = linear.layers[layer].attention
-        z = attention.z(streams[layer])[:, : g.shape[1]]
-        out[place, layer] = (attention.at_z(g) * z).sum((1, 3))
+        z = attention.z(streams[layer])[: len(g), : g.shape[1]]
+        out[place[: len(g)], layer] = (attention.at_z(g) * z).sum((1, 3))
 
     layers = [targets[i][0] for i in order]
     positions = torch.tensor([targets[i][1] for i in order], device=out.device)

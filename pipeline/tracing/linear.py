@@ -280,42 +280,40 @@ class Linear:
         """The gradient of each direction's projection, at each place where something is written.
 
         Yields (l, gradient at y_l) from the highest layer that matters down to 0, and (-1, gradient
-        at the embedding) at last; positions behind the last one are left out. A direction at layer
-        l is of what the dictionary of l reads, at layer n_layers of what the unembedding reads.
+        at the embedding) at last, each of the first directions alone, those of layers above l;
+        positions behind the last one are left out. A direction at layer l is of what the dictionary
+        of l reads, at layer n_layers of what the unembedding reads.
 
         Args:
             layers: of each direction, not increasing.
-            at_attention: called with a layer and the gradient at what its attention writes.
+            at_attention: called with a layer and the gradient at what its attention writes, of
+                the directions that have one.
         """
         n_pos, top = int(positions.max()) + 1, len(self.layers)
         state = directions.new_zeros(len(layers), n_pos, directions.shape[1])
 
-        def injected(at: int) -> slice:
-            rows = [i for i, layer in enumerate(layers) if layer == at]
-            return slice(rows[0], rows[-1] + 1) if rows else slice(0, 0)
-
-        def place(rows: slice) -> Tensor:
-            there = torch.zeros_like(state[rows])
-            there[torch.arange(len(there)), positions[rows]] = directions[rows]
+        def place(first: int, end: int) -> Tensor:
+            there = torch.zeros_like(state[first:end])
+            at = torch.arange(end - first, device=there.device)
+            there[at, positions[first:end]] = directions[first:end]
             return there
 
-        rows = injected(top)
-        state[rows] = self.final.pull(place(rows))
+        begun = sum(layer == top for layer in layers)
+        state[:begun] = self.final.pull(place(0, begun))
         for i in range(min(max(layers), top - 1), -1, -1):
-            layer = self.layers[i]
-            started = max(layers) > i
-            if started:
-                yield i, state
-            rows = injected(i)
-            read = layer.skipped(state) if layer.W_skip is not None and started else None
-            if rows.stop:
-                read = torch.zeros_like(state) if read is None else read
-                read[rows] += place(rows)
-            back = None if read is None else layer.read.pull(read)
-            mid = state if back is None or layer.from_pre else state + back
+            layer, now = self.layers[i], begun + sum(at == i for at in layers)
+            if begun:
+                yield i, state[:begun]
+            back = torch.zeros_like(state[:now])
+            back[begun:] = layer.read.pull(place(begun, now))
+            if layer.W_skip is not None:
+                back[:begun] = layer.read.pull(layer.skipped(state[:begun]))
+            mid = state[:now] if layer.from_pre else state[:now] + back
             at_attention(i, mid)
-            state = mid + layer.attention.pull(mid)
-            state = state + back if back is not None and layer.from_pre else state
+            state[:now] = mid + layer.attention.pull(mid)
+            if layer.from_pre:
+                state[:now] += back
+            begun = now
         yield -1, state
 
     def pushed(
