@@ -141,12 +141,17 @@ def names_of(graph: Graph) -> list[str]:
 
 
 def node_rows(
-    graph: Graph, pruned: Pruned, texts: list[str], words: dict[int, str], groups: dict[str, list]
+    graph: Graph,
+    pruned: Pruned,
+    ids: list[int],
+    texts: list[str],
+    words: dict[int, str],
+    groups: dict[str, list],
 ) -> list[dict[str, Any]]:
     """A row per node that is kept.
 
     Args:
-        texts: of the prompt's tokens; words: of the explained ones.
+        ids, texts: of the prompt's tokens; words: of the explained ones.
         groups: supernode -> names of nodes.
     """
     names, out = names_of(graph), []
@@ -166,7 +171,7 @@ def node_rows(
             layer, at = divmod(i - n, graph.n_pos)
             embed = layer == graph.n_layers
             row |= {"kind": "embed" if embed else "error", "layer": -1 if embed else layer}
-            row |= {"number": -1}
+            row |= {"number": ids[at] if embed else -1}
         else:
             at, number = graph.n_pos - 1, int(graph.logits.tokens[i - n_columns])
             row |= {"kind": "logit", "layer": graph.n_layers, "number": number}
@@ -279,7 +284,7 @@ def traced(
         )  # fmt: skip
     groups = spec.supernodes.get(f"{name}.{prompt}", {})
     rows = {
-        "nodes": node_rows(graph, pruned, texts, words, groups),
+        "nodes": node_rows(graph, pruned, ids.tolist(), texts, words, groups),
         "edges": edge_rows(graph, pruned),
         "heads": head_rows(model, graph, pruned, spec.n_heads_edges),
         "suppressed": suppressed_rows(loaded, model, graph, pruned, spec.n_suppressed, spec.seed),
