@@ -70,7 +70,8 @@ class LayeredDictionary(Dictionary):
         latents = model.n_layers * model.d_sae
         self.dead = DeadLatents(latents, training, n_steps, model.home)
         self.memory: layered_steps.Memory | None = None
-        self.history: list[list[float]] = []
+        self._history: list[list[float]] = []
+        self._unread: list[tuple[list[float], float, Tensor]] = []
         self._unchecked: list[tuple[int, Tensor]] = []
 
     def _update(self, x: Tensor, step: int, dead: Tensor | None, scratch: Any, **more: Any) -> Any:
@@ -85,7 +86,7 @@ class LayeredDictionary(Dictionary):
     def record(self, outcome: Any, x: Float[Tensor, "batch both"], step: int, scale: float) -> None:
         _, y = self.sae.split(x)
         scales = torch.tensor(self.target_scales, device=y.device)
-        self.history.append(
+        self._history.append(
             [
                 step + 1,
                 (step + 1) * len(x),
@@ -107,7 +108,7 @@ class LayeredDictionary(Dictionary):
                 key: t.to(parameter.device, copy=True) for key, t in state.items()
             }
         self.dead.restore(tensors)
-        self.history = tensors["history"].tolist()
+        self._history = tensors["history"].tolist()
 
 
 def _part(tensors: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:
