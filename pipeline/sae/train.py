@@ -320,7 +320,7 @@ def train(
     """
     one = dictionaries[0]
     half = one.optimiser.on_gpu and one.training.precision == "bfloat16"
-    lanes = Lanes(half, len(dictionaries), one.sae.W_dec.device)
+    lanes = Lanes(half, len(dictionaries), one.dead.rows_since_fired.device)
     every, saved = max(1, n_steps // N_RECORDS), time.monotonic()
     for step, x in enumerate(stream.batches(first, n_steps), first):
         done = step + 1
