@@ -160,14 +160,18 @@ def by_part(task: Task, grads: Taps, patterns: bool = False) -> Dots:
 
 def scored(task: Task, nodes: list[Node], dots: Dots) -> Float[Tensor, "nodes batch"]:
     """Sums of `by_part` over the positions of each node."""
-    masks = {p: task.pairs.mask(p) for p in {n.position for n in nodes}}
-
-    def score(node: Node) -> Float[Tensor, " batch"]:
-        dot = dots[node.kind, node.layer]
-        dot = dot[..., node.head] if node.head >= 0 else dot
-        return (dot * masks[node.position]).sum(-1)
-
-    return torch.stack([score(node) for node in nodes])
+    positions = {p: i for i, p in enumerate(dict.fromkeys(n.position for n in nodes))}
+    masks = torch.stack([task.pairs.mask(p) for p in positions])
+    parts: dict[tuple[str, int], list[int]] = {}
+    for i, node in enumerate(nodes):
+        parts.setdefault((node.kind, node.layer), []).append(i)
+    out = torch.empty(len(nodes), len(task.before), device=masks.device)
+    for part, some in parts.items():
+        dot = dots[part] if dots[part].dim() == 3 else dots[part][..., None]
+        sums = torch.einsum("pbs,bsh->pbh", masks.to(dot.dtype), dot)
+        at = [positions[nodes[i].position] for i in some]
+        out[some] = sums[at, :, [max(nodes[i].head, 0) for i in some]].to(out.dtype)
+    return out
 
 
 def attribution_patching(

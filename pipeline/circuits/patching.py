@@ -24,7 +24,15 @@ from torch import Tensor
 
 from pipeline.models.heads import Slot
 from pipeline.models.pairs import Node, Stream, Task
-from pipeline.models.rerun import OnDone, ignore, in_passes, patched, pieces, rerun
+from pipeline.models.rerun import (
+    OnDone,
+    ignore,
+    in_passes,
+    patched,
+    pieces,
+    rerun,
+    rerun_by_length,
+)
 
 # Where what a node writes enters the stream. In a parallel layer the MLP does not read what
 # attention writes, so that it enters behind the MLP.
@@ -89,7 +97,8 @@ def activation_patching(
         hook, position = key
         stream = task.base.at(hook)
         streams = [stream + changed_by(task, nodes[i]) for i in some]
-        return patched(task, hook, streams, task.pairs.first_change(position))
+        start = task.pairs.first_change(position)
+        return patched(task, hook, streams, start, rerun_by_length)
 
     keys = [(f"blocks.{n.layer}.hook_{entry[n.kind]}", n.position) for n in nodes]
     return in_passes(task, keys, m_of, lambda key: task.pairs.first_change(key[1]), on_done)

@@ -335,7 +335,7 @@ def _goes_on(hf: nn.Module, tokens: Int[Tensor, "batch pos"]) -> bool:
         hook = f"blocks.{len(base.pre) // 2}.hook_resid_pre"
         if not base.past:
             return True
-        found = rerun.on_past(task, hook, pairs.gathered(base.at(hook), at)[None], at)[0]
+        found = rerun.on_past(task, hook, pairs.gathered(base.at(hook), at)[None], at, rows)[0]
     except Exception:  # of another's code on a mask that it does not expect
         return False
     return alike(found, pairs.gathered(base.post[-1], at), found.dtype)

@@ -20,6 +20,7 @@ from pipeline.models import splice
 from pipeline.models.pairs import Pairs, Stream, Task
 
 TOKENS_PER_PASS = {"cpu": 4096, "cuda": 32_768}
+WORTH_A_PASS = {"cpu": 128, "cuda": 32_768}  # tokens from which a pass of its own costs no more
 OnDone = Callable[[int], None]  # called with the number of interventions that are done
 
 
@@ -42,8 +43,45 @@ def rerun(
     pairs = task.pairs
     if not task.base.past:
         return task.metric(pairs.at_end(_on_whole_prompts(task, hook, x, places)))
-    end = on_past(task, hook, x, places)
+    end = on_past(task, hook, x, places, pairs.rows)
     return task.metric(end[:, pairs.rows, pairs.end - places[:, 0]])
+
+
+def rerun_by_length(
+    task: Task,
+    hook: str,
+    x: Float[Tensor, "runs batch suffix d_model"],
+    places: Int[Tensor, "batch suffix"],
+) -> Float[Tensor, "runs batch"]:
+    """`rerun` in several passes, so that short suffixes are not filled up to the longest.
+
+    The rows of a pass are not those of the task: it is not for runs whose hooks count them.
+    """
+    pairs = task.pairs
+    last = pairs.end - places[:, 0]
+    groups = alike(last + 1, len(x), WORTH_A_PASS.get(x.device.type, 32_768))
+    if not task.base.past or len(groups) == 1:
+        return rerun(task, hook, x, places)
+    ends = torch.empty_like(x[:, :, 0])
+    for some in groups:
+        length = int(last[some].max()) + 1
+        end = on_past(task, hook, x[:, some, :length], places[some, :length], some)
+        ends[:, some] = end[:, torch.arange(len(some), device=some.device), last[some]].to(x.dtype)
+    return task.metric(ends)
+
+
+def alike(lengths: Int[Tensor, " batch"], runs: int, least: int) -> list[Int[Tensor, " some"]]:
+    """Prompts in groups of similar length, each of at least `least` tokens over all runs."""
+    groups: list[list[int]] = []
+    full = True
+    for i in lengths.argsort(descending=True, stable=True).tolist():
+        if full and (not groups or lengths[i] < lengths[groups[-1][0]]):
+            groups.append([])
+        groups[-1].append(i)
+        full = runs * len(groups[-1]) * int(lengths[groups[-1][0]]) >= least
+    if not full and len(groups) > 1:
+        groups[-2:] = [groups[-2] + groups[-1]]
+    return [torch.tensor(sorted(some), device=lengths.device) for some in groups]
 
 
 def _on_whole_prompts(
@@ -64,14 +102,20 @@ def on_past(
     hook: str,
     x: Float[Tensor, "runs batch suffix d_model"],
     places: Int[Tensor, "batch suffix"],
+    rows: Int[Tensor, " batch"],
 ) -> Float[Tensor, "runs batch suffix d_model"]:
-    """The stream before the final norm at `places`, on the keys and values of the base run."""
+    """The stream before the final norm at `places`, on the keys and values of the base run.
+
+    Args:
+        rows: which prompts of the task these are.
+    """
     from transformers import DynamicCache
 
     k, n = x.shape[:2]
     cache, first = DynamicCache(), int(hook.split(".")[1])
     x = x.to(task.base.at(hook).dtype)
     for i, past in enumerate(task.base.past):  # layers below the hook do not run and need no copy
+        past = [t[rows] for t in past]
         cache.update(*(t.repeat(k, 1, 1, 1) if i >= first else t for t in past), i)
     last_position = task.pairs.base.shape[1] - 1  # rotary angles may depend on the largest
     end = splice.resume_stream(
@@ -104,16 +148,21 @@ def _attention_mask(
 
 
 def patched(
-    task: Task, hook: str, streams: Iterable[Stream], start: Int[Tensor, " batch"]
+    task: Task,
+    hook: str,
+    streams: Iterable[Stream],
+    start: Int[Tensor, " batch"],
+    again: Callable[..., Tensor] = rerun,
 ) -> Float[Tensor, "runs batch"]:
     """m of base runs, one per stream, with the stream at `hook` replaced by it.
 
     Args:
         streams: equal to the base run's before `start`.
+        again: `rerun`, or `rerun_by_length`.
     """
     places = task.pairs.suffix(start)
     x = torch.stack([task.pairs.gathered(stream, places) for stream in streams])
-    return rerun(task, hook, x, places)
+    return again(task, hook, x, places)
 
 
 def pieces(pairs: Pairs, items: list, length: int) -> Iterator[list]:

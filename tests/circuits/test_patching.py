@@ -22,7 +22,7 @@ from pipeline.circuits.patching import (
     path_patching,
 )
 from pipeline.errors import RetraceError
-from pipeline.models import hooks
+from pipeline.models import hooks, rerun
 from pipeline.models.heads import Heads
 from pipeline.models.native import NativeForCausalLM
 from pipeline.models.pairs import Node, Pairs, Task
@@ -101,12 +101,23 @@ def test_the_metric_and_the_parts_that_sum_to_it(task):
 
 
 @pytest.mark.parametrize("position", ["", "name", "@4", "@6"])  # @6: behind the first's end
-def test_patched_heads_are_whole_forward_passes(task, position):
+@pytest.mark.parametrize("worth", [1, 9999], ids=["by length", "together"])
+def test_patched_heads_are_whole_forward_passes(task, position, worth, monkeypatch):
+    monkeypatch.setitem(rerun.WORTH_A_PASS, "cpu", worth)
     nodes = [Node("head", i, h, position) for i in range(3) for h in range(4)]
     found = activation_patching(task, nodes)
     for node, effect in zip(nodes, found, strict=True):
         want = with_z(task, node.layer, node.head, task.pairs.mask(position)) - task.before
         torch.testing.assert_close(effect, want, **CLOSE)
+
+
+@pytest.mark.parametrize(
+    "least, want",
+    [(1, [[1, 4], [0, 3], [2]]), (9, [[1, 4], [0, 2, 3]]), (10, [[0, 1, 2, 3, 4]])],
+)
+def test_prompts_of_similar_length_share_a_pass_that_is_large_enough(least, want):
+    found = rerun.alike(torch.tensor([3, 5, 1, 3, 5]), 1, least)
+    assert [some.tolist() for some in found] == want
 
 
 @pytest.mark.parametrize(
