@@ -320,7 +320,8 @@ def train(
     """
     one = dictionaries[0]
     half = one.optimiser.on_gpu and one.training.precision == "bfloat16"
-    lanes = Lanes(half, len(dictionaries), one.sae.W_dec.device)
+    n_scores = stream.batch_size * max(d.sae.cfg.d_sae for d in dictionaries)
+    lanes = Lanes(half, len(dictionaries), n_scores, one.sae.W_dec.device)
     every, saved = max(1, n_steps // N_RECORDS), time.monotonic()
     for step, x in enumerate(stream.batches(first, n_steps), first):
         done = step + 1
