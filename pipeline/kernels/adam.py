@@ -36,7 +36,7 @@ from pipeline.kernels.bags import _sum
 # warps share a sum, and wait for each other (ten times as long on an H200).
 BLOCK, ENTRIES, WARPS = 256, 8, 1
 LONG = 32  # entries from which on a latent's gradient is summed in pieces of so many
-SLICE = 64  # rows whose weighted sum is one part of `bias_sums`
+SLICE = 32  # rows whose weighted sum is one part of `bias_sums`
 STREAM = "evict_first"  # weights and moments are met once a step; x and d should stay in the cache
 
 
@@ -123,8 +123,13 @@ def _gradient(
         chunk = first // LONG
         one = 2 * chunk + tl.where(first % LONG == 0, 0, 1)
         total += tl.load(pieces + one * d + at, mask=at < d, other=0.0)
-        for c in range(chunk + 1, tl.cdiv(last, LONG)):
-            total += tl.load(pieces + 2 * c * d + at, mask=at < d, other=0.0)
+        end = tl.cdiv(last, LONG)
+        for begin in range(chunk + 1, end, ENTRIES):
+            c = begin + tl.arange(0, ENTRIES)
+            mask = (c < end)[:, None] & (at < d)[None, :]
+            total += tl.sum(
+                tl.load(pieces + 2 * c[:, None] * d + at[None, :], mask=mask, other=0.0), 0
+            )
     if EXTRA:
         total += tl.load(more + slot * d + at, mask=(at < d) & (slot >= 0), other=0.0)
     return total
@@ -224,10 +229,10 @@ def bias_sums(d: Tensor, enc: Tensor, biases: Tensor, scale: Tensor) -> Tensor:
     """
     rows, latents = triton.cdiv(len(d), SLICE), triton.cdiv(len(enc), SLICE)
     out = torch.empty(rows + latents, d.shape[1], device=d.device)
-    block = 128
+    block = 512
     _bias_sums[(rows + latents, triton.cdiv(d.shape[1], block))](
         d, enc, biases, scale, out, len(d), len(enc), d.shape[1], d.stride(0), rows, SLICE, block,
-        SLICE, num_warps=4,
+        8, num_warps=2,
     )  # fmt: skip
     return out.sum(0)
 

@@ -85,6 +85,8 @@ def groups_of(columns: int, k: int) -> int | None:
     A slice is a power of two wide where columns allow it: programs work on so many.
     """
     width = min(columns & -columns, WIDTH)
+    if columns // width * k > WIDEST // 4 and columns % (2 * WIDTH) == 0:
+        width = 2 * WIDTH  # fewer scores are compared in the end
     groups = columns // width
     if not (width >= k and groups >= 4 and groups * k <= 2 * WIDEST):
         groups = max(GROUPS, triton.cdiv(columns, WIDEST))

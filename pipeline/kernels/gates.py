@@ -14,7 +14,9 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-ROWS, TILE, BLOCK = 128, 16, 256  # rows a program sums; rows, columns that it loads at a time
+# Rows that a program sums; rows and columns that it loads at a time: a thread holds eight columns
+# of all of these rows, so that it adds them up alone.
+ROWS, TILE, BLOCK = 128, 4, 1024
 
 
 @triton.jit

@@ -126,8 +126,7 @@ class FusedStep:
         d, pulls, about, r = rows.residual(latents, acts, x, b_dec, dec, keep=keep)
         ordered, order, starts = in_order()
         at, _, a, g = rows.in_order(order, acts, pulls)
-        entries = adam.Entries(ordered, starts, at, at, a, g, xc, d.flatten(0, 1))
-        return entries, d[:, 0], about, r
+        return adam.Entries(ordered, starts, at, at, a, g, xc, d), d, about, r
 
     def _choice(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Latents and activations of the k largest scores of every row, [batch k]."""
@@ -149,22 +148,26 @@ class FusedStep:
         sae, widths, norm = self.sae, self.widths, self.operands.norm
         n, groups = int(sae.cfg.k * len(x)), batch.groups_of(scores.shape[1])
         if groups and scores.dtype == torch.bfloat16:
-            latents, row_of, kept, acts, starts = batch.largest(scores, norm, n, groups)
+            latents, row_of, kept, acts = batch.largest(scores, norm, n, groups)
         else:
             at = largest_of_all(scores, n)
             row_of, latents = (t.int() for t in (at // scores.shape[1], at % scores.shape[1]))
-            kept, starts = scores.view(-1)[at].relu(), starts_of(row_of, len(x))
+            kept = scores.view(-1)[at].relu()
             acts = kept / norm[latents]
         move_threshold(sae, kept)
+        virtual = row_of
+        if len(widths) > 1:  # entries level by level
+            virtual = row_of * len(widths) + torch.bucketize(latents, widths, right=True).int()
+            virtual, order = virtual.sort(stable=True)
+            latents, row_of, acts = latents[order], row_of[order], acts[order]
         in_order = scratch.beside(partial(by_latent, latents, scores.shape[1]), x.device)
-        if len(widths) > 1:
-            starts = rows.levels(latents, starts, widths)
-        d, pulls, about, r = rows.residual(
-            latents, acts, x, sae.b_dec, self.operands.dec, starts=starts, n_levels=len(widths),
-            keep=keep,
+        starts = starts_of(virtual, len(x) * len(widths))
+        d, pulls, about, r = rows.nested(
+            latents, virtual, acts, starts, x, sae.b_dec, self.operands.dec,
+            n_levels=len(widths), keep=keep,
         )  # fmt: skip
         ordered, order, starts = in_order()
-        at, virtual, a, g = rows.in_order(order, acts, pulls, row_of, latents, widths)
+        at, virtual, a, g = rows.in_order(order, acts, pulls, row_of, virtual)
         entries = adam.Entries(ordered, starts, at, virtual, a, g, xc, d.flatten(0, 1))
         return entries, d[:, 0], about, r
 

@@ -23,7 +23,8 @@ from pipeline.sae.steps import Outcome
 # memory, which dictionaries share, reach its final size, because a graph keeps fixed addresses.
 # Every dictionary takes one at least, in which its own state is made.
 EAGER_STEPS = 3
-LANES = 4  # CUDA streams of many dictionaries
+# CUDA streams of many dictionaries, and bytes of the [batch d_sae] matrices of all streams.
+LANES, LANES_BYTES = 8, 1 << 30
 
 
 class RecordedStep:
@@ -101,11 +102,15 @@ class Lanes:
     Args:
         half: see Scratch.
         n_dictionaries: how many take turns.
+        n_scores: batch times d_sae of the widest.
         device: theirs.
     """
 
-    def __init__(self, half: bool, n_dictionaries: int, device: torch.device) -> None:
-        n = min(LANES, n_dictionaries) if device.type == "cuda" else 1
+    def __init__(
+        self, half: bool, n_dictionaries: int, n_scores: int, device: torch.device
+    ) -> None:
+        fit = max(1, LANES_BYTES // (n_scores * (2 if half else 4)))
+        n = min(LANES, n_dictionaries, fit) if device.type == "cuda" else 1
         self.device, self.scratch = device, [Scratch(half) for _ in range(n)]
         self.streams = [torch.cuda.Stream(device) for _ in range(n)] if n > 1 else []
 

@@ -320,7 +320,9 @@ def train(
     """
     one = dictionaries[0]
     half = one.optimiser.on_gpu and one.training.precision == "bfloat16"
-    lanes = Lanes(half, len(dictionaries), one.dead.rows_since_fired.device)
+    counts = [d.dead.rows_since_fired for d in dictionaries]
+    n_scores = stream.batch_size * max(map(len, counts))
+    lanes = Lanes(half, len(dictionaries), n_scores, counts[0].device)
     every, saved = max(1, n_steps // N_RECORDS), time.monotonic()
     for step, x in enumerate(stream.batches(first, n_steps), first):
         done = step + 1

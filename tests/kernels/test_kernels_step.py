@@ -42,9 +42,10 @@ def pair(architecture: str, **options):
 @pytest.mark.parametrize(
     "architecture, options",
     [("topk", {}), ("topk", {"rescale_acts_by_decoder_norm": False}), ("batchtopk", {}),
-     ("matryoshka_batchtopk", {})],
+     ("batchtopk", {"k": 20}), ("matryoshka_batchtopk", {})],
 )  # fmt: skip
 def test_a_fused_step_is_a_step_of_adam(architecture, options, dead, capacity, monkeypatch):
+    """With k = 20, fewer than k a row are above zero."""
     monkeypatch.setattr(adam, "LONG", 8)
     monkeypatch.setattr(choice, "WIDTH", 2)
     sae, plain, step = pair(architecture, **options)
@@ -59,7 +60,7 @@ def test_a_fused_step_is_a_step_of_adam(architecture, options, dead, capacity, m
         got = step(x, **how, **more)
         torch.testing.assert_close(got.loss, want.loss)
         torch.testing.assert_close(got.mse, want.mse)
-        assert got.l0.item() == pytest.approx(want.l0.item())
+        assert got.l0.item() == pytest.approx(want.l0.item()) and got.l0 <= sae.cfg.k
         assert torch.equal(got.fired, want.fired)
     if hasattr(sae, "topk_threshold"):
         torch.testing.assert_close(step.sae.topk_threshold, sae.topk_threshold)
