@@ -121,6 +121,7 @@ features_spec, feature_page_spec = ask(PARAMS.features_spec)(), ask(PARAMS.featu
 item_spec_of, code_of = ask(PARAMS.item_spec), ask(PARAMS.code)
 metrics_spec, claims_spec = ask(PARAMS.metrics_spec)(), ask(PARAMS.claims_spec)()
 figure_spec, graph_spec = ask(PARAMS.figure_spec)(), ask(PARAMS.graph_spec)()
+traced_spec = ask(PARAMS.traced_spec)()
 report_spec, index_spec = ask(PARAMS.report_spec)(), ask(PARAMS.index_spec)()
 own_spec_of, own_code_of = ask(OWN.spec), ask(OWN.code)
 training_code = ask(PARAMS.training_code)()

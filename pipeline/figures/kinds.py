@@ -16,7 +16,7 @@ from pipeline.figures.kinds_common import in_words, named, need, title_of
 from pipeline.figures.kinds_effects import agreement, estimates, heads
 from pipeline.figures.kinds_learning import learning
 from pipeline.figures.kinds_lines import bars, lines
-from pipeline.figures.kinds_maps import matrix, trajectories
+from pipeline.figures.kinds_maps import matrix, traced, trajectories
 from pipeline.figures.kinds_sae import dead, pareto, scaling
 from pipeline.figures.kinds_spread import cumulative, density, histogram
 from pipeline.figures.kinds_verdicts import verdicts
@@ -181,5 +181,6 @@ KINDS = {
     for f in (
         pareto, scaling, training, density, attribution, completeness, dead, verdicts, lines,
         learning, bars, agreement, estimates, heads, matrix, trajectories, histogram, cumulative,
+        traced,
     )
 }  # fmt: skip

@@ -1,6 +1,7 @@
 """A graph that a reader walks: nodes and signed links between them; no torch.
 
-templates/walk.js shows, at a click, what a node reads and what reads it.
+templates/walk.js shows, at a click, what a node reads and what reads it. `attribution_graph` lays
+out the tables of the stage graphs: tokens across, layers upwards, supernodes as one node each.
 """
 
 from typing import Any
@@ -116,3 +117,99 @@ def ruled(figure: go.Figure, rows: list[str], columns: list[str]) -> None:
         tickvals=list(range(len(columns))), ticktext=columns, showgrid=False, zeroline=False,
         range=[-0.6, len(columns) - 0.4], tickfont={"color": INK},
     )  # fmt: skip
+
+
+# --- attribution graphs --------------------------------------------------------------------
+
+KINDS = {  # of a node -> in the legend, colour, symbol
+    "feature": ("feature", PALETTE[0], "circle"),
+    "supernode": ("nodes put together by hand", PALETTE[4], "hexagon"),
+    "error": ("error of a dictionary", PALETTE[6], "diamond"),
+    "embed": ("token", PALETTE[2], "square"),
+    "logit": ("next token", PALETTE[3], "star"),
+}
+SPREAD = 0.8  # of the width of a token's column, that nodes of one layer share
+
+
+def attribution_graph(nodes: pd.DataFrame, edges: pd.DataFrame, most: int) -> go.Figure:
+    """One prompt's graph, as the stage graphs writes it, to be walked from its first logit.
+
+    Args:
+        nodes: of one prompt: node, kind, layer, position, token, activation, probability,
+            influence, supernode.
+        edges: source, target, effect.
+        most: features and errors that are drawn, those of largest influence; supernodes always.
+    """
+    inner = nodes[nodes["kind"].isin(["feature", "error"]) & (nodes["supernode"] == "")]
+    left = set(inner.nsmallest(max(len(inner) - most, 0), "influence")["node"])
+    nodes = nodes[~nodes["node"].isin(left)]
+    edges = edges[~(edges["source"].isin(left) | edges["target"].isin(left))]
+    grouped, of = together(nodes)
+    links = pd.DataFrame(
+        {"source": edges["source"].map(of), "target": edges["target"].map(of),
+         "weight": edges["effect"]}
+    )  # fmt: skip
+    links = links[links["source"] != links["target"]]
+    links = links.groupby(["source", "target"], sort=False, as_index=False)["weight"].sum()
+    laid = placed(grouped)
+    first = laid[laid["kind"] == "logit"].nlargest(1, "probability")["name"].iloc[0]
+    figure = walkable(laid, links, first, "")
+    there = [KINDS[kind] for kind in KINDS if kind in set(laid["kind"])]
+    legend(figure, there)
+    tokens = nodes[nodes["kind"] == "embed"].sort_values("position")
+    n_layers = int(nodes.loc[nodes["kind"] == "logit", "layer"].iloc[0])
+    rows = ["token", *(f"layer {layer}" for layer in range(n_layers)), "next token"]
+    ruled(figure, rows, [literal(visible(t)) for t in tokens["token"]])
+    figure.update_layout(height=max(420, 46 * len(rows) + 160))
+    return figure
+
+
+def together(nodes: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, str]]:
+    """(nodes with the members of a supernode as one, node -> what stands for it)."""
+    of = {n: s or n for n, s in zip(nodes["node"], nodes["supernode"], strict=True)}
+    out = []
+    for name, rows in nodes.groupby(nodes["node"].map(of), sort=False):
+        row = rows.iloc[0].to_dict() | {"node": name, "members": list(rows["node"])}
+        if rows["supernode"].iloc[0]:
+            row |= {"kind": "supernode", "influence": rows["influence"].sum()}
+            row |= {"layer": int(rows["layer"].median()), "position": int(rows["position"].max())}
+        out.append(row)
+    return pd.DataFrame(out), of
+
+
+def placed(nodes: pd.DataFrame) -> pd.DataFrame:
+    """Nodes with places on the grid of tokens and layers, sizes and lines of text."""
+    nodes = nodes.assign(y=nodes["layer"] + 1).sort_values(["y", "position"], kind="stable")
+    cell = nodes.groupby(["y", "position"], sort=False)["node"]
+    shift = (cell.cumcount() + 0.5) / cell.transform("size") - 0.5
+    largest = np.nanmax(nodes["influence"].to_numpy(float)) or 1.0
+    share = nodes["influence"].fillna(largest) / largest
+    about = [about_of(row) for row in nodes.to_dict("records")]
+    return pd.DataFrame(
+        {
+            "name": nodes["node"], "kind": nodes["kind"], "probability": nodes["probability"],
+            "x": nodes["position"] + SPREAD * shift, "y": nodes["y"], "about": about,
+            "colour": [KINDS[k][1] for k in nodes["kind"]],
+            "symbol": [KINDS[k][2] for k in nodes["kind"]], "size": 7 + 11 * np.sqrt(share),
+        }
+    )  # fmt: skip
+
+
+def about_of(row: dict[str, Any]) -> list[str]:
+    """Lines of text of a node: whose token, how active, what it holds."""
+    token = f"“{visible(row['token'])}”"
+    lines = [f"next token {token}" if row["kind"] == "logit" else f"at {token}"]
+    if row["kind"] == "logit":
+        lines.append(f"probability {row['probability']:.3f}")
+    if row["kind"] == "feature":
+        lines.append(f"activation {row['activation']:.3g}")
+    if row["kind"] == "supernode":
+        lines = [", ".join(row["members"])]
+    if row["influence"] == row["influence"]:
+        lines.append(f"influence {row['influence']:.3f}")
+    return lines
+
+
+def visible(token: str) -> str:
+    """A token whose white space is seen."""
+    return token.replace(" ", "·").replace("\n", "↵").replace("\t", "→") or "∅"

@@ -1,4 +1,4 @@
-"""Kinds that colour a grid: `matrix`, and `trajectories` of a prediction through the layers.
+"""Kinds laid out on a grid: `matrix`, `trajectories` of a prediction, `traced`: a graph to walk.
 
 After nostalgebraist 2020 and Belrose et al. 2023 (2303.08112), Figure 1, a trajectory has the
 likeliest next token at every layer and position of a text.
@@ -6,11 +6,11 @@ likeliest next token at every layer and position of a text.
 
 from typing import Any
 
-from pipeline.errors import RetraceError
+from pipeline.errors import RetraceError, nearest
 from pipeline.figures import theme
 from pipeline.figures.kinds_common import need
 from pipeline.figures.kinds_lines import rows_of
-from pipeline.spec.figures import Matrix, Trajectories
+from pipeline.spec.figures import Matrix, Traced, Trajectories
 
 MONO = "ui-monospace, SFMono-Regular, Menlo, Consolas, 'DejaVu Sans Mono', monospace"
 LONGEST = 8  # characters of a token in a cell
@@ -201,3 +201,32 @@ def _about(row: dict[str, Any], layer: int, last: int) -> str:
     if layer != last and "kl" in row:
         said.append(f"KL to the prediction: {row['kl']:.2f} nats")
     return "<br>".join(said)
+
+
+def traced(tables: dict[str, Any], options: dict[str, Any]) -> tuple[Any, Any]:
+    """An attribution graph to walk: tokens across, layers upwards; see `spec_figures.Traced`.
+
+    Its tables are graphs/<arm>_nodes and graphs/<arm>_edges. Effects are direct ones, in the unit
+    of what the target reads.
+    """
+    from pipeline.figures.kinds_graph import attribution_graph
+
+    what, found = Traced.model_validate(options), {}
+    for end in ("nodes", "edges"):
+        name = next((n for n in tables if n.endswith(f"_{end}")), None)
+        if name is None:
+            raise RetraceError(
+                f"the figure names no table graphs/<arm>_{end}; add it to its tables"
+            )
+        frame = tables[name]
+        need(frame, ["dictionary", "prompt"], name)
+        for column in ("dictionary", "prompt"):
+            wanted, there = getattr(what, column), list(dict.fromkeys(frame[column]))
+            if wanted not in there:
+                raise RetraceError(
+                    f"table {name}: no {column} '{wanted}'{nearest(wanted, there)}; it has "
+                    f"{', '.join(there)}"
+                )
+            frame = frame[frame[column] == wanted]
+        found[end] = frame
+    return attribution_graph(found["nodes"], found["edges"], what.most), found["edges"]

@@ -17,7 +17,7 @@ from pipeline.job import source
 from pipeline.papers.folders import Paper, find
 from pipeline.papers.papers import flow, to_json
 from pipeline.papers.paths import near
-from pipeline.papers.workflow import Inputs, card, home
+from pipeline.papers.workflow import Inputs, card, home, known
 from pipeline.report import done
 from pipeline.report.shown import headline
 from pipeline.store import provenance
@@ -81,6 +81,17 @@ class Params:
     def graph_spec(self, wildcards: Any) -> str:
         """Which graph of a paper is exported."""
         return to_json({"graph": {"name": wildcards.structure, "paper": wildcards.paper}})
+
+    def traced_spec(self, wildcards: Any) -> str:
+        """Which graph of the stage graphs is exported."""
+        paper = self.inputs.paper(wildcards)
+        graphs = paper.spec.graphs
+        for key, names in (("dictionary", graphs and graphs.dictionaries),
+                           ("prompt", graphs and graphs.prompts)):  # fmt: skip
+            known(f"{key} of graphs", getattr(wildcards, key), names or (), paper)
+        name = f"{wildcards.arm}.{wildcards.dictionary}.{wildcards.prompt}"
+        given = {"dictionary": wildcards.dictionary, "prompt": wildcards.prompt}
+        return to_json({"graph": {"name": name, "paper": wildcards.paper} | given})
 
     def metrics_spec(self, wildcards: Any) -> str:
         """Table names and what the names of metrics are made of."""

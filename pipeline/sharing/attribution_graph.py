@@ -1,6 +1,7 @@
 """A circuit of latents as an attribution graph, the JSON that Neuronpedia and circuit-tracer read.
 
     snakemake results/<scale>/<paper>/exports/graph_<name>.json
+    snakemake results/<scale>/<paper>/exports/graph_<arm>.<dictionary>.<prompt>.json
 
 1. Nodes and edges of a graph's tables, with the tokens of one prompt, become `nodes` and `links`.
 2. All is checked against the format before it is written: what Neuronpedia's graph-schema.json
@@ -12,6 +13,9 @@ A graph of ours may have several sites in a layer, the format has one. So `featu
 number plus SITE times the place of its site in the layer, and error terms are -1, -2, …; the label
 (`clerp`) spells it out. `influence` is what circuit-tracer prunes by: the share of all |effects|
 that nodes as strong or stronger have. Latents have the type that readers draw as features.
+
+The second line is a graph of the stage graphs: ids, types and influence are circuit-tracer's own
+(create_graph_files.py), but for errors, whose id there is that of a feature of layer 0.
 """
 
 import re
@@ -26,6 +30,7 @@ from pipeline.store import tables
 
 SITE = 1_000_000
 FEATURE, ERROR, LOGIT = "cross layer transcoder", "mlp reconstruction error", "logit"
+EMBED = "embedding"
 PINNED = 12  # nodes of largest effect, shown together at the start
 
 
@@ -36,6 +41,8 @@ class Export(Section):
         min_length=1, description="of the graph: rows of the tables under `structure`"
     )
     paper: str = Field(min_length=1)
+    dictionary: str = Field(default="", description="of the stage graphs: whose graph it is")
+    prompt: str = Field(default="", description="of the stage graphs: of which prompt")
 
 
 class Metadata(BaseModel):
@@ -193,6 +200,92 @@ def build(
         ) from None
 
 
+# --- graphs of the stage graphs ------------------------------------------------------------
+
+
+def traced(
+    nodes: list[dict[str, Any]], edges: list[dict[str, Any]], score: dict[str, Any],
+    model: dict[str, Any], export: Export, version: str,
+) -> AttributionGraph:  # fmt: skip
+    """The graph of one prompt and one set of dictionaries.
+
+    Args:
+        nodes, edges: rows of the stage's tables.
+        score: its row of the table scores.
+
+    Raises:
+        RetraceError: it does not fit the format.
+    """
+    ids = {row["node"]: traced_id(row, model["n_layers"]) for row in nodes}
+    likely = max((r for r in nodes if r["kind"] == "logit"), key=lambda r: r["probability"])
+    inner = [r for r in nodes if r["kind"] in ("feature", "error")]
+    strongest = sorted(inner, key=lambda r: -r["influence"])[:PINNED]
+    groups: dict[str, list[str]] = {}
+    for row in nodes:
+        if row["supernode"]:
+            groups.setdefault(row["supernode"], []).append(ids[row["node"]])
+    pinned = [ids[row["node"]] for row in [*strongest, likely]]
+    pinned += [i for members in groups.values() for i in members if i not in pinned]
+    said = (
+        f"Attribution graph after Ameisen et al. 2025: replacement score "
+        f"{score['replacement_score']:.3f}, completeness {score['completeness_score']:.3f} before "
+        f"pruning, {score['n_active']} features active."
+    )
+    try:
+        return AttributionGraph.model_validate(
+            {
+                "metadata": {
+                    "slug": re.sub(r"[^a-z0-9]+", "-", f"{export.paper}-{export.name}".lower()),
+                    "scan": model["name"],
+                    "prompt_tokens": list(score["tokens"]),
+                    "prompt": score["text"],
+                    "info": {"description": said,
+                             "generator": {"name": "retrace", "version": version}},
+                },
+                "qParams": {
+                    "pinnedIds": pinned, "linkType": "both", "clickedId": ids[likely["node"]],
+                    "supernodes": [[name, *members] for name, members in groups.items()],
+                    "sg_pos": "",
+                },
+                "nodes": [traced_node(row, ids, row is likely) for row in nodes],
+                "links": [
+                    {"source": ids[e["source"]], "target": ids[e["target"]], "weight": e["effect"]}
+                    for e in edges
+                ],
+            }
+        )  # fmt: skip
+    except ValidationError as e:
+        raise RetraceError(
+            f"graph {export.name}: not an attribution graph: {sentence(e)}"
+        ) from None
+
+
+def traced_id(row: dict[str, Any], n_layers: int) -> str:
+    """circuit-tracer's id of a node."""
+    layer = {"embed": "E", "logit": n_layers + 1}.get(row["kind"], row["layer"])
+    return f"{layer}_{row['number']}_{row['position']}"
+
+
+def traced_node(row: dict[str, Any], ids: dict[str, str], target: bool) -> dict[str, Any]:
+    """A row of the table nodes as a node."""
+    kind, id = row["kind"], ids[row["node"]]
+    layer, number, at = id.split("_")
+    kinds = {"feature": FEATURE, "error": ERROR, "embed": EMBED, "logit": LOGIT}
+    out = {
+        "node_id": id, "feature": row["position"] if kind == "embed" else row["number"],
+        "layer": layer, "ctx_idx": row["position"], "feature_type": kinds[kind],
+        "jsNodeId": f"L_{number}-{at}" if kind == "logit" else f"{layer}_{number}-{at}",
+        "clerp": f"{row['node']} at '{row['token']}'",
+    }  # fmt: skip
+    if kind == "logit":
+        p = row["probability"]
+        return out | {"is_target_logit": target, "token_prob": p,
+                      "clerp": f"Output \"{row['token']}\" (p={p:.3f})"}  # fmt: skip
+    out |= {"clerp": f'Emb: "{row["token"]}"'} if kind == "embed" else {}
+    out |= {"activation": row["activation"]} if kind == "feature" else {}
+    return out | {"influence": min(1.0, row["cumulative"])}
+
+
 def metadata(
     prompt: dict[str, Any], model: dict[str, Any], export: Export, version: str
 ) -> dict[str, Any]:
@@ -223,7 +316,7 @@ def main() -> None:
         model="model.json",
         nodes="table of nodes",
         edges="table of edges",
-        prompts="table with an example prompt a graph",
+        prompts="table with an example prompt a graph; of the stage graphs: scores",
         out="the graph, .json",
     )
 
@@ -233,10 +326,14 @@ def main() -> None:
         for part in ("nodes", "edges", "prompts"):
             file = getattr(args, part)
             frame = tables.read_table(file)
+            if export.dictionary:
+                mine = frame["dictionary"].eq(export.dictionary) & frame["prompt"].eq(export.prompt)
+                rows[part] = frame[mine].to_dict("records")
+                continue
             rows[part] = frame[frame["structure"] == export.name].to_dict("records")
         if not rows["prompts"]:
             raise RetraceError(f"{args.prompts}: no structure '{export.name}'; name one of its own")
-        graph = build(
+        graph = (traced if export.dictionary else build)(
             rows["nodes"], rows["edges"], rows["prompts"][0], tables.read_json(args.model), export,
             __version__,
         )  # fmt: skip

@@ -240,6 +240,14 @@ class Dead(Section):
     y: Column = "dead_share"
 
 
+class Traced(Section):
+    """One attribution graph of the section graphs, to walk."""
+
+    dictionary: Column = Field(description="a name of graphs.dictionaries")
+    prompt: Column = Field(description="a name of graphs.prompts")
+    most: int = Field(default=60, ge=1, description="features and errors drawn, by influence")
+
+
 class Verdicts(Section):
     """It has no options."""
 
@@ -248,7 +256,8 @@ OPTIONS: dict[str, type[Section]] = {
     m.__name__.lower(): m
     for m in (
         Lines, Learning, Agreement, Bars, Matrix, Trajectories, Histogram, Cumulative, Heads,
-        Estimates, Pareto, Scaling, Training, Density, Attribution, Completeness, Dead, Verdicts,
+        Estimates, Pareto, Scaling, Training, Density, Attribution, Completeness, Dead, Traced,
+        Verdicts,
     )
 }  # fmt: skip
 

@@ -5,7 +5,9 @@ import pytest
 import synthetic
 from test_browser import CHROMEDRIVER, CHROMIUM, FLAGS, Browser
 
+from pipeline.errors import RetraceError
 from pipeline.figures import drawing
+from pipeline.figures.kinds import KINDS
 from pipeline.figures.kinds_graph import legend, ruled, walkable
 
 NAMES = ["a", "b <b>bold</b>", "c", "logits"]
@@ -113,3 +115,68 @@ def test_a_click_on_a_marker_goes_there_and_a_change_of_scheme_stays_there(brows
     assert "says <script>window.hacked=1</script>" in browser.js(PANEL)
     assert browser.js("return document.querySelectorAll('.retrace-walk').length") == 1
     assert browser.errors() == [] and browser.js("return window.hacked ?? null") is None
+
+
+# --- attribution graphs --------------------------------------------------------------------
+
+
+def graph_tables() -> dict[str, pd.DataFrame]:
+    """A graph of two tokens and one layer; `a` and `b` stand together."""
+    nan = float("nan")
+    rows = [
+        ("embed@0", "embed", -1, 0, " the", nan, nan, 0.2, ""),
+        ("embed@1", "embed", -1, 1, "\n", nan, nan, 0.4, ""),
+        ("L0.3@1", "feature", 0, 1, "\n", 1.5, nan, 0.3, "pair"),
+        ("L0.7@1", "feature", 0, 1, "\n", 0.5, nan, 0.1, "pair"),
+        ("L0.9@0", "feature", 0, 0, " the", 0.5, nan, 0.01, ""),
+        ("L0.error@1", "error", 0, 1, "\n", nan, nan, 0.05, ""),
+        ("logit.5", "logit", 1, 1, "x", nan, 0.3, nan, ""),
+        ("logit.6", "logit", 1, 1, "<b>", nan, 0.6, nan, ""),
+    ]
+    names = "node kind layer position token activation probability influence supernode".split()
+    edges = [
+        ("embed@0", "L0.3@1", 1.0), ("embed@0", "L0.7@1", 0.5), ("L0.3@1", "logit.6", 2.0),
+        ("L0.7@1", "logit.6", -0.5), ("L0.9@0", "logit.6", 0.1), ("L0.error@1", "logit.5", -1.0),
+    ]  # fmt: skip
+    about = {"dictionary": "plt", "prompt": "p"}
+    return {
+        "graphs/trained_nodes": pd.DataFrame(rows, columns=names).assign(**about),
+        "graphs/trained_edges": pd.DataFrame(edges, columns=["source", "target", "effect"]).assign(
+            **about
+        ),
+    }
+
+
+def test_an_attribution_graph_starts_at_the_likeliest_token_and_joins_supernodes():
+    figure, frame = KINDS["traced"](graph_tables(), {"dictionary": "plt", "prompt": "p", "most": 1})
+    assert len(frame) == 6
+    walk = figure.layout.meta["walk"]
+    assert walk["labels"][walk["start"]] == "logit.6"
+    assert {"pair", "L0.error@1"} < set(walk["labels"]) and "L0.9@0" not in walk["labels"]
+    links = {(walk["labels"][s], walk["labels"][t]): w for s, t, w in walk["links"]}
+    assert links == {
+        ("embed@0", "pair"): 1.5, ("pair", "logit.6"): 1.5, ("L0.error@1", "logit.5"): -1.0,
+    }  # fmt: skip
+    about = dict(zip(walk["labels"], walk["about"], strict=True))
+    assert about["pair"] == ["L0.3@1, L0.7@1", "influence 0.400"]
+    assert about["embed@1"][0] == "at “↵”" and about["logit.6"][1] == "probability 0.600"
+    nodes = figure.data[walk["nodes"]]
+    places = dict(zip(walk["labels"], zip(nodes.x, nodes.y, strict=True), strict=True))
+    assert places["embed@0"] == (0, 0) and places["pair"][1] == 1 and places["logit.5"][1] == 2
+    assert places["pair"][0] != places["L0.error@1"][0]  # side by side
+    assert list(figure.layout.xaxis.ticktext) == ["·the", "↵"]
+    assert list(figure.layout.yaxis.ticktext) == ["token", "layer 0", "next token"]
+
+
+@pytest.mark.parametrize(
+    ("options", "names", "sentence"),
+    [
+        ({"prompt": "q"}, ("nodes", "edges"), "no prompt 'q'.*it has p"),
+        ({"dictionary": "clt"}, ("nodes", "edges"), "no dictionary 'clt'"),
+        ({}, ("nodes",), "names no table graphs/<arm>_edges; add it"),
+    ],
+)
+def test_a_graph_that_is_not_there_is_told(options, names, sentence):
+    tables = {k: v for k, v in graph_tables().items() if k.endswith(names)}
+    with pytest.raises(RetraceError, match=sentence):
+        KINDS["traced"](tables, {"dictionary": "plt", "prompt": "p"} | options)

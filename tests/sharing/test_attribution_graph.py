@@ -10,7 +10,14 @@ from jsonschema import Draft7Validator
 
 from pipeline.errors import RetraceError
 from pipeline.sharing import verify
-from pipeline.sharing.attribution_graph import AttributionGraph, Export, build, features, influences
+from pipeline.sharing.attribution_graph import (
+    AttributionGraph,
+    Export,
+    build,
+    features,
+    influences,
+    traced,
+)
 from pipeline.store import provenance, tables
 
 ROOT = Path(__file__).parents[2]
@@ -162,3 +169,50 @@ def test_the_stage_writes_one_structure_with_its_certificate(tmp_path):
         "attribution_graph", {"graph": spec | {"name": "none"}}, check=False, **given, out=out
     )
     assert done.returncode == 1 and "no structure 'none'" in done.stderr
+
+
+# --- graphs of the stage graphs ------------------------------------------------------------
+
+
+def traced_rows() -> tuple[list[dict], list[dict], dict]:
+    """A graph of two tokens and one layer."""
+    columns = "node kind layer number position token activation probability cumulative supernode"
+    nan = float("nan")
+    rows = [
+        ("embed@0", "embed", -1, 40, 0, " the", nan, nan, 0.9, ""),
+        ("L0.40@0", "feature", 0, 40, 0, " the", 1.5, nan, 0.5, "pair"),
+        ("L0.7@1", "feature", 0, 7, 1, " <b>", 0.5, nan, 0.8, "pair"),
+        ("L0.error@1", "error", 0, -1, 1, " <b>", nan, nan, 1.0000001, ""),
+        ("logit.5", "logit", 1, 5, 1, "x", nan, 0.3, nan, ""),
+        ("logit.40", "logit", 1, 40, 1, " y", nan, 0.6, nan, ""),
+    ]
+    nodes = [dict(zip(columns.split(), row, strict=True)) for row in rows]
+    for row, influence in zip(nodes, (0.4, 0.3, 0.2, 0.1, nan, nan), strict=True):
+        row["influence"] = influence
+    edges = [{"source": "embed@0", "target": "L0.40@0", "effect": 1.0},
+             {"source": "L0.40@0", "target": "logit.40", "effect": -2.0}]  # fmt: skip
+    score = {"text": " the <b>", "tokens": [" the", " <b>"], "n_active": 9,
+             "replacement_score": 0.25, "completeness_score": 0.5}  # fmt: skip
+    return nodes, edges, score
+
+
+def test_a_traced_graph_has_the_ids_and_types_of_circuit_tracer():
+    nodes, edges, score = traced_rows()
+    export = Export(name="trained.plt.p", paper="x", dictionary="plt", prompt="p")
+    graph = traced(nodes, edges, score, {"name": "tiny", "n_layers": 1}, export, "1")
+    told = graph.model_dump(mode="json")
+    Draft7Validator(SCHEMA).validate(told)
+    assert [n["node_id"] for n in told["nodes"]] == [
+        "E_40_0", "0_40_0", "0_7_1", "0_-1_1", "2_5_1", "2_40_1"
+    ]  # fmt: skip
+    assert [n["feature_type"] for n in told["nodes"]][::3] == [
+        "embedding", "mlp reconstruction error"
+    ]  # fmt: skip
+    assert told["nodes"][0]["layer"] == "E" and told["nodes"][5]["clerp"] == 'Output " y" (p=0.600)'
+    assert [n["is_target_logit"] for n in told["nodes"]] == [False] * 5 + [True]
+    assert [n["influence"] for n in told["nodes"]] == [0.9, 0.5, 0.8, 1.0, None, None]
+    assert told["qParams"]["supernodes"] == [["pair", "0_40_0", "0_7_1"]]
+    assert told["qParams"]["pinnedIds"] == ["0_40_0", "0_7_1", "0_-1_1", "2_40_1"]
+    assert told["links"][1] == {"source": "0_40_0", "target": "2_40_1", "weight": -2.0}
+    assert "replacement score 0.250" in told["metadata"]["info"]["description"]
+    assert told["metadata"]["slug"] == "x-trained-plt-p"
