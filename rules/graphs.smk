@@ -13,6 +13,7 @@ rule graphs:
         edges="results/{scale}/{paper}/graphs/{arm}_edges.parquet",
         suppressed="results/{scale}/{paper}/graphs/{arm}_suppressed.parquet",
         heads="results/{scale}/{paper}/graphs/{arm}_heads.parquet",
+        qk="results/{scale}/{paper}/graphs/{arm}_qk.parquet",
         replacement="results/{scale}/{paper}/graphs/{arm}_replacement.parquet",
     log:
         "results/logs/{scale}/{paper}/graphs_{arm}.log",
@@ -32,7 +33,7 @@ rule graphs:
         " --corpus {input.corpus:q} --activations {input.activations:q} --saes {input.saes:q}"
         " --out {output.scores:q} --nodes {output.nodes:q} --edges {output.edges:q}"
         " --suppressed {output.suppressed:q} --heads {output.heads:q}"
-        " --replacement {output.replacement:q}"
+        " --qk {output.qk:q} --replacement {output.replacement:q}"
         " --device {DEVICE} --threads {threads} 2> {log:q}"
 
 

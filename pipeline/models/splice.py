@@ -52,7 +52,7 @@ def resume(
             the unembedding is a fifth of the work.
     """
     hooks.require(hf, "resume")
-    with _skipped_below(hf, hook), hooks.edited(hf, hook, lambda _: x):
+    with skipped_below(hf, hook), hooks.edited(hf, hook, lambda _: x):
         few = {"logits_to_keep": last} if last else {}
         logits = hf(input_ids=tokens, use_cache=False, **few).logits
     return places.full(logits[:, -last:])  # some models give all of them whatever is asked
@@ -73,7 +73,7 @@ def resume_stream(
         if hook.endswith("hook_resid_mid"):
             stack.enter_context(_without_attention(hf, int(hook.split(".")[1]), x))
             hook = hook.replace("resid_mid", "resid_pre")
-        stack.enter_context(_skipped_below(hf, hook))
+        stack.enter_context(skipped_below(hf, hook))
         stack.enter_context(hooks.edited(hf, hook, lambda _: x))
         last = f"blocks.{len(modules.layers_of(hf)) - 1}.hook_resid_post"
         end = stack.enter_context(hooks.capture(hf, [last]))
@@ -102,7 +102,7 @@ def _without_attention(hf: nn.Module, number: int, x: Tensor) -> Iterator[None]:
 
 
 @contextmanager
-def _skipped_below(hf: nn.Module, hook: str) -> Iterator[None]:
+def skipped_below(hf: nn.Module, hook: str) -> Iterator[None]:
     """Inside: the layers whose output `resume` overwrites pass their input on.
 
     Only where the hook is the residual stream itself; elsewhere the stream beside it is needed.

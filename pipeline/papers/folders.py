@@ -62,7 +62,7 @@ class Paper:
             parts = ("nodes", "edges", "methods")
             names += [f"circuits/{a}_{part}" for a in self.spec.circuit_arms() for part in parts]
         if self.spec.graphs:
-            parts = ("scores", "nodes", "edges", "suppressed", "heads", "replacement")
+            parts = ("scores", "nodes", "edges", "suppressed", "heads", "qk", "replacement")
             names += [f"graphs/{a}_{part}" for a in self.spec.graph_arms() for part in parts]
         if self.spec.probes:
             names += [f"probes/{a}_{part}" for a in self.spec.probe_arms()

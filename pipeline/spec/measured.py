@@ -140,6 +140,9 @@ class GraphsSpec(Section):
     n_heads_edges: int = Field(
         default=32, ge=0, description="strongest edges between positions whose heads are named"
     )
+    n_qk: int = Field(
+        default=4, ge=0, description="of these heads, whose attention is divided among pairs"
+    )
     n_blocks: int = Field(
         default=8, ge=1, description="held-out blocks that the replacement model reads"
     )

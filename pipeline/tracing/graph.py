@@ -128,7 +128,8 @@ class Tracer:
             if columns.start == columns.stop:
                 continue
             numbers, a = features.number[columns], features.activation[columns, None]
-            for out in range(layer, layer + d.W_dec[layer].shape[1]):
+            last = min(layer + d.W_dec[layer].shape[1], self.n_layers)
+            for out in range(layer, last):
                 rows = d.rows(layer, numbers, out) * a
                 writer = Writer(columns.start, features.position[columns], rows, self.n_pos)
                 self.writers[out].append(writer)

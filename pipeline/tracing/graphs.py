@@ -9,6 +9,7 @@ circuit-tracer):
 3. nodes, edges  what is left after pruning, with the supernodes that paper.yaml groups by hand
 4. suppressed    the features that were taken out: said, measured, and the null
 5. heads         the attention heads that carry the strongest edges between positions
+6. qk            why the first of these heads attend: pairs of a source of the query and of the key
 """
 
 import unicodedata
@@ -27,13 +28,14 @@ from pipeline.models import loader
 from pipeline.spec.measured import GraphsSpec, TracedPrompt
 from pipeline.store import tables
 from pipeline.text import tokens
-from pipeline.tracing import heads, replacement, suppressed
+from pipeline.tracing import attention, heads, replacement, suppressed
 from pipeline.tracing.dictionaries import Dictionaries, check, from_layers, from_saes
 from pipeline.tracing.graph import Graph, Logits, cap_of, top_logits, trace
 from pipeline.tracing.influence import Pruned, prune, scores
 from pipeline.tracing.replacement import Replacement
 
 HEADS = 5  # named for an edge, at most
+PAIRS = 8  # sources of the query, and of the key, whose pairs are told
 
 
 # --- dictionaries and prompts --------------------------------------------------------------
@@ -219,6 +221,38 @@ def head_rows(model: Replacement, graph: Graph, pruned: Pruned, n: int) -> list[
     return out
 
 
+def qk_rows(
+    hf: torch.nn.Module, model: Replacement, carried: list[dict[str, Any]], n: int
+) -> list[dict[str, Any]]:
+    """A row per pair of sources, of the heads that carry the strongest edges.
+
+    The query is at the target of the edge, the key at its source.
+
+    Args:
+        carried: rows of heads, the strongest edges first.
+        n: heads and positions, at most.
+    """
+    places, out = {}, []
+    for row in carried:
+        key, query = (int(row[end].partition("@")[2] or -1) for end in ("source", "target"))
+        query = model.linear.n_pos - 1 if query < 0 else query
+        places.setdefault(attention.Place(row["layer"], row["head"], query, key))
+    for at in list(places)[:n]:
+        try:
+            found = attention.Bilinear.of(hf, model, at)
+        except RetraceError as e:
+            cli.log.info("%s", e)
+            return []
+        queries, keys = attention.strongest(model, found, PAIRS)
+        table = attention.pairs(model, found, queries, keys)
+        named = [attention.names(model, at.layer, some) for some in (queries, keys)]
+        for i, query in enumerate(named[0]):
+            for j, key in enumerate(named[1]):
+                row = at._asdict() | {"score": found.score, "query_source": query}
+                out.append(row | {"key_source": key, "given": float(table[i, j])})
+    return out
+
+
 def suppressed_rows(
     loaded: loader.Loaded, model: Replacement, graph: Graph, pruned: Pruned, n: int, seed: int
 ) -> list[dict[str, Any]]:
@@ -289,6 +323,7 @@ def traced(
         "heads": head_rows(model, graph, pruned, spec.n_heads_edges),
         "suppressed": suppressed_rows(loaded, model, graph, pruned, spec.n_suppressed, spec.seed),
     }
+    rows["qk"] = qk_rows(loaded.hf, model, rows["heads"], spec.n_qk)
     frozen = model.logits(errors=False)[d.skip_first :]
     near = replacement.fidelity(
         _capped(model.linear.logits[d.skip_first :], cap), _capped(frozen, cap)
@@ -329,6 +364,18 @@ COLUMNS = {  # of tables that may have no row
     "heads": ["dictionary", "prompt", "source", "target", "effect", "layer", "head", "carried"],
     "suppressed": ["dictionary", "prompt", "source", "target", "kind", "said", "measured", "null"],
     "edges": ["dictionary", "prompt", "source", "target", "effect"],
+    "qk": [
+        "dictionary",
+        "prompt",
+        "layer",
+        "head",
+        "query",
+        "key",
+        "score",
+        "query_source",
+        "key_source",
+        "given",
+    ],
 }
 
 
@@ -377,6 +424,7 @@ def main() -> None:
         edges="edges that are kept",
         suppressed="features taken out of the true model",
         heads="heads that carry edges",
+        qk="why these attend",
         replacement="the replacement model on held-out text",
     )
     cli.run("graphs", parser.parse_args(), work)

@@ -33,17 +33,46 @@ def source_of(
     replacement: Replacement, graph: Graph, column: int
 ) -> tuple[int, int, Float[Tensor, "n_out d_model"]]:
     """(layer, position, what it writes from there on); layer -1 of an embedding."""
-    features, d = graph.features, replacement.dictionaries
     if column < graph.n_chosen:
-        i = int(graph.chosen[column])
-        layer = int(features.layer[i])
-        rows = d.W_dec[layer][features.number[i]] * features.activation[i]
-        return layer, int(features.position[i]), rows
-    place = column - graph.n_chosen
-    layer, at = divmod(place, graph.n_pos)
-    if layer < graph.n_layers:
+        return written(replacement, int(graph.chosen[column]))
+    n_errors = graph.n_layers * graph.n_pos
+    return written(replacement, column - graph.n_chosen + len(graph.features), n_errors)
+
+
+def written(
+    replacement: Replacement, place: int, n_errors: int = 0
+) -> tuple[int, int, Float[Tensor, "n_out d_model"]]:
+    """(layer, position, what is written from there on) of a source; layer -1 of an embedding.
+
+    Args:
+        place: among all active features, errors and embeddings.
+    """
+    features, d = replacement.features, replacement.dictionaries
+    if place < len(features):
+        layer = int(features.layer[place])
+        rows = d.W_dec[layer][features.number[place]] * features.activation[place]
+        return layer, int(features.position[place]), rows
+    place -= len(features)
+    layer, at = divmod(place, replacement.linear.n_pos)
+    if place < n_errors:
         return layer, at, replacement.errors[layer][at][None]
     return -1, at, replacement.linear.embed[at][None]
+
+
+def alone(
+    replacement: Replacement, sources: list[tuple[int, int, Tensor]]
+) -> tuple[Float[Tensor, "sources pos d_model"], dict[int, Tensor]]:
+    """(what is embedded, layer -> what is added to what its MLP writes) by each source alone."""
+    n_layers, like = len(replacement.linear.layers), replacement.linear.embed
+    embed = like.new_zeros(len(sources), *like.shape)
+    added: dict[int, Tensor] = {}
+    for row, (layer, at, rows) in enumerate(sources):
+        if layer < 0:
+            embed[row, at] = rows[0]
+            continue
+        for out, what in enumerate(rows[: n_layers - layer], layer):
+            added.setdefault(out, torch.zeros_like(embed))[row, at] = what
+    return embed, added
 
 
 def target_of(replacement: Replacement, graph: Graph, row: int) -> tuple[int, int, Tensor]:
@@ -85,16 +114,8 @@ def carried(
     out = linear.embed.new_zeros(len(edges), n_layers, n_heads)
     targets = [target_of(replacement, graph, e.row) for e in edges]
     order = sorted(range(len(edges)), key=lambda i: -targets[i][0])
-    embed = linear.embed.new_zeros(len(edges), *linear.embed.shape)
-    added: dict[int, Tensor] = {}
-    for row, i in enumerate(order):
-        layer, at, rows = source_of(replacement, graph, edges[i].column)
-        if layer < 0:
-            embed[row, at] = rows[0]
-            continue
-        for k, written in enumerate(rows):
-            added.setdefault(layer + k, torch.zeros_like(embed))[row, at] = written
-    streams = dict(linear.pushed(embed, added))
+    sources = [source_of(replacement, graph, edges[i].column) for i in order]
+    streams = dict(linear.pushed(*alone(replacement, sources)))
     place = torch.tensor(order, device=out.device)
 
     def at_attention(layer: int, g: Tensor) -> None:
