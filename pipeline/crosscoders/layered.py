@@ -75,7 +75,8 @@ class Layered(nn.Module):
         skip, jumps = getattr(spec, "skip", False), spec.architecture == "jumprelu"
         self.W_skip = self._placed([torch.zeros(d, d)] * n_layers if skip else [])
         self.threshold = self._placed([zeros + first] * n_layers if jumps else [])
-        self.register_buffer("topk_threshold", torch.zeros(n_layers, dtype=torch.float64))
+        started = torch.zeros(n_layers, dtype=torch.float64, device=self.home)
+        self.register_buffer("topk_threshold", started)
 
     def _placed(self, tensors: list[Tensor], trained: bool = True) -> nn.ParameterList:
         """A parameter of each layer, on the layer's device."""

@@ -128,7 +128,7 @@ def _on(device: torch.device) -> Any:
 def _encode(model: Layered, x: Tensor, dead: Tensor | None, memory: Memory) -> list[Part]:
     """Every layer's active features."""
     masks = [None] * model.n_layers if dead is None else dead.view(model.n_layers, -1)
-    choose = {"topk": _topk, "batchtopk": _scores, "jumprelu": _jump}[model.spec.architecture]
+    choose = {"topk": _topk, "batchtopk": _weighed, "jumprelu": _jump}[model.spec.architecture]
     parts, scores = [], []
     for i, home in enumerate(model.homes):
         with _on(home):
@@ -159,10 +159,6 @@ def _topk(model: Layered, part: Part) -> None:
     rows = torch.arange(len(at), device=at.device) // k
     shape = (len(part.x), model.d_sae)
     part.support = Sparse(at, rows, shape, part.scratch.half, most=k)
-
-
-def _scores(model: Layered, part: Part) -> Tensor:
-    return _weighed(model, part)
 
 
 def _choose(model: Layered, parts: list[Part], scores: list[Tensor]) -> None:

@@ -185,7 +185,7 @@ def dictionaries(spec: PaperSpec) -> Iterator[str]:
         frozen = " with a frozen random decoder" if getattr(sae, "frozen_decoder", False) else ""
         over = " over several sources" if isinstance(sae, CrosscoderSpec) else ""
         if isinstance(sae, TranscodersSpec):
-            over = {"each": " a layer of all layers", "cross": ", cross-layer"}[sae.layers]
+            over = {"each": ", one of each layer", "cross": ", cross-layer"}[sae.layers]
             over += " with a skip connection" * sae.skip
         groups.setdefault(f"{ARCHITECTURES.get(kind, kind)}{frozen}{over}", []).append(sae)
     for name, saes in groups.items():

@@ -19,4 +19,6 @@ for name in d3-7.9.0 d3-collection-1.0.7 d3-jetpack-2.3.0 dagre-0.8.5 pako-2.1.0
     mkdir -p "$page/js/$name"
     tar xzf "$page/$name.tgz" -C "$page/js/$name" --strip-components=1
 done
+# its loaders on our transcoders of all layers
+PYTHONPATH=$page "$python" tests/circuit_tracer/transcoders.py
 RETRACE_CIRCUIT_TRACER=$page "$python" -m pytest -v tests/sharing/test_circuit_tracer.py "$@"

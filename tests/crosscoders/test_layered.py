@@ -1,6 +1,7 @@
 """Transcoders of all layers: gradients by autograd and by SAELens, devices, files, stages."""
 
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,7 +11,7 @@ from synthetic import call
 from test_sae import contents, one_thread  # noqa: F401
 from test_sae_jobs import store
 
-from pipeline.crosscoders import layered_files, layered_steps
+from pipeline.crosscoders import layered_files, layered_steps, transcoders
 from pipeline.crosscoders.layered import Layered, divided
 from pipeline.crosscoders.layered_files import read_clt, read_layers
 from pipeline.crosscoders.transcoders import LayeredDictionary
@@ -181,6 +182,25 @@ def test_layers_are_divided_by_their_decoders():
     homes = divided([range(n, 12) for n in range(12)], where)
     load = [sum(13 - n for n, home in enumerate(homes) if home == d) for d in where]
     assert load == [45, 45]
+
+
+def test_a_job_takes_as_many_gpus_as_hold_its_weights(monkeypatch):
+    made = {"cross": spec("topk", d_sae=10), "frozen": spec("topk", d_sae=10, frozen_decoder=True)}
+    pairs = [(f"blocks.{n}.mlp.hook_in", f"blocks.{n}.hook_mlp_out") for n in range(2)]
+    job = transcoders.TranscodersJob(pairs=pairs, training={}, dictionaries=made)
+    # of each set two encoders and three decoders of 10 x 4; Adam has two states of what is trained
+    assert transcoders.n_bytes(job, 4) == 4 * (3 * 200 + 3 * 80 + 120 + 200)
+    gpu = SimpleNamespace(total_memory=1000 / transcoders.ROOM)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda n: SimpleNamespace(uuid=n, **vars(gpu))
+    )
+    monkeypatch.setattr(transcoders.gpus, "hold", lambda name: name != "1")  # another job has 1
+    first = torch.device("cuda", 0)
+    assert transcoders.devices(first, 900) == [first]
+    assert transcoders.devices(first, 1900) == [first, torch.device("cuda", 2)]
+    with pytest.raises(RetraceError, match="2 free GPUs"):
+        transcoders.devices(first, 2100)
 
 
 # --- training ------------------------------------------------------------------------------
