@@ -240,7 +240,9 @@ def trace(
     done = features.layer.new_empty(0)
     while len(done) < wanted:
         some = _next(tracer, edges[: n_logits + len(done)], logits, done, wanted, batch_size)
-        for batch in some.flip(0).split(batch_size):  # of falling layers
+        # Those of early positions together, since what lies behind the last one is left out.
+        for batch in some[features.position[some].argsort(stable=True)].split(batch_size):
+            batch = batch[features.layer[batch].argsort(descending=True, stable=True)]
             start = n_logits + len(done)
             edges[start : start + len(batch)] = tracer.feature_rows(batch)
             done = torch.cat([done, batch])

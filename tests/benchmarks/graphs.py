@@ -10,7 +10,8 @@ SmolLM2-135M's shape with random weights (30 layers of 576, 9 heads, 3 key heads
 random tokens, 7,500 features as nodes and 256 targets a backward pass, which are circuit-tracer's
 defaults; both in float32. Each is a process of its own.
 
-seconds   of a whole graph, from tokens to edges, without loading; the best of --repeats
+seconds   of a whole graph, from tokens to edges, without loading; the best of --repeats; the JSON
+          has those of the processor, too, which other processes change little
 memory    the most that the process held on the GPU, weights included; without a GPU, what it held
           in all, less what it held before
 growth    the exponent p of size^p of both, by least squares, ours; one axis grows at a time
@@ -74,14 +75,15 @@ def child(who: str, case: dict, device: str, repeats: int) -> dict:
             )
             return len(made.features)
 
-    seconds, peak = [], Peak(device)
+    seconds, processor, peak = [], [], Peak(device)
     for _ in range(repeats):
-        started = time.perf_counter()
+        started, before = time.perf_counter(), time.process_time()
         active = graph()
         if device != "cpu":
             torch.cuda.synchronize()
         seconds.append(time.perf_counter() - started)
-    return {"seconds": seconds, "gb": peak.gb(), "active": active}
+        processor.append(time.process_time() - before)
+    return {"seconds": seconds, "processor_seconds": processor, "gb": peak.gb(), "active": active}
 
 
 class Peak:
