@@ -19,7 +19,7 @@ CARD = {
     "model": {"source": "folder", "path": "weights"},
     "corpus": {"source": "local", "path": "stories.jsonl", "n_ctx": 16, "n_tokens": 3200,
                "n_eval_tokens": 640},
-    "activations": {"hooks": [HOOK], "dtype": "float32", "shard_rows": 300, "window": "700kB"},
+    "activations": {"hooks": [HOOK], "dtype": "float32", "shard_rows": 300, "window": "400kB"},
     "sae": {"training": {"n_rows": 6000, "batch_size": 64, "warmup_steps": 5},
             "dictionaries": {"topk": TOPK}},
     "features": {"arm": "trained", "saes": ["topk"], "n_rows": 500},
@@ -48,7 +48,7 @@ def test_the_job_of_a_dictionary_makes_its_rows(folder):
     here, whole = store(folder), store(folder, window=None)
     item, before = here[f"sae:{HOOK}"], whole[f"sae:{HOOK}"]
     assert set(item.folders()) == {"activations", "model", "corpus"}
-    assert item.spec["activations"]["window"] == 700_000
+    assert item.spec["activations"]["window"] == 400_000
     assert set(before.folders()) == {"activations"} and set(before.spec) == {"sae"}
     assert "window" not in whole["activations"].spec["activations"]
     assert here["activations"].id != whole["activations"].id
