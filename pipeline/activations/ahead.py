@@ -25,7 +25,7 @@ from pipeline.store import chunks, intact, provenance, window
 from pipeline.store.shards import COLUMNS, Blocks
 from pipeline.store.window import POLL, Made, Sizes
 
-FOOTER = 1 << 16  # bytes of a shard's footer beside the mean of its rows, at most
+FOOTER = 1 << 14  # bytes of a shard's footer beside the mean of its rows, at most
 NUMBER = 24  # bytes of a number in the mean
 
 

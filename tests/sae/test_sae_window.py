@@ -7,21 +7,29 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import torch
+import warm
 from conftest import HOOK, ROOT, environment, stage
 
+from pipeline.activations import ahead, plan
 from pipeline.errors import RetraceError
 from pipeline.job import kills
-from pipeline.sae.stream import WindowStream
+from pipeline.sae.stream import Stream, WindowStream
+from pipeline.sae.train import Dictionary, build, train
 from pipeline.spec.base import in_bytes
+from pipeline.spec.paper import ActivationsSpec
+from pipeline.spec.sae import SaeSpec, SaeTraining
 from pipeline.store import provenance, tables
+from pipeline.store.shards import Blocks, Rows
 from pipeline.store.window import Window
 
-WINDOW = 600_000  # bytes: 6 shards; the store would have 20
+WINDOW = 240_000  # bytes: 6 shards; the store would have 20
 SPEC = {"hooks": [HOOK], "dtype": "float32", "batch_size": 5, "shard_rows": 150, "window": WINDOW}
 TRAINING = {"n_rows": 9000, "batch_size": 64, "buffer_rows": 400, "warmup_steps": 5}
 
@@ -116,64 +124,93 @@ def test_a_killed_job_ends_with_the_bytes_of_another(
     assert list(pd.read_parquet(tmp_path / "whole/history.parquet")["rows"])[-1] == 8960
 
 
-def test_the_rows_are_those_of_the_whole_store(
-    held, tiny_model_json, tiny_corpus, tiny_activations, tmp_path
-):
-    """An epoch through the window gives the rows of the whole store, and the digests listed."""
-    argv = ["--spec", json.dumps({"activations": SPEC}), "--model", str(tiny_model_json),
-            "--corpus", str(tiny_corpus), "--out", "none", "--shards", "none", "--ahead",
-            str(tmp_path / "w"), "--device", "cpu", "--threads", "1"]  # fmt: skip
+@contextlib.contextmanager
+def opened(folder: Path, model: Path, corpus: Path, seed: int, **over) -> Iterator[Window]:
+    """A window and its maker."""
+    argv = ["--spec", json.dumps({"activations": SPEC | over}), "--model", str(model), "--corpus",
+            str(corpus), "--out", "none", "--shards", "none", "--ahead", str(folder), "--device",
+            "cpu", "--threads", "1"]  # fmt: skip
 
     def start(log):
+        line = [warm.python(), "-m", "pipeline", "activations", *argv]
         env = environment() | {kills.PARENT: ""}
-        line = [sys.executable, "-m", "pipeline", "activations", *argv]
         return subprocess.Popen(line, stdout=log, stderr=log, cwd=ROOT, env=env)
 
-    window = Window(tmp_path / "w", start, seed=3)
+    window = Window(folder, start, seed)
     try:
-        stream = WindowStream(
-            window, [HOOK], norms=[1.0], total=3000, batch_size=50, buffer_rows=400, seed=3,
-            normalize=False,
-        )  # fmt: skip
+        yield window
+    finally:
+        window.stop()
+
+
+def test_the_rows_are_those_of_the_whole_store(
+    tiny_model_json, tiny_corpus, tiny_activations, tmp_path
+):
+    """An epoch through the window gives the rows of the whole store, and the digests listed."""
+    how = {"norms": [1.0], "buffer_rows": 400, "seed": 3, "normalize": False}
+    with opened(tmp_path / "w", tiny_model_json, tiny_corpus, seed=3) as window:
+        stream = WindowStream(window, [HOOK], total=3000, batch_size=50, **how)
         assert stream.n_rows == 3000 and window.sizes.capacity * window.sizes.shard_bytes <= WINDOW
-        files: dict[str, str] = {}
-        rows = []
+        files, rows = {}, []
         for x in stream.batches(0, 60):
             rows.append(x.numpy())
             for file in window.folder.rglob("*.parquet"):
-                files[file.name] = provenance.sha256_file(file)
-        with pytest.raises(RetraceError, match="less than a batch of 100,000"):
-            WindowStream(window, [HOOK], norms=[1.0], total=3000, batch_size=100_000,
-                         buffer_rows=400, seed=3, normalize=False)  # fmt: skip
-    finally:
-        window.stop()
-    from pipeline.store.shards import Rows
-
-    whole = Rows(tiny_activations, HOOK).read(0, 3000)[0]
-    ours = np.concatenate(rows)
+                with contextlib.suppress(OSError):
+                    files[file.name] = provenance.sha256_file(file)
+        with pytest.raises(RetraceError, match=r"less than a batch of 100,000; raise it"):
+            WindowStream(window, [HOOK], total=3000, batch_size=100_000, **how)
+    whole, ours = Rows(tiny_activations, HOOK).read(0, 3000)[0], np.concatenate(rows)
     assert not np.allclose(ours, whole)
-    at, of = (np.lexsort(np.round(x, 3).T) for x in (ours, whole))
-    assert np.allclose(ours[at].sum(0), whole[of].sum(0), rtol=1e-4)
-    assert len(np.unique(ours.round(4), axis=0)) == len(np.unique(whole.round(4), axis=0))
+    assert np.allclose(ours.sum(0), whole.sum(0), rtol=1e-3, atol=1e-2)
+    assert np.allclose(np.sort(ours, 0), np.sort(whole, 0), atol=1e-5)  # column by column
     said = {Path(e["file"]).name: e["sha256"] for m in window.made for e in m.hooks.values()}
     assert files and all(said[name] == sha for name, sha in files.items())
 
 
-@pytest.mark.parametrize(("window", "said"), [
-    (100_000, r"100,000 bytes hold 1 of the shards of 150 rows"),
+def fitted(stream: Stream, manifest: Path, seed: int) -> float:
+    """Explained variance of held-out rows by a small dictionary that a stream trained."""
+    training = SaeTraining.model_validate(TRAINING | {"lr": 3e-3})
+    n_steps = training.n_rows // training.batch_size
+    spec = SaeSpec(architecture="topk", d_sae=64, k=4, seed=seed)
+    one = Dictionary("one", build(spec, 32), training, n_steps)
+    one.sae.b_dec.data.copy_(stream.median(2000))
+    train([one], stream, n_steps)
+    x = torch.tensor(Rows(manifest, HOOK, "eval").read(0, 600)[0]) * stream.scale
+    with torch.no_grad():
+        lost = (one.sae.decode(one.sae.encode(x)) - x).square().sum()
+    return float(1 - lost / (x - x.mean(0)).square().sum())
+
+
+def test_as_much_is_explained_as_from_the_whole_store(
+    tiny_model_json, tiny_corpus, tiny_activations, tmp_path
+):
+    """The window holds a third of 67 shards; apart by less than seeds, or a hundredth, are."""
+    small = {"shard_rows": 45, "window": 530_000}
+    how, found = {"batch_size": 64, "buffer_rows": 400, "normalize": True}, []
+    for seed in (0, 1):
+        made = (tmp_path / str(seed), tiny_model_json, tiny_corpus, seed)
+        with opened(*made, **small) as window:
+            assert 20 <= window.sizes.capacity <= 24 and len(window.sizes.rows) == 67
+            norm = tables.read_json(tiny_activations)["hooks"][HOOK]["mean_norm"]
+            stream = WindowStream(window, [HOOK], norms=[norm], total=9000, seed=seed, **how)
+            ours = fitted(stream, tiny_activations, seed)
+        whole = Stream(Rows(tiny_activations, HOOK), seed=seed, **how)
+        found.append([ours, fitted(whole, tiny_activations, seed)])
+    ours, whole = np.array(found).T
+    spread = max(np.ptp(ours), np.ptp(whole), 0.01)
+    assert whole.min() > 0.3 and abs(ours.mean() - whole.mean()) <= spread, found
+
+
+@pytest.mark.parametrize(("n_bytes", "said"), [
+    (60_000, r"60,000 bytes hold 1 of the shards of 150 rows"),
     (10**17, r"the window takes [\d,]+ bytes and the disk has"),
 ])  # fmt: skip
-def test_a_window_that_does_not_fit(window, said, held, tiny_model_json, tiny_corpus, tmp_path,
-                                    monkeypatch):  # fmt: skip
-    from pipeline.activations import ahead, plan
-    from pipeline.spec.paper import ActivationsSpec
-    from pipeline.store.shards import Blocks
-
+def test_a_window_that_does_not_fit(n_bytes, said, tiny_corpus, tmp_path):
     spec = ActivationsSpec.model_validate(SPEC | {"shard_rows": 150})
     planned = plan.plan(spec, Blocks(tiny_corpus), {HOOK: 32})
     with pytest.raises(RetraceError, match=said):
-        found = ahead.sizes(planned, window)
-        ahead.check_room(tmp_path, found._replace(shard_bytes=window // 10))
+        found = ahead.sizes(planned, n_bytes)
+        ahead.check_room(tmp_path, found._replace(shard_bytes=n_bytes // 10))
 
 
 def test_sizes_of_a_window():

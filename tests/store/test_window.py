@@ -83,6 +83,6 @@ def test_the_window_is_the_largest_that_fits():
         sizes = sized(n * 100 + 99, 100, ROWS, 0)
         assert sizes.capacity <= n and 1 <= sizes.open <= len(ROWS) and sizes.ahead >= 1
     with pytest.raises(
-        RetraceError, match=r"199 bytes hold 1 of the shards of 200 rows .*shard_rows"
+        RetraceError, match=r"199 bytes hold 1 of the shards of 200 .*shard_rows"
     ):
         sized(199, 100, ROWS, 0)
