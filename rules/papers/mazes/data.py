@@ -1,8 +1,8 @@
 """Random mazes with their shortest paths, as sequences of tokens. [torch]
 
-With `loss: path` only <PATH_START> and what stands
-behind it are learned, with `loss: all` every token but the padding: so the paper trained its
-models jirpy and hallway (Ivanitskiy et al. 2023, Section 2.2, footnote 2).
+With `loss: path` only <PATH_START> and what stands behind it are learned, with `loss: all` every
+token but the padding: so the paper trained its models jirpy and hallway (Ivanitskiy et al. 2023,
+Section 2.2, footnote 2).
 """
 
 from typing import Literal, NamedTuple
