@@ -170,6 +170,13 @@ def test_rollouts_are_scored_by_the_rules(held):
     assert all(single["path_start"]) and all(single["path_end"])
 
 
+def test_mazes_that_do_not_fit_are_told():
+    given = DATA.Options(**OPTIONS)
+    assert len(WORLD.judged("depth_first", 5, given, 51).tokens) == 5
+    with pytest.raises(RetraceError, match="no depth_first maze of 3 x 3 fits into 50 tokens"):
+        WORLD.judged("depth_first", 5, given, 50)
+
+
 def test_policies_keep_to_the_rules(held):
     found = MAZES.mazes("depth_first", 40, 4, 3, seed=3)
     walk, hand = (
