@@ -20,6 +20,7 @@ import numpy as np
 from pipeline.errors import RetraceError, nearest
 
 CHUNK = 4096  # mazes that are made at once by one thread
+BLOCK = 1 << 15  # mazes that are written at once by one
 U = np.uint64
 ONE = U(1)
 SPECIAL = ("<ADJLIST_START>", "<ADJLIST_END>", "<TARGET_START>", "<TARGET_END>", "<ORIGIN_START>",
@@ -272,6 +273,17 @@ def tokens(found: Mazes, keys: np.ndarray, flips: np.ndarray) -> tuple[np.ndarra
 
 
 def written(found: Mazes, seed: int) -> tuple[np.ndarray, np.ndarray]:
-    """`tokens` with connections in a random order; the same for the same seed."""
-    rng = np.random.default_rng([seed, 1])
-    return tokens(found, *rng.random((2, found.n, 2 * found.size**2)))
+    """`tokens` with connections in a random order; the same for the same seed, on any machine."""
+
+    def part(first: int) -> tuple[np.ndarray, np.ndarray]:
+        some = found.rows(slice(first, first + BLOCK))
+        rng = np.random.default_rng([seed, 1, first // BLOCK])
+        return tokens(some, *rng.random((2, some.n, 2 * found.size**2)))
+
+    with ThreadPoolExecutor(len(os.sched_getaffinity(0))) as threads:
+        parts = list(threads.map(part, range(0, found.n, BLOCK)))
+    width = max(x.shape[1] for x, _ in parts)
+    out = np.full((found.n, width), PADDING, np.uint8)
+    for i, (x, _) in enumerate(parts):
+        out[i * BLOCK : i * BLOCK + len(x), : x.shape[1]] = x
+    return out, np.concatenate([start for _, start in parts])

@@ -118,7 +118,8 @@ def test_data_learn_from_the_path_alone_or_from_all():
     assert (x2[0] == x[2]).all()  # maze 12 is maze 2 again
     for row, wanted in zip(x.tolist(), y.tolist(), strict=True):
         known = [i for i, t in enumerate(wanted) if t != DATA.IGNORED]
-        assert row[known[0]] == MAZES.PATH_START and wanted[known[-1]] == MAZES.PATH_END
+        assert row[known[0]] == MAZES.TARGET_END and wanted[known[0]] == MAZES.PATH_START
+        assert wanted[known[-1]] == MAZES.PATH_END
     every = DATA.random_mazes(OPTIONS | {"loss": "all"}, 0, 6, 50, torch.device("cpu")).batch(0)[1]
     assert ((every == DATA.IGNORED) == (y == DATA.IGNORED))[:, -1].all()
     assert (every[:, :10] != DATA.IGNORED).all()
@@ -167,6 +168,13 @@ def test_rollouts_are_scored_by_the_rules(held):
     single = {k: v.tolist() for k, v in WORLD.single(model, some, 0, "cpu").items()}
     assert single["first_choice"] == [True, False, False, True, True, True]
     assert all(single["path_start"]) and all(single["path_end"])
+
+
+def test_mazes_that_do_not_fit_are_told():
+    given = DATA.Options(**OPTIONS)
+    assert len(WORLD.judged("depth_first", 5, given, 51).tokens) == 5
+    with pytest.raises(RetraceError, match="no depth_first maze of 3 x 3 fits into 50 tokens"):
+        WORLD.judged("depth_first", 5, given, 50)
 
 
 def test_policies_keep_to_the_rules(held):

@@ -1,8 +1,8 @@
 """Random mazes with their shortest paths, as sequences of tokens. [torch]
 
-With `loss: path` only the tokens behind
-<PATH_START> are learned, with `loss: all` every token but the padding: so the paper trained its
-models jirpy and hallway (Ivanitskiy et al. 2023, Section 2.2, footnote 2).
+With `loss: path` only <PATH_START> and what stands behind it are learned, with `loss: all` every
+token but the padding: so the paper trained its models jirpy and hallway (Ivanitskiy et al. 2023,
+Section 2.2, footnote 2).
 """
 
 from typing import Literal, NamedTuple
@@ -67,7 +67,7 @@ def random_mazes(
         x, y = tokens[:, :-1].long(), tokens[:, 1:].long()
         left_out = y == mazes.PADDING
         if given.loss == "path":
-            left_out |= at < start[:, None]
+            left_out |= at < start[:, None] - 1  # <PATH_START> itself is learned
         return x, y.masked_fill(left_out, IGNORED)
 
     def batch(step: int) -> tuple[Tensor, Tensor]:

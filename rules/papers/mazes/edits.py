@@ -59,8 +59,9 @@ def joined(found: mazes.Mazes, number: np.ndarray) -> mazes.Mazes:
 
 def pairs(found: mazes.Mazes, n: int, seed: int) -> Pairs:
     """Up to n pairs, one of each maze that has one; RetraceError where none has."""
-    there = found.connections()
-    shorter = np.zeros(there.shape, bool)
+    rank = np.random.default_rng(seed).random((found.n, 2 * found.size**2))[: 4 * n]
+    found = found.rows(slice(4 * n))  # most have one
+    there, shorter = found.connections(), np.zeros(rank.shape, bool)
     for number in mazes.inside(found.size):
         made = joined(found, np.full(found.n, number))
         shorter[:, number] = ~there[:, number] & (made.length < found.length)
@@ -68,8 +69,7 @@ def pairs(found: mazes.Mazes, n: int, seed: int) -> Pairs:
     if not len(keep):
         raise RetraceError(f"own.world.n_probe_mazes: in none of {len(there)} mazes a connection "
                            f"would make the path shorter; raise it")  # fmt: skip
-    rank = np.random.default_rng(seed).random(shorter.shape) * shorter
-    number, without = rank[keep].argmax(1), found.rows(keep)
+    number, without = (rank * shorter)[keep].argmax(1), found.rows(keep)
     made = joined(without, number)
     both = (data.written(which, seed) for which in (without, made))
     part = (without.path == made.path).argmin(1)

@@ -55,7 +55,10 @@ class Options(own.Options):
 def judged(kind: str, n: int, given: data.Options, n_ctx: int) -> data.Written:
     """n held-out mazes, without those that are too long: percolated ones may be."""
     found = mazes.mazes(kind, n, given.size, given.shortest, data.HELD_OUT)
-    fits = 4 * found.connections().sum(1) + 10 + given.size**2 < n_ctx
+    fits = 4 * found.connections().sum(1) + 10 + given.size**2 <= n_ctx
+    if not fits.any():
+        raise RetraceError(f"architecture.n_ctx: no {kind} maze of {given.size} x {given.size} "
+                           f"fits into {n_ctx} tokens; raise it")  # fmt: skip
     return data.written(found.rows(fits), data.HELD_OUT)
 
 
