@@ -212,6 +212,8 @@ TRAINING = {  # of a training run; training.<run>.<arm>.* where it has arms
 def whole(found: Any, file: Any) -> dict[str, dict[str, Any]]:
     """The metrics of a metrics.json of another's making, as `summary` writes them.
 
+    Earlier releases wrote NaN, in place of null, for the sd of a metric that has none.
+
     Raises:
         RetraceError: names the first that is not.
     """
@@ -223,7 +225,12 @@ def whole(found: Any, file: Any) -> dict[str, dict[str, Any]]:
                 f"{file}: metric '{name}' has not values, mean, sd, n and definition as stage "
                 f"metrics writes them; make it again"
             )
-    return found
+    return {name: {**metric, "sd": _spread(metric)} for name, metric in found.items()}
+
+
+def _spread(metric: dict[str, Any]) -> float | None:
+    sd = metric["sd"]
+    return None if sd is None or math.isnan(sd) else sd
 
 
 def _is_summary(metric: Any) -> bool:
@@ -232,7 +239,7 @@ def _is_summary(metric: Any) -> bool:
     values, sd = metric["values"], metric.get("sd")
     numbers = [*values, metric.get("mean"), metric.get("n"), *([] if sd is None else [sd])]
     plain = all(type(v) is float or (type(v) is int and abs(v) < 2**63) for v in numbers)
-    spread = sd is None or (plain and any(map(math.isfinite, values)))
+    spread = sd is None or (plain and (math.isnan(sd) or any(map(math.isfinite, values))))
     return plain and spread and "sd" in metric and isinstance(metric.get("definition"), str)
 
 

@@ -13,6 +13,10 @@ r(x, v) = x + v v^T (mean - x), which sets x along v to its mean over the sample
 3. Stimulus-response alignment: the cosine between what ablation changes in the lens's and in the
    model's log-probabilities, in Aitchison geometry with the model's probabilities as weights.
 4. Control: random orthonormal directions through 1's measure, 2 and 3.
+
+The same number of threads gives the same bytes. Another one rounds sums otherwise, and searches
+that end after max_iter steps carry that on: on a reader of 128 dimensions the influence of a
+direction moved by up to 3e-3 between one thread and two, of six directions from 0.6 to 1 nats.
 """
 
 from collections.abc import Callable

@@ -14,6 +14,7 @@ from pipeline.spec.figures import OPTIONS
 
 TITLES = {
     "<arm>.<dictionary>": "Dictionaries",
+    "<arm>.<crosscoder>.<source>": "Crosscoders, of each source",
     "attribution.<prompt>": "Attribution of latents",
     "circuits.<arm>.<method>": "Circuits",
     "graphs.<arm>.<dictionaries>": "Attribution graphs",

@@ -71,19 +71,21 @@ def differing(ours: Any, theirs: Any) -> int | None:
     return count
 
 
-def drawn_as(name: str, shown: dict[str, Any], folder: Path, scale: str) -> dict[str, Any]:
-    """A figure as published; of a function that is now a core kind, with kind and options of this
-    checkout's paper.yaml."""
+def ways(name: str, shown: dict[str, Any], folder: Path, scale: str) -> list[dict[str, Any]]:
+    """A figure as published, and with the kind and options of this checkout's paper.yaml: what
+    was a function of the paper may be a core kind by now, of the same name or another."""
     from pipeline.figures.kinds import KINDS
     from pipeline.job import source
     from pipeline.papers import folders
 
-    wanted = shown["kind"] or name
-    own = folder / "figures.py"
-    if wanted in KINDS or wanted in source.functions(own) or not (folder / "paper.yaml").is_file():
-        return shown
-    figure = folders.load(folder, scale).spec.figures.get(name)
-    return shown | {"kind": figure.kind, "options": figure.options} if figure else shown
+    found = []
+    if (shown["kind"] or name) in {*KINDS, *source.functions(folder / "figures.py")}:
+        found = [shown]
+    if (folder / "paper.yaml").is_file():
+        figure = folders.load(folder, scale).spec.figures.get(name)
+        as_now = shown | ({"kind": figure.kind, "options": figure.options} if figure else {})
+        found += [as_now] if as_now not in found else []
+    return found or [shown]
 
 
 def drawn(run: Results, name: str, made: dict[str, Any], papers: Path) -> tuple[Any, Any]:
@@ -95,15 +97,19 @@ def drawn(run: Results, name: str, made: dict[str, Any], papers: Path) -> tuple[
     from pipeline.figures import drawing
 
     inputs, own = tables_of(run, made), papers / run.paper / "figures.py"
-    frames = dict(zip(made["spec"]["figure"]["tables"], map(drawing.read, inputs), strict=True))
-    try:
-        as_now = drawn_as(name, made["spec"]["figure"], own.parent, run.scale)
-        return drawing.make(name, as_now, frames, own if own.is_file() else None)
-    except (LookupError, TypeError, ValueError, AttributeError) as e:
-        raise RetraceError(
-            f"the code of this checkout cannot draw these tables ({e!r}); "
-            f"check out {provenance.commits(made).split(',')[0]}, which drew them"
-        ) from e
+    shown = made["spec"]["figure"]
+    frames = dict(zip(shown["tables"], map(drawing.read, inputs), strict=True))
+    faults = []
+    for described in ways(name, shown, own.parent, run.scale):
+        try:
+            return drawing.make(name, described, frames, own if own.is_file() else None)
+        except (RetraceError, LookupError, TypeError, ValueError, AttributeError) as e:
+            faults.append(e)
+    said = str(faults[0]) if isinstance(faults[0], RetraceError) else repr(faults[0])
+    raise RetraceError(
+        f"the code of this checkout cannot draw these tables ({' '.join(said.split())}); "
+        f"check out {provenance.commits(made).split(',')[0]}, which drew them"
+    ) from faults[0]
 
 
 def redraw(run: Results, name: str, made: dict[str, Any], papers: Path, out: Path) -> str:
@@ -129,12 +135,15 @@ def redraw(run: Results, name: str, made: dict[str, Any], papers: Path, out: Pat
     tables.write_csv(out / f"{name}.csv", frame, cert)
     before = pd.read_csv(run.folder / f"figures/{name}.csv")
     after = pd.read_csv(out / f"{name}.csv")
-    cells = differing(after, before)
+    cells, order = differing(after, before), ""
     if cells is None:
         return "other rows or columns than the published ones"
+    by = list(before.columns)
+    if cells and not differing(*(t.sort_values(by, ignore_index=True) for t in (after, before))):
+        cells, order = 0, ", in another order"
     new = [c for c in after.columns if c not in before.columns]
     also = f", and new columns: {', '.join(new)}" if new else ""
-    return (f"{cells} cells differ" if cells else SAME) + also
+    return (f"{cells} cells differ" if cells else SAME) + order + also
 
 
 def main() -> None:

@@ -279,6 +279,8 @@ def test_a_table_of_costs_fits_a_phone(browser):
     browser.open(REPORT.replace("report.html", "costs.html"), width=390)
     box = "document.querySelector('#cost .scroll')"
     assert browser.js(f"return {box}.scrollWidth <= {box}.clientWidth")
+    cells = "[...document.querySelectorAll('#cost td')]"  # no name in a sliver of a column
+    assert browser.js(f"return {cells}.every(c => c.clientWidth > 300)")
 
 
 def test_the_reader_chooses_what_is_shown(browser):

@@ -84,6 +84,19 @@ def test_a_causal_basis_against_brute_force(seed):
     assert energies[1] >= second * (1 - 1e-3)
 
 
+def test_a_causal_basis_is_the_same_bytes_each_time_on_two_threads():
+    draw = torch.Generator().manual_seed(0)
+    x, out = torch.randn(500, 64, generator=draw), torch.randn(64, 20, generator=draw)
+    had = torch.get_num_threads()
+    torch.set_num_threads(2)
+    try:
+        read = lambda t: (t / t.norm(dim=-1, keepdim=True)) @ out  # noqa: E731
+        first, again = (basis.causal_basis(read, x, 2, 8, 2) for _ in range(2))
+    finally:
+        torch.set_num_threads(had)
+    assert torch.equal(first, again)
+
+
 def test_influences_of_a_lens_that_is_the_rest_of_the_model(gpt2):
     """Where later layers write nothing, lens and model change alike: alignment is 1."""
     silence(gpt2)

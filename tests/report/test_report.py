@@ -16,7 +16,7 @@ from pipeline.claims import costs, scalars
 from pipeline.claims.summary import tally
 from pipeline.errors import RetraceError
 from pipeline.figures.kinds import KINDS
-from pipeline.report import pages, report
+from pipeline.report import catalogue, definitions, pages, report
 from pipeline.sharing import verify
 from pipeline.store import embed, provenance, tables
 
@@ -172,6 +172,10 @@ def test_the_index_is_folded_to_badges(index):
     badge, fold = row.split("<details>")
     assert "2 of 3 reproduced 1 not reproduced" in words(badge) and "<svg" in badge
     assert 'href="made_up/report.html#claim-dead_7"' in fold
+
+
+def test_the_catalogue_names_every_group_of_core_metrics_in_words():
+    assert set(catalogue.TITLES) == set(definitions.METRICS)
 
 
 def test_the_catalogue_defines_every_metric_and_shows_kinds(made_up):

@@ -104,6 +104,30 @@ def test_numbers_that_differ_are_counted():
     assert redraw.differing(a.assign(y=1), a) == 0
 
 
+def test_rows_in_another_order_are_told_and_are_the_same_numbers(copied, tmp_path):
+    file = copied / "figures/frontier.csv"
+    header, *rows = file.read_text().splitlines()
+    file.write_text("\n".join([header, *rows[::-1]]) + "\n")
+    with opened(copied) as (run,):
+        made = redraw.published(run)["frontier"]
+        assert redraw.redraw(run, "frontier", made, redraw.PAPERS, tmp_path) == (
+            "same numbers, in another order"
+        )
+
+
+def test_a_figure_whose_function_became_a_core_kind_is_drawn_with_todays_options(tmp_path):
+    with opened(REFERENCE / "lenses/laptop") as (run,):
+        made = redraw.published(run)["trajectories"]
+        assert made["spec"]["figure"]["options"] == {"model": "smollm2"}  # of no core kind
+        assert redraw.redraw(run, "trajectories", made, redraw.PAPERS, tmp_path) == "same numbers"
+
+
+def test_metrics_without_a_spread_of_an_earlier_release_are_read():
+    with opened(REFERENCE / "circuit_discovery/paper") as (run,):
+        undefined = run.metrics["reverse.reset.corrupt.eap.correlation"]
+    assert undefined["n"] == 5 and undefined["sd"] is None
+
+
 def test_a_figure_is_not_drawn_from_a_table_that_changed(copied, tmp_path):
     changed(copied / "evaluation/trained.parquet")
     with opened(copied) as (run,), pytest.raises(Exception, match="changed since the figure"):

@@ -58,8 +58,8 @@ def test_the_two_commands_of_the_readme():
     assert last == test.replace(".venv/bin/python", '"$venv/bin/python"')
 
 
-def test_the_tree_in_the_readme_names_the_rooms_in_the_order_of_imports():
-    tree = blocks("")[0]
+def test_the_tree_names_the_rooms_in_the_order_of_imports():
+    tree = blocks("", "CONTRIBUTING.md")[0]
     assert (
         re.findall(r"^  (\w+)/", tree[tree.index("pipeline/") : tree.index("rules/")], re.M)
         == ROOMS
@@ -82,6 +82,18 @@ def test_files_and_papers_that_the_readme_names_exist():
 def test_links_lead_somewhere(page):
     for link in re.findall(r"\]\((?!http)([^)#]+)\)", (ROOT / page).read_text()):
         assert (ROOT / page).parent.joinpath(link).exists(), link
+
+
+def test_what_the_readme_shows_of_a_first_run_is_of_its_command():
+    """At most ten lines of jobs, and every claim of the paper in the sentence below them."""
+    command, printed = blocks("bash")[1].strip(), blocks("text")[0].strip().splitlines()
+    assert command.startswith(".venv/bin/snakemake -c2 ")
+    (name,) = re.search(r"papers=\[(\w+)\]", command).groups()
+    paper = papers.load(ROOT / "rules/papers" / name, "smoke")
+    assert printed[-1].startswith(f"{name}: no claim is judged at this scale; ")
+    said = sum(map(int, re.findall(r"; (\d+) ", printed[-1])))
+    assert said == sum(c.of == "paper" for c in paper.spec.claims)
+    assert len(printed) <= 12 and max(map(len, printed)) <= 120
 
 
 def test_the_readme_is_one_screen():

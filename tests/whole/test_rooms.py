@@ -10,12 +10,12 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-README = (ROOT / "README.md").read_text()
-# In the order of imports, as README's tree has them.
+GUIDE = (ROOT / "CONTRIBUTING.md").read_text()
+# In the order of imports, as CONTRIBUTING's tree has them.
 ROOMS = re.findall(
-    r"^  (\w+)/ ", README[README.index("\npipeline/") : README.index("\nrules/")], re.M
+    r"^  (\w+)/ ", GUIDE[GUIDE.index("\npipeline/ ") : GUIDE.index("\nrules/ ")], re.M
 )
-WITH_TORCH = re.findall(r"^  (\w+)/ .*\[torch\]$", README, re.M)
+WITH_TORCH = re.findall(r"^  (\w+)/ .*\[torch\]$", GUIDE, re.M)
 # Folders of tests that are no room: rules/papers, what concerns all of the product, and means.
 BESIDE = {"replications", "whole", "benchmarks", "circuit_tracer", "libraries", "made_up", "slurm"}
 BESIDE |= {"traced"}

@@ -31,7 +31,7 @@ def spectrum(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     """Norm of each frequency in W_E, neurons and W_L of the first model."""
     table, frequencies = tables["fourier/spectrum"], tables["fourier/frequencies"]
     first = {"arm": "decay", "seed": seeds(table)[0]}
-    table = where(table, **first).sort_values("frequency")
+    table = where(table, **first).sort_values("frequency", kind="stable")  # on every CPU
     known = where(frequencies, **first, key=True)["frequency"]
     steps = sorted(table["step"].unique())
     panels = Panels(list(PARTS.values()), 1, gap=(0, 0.07), shared_xaxes=True)
