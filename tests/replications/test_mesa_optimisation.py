@@ -117,3 +117,21 @@ def test_other_laws_have_the_norm_that_is_asked_for():
 
 def test_a_gap_is_the_largest_ratio_of_two_curves():
     assert METRICS.gap([1, 2, 4], [1, 1, 5]) == pytest.approx(math.log(2))
+
+
+def test_a_model_that_is_the_construction_has_its_loss_and_agrees_with_it():
+    options = STAGE.Options(
+        tables=[], arms={"one": {}}, inputs=2, context=4, n_test=20_000, n_tuning=2000,
+        sweeps={}, seeds=[0],
+    )  # fmt: skip
+    world = STAGE.Regression(options, torch.device("cpu"))
+    references = world.references(options.arms["one"])
+    row = STAGE.model_rows(references["gd"], references, world).iloc[0]
+    assert row["loss"] == pytest.approx(row["gd_loss"]) == pytest.approx(row["between_loss"])
+    assert row["gd_loss"] == pytest.approx(row["theory_loss"], rel=0.04)
+    assert row["zero_loss"] == pytest.approx(row["theory_zero_loss"], rel=0.04)
+    assert min(row["gd_half_loss"], row["gd_double_loss"]) > row["gd_loss"]
+    assert row["shuffled_loss"] > row["zero_loss"] and row["lstsq_loss"] < 1e-6
+    assert row["gd_sensitivity_cosine"] == pytest.approx(1, abs=1e-5)
+    assert row["weight_cosine"] == pytest.approx(1, abs=1e-5)
+    assert row["unfixed_loss"] > 1.02 * row["loss"]

@@ -232,9 +232,9 @@ def model_rows(layers: Layers, references: dict[str, Layers], world: Regression)
         out |= {f"{name}_loss": loss(made(tokens)) for name, made in ways.items()}
         out |= {"weight_cosine": weight_cosine(layers, best)}
     eta, gamma = (-references["gdpp"].O[0, :, 0, i, i] for i in (-1, 0))
-    best, _, zero = attention.closed_form(options.context, options.inputs)
+    _, step, zero = attention.closed_form(options.context, options.inputs)
     out |= {"eta": float(eta[0]), "gamma": float(gamma[0])}
-    out |= {"theory_loss": best, "theory_zero_loss": zero}
+    out |= {"theory_loss": step, "theory_zero_loss": zero}
     return rows(options.seeds, **out)
 
 
