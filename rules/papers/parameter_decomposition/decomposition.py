@@ -85,7 +85,7 @@ def generator(device: torch.device, *identity: int) -> torch.Generator:
 
 
 def fitted(target: Target, options: Options, device: torch.device) -> spd.Toy:
-    """The best of each seed's fits, a model a seed."""
+    """The best of each seed's fits, a model a seed, without an identity."""
     how, best = target.fit, []
     for seed in options.seeds:
         given = {"p": options.p, "steps": how.steps, "batch": how.batch_size, "lr": how.lr}
@@ -94,7 +94,7 @@ def fitted(target: Target, options: Options, device: torch.device) -> spd.Toy:
             generator=generator(device, seed, 0),
         )  # fmt: skip
         best.append((W[losses.argmin()], b[losses.argmin()]))
-    return spd.Toy(*(torch.stack(parts) for parts in zip(*best, strict=True)), target.identity)
+    return spd.Toy(*(torch.stack(parts) for parts in zip(*best, strict=True)), False)
 
 
 # --- what is measured ----------------------------------------------------------------------
@@ -153,8 +153,7 @@ class Judge:
     def __init__(self, toy: spd.Toy, names: list[tuple[str, int]], options: Options) -> None:
         self.toy, self.options = toy, options
         self.names = pd.DataFrame(names, columns=["arm", "seed"])
-        g = generator(toy.W.device, options.seeds[0], 9)
-        shape = (1, options.n_rows, toy.W.shape[2])
+        g, shape = generator(toy.W.device, options.seeds[0], 9), (1, options.n_rows, toy.W.shape[2])
         self.x = spd.rows(shape, options.p, g).expand(len(names), -1, -1)
 
     def frame(self, **values: Any) -> pd.DataFrame:
@@ -284,12 +283,9 @@ def of_group(
             out["models"].append(base.assign(arm="untrained"))
         progress.add(apart if step else 0)
     largest = judge.largest(parts)
-    out["models"].append(judge.models(parts, largest))
-    out["thresholds"].append(judge.thresholds(parts, largest))
-    out["one_hot"].append(judge.one_hots(parts))
-    out["vectors"].append(judge.vectors(parts))
-    out["ablations"].append(judge.ablations(parts, largest))
-    return out
+    for name in ("models", "thresholds", "ablations"):
+        out[name].append(getattr(judge, name)(parts, largest))
+    return out | {"one_hot": [judge.one_hots(parts)], "vectors": [judge.vectors(parts)]}
 
 
 def work(job: cli.Job, options: Options) -> own.Tables:
@@ -299,8 +295,11 @@ def work(job: cli.Job, options: Options) -> own.Tables:
     total = sum(bool(arms) for found in groups.values() for arms in found) * options.steps
     progress = cli.Progress("decomposition", total, "steps")
     with torch.no_grad():
+        known: dict[str, spd.Toy] = {}  # an identity in the middle changes no target
         for name, target in options.targets.items():
-            toy = fitted(target, options, device)
+            key = f"{target.features}, {target.hidden}, {target.fit}"
+            known[key] = known.get(key) or fitted(target, options, device)
+            toy = replace(known[key], identity=target.identity)
             for arms in filter(None, groups[name]):
                 for table, frames in of_group(toy, target, arms, options, progress).items():
                     for frame in frames:

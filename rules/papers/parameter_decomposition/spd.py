@@ -214,8 +214,9 @@ def decompose(
         shape = (*x.shape[:2], C)
         noise = {n: torch.rand(shape, generator=generator, device=device) for n in drawn}
         with torch.enable_grad():
-            adam.zero_grad()
-            loss(toy, drawn, x, count, noise, weight, power).sum().backward()
+            total = loss(toy, drawn, x, count, noise, weight, power).sum()
+            for w, gradient in zip(weights, torch.autograd.grad(total, weights), strict=True):
+                w.grad = gradient
         adam.step()
 
     run: Callable[[], object] = step
