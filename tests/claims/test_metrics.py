@@ -241,3 +241,25 @@ def test_a_training_run_says_what_it_saw_and_how_far_it_ran_past_its_best():
         {"own": {}, "saes": {}, "prompts": [], "circuits": {}, "training": ["text"]}
     )
     assert all(scalars.definition(name, definitions) for name in found | arms)
+
+
+def test_graphs_give_means_over_prompts_of_each_set_of_dictionaries():
+    rows = [
+        {"dictionary": name, "prompt": p} | {m: v + i for i, m in enumerate(scalars.GRAPHS)}
+        for name, p, v in (("clt", "a", 0.0), ("clt", "b", 1.0), ("plt", "a", 5.0))
+    ]
+    scores = pd.DataFrame(rows)
+    scores.loc[scores["dictionary"] == "plt", "faithfulness"] = math.nan  # nothing to take out
+    near = pd.DataFrame([{"dictionary": "clt", "kl": 0.3, "agreement": 0.6}])
+    tables = {"graphs/trained_scores": scores, "graphs/trained_replacement": near}
+    known = scalars.known(
+        {"own": [], "saes": {}, "prompts": [], "circuits": {}, "training": []}
+        | {"graphs": {"trained": ["clt", "plt"]}}
+    )
+    found = compute(tables, known, None)
+    assert found["graphs.trained.clt.replacement_score"]["mean"] == 0.5
+    assert found["graphs.trained.plt.completeness_score"]["mean"] == 6.0
+    assert found["graphs.trained.clt.agreement"]["mean"] == 0.6
+    assert "graphs.trained.plt.faithfulness" not in found
+    names = {f"graphs.trained.clt.{m}" for m in scalars.GRAPHS | scalars.REPLACED}
+    assert names == {name for name in found if ".clt." in name}
