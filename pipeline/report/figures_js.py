@@ -12,9 +12,7 @@ def main() -> None:
     import argparse
 
     parser = argparse.ArgumentParser(prog="python -m pipeline figures_js", description=__doc__)
-    parser.add_argument(
-        "--draw", required=True, nargs="+", help="walk.js, play.js and draw.js of templates"
-    )
+    parser.add_argument("--draw", required=True, nargs="+", help="walk.js, play.js, draw.js")
     parser.add_argument("--out", required=True, help="figures.js")
     args = parser.parse_args()
     with command("figures_js"):
