@@ -275,7 +275,8 @@ def _parquet_file(path: Path) -> Any:
     import pyarrow.parquet as pq
 
     try:
-        return pq.ParquetFile(path, buffer_size=streams.PIECE)
+        # pre_buffer would read a column of a row group, often of the whole file, at once
+        return pq.ParquetFile(path, buffer_size=streams.PIECE, pre_buffer=False)
     except (pa.ArrowException, OSError, ValueError) as e:  # a name that is no UTF-8
         raise RetraceError(f"{path}: not a complete Parquet file ({e}); fetch it again") from e
 

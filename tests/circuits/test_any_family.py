@@ -86,6 +86,9 @@ def test_circuits_are_those_of_whole_passes(kind, settings):
         if "clip_qkv" in settings:  # between attn.hook_v and what the pattern is multiplied with
             with pytest.raises(RetraceError, match=r"is not attn\.hook_z"):
                 proof.prove_patterns(hf, ["blocks.0.attn.hook_pattern"])
+        elif kind == "xglm":  # forms its pattern between two products, outside of any module
+            with pytest.raises(RetraceError, match="never runs in a forward pass"):
+                proof.prove_patterns(hf, ["blocks.0.attn.hook_pattern"])
         else:
             exact.test_patched_patterns_are_whole_forward_passes(task, "")
         exact.test_direct_logits_sum_to_the_metric(task)

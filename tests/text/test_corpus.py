@@ -559,3 +559,17 @@ def test_a_parquet_file_is_read_a_row_group_at_a_time(tmp_path):
         assert len(sizes) == len(texts)
         held.append(max(sizes))
     assert held[1] < 2 * held[0]
+
+
+def test_a_parquet_file_of_one_row_group_is_read_a_piece_at_a_time(tmp_path):
+    """As pandas writes it: one row group, however large."""
+    import pyarrow.parquet as pq
+
+    rng, file = np.random.default_rng(0), tmp_path / "one.parquet"
+    texts = [rng.bytes(2500).hex() for _ in range(4000)]  # what does not compress to nothing
+    pq.write_table(pa.table({"text": texts}), file, use_dictionary=False)
+    assert pq.read_metadata(file).num_row_groups == 1
+    before = pa.total_allocated_bytes()
+    found = documents.each([file], documents.Fields("text"))
+    held = max(pa.total_allocated_bytes() - before for _ in found)
+    assert held < file.stat().st_size / 2
