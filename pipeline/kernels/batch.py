@@ -25,7 +25,7 @@ from torch import Tensor
 from pipeline.kernels.choice import groups_of as choice_groups
 
 KEYS = 2**15
-BLOCK, TIMES = 1024, 16  # maxima that a program counts at a time, and how often
+BLOCK, TIMES = 1024, 4  # maxima that a program counts at a time, and how often
 PART = 128  # positions in a part of the list
 WARPS = 4
 
