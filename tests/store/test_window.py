@@ -82,7 +82,5 @@ def test_the_window_is_the_largest_that_fits():
     for n in range(2, 30):
         sizes = sized(n * 100 + 99, 100, ROWS, 0)
         assert sizes.capacity <= n and 1 <= sizes.open <= len(ROWS) and sizes.ahead >= 1
-    with pytest.raises(
-        RetraceError, match=r"199 bytes hold 1 of the shards of 200 .*shard_rows"
-    ):
+    with pytest.raises(RetraceError, match=r"199 bytes hold 1 of the shards of 200 .*shard_rows"):
         sized(199, 100, ROWS, 0)
