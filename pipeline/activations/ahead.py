@@ -64,7 +64,7 @@ def serve(
     Args:
         plan: all shards of the corpus.
         folder: the window's.
-        made: the certificate, written into every shard.
+        made: the certificate, written into every shard but for the commit.
     """
     folder.mkdir(parents=True, exist_ok=True)
     with open(folder / ".maker", "w", encoding="utf-8") as lock:
@@ -105,7 +105,9 @@ class Maker:
         made: dict[str, Any], seed: int,
     ) -> None:  # fmt: skip
         self.hf, self.plan, self.sizes, self.blocks = hf, plan, found, blocks
-        self.folder, self.certificate, self.seed = folder, made, seed
+        self.folder, self.seed = folder, seed
+        # Without the commit: a shard that is made again has the same bytes under the same code.
+        self.certificate = {k: v for k, v in made.items() if k not in ("git", "paper")}
         self.noted = window.noted(folder / "made.jsonl")
         self.known = {one.number: one.hooks for one in reversed(self.noted)}
 

@@ -327,8 +327,6 @@ class WindowStream(Stream):
             at += len(buffer.order)
             if at <= position:
                 continue
-            if position >= stop:
-                return
             while not all(window.lies_there(j) for j in {piece[0] for piece in buffer.pieces}):
                 yield None  # made again for a job that goes on from a checkpoint
             window.planned(buffer)
@@ -336,6 +334,8 @@ class WindowStream(Stream):
             stops = np.array([self._starts[j] + b for j, _, b in buffer.pieces])
             yield starts, stops, buffer.order[len(buffer.order) - (at - position) :], buffer.used
             position = at
+            if position >= stop:
+                return  # the next buffer may ask for shards of another epoch
 
     @property
     def _starts(self) -> list[int]:

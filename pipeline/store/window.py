@@ -164,7 +164,7 @@ def buffers(
         slots: list[tuple[int, int, list[int]]] = []  # shard, rows, its chunks that are left
         for i in range(sys.maxsize):
             pieces, used, before, upcoming = [], [], [slot[0] for slot in slots], j
-            while len(pieces) < n_chunks and len(used) < sizes.turn:
+            while len(pieces) < n_chunks and (len(used) < sizes.turn or j == end):
                 while len(slots) < sizes.open and j < end:
                     while (n := rows_of(j)) is None:
                         yield None
@@ -173,7 +173,7 @@ def buffers(
                     j += 1
                 if not slots:
                     break
-                at = int(rng.integers(len(slots)))
+                at = _drawn(rng, [len(left) for _, _, left in slots], j < end)
                 shard, n, left = slots[at]
                 if left:
                     start = left.pop() * chunk_rows
@@ -185,6 +185,20 @@ def buffers(
             order = np.random.default_rng([seed, ROWS, epoch, i])
             n = sum(stop - start for _, start, stop in pieces)
             yield Buffer(sorted(pieces), order.permutation(n), used, before, upcoming)
+
+
+def _drawn(rng: np.random.Generator, left: list[int], more: bool) -> int:
+    """Which open shard the next chunk comes from.
+
+    Any of them alike, so that new shards are opened at a steady pace; where no more come in this
+    epoch, any chunk that is left, so that its last rows are as mixed as the first.
+
+    Args:
+        left: chunks of each shard.
+    """
+    if more or not sum(left):
+        return int(rng.integers(len(left)))
+    return int(np.searchsorted(np.cumsum(left), rng.integers(sum(left)), side="right"))
 
 
 class WindowRows(Rows):

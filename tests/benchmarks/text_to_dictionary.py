@@ -162,7 +162,7 @@ def child(a: dict) -> None:
             normalize_activations="expected_average_only_in",
         ),
         model_name=a["checkpoint"], model_class_name="AutoModelForCausalLM",
-        model_from_pretrained_kwargs={"dtype": torch.bfloat16 if a["half"] else torch.float32},
+        model_from_pretrained_kwargs={"dtype": "bfloat16" if a["half"] else "float32"},
         hook_name=f"{layers}.{a['layer']}", dataset_path="given", streaming=False,
         is_dataset_tokenized=True, context_size=a["n_ctx"], prepend_bos=True,
         seqpos_slice=(1, None), training_tokens=n_steps * a["train_batch"],
