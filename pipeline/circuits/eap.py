@@ -165,12 +165,13 @@ def scored(task: Task, nodes: list[Node], dots: Dots) -> Float[Tensor, "nodes ba
     parts: dict[tuple[str, int], list[int]] = {}
     for i, node in enumerate(nodes):
         parts.setdefault((node.kind, node.layer), []).append(i)
-    out = torch.empty(len(nodes), len(task.before), device=masks.device)
+    dtype = next(iter(dots.values())).dtype
+    out = torch.empty(len(nodes), len(task.before), dtype=dtype, device=masks.device)
     for part, some in parts.items():
         dot = dots[part] if dots[part].dim() == 3 else dots[part][..., None]
         sums = torch.einsum("pbs,bsh->pbh", masks.to(dot.dtype), dot)
         at = [positions[nodes[i].position] for i in some]
-        out[some] = sums[at, :, [max(nodes[i].head, 0) for i in some]].to(out.dtype)
+        out[some] = sums[at, :, [max(nodes[i].head, 0) for i in some]]
     return out
 
 

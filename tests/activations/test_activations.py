@@ -19,7 +19,7 @@ import pytest
 import torch
 from conftest import HOOK, environment, rewrite, stage
 
-from pipeline.activations import activations, buffers, checks, files, forward, rows
+from pipeline.activations import activations, buffers, checks, files, forward, rows, writers
 from pipeline.activations import plan as planning
 from pipeline.errors import RetraceError
 from pipeline.models import loader
@@ -304,7 +304,7 @@ def given_as_a_gpu_is(monkeypatch):
         return buffers.Buffers(*two)
 
     monkeypatch.setattr(buffers.Buffers, "like", like)
-    monkeypatch.setattr(activations, "WRITERS", {"cpu": 4})
+    monkeypatch.setattr(writers, "WRITERS", {"cpu": 4})
     monkeypatch.setattr(forward, "AHEAD", {"cpu": 1})
 
 

@@ -56,10 +56,11 @@ def members(session: int) -> list[int]:
 
 
 def results(project: Path) -> dict[str, bytes]:
-    """Every file but logs, benchmarks and costs.html, which carry times."""
+    """Every file but logs, benchmarks and costs.html, which carry times, and the note of code
+    hashes, which carries those of the checkout's files."""
     base = project / "results"
     files = {str(p.relative_to(base)): p for p in base.rglob("*") if p.is_file()}
-    measured = ("logs/", "benchmarks/", "smoke/toy/costs.html")
+    measured = ("logs/", "benchmarks/", "smoke/toy/costs.html", "store/.digests/code.json")
     return {n: p.read_bytes() for n, p in files.items() if not n.startswith(measured)}
 
 
