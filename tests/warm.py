@@ -382,9 +382,10 @@ def renew_streams() -> None:
     import io
     import logging
 
-    new = {}
+    new, kept = {}, []  # an address is of one stream as long as that is kept
     for number, (name, mode) in enumerate([("stdin", "r"), ("stdout", "w"), ("stderr", "w")]):
         old = getattr(sys, name)
+        kept.append(old)
         lines = number == 2 or (number == 1 and os.isatty(number))
         raw = open(number, f"{mode}b", closefd=False)  # noqa: SIM115
         new[id(old)] = io.TextIOWrapper(raw, old.encoding, old.errors, line_buffering=lines)
