@@ -14,7 +14,7 @@ peer     stages activations and sae with a whole store, on --compare-tokens of t
 floor    the window's own size
 
 The explained variance of held-out rows is compared on --compare-tokens, over --seeds, with that of
-the whole store: the mean may be less by no more than the larger spread of the two (max - min).
+the whole store: the means may differ by no more than the larger spread of the two (max - min).
 """
 
 import argparse
@@ -114,14 +114,14 @@ def compared(args, model_json: Path) -> list[Row]:
     ev = {kind: [one["ev"] for one in runs] for kind, runs in found.items()}
     mean = {kind: sum(values) / len(values) for kind, values in ev.items()}
     spread = max(max(values) - min(values) for values in ev.values())
-    less = max(0.0, mean["peer"] - mean["ours"])
+    apart = abs(mean["peer"] - mean["ours"])
     speed = {kind: [n / one["seconds"] for one in runs] for kind, runs in found.items()}
     size = max(one["bytes"] for one in found["peer"])
     return [
         Row(
             f"means {mean['ours']:.5f} in {args.compare_window}, {mean['peer']:.5f} in a store of "
-            f"{size / 1e9:.2f} GB: how much less, as a share of the spread over {args.seeds} seeds",
-            less / spread if spread else float(less > 0), "of the spread", higher_is_better=False,
+            f"{size / 1e9:.2f} GB: how far apart, as a share of the spread over {args.seeds} seeds",
+            apart / spread if spread else float(apart > 0), "of the spread", higher_is_better=False,
             target="ours <= 1", runs=ev,
         ),
         Row(

@@ -181,12 +181,13 @@ def fitted(stream: Stream, manifest: Path, seed: int) -> float:
     return float(1 - lost / (x - x.mean(0)).square().sum())
 
 
-def test_as_much_is_explained_as_from_the_whole_store(
+def test_a_window_on_changing_text_explains_little_less_than_the_whole_store(
     tiny_model_json, tiny_corpus, tiny_activations, tmp_path
 ):
     """The window holds a third of 67 shards of a text that changes from start to end.
 
-    So few rows are mixed less than in the whole store, where 0.761 is explained and 0.751 here.
+    Its rows are mixed less than those of the whole store: 0.751 is explained in place of 0.761,
+    which is beyond the spread over seeds (0.0001). The bound below guards that gap, twice as large.
     """
     small = {"shard_rows": 45, "window": 530_000}
     how, found = {"batch_size": 64, "buffer_rows": 400, "normalize": True}, []
