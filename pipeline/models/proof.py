@@ -27,6 +27,7 @@ from jaxtyping import Float, Int
 from torch import Tensor, nn
 
 from pipeline.errors import RetraceError
+from pipeline.job import cli
 from pipeline.models import hooks, inner, modules, places, rerun, splice
 from pipeline.models.heads import Heads
 from pipeline.models.pairs import Pairs, Run, Task
@@ -336,7 +337,8 @@ def _goes_on(hf: nn.Module, tokens: Int[Tensor, "batch pos"]) -> bool:
         if not base.past:
             return True
         found = rerun.on_past(task, hook, pairs.gathered(base.at(hook), at)[None], at, rows)[0]
-    except Exception:  # of another's code on a mask that it does not expect
+    except Exception as e:  # of another's code on a mask that it does not expect
+        cli.log.info("keys and values are not stored: %s: %s", type(e).__name__, e)
         return False
     return alike(found, pairs.gathered(base.post[-1], at), found.dtype)
 
