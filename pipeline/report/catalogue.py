@@ -15,6 +15,7 @@ from pipeline.spec.figures import OPTIONS
 TITLES = {
     "<arm>.<dictionary>": "Dictionaries",
     "<arm>.<crosscoder>.<source>": "Crosscoders, of each source",
+    "<arm>.<set of transcoders>": "Transcoders of all layers",
     "attribution.<prompt>": "Attribution of latents",
     "circuits.<arm>.<method>": "Circuits",
     "graphs.<arm>.<dictionaries>": "Attribution graphs",

@@ -15,7 +15,7 @@ from pipeline.errors import RetraceError
 from pipeline.probes import controls, measured, rows
 from pipeline.probes.directions import Directions
 from pipeline.spec.measured import ProbesSpec
-from pipeline.store import tables
+from pipeline.store import chunks, tables
 from pipeline.store.shards import Rows
 from pipeline.text import labels as text_labels
 from pipeline.text.labels import Corpus
@@ -275,7 +275,9 @@ def test_nan_in_activations_is_told(given, tmp_path, capsys):
     sha = tables.write_shard(folder / shard["file"], acts, columns, "float32", about)
     from conftest import rewrite
 
-    rewrite(folder / "manifest.json", files=manifest["files"] | {shard["file"]: sha})
+    shard["footer"] = chunks.tail_sha256(folder / shard["file"])
+    rewrite(folder / "manifest.json", hooks=manifest["hooks"],
+            files=manifest["files"] | {shard["file"]: sha})  # fmt: skip
     given = given | {"activations": folder / "manifest.json"}
     spec = {"labels": {"topic": {"column": "label"}}, "methods": ["ridge"], "n_rows": 10**6}
     said = told(capsys, given, tmp_path, **spec)
