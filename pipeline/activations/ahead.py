@@ -114,6 +114,7 @@ class Maker:
     def run(self, order: list[int]) -> None:
         """Make the shards `order`, those that lie there left out."""
         left = [j for j in order if not self._is_whole(j)]
+        window.write(self.folder / "checked.json", left[:1])
         progress = cli.Progress("activations ahead", len(left), "shards")
         writers = Writers(
             forward.device_of(self.hf), self.plan, list(map(self._shard, left)), self.folder,
@@ -121,7 +122,7 @@ class Maker:
         )  # fmt: skip
         with writers.pool:
             while left:
-                n = self._room(min(len(left), self.sizes.turn))
+                n = self._room(left)
                 self._make(left[:n], writers)
                 left = left[n:]
                 progress.at(progress.total - len(left))
@@ -142,12 +143,20 @@ class Maker:
                 return False
         return True
 
-    def _room(self, n: int) -> int:
-        """Wait until n shards have room; how many have."""
-        home = self.folder / "shards" / next(iter(self.plan.widths))
-        while (free := self.sizes.capacity - len(list(home.glob("*.parquet")))) < n:
+    def _room(self, left: list[int]) -> int:
+        """Wait until a turn's shards have room; how many have.
+
+        One is enough where a killed job left later shards than the first of `left`: the reader
+        removes none of those before it has that one.
+        """
+        home = self.folder / "shards" / (hook := next(iter(self.plan.widths)))
+        while True:
+            there = {path.name for path in home.glob("*.parquet")}
+            later = any(Path(window.name_of(hook, left[0])).name < name for name in there)
+            free = self.sizes.capacity - len(there)
+            if free >= (1 if later else min(len(left), self.sizes.turn)):
+                return free
             time.sleep(POLL)
-        return free
 
     def _make(self, order: list[int], writers: Writers) -> None:
         """Make some shards and note them."""
@@ -166,8 +175,14 @@ class Maker:
             self._note(j, digests)
 
     def _note(self, j: int, digests: dict[str, str]) -> None:
-        """Note a shard, or compare it with the note that it has already."""
-        hooks = {}
+        """Note a shard, or compare it with the note that it has already.
+
+        One that is made again the reader knows, so it may have read and removed it by now.
+        """
+        number, hooks = window.number_of(j, self.seed, self.sizes), {}
+        if j < len(self.noted):
+            self._compare(j, number, digests)
+            return
         for hook in self.plan.spec.hooks:
             file = window.name_of(hook, j)
             about = provenance.read(self.folder / file)
@@ -175,20 +190,24 @@ class Maker:
                 "file": file, "rows": about["rows"], "mean_norm": about["mean_norm"],
                 "footer": chunks.tail_sha256(self.folder / file), "sha256": digests[file],
             }  # fmt: skip
-        made = Made(window.number_of(j, self.seed, self.sizes), hooks)
-        before = self.known.setdefault(made.number, hooks)
-        if any(before[hook]["sha256"] != hooks[hook]["sha256"] for hook in hooks):
+        self.known.setdefault(number, hooks)
+        self._compare(j, number, digests)
+        made = Made(number, hooks)
+        with open(self.folder / "made.jsonl", "a", encoding="utf-8") as f:
+            f.write(json.dumps(made._asdict()) + "\n")
+            f.flush()
+            os.fsync(f.fileno())
+        self.noted.append(made)
+
+    def _compare(self, j: int, number: int, digests: dict[str, str]) -> None:
+        """RetraceError where shard j has other bytes than when its rows were made before."""
+        before = self.known[number]
+        if any(before[hook]["sha256"] != digests[window.name_of(hook, j)] for hook in before):
             raise RetraceError(
-                f"{self.folder / window.name_of(next(iter(hooks)), j)}: was made again with other "
+                f"{self.folder / window.name_of(next(iter(before)), j)}: was made again with other "
                 f"bytes than before, so the training cannot go on exactly; delete "
                 f"{self.folder.parent}, then run snakemake again"
             )
-        if j == len(self.noted):
-            with open(self.folder / "made.jsonl", "a", encoding="utf-8") as f:
-                f.write(json.dumps(made._asdict()) + "\n")
-                f.flush()
-                os.fsync(f.fileno())
-            self.noted.append(made)
 
 
 def _write(

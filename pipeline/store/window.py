@@ -4,6 +4,7 @@ A corpus larger than the disk is stored a few shards at a time. Two processes sh
 
     plan.json      by the maker: the size of the window, and the rows of each training shard
     wanted.json    by the reader: which shards, in order
+    checked.json   by the maker: it has seen what a killed job left of them; the reader waits for it
     made.jsonl     by the maker: rows, mean norm and digests of every shard; it outlives the shards
     shards/<hook>/part-<j>.parquet     made in the order of j, removed by the reader
 
@@ -262,7 +263,7 @@ class Window:
     def _start(self) -> None:
         """Start the maker, and wait for its plan."""
         self.stop()
-        for name in ("plan.json", "wanted.json"):
+        for name in ("plan.json", "wanted.json", "checked.json"):
             (self.folder / name).unlink(missing_ok=True)
         with open(self.folder / "maker.log", "w", encoding="utf-8") as log:
             self.maker = self.start(log)
@@ -308,6 +309,10 @@ class Window:
             self.folder / "wanted.json",
             {"open": list(open), "next": next, "last": last, "seed": self.seed},
         )
+        self._open, self.opened = list(open), next
+        while not (self.folder / "checked.json").exists():
+            self._look_at_maker()
+            time.sleep(POLL)
 
     def rows_of(self, j: int) -> int | None:
         """Rows of shard j; None where it was never made."""
