@@ -66,6 +66,7 @@ def test_the_true_model_does_what_the_graph_says_and_not_what_another_feature_wo
     # null: whether what is said of a feature fits what a random feature, as active, does
     assert len(said) > 300
     right, by_chance = correlation(said, measured), correlation(said, null)
+    # .83 and .19 were seen before these bounds were set: they guard them, no source asks for them.
     assert right > 0.7 and abs(by_chance) < 0.35, (right, by_chance)
 
 
