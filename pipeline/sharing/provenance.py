@@ -6,11 +6,14 @@ python -m pipeline provenance verify PATH    recompute every digest; name the fi
 
 import argparse
 import sys
+from collections import Counter
 from pathlib import Path
 
 from pipeline.errors import RetraceError, command
 from pipeline.sharing import verify
 from pipeline.store import provenance
+
+NAMED = 8  # files that a line still names one by one
 
 
 def printable(text: str) -> str:
@@ -58,6 +61,14 @@ def _show(path: str, base: str) -> None:
         sys.exit(printable(f"error: {path}: a certificate is damaged ({e!r})"))
 
 
+def _some(files: list[Path]) -> str:
+    """The names of files; of many, how many lie in each folder of results or of the store."""
+    if len(files) <= NAMED:
+        return ", ".join(map(str, files))
+    folders = Counter("/".join(f.parts[:3]) if len(f.parts) > 3 else str(f) for f in files)
+    return ", ".join(f"{n} of {folder}" if n > 1 else folder for folder, n in folders.items())
+
+
 def _verify(path: str, base: str) -> int:
     """Print what `verify.examined` finds; the exit code."""
     found = verify.examined(path, base)
@@ -66,7 +77,7 @@ def _verify(path: str, base: str) -> int:
         return 1
     lines = found.faults + found.notes
     if found.absent:
-        lines.append(f"not on this machine, so not checked: {', '.join(map(str, found.absent))}")
+        lines.append(f"not on this machine, so not checked: {_some(found.absent)}")
     bare = f", {found.bare} without certificate" if found.bare else ""
     lines.append(f"{path}: {len(found.sums)} files verified{bare}; {len(found.faults)} faults")
     lines.append(f"root sha256:{found.root} (certificates are not signed: quote this)")

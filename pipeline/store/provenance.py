@@ -30,6 +30,7 @@ PACKAGES = (
     "pandas pyarrow plotly pydantic scipy"
 ).split()
 NOWHERE = "in no repository"
+CHECKOUT = Path(__file__).parents[2]  # what `pipeline` and the papers' folders lie in
 RESULTS = ("metrics.json", "claims.csv")  # a folder of results holds one of them
 # Where Snakemake keeps its copies of results that lie in an object storage.
 STORED = re.compile(r"(.*/)?\.snakemake/storage/.*?/(?=results/)")
@@ -149,8 +150,12 @@ def home(path: str | Path) -> str:
 
 
 def name_of(path: str | Path) -> str:
-    """A file's name in certificates: the same whether results lie in a storage or on a disk."""
-    return str(path).removeprefix(home(path))
+    """A file's name in certificates: the same on a disk, in a storage, and in every checkout.
+
+    What lies below the checkout is named from there; so no name tells where a machine keeps it.
+    """
+    name = Path(str(path).removeprefix(home(path)))
+    return str(name.relative_to(CHECKOUT) if name.is_relative_to(CHECKOUT) else name)
 
 
 def certificate(
@@ -173,7 +178,7 @@ def certificate(
         "stage": stage,
         "spec": spec,
         "code": code,
-        "git": git_state(str(Path(__file__).parents[2])),
+        "git": git_state(str(CHECKOUT)),
         "versions": versions(),
         "device": device,
         "inputs": {name_of(p): sha256_file(p) for p in inputs},
@@ -274,7 +279,8 @@ def locate(name: str, near: Path, base: str | Path = "") -> Path | None:
 
     Results that were moved or published (results/reference, an unpacked release) name files of
     the run that made them, results/<scale>/<paper>/.... A run of the same paper that lies below
-    the base is another run, and its files are not theirs.
+    the base is another run, and its files are not theirs. A paper's code is looked up in this
+    checkout where the base holds none: snakemake may have run in another folder.
 
     Args:
         name: the input's name in a certificate.
@@ -285,6 +291,8 @@ def locate(name: str, near: Path, base: str | Path = "") -> Path | None:
         The path; None of an input that was not published with them.
     """
     there, parts = Path(base) / name, Path(name).parts
+    if parts[:1] == ("rules",) and not is_file(there):
+        return CHECKOUT / name
     run = Path(base, *parts[:3])
     if len(parts) < 4 or parts[0] != "results" or parts[1] == "store":
         return there

@@ -12,7 +12,7 @@ import pytest
 import warm
 
 from pipeline.errors import RetraceError
-from pipeline.sharing.provenance import show
+from pipeline.sharing.provenance import _some, show
 from pipeline.sharing.verify import examined
 from pipeline.sharing.verify import faults as verify
 from pipeline.store import provenance, tables
@@ -176,10 +176,33 @@ def test_a_run_elsewhere_is_verified_from_its_base(chained, tmp_path, monkeypatc
 
 def test_certificates_tell_what_made_a_file():
     made = certificate("metrics", {"a": 1}, "c0de", [__file__], "cpu, 2 threads", seed=7)
-    assert made["inputs"] == {__file__: provenance.sha256_file(__file__)}
+    assert made["inputs"] == {"tests/sharing/test_provenance.py": provenance.sha256_file(__file__)}
     assert made["seed"] == 7 and made["device"] == "cpu, 2 threads"
     assert made["versions"]["python"].count(".") == 2
     assert made["versions"]["numpy"] == np.__version__
+
+
+def test_code_of_a_paper_is_named_from_the_checkout_and_found_from_another_folder(
+    chained, tmp_path
+):
+    code = ROOT / "rules/papers/mazes/data.py"
+    assert provenance.name_of(code) == "rules/papers/mazes/data.py"
+    assert provenance.name_of("results/t.parquet") == "results/t.parquet"
+    assert provenance.name_of(tmp_path / "data.py") == str(tmp_path / "data.py")  # another's
+    made = stamped("training", code)
+    tables.write_table("results/t.parquet", pd.DataFrame({"x": [1.5]}), made)
+    assert verify("results/t.parquet") == []  # tmp_path holds no such file: the checkout does
+    made["inputs"]["rules/papers/mazes/data.py"] = "0" * 64
+    tables.write_table("results/t.parquet", pd.DataFrame({"x": [1.5]}), made)
+    assert verify("results/t.parquet") == [f"{code}: changed since a result was made from it"]
+
+
+def test_no_published_certificate_tells_where_a_machine_keeps_its_files():
+    published = ROOT / "results/reference"
+    files = [p for p in published.rglob("*") if p.is_file()]
+    named = [(p, n) for p in files for n in (provenance.read(p) or {}).get("inputs", {})]
+    assert len(named) > 500
+    assert [(p, n) for p, n in named if Path(n).is_absolute()] == []
 
 
 def test_versions_are_of_packages_in_use(monkeypatch):
@@ -236,6 +259,14 @@ def test_the_command_line(chained):
 
 
 @pytest.mark.workflow
+def test_many_files_that_are_not_here_are_counted_by_folder():
+    few = [Path(f"results/store/sae/x{i}/manifest.json") for i in range(8)]
+    assert _some(few).count("manifest.json") == 8
+    assert _some([*few, Path("results/store/model/m/model.json"), Path("data/text.txt")]) == (
+        "8 of results/store/sae, results/store/model, data/text.txt"
+    )
+
+
 def test_the_command_line_tells_of_a_truncated_file_in_one_sentence(chained):
     chained["m.json"].write_text('{"ev": ')
     for verb in ("show", "verify"):
