@@ -48,15 +48,15 @@ def _positions(
 ):
     """One row."""
     row, at = tl.program_id(0).to(tl.int64), tl.arange(0, WIDTH)
-    key = tl.full([WIDTH], -(2**31), tl.int32)
+    most = tl.full([WIDTH], float("-inf"), tl.float32)
     for some in range(0, GROUPS, 4):
         for one in tl.static_range(4):  # four loads on their way at a time
             group = some + one
             to = row * columns + group * width + at
             there = (at < width) & (group < GROUPS)
             x = tl.load(scores + to, mask=there, other=float("-inf"))
-            key = tl.maximum(key, _key(x, BITS))
-    key = tl.where(at < width, key, -(2**31))
+            most = tl.maximum(most, x.to(tl.float32))
+    key = tl.where(at < width, _key(most.to(scores.dtype.element_ty), BITS), -(2**31))
     place, kept = _places(key, k, BITS)
     tl.store(out + row * k + place, at, mask=kept & (at < width))
 

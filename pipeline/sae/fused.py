@@ -117,7 +117,7 @@ class FusedStep:
         self, x: Tensor, xc: Tensor, scores: Tensor, scratch: Scratch, keep: bool
     ) -> tuple[Any, Tensor, Tensor, Tensor | None]:
         """Entries of the k largest scores of every row, d, and `about` and r of rows.residual."""
-        from pipeline.kernels import adam, rows
+        from pipeline.kernels import gradients, rows
 
         latents, acts = self._choice(scores)
         dec, b_dec = self.operands.dec, self.sae.b_dec
@@ -126,7 +126,7 @@ class FusedStep:
         d, pulls, about, r = rows.residual(latents, acts, x, b_dec, dec, keep=keep)
         ordered, order, starts = in_order()
         at, _, a, g = rows.in_order(order, acts, pulls)
-        return adam.Entries(ordered, starts, at, at, a, g, xc, d), d, about, r
+        return gradients.Entries(ordered, starts, at, at, a, g, xc, d), d, about, r
 
     def _choice(self, scores: Tensor) -> tuple[Tensor, Tensor]:
         """Latents and activations of the k largest scores of every row, [batch k]."""
@@ -143,7 +143,7 @@ class FusedStep:
         self, x: Tensor, xc: Tensor, scores: Tensor, scratch: Scratch, keep: bool
     ) -> tuple[Any, Tensor, Tensor, Tensor | None]:
         """As `_topk`, of the k B largest scores of the batch; moves the running threshold."""
-        from pipeline.kernels import adam, batch, rows
+        from pipeline.kernels import batch, gradients, rows
 
         sae, widths, norm = self.sae, self.widths, self.operands.norm
         n, groups = int(sae.cfg.k * len(x)), batch.groups_of(scores.shape[1])
@@ -168,7 +168,7 @@ class FusedStep:
         )  # fmt: skip
         ordered, order, starts = in_order()
         at, virtual, a, g = rows.in_order(order, acts, pulls, row_of, virtual)
-        entries = adam.Entries(ordered, starts, at, virtual, a, g, xc, d.flatten(0, 1))
+        entries = gradients.Entries(ordered, starts, at, virtual, a, g, xc, d.flatten(0, 1))
         return entries, d[:, 0], about, r
 
     def _auxk(
@@ -215,10 +215,10 @@ class FusedStep:
         Args:
             d: [rows d_in], of which b_dec has the sum as its gradient, beside the encoder's part.
         """
-        from pipeline.kernels import adam
+        from pipeline.kernels import adam, gradients
 
-        parts = adam.pieces(entries)
-        squares, biases, fired = adam.norms(entries, parts)
+        parts = gradients.pieces(entries)
+        squares, biases, fired = gradients.norms(entries, parts)
         operands, state = self.operands, self.optimiser.adam.state
 
         def moved(name: str, turned: bool = False) -> adam.Moved:
@@ -226,7 +226,7 @@ class FusedStep:
             of = parameter.detach(), *(state[parameter][m] for m in ("exp_avg", "exp_avg_sq"))
             return adam.Moved(*(t.T for t in of) if turned else of)
 
-        b_dec = adam.bias_sums(d, operands.enc, biases, operands.norm)
+        b_dec, squares = gradients.bias_sums(d, operands.enc, biases, operands.norm, squares)
         lr = self.optimiser.adam.param_groups[0]["lr"]
         count = self.optimiser.count
         factors = adam.finish(squares, b_dec, moved("b_dec"), count, lr, self.how)

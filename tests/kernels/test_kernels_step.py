@@ -12,7 +12,7 @@ if not importlib.util.find_spec("triton"):
     pytest.skip("Triton is not installed", allow_module_level=True)
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
-from pipeline.kernels import adam, choice
+from pipeline.kernels import choice, gradients
 from pipeline.sae import fused
 from pipeline.sae.optimiser import Optimiser
 from pipeline.sae.sparse import Scratch
@@ -46,7 +46,7 @@ def pair(architecture: str, **options):
 )  # fmt: skip
 def test_a_fused_step_is_a_step_of_adam(architecture, options, dead, capacity, monkeypatch):
     """With k = 20, fewer than k a row are above zero."""
-    monkeypatch.setattr(adam, "LONG", 8)
+    monkeypatch.setattr(gradients, "LONG", 8)
     monkeypatch.setattr(choice, "WIDTH", 2)
     sae, plain, step = pair(architecture, **options)
     random = torch.Generator().manual_seed(1)
