@@ -21,8 +21,8 @@ from torch import Tensor
 from pipeline.kernels import gradients
 from pipeline.kernels.gradients import Entries, _gradient
 
-# Columns of a block, and warps, of latents without a gradient. Their program needs few registers, so
-# that more of them run at a time: most latents of a wide dictionary are not active in a batch.
+# Columns of a block, and warps, of latents without a gradient, as most of a wide dictionary are.
+# Their program needs few registers, so that more of them run at a time.
 IDLE_BLOCK, IDLE_WARPS = 1024, 4
 
 
@@ -103,8 +103,9 @@ def finish(
     factors = torch.empty(3, device=squares.device)
     d = len(gradient)
     _finish[(1,)](
-        squares, len(squares), *b_dec, gradient, d, count, lr, factors, how.clip, how.beta1, how.beta2,
-        how.eps, math.log(how.beta1), math.log(how.beta2), triton.next_power_of_2(d), num_warps=8,
+        squares, len(squares), *b_dec, gradient, d, count, lr, factors, how.clip, how.beta1,
+        how.beta2, how.eps, math.log(how.beta1), math.log(how.beta2), triton.next_power_of_2(d),
+        num_warps=8,
     )  # fmt: skip
     return factors
 

@@ -6,7 +6,9 @@ members are run side by side, each on its own CUDA stream: products under vmap a
 separate ones.
 """
 
-from collections.abc import Callable
+import os
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -101,9 +103,10 @@ class Forward:
         targets: Int64[Tensor, "members batch pos"],
     ) -> Float[Tensor, "members n"]:
         """The gradient of each member's loss in its weights."""
-        if self.streams:
-            return self.side_by_side(flat, tokens, targets)
-        return torch.autograd.grad(self._total(flat, tokens, targets), flat)[0]
+        with repeatable(self.device):
+            if self.streams:
+                return self.side_by_side(flat, tokens, targets)
+            return torch.autograd.grad(self._total(flat, tokens, targets), flat)[0]
 
     def side_by_side(
         self,
@@ -167,6 +170,19 @@ class Forward:
         for name in rest.keys() - out.keys():
             out[name] = rest[name].detach().cpu().expand(len(flat), *rest[name].shape).contiguous()
         return out
+
+
+@contextmanager
+def repeatable(device: torch.device) -> Iterator[None]:
+    """On a GPU, gradients have the same bits in every run; fused attention's have not otherwise."""
+    before = torch.are_deterministic_algorithms_enabled()
+    torch.utils.deterministic.fill_uninitialized_memory = False  # it takes time, and shows nothing
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")  # read when a product is first made
+    torch.use_deterministic_algorithms(before or device.type == "cuda", warn_only=True)
+    try:
+        yield
+    finally:
+        torch.use_deterministic_algorithms(before)
 
 
 def last_only(data: Batches) -> int:

@@ -113,6 +113,20 @@ def test_logits_equal_transformer_lens(more):
     torch.testing.assert_close(native.to_bridge(model)(tokens), model(tokens).logits)
 
 
+@pytest.mark.parametrize("more", [{}, {"positional": "rotary"}, {"smeared_keys": True}])
+def test_fused_attention_is_the_pattern_times_v(more):
+    """What training on a GPU runs in place of the scores, with the same gradients."""
+    attention = drawn(**more).model.layers[0].attn.requires_grad_()
+    x = torch.randn(2, 6, 16, generator=torch.Generator().manual_seed(3), requires_grad=True)
+    want = attention.pattern(x) @ attention.heads(attention.v(x))
+    got = attention.fused(x)
+    weights = [x, *(p for n, p in attention.named_parameters() if n[0] != "o")]
+    torch.testing.assert_close(got, want)
+    pull = torch.randn(want.shape, generator=torch.Generator().manual_seed(4))
+    for a, b in zip(*(torch.autograd.grad(z, weights, pull) for z in (got, want)), strict=True):
+        torch.testing.assert_close(a, b)
+
+
 def test_smeared_keys_mix_with_those_before():
     """a = ln 3 gives s = 3/4: k_1 is three quarters itself and a quarter k_0; k_0 stays."""
     keys = native.SmearedKeys(4, 2, 2)
