@@ -1,9 +1,10 @@
 """Adam on a dictionary's weights without a stored gradient, for a GPU. [torch, triton]
 
-1. `finish` makes the factor of clipping and Adam's corrections, and moves b_dec.
+1. `begin` makes Adam's corrections, `finish` the factor of clipping; it moves b_dec.
 2. `update` sums each latent's gradient again (gradients.py), and moves the weights, as
    torch.optim.Adam does. While they are in registers it writes what the next step multiplies: W_dec
    and W_enc n in the dtype of operands, n the norm of the decoder's row.
+3. Latents without a gradient need neither sums nor norm: they are moved while these are made.
 
 Per weight that is 24 bytes of float32 read and written (the weight and both moments) and 2 bytes
 written for its bfloat16 copy; a stored gradient would add 8. The tests compare with plain PyTorch
@@ -35,9 +36,21 @@ def _moved(w, m, v, g, beta1, beta2, eps, size, root):
 
 
 @triton.jit
+def _begin(count, lr, factors, log1, log2):
+    """The only program."""
+    step = tl.load(count) + 1
+    # float64: 1 - 0.999 in float32 keeps four digits
+    size = (tl.load(lr) / (1 - tl.exp(step.to(tl.float64) * log1))).to(tl.float32)
+    root = tl.sqrt(1 - tl.exp(step.to(tl.float64) * log2)).to(tl.float32)
+    tl.store(count, step)
+    tl.store(factors + 1, size)
+    tl.store(factors + 2, root)
+
+
+@triton.jit
 def _finish(
-    squares, n_squares, weights, means, seconds, gradient, d, count, lr, factors, clip, beta1,
-    beta2, eps, log1, log2, WIDTH: tl.constexpr,
+    squares, n_squares, weights, means, seconds, gradient, d, factors, clip, beta1, beta2, eps,
+    WIDTH: tl.constexpr,
 ):  # fmt: skip
     """The only program."""
     at = tl.arange(0, WIDTH)
@@ -47,14 +60,8 @@ def _finish(
         square += tl.load(squares + begin + at, mask=begin + at < n_squares, other=0.0)
     norm = tl.sqrt(tl.sum(square))
     factor = 1 / tl.maximum((norm + 1e-6) / clip, 1.0)
-    step = tl.load(count) + 1
-    # float64: 1 - 0.999 in float32 keeps four digits
-    size = (tl.load(lr) / (1 - tl.exp(step.to(tl.float64) * log1))).to(tl.float32)
-    root = tl.sqrt(1 - tl.exp(step.to(tl.float64) * log2)).to(tl.float32)
-    tl.store(count, step)
     tl.store(factors, factor)
-    tl.store(factors + 1, size)
-    tl.store(factors + 2, root)
+    size, root = tl.load(factors + 1), tl.load(factors + 2)
     w = tl.load(weights + at, mask=at < d, other=0.0)
     m = tl.load(means + at, mask=at < d, other=0.0)
     v = tl.load(seconds + at, mask=at < d, other=0.0)
@@ -86,28 +93,33 @@ class How:
     clip: float
 
 
-def finish(
-    squares: Tensor, gradient: Tensor, b_dec: Moved, count: Tensor, lr: Tensor, how: How
-) -> Tensor:
-    """Move b_dec and count the step; the factors of `update`.
+def begin(count: Tensor, lr: Tensor, how: How) -> Tensor:
+    """Count the step; Adam's corrections, with room for the factor of clipping.
 
     Args:
-        squares: of `gradients.bias_sums`, as the gradient of b_dec.
         count: number of steps done, a float32 scalar, which rises by one.
         lr: the learning rate, a float32 scalar.
 
     Returns:
-        float32 [3]: by what gradients are multiplied, lr / (1 - beta1^step), and
-        sqrt(1 - beta2^step).
+        float32 [3]: undefined, lr / (1 - beta1^step), and sqrt(1 - beta2^step).
     """
-    factors = torch.empty(3, device=squares.device)
+    factors = torch.empty(3, device=count.device)
+    _begin[(1,)](count, lr, factors, math.log(how.beta1), math.log(how.beta2), num_warps=1)
+    return factors
+
+
+def finish(factors: Tensor, squares: Tensor, gradient: Tensor, b_dec: Moved, how: How) -> None:
+    """Move b_dec; the first of the factors becomes what gradients are multiplied by.
+
+    Args:
+        factors: of `begin`.
+        squares: of `gradients.bias_sums`, as the gradient of b_dec.
+    """
     d = len(gradient)
     _finish[(1,)](
-        squares, len(squares), *b_dec, gradient, d, count, lr, factors, how.clip, how.beta1,
-        how.beta2, how.eps, math.log(how.beta1), math.log(how.beta2), triton.next_power_of_2(d),
-        num_warps=8,
+        squares, len(squares), *b_dec, gradient, d, factors, how.clip, how.beta1, how.beta2,
+        how.eps, triton.next_power_of_2(d), num_warps=8,
     )  # fmt: skip
-    return factors
 
 
 @triton.jit
@@ -167,7 +179,9 @@ def _update(
         tl.store(v_enc + to, v, mask=mask)
         tl.store(enc + to, (w * scale).to(enc.dtype.element_ty), mask=mask)
     b, m, v = tl.load(b_enc + latent), tl.load(m_b + latent), tl.load(v_b + latent)
-    g = tl.load(biases + latent) * factor
+    g = 0.0
+    if not IDLE:
+        g = tl.load(biases + latent) * factor
     b, m, v = _moved(b, m, v, g, beta1, beta2, eps, size, root)
     tl.store(b_enc + latent, b)
     tl.store(m_b + latent, m)
@@ -195,8 +209,7 @@ class Operands:
 
 def update(
     entries: Entries,
-    parts: tuple[Tensor, Tensor],
-    biases: Tensor,
+    sums: tuple[Tensor, Tensor, Tensor] | None,
     factors: Tensor,
     W_enc: Moved,
     W_dec: Moved,
@@ -208,19 +221,21 @@ def update(
     """Adam's step on W_enc, W_dec and b_enc in place, and the operands of the next step.
 
     Args:
-        parts: of `pieces`.
-        biases: b_enc's gradient, of `norms`.
-        factors: of `finish`.
+        sums: of latents with a gradient, their `pieces` and b_enc's gradient, of `norms`; None: of
+            the other latents, which nothing else reads from the forward pass on, so that both can
+            be moved at a time.
+        factors: of `finish`; without sums, of `begin`.
         rescale: whether scores are rescaled by the decoder's norms.
     """
     d_sae, d = into.enc.shape
-    active = (gradients.BLOCK, gradients.ENTRIES, gradients.WARPS)
-    idle = (min(IDLE_BLOCK, triton.next_power_of_2(d)), 1, IDLE_WARPS)
-    for block, at_a_time, warps in (active, idle):
-        _update[(d_sae,)](
-            entries.starts, entries.rows_enc, entries.rows_dec, entries.acts, entries.pulls,
-            entries.x, entries.d, *parts, *entries.slots(), biases, factors, *W_enc, *W_dec, *b_enc,
-            into.enc, into.dec, into.bias, into.norm, d, how.beta1, how.beta2, how.eps,
-            gradients.LONG, block, at_a_time, entries.extra is not None, rescale, at_a_time == 1,
-            num_warps=warps,
-        )  # fmt: skip
+    if sums:
+        block, at_a_time, warps = gradients.BLOCK, gradients.ENTRIES, gradients.WARPS
+    else:
+        block, at_a_time, warps = min(IDLE_BLOCK, triton.next_power_of_2(d)), 1, IDLE_WARPS
+    _update[(d_sae,)](
+        entries.starts, entries.rows_enc, entries.rows_dec, entries.acts, entries.pulls, entries.x,
+        entries.d, *(sums or (factors,) * 3)[:2], *entries.slots(), (sums or (factors,))[-1],
+        factors, *W_enc, *W_dec, *b_enc, into.enc, into.dec, into.bias, into.norm, d, how.beta1,
+        how.beta2, how.eps, gradients.LONG, block, at_a_time, entries.extra is not None, rescale,
+        not sums, num_warps=warps,
+    )  # fmt: skip

@@ -31,6 +31,7 @@ from pipeline.kernels.bags import _sum
 # warps share a sum, and wait for each other (ten times as long on an H200).
 BLOCK, ENTRIES, WARPS = 256, 8, 1
 NORMS_BLOCK, NORMS_ENTRIES, NORMS_WARPS = 512, 4, 2  # of `norms`: a tenth less time than the above
+JOINED, PIECES = 128, 16  # columns of a block whose pieces are summed, and pieces at a time
 LONG = 32  # entries from which on a latent's gradient is summed in pieces of so many
 SLICE = 64  # rows whose weighted sum is one part of `bias_sums`
 
@@ -95,7 +96,7 @@ def _pieces(
 @triton.jit
 def _join(
     latents, starts, enc, dec, n, d, LONG: tl.constexpr, BLOCK: tl.constexpr,
-    ENTRIES: tl.constexpr,
+    PIECES: tl.constexpr,
 ):  # fmt: skip
     """The long latent that begins among LONG entries in a row: its pieces, summed in the first.
 
@@ -106,17 +107,18 @@ def _join(
     latent = tl.load(latents + end - 1).to(tl.int64)
     first, last = tl.load(starts + latent), tl.load(starts + latent + 1)
     if (last - first >= LONG) & (first >= begin):
-        to = _first_piece(first, LONG) * d + at
-        for which in tl.static_range(2):
-            pieces = dec if which else enc
-            total = tl.load(pieces + to, mask=at < d, other=0.0)
-            for c in range(chunk + 1, tl.cdiv(last, LONG), ENTRIES):
-                more = c + tl.arange(0, ENTRIES)
-                mask = (more < tl.cdiv(last, LONG))[:, None] & (at < d)[None, :]
-                # it is the first latent of every chunk that follows
-                where = pieces + 2 * more[:, None] * d + at[None, :]
-                total += tl.sum(tl.load(where, mask=mask, other=0.0), 0)
-            tl.store(pieces + to, total, mask=at < d)
+        pieces = enc
+        if tl.program_id(2) == 1:
+            pieces = dec
+        to, after = _first_piece(first, LONG) * d + at, tl.cdiv(last, LONG)
+        total = tl.load(pieces + to, mask=at < d, other=0.0)
+        for c in range(chunk + 1, after, PIECES):
+            more = c + tl.arange(0, PIECES)
+            mask = (more < after)[:, None] & (at < d)[None, :]
+            # it is the first latent of every chunk that follows
+            where = pieces + 2 * more[:, None] * d + at[None, :]
+            total += tl.sum(tl.load(where, mask=mask, other=0.0), 0)
+        tl.store(pieces + to, total, mask=at < d)
 
 
 @triton.jit
@@ -133,13 +135,13 @@ def pieces(entries: Entries) -> tuple[Tensor, Tensor]:
     n, d, device = len(entries.latents), entries.x.shape[1], entries.x.device
     chunks = triton.cdiv(n, LONG)
     enc, dec = (torch.empty(2 * chunks, d, device=device) for _ in range(2))
-    how = (enc, dec, n, d, LONG, BLOCK, ENTRIES)
-    grid = (chunks, triton.cdiv(d, BLOCK))
-    _pieces[grid](
+    _pieces[(chunks, triton.cdiv(d, BLOCK))](
         entries.latents, entries.starts, entries.rows_enc, entries.rows_dec, entries.acts,
-        entries.pulls, entries.x, entries.d, *how, num_warps=WARPS,
+        entries.pulls, entries.x, entries.d, enc, dec, n, d, LONG, BLOCK, ENTRIES, num_warps=WARPS,
     )  # fmt: skip
-    _join[grid](entries.latents, entries.starts, *how, num_warps=WARPS)
+    _join[(chunks, triton.cdiv(d, JOINED), 2)](
+        entries.latents, entries.starts, enc, dec, n, d, LONG, JOINED, PIECES, num_warps=1
+    )
     return enc, dec
 
 

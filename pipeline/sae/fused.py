@@ -110,7 +110,7 @@ class FusedStep:
         loss = mse if self.widths is None else mse + inner
         if has_auxk:
             loss = loss + self._auxk(entries, scores, r, dead, capacity)
-        fired = self._move(entries, d)
+        fired = self._move(entries, d, scratch)
         return Outcome(loss, mse, l0, fired)
 
     def _topk(
@@ -209,29 +209,39 @@ class FusedStep:
         kept = torch.zeros_like(acts).scatter_(1, among.topk(k, sorted=False).indices, 1.0)
         return (acts / self.operands.norm[at]).to(acts.dtype).mul_(kept).mul_(on)
 
-    def _move(self, entries: Any, d: Tensor) -> Bool[Tensor, " d_sae"]:
+    def _move(self, entries: Any, d: Tensor, scratch: Scratch) -> Bool[Tensor, " d_sae"]:
         """Clip, and take a step of Adam; which latents fired.
 
         Args:
             d: [rows d_in], of which b_dec has the sum as its gradient, beside the encoder's part.
         """
-        from pipeline.kernels import adam, gradients
+        from pipeline.kernels import adam
 
-        parts = gradients.pieces(entries)
-        squares, biases, fired = gradients.norms(entries, parts)
-        operands, state = self.operands, self.optimiser.adam.state
+        state, lr = self.optimiser.adam.state, self.optimiser.adam.param_groups[0]["lr"]
 
         def moved(name: str, turned: bool = False) -> adam.Moved:
             parameter = self.optimiser.trained[name]
             of = parameter.detach(), *(state[parameter][m] for m in ("exp_avg", "exp_avg_sq"))
             return adam.Moved(*(t.T for t in of) if turned else of)
 
-        b_dec, squares = gradients.bias_sums(d, operands.enc, biases, operands.norm, squares)
-        lr = self.optimiser.adam.param_groups[0]["lr"]
-        count = self.optimiser.count
-        factors = adam.finish(squares, b_dec, moved("b_dec"), count, lr, self.how)
-        adam.update(
-            entries, parts, biases, factors, moved("W_enc", turned=True), moved("W_dec"),
-            moved("b_enc"), operands, self.how, self.sae.cfg.rescale_acts_by_decoder_norm,
-        )  # fmt: skip
-        return fired.bool()
+        factors = adam.begin(self.optimiser.count, lr, self.how)
+        how = (moved("W_enc", turned=True), moved("W_dec"), moved("b_enc"), self.operands, self.how,
+               self.sae.cfg.rescale_acts_by_decoder_norm)  # fmt: skip
+        active = partial(self._move_active, entries, d, factors, moved("b_dec"), how)
+        join = scratch.beside(active, d.device)
+        adam.update(entries, None, factors, *how)
+        return join().bool()
+
+    def _move_active(
+        self, entries: Any, d: Tensor, factors: Tensor, b_dec: Any, how: tuple
+    ) -> Tensor:
+        """Move b_dec and the latents with a gradient; which latents fired."""
+        from pipeline.kernels import adam, gradients
+
+        parts = gradients.pieces(entries)
+        squares, biases, fired = gradients.norms(entries, parts)
+        operands = self.operands
+        sums, squares = gradients.bias_sums(d, operands.enc, biases, operands.norm, squares)
+        adam.finish(factors, squares, sums, b_dec, self.how)
+        adam.update(entries, (*parts, biases), factors, *how)
+        return fired

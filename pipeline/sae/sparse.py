@@ -66,12 +66,12 @@ class Scratch:
     def beside(self, work: Callable[[], Any], device: torch.device) -> Callable[[], Any]:
         """Begin some work on a GPU beside what comes next; calling what is returned joins it.
 
-        Without a GPU it is done at once.
+        Its kernels go first where both wait for room. Without a GPU it is done at once.
         """
         if device.type != "cuda":
             return partial(_given, work())
         if self._side is None:
-            self._side = torch.cuda.Stream(device)
+            self._side = torch.cuda.Stream(device, priority=-1)
         side = self._side
         side.wait_stream(torch.cuda.current_stream(device))
         with torch.cuda.stream(side):
