@@ -106,7 +106,8 @@ def not_comparable(claim: Claim, metrics: dict, scale: str, spent: Any) -> str:
     if not claim.judged_at(scale):
         why = "no published value at this scale" if claim.kind == "value" else "run is too small"
         return f"{why} ({spent})" if spent else why
-    whole = claim.kind == "value" and claim.of == "paper" and not claim.scales
+    at_paper_scale = set(claim.scales or ["paper"]) == {"paper"}  # others do not depend on a budget
+    whole = claim.kind == "value" and claim.of == "paper" and at_paper_scale
     if whole and spent and "budget" not in claim.needs and not spent.share >= FULL:
         return f"a published value is compared with a run of the paper's budget, and here {spent}"
     return "; ".join(needs.unmet(claim, metrics, spent))

@@ -244,15 +244,16 @@ def test_a_need_that_is_not_met_is_said_in_numbers(kind, holds, needs, why):
 BUDGETS = {"b": {"unit": "samples", "paper": 2e8, "ours": "seen"}}
 
 
-def test_a_published_value_asks_for_the_papers_budget():
+@pytest.mark.parametrize("scales", [[], ["paper"]])  # what is the default may be written down
+def test_a_published_value_asks_for_the_papers_budget(scales):
     said = "20,000,000 of the paper's 200,000,000 samples, 10 %"
-    claim = value_claim(scales=[], budget="b")
+    claim = value_claim(scales=scales, budget="b")
     row = judge(claim, NEEDED | {"m": metric(0.5)}, "paper", BUDGETS)
     assert row["verdict"] == "not comparable" and row["why"].endswith(said)
     assert row["budget"] == said and row["share"] == pytest.approx(0.1)
     enough = {"b": BUDGETS["b"] | {"ours": "10 * seen"}}
     assert judge(claim, NEEDED | {"m": metric(0.5)}, "paper", enough)["verdict"] == "reproduced"
-    lower = value_claim(scales=[], budget="b", needs={"budget": 0.05})
+    lower = value_claim(scales=scales, budget="b", needs={"budget": 0.05})
     assert judge(lower, NEEDED | {"m": metric(0.5)}, "paper", BUDGETS)["verdict"] == "reproduced"
     small = judge(claim, NEEDED | {"m": metric(0.5)}, "laptop", BUDGETS)
     assert small["why"] == f"no published value at this scale ({said})"
