@@ -135,11 +135,8 @@ def found(
 
 
 def areas(edges: pd.DataFrame, known: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """Areas of edges and nodes, a row for each method and truth.
-
-    Args:
-        edges: rows of one graph; known: its rows of the table truth.
-    """
+    """Areas of edges and nodes, a row for each method and truth, of one graph's edges and known
+    circuits."""
     rng = np.random.default_rng(seed)
     found = {m: [roc.found_sets(rows)] for m, rows in edges.groupby("method", sort=False)}
     orders = [rng.permutation(len(known)) + 1.0 for _ in range(N_RANDOM)]

@@ -43,11 +43,8 @@ def prefix(task: str, weights: str, ablation: str) -> str:
 
 
 def order_differs(edges: pd.DataFrame) -> list[float]:
-    """Most edges, over thresholds, that the drawn and the canonical order do not both keep.
-
-    Args:
-        edges: the rows of ACDC of one graph, all seeds.
-    """
+    """Most of ACDC's edges of one graph, over thresholds, that the drawn and the canonical order do
+    not both keep; one value a seed."""
     kept = edges.assign(kept=edges["score"] >= edges["threshold"])
     drawn, other = (kept[kept["method"] == m] for m in ("acdc", "acdc_canonical"))
     differs = drawn.assign(differs=drawn["kept"].to_numpy() != other["kept"].to_numpy())

@@ -88,11 +88,8 @@ def borders(models: list[Model], progress: pd.DataFrame) -> list[dict[str, float
 def measure(
     models: list[Model], options: Options, out: own.Tables, done: Callable[[], None]
 ) -> list[pd.DataFrame]:
-    """Add the rows of the models of one run; return those of `circle`, of its first model.
-
-    Args:
-        done: called after each checkpoint of a model.
-    """
+    """Add the rows of the models of one run, calling `done` after each checkpoint of a model;
+    return those of `circle`, of its first model."""
     run, progress, circles = models[0].run, [], []
     end = [run.stacked(int(step)) for step in phases.ending(np.array(run.steps))]
     for m in models:

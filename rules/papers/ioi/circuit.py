@@ -95,11 +95,8 @@ class Arm:
         return drawn, Pairs.of(drawn.data(), self.bos_id, self.device), groups
 
     def behaviour(self, *, alone: bool) -> list[dict]:
-        """Rows of the table behaviour: means over prompts of each kind.
-
-        Args:
-            alone: the ordinary prompts, and no others.
-        """
+        """Rows of the table behaviour: means over prompts of each kind, or of the ordinary ones
+        alone."""
         hf, tokenizer = self.loaded.hf, self.loaded.tokenizer
         drawn, pairs, _ = self.drawn(self.options.n_behaviour)
         found = measures.behaviour(hf, pairs, pairs.base)

@@ -82,11 +82,8 @@ class Arm:
 
 
 def next_token(columns: dict[str, Tensor]) -> Tensor:
-    """The token behind each row, [rows]; -1 where the next row is of another place.
-
-    Args:
-        columns: token, block and position, [rows] each.
-    """
+    """The token behind each row, [rows]; -1 where the next row is of another place. columns are
+    token, block and position, [rows] each."""
     token, at = columns["token"], columns["position"]
     follows = (columns["block"][1:] == columns["block"][:-1]) & (at[1:] == at[:-1] + 1)
     return torch.cat(

@@ -63,11 +63,7 @@ METRICS = {
 
 
 def main_of(table: Any) -> str:
-    """The main dictionary's name: what `unresampled` is the twin of.
-
-    Args:
-        table: evaluation of an arm that has both.
-    """
+    """The main dictionary's name in an evaluation: what `unresampled` is the twin of."""
     named = table.set_index("sae")
     twin, learned = named.loc["unresampled"], ~named["frozen_decoder"].astype(bool)
     same = (named["d_sae"] == twin["d_sae"]) & (named["l1_coefficient"] == twin["l1_coefficient"])
@@ -87,11 +83,7 @@ def ladder(evaluation: Any, main: str) -> Any:
 
 
 def of_units(units: Any, main: str) -> dict[str, float]:
-    """Densities of the main dictionary of one trained arm, and how single-minded units are.
-
-    Args:
-        units: of that arm alone.
-    """
+    """Densities of the main dictionary of one trained arm, and how single-minded its units are."""
     groups = dict(iter(units.groupby("group")))
     density = groups[main]["density"]
     low = (density > 0) & (density < ULTRALOW)

@@ -34,12 +34,8 @@ class Options(own.Options):
 
 
 def text(certificate: dict, d_vocab: int, n_train: int, n_eval: int) -> pd.DataFrame:
-    """One row: where the text came from, its sha256, and how much of it there is.
-
-    Args:
-        certificate: of tokens.parquet.
-        d_vocab: of the tokenizer made from the text.
-    """
+    """One row out of the certificate of tokens.parquet: where the text came from, its sha256, and
+    how much of it there is; d_vocab is of the tokenizer made from it."""
     row = {
         "used": certificate["text"],
         "sha256": certificate["text_sha256"],

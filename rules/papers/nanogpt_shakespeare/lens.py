@@ -38,12 +38,7 @@ def excerpt(hf: Any, tokens: Tensor, behind: int, decode: Any, shown: int) -> pd
 
 
 def of_model(loaded: Any, held_out: Tensor, options: Options) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The tables of one model: over held-out text, and along the excerpt.
-
-    Args:
-        loaded: from pipeline.weights.model.load.
-        held_out: token ids [n].
-    """
+    """The tables of a loaded model: over held-out token ids [n], and along the excerpt."""
     n_ctx = min(loaded.info["n_ctx"], len(held_out) - 1)
     held_out = held_out.long().to(loaded.hf.device)
     tokens, targets = batches.windows(held_out, n_ctx)

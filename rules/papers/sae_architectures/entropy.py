@@ -110,11 +110,7 @@ def histogram(bits: np.ndarray, top: float) -> pd.DataFrame:
 
 
 def check(options: Options, trained: dict) -> None:
-    """Raise where the trained arm has no dictionary of a name.
-
-    Args:
-        trained: the entries of its manifest.
-    """
+    """Raise where the manifest entries of the trained arm have no dictionary of a name."""
     for name in options.dictionaries:
         if name not in trained:
             raise RetraceError(

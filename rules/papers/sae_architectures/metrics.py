@@ -141,12 +141,8 @@ def _alike(table: pd.DataFrame, k: int) -> pd.Series:
 
 
 def _entropies(table: pd.DataFrame, arms: dict[str, pd.DataFrame]) -> dict[str, np.ndarray]:
-    """Every arm's entropies, dictionaries that differ in their seed alone under the first's name.
-
-    Args:
-        table: arm, sae, mean, single, auroc.
-        arms: arm -> its evaluation.
-    """
+    """Every arm's entropies (arm, sae, mean, single, auroc), dictionaries that differ in their seed
+    alone under the first's name; arms are the arms' evaluations."""
     kinds: dict[tuple[str, str], list[dict[str, Any]]] = {}
     first: dict[tuple, str] = {}
     given = pd.concat(arms).rename_axis(["arm", "row"]).reset_index()

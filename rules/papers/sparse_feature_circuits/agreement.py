@@ -89,11 +89,8 @@ class Structure:
         return cli.Progress(f"{self.name}: {what}", total, unit).at
 
     def measured(self, manifest: str) -> dict[str, Any]:
-        """Rows of every table; of the graph's at the first seed alone.
-
-        Args:
-            manifest: of the activations.
-        """
+        """Rows of every table, of the graph's at the first seed alone; the manifest is that of the
+        activations."""
         options, rng = self.options, np.random.default_rng(self.seed)
         found = {
             "latents": self.effects("latents"),
@@ -132,11 +129,8 @@ class Structure:
         }
 
     def estimates(self, by: dict[str, dict]) -> dict[str, list[dict]]:
-        """Rows of nodes and sites: estimates beside the exact effects, of latents.
-
-        Args:
-            by: estimate -> hook -> effects.
-        """
+        """Rows of nodes and sites: estimates (estimate -> hook -> effects) beside the exact
+        effects, of latents."""
         tops = [
             latents.strongest({hook: effects[hook]}, self.options.n_exact, True)
             for hook in self.units["latents"]

@@ -46,11 +46,8 @@ HALF = 0.5
 
 
 def crossing(n: np.ndarray, values: np.ndarray, level: float) -> float:
-    """Where values first reach a level from below, interpolated in log n; the last n if never.
-
-    Args:
-        n: rising, from 1; values: of the same length. nan where they are undefined.
-    """
+    """Where values first reach a level from below, interpolated in log n (rising, from 1); the last
+    n if they never do, nan where they are undefined."""
     if np.isnan(values).any():
         return float("nan")
     above = np.flatnonzero(values >= level)

@@ -54,11 +54,8 @@ def single(tokenizer: Any, pairs: Any) -> list[tuple[str, str]]:
 
 
 def vocabulary(tokenizer: Any) -> dict[str, list[tuple[str, str]]]:
-    """Pairs of forms of one token: subjects, things, verbs, and verbs of the relative clause.
-
-    Raises:
-        RetraceError: fewer than two of a kind.
-    """
+    """Pairs of forms of one token: subjects, things, verbs, and verbs of the relative clause;
+    RetraceError where a kind has fewer than two."""
     out = {
         "subject": single(tokenizer, [(w, f"{w}s") for w in NOUNS]),
         "thing": single(tokenizer, [(w, f"{w}s") for w in THINGS]),
@@ -119,11 +116,8 @@ def draw(tokenizer: Any, structure: Structure, n: int, seed: int) -> dict[str, A
 def filled(
     words: dict[str, list], rng: np.random.Generator, structure: Structure, number: int
 ) -> tuple[dict[str, tuple[str, str]], tuple[str, str]]:
-    """Words of a prompt, each as (form, form of the other number), and its pair of verbs.
-
-    Args:
-        number: of the noun that the verb agrees with: 0 singular, 1 plural.
-    """
+    """Words of a prompt, each as (form, form of the other number), and its pair of verbs; number is
+    that of the noun that the verb agrees with: 0 singular, 1 plural."""
     first, second = rng.choice(len(words["subject"]), 2, replace=False)
     pick = lambda kind: words[kind][rng.integers(len(words[kind]))]  # noqa: E731
     form = lambda pair, i: (pair[i], pair[1 - i])  # noqa: E731

@@ -235,11 +235,7 @@ def pentagon(rows: Any) -> dict[str, float]:
 
 
 def metrics(tables: dict[str, Any]) -> dict[str, Any]:
-    """See METRICS; one value per seed.
-
-    Args:
-        tables: name -> DataFrame, named as in paper.yaml.
-    """
+    """See METRICS; one value per seed."""
     of = {name.removeprefix("superposition/"): table for name, table in tables.items()}
     out: dict[str, Any] = per_seed(of["intro"], intro, "intro.")
     out |= per_seed(of["basic"], basic, "basic.") | phase(of["phase"], of["theory"])
