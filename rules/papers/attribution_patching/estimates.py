@@ -54,9 +54,7 @@ class TaskOptions(Section):
     options: dict[str, Any] = Field(default={}, description="handed to that function")
     n_prompts: int = Field(ge=1, description="pairs of prompts")
     positions: list[Name] = Field(default=[], description="where the stream is patched")
-    n_edges: int = Field(
-        default=0, ge=0, description="edges drawn at random; 0: all, for a small model"
-    )
+    n_edges: int = Field(default=0, ge=0, description="edges drawn at random; 0: all of them")
 
 
 class Options(own.Options):
@@ -213,9 +211,8 @@ def work(job: cli.Job, options: Options) -> own.Tables:
     device, out, files = job.device(), own.Tables(TABLES), own.by_arm(job, job.args.models)
     for name, what in options.tasks.items():
         for arm in set(what.arms) - set(files):
-            raise RetraceError(
-                f"own.estimates.tasks.{name}.arms: no arm '{arm}'{nearest(arm, files)}"
-            )
+            where = f"own.estimates.tasks.{name}.arms"
+            raise RetraceError(f"{where}: no arm '{arm}'{nearest(arm, files)}")
     for arm, file in files.items():
         loaded = loader.load(file, device)
         tasks = {name: what for name, what in options.tasks.items() if arm in what.arms}

@@ -65,9 +65,8 @@ def kinds(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     """
     (table,) = tables.values()
     columns = {"correlation": "correlation with the exact effect", "missed": "share missed"}
-    groups = table[table["group"].isin(GROUPS)].groupby(
-        ["arm", "task", "method", "group"], sort=False
-    )
+    drawn, keys = table[table["group"].isin(GROUPS)], ["arm", "task", "method", "group"]
+    groups = drawn.groupby(keys, sort=False)
     rows = groups.mean(numeric_only=True)
     for c in columns:
         rows[f"{c}_least"], rows[f"{c}_most"] = groups[c].min(), groups[c].max()
@@ -127,10 +126,8 @@ def layers(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     (table,) = tables.values()
     whole = table[(table["kind"] != "resid") & table["method"].isin(NODES[:-1])]
     off, effect = (whole["score"] - whole["exact_score"]).abs(), whole["exact_score"].abs()
-    groups = whole.assign(off=off, effect=effect).groupby(
-        ["arm", "task", "method", "layer"], sort=False
-    )
-    sums = groups[["off", "effect"]].sum()
+    whole, keys = whole.assign(off=off, effect=effect), ["arm", "task", "method", "layer"]
+    sums = whole.groupby(keys, sort=False)[["off", "effect"]].sum()
     frame = sums.assign(error=sums["off"] / sums["effect"]).reset_index()
     found, panels = cases(frame), Panels()
     for number, (_, case) in enumerate(found):

@@ -70,9 +70,7 @@ class Options(own.Options):
     n_examples: int = Field(ge=2, description="sequences, where a task does not have all")
     ablations: list[Literal["zero", "corrupt"]]
     weights: list[Literal["trained", "reset"]]
-    seeds: Seeds = Field(
-        description="of sequences, corruptions, resets, the order of ACDC and the trained network",
-    )
+    seeds: Seeds = Field(description="of sequences, resets, ACDC's order and the trained network")
     ig_steps: int = Field(ge=1, description="EAP-IG: points between clean and cut embeddings")
 
 

@@ -37,10 +37,7 @@ class Options(own.Options):
     """Section own.fourier of paper.yaml."""
 
     key_ratio: float = Field(
-        default=10.0,
-        gt=1,
-        description="a frequency is key where its removal from the logits makes the test loss at "
-        "least so many times as large",
+        default=10.0, gt=1, description="rise of the test loss without a frequency, if it is key"
     )
     frames: int = Field(default=20, ge=2, description="checkpoints in spectrum and circle")
 

@@ -54,7 +54,5 @@ def frames(step: np.ndarray, until: float, n: int) -> np.ndarray:
     over the whole run), and the last."""
     reach = step[-1] if np.isnan(until) else min(1.2 * until, step[-1])
     inside = np.flatnonzero(step <= reach)
-    chosen = inside[
-        np.unique(np.linspace(0, len(inside) - 1, min(n, len(inside))).round()).astype(int)
-    ]
-    return np.unique(np.append(step[chosen], step[-1]))
+    chosen = np.linspace(0, len(inside) - 1, min(n, len(inside))).round().astype(int)
+    return np.unique(np.append(step[inside[chosen]], step[-1]))

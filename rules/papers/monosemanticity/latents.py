@@ -86,9 +86,8 @@ def next_token(columns: dict[str, Tensor]) -> Tensor:
     token, block and position, [rows] each."""
     token, at = columns["token"], columns["position"]
     follows = (columns["block"][1:] == columns["block"][:-1]) & (at[1:] == at[:-1] + 1)
-    return torch.cat(
-        [torch.where(follows, token[1:], -1), token.new_full((min(len(token), 1),), -1)]
-    )
+    last = token.new_full((min(len(token), 1),), -1)
+    return torch.cat([torch.where(follows, token[1:], -1), last])
 
 
 def directions(d_in: int, n: int, seed: int) -> Tensor:
@@ -135,9 +134,8 @@ def matches(a: Arm, b: Arm, options: Options) -> pd.DataFrame:
         found["null_neurons"].add(x, matching.shuffled(y))
     if not found["latents"].n_rows:
         raise RetraceError(f"{a.activations}: no held-out rows; raise corpus.n_eval_tokens")
-    return pd.concat(
-        [c.best(options.n_fired).assign(kind=k) for k, c in found.items()], ignore_index=True
-    )
+    best = [c.best(options.n_fired).assign(kind=kind) for kind, c in found.items()]
+    return pd.concat(best, ignore_index=True)
 
 
 @torch.no_grad()

@@ -69,9 +69,8 @@ def entropies(scanned: features.Scan, n_contexts: int) -> np.ndarray:
     parts = int(at["position"].max()) // CONTEXT + 1
     context = at["block"].astype(np.int64) * parts + at["position"] // CONTEXT
     columns = (scanned.column(i) for i in range(scanned.acts.shape[1]))
-    return np.array(
-        [token_entropy(v, at["token"][rows], context[rows], n_contexts) for rows, v in columns]
-    )
+    found = [token_entropy(v, at["token"][rows], context[rows], n_contexts) for rows, v in columns]
+    return np.array(found)
 
 
 def summary(bits: np.ndarray, trained: np.ndarray) -> dict[str, Any]:

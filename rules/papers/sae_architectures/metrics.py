@@ -60,9 +60,8 @@ GAPS = ("explained_variance", "delta_loss", "loss_recovered_mean", "shrinkage")
 def curves(trained: pd.DataFrame, seed: int = 0) -> dict[str, pd.DataFrame]:
     """Architecture -> its dictionaries of one seed that learned, by rising L0."""
     shrinkage = (trained["relative_bias"] - 1).abs()
-    kept = trained.assign(shrinkage=shrinkage)[
-        (trained["seed"] == seed) & ~trained["frozen_decoder"].astype(bool)
-    ]
+    learned = (trained["seed"] == seed) & ~trained["frozen_decoder"].astype(bool)
+    kept = trained.assign(shrinkage=shrinkage)[learned]
     return {name: g.sort_values("l0") for name, g in kept.groupby("architecture")}
 
 

@@ -49,10 +49,7 @@ class Options(own.Options):
     graph_nodes: int = Field(default=48, ge=1)
     graph_edges: int = Field(default=160, ge=1)
     n_label_rows: int = Field(default=8192, ge=1, description="held-out rows read for labels")
-    seeds: Seeds = Field(
-        default=[0],
-        description="of prompts, directions and orders drawn; the first has the graphs",
-    )
+    seeds: Seeds = Field(default=[0], description="of all that is drawn; graphs are of the first")
 
 
 class Structure:
@@ -71,12 +68,9 @@ class Structure:
         drawn = prompts.draw(loaded.tokenizer, name, n + m, seed)
         self.text = drawn.pop("text")
         hooks = list(dict.fromkeys(hook for own_units in units.values() for hook in own_units))
-        self.found, self.judged = (
-            latents.Sites(
-                Task.of(loaded.hf, Pairs.of(part(drawn, piece), loaded.bos_id, device)), hooks
-            )
-            for piece in (slice(0, n), slice(n, n + m))
-        )
+        parts = (part(drawn, piece) for piece in (slice(0, n), slice(n, n + m)))
+        tasks = (Task.of(loaded.hf, Pairs.of(p, loaded.bos_id, device)) for p in parts)
+        self.found, self.judged = (latents.Sites(task, hooks) for task in tasks)
         self.alphas = {"attribution": [0.0], "ig": eap.midpoints(options.ig_steps)}
 
     def effects(self, kind: str, method: str = "ig") -> dict[str, latents.Effects]:

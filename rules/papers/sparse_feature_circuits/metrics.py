@@ -80,9 +80,8 @@ def of_curves(rows: Any) -> dict[str, float]:
         out[f"{kind}.last"] = float(faithful[-1])
         if kind in ("latents", "neurons"):  # the kinds that are taken out, too
             out[f"{kind}.n_lost"] = crossing(n, -without, -HALF)
-            out[f"{kind}.completeness"] = float(
-                np.interp(np.log(out[f"{kind}.n_half"]), np.log(n), without)
-            )
+            half = np.log(out[f"{kind}.n_half"])
+            out[f"{kind}.completeness"] = float(np.interp(half, np.log(n), without))
     out["advantage"] = out["latents.area"] - out["neurons.area"]
     none = rows[rows["n_nodes"] == 0]
     whole = float(none["m_without"].iloc[0] - none["m"].mean())

@@ -54,9 +54,8 @@ def _form(given: object) -> str:
     return "list" if isinstance(given, list | tuple) else "levels"
 
 
-Densities = Annotated[
-    Annotated[list[Density], Tag("list")] | Annotated[Levels, Tag("levels")], Discriminator(_form)
-]
+Listed, Spaced = Annotated[list[Density], Tag("list")], Annotated[Levels, Tag("levels")]
+Densities = Annotated[Listed | Spaced, Discriminator(_form)]
 
 
 class Experiment(Section):
