@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pipeline.figures.kinds_learning import FLOOR, decades
+from pipeline.figures.kinds_lines import FLOOR, decades
 from pipeline.figures.parts import Drawn, Panels, bars, key, line, points, rounded, thinned
 from pipeline.figures.theme import INK, PALETTE, axis, rgba
 from pipeline.store.tables import where
