@@ -66,11 +66,8 @@ def densities(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     units = tables["latents/units"]
     units, names = units[units["arm"] == "a"], [*options["dictionaries"], "neurons"]
     low = np.floor(np.log10(1 / int(units["n_rows"].max())))
-    edges, figure, out = (
-        np.linspace(low, 0, int(-low * options.get("bins", 4)) + 1),
-        go.Figure(),
-        [],
-    )
+    edges = np.linspace(low, 0, int(-low * options.get("bins", 4)) + 1)
+    figure, out = go.Figure(), []
     for i, name in enumerate(names):
         density = units.loc[units["group"] == name, "density"].to_numpy()
         count = np.histogram(np.log10(density[density > 0]), edges)[0]

@@ -147,9 +147,8 @@ def phase(table: Any, theory: Any) -> dict[str, float]:
     worst = table.groupby(cell)["loss"].transform("max")
     out: dict[str, float] = {}
     for (n, m), rows in table.groupby(["n_features", "n_hidden"]):
-        kept, best = (
-            rows[rows["loss"] < worst[rows.index]], rows.loc[rows.groupby(cell)["loss"].idxmin()]
-        )  # fmt: skip
+        kept = rows[rows["loss"] < worst[rows.index]]
+        best = rows.loc[rows.groupby(cell)["loss"].idxmin()]
         found = {f"superposed_{end}": (own["state"] == 2).mean() for end, own in ends(kept).items()}
         states = [(best["state"] == s).mean() for s in range(3)]
         in_theory = [(best["state_theory"] == s).mean() for s in range(3)]
