@@ -1,8 +1,8 @@
 """Metrics of tables that hold several seeds, for the metrics.py of papers; no torch.
 
 `by_seed` calls a paper's function once per seed and lines its numbers up; `of_rows` names the
-numbers of a table by the columns that tell its rows apart; `at_equal_l0` compares dictionaries;
-`crossing` says where a curve reaches a level.
+numbers of a table by the columns that tell its rows apart; `evaluations` are the tables of the
+arms' dictionaries, which `at_equal_l0` compares; `crossing` says where a curve reaches a level.
 """
 
 from collections.abc import Callable, Iterable
@@ -52,6 +52,12 @@ def at_equal_l0(a: Any, b: Any, metric: str) -> np.ndarray:
     inside = b[b["l0"].between(a["l0"].min(), a["l0"].max())]
     there = np.interp(np.log(inside["l0"]), np.log(a["l0"]), a[metric])
     return there - inside[metric].to_numpy()
+
+
+def evaluations(tables: dict[str, Any]) -> dict[str, Any]:
+    """Arm -> its table of the stage evaluation, curves of training left out."""
+    named = {n.removeprefix("evaluation/"): t for n, t in tables.items() if "evaluation/" in n}
+    return {arm: table for arm, table in named.items() if not arm.endswith("_history")}
 
 
 def crossing(x: Any, y: Any, level: float) -> float:

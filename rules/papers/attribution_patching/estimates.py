@@ -74,12 +74,9 @@ class Clock:
     def __call__(
         self, method: str, unit: str, passes: tuple[int, int], made: Callable[[], Any]
     ) -> Any:
-        """What `made` returns: scores, or (edges, scores).
-
-        Args:
-            passes: forward and backward, that a plain program needs: one a prompt of the pair, and
-                one a patch, or a point, or a layer.
-        """
+        """What `made` returns: scores, or (edges, scores). passes are the forward and backward ones
+        that a plain program needs: one a prompt of the pair, and one a patch, or a point, or a
+        layer."""
         started = time.monotonic()
         out = made()
         if self.device.type == "cuda":

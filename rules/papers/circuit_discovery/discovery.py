@@ -96,12 +96,8 @@ def reset(model: nn.Module, seed: int) -> nn.Module:
 def found(
     graph: EdgeGraph, clean: Tensor, task: Task, options: Options, seed: int
 ) -> dict[str, pd.DataFrame]:
-    """Rows of the tables edges and sets.
-
-    Args:
-        clean: [n pos d_vocab], the outputs that the loss is measured against.
-        seed: of the drawn order in which ACDC cuts edges.
-    """
+    """Rows of the tables edges and sets. clean [n pos d_vocab] are the outputs that the loss is
+    measured against; seed is of the drawn order in which ACDC cuts edges."""
     where, t = {"first": 1, "n_outputs": task.n_outputs}, options.thresholds
     loss = acdc.squared_distance(clean, **where)
     alone = acdc.exact(graph, loss) - loss(graph.clean[None])
@@ -160,12 +156,8 @@ def measure(
     name: str, task: Task, models: dict[int, nn.Module], options: Options, out: own.Tables,
     progress: cli.Progress | None = None,
 ) -> None:  # fmt: skip
-    """Add all rows of a task.
-
-    Args:
-        models: the network of each seed; a compiled model is the same for all.
-        progress: counts graphs, of all tasks.
-    """
+    """Add all rows of a task: models has the network of each seed (a compiled model is the same for
+    all), and progress counts the graphs of all tasks."""
     for seed in options.seeds:
         model = models[seed]
         drawn = sequences.SEQUENCES[task.sequences](options.n_examples, np.random.default_rng(seed))

@@ -162,11 +162,8 @@ class Search:
 
 
 def without(task: Task, means: list[Tensor], heads: list[Head]) -> Run:
-    """The base run with some heads mean-ablated at all positions.
-
-    Args:
-        means: mean z of each prompt's template, [n pos n_heads*d_head], one for each layer.
-    """
+    """The base run with some heads mean-ablated at all positions; means: mean z of each prompt's
+    template, [n pos n_heads*d_head], one for each layer."""
     gone = torch.zeros(len(means), task.heads.n_heads, dtype=torch.bool, device=means[0].device)
     for head in heads:
         gone[head] = True

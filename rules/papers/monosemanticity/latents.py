@@ -156,13 +156,8 @@ def says(hf: Any, arm: Arm, options: Options) -> dict[str, Tensor]:
 def units(
     made: dict[str, Any], arm: str, text: list[str], logits: dict[str, Tensor]
 ) -> pd.DataFrame:
-    """One row a unit of each Tally; see Tally for the columns.
-
-    A random direction has signed values: it neither fires nor has a share of them on a token.
-
-    Args:
-        logits: of `says`.
-    """
+    """One row a unit of each Tally (see there for the columns); logits are of `says`. A random
+    direction has signed values: it neither fires nor has a share of them on a token."""
     frames = []
     for name, t in made.items():
         columns = {"arm": arm, "group": name, "unit": range(len(t.density))}

@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.claims.seeds import evaluations
+
 ULTRALOW = 1e-5  # share of rows; the border is ours, the paper draws it between two clusters
 METRICS = {
     "model.loss": "mean next-token cross-entropy of model a, nats, held-out blocks",
@@ -154,9 +156,5 @@ def metrics(tables: dict[str, Any]) -> dict[str, Any]:
         groups = dict(iter(null.groupby("group")))
         named = {"untrained": groups[main], "untrained_neurons": groups["neurons"]}
         out |= single_minded(named)
-    checks = [t["splice_check"].max() for n, t in tables.items() if is_evaluation(n)]
+    checks = [table["splice_check"].max() for table in evaluations(tables).values()]
     return out | {"splice_check.max": max(checks)}
-
-
-def is_evaluation(table: str) -> bool:
-    return table.startswith("evaluation/") and not table.endswith("_history")

@@ -22,13 +22,8 @@ class Options(Section):
 
 
 def excerpt(hf: Any, tokens: Tensor, behind: int, decode: Any, shown: int) -> pd.DataFrame:
-    """One row a layer and position: the likeliest character, the last positions of a window.
-
-    Args:
-        tokens: [pos].
-        behind: the token that follows them.
-        decode: token id -> its character.
-    """
+    """One row a layer and position: the likeliest character at the last positions of a window of
+    tokens [pos], which the token `behind` follows; decode: token id -> its character."""
     found = lens.trajectory(
         hf, tokens, {"logit": lens.logit_lens(hf)}, decode,
         first=max(len(tokens) - shown, 0), n_top=1, behind=behind,

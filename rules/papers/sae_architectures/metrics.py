@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from pipeline.claims.seeds import at_equal_l0 as gap
+from pipeline.claims.seeds import evaluations
 
 METRICS = {
     "gap.*.explained_variance_min": "gap.<a>_<b>: a minus b in explained variance at the L0 of "
@@ -158,8 +159,7 @@ def _entropies(table: pd.DataFrame, arms: dict[str, pd.DataFrame]) -> dict[str, 
 
 def metrics(tables: dict[str, pd.DataFrame]) -> dict[str, Any]:
     """See METRICS."""
-    arms = {n.removeprefix("evaluation/"): t for n, t in tables.items()
-            if n.startswith("evaluation/") and not n.endswith("_history")}  # fmt: skip
+    arms = evaluations(tables)
     trained = arms["trained"]
     by = curves(trained)
     seeds = [of_grids(grids) for grids in of_seeds(trained)]
