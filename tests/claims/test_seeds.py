@@ -5,7 +5,7 @@ import math
 import pandas as pd
 import pytest
 
-from pipeline.claims.seeds import at_equal_l0, crossing, gathered, per_seed
+from pipeline.claims.seeds import at_equal_l0, crossing, evaluations, gathered, per_seed
 
 
 def test_a_number_that_a_model_lacks_is_nan():
@@ -40,3 +40,8 @@ def test_dictionaries_are_compared_at_the_l0_of_the_other_inside_the_range():
 )
 def test_a_crossing_is_the_first_and_lies_on_a_straight_line(y, at):
     assert crossing([0, 1, 4, 8], y, 2) == at
+
+
+def test_tables_of_dictionaries_go_by_their_arm_without_their_histories():
+    tables = {"evaluation/trained": 1, "evaluation/trained_history": 2, "overlap/pairs": 3}
+    assert evaluations(tables) == {"trained": 1}
