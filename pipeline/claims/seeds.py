@@ -56,8 +56,8 @@ def at_equal_l0(a: Any, b: Any, metric: str) -> np.ndarray:
 
 def evaluations(tables: dict[str, Any]) -> dict[str, Any]:
     """Arm -> its table of the stage evaluation, curves of training left out."""
-    named = {n.removeprefix("evaluation/"): t for n, t in tables.items() if "evaluation/" in n}
-    return {arm: table for arm, table in named.items() if not arm.endswith("_history")}
+    of = {n.split("/")[1]: t for n, t in tables.items() if n.startswith("evaluation/")}
+    return {arm: table for arm, table in of.items() if not arm.endswith("_history")}
 
 
 def crossing(x: Any, y: Any, level: float) -> float:
