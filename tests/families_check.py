@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from pipeline.models import hooks, proof, tiny_models
+from pipeline.families import tiny_models
+from pipeline.models import hooks, proof
 from pipeline.spec import families
 from pipeline.store import provenance, tables
 

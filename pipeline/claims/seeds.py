@@ -1,7 +1,8 @@
 """Metrics of tables that hold several seeds, for the metrics.py of papers; no torch.
 
 `by_seed` calls a paper's function once per seed and lines its numbers up; `of_rows` names the
-numbers of a table by the columns that tell its rows apart; `at_equal_l0` compares dictionaries.
+numbers of a table by the columns that tell its rows apart; `evaluations` are the tables of the
+arms' dictionaries, which `at_equal_l0` compares; `crossing` says where a curve reaches a level.
 """
 
 from collections.abc import Callable, Iterable
@@ -51,6 +52,29 @@ def at_equal_l0(a: Any, b: Any, metric: str) -> np.ndarray:
     inside = b[b["l0"].between(a["l0"].min(), a["l0"].max())]
     there = np.interp(np.log(inside["l0"]), np.log(a["l0"]), a[metric])
     return there - inside[metric].to_numpy()
+
+
+def evaluations(tables: dict[str, Any]) -> dict[str, Any]:
+    """Arm -> its table of the stage evaluation, curves of training left out."""
+    of = {n.split("/")[1]: t for n, t in tables.items() if n.startswith("evaluation/")}
+    return {arm: table for arm, table in of.items() if not arm.endswith("_history")}
+
+
+def crossing(x: Any, y: Any, level: float) -> float:
+    """x at which a curve first reaches a level from below, on straight lines between its points.
+
+    Args:
+        x, y: [points], x ascending.
+
+    Returns:
+        The first x where the curve begins at the level, inf where it never reaches it.
+    """
+    x, y = np.asarray(x, float), np.asarray(y, float)
+    above = np.flatnonzero(y >= level)
+    if not len(above):
+        return float("inf")
+    i = above[0]
+    return float(x[0] if i == 0 else np.interp(level, y[i - 1 : i + 1], x[i - 1 : i + 1]))
 
 
 def gathered(models: Iterable[dict[str, Any]], front: str = "") -> dict[str, list[float]]:

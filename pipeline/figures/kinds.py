@@ -14,8 +14,7 @@ from pipeline.errors import RetraceError
 from pipeline.figures import theme
 from pipeline.figures.kinds_common import in_words, named, need, title_of
 from pipeline.figures.kinds_effects import agreement, estimates, heads
-from pipeline.figures.kinds_learning import learning
-from pipeline.figures.kinds_lines import bars, lines
+from pipeline.figures.kinds_lines import bars, learning, lines
 from pipeline.figures.kinds_maps import matrix, traced, trajectories
 from pipeline.figures.kinds_sae import dead, pareto, scaling
 from pipeline.figures.kinds_spread import cumulative, density, histogram
@@ -165,16 +164,16 @@ def board(tables: dict[str, Any], options: dict[str, Any]) -> tuple[Any, Any]:
 
     A tap on a square, or a list, shows what changes after it was flipped; see `spec_figures.Board`.
     """
-    from pipeline.figures import kinds_graph
+    from pipeline.figures import kinds_play
 
-    return kinds_graph.board(tables, options)
+    return kinds_play.board(tables, options)
 
 
 def maze(tables: dict[str, Any], options: dict[str, Any]) -> tuple[Any, Any]:
     """A maze to play with: what a probe reads of its connections, and the next cell's chances."""
-    from pipeline.figures import kinds_graph
+    from pipeline.figures import kinds_play
 
-    return kinds_graph.maze(tables, options)
+    return kinds_play.maze(tables, options)
 
 
 ESTIMATES = {"": "gradient × activation", "_ig": "integrated gradients"}

@@ -10,8 +10,7 @@ import numpy as np
 
 from pipeline.errors import RetraceError
 from pipeline.figures import theme
-from pipeline.figures.kinds_common import need
-from pipeline.figures.kinds_lines import finished, looks, rows_of
+from pipeline.figures.kinds_common import finished, looks, need, rows_of
 from pipeline.spec.figures import Agreement, Estimates, Heads, Look
 
 SITES = {"attn_out": "attention", "mlp_out": "MLP", "resid_post": "stream", "resid_pre": "stream"}

@@ -1,93 +1,23 @@
-"""Kinds that papers of every sort draw: lines over x, and bars with a spread over seeds.
+"""Kinds that papers of every sort draw: lines over x, bars with a spread over seeds, and curves of
+the models of `training`.
 
 They are told by their options (`spec_figures`) what stands in which column, so that a paper needs
 no Python for them. Panels may follow two columns, one across and one down.
 """
 
-from itertools import product
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
 
 from pipeline.errors import RetraceError
 from pipeline.figures import theme
-from pipeline.figures.kinds_common import need
-from pipeline.spec.figures import Bars, Lines, Look, Names, Rows
+from pipeline.figures.kinds_common import finished, in_panels, looks, need, rows_of
+from pipeline.spec.figures import Bars, Learning, Lines, Look
 
-SYMBOLS = ["circle", "diamond", "square", "triangle-up"]
 WHOLE = 14  # whole numbers on the x axis of which each has its tick
-LEGEND_ROW, IN_ROW = 22, 3  # pixels of a row of the legend, and entries in it
-
-
-def rows_of(table: Any, name: str, what: Rows) -> Any:
-    """The rows of a table that a figure draws."""
-    need(table, [*what.where, *what.columns, *(["seed"] if what.seeds == "first" else [])], name)
-    for column, wanted in what.where.items():
-        wanted = wanted if isinstance(wanted, list) else [wanted]
-        table = table[table[column].isin(wanted)]
-    if what.seeds == "first" and len(table):
-        table = table[table["seed"] == table["seed"].min()]
-    if table.empty:
-        raise RetraceError(f"table {name}: no row is as options.where says, so nothing to draw")
-    return table
-
-
-def looks(names: Names, values: Any) -> dict[Any, Look]:
-    """value -> how it is drawn, of the values that there are; without names, all of them."""
-    there = list(dict.fromkeys(values))
-    given = names or {str(v): theme.literal(v) for v in there}
-    by_text = {str(v): v for v in there}
-    out = {}
-    for i, (text, look) in enumerate(given.items()):
-        if text in by_text:
-            look = Look(name=look) if isinstance(look, str) else look
-            number = i if look.colour is None else look.colour
-            dash = look.dash if names else theme.DASHES[i % len(theme.DASHES)]
-            symbol = look.symbol or ("circle" if names else SYMBOLS[i % len(SYMBOLS)])
-            change = {"colour": shade(number), "dash": dash, "symbol": symbol}
-            out[by_text[text]] = look.model_copy(update=change)
-    return out
-
-
-def shade(number: int | str) -> str:
-    """A colour of the palette, or that of text."""
-    return theme.INK if number == "ink" else theme.colour(number)
-
-
-def grid(table: Any, columns: list[str], titles: dict[str, str]) -> list[tuple[str, Any]]:
-    """(title, rows) of every panel: the first column across, the second down."""
-    if not columns:
-        return [("", table)]
-    order = list(titles)
-    rank = lambda v: order.index(str(v)) if str(v) in order else -1  # noqa: E731
-    every = [sorted(dict.fromkeys(table[c]), key=rank) for c in columns]
-    out = []
-    for values in product(*reversed(every)):
-        values = tuple(reversed(values))
-        here = table
-        for column, value in zip(columns, values, strict=True):
-            here = here[here[column] == value]
-        out.append(("<br>".join(titles.get(str(v), theme.literal(v)) for v in values), here))
-    return out
-
-
-def in_panels(table: Any, columns: list[str], titles: dict[str, str], across: int = 0) -> tuple:
-    """The panels of a figure, and the rows of each."""
-    from pipeline.figures.parts import Panels
-
-    parts = grid(table, columns, titles)
-    if len(columns) == 2:
-        across = len(dict.fromkeys(table[columns[0]]))
-    panels = Panels([t for t, _ in parts], across, gap=(0.05, 0.18), shared_yaxes=True)
-    return panels, [rows for _, rows in parts]
-
-
-def finished(panels: Any, entries: int, height: int = 0) -> Any:
-    """Panels of one height each, the legend above them as deep as its entries need."""
-    deep = LEGEND_ROW * -(-entries // IN_ROW) if entries > 1 else 0
-    titled = 34 if any(a.text for a in panels.figure.layout.annotations) else 8
-    height = height or (400 if panels.rows == 1 else 250 * panels.rows)
-    return panels.finish(height + deep + titled, legend=titled, top=deep + titled + 10)
+MARKED = 60  # points of a curve of which each has its marker
+FLOOR = 1e-9  # losses below this are drawn here, where the axis is logarithmic
 
 
 def lines(tables: dict[str, Any], options: dict[str, Any]) -> tuple[Any, Any]:
@@ -211,3 +141,109 @@ def _stated(panels: Any, i: int, what: Bars, row: Any, case: int) -> None:
             hover = "published, %{x}: %{y:.3~g}"
             look = {"size": 9, "symbol": "diamond", "hover": hover}
             panels.add(i, points(list(what.x.values()), y, "published", **look), case=case)
+
+
+# --- curves of training --------------------------------------------------------------------
+
+
+def learning(tables: dict[str, Any], options: dict[str, Any]) -> tuple[Any, Any]:
+    """Curves of the models of `training`; see `spec_figures.Learning`."""
+    import pandas as pd
+
+    from pipeline.figures import parts as parts
+
+    what = Learning.model_validate(options)
+    runs = {n.split("/")[1]: t for n, t in tables.items() if n.startswith("training/")}
+    for run, table in runs.items():
+        need(table, ["member", "seed", "set", "step", *what.measures], f"training/{run}")
+    apart = [r for r in what.runs if r in runs] or [""]
+    titles = [what.runs.get(r, "") for r in apart] + [""] * (len(apart) * (len(what.measures) - 1))
+    shared = {"shared_xaxes": True, "shared_yaxes": True}
+    panels = parts.Panels(titles, len(apart), gap=(0.09, 0.06), **shared)
+    thinned = {r: thin(t, what.points) for r, t in runs.items()}
+    for number, (run, table) in enumerate(thinned.items()):
+        column = apart.index(run) if what.runs else 0
+        for j, (some, text) in enumerate(what.sets.items()):
+            colour, dash = (j, 0) if what.runs else (number, 2 * j)
+            label = text if what.runs else f"{theme.literal(run.replace('_', ' '))}, {text}"
+            for member, rows in table[table["set"] == some].groupby("member"):
+                for i, measure in enumerate(what.measures):
+                    y = rows[measure].clip(lower=FLOOR) if what.log else rows[measure]
+                    marks = {"marker": {"size": 5}} if len(rows) <= MARKED else {}
+                    trace = parts.line(
+                        rows["step"], y, label, theme.rgba(theme.colour(colour), 0.8), width=1.6,
+                        dash=theme.DASHES[dash],
+                        hover=f"{theme.literal(member)}, {label}<br>step %{{x:,}}: %{{y:.4g}}",
+                        **marks,
+                    )  # fmt: skip
+                    panels.add(i * len(apart) + column, trace)
+    frame = pd.concat([t.assign(**{what.run: r}) for r, t in thinned.items()], ignore_index=True)
+    levels = dict(_levels(what, tables, list(runs)))
+    for text, (value, shade, where) in levels.items():
+        _level(panels.figure, value, text, shade, where)
+    _scales(panels, what, frame, [v for v, *_ in levels.values()])
+    entries = len(what.sets) * (1 if what.runs else len(runs))
+    return finished(panels, entries), frame[what.columns or list(frame.columns)]
+
+
+def thin(table: Any, points: int) -> Any:
+    """The table, or at most so many points of each curve, seeds and sets in order."""
+    import pandas as pd
+
+    from pipeline.figures.parts import thinned
+
+    if not points:
+        return table
+    curves = [t.sort_values("step") for _, t in table.groupby(["seed", "set"])]
+    return pd.concat([thinned(t, points) for t in curves])
+
+
+def _levels(what: Learning, tables: dict, runs: list[str]) -> Iterator[tuple[str, tuple]]:
+    """Text -> loss, colour and place of the dotted lines that curves are compared with."""
+    for run, value in what.published.items():
+        if run in runs:
+            colour = theme.colour(runs.index(run))
+            yield f"published, {theme.literal(run)}: {value:g}", (value, colour, "bottom left")
+    if what.chance:
+        table, _, column = what.chance.rpartition("/")
+        if table not in tables:
+            raise RetraceError(f"options.chance: the figure names no table '{table}'")
+        need(tables[table], [column], table)
+        value = float(tables[table][column].iloc[0])
+        yield f"uniform guess: {value:.3f}", (value, theme.PALETTE[-1], "top right")
+
+
+def _level(figure: Any, value: float, text: str, shade: str, where: str) -> None:
+    """A dotted line with its name at an end that falling curves leave free."""
+    look = {"color": shade, "dash": "dot", "width": 1.2}
+    note = {"text": text, "font": {"size": 11}, "bgcolor": "rgba(0,0,0,0)"}
+    figure.add_hline(value, line=look, annotation=note, annotation_position=where)
+
+
+def _scales(panels: Any, what: Learning, frame: Any, levels: list[float]) -> None:
+    """Axes of the curves, with room for the names of the dotted lines."""
+    figure, n = panels.figure, len(what.measures)
+    for row, measure in enumerate(what.measures, 1):
+        axis = theme.axis(measure, what.unit if measure == "loss" else "")
+        figure.update_yaxes(**axis, row=row, col=1)
+        if measure == "accuracy":
+            figure.update_yaxes(range=[-0.03, 1.05], row=row)
+        elif what.log:
+            figure.update_yaxes(**decades(frame["loss"].clip(lower=FLOOR)), row=row)
+        elif levels:
+            ends = [*frame["loss"], *levels]
+            figure.update_yaxes(range=[min(ends) - 0.2, max(ends) + 0.2], row=row)
+    figure.update_xaxes(**theme.axis("step", tickformat="~s", nticks=5), row=n)
+    if not levels:  # whose names stand beside the y axis
+        figure.update_xaxes(range=[0, None], rangemode="tozero")
+
+
+def decades(values: Any) -> dict[str, Any]:
+    """A log axis about all values: ticks at 1, 2 and 5 where they span less than three decades,
+    else at every decade, or every second."""
+    values = np.log10(np.asarray(values, dtype=float))
+    low, high = float(values.min()), float(values.max())
+    span = high - low
+    dtick = "D2" if span < 3 else 1 if span < 6 else 2
+    about = {"type": "log", "range": [low - 0.06 * span - 0.02, high + 0.06 * span + 0.02]}
+    return about | {"dtick": dtick, "exponentformat": "power"}

@@ -8,8 +8,7 @@ from typing import Any
 
 from pipeline.errors import RetraceError, nearest
 from pipeline.figures import theme
-from pipeline.figures.kinds_common import need
-from pipeline.figures.kinds_lines import rows_of
+from pipeline.figures.kinds_common import need, rows_of
 from pipeline.spec.figures import Matrix, Traced, Trajectories
 
 MONO = "ui-monospace, SFMono-Regular, Menlo, Consolas, 'DejaVu Sans Mono', monospace"

@@ -7,8 +7,7 @@ import numpy as np
 
 from pipeline.errors import RetraceError
 from pipeline.figures import theme
-from pipeline.figures.kinds_common import named, need
-from pipeline.figures.kinds_lines import finished, looks, rows_of
+from pipeline.figures.kinds_common import finished, looks, named, need, rows_of
 from pipeline.spec.figures import Cumulative, Histogram, Look, Names
 
 FAINT, NULL = 0.55, "dot"  # opacity of bars that lie over each other; the dash of a null

@@ -149,14 +149,21 @@ class Panels:
             self.figure.add_trace(trace, **self.place(panel))
             self.cases.append(case)
 
-    def choose(self, names: Iterable[str]) -> None:
-        """A list of the cases above the figure, of which the first is seen at the start."""
+    def choose(self, names: Iterable[str], layouts: Iterable[dict[str, Any]] = ()) -> None:
+        """A list of the cases above the figure, of which the first is seen at the start.
+
+        Args:
+            names: of the cases, in order.
+            layouts: what each case changes of the layout; default: nothing.
+        """
+        names = list(names)
+        changes = list(layouts) or [{}] * len(names)
         choices = {
-            name: [{"visible": [c in (i, ALWAYS) for c in self.cases]}, {}]
-            for i, name in enumerate(names)
+            name: [{"visible": [c in (i, ALWAYS) for c in self.cases]}, change]
+            for i, (name, change) in enumerate(zip(names, changes, strict=True))
         }
-        if len(choices) > 1:
-            self.figure.update_layout(updatemenus=[selector(choices)])
+        self.figure.update_layout(changes[0] if changes else {})
+        chosen(self.figure, choices)
 
     def axes(self, x: str = "", y: str = "", **places: Any) -> None:
         """Titles of the axes at the outer edges only; below narrow panels, one for all of them."""
@@ -167,6 +174,11 @@ class Panels:
         elif x:
             look = {"showarrow": False, "yanchor": "top", "yshift": -26, "font": {"size": 14}}
             self.figure.add_annotation(x=0.5, y=0, xref="paper", yref="paper", text=x, **look)
+
+    def axis(self, panel: int, x: Mapping[str, Any] = {}, y: Mapping[str, Any] = {}) -> None:
+        """Both axes of one panel, as plotly takes them."""
+        self.figure.update_xaxes(**x, **self.place(panel))
+        self.figure.update_yaxes(**y, **self.place(panel))
 
     def finish(self, height: int, *, legend: float = 26, top: int = 70, **layout: Any) -> go.Figure:
         """The figure: its height, and the legend so many pixels above the panels."""

@@ -47,7 +47,7 @@ TOOLS = {
     "lint_paper": "pipeline.papers.lint",
     "schema": "pipeline.papers.schema",
     "aliases": "pipeline.spec.aliases",
-    "adapters": "pipeline.models.adapters",
+    "adapters": "pipeline.families.adapters",
     "progress": "pipeline.claims.progress",
     "provenance": "pipeline.sharing.provenance",
     "redraw": "pipeline.sharing.redraw",

@@ -9,7 +9,8 @@
    and its figure is not drawn.
 3. The function that draws is that of this checkout: a core kind, or the paper's figures.py.
 4. The numbers that it plots are compared with the published CSV, and each figure is told: the same
-   numbers, or how many cells differ. Exit 1 where a figure differs or cannot be drawn.
+   numbers, perhaps in another order or under other names, or how many cells differ. Exit 1 where a
+   figure differs or cannot be drawn.
 """
 
 import argparse
@@ -24,6 +25,7 @@ from pipeline.store import provenance
 PAPERS = Path(__file__).parents[2] / "rules/papers"
 SAME = "same numbers"
 CLOSE = 1e-9  # relative: a CSV holds numbers as decimal text
+FILES = {"metrics": "metrics.json", "claims": "claims.csv"}  # the others are Parquet
 
 
 def published(run: Results) -> dict[str, dict[str, Any]]:
@@ -43,7 +45,7 @@ def tables_of(run: Results, made: dict[str, Any]) -> list[Path]:
     """
     out = []
     for table in made["spec"]["figure"]["tables"]:
-        name = "metrics.json" if table == "metrics" else f"{table}.parquet"
+        name = FILES.get(table, f"{table}.parquet")
         file = run.folder / name
         shas = [sha for path, sha in made["inputs"].items() if path.endswith(f"/{name}")]
         if not file.is_file():
@@ -69,6 +71,34 @@ def differing(ours: Any, theirs: Any) -> int | None:
             same = (a.isna() & b.isna()) | (a.astype(str) == b.astype(str))
         count += int((~same).sum())
     return count
+
+
+def renamed(ours: Any, theirs: Any) -> dict[tuple, tuple] | None:
+    """Names of theirs -> their names in ours, where each has the same numbers; None where not.
+
+    A name is the text of a row, and its numbers are those of all rows with this text. A text that
+    both have must stay with its numbers.
+    """
+    numbers = [c for c in theirs if theirs[c].dtype.kind in "ifb"]
+    if not numbers or {*numbers} - {*ours}:
+        return None
+    was, now = by_text(theirs, numbers), by_text(ours, numbers)
+    kept = {text for key in was for text in key} & {text for key in now for text in key}
+    found: dict[tuple, tuple] = {}
+    for key, rows in was.items():
+        for new in now.keys() - found.values():
+            if kept & {*key} == kept & {*new} and differing(now[new], rows) == 0:
+                found[key] = new
+                break
+    return found if len(found) == len(was) == len(now) else None
+
+
+def by_text(frame: Any, numbers: list[str]) -> dict[tuple, Any]:
+    """The text of a row -> the numbers of all rows with this text, ascending."""
+    texts = [c for c in frame if frame[c].dtype.kind not in "ifb"]
+    keys = frame[texts].astype(str).agg(tuple, axis=1)
+    rows = frame[numbers].sort_values(numbers).groupby(keys, sort=False)
+    return {key: own.reset_index(drop=True) for key, own in rows}
 
 
 def ways(name: str, shown: dict[str, Any], folder: Path, scale: str) -> list[dict[str, Any]]:
@@ -133,17 +163,25 @@ def redraw(run: Results, name: str, made: dict[str, Any], papers: Path, out: Pat
     page = drawing.page(name, shown["title"], shown["caption"], drawing.plain(figure), "figures.js")
     embed.write_page(out / f"{name}.html", page, cert)
     tables.write_csv(out / f"{name}.csv", frame, cert)
-    before = pd.read_csv(run.folder / f"figures/{name}.csv")
-    after = pd.read_csv(out / f"{name}.csv")
-    cells, order = differing(after, before), ""
-    if cells is None:
-        return "other rows or columns than the published ones"
-    by = list(before.columns)
-    if cells and not differing(*(t.sort_values(by, ignore_index=True) for t in (after, before))):
-        cells, order = 0, ", in another order"
+    return compared(
+        pd.read_csv(out / f"{name}.csv"), pd.read_csv(run.folder / f"figures/{name}.csv")
+    )
+
+
+def compared(after: Any, before: Any) -> str:
+    """How the numbers of a figure drawn again compare with the published ones."""
+    cells, by = differing(after, before), list(before.columns)
     new = [c for c in after.columns if c not in before.columns]
     also = f", and new columns: {', '.join(new)}" if new else ""
-    return (f"{cells} cells differ" if cells else SAME) + order + also
+    if cells == 0:
+        return SAME + also
+    if cells and not differing(*(t.sort_values(by, ignore_index=True) for t in (after, before))):
+        return f"{SAME}, in another order{also}"
+    if renamed(after, before):
+        return f"{SAME}, under other names"
+    return (
+        f"{cells} cells differ{also}" if cells else "other rows or columns than the published ones"
+    )
 
 
 def main() -> None:

@@ -82,7 +82,7 @@ def model_of(family: str):
     """A random model of a type: 8 layers of width 512, where its config has these names."""
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from pipeline.models.tiny_models import tiny_config
+    from pipeline.families.tiny_models import tiny_config
 
     sizes = {name: size for size, names in SIZES.items() for name in names.split()}
     known = AutoConfig.for_model(family).to_dict()

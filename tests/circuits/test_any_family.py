@@ -10,7 +10,8 @@ import test_circuits_families as exact
 import torch
 
 from pipeline.errors import RetraceError
-from pipeline.models import hooks, proof, splice, tiny_models
+from pipeline.families import tiny_models
+from pipeline.models import hooks, proof, splice
 from pipeline.models.pairs import Pairs, Task
 
 DYNAMIC = {"rope_theta": 10000.0, "rope_type": "dynamic", "factor": 4.0}

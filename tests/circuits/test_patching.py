@@ -22,11 +22,11 @@ from pipeline.circuits.patching import (
     path_patching,
 )
 from pipeline.errors import RetraceError
+from pipeline.families.tiny_models import tiny_config, tiny_model
 from pipeline.models import hooks, rerun
 from pipeline.models.heads import Heads
 from pipeline.models.native import NativeForCausalLM
 from pipeline.models.pairs import Node, Pairs, Task
-from pipeline.models.tiny_models import tiny_config, tiny_model
 from pipeline.spec.training import Architecture
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}

@@ -15,7 +15,7 @@ from pipeline.figures import drawing
 from pipeline.figures import parts as parts
 from pipeline.figures.kinds import KINDS
 from pipeline.figures.kinds_effects import cases_of, nodes_in_words, site
-from pipeline.figures.kinds_learning import decades
+from pipeline.figures.kinds_lines import decades
 from pipeline.papers import lint, papers, schema
 from pipeline.spec.figures import OPTIONS
 from pipeline.spec.paper import Figure

@@ -29,3 +29,22 @@ def test_every_case_is_drawn_and_the_first_is_seen():
 def test_one_case_needs_no_list():
     panels = by_case(Panels(), [("all", ROWS)], lambda rows: [(0, points(rows["x"], rows["x"]))])
     assert not panels.figure.layout.updatemenus and panels.figure.data[0].visible
+
+
+def test_a_case_changes_the_layout_and_the_first_does_so_at_the_start():
+    panels = Panels()
+    for case, y in enumerate((1, 2)):
+        panels.add(0, line([0], [y]), case=case)
+    titles = [{"yaxis.title.text": "loss"}, {"yaxis.title.text": "accuracy"}]
+    panels.choose(["loss", "accuracy"], titles)
+    assert panels.figure.layout.yaxis.title.text == "loss"
+    (menu,) = panels.figure.layout.updatemenus
+    assert [button.args[1] for button in menu.buttons] == titles
+
+
+def test_both_axes_of_one_panel():
+    panels = Panels(["left", "right"])
+    panels.axis(1, {"title": {"text": "x"}}, {"type": "log"})
+    layout = panels.figure.layout
+    assert (layout.xaxis2.title.text, layout.yaxis2.type) == ("x", "log")
+    assert layout.xaxis.title.text is None and layout.yaxis.type is None

@@ -26,7 +26,7 @@ def no_grad():
 
 def fused(kind: str) -> nn.Module:
     """A tiny model with the attention that it is loaded with, fused where the family has one."""
-    from pipeline.models.tiny_models import tiny_config
+    from pipeline.families.tiny_models import tiny_config
 
     hf = check.model_of(kind, 0)
     plain = type(hf)(tiny_config(kind)).eval().requires_grad_(False)

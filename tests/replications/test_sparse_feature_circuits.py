@@ -101,9 +101,9 @@ def test_prompts_that_cannot_be_made_are_a_sentence():
 
 def test_a_curve_crosses_between_its_points():
     n = np.array([1.0, 4.0, 16.0])
-    assert metrics.crossing(n, np.array([0.1, 0.4, 0.6]), 0.5) == pytest.approx(8)
-    assert metrics.crossing(n, np.array([0.7, 0.4, 0.6]), 0.5) == 1
-    assert metrics.crossing(n, np.array([0.1, 0.2, 0.3]), 0.5) == 16
+    assert metrics.reached(n, np.array([0.1, 0.4, 0.6]), 0.5) == pytest.approx(8)
+    assert metrics.reached(n, np.array([0.7, 0.4, 0.6]), 0.5) == 1
+    assert metrics.reached(n, np.array([0.1, 0.2, 0.3]), 0.5) == 16
     assert metrics.area(n, np.array([0.0, 0.5, 1.0]), 16) == pytest.approx(0.5, abs=1e-3)
     assert metrics.area(n, np.array([-1.0, -1.0, 3.0]), 16) == pytest.approx(0.25, abs=0.01)
     assert metrics.area(n[:1], np.array([0.25]), 1000) == pytest.approx(0.25)

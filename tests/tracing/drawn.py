@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from pipeline.models.tiny_models import tiny_config, tiny_model
+from pipeline.families.tiny_models import tiny_config, tiny_model
 from pipeline.tracing.dictionaries import Dictionaries
 from pipeline.tracing.replacement import Replacement
 

@@ -115,6 +115,45 @@ def test_rows_in_another_order_are_told_and_are_the_same_numbers(copied, tmp_pat
         )
 
 
+NAMED = pd.DataFrame({"arm": ["a", "a", "b"], "x": [0.0, 1.0, 1.0], "share": [0.5, 0.5, 1.0]})
+
+
+@pytest.mark.parametrize(
+    ("names", "said"),
+    [
+        ({"a": "trained model", "b": "random weights"}, "same numbers, under other names"),
+        ({"a": "trained model"}, "same numbers, under other names"),
+        ({"a": "b", "b": "a"}, "3 cells differ"),  # who has which numbers is said wrongly
+        ({"a": "one", "b": "one"}, "3 cells differ"),
+    ],
+)
+def test_groups_that_are_called_otherwise_have_the_same_numbers(names, said):
+    now = NAMED.assign(arm=NAMED["arm"].replace(names))
+    assert redraw.compared(now, NAMED) == said
+    assert redraw.compared(now.assign(share=[0.5, 0.4, 1.0]), NAMED) != said
+
+
+def test_names_may_stand_in_other_columns_and_numbers_may_not_be_missing():
+    named = NAMED.assign(group=NAMED["arm"] + " model").drop(columns="arm")
+    assert redraw.compared(named[::-1], NAMED) == "same numbers, under other names"
+    other = "other rows or columns than the published ones"
+    assert redraw.compared(named.drop(columns="share"), NAMED) == other
+
+
+@pytest.mark.parametrize(
+    ("run", "figure", "said"),
+    [
+        ("topk_saes/laptop", "verdicts", "same numbers"),  # drawn from claims.csv
+        ("circuit_discovery/paper", "graph", "same numbers"),  # of a run before acdc_canonical
+        ("sae_architectures/paper", "cosines", "same numbers, under other names"),
+    ],
+)
+def test_older_figures_are_drawn_again(run, figure, said, tmp_path):
+    with opened(REFERENCE / run) as (found,):
+        made = redraw.published(found)[figure]
+        assert redraw.redraw(found, figure, made, redraw.PAPERS, tmp_path) == said
+
+
 def test_a_figure_whose_function_became_a_core_kind_is_drawn_with_todays_options(tmp_path):
     with opened(REFERENCE / "lenses/laptop") as (run,):
         made = redraw.published(run)["trajectories"]

@@ -17,7 +17,7 @@ from pipeline.store import tables
 
 ROOT = Path(__file__).parents[2]
 ROOMS = (
-    "spec store job downloads text models activations weights kernels sae imports latents "
+    "spec store job downloads text models families activations weights kernels sae imports latents "
     "crosscoders saebench circuits tracing probes claims figures report papers sharing notebook"
 ).split()
 README = (ROOT / "README.md").read_text()

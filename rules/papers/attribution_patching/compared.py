@@ -30,11 +30,6 @@ def top(size: pd.Series, k: int) -> set:
     return set(size.nlargest(k).index)
 
 
-def signed(method: str) -> str:
-    """The column that an estimate is compared in."""
-    return "size" if method == UNSIGNED else "score"
-
-
 def part(kind: str, layer: int, head: int) -> str:
     """ "head 2.4", "mlp 0", "logits"."""
     number = f" {layer}" + (f".{head}" if head >= 0 else "")
@@ -73,7 +68,7 @@ def search(rows: pd.DataFrame) -> pd.DataFrame:
 
 def right(rows: pd.DataFrame, method: str, total: float) -> dict[str, Any]:
     """How right one estimate of some nodes, or edges, is; metrics.py says what the names mean."""
-    column, k = signed(method), most(len(rows))
+    column, k = "size" if method == UNSIGNED else "score", most(len(rows))
     made, exact = rows[column], rows[f"exact_{column}"]
     n, lost = missed(rows, total)
     found = agreement(made, exact)

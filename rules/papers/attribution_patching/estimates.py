@@ -54,9 +54,7 @@ class TaskOptions(Section):
     options: dict[str, Any] = Field(default={}, description="handed to that function")
     n_prompts: int = Field(ge=1, description="pairs of prompts")
     positions: list[Name] = Field(default=[], description="where the stream is patched")
-    n_edges: int = Field(
-        default=0, ge=0, description="edges drawn at random; 0: all, for a small model"
-    )
+    n_edges: int = Field(default=0, ge=0, description="edges drawn at random; 0: all of them")
 
 
 class Options(own.Options):
@@ -76,12 +74,9 @@ class Clock:
     def __call__(
         self, method: str, unit: str, passes: tuple[int, int], made: Callable[[], Any]
     ) -> Any:
-        """What `made` returns: scores, or (edges, scores).
-
-        Args:
-            passes: forward and backward, that a plain program needs: one a prompt of the pair, and
-                one a patch, or a point, or a layer.
-        """
+        """What `made` returns: scores, or (edges, scores). passes are the forward and backward ones
+        that a plain program needs: one a prompt of the pair, and one a patch, or a point, or a
+        layer."""
         started = time.monotonic()
         out = made()
         if self.device.type == "cuda":
@@ -213,9 +208,8 @@ def work(job: cli.Job, options: Options) -> own.Tables:
     device, out, files = job.device(), own.Tables(TABLES), own.by_arm(job, job.args.models)
     for name, what in options.tasks.items():
         for arm in set(what.arms) - set(files):
-            raise RetraceError(
-                f"own.estimates.tasks.{name}.arms: no arm '{arm}'{nearest(arm, files)}"
-            )
+            where = f"own.estimates.tasks.{name}.arms"
+            raise RetraceError(f"{where}: no arm '{arm}'{nearest(arm, files)}")
     for arm, file in files.items():
         loaded = loader.load(file, device)
         tasks = {name: what for name, what in options.tasks.items() if arm in what.arms}

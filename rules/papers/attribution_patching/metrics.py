@@ -45,9 +45,8 @@ METRICS = {  # the first pattern that fits a name counts
     "*.right": "share of clean prompts with m > 0",
     "*.kept": "m on the corrupt prompts over m on the clean ones",
 }
-COLUMNS = (
-    "correlation spearman correlation_without_largest sign error recall effort matter missed"
-).split()
+COLUMNS = "correlation spearman correlation_without_largest sign error recall effort".split()
+COLUMNS += ["matter", "missed"]
 
 
 def of_seed(tables: dict[str, Any]) -> dict[str, float]:

@@ -70,9 +70,7 @@ class Options(own.Options):
     n_examples: int = Field(ge=2, description="sequences, where a task does not have all")
     ablations: list[Literal["zero", "corrupt"]]
     weights: list[Literal["trained", "reset"]]
-    seeds: Seeds = Field(
-        description="of sequences, corruptions, resets, the order of ACDC and the trained network",
-    )
+    seeds: Seeds = Field(description="of sequences, resets, ACDC's order and the trained network")
     ig_steps: int = Field(ge=1, description="EAP-IG: points between clean and cut embeddings")
 
 
@@ -98,12 +96,8 @@ def reset(model: nn.Module, seed: int) -> nn.Module:
 def found(
     graph: EdgeGraph, clean: Tensor, task: Task, options: Options, seed: int
 ) -> dict[str, pd.DataFrame]:
-    """Rows of the tables edges and sets.
-
-    Args:
-        clean: [n pos d_vocab], the outputs that the loss is measured against.
-        seed: of the drawn order in which ACDC cuts edges.
-    """
+    """Rows of the tables edges and sets. clean [n pos d_vocab] are the outputs that the loss is
+    measured against; seed is of the drawn order in which ACDC cuts edges."""
     where, t = {"first": 1, "n_outputs": task.n_outputs}, options.thresholds
     loss = acdc.squared_distance(clean, **where)
     alone = acdc.exact(graph, loss) - loss(graph.clean[None])
@@ -135,11 +129,8 @@ def found(
 
 
 def areas(edges: pd.DataFrame, known: pd.DataFrame, seed: int) -> pd.DataFrame:
-    """Areas of edges and nodes, a row for each method and truth.
-
-    Args:
-        edges: rows of one graph; known: its rows of the table truth.
-    """
+    """Areas of edges and nodes, a row for each method and truth, of one graph's edges and known
+    circuits."""
     rng = np.random.default_rng(seed)
     found = {m: [roc.found_sets(rows)] for m, rows in edges.groupby("method", sort=False)}
     orders = [rng.permutation(len(known)) + 1.0 for _ in range(N_RANDOM)]
@@ -165,12 +156,8 @@ def measure(
     name: str, task: Task, models: dict[int, nn.Module], options: Options, out: own.Tables,
     progress: cli.Progress | None = None,
 ) -> None:  # fmt: skip
-    """Add all rows of a task.
-
-    Args:
-        models: the network of each seed; a compiled model is the same for all.
-        progress: counts graphs, of all tasks.
-    """
+    """Add all rows of a task: models has the network of each seed (a compiled model is the same for
+    all), and progress counts the graphs of all tasks."""
     for seed in options.seeds:
         model = models[seed]
         drawn = sequences.SEQUENCES[task.sequences](options.n_examples, np.random.default_rng(seed))

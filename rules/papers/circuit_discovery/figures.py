@@ -28,11 +28,8 @@ NOUGHT = 1e-20  # where 0 stands on a log scale
 def multiples(
     tables: dict[str, Any], drawn: Callable[[pd.DataFrame, np.ndarray], Iterable[tuple]]
 ) -> tuple[Panels, pd.DataFrame]:
-    """A panel for each task (across) and ablation (down); a list chooses the known circuit.
-
-    Args:
-        drawn: edges, and which are known -> traces, each with its numbers.
-    """
+    """A panel for each task (across) and ablation (down); a list chooses the known circuit. drawn:
+    edges, and which are known -> traces, each with its numbers."""
     edges, truth = first(tables["discovery/edges"]), tables["discovery/truth"]
     tasks = [t for t in TASKS if t in set(edges["task"])]
     pairs = [(t, a) for a in ABLATIONS if a in set(edges["ablation"]) for t in tasks]

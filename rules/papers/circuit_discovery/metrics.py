@@ -43,11 +43,8 @@ def prefix(task: str, weights: str, ablation: str) -> str:
 
 
 def order_differs(edges: pd.DataFrame) -> list[float]:
-    """Most edges, over thresholds, that the drawn and the canonical order do not both keep.
-
-    Args:
-        edges: the rows of ACDC of one graph, all seeds.
-    """
+    """Most of ACDC's edges of one graph, over thresholds, that the drawn and the canonical order do
+    not both keep; one value a seed."""
     kept = edges.assign(kept=edges["score"] >= edges["threshold"])
     drawn, other = (kept[kept["method"] == m] for m in ("acdc", "acdc_canonical"))
     differs = drawn.assign(differs=drawn["kept"].to_numpy() != other["kept"].to_numpy())
@@ -68,9 +65,8 @@ def of_truth(rows: pd.DataFrame) -> dict[str, float]:
 
 def metrics(tables: dict[str, Any]) -> dict[str, Any]:
     """See METRICS; one value per seed where seeds differ."""
-    edges, truth, sets, areas = (
-        tables[f"discovery/{t}"] for t in ("edges", "truth", "sets", "areas")
-    )
+    names = ("edges", "truth", "sets", "areas")
+    edges, truth, sets, areas = (tables[f"discovery/{name}"] for name in names)
     out: dict[str, Any] = {
         f"siit.error.{check}": rows.groupby("seed", sort=False)["error"].max().tolist()
         for check, rows in tables["siit/checks"].groupby("check")
@@ -82,10 +78,8 @@ def metrics(tables: dict[str, Any]) -> dict[str, Any]:
         out |= {f"{task}.{name}": value for name, value in of_truth(rows).items()}
     by_acdc = edges["threshold"].notna()
     for (*key, method), rows in edges[~by_acdc].groupby([*KEYS, "method"], sort=False):
-        seeds = [
-            some.abs() for _, some in rows[["score", "exact"]].groupby(rows["seed"], sort=False)
-        ]
-        found = [agreement(some["score"], some["exact"]).correlations for some in seeds]
+        sizes = rows[["score", "exact"]].abs().groupby(rows["seed"], sort=False)
+        found = [agreement(some["score"], some["exact"]).correlations for _, some in sizes]
         for name in found[0]:
             out[f"{prefix(*key)}.{method}.{name}"] = [f[name] for f in found]
     for key, rows in edges[by_acdc].groupby(KEYS, sort=False):

@@ -96,9 +96,8 @@ def write(task: str, program: Any, vocabulary: set, folder: Path) -> None:
     folder = folder / task
     folder.mkdir(parents=True, exist_ok=True)
     save_file(weights(model, out), folder / "model.safetensors")
-    (folder / "config.json").write_text(
-        json.dumps(config(model), indent=1) + "\n", encoding="utf-8"
-    )
+    shape = json.dumps(config(model), indent=1) + "\n"
+    (folder / "config.json").write_text(shape, encoding="utf-8")
     tokens = sorted(model.input_encoder.encoding_map.items(), key=lambda item: item[1])
     about = {
         "task": task,

@@ -92,11 +92,8 @@ def replaced(hf: nn.Module, node: Node, new: Tensor, where: Tensor) -> AbstractC
 def errors(
     hf: nn.Module, base: Tensor, source: Tensor, part: Node, other: Node, where: Tensor
 ) -> dict[str, Tensor]:
-    """The three squared errors, CHECKS -> scalar.
-
-    Args:
-        base, source: [n 5] tokens; where: bool [n 5], positions of the interchange.
-    """
+    """The three squared errors, CHECKS -> scalar, of base and source tokens [n 5]; where, bool [n
+    5], are the positions of the interchange."""
     with hooks.capture(hf, [hook_of(part), hook_of(other)]) as acts:
         plain = outputs(hf, torch.cat([base, source]))
     x, from_source = is_x(base), is_x(source)

@@ -59,11 +59,6 @@ def losses(logits: Tensor, pairs: Pairs) -> dict[str, float]:
     return pairs.means(nll(logits, pairs.sums))
 
 
-def of_sums(table: Tensor, pairs: Pairs) -> dict[str, float]:
-    """Loss on each set of logits that depend on the sum alone: table [p sums, p]."""
-    return pairs.means(nll(table, torch.arange(pairs.p, device=table.device))[pairs.sums])
-
-
 def without_each(logits: Tensor, pairs: Pairs) -> dict[str, Tensor]:
     """Loss on each set when one frequency's waves of a + b are removed: set -> [K]."""
     _, parts = waves.waves_of_sum(logits, pairs.p)
@@ -81,7 +76,8 @@ def key_frequencies(logits: Tensor, pairs: Pairs, ratio: float) -> Tensor:
 def restricted(logits: Tensor, pairs: Pairs, key: Tensor) -> dict[str, float]:
     """Loss on each set with only the constant and the key frequencies' waves of a + b."""
     constant, parts = waves.waves_of_sum(logits, pairs.p)
-    return of_sums(constant + parts[key].sum(0), pairs)
+    by_sum = constant + parts[key].sum(0)  # logits that depend on the sum alone: [p sums, p]
+    return pairs.means(nll(by_sum, torch.arange(pairs.p, device=by_sum.device))[pairs.sums])
 
 
 def excluded(logits: Tensor, pairs: Pairs, key: Tensor) -> dict[str, float]:

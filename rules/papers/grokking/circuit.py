@@ -43,11 +43,8 @@ class Circuit:
 
 
 def run(state: dict[str, Tensor], n_heads: int, device: Any = "cpu") -> Circuit:
-    """The circuit of a model of family native without layer norm, one layer, three positions.
-
-    Args:
-        state: its state dict, see pipeline.weights.trained; "=" is the last token.
-    """
+    """The circuit of a state dict of family native (pipeline.weights.trained) without layer norm,
+    of one layer and three positions; "=" is the last token."""
     w = {name: t.to(device, torch.float64) for name, t in state.items()}
     W_E, W_U = w["model.tok_embed.weight"], w["model.head.weight"]
     p, d_model = len(W_E) - 1, W_E.shape[1]
@@ -76,11 +73,8 @@ def linear(w: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
 
 
 def heads_out(w: dict[str, Tensor], x: Tensor, n_heads: int) -> Tensor:
-    """What each head takes over at "=": [p, p, n_heads, d_head], first index a, second b.
-
-    Args:
-        x: [token, position, d_model], embedding plus position.
-    """
+    """What each head takes over at "=": [p, p, n_heads, d_head], first index a, second b. x [token,
+    position, d_model] is embedding plus position."""
     p = len(x) - 1
     q, k, v = (linear(w, f"attn.{n}", x).unflatten(-1, (n_heads, -1)) for n in "qkv")
     scores = torch.einsum("nd,tpnd->tpn", q[p, 2], k) / q.shape[-1] ** 0.5

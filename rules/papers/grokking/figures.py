@@ -8,9 +8,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from pipeline.figures.kinds_learning import FLOOR, decades
+from pipeline.figures.kinds_lines import FLOOR, decades
 from pipeline.figures.parts import Drawn, Panels, bars, key, line, points, rounded, thinned
-from pipeline.figures.theme import INK, PALETTE, axis, rgba, selector
+from pipeline.figures.theme import INK, PALETTE, axis, rgba
 from pipeline.store.tables import where
 
 from .figures_waves import FREQUENCIES, circle, of_frequency, seeds, spectrum
@@ -46,29 +46,28 @@ EDITS = {  # edit of fourier/edits, set -> what was done
 def progress(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     """Losses, Gini coefficients and squared weights of one model at a time, phases shaded."""
     table, phases = tables["fourier/progress"], tables["fourier/phases"]
-    columns = [c for _, c, *_ in MEASURES]
     panels = Panels([""] * 3, 1, gap=(0, 0.05), shared_xaxes=True, row_heights=[0.56, 0.22, 0.22])
-    data, choices = {}, {}
-    for arm, seed in [(a, s) for a in ARMS for s in seeds(table, a)]:
+    models = [(arm, seed) for arm in ARMS for seed in seeds(table, arm)]
+    drawn, shaded, losses = [], [], []
+    for case, (arm, seed) in enumerate(models):
         rows = thinned(where(table, arm=arm, seed=seed).sort_values("step"), 240)
-        changes = {"x": [rows["step"].tolist()] * len(columns)}
-        changes["y"] = [values(rows, c) for c in columns]
-        shapes = {"shapes": shades(where(phases, arm=arm, seed=seed).iloc[0])}
-        name = f"seed {seed}, {ARMS[arm]}"
-        data[name], choices[name] = rows, [changes, shapes, list(range(len(columns)))]
-    shown, layout, _ = next(iter(choices.values()))
-    for i, (panel, _, name, colour, dash) in enumerate(MEASURES):
-        hover = f"{name}<br>step %{{x:,}}: %{{y:.3g}}"
-        panels.add(panel, line(shown["x"][i], shown["y"][i], name, colour, dash=dash, hover=hover))
-    for name, colour in PHASES if any(c[1]["shapes"] for c in choices.values()) else ():
+        for panel, column, name, colour, dash in MEASURES:
+            y, hover = values(rows, column), f"{name}<br>step %{{x:,}}: %{{y:.3g}}"
+            losses += y if panel == 0 else []
+            panels.add(
+                panel, line(rows["step"], y, name, colour, dash=dash, hover=hover), case=case
+            )
+        drawn.append(rows)
+        shaded.append({"shapes": shades(where(phases, arm=arm, seed=seed).iloc[0])})
+    for name, colour in PHASES if any(s["shapes"] for s in shaded) else ():
         panels.add(0, bars([None], [None], name, rgba(colour, 0.4), hover=name))
-    plotted = [v for changes, *_ in choices.values() for y in changes["y"][:4] for v in y]
-    figure = panels.finish(720, top=96, updatemenus=[selector(choices)], **layout)
-    figure.update_yaxes(**axis("loss", "nats") | decades(plotted), row=1)
-    figure.update_yaxes(**axis("Gini coefficient", rangemode="tozero"), row=2)
-    figure.update_yaxes(**axis("Σ w²", rangemode="tozero"), row=3)
-    figure.update_xaxes(**axis("step (updates on all training pairs)", tickformat="~s"), row=3)
-    return figure, pd.concat(data.values(), ignore_index=True)[["arm", "seed", "step", *columns]]
+    panels.choose((f"seed {seed}, {ARMS[arm]}" for arm, seed in models), shaded)
+    panels.axis(0, y=axis("loss", "nats") | decades(losses))
+    panels.axis(1, y=axis("Gini coefficient", rangemode="tozero"))
+    x = axis("step (updates on all training pairs)", tickformat="~s")
+    panels.axis(2, x, axis("Σ w²", rangemode="tozero"))
+    columns = ["arm", "seed", "step", *(c for _, c, *_ in MEASURES)]
+    return panels.finish(720, top=96), pd.concat(drawn, ignore_index=True)[columns]
 
 
 def values(rows: pd.DataFrame, column: str) -> list[float]:
@@ -107,25 +106,20 @@ def neurons(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
         middle = 100 * (edges[:-1] + edges[1:]) / 2
         panels.add(0, bars(middle, 100 * count, name, rgba(colour, 0.75), hover=hover))
         frames.append(pd.DataFrame({"what": name, "share_from": edges[:-1], "neurons": count}))
-    figure = panels.figure
-    figure.add_vline(100 * SINGLE, line={"color": INK, "width": 1, "dash": "dot"}, row=1, col=1)
-    choices = {}
-    for seed in seeds(table):
+    border = {"color": INK, "width": 1, "dash": "dot"}
+    panels.figure.add_vline(100 * SINGLE, line=border, **panels.place(0))
+    for case, seed in enumerate(seeds(table)):
         rows = where(frequencies, arm="decay", seed=seed)
-        changes = {"x": [rows["frequency"].tolist()], "y": [rows["neurons"].tolist()]}
-        changes["marker.color"] = [of_frequency(rows["key"])]
-        choices[f"seed {seed}"] = [changes, {}, [len(looks)]]
+        look = {"colour": of_frequency(rows["key"]), "hover": "k = %{x}: %{y} neurons"}
+        panels.add(1, bars(rows["frequency"], rows["neurons"], **look), case=case)
         frames.append(rows[["seed", "frequency", "key", "neurons"]].assign(what="frequency"))
-    (shown, *_), hover = next(iter(choices.values())), "k = %{x}: %{y} neurons"
-    panels.add(1, bars(shown["x"][0], shown["y"][0], "", shown["marker.color"][0], hover=hover))
+    panels.choose(f"seed {seed}" for seed in seeds(table))
     panels.add(1, *(key(name, colour) for name, colour in FREQUENCIES.items()))
     best = axis("variance that the best frequency explains", "%", range=[0, 101])
-    figure.update_xaxes(**best, row=1, col=1)
-    figure.update_yaxes(**axis("share of neurons", "%"), row=1, col=1)
-    figure.update_xaxes(**axis("frequency k"), row=2, col=1)
-    figure.update_yaxes(**axis("neurons", rangemode="tozero"), row=2, col=1)
-    look = {"barmode": "overlay", "bargap": 0.05, "updatemenus": [selector(choices)]}
-    return panels.finish(620, legend=38, top=84, **look), pd.concat(frames, ignore_index=True)
+    panels.axis(0, best, axis("share of neurons", "%"))
+    panels.axis(1, axis("frequency k"), axis("neurons", rangemode="tozero"))
+    figure = panels.finish(620, legend=38, top=84, barmode="overlay", bargap=0.05)
+    return figure, pd.concat(frames, ignore_index=True)
 
 
 def ablation(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
@@ -133,33 +127,28 @@ def ablation(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     table, frame = tables["fourier/frequencies"], of_edits(tables["fourier/edits"])
     titles = ["waves of one frequency removed", "other edits, each seed"]
     panels = Panels(titles, 1, gap=(0, 0.17), row_heights=[0.4, 0.6])
-    choices = {}
-    for seed in seeds(table):
+    for case, seed in enumerate(seeds(table)):
         rows = where(table, arm="decay", seed=seed)
-        k, full = rows["frequency"].tolist(), rounded([rows["full_test"].iloc[0]] * 2)
-        changes = {"x": [k, [0.5, len(k) + 0.5]], "y": [rounded(rows["without_test"]), full]}
-        changes["marker.color"] = [of_frequency(rows["key"]), INK]
-        choices[f"seed {seed}"] = [changes, {}, [0, 1]]
-    x, y, colours = next(iter(choices.values()))[0].values()
-    hover = "without k = %{x}: %{y:.3g} nats"
-    panels.add(0, points(x[0], y[0], "", colours[0], size=8, hover=hover))
-    panels.add(0, line(x[1], y[1], "full model", width=1, dash="dot"))
+        k, look = rows["frequency"], {"size": 8, "hover": "without k = %{x}: %{y:.3g} nats"}
+        dots = points(k, rounded(rows["without_test"]), "", of_frequency(rows["key"]), **look)
+        full = rounded([rows["full_test"].iloc[0]] * 2)
+        level = line([0.5, len(k) + 0.5], full, "full model", width=1, dash="dot")
+        panels.add(0, dots, level, case=case)
     panels.add(0, *(key(name, c, "circle", size=8) for name, c in FREQUENCIES.items()))
     hover = "%{customdata[0]}<br>seed %{customdata[1]}: %{x:.3g} nats"
     at = frame["what"].map(list(EDITS.values()).index).tolist()
     look = {"size": 8, "customdata": frame[["what", "seed"]].to_numpy().tolist(), "hover": hover}
     panels.add(1, points(rounded(frame["loss"]), at, "", rgba(PALETTE[2], 0.75), **look))
+    panels.choose(f"seed {seed}" for seed in seeds(table))
     per_frequency = table[table["arm"] == "decay"].assign(what="without k")
     chance = np.log(2 * int(table["frequency"].max()) + 1)
     with_names(panels.figure, chance)
-    figure = panels.finish(820, legend=38, top=72, updatemenus=[selector(choices)])
-    figure.update_xaxes(**axis("frequency k removed"), row=1, col=1)
     log = decades(per_frequency[["full_test", "without_test"]])
-    figure.update_yaxes(**axis("test loss", "nats") | log, row=1, col=1)
-    log = decades([*frame["loss"], chance])
-    figure.update_xaxes(**axis("loss", "nats", tickangle=0) | log, row=2, col=1)
+    panels.axis(0, axis("frequency k removed"), axis("test loss", "nats") | log)
     bare = {"showticklabels": False, "ticks": "", "range": [len(EDITS) - 0.5, -0.9]}
-    figure.update_yaxes(**bare, tickvals=list(range(len(EDITS))), row=2, col=1)
+    log = axis("loss", "nats", tickangle=0) | decades([*frame["loss"], chance])
+    panels.axis(1, log, bare | {"tickvals": list(range(len(EDITS)))})
+    figure = panels.finish(820, legend=38, top=72)
     return figure, pd.concat([per_frequency, frame], ignore_index=True)
 
 

@@ -37,10 +37,7 @@ class Options(own.Options):
     """Section own.fourier of paper.yaml."""
 
     key_ratio: float = Field(
-        default=10.0,
-        gt=1,
-        description="a frequency is key where its removal from the logits makes the test loss at "
-        "least so many times as large",
+        default=10.0, gt=1, description="rise of the test loss without a frequency, if it is key"
     )
     frames: int = Field(default=20, ge=2, description="checkpoints in spectrum and circle")
 
@@ -88,11 +85,8 @@ def borders(models: list[Model], progress: pd.DataFrame) -> list[dict[str, float
 def measure(
     models: list[Model], options: Options, out: own.Tables, done: Callable[[], None]
 ) -> list[pd.DataFrame]:
-    """Add the rows of the models of one run; return those of `circle`, of its first model.
-
-    Args:
-        done: called after each checkpoint of a model.
-    """
+    """Add the rows of the models of one run, calling `done` after each checkpoint of a model;
+    return those of `circle`, of its first model."""
     run, progress, circles = models[0].run, [], []
     end = [run.stacked(int(step)) for step in phases.ending(np.array(run.steps))]
     for m in models:

@@ -191,11 +191,7 @@ def of_model(tables: dict[str, Any], arm: str, seed: int) -> dict[str, float]:
 
 
 def metrics(tables: dict[str, Any]) -> dict[str, Any]:
-    """Metric -> one value per seed.
-
-    Args:
-        tables: name -> DataFrame, named as in paper.yaml.
-    """
+    """See METRICS; one value per seed."""
     out: dict[str, Any] = {}
     for arm in ("decay", "no_decay"):
         seeds = sorted(tables[f"training/{arm}"]["seed"].unique())

@@ -22,11 +22,8 @@ GENERALISED = 0.99
 def borders(
     step: np.ndarray, test_loss: np.ndarray, excluded_loss: np.ndarray, test_accuracy: np.ndarray
 ) -> dict[str, float]:
-    """memorised, cleanup and cleaned: the steps at which the three phases end, NaN where none.
-
-    Args:
-        step, ascending; losses in nats; all [checkpoints].
-    """
+    """memorised, cleanup and cleaned: the steps at which the three phases end, NaN where none. All
+    are [checkpoints], steps ascending, losses in nats."""
     none = dict.fromkeys(("memorised", "cleanup", "cleaned"), np.nan)
     if not np.median(test_accuracy[np.isin(step, ending(step))]) > GENERALISED:
         return none
@@ -53,14 +50,9 @@ def ending(step: np.ndarray) -> np.ndarray:
 
 
 def frames(step: np.ndarray, until: float, n: int) -> np.ndarray:
-    """At most about n steps to look at: evenly spaced until a fifth past `until`, and the last.
-
-    Args:
-        until: the end of cleanup; NaN spreads them over the whole run.
-    """
+    """At most about n steps to look at: evenly spaced until a fifth past the end of cleanup (NaN:
+    over the whole run), and the last."""
     reach = step[-1] if np.isnan(until) else min(1.2 * until, step[-1])
     inside = np.flatnonzero(step <= reach)
-    chosen = inside[
-        np.unique(np.linspace(0, len(inside) - 1, min(n, len(inside))).round()).astype(int)
-    ]
-    return np.unique(np.append(step[chosen], step[-1]))
+    chosen = np.linspace(0, len(inside) - 1, min(n, len(inside))).round().astype(int)
+    return np.unique(np.append(step[inside[chosen]], step[-1]))

@@ -97,11 +97,8 @@ def plane_powers(values: Tensor, p: int) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def plane_parts(values: Tensor, p: int, frequencies: Tensor) -> Tensor:
-    """Values [p², n] with only the mean and the eight components of some frequencies kept.
-
-    Args:
-        frequencies: bool [K, n], those of each column that stay.
-    """
+    """Values [p², n] with only the mean and the eight components of some frequencies kept, of each
+    column those that bool [K, n] names."""
     B = basis(p, values.device)
     transform = plane_powers(values, p)[0]
     keep = torch.zeros(p, p, values.shape[1], dtype=torch.bool, device=values.device)

@@ -64,12 +64,8 @@ def pieces(model: Any, *tensors: Tensor) -> Iterator[tuple[Tensor, ...]]:
 def ablated(
     model: Any, tokens: Tensor, targets: Tensor, groups: dict[str, Collection[Head]], keep: bool
 ) -> dict[str, Tensor]:
-    """Losses [batch pos] of the model without each group of heads.
-
-    Args:
-        groups: name -> the heads left out together.
-        keep: whether all patterns stay as they are with all heads.
-    """
+    """Losses [batch pos] of the model without each group of heads (name -> those left out
+    together); with `keep` all patterns stay as they are with all heads."""
     out: dict[str, list[Tensor]] = {name: [] for name in groups}
     for x, y in pieces(model, tokens, targets):
         patterns = forward(model, x)[1] if keep else None

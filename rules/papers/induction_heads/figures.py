@@ -1,13 +1,14 @@
 """Figures of induction heads; no torch. Circuits and ablations are drawn in figures_circuits.py."""
 
 from collections.abc import Iterator
+from itertools import product
 from typing import Any
 
 import numpy as np
 import pandas as pd
 
 from pipeline.figures import parts
-from pipeline.figures.parts import PLAIN, Drawn, Panels, chosen, first, heat, line, square
+from pipeline.figures.parts import PLAIN, Drawn, Panels, first, heat, line, square
 from pipeline.figures.theme import PALETTE, axis, rgba
 from pipeline.store.tables import where
 
@@ -101,13 +102,10 @@ def loss_by_index(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
         panels.add(end, line(index + 1, z[-1], name, colour, hover=hover))
         long = loss.rename_axis(index="tokens", columns="index").stack().rename("loss")
         frames.append(long.reset_index().assign(run=run))
-        title = TOKENS if i else {}
-        panels.figure.update_xaxes(showgrid=False, **title, **panels.place(i))
+        bare = {"showgrid": False}
         named = {} if i % 2 else axis("token index")  # once a row: a phone has room for no more
-        panels.figure.update_yaxes(showgrid=False, **named, **panels.place(i))
-    right = {"side": "right", "rangemode": "tozero"}
-    panels.figure.update_xaxes(**axis("token index"), **panels.place(end))
-    panels.figure.update_yaxes(**axis("loss", "nats"), **right, **panels.place(end))
+        panels.axis(i, bare | (TOKENS if i else {}), bare | named)
+    panels.axis(end, axis("token index"), axis("loss", "nats", side="right", rangemode="tozero"))
     bar = {"title": {"text": "loss<br>(nats)"}, "len": 0.46, "y": 1, "yanchor": "top"}
     colours = {"colorbar": {**bar, "thickness": 12, "outlinewidth": 0}}
     return panels.finish(680, coloraxis=colours), pd.concat(frames, ignore_index=True)
@@ -139,23 +137,21 @@ def heads(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     titles = [name for _, name, *_ in runs] + [""] * len(runs)
     shared = {"shared_xaxes": True, "shared_yaxes": True}
     panels = Panels(titles, len(runs), gap=(0.06, 0.06), **shared)
-    lines: dict[int, list] = {seed: [] for seed in seeds}
-    for row, score in enumerate(SCORES):
-        for col, (run, _, _, of_run) in enumerate(runs):
-            panel = row * len(runs) + col
-            for (layer, head), rows in of_run.sort_values("tokens").groupby(["layer", "head"]):
-                for seed in seeds:
-                    lines[seed].append(where(rows, seed=seed)[score].to_numpy())
-                name, shown = list(LAYERS)[layer], where(rows, seed=seeds[0])
-                hover = f"head {layer}.{head}<br>%{{x:.2f}} M tokens, %{{y:.2f}}"
-                look = {"colour": LAYERS[name], "width": 1.75, "hover": hover}
-                panels.add(panel, line(shown["tokens"] / MILLION, shown[score], name, **look))
-            shade(panels, panel, phase, run if run == "two_layer" else "")
+    for (row, score), (col, (run, _, _, of_run)) in product(enumerate(SCORES), enumerate(runs)):
+        panel = row * len(runs) + col
+        by_head = of_run.sort_values("tokens").groupby(["seed", "layer", "head"])
+        for (seed, layer, head), rows in by_head:
+            name = list(LAYERS)[layer]
+            hover = f"head {layer}.{head}<br>%{{x:.2f}} M tokens, %{{y:.2f}}"
+            look = {"colour": LAYERS[name], "width": 1.75, "hover": hover}
+            trace = line(rows["tokens"] / MILLION, rows[score], name, **look)
+            panels.add(panel, trace, case=seeds.index(seed))
+        shade(panels, panel, phase, run if run == "two_layer" else "")
+    panels.choose(f"seed {seed}" for seed in seeds)
     panels.figure.update_xaxes(**TOKENS, row=2)
     panels.figure.update_yaxes(range=[-0.02, 1.02])
     for row, name in enumerate(SCORES.values(), 1):
         panels.figure.update_yaxes(title={"text": name}, row=row, col=1)
-    chosen(panels.figure, {f"seed {seed}": [{"y": ys}, {}] for seed, ys in lines.items()})
     return panels.finish(560), table.drop(columns="member")
 
 

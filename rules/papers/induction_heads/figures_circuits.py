@@ -7,7 +7,7 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from pipeline.figures.parts import PLAIN, TITLE, Drawn, bars, chosen, first, heat
+from pipeline.figures.parts import PLAIN, TITLE, Drawn, Panels, bars, first, heat
 from pipeline.figures.parts import points as marks
 from pipeline.figures.theme import DIVERGING, PALETTE, axis, rgba, scale
 from pipeline.store.tables import where
@@ -50,15 +50,10 @@ def circuits(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     bar = {"title": {"text": "above<br>random"}, "thickness": 12, "outlinewidth": 0}
     bar |= {"len": 0.42, "y": 0, "yanchor": "bottom"}
     colours = {"colorscale": scale(DIVERGING), "cmin": -reach, "cmax": reach, "colorbar": bar}
-    figure.update_layout(coloraxis=colours)
-    return headed(figure, 720, legend=38), shown
-
-
-def headed(figure: go.Figure, height: int, legend: float = 26) -> go.Figure:
-    """The height, small panel titles, and the legend above them."""
     figure.update_annotations(font_size=TITLE)
-    up = 1 + legend / (height - 120)
-    return figure.update_layout(height=height, margin={"t": 70}, legend={"y": up, "x": 0})
+    legend = {"y": 1 + 38 / 600, "x": 0}  # above the titles
+    look = {"height": 720, "margin": {"t": 70}, "legend": legend, "coloraxis": colours}
+    return figure.update_layout(look), shown
 
 
 def eigenvalues(figure: go.Figure, values: pd.DataFrame, heads: pd.DataFrame) -> pd.DataFrame:
@@ -105,35 +100,29 @@ def ablation(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     table = table.assign(place=[place(r) for r in table.to_dict("records")])
     table = table[table["place"] != ""]
     places = [p for p in PLACES if p in set(table["place"])]
-    figure, values = go.Figure(), {column: [] for column in SHOWN}
-    for patterns, (name, colour) in PATTERNS.items():
-        rows = where(table, patterns=patterns)
-        mean = rows.groupby("place")[list(SHOWN)].mean().reindex(places)
-        for column in SHOWN:
-            values[column] += [mean[column].to_numpy(), rows[column].to_numpy()]
-        look = {"offsetgroup": patterns, "hover": "%{x}<br>mean %{y:.3g}"}
-        figure.add_trace(bars(places, mean["left"], name, rgba(colour, 0.55), **look))
-        figure.add_trace(points(rows, colour, patterns))
-    choices = {
-        what: [{"y": values[column]}, {"yaxis.title.text": title, "yaxis.tickformat": form}]
-        for column, (what, title, form) in SHOWN.items()
-    }
-    chosen(figure, choices).update_layout(barmode="group", boxmode="group")
+    panels, axes = Panels(), []
+    for case, (column, (_, title, form)) in enumerate(SHOWN.items()):
+        for patterns, (name, colour) in PATTERNS.items():
+            rows = where(table, patterns=patterns)
+            mean = rows.groupby("place")[column].mean().reindex(places)
+            look = {"offsetgroup": patterns, "hover": "%{x}<br>mean %{y:.3g}"}
+            means = bars(places, mean, name, rgba(colour, 0.55), **look)
+            panels.add(0, means, points(rows, column, colour, patterns), case=case)
+        axes.append({"yaxis.title.text": title, "yaxis.tickformat": form})
+    panels.choose((what for what, *_ in SHOWN.values()), axes)
     order = {"categoryorder": "array", "categoryarray": places}
-    figure.update_xaxes(**order, autotickangles=[0, -90])  # on a phone
-    _, title, form = SHOWN["left"]
-    figure.update_yaxes(title={"text": title}, tickformat=form)
+    panels.figure.update_xaxes(**order, autotickangles=[0, -90])  # on a phone
     kept = ["member", "seed", "patterns", "removed", "layer", "head", "role", "place", "icl"]
     kept += ["left", "second_copy", "intact_second_copy"]
-    return headed(figure, 480), table[kept]
+    return panels.finish(480, barmode="group", boxmode="group"), table[kept]
 
 
-def points(rows: pd.DataFrame, colour: str, group: str) -> go.Box:
+def points(rows: pd.DataFrame, column: str, colour: str, group: str) -> go.Box:
     """A point per row beside its bar: a box of which only the points are drawn."""
     hover = "head %{customdata[0]}.%{customdata[1]}, seed %{customdata[2]}<br>%{y:.3g}"
     clear, look = "rgba(0,0,0,0)", {"color": colour, "size": 6}
     return go.Box(
-        x=rows["place"], y=rows["left"], customdata=rows[["layer", "head", "seed"]],
+        x=rows["place"], y=rows[column], customdata=rows[["layer", "head", "seed"]],
         offsetgroup=group, boxpoints="all", pointpos=0, jitter=0.4, fillcolor=clear,
         line={"color": clear}, marker=look, hoveron="points", showlegend=False,
         hovertemplate=hover + "<extra></extra>",

@@ -61,11 +61,8 @@ def through_training(held: Held, done: Callable[[], None]) -> tuple[list[dict], 
 
 
 def phases(losses: pd.DataFrame, scores: pd.DataFrame, budget: dict[str, float]) -> list[dict]:
-    """Rows of the table phase: one per model of the run, numbers of training tokens and nats.
-
-    Args:
-        budget: columns that all of them share, see Held.
-    """
+    """Rows of the table phase: one per model of the run, numbers of training tokens and nats, and
+    the columns of Held.budget, which all share."""
     out = []
     for member, rows in losses.groupby("member", sort=False):
         tokens, icl = (rows[c].to_numpy(float) for c in ("tokens", "icl"))

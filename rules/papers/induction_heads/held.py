@@ -65,19 +65,15 @@ class Held:
         self.name = self.run.name
         need_attention_only(self.name, self.run.spec.architecture)
         n_ctx, how = self.run.spec.architecture.n_ctx, options.repeat
-        pool = (
-            self._drawn(n_ctx) if self.run.spec.data.source == "own" else self._text(corpus, n_ctx)
-        )
-        if max(self.icl.late) > n_ctx:
-            raise RetraceError(
-                f"own.heads: token {max(self.icl.late)} of icl is behind n_ctx {n_ctx}"
-            )
+        drawn = self.run.spec.data.source == "own"
+        pool = self._drawn(n_ctx) if drawn else self._text(corpus, n_ctx)
+        if (last := max(self.icl.late)) > n_ctx:
+            raise RetraceError(f"own.heads: token {last} of icl is behind n_ctx {n_ctx}")
         bos = int(self.tokens[0, 0])
         self.repeated = head_circuits.repeated(how.n, pool, how.length, how.times, bos)
         if self.repeated.shape[1] > n_ctx:
-            raise RetraceError(
-                f"own.heads: repeat: {how.times} × {how.length} tokens exceed {n_ctx}"
-            )
+            size = f"{how.times} × {how.length}"
+            raise RetraceError(f"own.heads: repeat: {size} tokens exceed {n_ctx}")
 
     def _drawn(self, n_ctx: int) -> Tensor:
         """What a run of drawn sequences is measured on; the tokens to repeat."""

@@ -171,11 +171,7 @@ def of_model(tables: dict[str, Any]) -> dict[str, float]:
 
 
 def metrics(tables: dict[str, Any]) -> dict[str, Any]:
-    """Metric -> one value per seed, NaN where a seed has none.
-
-    Args:
-        tables: name -> DataFrame, named as in paper.yaml.
-    """
+    """See METRICS; one value per seed, NaN where a seed has none."""
     names, out = ("training", "phase", "heads", "composition", "ablation"), {}
     for (run, member), _ in tables["heads/training"].groupby(["run", "member"], sort=False):
         own = {n: where(tables[f"heads/{n}"], run=run, member=member) for n in names}

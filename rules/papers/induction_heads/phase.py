@@ -6,6 +6,8 @@ the checkpoints on straight lines.
 
 import numpy as np
 
+from pipeline.claims.seeds import crossing
+
 GRID = 400  # places at which a window may begin
 
 
@@ -33,14 +35,8 @@ def doubling(tokens: np.ndarray, score: np.ndarray) -> tuple[float, float, float
 
 def halfway(tokens: np.ndarray, score: np.ndarray) -> float:
     """Training tokens at which a score is first halfway from its first to its last value."""
-    tokens, score = np.asarray(tokens, float), np.asarray(score, float)
-    middle = (score[0] + score[-1]) / 2
-    rises = score[-1] >= score[0]
-    i = int(np.flatnonzero(score >= middle if rises else score <= middle)[0])
-    if i == 0:
-        return float(tokens[0])
-    share = (middle - score[i - 1]) / (score[i] - score[i - 1])
-    return float(tokens[i - 1] + share * (tokens[i] - tokens[i - 1]))
+    sign = 1 if score[-1] >= score[0] else -1
+    return crossing(tokens, sign * np.asarray(score), sign * (score[0] + score[-1]) / 2)
 
 
 def bump(tokens: np.ndarray, loss: np.ndarray, start: float, end: float) -> float:

@@ -48,19 +48,14 @@ class Options(own.Options):
     n_behaviour: int = Field(default=200, ge=2, description="prompts of the table behaviour")
     n_patched: int = Field(default=16, ge=2, description="prompts of path patching")
     n_judged: int = Field(default=16, ge=2, description="prompts on which circuits are judged")
-    n_reference: int = Field(
-        default=90, ge=30, description="prompts of p_ABC for the means; 30: each template twice"
-    )
+    n_reference: int = Field(default=90, ge=30, description="prompts of p_ABC for the means")
     n_scatter: int = Field(default=30, ge=2, description="prompts of attention and the scatter")
     n_names: int = Field(default=8, ge=1, description="names of the copy scores")
     threshold: float = Field(default=0.02, gt=0, description="of the logit difference, to count")
     most: int = Field(default=4, ge=1, description="heads of a class, at most")
     n_random: int = Field(default=2, ge=1, description="random circuits, and random sets K")
     greedy: tuple[int, int] = Field(default=(2, 6), description="steps, and candidates of a step")
-    seeds: Seeds = Field(
-        default=[0],
-        description="of prompts and random circuits; one takes the four numbers from it on",
-    )
+    seeds: Seeds = Field(default=[0], description="each takes the four numbers from it on")
     behaviour_only: list[Name] = Field(default=[], description="null arms")
     without_bos: list[Name] = Field(default=[], description="arms measured without BOS")
     published: Name = Field(default="gpt2", description="the arm that the paper's heads are of")
@@ -95,11 +90,8 @@ class Arm:
         return drawn, Pairs.of(drawn.data(), self.bos_id, self.device), groups
 
     def behaviour(self, *, alone: bool) -> list[dict]:
-        """Rows of the table behaviour: means over prompts of each kind.
-
-        Args:
-            alone: the ordinary prompts, and no others.
-        """
+        """Rows of the table behaviour: means over prompts of each kind, or of the ordinary ones
+        alone."""
         hf, tokenizer = self.loaded.hf, self.loaded.tokenizer
         drawn, pairs, _ = self.drawn(self.options.n_behaviour)
         found = measures.behaviour(hf, pairs, pairs.base)

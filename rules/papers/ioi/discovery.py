@@ -62,12 +62,8 @@ PUBLISHED_K: dict[Head, list[Head]] = {
 
 
 def clear(effects: Tensor, least: float, sign: int, most: int) -> list[int]:
-    """Rows of effects [m n] that count, largest first.
-
-    Args:
-        least: smallest mean effect.
-        sign: 1 for rises, -1 for losses.
-    """
+    """Rows of effects [m n] that count, largest first: of a mean of least or more, of rises (sign
+    1) or of losses (sign -1)."""
     n = effects.shape[1]
     mean = sign * effects.mean(1)
     error = effects.std(1) / n**0.5 if n > 1 else torch.zeros_like(mean)
@@ -157,11 +153,8 @@ class Search:
         roles["previous"] = self.step("to_induction", keys, "S1_next")[:most]
 
     def find_backup(self, ablated: Run) -> None:
-        """Backup name movers: by the rise of their direct logit attribution.
-
-        Args:
-            ablated: the base run with the name movers knocked out.
-        """
+        """Backup name movers: by the rise of their direct logit attribution in `ablated`, the base
+        run with the name movers knocked out."""
         before, after = (direct_logit(self.task, run) for run in (self.task.base, ablated))
         nodes = [Node("head", *h) for h in self.heads]
         self.effects["backup"] = torch.stack([after[n] - before[n] for n in nodes])
@@ -169,11 +162,8 @@ class Search:
 
 
 def without(task: Task, means: list[Tensor], heads: list[Head]) -> Run:
-    """The base run with some heads mean-ablated at all positions.
-
-    Args:
-        means: mean z of each prompt's template, [n pos n_heads*d_head], one for each layer.
-    """
+    """The base run with some heads mean-ablated at all positions; means: mean z of each prompt's
+    template, [n pos n_heads*d_head], one for each layer."""
     gone = torch.zeros(len(means), task.heads.n_heads, dtype=torch.bool, device=means[0].device)
     for head in heads:
         gone[head] = True

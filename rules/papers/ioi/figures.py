@@ -9,19 +9,9 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from pipeline.figures import parts
 from pipeline.figures.kinds_effects import bar_of, by_head, maps, tall
-from pipeline.figures.parts import (
-    Drawn,
-    Panels,
-    bars,
-    by_case,
-    equal,
-    first,
-    nothing,
-    points,
-    styled,
-    whiskers,
-)
+from pipeline.figures.parts import Drawn, Panels, bars, first, nothing, points, styled, whiskers
 from pipeline.figures.theme import GRID, INK, PALETTE, axis, rgba
 
 from .figures_graph import ARMS, ROLES, by_arm, graph, pairs
@@ -55,7 +45,7 @@ def paths(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
                 hover="head %{y}.%{x}: %{customdata}",
             )  # fmt: skip
 
-    panels = by_case(maps([t for t, _ in STEPS.values()], n_layers), by_arm(table), steps)
+    panels = parts.by_case(maps([t for t, _ in STEPS.values()], n_layers), by_arm(table), steps)
     return tall(panels, n_layers), table[["arm", "layer", "head", "role", *STEPS]]
 
 
@@ -88,7 +78,7 @@ def judged(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
         gap=(0.12, 0), column_widths=[0.42, 0.58],
     )  # fmt: skip
     sides = lambda rows: [(0, by_circuit(rows)), *((1, trace) for trace in without(rows))]  # noqa: E731
-    by_case(panels, sources(table), sides)
+    parts.by_case(panels, sources(table), sides)
     panels.axes(y="logit difference F")
     panels.axes("F of the model without K", "F of the circuit without K", col=2)
     figure = panels.finish(440, top=56).update_layout(margin={"b": 100})
@@ -123,7 +113,7 @@ def without(rows: pd.DataFrame) -> list[Any]:
         return []
     symbol = np.where(wide.index.str.startswith("greedy"), "diamond", "circle")
     names = [str(k).replace("_", " ") for k in wide.index]
-    return [equal(wide, name="equal")] + [
+    return [parts.equal(wide, name="equal")] + [
         points(
             wide["model"], wide[c], label, shade, size=9, symbol=symbol, customdata=names,
             hover="without %{customdata}<br>model %{x:.2f}, " + c + " %{y:.2f}",
@@ -150,6 +140,6 @@ def minimality(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
                 customdata=some["set"],
             )  # fmt: skip
 
-    panels = by_case(Panels(), sources(table), lost)
+    panels = parts.by_case(Panels(), sources(table), lost)
     x, y = axis("head", type="category"), axis("loss of logit difference")
     return panels.finish(400, top=70, xaxis=x, yaxis=y), table

@@ -54,7 +54,9 @@ def graph(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
         ends = [(spots[reader], "{}.{}".format(*reader)) for reader in later]
         for spot, target in [*ends, *([(end, "logits")] if "logits" in readers else [])]:
             edges.append(("{}.{}".format(*at), target, row.role, effect))
-            figure.add_trace(flow(spots[at], spot, row.role, effect))
+            look = {"colour": rgba(ROLES[row.role][1], 0.45)}
+            look["width"] = float(np.clip(4 * effect, 0.6, 7))
+            figure.add_trace(line(*zip(spots[at], spot, strict=True), **look))
     for rows, _, (label, shade) in styled(heads, "role", ROLES):
         figure.add_trace(nodes(rows, [spots[at] for at in pairs(rows)], label, shade))
     look = {"mode": "text", "text": ["<b>logits</b>"], "textfont": {"color": INK}}
@@ -82,12 +84,6 @@ def places(heads: pd.DataFrame) -> dict[tuple[int, int], tuple[float, int]]:
         for k, at in enumerate(own):
             out[at] = (x + 0.5 * (k - (len(own) - 1) / 2) / max(1, len(own) - 1), at[0])
     return out
-
-
-def flow(a: tuple, b: tuple, role: str, effect: float) -> go.Scatter:
-    """A line between two heads."""
-    width = float(np.clip(4 * effect, 0.6, 7))
-    return line([a[0], b[0]], [a[1], b[1]], colour=rgba(ROLES[role][1], 0.45), width=width)
 
 
 def nodes(rows: pd.DataFrame, spots: list[tuple], label: str, shade: str) -> go.Scatter:

@@ -27,11 +27,8 @@ LOOKS = {
 
 
 def behaviour(hf: Any, pairs: Pairs, tokens: Tensor) -> pd.DataFrame:
-    """logit_diff, io_gt_s and io_probability of every prompt.
-
-    Args:
-        tokens: [n pos], the base or the source of the pairs.
-    """
+    """logit_diff, io_gt_s and io_probability of every prompt; tokens [n pos] are the base or the
+    source of the pairs."""
     norm, W_U = splice.final_norm(hf), hf.get_output_embeddings().weight
     last = f"blocks.{hf.config.num_hidden_layers - 1}.hook_resid_post"
     given, found = (tokens, pairs.end, pairs.answer, pairs.foil), []

@@ -66,11 +66,8 @@ def densities(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     units = tables["latents/units"]
     units, names = units[units["arm"] == "a"], [*options["dictionaries"], "neurons"]
     low = np.floor(np.log10(1 / int(units["n_rows"].max())))
-    edges, figure, out = (
-        np.linspace(low, 0, int(-low * options.get("bins", 4)) + 1),
-        go.Figure(),
-        [],
-    )
+    edges = np.linspace(low, 0, int(-low * options.get("bins", 4)) + 1)
+    figure, out = go.Figure(), []
     for i, name in enumerate(names):
         density = units.loc[units["group"] == name, "density"].to_numpy()
         count = np.histogram(np.log10(density[density > 0]), edges)[0]
@@ -165,12 +162,10 @@ def heights(frame: pd.DataFrame) -> list[float]:
     """Where each node stands: a level's nodes evenly spaced, in the order of their parents."""
     widest, placed = frame.groupby("level").size().max(), {}
     for level, rows in frame.groupby("level"):
-        order = sorted(
-            rows.itertuples(), key=lambda r: (placed.get((level - 1, r.parent), 0), -r.cosine)
-        )
+        at = [placed.get((level - 1, parent), 0) for parent in rows["parent"]]
+        order = rows.assign(at=at).sort_values(["at", "cosine"], ascending=[True, False])
         step = widest / len(order)
-        for i, row in enumerate(order):
-            placed[level, row.latent] = (i + 0.5) * step - 0.5
+        placed |= {(level, n): (i + 0.5) * step - 0.5 for i, n in enumerate(order["latent"])}
     return [placed[level, i] for level, i in zip(frame["level"], frame["latent"], strict=True)]
 
 

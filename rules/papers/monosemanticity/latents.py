@@ -82,16 +82,12 @@ class Arm:
 
 
 def next_token(columns: dict[str, Tensor]) -> Tensor:
-    """The token behind each row, [rows]; -1 where the next row is of another place.
-
-    Args:
-        columns: token, block and position, [rows] each.
-    """
+    """The token behind each row, [rows]; -1 where the next row is of another place. columns are
+    token, block and position, [rows] each."""
     token, at = columns["token"], columns["position"]
     follows = (columns["block"][1:] == columns["block"][:-1]) & (at[1:] == at[:-1] + 1)
-    return torch.cat(
-        [torch.where(follows, token[1:], -1), token.new_full((min(len(token), 1),), -1)]
-    )
+    last = token.new_full((min(len(token), 1),), -1)
+    return torch.cat([torch.where(follows, token[1:], -1), last])
 
 
 def directions(d_in: int, n: int, seed: int) -> Tensor:
@@ -138,9 +134,8 @@ def matches(a: Arm, b: Arm, options: Options) -> pd.DataFrame:
         found["null_neurons"].add(x, matching.shuffled(y))
     if not found["latents"].n_rows:
         raise RetraceError(f"{a.activations}: no held-out rows; raise corpus.n_eval_tokens")
-    return pd.concat(
-        [c.best(options.n_fired).assign(kind=k) for k, c in found.items()], ignore_index=True
-    )
+    best = [c.best(options.n_fired).assign(kind=kind) for kind, c in found.items()]
+    return pd.concat(best, ignore_index=True)
 
 
 @torch.no_grad()
@@ -161,13 +156,8 @@ def says(hf: Any, arm: Arm, options: Options) -> dict[str, Tensor]:
 def units(
     made: dict[str, Any], arm: str, text: list[str], logits: dict[str, Tensor]
 ) -> pd.DataFrame:
-    """One row a unit of each Tally; see Tally for the columns.
-
-    A random direction has signed values: it neither fires nor has a share of them on a token.
-
-    Args:
-        logits: of `says`.
-    """
+    """One row a unit of each Tally (see there for the columns); logits are of `says`. A random
+    direction has signed values: it neither fires nor has a share of them on a token."""
     frames = []
     for name, t in made.items():
         columns = {"arm": arm, "group": name, "unit": range(len(t.density))}

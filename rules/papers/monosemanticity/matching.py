@@ -42,12 +42,9 @@ class Correlation:
         return found.clamp(-1, 1)  # of rounding
 
     def best(self, n_fired: int) -> pd.DataFrame:
-        """Best match of every unit of x: unit, match, correlation.
-
-        Args:
-            n_fired: rows on which a unit must be above zero, in x and in y; two units that fire
-                once, on the same row, would correlate perfectly.
-        """
+        """Best match of every unit of x: unit, match, correlation. Units count that are above zero
+        on n_fired rows, in x and in y: two that fire once, on the same row, would correlate
+        perfectly."""
         seen = (self.fired_y >= n_fired).nonzero()[:, 0]
         units = (self.fired_x >= n_fired).nonzero()[:, 0]
         if not (len(seen) and len(units)):

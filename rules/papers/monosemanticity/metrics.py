@@ -7,6 +7,8 @@ from typing import Any
 
 import numpy as np
 
+from pipeline.claims.seeds import evaluations
+
 ULTRALOW = 1e-5  # share of rows; the border is ours, the paper draws it between two clusters
 METRICS = {
     "model.loss": "mean next-token cross-entropy of model a, nats, held-out blocks",
@@ -63,11 +65,7 @@ METRICS = {
 
 
 def main_of(table: Any) -> str:
-    """The main dictionary's name: what `unresampled` is the twin of.
-
-    Args:
-        table: evaluation of an arm that has both.
-    """
+    """The main dictionary's name in an evaluation: what `unresampled` is the twin of."""
     named = table.set_index("sae")
     twin, learned = named.loc["unresampled"], ~named["frozen_decoder"].astype(bool)
     same = (named["d_sae"] == twin["d_sae"]) & (named["l1_coefficient"] == twin["l1_coefficient"])
@@ -87,11 +85,7 @@ def ladder(evaluation: Any, main: str) -> Any:
 
 
 def of_units(units: Any, main: str) -> dict[str, float]:
-    """Densities of the main dictionary of one trained arm, and how single-minded units are.
-
-    Args:
-        units: of that arm alone.
-    """
+    """Densities of the main dictionary of one trained arm, and how single-minded its units are."""
     groups = dict(iter(units.groupby("group")))
     density = groups[main]["density"]
     low = (density > 0) & (density < ULTRALOW)
@@ -162,9 +156,5 @@ def metrics(tables: dict[str, Any]) -> dict[str, Any]:
         groups = dict(iter(null.groupby("group")))
         named = {"untrained": groups[main], "untrained_neurons": groups["neurons"]}
         out |= single_minded(named)
-    checks = [t["splice_check"].max() for n, t in tables.items() if is_evaluation(n)]
+    checks = [table["splice_check"].max() for table in evaluations(tables).values()]
     return out | {"splice_check.max": max(checks)}
-
-
-def is_evaluation(table: str) -> bool:
-    return table.startswith("evaluation/") and not table.endswith("_history")

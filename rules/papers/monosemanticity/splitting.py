@@ -33,12 +33,8 @@ def permuted(rows: Tensor, seed: int) -> Tensor:
 
 
 def near(narrow: Tensor, wide: Tensor, seed: int) -> pd.DataFrame:
-    """One row a narrow latent: latent, n_near, n_null, best (largest cosine), border.
-
-    Args:
-        narrow, wide: decoder rows of latents that are alive, [n d] and [m d].
-        seed: of the null.
-    """
+    """One row a narrow latent: latent, n_near, n_null, best (largest cosine), border. narrow [n d]
+    and wide [m d] are decoder rows of latents that are alive; seed is of the null."""
     found, border = cosines(narrow, wide), borders(narrow)
     null = cosines(narrow, permuted(wide, seed))
     columns = {

@@ -41,11 +41,8 @@ class Tally:
         self.n_rows = 0
 
     def add(self, acts: Tensor, tokens: Tensor, following: Tensor) -> None:
-        """Rows of activations [rows units] on tokens [rows].
-
-        Args:
-            following: the token that follows each, [rows]; -1 where it is not known.
-        """
+        """Rows of activations [rows units] on tokens [rows]; the token that follows each, [rows],
+        is -1 where it is not known."""
         self.fired += (acts > 0).sum(0)
         self.n_rows += len(acts)
         weight, known = acts.clamp(min=0), following >= 0
@@ -74,11 +71,8 @@ class Tally:
         return self._judged(bits)
 
     def said(self, logits: Tensor) -> np.ndarray:
-        """E_r[rank] - E_r0[rank], [units]; nan as of `narrowing`.
-
-        Args:
-            logits: what a unit adds to each token's logit, [units d_vocab].
-        """
+        """E_r[rank] - E_r0[rank], [units], nan as of `narrowing`; logits [units d_vocab] are what a
+        unit adds to each token's."""
         rank = logits.argsort(-1).argsort(-1) / max(logits.shape[-1] - 1, 1)
         there, null = (
             (rank.T * by).sum(0, dtype=torch.float64) / by.sum(0, dtype=torch.float64)

@@ -32,9 +32,8 @@ def samples(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     cell = {"align": "left", "fill": {"color": "rgba(0,0,0,0)"}, "line": {"color": GRID}}
     look = {"font": {"family": MONO, "size": 11}, "height": 20, **cell}
     header = {"values": [f"<b>{literal(w)}</b>" for w in writers], **cell}
-    figure = go.Figure(
-        go.Table(header=header, cells={"values": next(iter(shown.values())), **look})
-    )
+    cells = {"values": next(iter(shown.values())), **look}
+    figure = go.Figure(go.Table(header=header, cells=cells))
     chosen(figure, {f"sample {i + 1}": [{"cells.values": [v]}, {}] for i, v in shown.items()})
     figure.update_layout(
         margin={"l": 4, "r": 4, "t": 8, "b": 4},

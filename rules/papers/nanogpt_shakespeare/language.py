@@ -34,22 +34,12 @@ class Options(own.Options):
 
 
 def text(certificate: dict, d_vocab: int, n_train: int, n_eval: int) -> pd.DataFrame:
-    """One row: where the text came from, its sha256, and how much of it there is.
-
-    Args:
-        certificate: of tokens.parquet.
-        d_vocab: of the tokenizer made from the text.
-    """
-    row = {
-        "used": certificate["text"],
-        "sha256": certificate["text_sha256"],
-        "published": bool(certificate["published"]),
-        "d_vocab": d_vocab,
-        "ln_vocab": math.log(d_vocab),
-        "n_train": n_train,
-        "n_eval": n_eval,
-    }
-    return pd.DataFrame([row])
+    """One row out of the certificate of tokens.parquet: where the text came from, its sha256, and
+    how much of it there is; d_vocab is of the tokenizer made from it."""
+    row = {"used": certificate["text"], "sha256": certificate["text_sha256"]}
+    row |= {"published": bool(certificate["published"])}
+    row |= {"d_vocab": d_vocab, "ln_vocab": math.log(d_vocab)}
+    return pd.DataFrame([row | {"n_train": n_train, "n_eval": n_eval}])
 
 
 def work(job: cli.Job, options: Options) -> own.Tables:

@@ -22,13 +22,8 @@ class Options(Section):
 
 
 def excerpt(hf: Any, tokens: Tensor, behind: int, decode: Any, shown: int) -> pd.DataFrame:
-    """One row a layer and position: the likeliest character, the last positions of a window.
-
-    Args:
-        tokens: [pos].
-        behind: the token that follows them.
-        decode: token id -> its character.
-    """
+    """One row a layer and position: the likeliest character at the last positions of a window of
+    tokens [pos], which the token `behind` follows; decode: token id -> its character."""
     found = lens.trajectory(
         hf, tokens, {"logit": lens.logit_lens(hf)}, decode,
         first=max(len(tokens) - shown, 0), n_top=1, behind=behind,
@@ -38,12 +33,7 @@ def excerpt(hf: Any, tokens: Tensor, behind: int, decode: Any, shown: int) -> pd
 
 
 def of_model(loaded: Any, held_out: Tensor, options: Options) -> tuple[pd.DataFrame, pd.DataFrame]:
-    """The tables of one model: over held-out text, and along the excerpt.
-
-    Args:
-        loaded: from pipeline.weights.model.load.
-        held_out: token ids [n].
-    """
+    """The tables of a loaded model: over held-out token ids [n], and along the excerpt."""
     n_ctx = min(loaded.info["n_ctx"], len(held_out) - 1)
     held_out = held_out.long().to(loaded.hf.device)
     tokens, targets = batches.windows(held_out, n_ctx)

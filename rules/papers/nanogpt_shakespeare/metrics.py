@@ -28,11 +28,8 @@ METRICS = {
 
 
 def recipe(history: Any) -> dict[str, np.ndarray]:
-    """Numbers of a run, one value a member.
-
-    Args:
-        history: member, step, set (train or val), loss.
-    """
+    """Numbers of a run, one value a member; its history has member, step, set (train or val),
+    loss."""
     grid = {s: g.pivot(index="member", columns="step", values="loss")
             for s, g in history.groupby("set")}  # fmt: skip
     val = grid["val"]

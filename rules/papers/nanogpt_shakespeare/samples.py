@@ -33,11 +33,8 @@ class Options(Section):
 
 
 def likely(logits: Tensor, temperature: float, top_k: int) -> Tensor:
-    """Probabilities of the next token: softmax of the top_k logits over the temperature.
-
-    Args:
-        logits: [batch d_vocab].
-    """
+    """Probabilities of the next token: softmax of the top_k logits [batch d_vocab] over the
+    temperature."""
     logits = logits.double() / temperature
     least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
     return logits.masked_fill(logits < least, -torch.inf).softmax(-1)
@@ -89,12 +86,7 @@ def table(written: list[str], held_out: list[str], vocabulary: set[str]) -> pd.D
 
 
 def of_model(loaded: Any, text: dict[str, np.ndarray], options: Options) -> pd.DataFrame:
-    """The table of one model.
-
-    Args:
-        loaded: from pipeline.weights.model.load.
-        text: token ids of train and eval, [n] each.
-    """
+    """The table of a loaded model; text holds the token ids [n] of train and eval."""
     ids = loaded.tokenizer(options.start, add_special_tokens=False)["input_ids"]
     start = torch.tensor([ids] * options.n_samples, device=loaded.hf.device)
     drawn = generate(loaded.hf, start, loaded.info["n_ctx"], options).tolist()

@@ -69,9 +69,8 @@ def entropies(scanned: features.Scan, n_contexts: int) -> np.ndarray:
     parts = int(at["position"].max()) // CONTEXT + 1
     context = at["block"].astype(np.int64) * parts + at["position"] // CONTEXT
     columns = (scanned.column(i) for i in range(scanned.acts.shape[1]))
-    return np.array(
-        [token_entropy(v, at["token"][rows], context[rows], n_contexts) for rows, v in columns]
-    )
+    found = [token_entropy(v, at["token"][rows], context[rows], n_contexts) for rows, v in columns]
+    return np.array(found)
 
 
 def summary(bits: np.ndarray, trained: np.ndarray) -> dict[str, Any]:
@@ -110,11 +109,7 @@ def histogram(bits: np.ndarray, top: float) -> pd.DataFrame:
 
 
 def check(options: Options, trained: dict) -> None:
-    """Raise where the trained arm has no dictionary of a name.
-
-    Args:
-        trained: the entries of its manifest.
-    """
+    """Raise where the manifest entries of the trained arm have no dictionary of a name."""
     for name in options.dictionaries:
         if name not in trained:
             raise RetraceError(

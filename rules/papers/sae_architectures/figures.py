@@ -3,9 +3,8 @@
 from typing import Any
 
 import pandas as pd
-import plotly.graph_objects as go
 
-from pipeline.figures.parts import Drawn, bars, chosen
+from pipeline.figures.parts import Drawn, Panels, bars
 from pipeline.figures.theme import PAGE, axis, colour, literal
 
 ARMS = {
@@ -36,17 +35,15 @@ def arms(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     frame = frame[frame.groupby("sae")["arm"].transform("nunique") > 1]
     mean = frame.groupby(["arm", "sae"])[list(MEASURES)].mean()
     shown, saes = [a for a in ARMS if a in set(frame["arm"])], list(dict.fromkeys(frame["sae"]))
-    heights = {m: [mean.loc[a, m].reindex(saes).tolist() for a in shown] for m in MEASURES}
-    figure = go.Figure()
-    for i, (arm, y) in enumerate(zip(shown, heights["explained_variance"], strict=True)):
-        look = {"marker": {"line": {"color": PAGE, "width": 1}}}
-        hover = f"{ARMS[arm]}, %{{x}}: %{{y:.3f}}"
-        x = [literal(s) for s in saes]
-        figure.add_trace(bars(x, y, ARMS[arm], colour(i), hover=hover, **look))
-    choices = {
-        title: [{"y": heights[m]}, {"yaxis.title.text": title, "yaxis.tickformat": form}]
-        for m, (title, form) in MEASURES.items()
-    }
-    y = axis("explained variance", rangemode="tozero", tickformat=".2f")
-    chosen(figure, choices).update_layout(barmode="group", xaxis=axis("dictionary"), yaxis=y)
-    return figure, frame
+    panels, axes = Panels(), []
+    for case, (measure, (title, form)) in enumerate(MEASURES.items()):
+        for i, arm in enumerate(shown):
+            y = mean.loc[arm, measure].reindex(saes)
+            look = {"marker": {"line": {"color": PAGE, "width": 1}}}
+            hover = f"{ARMS[arm]}, %{{x}}: %{{y:.3f}}"
+            trace = bars(list(map(literal, saes)), y, ARMS[arm], colour(i), hover=hover, **look)
+            panels.add(0, trace, case=case)
+        axes.append({"yaxis.title.text": title, "yaxis.tickformat": form})
+    panels.choose((title for title, _ in MEASURES.values()), axes)
+    panels.axis(0, axis("dictionary"), {"rangemode": "tozero"})
+    return panels.figure.update_layout(barmode="group"), frame

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from pipeline.claims.seeds import at_equal_l0 as gap
+from pipeline.claims.seeds import evaluations
 
 METRICS = {
     "gap.*.explained_variance_min": "gap.<a>_<b>: a minus b in explained variance at the L0 of "
@@ -60,9 +61,8 @@ GAPS = ("explained_variance", "delta_loss", "loss_recovered_mean", "shrinkage")
 def curves(trained: pd.DataFrame, seed: int = 0) -> dict[str, pd.DataFrame]:
     """Architecture -> its dictionaries of one seed that learned, by rising L0."""
     shrinkage = (trained["relative_bias"] - 1).abs()
-    kept = trained.assign(shrinkage=shrinkage)[
-        (trained["seed"] == seed) & ~trained["frozen_decoder"].astype(bool)
-    ]
+    learned = (trained["seed"] == seed) & ~trained["frozen_decoder"].astype(bool)
+    kept = trained.assign(shrinkage=shrinkage)[learned]
     return {name: g.sort_values("l0") for name, g in kept.groupby("architecture")}
 
 
@@ -141,12 +141,8 @@ def _alike(table: pd.DataFrame, k: int) -> pd.Series:
 
 
 def _entropies(table: pd.DataFrame, arms: dict[str, pd.DataFrame]) -> dict[str, np.ndarray]:
-    """Every arm's entropies, dictionaries that differ in their seed alone under the first's name.
-
-    Args:
-        table: arm, sae, mean, single, auroc.
-        arms: arm -> its evaluation.
-    """
+    """Every arm's entropies (arm, sae, mean, single, auroc), dictionaries that differ in their seed
+    alone under the first's name; arms are the arms' evaluations."""
     kinds: dict[tuple[str, str], list[dict[str, Any]]] = {}
     first: dict[tuple, str] = {}
     given = pd.concat(arms).rename_axis(["arm", "row"]).reset_index()
@@ -163,8 +159,7 @@ def _entropies(table: pd.DataFrame, arms: dict[str, pd.DataFrame]) -> dict[str, 
 
 def metrics(tables: dict[str, pd.DataFrame]) -> dict[str, Any]:
     """See METRICS."""
-    arms = {n.removeprefix("evaluation/"): t for n, t in tables.items()
-            if n.startswith("evaluation/") and not n.endswith("_history")}  # fmt: skip
+    arms = evaluations(tables)
     trained = arms["trained"]
     by = curves(trained)
     seeds = [of_grids(grids) for grids in of_seeds(trained)]

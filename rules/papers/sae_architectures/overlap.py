@@ -44,21 +44,15 @@ class Options(own.Options):
 
 
 def matched(a: np.ndarray, b: np.ndarray) -> np.ndarray:
-    """Cosines of the best one-to-one pairs of rows of norm 1: [min(n_a, n_b)].
-
-    Args:
-        a, b: [n_a d], [n_b d].
-    """
+    """Cosines [min(n_a, n_b)] of the best one-to-one pairs of rows of norm 1, [n_a d] and [n_b
+    d]."""
     cosine = a @ b.T
     return cosine[one_to_one(cosine)]
 
 
 def living(manifest: str | Path) -> dict[str, tuple[dict, np.ndarray]]:
-    """Name -> spec and decoder rows of norm 1 of latents that were alive at the end of training.
-
-    Raises:
-        RetraceError: a dictionary has no living latent.
-    """
+    """Name -> spec and decoder rows of norm 1 of latents that were alive at the end of training;
+    RetraceError where a dictionary has none."""
     out = {}
     for name, entry in tables.read_json(manifest)["saes"].items():
         file = Path(manifest).parent / entry["folder"] / "sae_weights.safetensors"
@@ -80,11 +74,8 @@ def twins(dictionaries: dict[str, tuple[dict, np.ndarray]]) -> list[list[str]]:
 
 
 def chosen(groups: list[list[str]], wanted: list[str]) -> list[list[str]]:
-    """The groups of twins whose first dictionary is wanted; all where none is named.
-
-    Raises:
-        RetraceError: a dictionary of that name has no twin.
-    """
+    """The groups of twins whose first dictionary is wanted, all where none is named; RetraceError
+    where a dictionary of that name has no twin."""
     firsts = [g[0] for g in groups]
     for name in wanted:
         if name not in firsts:
@@ -107,12 +98,8 @@ def pairs(arms: dict[str, dict], groups: list[list[str]]) -> list[tuple]:
 
 
 def compare(kind: str, a: tuple, b: tuple, rows: tuple[np.ndarray, np.ndarray]) -> tuple:
-    """A row of the table `pairs`, and the histogram of its cosines as rows of `cosines`.
-
-    Args:
-        a, b: arm, name and architecture.
-        rows: decoder rows of both.
-    """
+    """A row of the table `pairs`, and the histogram of its cosines as rows of `cosines`; a and b
+    are (arm, name, architecture), rows the decoder rows of both."""
     cosines = matched(*rows)
     names = [f"{what}_{end}" for end in "ab" for what in ("arm", "name", "architecture")]
     who = dict(zip(names, (*a, *b), strict=True))
@@ -147,14 +134,3 @@ def work(job: cli.Job, options: Options) -> own.Tables:
     out = own.Tables(TABLES)
     out.add({"pairs": [row for row, _ in made], "cosines": pd.concat([bins for _, bins in made])})
     return out
-
-
-def main() -> None:
-    own.main(
-        "overlap", __doc__, Options, TABLES, work,
-        saes="manifest.json of every arm's dictionaries, arms sorted by name*",
-    )  # fmt: skip
-
-
-if __name__ == "__main__":
-    main()

@@ -49,10 +49,7 @@ class Options(own.Options):
     graph_nodes: int = Field(default=48, ge=1)
     graph_edges: int = Field(default=160, ge=1)
     n_label_rows: int = Field(default=8192, ge=1, description="held-out rows read for labels")
-    seeds: Seeds = Field(
-        default=[0],
-        description="of prompts, directions and orders drawn; the first has the graphs",
-    )
+    seeds: Seeds = Field(default=[0], description="of all that is drawn; graphs are of the first")
 
 
 class Structure:
@@ -71,12 +68,9 @@ class Structure:
         drawn = prompts.draw(loaded.tokenizer, name, n + m, seed)
         self.text = drawn.pop("text")
         hooks = list(dict.fromkeys(hook for own_units in units.values() for hook in own_units))
-        self.found, self.judged = (
-            latents.Sites(
-                Task.of(loaded.hf, Pairs.of(part(drawn, piece), loaded.bos_id, device)), hooks
-            )
-            for piece in (slice(0, n), slice(n, n + m))
-        )
+        parts = (part(drawn, piece) for piece in (slice(0, n), slice(n, n + m)))
+        tasks = (Task.of(loaded.hf, Pairs.of(p, loaded.bos_id, device)) for p in parts)
+        self.found, self.judged = (latents.Sites(task, hooks) for task in tasks)
         self.alphas = {"attribution": [0.0], "ig": eap.midpoints(options.ig_steps)}
 
     def effects(self, kind: str, method: str = "ig") -> dict[str, latents.Effects]:
@@ -89,11 +83,8 @@ class Structure:
         return cli.Progress(f"{self.name}: {what}", total, unit).at
 
     def measured(self, manifest: str) -> dict[str, Any]:
-        """Rows of every table; of the graph's at the first seed alone.
-
-        Args:
-            manifest: of the activations.
-        """
+        """Rows of every table, of the graph's at the first seed alone; the manifest is that of the
+        activations."""
         options, rng = self.options, np.random.default_rng(self.seed)
         found = {
             "latents": self.effects("latents"),
@@ -132,11 +123,8 @@ class Structure:
         }
 
     def estimates(self, by: dict[str, dict]) -> dict[str, list[dict]]:
-        """Rows of nodes and sites: estimates beside the exact effects, of latents.
-
-        Args:
-            by: estimate -> hook -> effects.
-        """
+        """Rows of nodes and sites: estimates (estimate -> hook -> effects) beside the exact
+        effects, of latents."""
         tops = [
             latents.strongest({hook: effects[hook]}, self.options.n_exact, True)
             for hook in self.units["latents"]

@@ -64,12 +64,9 @@ def tables(
     found: dict, units: dict, sites: Any, alphas: list[float], options: Any, loaded: Any,
     manifest: str, on_progress: Any,
 ) -> dict[str, pd.DataFrame]:  # fmt: skip
-    """Nodes with the token of the first prompt that they stand on and what they say; edges.
-
-    Args:
-        found, units: hook -> effects, and the latents that have them.
-        manifest: of the activations, out of which labels are read.
-    """
+    """Nodes with the token of the first prompt that they stand on and what they say, read out of
+    the activations' manifest; and edges. found and units: hook -> effects, and the latents that
+    have them."""
     nodes, edges, drawn = latent_circuits.graph(
         found, units, sites, alphas, options.graph_nodes, options.graph_edges, on_progress
     )

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from pipeline.claims.seeds import by_seed
+from pipeline.claims.seeds import by_seed, crossing
 from pipeline.latents.agreement import agreement
 
 METRICS = {  # the first pattern that fits a name counts
@@ -45,22 +45,13 @@ METRICS = {  # the first pattern that fits a name counts
 HALF = 0.5
 
 
-def crossing(n: np.ndarray, values: np.ndarray, level: float) -> float:
-    """Where values first reach a level from below, interpolated in log n; the last n if never.
-
-    Args:
-        n: rising, from 1; values: of the same length. nan where they are undefined.
-    """
+def reached(n: np.ndarray, values: np.ndarray, level: float) -> float:
+    """Where values first reach a level from below, interpolated in log n (rising, from 1); the last
+    n if they never do, nan where they are undefined."""
     if np.isnan(values).any():
         return float("nan")
-    above = np.flatnonzero(values >= level)
-    if not len(above):
-        return float(n[-1])
-    i = above[0]
-    if i == 0:
-        return float(n[0])
-    share = (level - values[i - 1]) / (values[i] - values[i - 1])
-    return float(np.exp(np.log(n[i - 1]) + share * np.log(n[i] / n[i - 1])))
+    at = crossing(np.log(n), values, level)
+    return float(np.exp(at) if np.isfinite(at) else n[-1])
 
 
 def area(n: np.ndarray, values: np.ndarray, last: int) -> float:
@@ -78,14 +69,13 @@ def of_curves(rows: Any) -> dict[str, float]:
         curve = own.droplevel(0).sort_index()
         n = curve.index.to_numpy(float)
         faithful, without = (curve[c].to_numpy() for c in ("faithfulness", "completeness"))
-        out[f"{kind}.n_half"] = crossing(n, faithful, HALF)
+        out[f"{kind}.n_half"] = reached(n, faithful, HALF)
         out[f"{kind}.area"] = area(n, faithful, last)
         out[f"{kind}.last"] = float(faithful[-1])
         if kind in ("latents", "neurons"):  # the kinds that are taken out, too
-            out[f"{kind}.n_lost"] = crossing(n, -without, -HALF)
-            out[f"{kind}.completeness"] = float(
-                np.interp(np.log(out[f"{kind}.n_half"]), np.log(n), without)
-            )
+            out[f"{kind}.n_lost"] = reached(n, -without, -HALF)
+            half = np.log(out[f"{kind}.n_half"])
+            out[f"{kind}.completeness"] = float(np.interp(half, np.log(n), without))
     out["advantage"] = out["latents.area"] - out["neurons.area"]
     none = rows[rows["n_nodes"] == 0]
     whole = float(none["m_without"].iloc[0] - none["m"].mean())

@@ -54,11 +54,8 @@ def single(tokenizer: Any, pairs: Any) -> list[tuple[str, str]]:
 
 
 def vocabulary(tokenizer: Any) -> dict[str, list[tuple[str, str]]]:
-    """Pairs of forms of one token: subjects, things, verbs, and verbs of the relative clause.
-
-    Raises:
-        RetraceError: fewer than two of a kind.
-    """
+    """Pairs of forms of one token: subjects, things, verbs, and verbs of the relative clause;
+    RetraceError where a kind has fewer than two."""
     out = {
         "subject": single(tokenizer, [(w, f"{w}s") for w in NOUNS]),
         "thing": single(tokenizer, [(w, f"{w}s") for w in THINGS]),
@@ -97,9 +94,8 @@ def draw(tokenizer: Any, structure: Structure, n: int, seed: int) -> dict[str, A
         number = len(seen) % 2
         slots, verb = filled(words, rng, structure, number)
         flipped = slots | {agrees: slots[agrees][::-1]}
-        text, corrupt = (
-            template.format(**{k: v[0] for k, v in s.items()}) for s in (slots, flipped)
-        )
+        said = ({kind: forms[0] for kind, forms in some.items()} for some in (slots, flipped))
+        text, corrupt = (template.format(**words) for words in said)
         if (text, verb) in seen:
             missed += 1
             continue
@@ -108,22 +104,16 @@ def draw(tokenizer: Any, structure: Structure, n: int, seed: int) -> dict[str, A
         out["text"].append(text)
         for key, value in (("clean", text), ("corrupt", corrupt)):
             out[key].append(encode(tokenizer, value))
-        answer, foil = (
-            following(tokenizer, "so", f" {w}")[0] for w in (verb[number], verb[1 - number])
-        )
-        out["answer"].append(answer)
-        out["foil"].append(foil)
+        for key, form in (("answer", verb[number]), ("foil", verb[1 - number])):
+            out[key].append(following(tokenizer, "so", f" {form}")[0])
     return out | {"positions": positions(out["clean"], out["corrupt"])}
 
 
 def filled(
     words: dict[str, list], rng: np.random.Generator, structure: Structure, number: int
 ) -> tuple[dict[str, tuple[str, str]], tuple[str, str]]:
-    """Words of a prompt, each as (form, form of the other number), and its pair of verbs.
-
-    Args:
-        number: of the noun that the verb agrees with: 0 singular, 1 plural.
-    """
+    """Words of a prompt, each as (form, form of the other number), and its pair of verbs; number is
+    that of the noun that the verb agrees with: 0 singular, 1 plural."""
     first, second = rng.choice(len(words["subject"]), 2, replace=False)
     pick = lambda kind: words[kind][rng.integers(len(words[kind]))]  # noqa: E731
     form = lambda pair, i: (pair[i], pair[1 - i])  # noqa: E731
@@ -141,10 +131,9 @@ def filled(
 
 def positions(clean: list[list[int]], corrupt: list[list[int]]) -> dict[str, list[int]]:
     """The noun whose number differs, and the last token."""
-    differs = [
-        [a != b for a, b in zip(*pair, strict=True)] for pair in zip(clean, corrupt, strict=True)
-    ]
-    return {"noun": [d.index(True) for d in differs], "END": [len(ids) - 1 for ids in clean]}
+    both = [list(zip(*pair, strict=True)) for pair in zip(clean, corrupt, strict=True)]
+    noun = [[a != b for a, b in pair].index(True) for pair in both]
+    return {"noun": noun, "END": [len(ids) - 1 for ids in clean]}
 
 
 def agreement(options: dict[str, Any], tokenizer: Any, n: int, seed: int) -> dict[str, Any]:

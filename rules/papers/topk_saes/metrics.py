@@ -44,12 +44,8 @@ def smallest_step(grid: pd.DataFrame, along: str, fixed: str, metric: str) -> fl
 
 
 def of_seed(trained: pd.DataFrame, null: pd.Series) -> dict[str, float]:
-    """The metrics of the dictionaries of one seed.
-
-    Args:
-        trained: rows of evaluation/trained, of one seed.
-        null: the dictionary of the model with redrawn weights, of the same seed.
-    """
+    """The metrics of the rows of evaluation/trained of one seed; null is the dictionary of the
+    model with redrawn weights, of the same seed."""
     learned = trained[~trained["frozen_decoder"].astype(bool)]
     l1 = learned[learned["architecture"] == "standard"]
     topk = learned[learned["architecture"] == "topk"]

@@ -10,7 +10,7 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from pipeline.figures import parts
-from pipeline.figures.parts import Drawn, Panels, bars, chosen, evenly, first, key, line
+from pipeline.figures.parts import Drawn, Panels, bars, evenly, first, key, line
 from pipeline.figures.theme import DIVERGING, GRID, INK, PALETTE, rgba, scale
 
 from .measures import weights
@@ -57,23 +57,14 @@ def intro(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
         plane(panels, i, 1.35)
     found = [fits(table[table["density"] == p], rank) for rank in RANKS for p in shown]
     frame = pd.concat(found, ignore_index=True)
-    drawn = {rank: arrows(frame[frame["fit"] == rank], shown) for rank in RANKS}
-    for panel, feature, data in drawn[RANKS[0]]:
-        head = {"symbol": ["circle", "arrow"], "size": data["marker.size"], "opacity": 1}
-        arrow = line(
-            data["x"], data["y"], colour=shade(feature), width=3, meta=data["meta"],
-            marker=head | {"line": {"width": 0}, "angleref": "previous"}, legendgroup=str(feature),
-            hover="feature %{meta[0]}, ‖W‖ %{meta[1]:.3f}, b %{meta[2]:.3f}",
-        )  # fmt: skip
-        panels.add(panel, arrow)
-    keys, which = ("x", "y", "meta", "marker.size"), list(range(len(drawn[RANKS[0]])))
-    choices = {rank: [{k: [data[k] for *_, data in traces] for k in keys}, {}, which]
-               for rank, traces in drawn.items()}  # fmt: skip
+    for row in frame.itertuples():
+        panel, case = list(shown).index(row.density), RANKS.index(row.fit)
+        panels.add(panel, arrow(row), case=case)
     for feature in sorted(frame["feature"].unique().tolist()):  # an arrow's own marker may be tiny
         name = f"feature {feature}, I = {0.9**feature:.2g}"
         entry = line([None], [None], name, shade(feature), width=3, legendgroup=str(feature))
         panels.add(0, entry)
-    chosen(panels.figure, choices)
+    panels.choose(RANKS)
     return panels.finish(540, top=60).update_layout(margin={"l": 12, "b": 12}), frame
 
 
@@ -90,15 +81,16 @@ def fits(rows: pd.DataFrame, rank: str) -> pd.DataFrame:
     return model.drop(columns="w").assign(x=x, y=y, fit=rank)
 
 
-def arrows(frame: pd.DataFrame, shown: np.ndarray) -> list[tuple[int, int, dict[str, Any]]]:
-    """(panel, feature, trace data) of every arrow, in the order of the panels."""
-    out = []
-    for panel, p in enumerate(shown):
-        for row in frame[frame["density"] == p].itertuples():
-            tip = 12 if row.norm > 0.25 else 5  # a head longer than its arrow would hide it
-            data = {"x": [0, row.x], "y": [0, row.y], "meta": [row.feature, row.norm, row.bias]}
-            out.append((panel, int(row.feature), data | {"marker.size": [0, tip]}))
-    return out
+def arrow(row: Any) -> go.Scatter:
+    """The direction of one feature of a fit, from the origin."""
+    tip = 12 if row.norm > 0.25 else 5  # a head longer than its arrow would hide it
+    head = {"symbol": ["circle", "arrow"], "size": [0, tip], "opacity": 1, "line": {"width": 0}}
+    return line(
+        [0, row.x], [0, row.y], colour=shade(row.feature), width=3,
+        meta=[row.feature, row.norm, row.bias], marker=head | {"angleref": "previous"},
+        legendgroup=str(row.feature),
+        hover="feature %{meta[0]}, ‖W‖ %{meta[1]:.3f}, b %{meta[2]:.3f}",
+    )  # fmt: skip
 
 
 def basic(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:

@@ -59,9 +59,8 @@ def cell_means(table: pd.DataFrame) -> pd.DataFrame:
     table = table.assign(shared=table["interference"].clip(0, 1))
     kept = table[table["loss"] < table.groupby(CELL)["loss"].transform("max")]
     counts = {f"kept_{i}": ("state", lambda s, i=i: int((s == i).sum())) for i in range(3)}
-    means = kept.groupby(CELL).agg(
-        norm_kept=("norm", "mean"), shared_kept=("shared", "mean"), **counts
-    )
+    of = {"norm_kept": ("norm", "mean"), "shared_kept": ("shared", "mean"), **counts}
+    means = kept.groupby(CELL).agg(**of)
     best = table.loc[table.groupby(CELL)["loss"].idxmin()].set_index(CELL)
     means[["norm_best", "shared_best", "loss_best"]] = best[["norm", "shared", "loss"]]
     return means.reset_index()

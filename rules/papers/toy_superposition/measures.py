@@ -11,9 +11,7 @@ import numpy as np
 from scipy.sparse.csgraph import connected_components
 
 REPRESENTED = 0.5  # ‖W_i‖ above this: the feature is represented; norms cluster near 0 and 1
-SHARED = (
-    0.25  # interference above this: its dimension is shared (dedicated 0, triangle 1/2, digon 1)
-)
+SHARED = 0.25  # interference above this: the dimension is shared (alone 0, triangle 1/2, digon 1)
 # Two represented features interfere where (Ŵ_i · Ŵ_j)² exceeds this. The polytopes below hold
 # together by squared cosines of 1/9 (tetrahedron) or more; orthogonal features have 0.
 JOINED = 0.05

@@ -147,9 +147,8 @@ def phase(table: Any, theory: Any) -> dict[str, float]:
     worst = table.groupby(cell)["loss"].transform("max")
     out: dict[str, float] = {}
     for (n, m), rows in table.groupby(["n_features", "n_hidden"]):
-        kept, best = (
-            rows[rows["loss"] < worst[rows.index]], rows.loc[rows.groupby(cell)["loss"].idxmin()]
-        )  # fmt: skip
+        kept = rows[rows["loss"] < worst[rows.index]]
+        best = rows.loc[rows.groupby(cell)["loss"].idxmin()]
         found = {f"superposed_{end}": (own["state"] == 2).mean() for end, own in ends(kept).items()}
         states = [(best["state"] == s).mean() for s in range(3)]
         in_theory = [(best["state_theory"] == s).mean() for s in range(3)]
@@ -235,11 +234,7 @@ def pentagon(rows: Any) -> dict[str, float]:
 
 
 def metrics(tables: dict[str, Any]) -> dict[str, Any]:
-    """See METRICS; one value per seed.
-
-    Args:
-        tables: name -> DataFrame, named as in paper.yaml.
-    """
+    """See METRICS; one value per seed."""
     of = {name.removeprefix("superposition/"): table for name, table in tables.items()}
     out: dict[str, Any] = per_seed(of["intro"], intro, "intro.")
     out |= per_seed(of["basic"], basic, "basic.") | phase(of["phase"], of["theory"])

@@ -54,9 +54,8 @@ def _form(given: object) -> str:
     return "list" if isinstance(given, list | tuple) else "levels"
 
 
-Densities = Annotated[
-    Annotated[list[Density], Tag("list")] | Annotated[Levels, Tag("levels")], Discriminator(_form)
-]
+Listed, Spaced = Annotated[list[Density], Tag("list")], Annotated[Levels, Tag("levels")]
+Densities = Annotated[Listed | Spaced, Discriminator(_form)]
 
 
 class Experiment(Section):
@@ -132,11 +131,8 @@ class Trainer:
         self, name: str, how: Experiment, density: np.ndarray, importance: np.ndarray,
         n_hidden: int, relu: bool = True,
     ) -> list[np.ndarray]:  # fmt: skip
-        """W [seeds, models, n, m], b [seeds, models, n] and loss [seeds, models].
-
-        Args:
-            density, importance: [models, n], or what broadcasts to it.
-        """
+        """W [seeds, models, n, m], b [seeds, models, n] and loss [seeds, models]; density and
+        importance are [models, n], or what broadcasts to it."""
         pair = np.broadcast_arrays(density, importance)
         pair = [torch.tensor(a, dtype=torch.float32) for a in pair]
         family = toymodel.Family(name, *pair, n_hidden, how.init_instances, relu)
@@ -152,12 +148,8 @@ def per_model(how: Experiment, loss: np.ndarray, **columns: object) -> pd.DataFr
 
 
 def per_feature(models: pd.DataFrame, W: np.ndarray, b: np.ndarray, weights: bool) -> pd.DataFrame:
-    """One row per feature: its model's row, feature, bias, norm, interference, dimensionality.
-
-    Args:
-        W: [seeds, models, n, m].
-        weights: add the column w, a list of m numbers.
-    """
+    """One row per feature of W [seeds, models, n, m]: its model's row, feature, bias, norm,
+    interference, dimensionality; with `weights` a list w of m numbers, too."""
     n, m = W.shape[-2:]
     out = models.loc[models.index.repeat(n)].reset_index(drop=True)
     out["feature"] = np.tile(np.arange(n), len(models))
@@ -167,11 +159,8 @@ def per_feature(models: pd.DataFrame, W: np.ndarray, b: np.ndarray, weights: boo
 
 
 def drawn_whole(name: str, how: Sweep, train: Trainer, **arms: bool) -> pd.DataFrame:
-    """One row per feature of every model: its measures, weights and importance.
-
-    Args:
-        arms: name -> whether its models have a ReLU; all arms see the same data.
-    """
+    """One row per feature of every model: its measures, weights and importance. An arm says whether
+    its models have a ReLU; all arms see the same data."""
     p, importance, frames = how.density(), how.importance(), []
     for arm, relu in arms.items():
         W, b, loss = train(name, how, p[:, None], importance, how.n_hidden, relu)

@@ -158,9 +158,8 @@ class _Slice:
         self.forward(u)
         torch.sub(self.out, self.x, out=self.error)
         if self.relu:
-            torch.ops.aten.threshold_backward.grad_input(
-                self.error, self.out, 0.0, grad_input=self.error
-            )
+            masked = torch.ops.aten.threshold_backward.grad_input
+            masked(self.error, self.out, 0.0, grad_input=self.error)
         torch.bmm((self.V * self.gain).mT, self.error, out=self.dh)
         self.dh[:, self.n_hidden] = 0
         if self.V.shape[1] >= WIDE:

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from pipeline.errors import RetraceError
-from pipeline.models import adapters, hooks, modules, proof, splice
+from pipeline.families import adapters
+from pipeline.models import hooks, modules, proof, splice
 from pipeline.spec import families
 
 QUICK = ["gemma2", "gptj", "opt", "phi", "phi3", "olmo", "olmo2", "granite", "mixtral", "mamba"]
@@ -201,8 +202,8 @@ def test_a_type_that_the_table_lacks_by_a_file_of_its_own(tmp_path):
     """Helium has Llama's layout; TransformerLens has no adapter of it."""
     from conftest import byte_tokenizer
 
+    from pipeline.families.tiny_models import tiny_config, tiny_model
     from pipeline.models import loader
-    from pipeline.models.tiny_models import tiny_config, tiny_model
     from pipeline.spec.sources import ModelSpec
     from pipeline.store import tables
     from pipeline.weights import model
