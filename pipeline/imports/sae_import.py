@@ -29,7 +29,7 @@ from torch import Tensor
 
 from pipeline.downloads import fetch, hub
 from pipeline.errors import RetraceError
-from pipeline.imports import dictionary_learning, encoders, formats, sealed_tensors
+from pipeline.imports import dictionary_learning, encoders, formats, gemma_scope, sealed_tensors
 from pipeline.imports import saelens as of_saelens
 from pipeline.imports.original import Files, Original, check_shapes, decoded
 from pipeline.job import cli
@@ -44,8 +44,8 @@ WEIGHTS = "sae_weights.safetensors"
 N_ROWS = 8  # of each kind in the check
 FORMATS = {
     "saelens": of_saelens.saelens,
-    "gemma_scope": formats.gemma_scope,
-    "gemma_scope_2": formats.gemma_scope_2,
+    "gemma_scope": gemma_scope.gemma_scope,
+    "gemma_scope_2": gemma_scope.gemma_scope_2,
     "llama_scope": formats.llama_scope,
     "sparsify": formats.sparsify,
     "dictionary_learning": dictionary_learning.dictionary_learning,
@@ -98,7 +98,7 @@ def located(job: ImportJob, folder: Path) -> tuple[ImportJob, Files, dict[str, A
                 f"format"
             )
     found = {Path(n).name: root / n for n in (*beside, *optional) if (root / n).is_file()}
-    files = Files(root / weights, found, factor, bool(job.output_hook))
+    files = Files(root / weights, found, factor, bool(job.output_hook), job.repo)
     fetch.check_sha256(files.weights, job.sha256, f"{weights} of {job.repo or job.source}")
     source = job.model_dump(
         include={"source", "format", "repo", "revision", "package", "release", "id"}
@@ -128,10 +128,16 @@ def chosen(
 # --- the hook ------------------------------------------------------------------------------
 
 
-def check_hook(given: str, said: str | None, hf: Any, where: Path, key: str) -> None:
-    """Raise where the original names another hook, or the model has none of that name."""
+def check_hook(
+    given: str, said: str | None, hf: Any, where: Path, key: str, folded: bool = False
+) -> None:
+    """Raise where the original names another hook, or the model has none of that name.
+
+    Args:
+        folded: whether the gains of the model's norms lie in the weights behind them.
+    """
     hooks.check(hf, given)
-    if not said or (ours := translated(said, hf)) == given:
+    if not said or (ours := translated(said, hf, folded)) == given:
         return
     layer_norm = f"; of a model with RMS norms, {said} lies before the norm's gain"
     raise RetraceError(
@@ -140,11 +146,13 @@ def check_hook(given: str, said: str | None, hf: Any, where: Path, key: str) -> 
     )
 
 
-def translated(hook: str, hf: Any) -> str:
+def translated(hook: str, hf: Any, folded: bool = False) -> str:
     """Our name of a hook that may have one of TransformerBridge's, or another of the same rows."""
     names = {v: k for k, v in families.BRIDGE_NAMES.items()} | {"hook_mlp_in": "mlp.hook_in"}
-    if any("LayerNorm" in type(m).__name__ for m in hf.modules()):
-        names["ln2.hook_normalized"] = "mlp.hook_in"  # behind gain and bias, in a layer norm
+    if folded or any("LayerNorm" in type(m).__name__ for m in hf.modules()):
+        names["ln2.hook_normalized"] = (
+            "mlp.hook_in"  # behind gain and bias, or without them
+        )
     layer, at = re.fullmatch(r"(blocks\.\d+\.|)(.+)", hook).groups()
     return layer + names.get(at, at)
 
@@ -164,8 +172,10 @@ def skeleton(model_json: str | Path) -> Any:
         return AutoModelForCausalLM.from_config(config)
 
 
-def check_fits(original: Original, job: ImportJob, files: Files, hf: Any) -> None:
-    """Raise where hooks or widths are not the model's."""
+def check_fits(
+    original: Original, job: ImportJob, files: Files, hf: Any, folded: bool = False
+) -> None:
+    """Raise where hooks or widths are not the model's; `folded` as of `check_hook`."""
     about, config = original.about, original.config()
     where = files.weights
     if original.writes and not job.output_hook:
@@ -174,10 +184,11 @@ def check_fits(original: Original, job: ImportJob, files: Files, hf: Any) -> Non
         raise RetraceError(
             f"{where}: is an autoencoder, which writes what it reads; remove output_hook"
         )
-    check_hook(job.hook, about.get("hook_name"), hf, where, "hook")
+    check_hook(job.hook, about.get("hook_name"), hf, where, "hook", folded)
     sides = {"hook": (job.hook, config["d_in"])}
     if job.output_hook:
-        check_hook(job.output_hook, about.get("hook_name_out"), hf, where, "output_hook")
+        said = about.get("hook_name_out")
+        check_hook(job.output_hook, said, hf, where, "output_hook", folded)
         sides["output_hook"] = (job.output_hook, original.d_out)
     for key, (hook, width) in sides.items():
         if width != (wide := hooks.width(hf, hook)):
@@ -359,10 +370,12 @@ def bring(
             return check_shapes(files, FORMATS[section.format](files))
 
         original = read()
-        check_fits(original, section, files, skeleton(job.args.model))
+        info = tables.read_json(job.args.model)
+        folded = info.get("processing") == "compatibility"
+        check_fits(original, section, files, skeleton(job.args.model), folded)
         original.weights = {name: t.contiguous() for name, t in original.weights.items()}
         content = pool.submit(sealed_tensors.content, sealed_tensors.arrays(original.weights))
-        meta = metadata(original, section, tables.read_json(job.args.model), job.args.model)
+        meta = metadata(original, section, info, job.args.model)
 
         def written(original: Original, content: Future[str]) -> dict[str, Any]:
             source["files"] = {name: digest.result() for name, digest in hashed.items()}

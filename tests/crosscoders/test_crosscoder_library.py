@@ -1,4 +1,4 @@
-"""Crosscoders against the library of Minder et al. (2025); run by tests/libraries/crosscoders.sh."""
+"""Crosscoders against the library of Minder et al. (2025): tests/libraries/crosscoders.sh."""
 
 import importlib
 import os
@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from test_crosscoders import HOOK, SPARSITY, job, paths, rows_of_two, stored, two  # noqa: F401
 from synthetic import call
+from test_crosscoders import HOOK, SPARSITY, job, paths, rows_of_two, stored, two  # noqa: F401
 
 CODE = os.environ.get("RETRACE_CROSSCODERS")
 if not CODE:
