@@ -150,9 +150,7 @@ def translated(hook: str, hf: Any, folded: bool = False) -> str:
     """Our name of a hook that may have one of TransformerBridge's, or another of the same rows."""
     names = {v: k for k, v in families.BRIDGE_NAMES.items()} | {"hook_mlp_in": "mlp.hook_in"}
     if folded or any("LayerNorm" in type(m).__name__ for m in hf.modules()):
-        names["ln2.hook_normalized"] = (
-            "mlp.hook_in"  # behind gain and bias, or without them
-        )
+        names["ln2.hook_normalized"] = "mlp.hook_in"  # behind gain and bias, or without them
     layer, at = re.fullmatch(r"(blocks\.\d+\.|)(.+)", hook).groups()
     return layer + names.get(at, at)
 
@@ -369,12 +367,11 @@ def bring(
         def read() -> Original:
             return check_shapes(files, FORMATS[section.format](files))
 
-        original = read()
-        info = tables.read_json(job.args.model)
-        folded = info.get("processing") == "compatibility"
-        check_fits(original, section, files, skeleton(job.args.model), folded)
+        original, info = read(), tables.read_json(job.args.model)
         original.weights = {name: t.contiguous() for name, t in original.weights.items()}
         content = pool.submit(sealed_tensors.content, sealed_tensors.arrays(original.weights))
+        folded = info.get("processing") == "compatibility"
+        check_fits(original, section, files, skeleton(job.args.model), folded)
         meta = metadata(original, section, info, job.args.model)
 
         def written(original: Original, content: Future[str]) -> dict[str, Any]:
