@@ -14,6 +14,7 @@ says `decoder: false`. The manifest's `original` says what the publisher says of
 BOS, context, digests.
 """
 
+import importlib.metadata
 import json
 import os
 import re
@@ -305,7 +306,10 @@ def in_float64(original: Original, wanted: Expected, unclear: dict[str, Tensor])
 
 
 def metadata(original: Original, job: ImportJob, info: dict[str, Any], model: str) -> dict:
-    """cfg.json's metadata: our model and hooks, and the original's conventions where known."""
+    """cfg.json's metadata: our model and hooks, and the original's conventions where known.
+
+    Without sae_lens_version SAELens takes a folder for one of before 6.0 and drops the metadata.
+    """
     about = original.about
     named = {"hook_name": job.hook} | (
         {"hook_name_out": job.output_hook} if job.output_hook else {}
@@ -318,6 +322,7 @@ def metadata(original: Original, job: ImportJob, info: dict[str, Any], model: st
         "prepend_bos": about.get("prepend_bos", info["bos_id"] is not None),
         "seqpos_slice": [(about.get("seqpos_slice") or [None])[0] or 0, None],
         "dataset_path": about.get("dataset_path") or "unknown",
+        "sae_lens_version": importlib.metadata.version("sae-lens"),
     }
 
 
