@@ -35,6 +35,11 @@ def dictionary_learning(files: Files) -> Original:
     found, name = tensors(files.weights), "config.json"
     config = read_config(files, name)
     kind = setting(config, files, name, "trainer", "dict_class")
+    if "CrossCoder" in str(kind):
+        raise RetraceError(
+            f"{files.beside[name]}: dict_class '{kind}' reads several sources, and a dictionary "
+            f"that is brought in has one hook; take one of one source"
+        )
     if kind not in CLASSES:
         raise RetraceError(
             f"{files.beside[name]}: dict_class '{kind}'{nearest(kind, CLASSES)} is not read; those "

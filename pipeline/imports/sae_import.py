@@ -320,7 +320,7 @@ def metadata(original: Original, job: ImportJob, info: dict[str, Any], model: st
         **{f"{key}_bridge": families.bridge_name(name) for key, name in named.items()},
         "context_size": about.get("context_size") or info["n_ctx"],
         "prepend_bos": about.get("prepend_bos", info["bos_id"] is not None),
-        "seqpos_slice": [(about.get("seqpos_slice") or [None])[0] or 0, None],
+        "seqpos_slice": [max(slice(*(about.get("seqpos_slice") or [None])).start or 0, 0), None],
         "dataset_path": about.get("dataset_path") or "unknown",
         "sae_lens_version": importlib.metadata.version("sae-lens"),
     }

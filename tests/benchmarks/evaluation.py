@@ -13,12 +13,16 @@ ours     tokens/s of stages activations and evaluation, one after the other, fil
 theirs   tokens/s of run_evals of sae-lens: CE, KL, norms, sparsity, variance and densities. The
          cosines between all latents, which stage evaluation does not have, are left out
 
+processor  the same by the processor's seconds, which other processes change less
+
 The benchmark stops where their numbers differ by more than SAME.
 """
 
 import json
 import sys
 import tempfile
+import time
+from collections.abc import Callable
 from functools import cache
 from pathlib import Path
 from types import SimpleNamespace
@@ -117,17 +121,17 @@ def dictionary(folder: Path, at: dict[str, Any], d_sae: int) -> Path:
     return folder / "manifest.json"
 
 
-def ours(folder: Path, at: dict[str, Any], manifest: Path, n_blocks: int) -> dict[str, float]:
+def ours(folder: Path, at: dict[str, Any], manifest: Path, args: Any) -> dict[str, float]:
     """The row of the evaluation table, out of held-out text."""
     from synthetic import call
 
     from pipeline.store import tables
 
-    same = {"device": "cpu", "threads": 2, "model": at["model"], "corpus": at["corpus"]}
+    same = {"device": "cpu", "threads": args.threads, "model": at["model"], "corpus": at["corpus"]}
     section = {"hooks": [at["hook"]], "dtype": "float32", "batch_size": BATCH}
     call("activations", {"activations": section}, **same, out=folder / "activations.json",
          shards=folder / "shards")  # fmt: skip
-    call("evaluation", {"evaluation": {"n_splice_blocks": n_blocks}}, **same, saes=[manifest],
+    call("evaluation", {"evaluation": {"n_splice_blocks": args.n_blocks}}, **same, saes=[manifest],
          activations=folder / "activations.json", out=folder / "table.parquet",
          history=folder / "history.parquet")  # fmt: skip
     return tables.read_table(folder / "table.parquet").iloc[0].to_dict()
@@ -176,11 +180,23 @@ def check_equal(mine: dict[str, float], other: dict[str, dict]) -> float:
     return worst
 
 
+def timed(function: Callable[[], None], into: list[float]) -> Callable[[], None]:
+    """The function, whose seconds of the processor are kept."""
+
+    def run() -> None:
+        before = time.process_time()
+        function()
+        into.append(time.process_time() - before)
+
+    return run
+
+
 def main() -> None:
     parser = arguments(__doc__)
     for name, size in {"n-layers": 8, "d-model": 384, "d-vocab": 8192, "d-sae": 6144, "n-ctx": 128,
                        "n-blocks": 64}.items():  # fmt: skip
         parser.add_argument(f"--{name}", type=int, default=size)
+    parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--tiny", action="store_true", help="2 layers of 64, 512 latents, 8 blocks")
     args = parser.parse_args()
     if args.tiny:
@@ -191,7 +207,7 @@ def main() -> None:
     from pipeline.latents.stored import eval_tokens, load_saes
     from pipeline.models import loader
 
-    torch.set_num_threads(2)
+    torch.set_num_threads(args.threads)
     with tempfile.TemporaryDirectory() as root:
         folder = Path(root)
         at = store(folder, args)
@@ -201,7 +217,7 @@ def main() -> None:
         found: dict[str, Any] = {}
 
         def mine() -> None:
-            found["ours"] = ours(folder, at, manifest, args.n_blocks)
+            found["ours"] = ours(folder, at, manifest, args)
 
         plain, loaded = loader.load, cache(loader.load)
 
@@ -216,9 +232,11 @@ def main() -> None:
             found["theirs"] = theirs(bridge, sae, tokens)
 
         work = {"ours": with_model_at_hand, "theirs": other, "ours, loading": mine}
-        seconds = interleaved(work, args.repeats)
+        processor: dict[str, list[float]] = {name: [] for name in work}
+        seconds = interleaved({n: timed(f, processor[n]) for n, f in work.items()}, args.repeats)
         off = check_equal(found["ours"], found["theirs"])
     runs = rates(seconds, tokens.numel())
+    of_processor = rates({n: s[1:] for n, s in processor.items()}, tokens.numel())
     case = f"{args.n_layers} layers of {args.d_model}, {args.d_sae:,} latents, {tokens.numel():,} "
     peer = {"peer": median(runs["theirs"]), "peer_name": "SAELens's run_evals"}
     print(f"numbers differ by {off:.1g} of their size at most")
@@ -229,6 +247,9 @@ def main() -> None:
                 runs={"ours": runs["ours"], "theirs": runs["theirs"]}),
             Row("with the model's loading", median(runs["ours, loading"]), "tokens/s", **peer,
                 runs={"ours": runs["ours, loading"]}),
+            Row("processor", median(of_processor["ours"]), "tokens/s",
+                peer=median(of_processor["theirs"]), peer_name="SAELens's run_evals",
+                runs={n: of_processor[n] for n in ("ours", "theirs")}),
         ],
         args.out,
     )  # fmt: skip

@@ -285,6 +285,11 @@ BAD = {  # what is wrong -> the files, the format that is said, the sentence
                            "activation_global_scale": torch.ones(2)},
         ).parent, "dictionary_learning", "its normalizer has 2 scales",
     ),
+    "a crosscoder": (
+        lambda at: published.dictionary_learning(at, named="BatchTopKCrossCoder"),
+        "dictionary_learning",
+        "dict_class 'BatchTopKCrossCoder' reads several sources",
+    ),
     "bfloat16 of numpy": (
         lambda at: changed(
             published.gemma_scope(at) / "params.npz",
