@@ -36,12 +36,14 @@ def gemma_scope(files: Files) -> Original:
             f"{files.weights}: reads embeddings before they are scaled by sqrt(d_model), which is "
             f"no hook here; take one of a layer"
         )
+    about, writes = _of_gemma_scope(files)
     return Original(
         kind_of(files, True),
         dict(zip(names, values, strict=True)),
         lambda x: jump(product(x, W_enc, b_enc), threshold),
         lambda f: decoded(f, W_dec, b_dec),
-        _of_gemma_scope(files),
+        about,
+        writes=writes,
     )
 
 
@@ -51,8 +53,9 @@ SITES = {  # the end of a repository's name -> where its dictionaries read (Gemm
 }  # fmt: skip
 
 
-def _of_gemma_scope(files: Files) -> dict[str, Any]:
-    """The hooks, by the names of repository and folder: layer_12/width_16k/average_l0_82.
+def _of_gemma_scope(files: Files) -> tuple[dict[str, Any], bool | None]:
+    """The hooks, by the names of repository and folder: layer_12/width_16k/average_l0_82; and
+    whether it is a transcoder, None where no name says it.
 
     A transcoder reads rows just after the norm, before its gain (2408.05147, "Language model
     technical details"), and writes hook_mlp_out.
@@ -61,10 +64,11 @@ def _of_gemma_scope(files: Files) -> dict[str, Any]:
     layer = next((m[1] for p in parts if (m := re.fullmatch(r"layer_(\d+)", p))), None)
     kind = next((m[1] for p in parts if (m := re.search(r"gemma-scope-.+-(\w+)$", p))), None)
     site = SITES.get("transcoders" if files.transcoder else kind)
+    writes = None if kind not in SITES else kind == "transcoders"
     if layer is None or site is None:
-        return {}
-    about = {"hook_name": f"blocks.{layer}.{site}"}
-    return about | ({"hook_name_out": f"blocks.{layer}.hook_mlp_out"} if files.transcoder else {})
+        return {}, writes
+    out = {"hook_name_out": f"blocks.{layer}.hook_mlp_out"} if files.transcoder else {}
+    return {"hook_name": f"blocks.{layer}.{site}"} | out, writes
 
 
 POINTS = {  # Gemma Scope 2's names of places in a layer -> ours
@@ -103,6 +107,8 @@ def gemma_scope_2(files: Files) -> Original:
         place = POINTS.get(point[2]) if point else None
         return f"blocks.{point[1]}.{place}" if place else None
 
+    ends = [config.get(f"hf_hook_point_{end}") for end in ("in", "out")]
+    told = "hf_hook_point_out" in config
     return Original(
         kind_of(files, True),
         {"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec, "threshold": threshold},
@@ -113,6 +119,7 @@ def gemma_scope_2(files: Files) -> Original:
             "hook_name": hook("hf_hook_point_in"),
             "hook_name_out": hook("hf_hook_point_out"),
         },
+        writes=ends[1] not in (None, ends[0]) if told else None,
         notes=[
             f"reads {config[key]}, for which no hook is known here: compare it with yours"
             for key in ("hf_hook_point_in", "hf_hook_point_out")

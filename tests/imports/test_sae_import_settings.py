@@ -197,6 +197,27 @@ def test_a_gemma_scope_transcoder_reads_before_the_gain(tiny_model_json, tmp_pat
     bring(tiny_model_json, tmp_path / "item", path, "gemma_scope", **right)
 
 
+def test_whether_it_is_a_transcoder_is_told_by_its_names(model, tmp_path, capsys):
+    """By the repository of Gemma Scope; by the second hook point of Gemma Scope 2."""
+    at = tmp_path / "gemma-scope-2b-pt-transcoders/layer_1/width_16k/average_l0_5"
+    said = refused(capsys, model, tmp_path / "item", published.gemma_scope(at), "gemma_scope",
+                   hook=IN)  # fmt: skip
+    assert "is a transcoder; name its output_hook" in said
+    at = tmp_path / "gemma-scope-2b-pt-res/layer_1/width_16k/average_l0_5"
+    said = refused(capsys, model, tmp_path / "item", published.gemma_scope(at), "gemma_scope",
+                   **CODER)  # fmt: skip
+    assert "is an autoencoder, which writes what it reads" in said
+    layer = "model.layers.1."
+    out = layer + "post_feedforward_layernorm.output"
+    points = {"hf_hook_point_in": layer + "pre_feedforward_layernorm.output"}
+    path = published.gemma_scope_2(tmp_path / "t", **points, hf_hook_point_out=out)
+    said = refused(capsys, model, tmp_path / "item", path, "gemma_scope_2", hook=IN)
+    assert "is a transcoder; name its output_hook" in said
+    path = published.gemma_scope_2(tmp_path / "s", hf_hook_point_out=None)
+    said = refused(capsys, model, tmp_path / "item", path, "gemma_scope_2", **CODER)
+    assert "is an autoencoder" in said
+
+
 def test_where_the_gain_is_folded_the_two_are_one(tiny_model_json, tmp_path):
     """Of a model with processing: compatibility the MLP reads what the norm divides."""
     w = draw(d_in=32, d_out=32)
