@@ -292,3 +292,49 @@ def test_other_conventions_are_told(said, sentence, tmp_path, caplog):
     stored = {"prepend_bos": True, "n_ctx": 32, "skip_first": SKIP}
     evaluation.warn_of_conventions(str(tmp_path / "m.json"), stored, "raw")
     assert sentence in caplog.text if sentence else not caplog.text
+
+
+def test_a_transcoder_that_reads_before_the_gain(tiny_model_json, tiny_corpus, tmp_path):
+    """Gemma Scope's, in a model with RMS norms: x / rms(x), which no module takes or gives."""
+    reads, writes = "blocks.1.ln2.hook_normalized", OUT
+    at = tmp_path / "gemma-scope-2b-pt-transcoders/layer_1/width_16k/average_l0_5"
+    path = published.gemma_scope(at, published.draw(d_in=32, d_out=32))
+    hooks = {"hook": reads, "output_hook": writes}
+    manifest = bring(tiny_model_json, tmp_path / "item", path, "gemma_scope", **hooks)
+    same = {"device": "cpu", "model": tiny_model_json, "corpus": tiny_corpus}
+    section = {"hooks": [reads, writes], "dtype": "float32", "skip_first": SKIP}
+    stored = tmp_path / "activations.json"
+    call("activations", {"activations": section}, **same, out=stored, shards=tmp_path / "shards")
+    call("evaluation", {"evaluation": {"n_splice_blocks": 3}}, **same, activations=stored,
+         saes=[manifest], out=tmp_path / "t.parquet", history=tmp_path / "h.parquet")  # fmt: skip
+    row = tables.read_table(tmp_path / "t.parquet").iloc[0]
+    hf, sae, tokens = (
+        loader.load(tiny_model_json).hf,
+        brought(manifest),
+        eval_tokens(tiny_corpus, 3),
+    )
+    layer, seen = hf.model.layers[1], {}
+    norm = layer.post_attention_layernorm
+    handle = norm.register_forward_pre_hook(lambda m, a: seen.__setitem__("x", a[0]))
+
+    def swap(module, args, out):
+        x = seen["x"] / (seen["x"].pow(2).mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()
+        return torch.cat([out[:, :SKIP], sae(x)[:, SKIP:]], 1)
+
+    with torch.no_grad():
+        other = layer.mlp.register_forward_hook(swap)
+        logits = hf(tokens).logits[:, SKIP:-1]
+    handle.remove()
+    other.remove()
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, SKIP + 1 :].flatten())
+    assert row["loss_spliced"] == pytest.approx(float(loss), rel=1e-4)
+    assert row["loss_spliced"] != pytest.approx(row["loss_model"], rel=1e-3)
+    prompt = {"prompt": "the cat sat on", "answer": "s", "foil": "o"}
+    spec = {"attribution": {"sae": "x", "prompts": {"p": prompt}, "n_ablate": 4, "ig_steps": 400}}
+    out = {"out": tmp_path / "p.parquet", "latents": tmp_path / "l.parquet"}
+    call("attribution", spec, device="cpu", model=tiny_model_json, sae=manifest,
+         activations=stored, **out)  # fmt: skip
+    found = tables.read_table(out["out"]).iloc[0]
+    change = found["logit_diff"] - found["baseline_logit_diff"]
+    total = found["sum_latents_ig"] + found["error_term_ig"]
+    assert total == pytest.approx(change, rel=0.02, abs=0.02)
