@@ -2,6 +2,11 @@
 
 Each class's encode and decode are its own; the threshold of BatchTopK is one number for all latents
 and starts at -1, from which the first 1,000 steps of training do not move it.
+
+A fork (Minder et al. 2025, science-of-finetuning, commit 173f7fa) gives BatchTopKSAE a normalizer,
+x -> (x - mean) scale, which is folded:
+
+    ((x - mean) scale - b_dec) W = (x - (mean + b_dec / scale)) (scale W)
 """
 
 import torch
@@ -14,12 +19,14 @@ from pipeline.imports.original import (
     decoded,
     jump,
     linear,
+    only,
     product,
     read_config,
     setting,
     take,
     tensors,
     top,
+    whole,
 )
 
 
@@ -28,12 +35,17 @@ def dictionary_learning(files: Files) -> Original:
     found, name = tensors(files.weights), "config.json"
     config = read_config(files, name)
     kind = setting(config, files, name, "trainer", "dict_class")
+    if "CrossCoder" in str(kind):
+        raise RetraceError(
+            f"{files.beside[name]}: dict_class '{kind}' reads several sources, and a dictionary "
+            f"that is brought in has one hook; take one of one source"
+        )
     if kind not in CLASSES:
         raise RetraceError(
             f"{files.beside[name]}: dict_class '{kind}'{nearest(kind, CLASSES)} is not read; those "
             f"that are: {', '.join(CLASSES)}"
         )
-    out = CLASSES[kind](files, found, config["trainer"])
+    out = CLASSES[kind](files, found, config)
     trainer, buffer = config["trainer"], config.get("buffer") or {}
     part = str(trainer.get("submodule_name") or "resid")
     sites = {"resid": "hook_resid_post", "mlp": "hook_mlp_out", "att": "hook_attn_out"}
@@ -47,12 +59,18 @@ def dictionary_learning(files: Files) -> Original:
     return out
 
 
-def _auto_encoder(files: Files, found: dict, trainer: dict) -> Original:
+def _take(found: dict, files: Files, *names: str) -> list[Tensor]:
+    """A class's weights, which are all that its file may hold."""
+    taken = take(found, files, "dictionary_learning", *names)
+    only(found, files, "dictionary_learning", *names)
+    return taken
+
+
+def _auto_encoder(files: Files, found: dict, config: dict) -> Original:
     """AutoEncoder; its reader gives every decoder row length 1 and f its length."""
-    W, b_enc, W_d, bias = take(
-        found, files, "dictionary_learning", "encoder.weight", "encoder.bias", "decoder.weight",
-        "bias",
-    )  # fmt: skip
+    W, b_enc, W_d, bias = _take(
+        found, files, "encoder.weight", "encoder.bias", "decoder.weight", "bias"
+    )
     norm = W_d.norm(dim=0)
     if torch.allclose(norm, torch.ones_like(norm)):
         norm = torch.ones_like(norm)
@@ -65,11 +83,10 @@ def _auto_encoder(files: Files, found: dict, trainer: dict) -> Original:
     )
 
 
-def _auto_encoder_new(files: Files, found: dict, trainer: dict) -> Original:
-    W, b_enc, W_d, b_dec = take(
-        found, files, "dictionary_learning", "encoder.weight", "encoder.bias", "decoder.weight",
-        "decoder.bias",
-    )  # fmt: skip
+def _auto_encoder_new(files: Files, found: dict, config: dict) -> Original:
+    W, b_enc, W_d, b_dec = _take(
+        found, files, "encoder.weight", "encoder.bias", "decoder.weight", "decoder.bias"
+    )
     return Original(
         "standard",
         {"W_enc": W.T, "W_dec": W_d.T, "b_enc": b_enc, "b_dec": b_dec},
@@ -78,10 +95,10 @@ def _auto_encoder_new(files: Files, found: dict, trainer: dict) -> Original:
     )
 
 
-def _gated(files: Files, found: dict, trainer: dict) -> Original:
-    W, W_d, b_dec, r_mag, b_gate, b_mag = take(
-        found, files, "dictionary_learning", "encoder.weight", "decoder.weight", "decoder_bias",
-        "r_mag", "gate_bias", "mag_bias",
+def _gated(files: Files, found: dict, config: dict) -> Original:
+    W, W_d, b_dec, r_mag, b_gate, b_mag = _take(
+        found, files, "encoder.weight", "decoder.weight", "decoder_bias", "r_mag", "gate_bias",
+        "mag_bias",
     )  # fmt: skip
 
     def encode(x: Tensor) -> Tensor:
@@ -100,12 +117,12 @@ def _gated(files: Files, found: dict, trainer: dict) -> Original:
     )  # fmt: skip
 
 
-def _top_k(files: Files, found: dict, trainer: dict) -> Original:
-    W, b_enc, W_d, b_dec = take(
-        found, files, "dictionary_learning", "encoder.weight", "encoder.bias", "decoder.weight",
-        "b_dec",
+def _top_k(files: Files, found: dict, config: dict) -> Original:
+    W, b_enc, W_d, b_dec = _take(
+        {k: v for k, v in found.items() if k != "threshold"},  # which its encode does not ask for
+        files, "encoder.weight", "encoder.bias", "decoder.weight", "b_dec",
     )  # fmt: skip
-    k = int(found["k"]) if "k" in found else int(trainer["k"])
+    k = int(found["k"]) if "k" in found else whole(config, files, "config.json", "trainer", "k")
     return Original(
         "topk",
         {"W_enc": W.T, "W_dec": W_d.T, "b_enc": b_enc, "b_dec": b_dec},
@@ -116,32 +133,52 @@ def _top_k(files: Files, found: dict, trainer: dict) -> Original:
     )
 
 
-def _batch_top_k(files: Files, found: dict, trainer: dict) -> Original:
+NORMALIZER = ("activation_mean", "activation_global_scale", "activation_std", "target_rms")
+
+
+def _batch_top_k(files: Files, found: dict, config: dict) -> Original:
     """BatchTopKSAE and its Matryoshka: at inference a JumpReLU of one threshold."""
     layers = ("encoder.weight", "encoder.bias", "decoder.weight", "b_dec", "threshold")
     plain = ("W_enc", "b_enc", "W_dec", "b_dec", "threshold")
-    W, b_enc, W_dec, b_dec, threshold = take(
-        found, files, "dictionary_learning", *(plain if "W_enc" in found else layers)
+    weights = {k: v for k, v in found.items() if k not in NORMALIZER}
+    W, b_enc, W_dec, b_dec, threshold = _take(
+        weights, files, *(plain if "W_enc" in found else layers)
     )
     if "W_enc" not in found:
         W, W_dec = W.T, W_dec.T
+    mean, scale = _normalizer(found, files, len(b_dec))
     notes = ["threshold is as before training: f is ReLU, and its L0 not k"] * bool(threshold < 0)
     thresholds = threshold.expand(W.shape[1]).contiguous()
     return Original(
         "jumprelu",
-        {"W_enc": W, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec, "threshold": thresholds},
-        lambda x: jump(product(x - b_dec.to(x), W, b_enc), threshold),
-        lambda f: decoded(f, W_dec, b_dec),
+        {
+            "W_enc": W * scale, "W_dec": W_dec / scale, "b_enc": b_enc,
+            "b_dec": mean + b_dec / scale, "threshold": thresholds,
+        },
+        lambda x: jump(product((x - mean.to(x)) * scale - b_dec.to(x), W, b_enc), threshold),
+        lambda f: decoded(f, W_dec, b_dec) / scale + mean.to(f),
         apply_b_dec_to_input=True,
         notes=notes,
-    )
+    )  # fmt: skip
 
 
-def _jump_relu(files: Files, found: dict, trainer: dict) -> Original:
+def _normalizer(found: dict, files: Files, d: int) -> tuple[Tensor, float]:
+    """Mean [d] and scale of the fork's normalizer; 0 and 1 where there is none, or it is NaN."""
+    mean, std = found.get("activation_mean"), found.get("activation_std")
+    if mean is None or bool(mean.isnan().any()) or bool(std.isnan().any()):
+        return torch.zeros(d), 1.0
+    mean, scale = take(found, files, "dictionary_learning", *NORMALIZER[:2])
+    if scale.numel() != 1 or mean.shape != (d,):
+        raise RetraceError(
+            f"{files.weights}: its normalizer has {scale.numel()} scales and {mean.numel()} means "
+            f"for rows of {d}; take a dictionary of one source"
+        )
+    return mean, float(scale)
+
+
+def _jump_relu(files: Files, found: dict, config: dict) -> Original:
     names = ["W_enc", "W_dec", "b_enc", "b_dec", "threshold"]
-    W_enc, W_dec, b_enc, b_dec, threshold = values = take(
-        found, files, "dictionary_learning", *names
-    )
+    W_enc, W_dec, b_enc, b_dec, threshold = values = _take(found, files, *names)
     return Original(
         "jumprelu",
         dict(zip(names, values, strict=True)),

@@ -7,15 +7,15 @@ and decode as the format's own library defines them, on the tensors as they lie 
 
 | format | library and class | f |
 | --- | --- | --- |
-| gemma_scope | Lieberum et al. 2024 (2408.05147), params.npz | JumpReLU(x W_enc + b_enc) |
-| gemma_scope_2 | params.safetensors, lower-case names | the same |
-| llama_scope | He et al. 2024 (2410.20526), as SAELens reads it | the same, of scaled rows |
+| llama_scope | He et al. 2024 (2410.20526), Language-Model-SAEs | JumpReLU of scaled rows |
 | sparsify | eai-sparsify 1.3.3, `SparseCoder` | TopK(ReLU((x - b_dec) W^T + b)) |
 | openai | Gao et al. 2024, `Autoencoder.from_state_dict` | ReLU(W (x - pre_bias) + latent_bias) |
 | circuit_tracer | 0.5.0, `load_relu_transcoder` | ReLU or JumpReLU(W x + b_enc) |
 
-SAELens's own folders are saelens.py's, dictionary_learning's dictionary_learning.py's, and those of
-an encoder alone encoders.py's.
+SAELens's own folders are saelens.py's, Gemma Scope's gemma_scope.py's, dictionary_learning's
+dictionary_learning.py's, and those of an encoder alone encoders.py's.
+A file with weights that its format has no place for is refused, as is a setting that would change
+f: what is not read would be left out without a word.
 What SAELens's decode cannot say (norms of each row, a skip connection, several output layers) is
 refused. SAELens's reader of sparsify's folders (6.54) transposes W_dec and leaves b_dec out of the
 encoder (a test shows both), so that ours takes its place.
@@ -34,121 +34,94 @@ from pipeline.imports.original import (
     Original,
     decoded,
     jump,
-    kind_of,
     linear,
-    product,
+    only,
+    positive,
     read_config,
     refuse_skip,
-    setting,
     take,
     tensors,
     top,
+    whole,
 )
 
-
-def gemma_scope(files: Files) -> Original:
-    """params.npz of Gemma Scope: SAELens's own names."""
-    names = ["W_enc", "W_dec", "b_enc", "b_dec", "threshold"]
-    W_enc, W_dec, b_enc, b_dec, threshold = values = take(
-        tensors(files.weights), files, "gemma_scope", *names
-    )
-    if "embedding" in files.weights.as_posix():
-        raise RetraceError(
-            f"{files.weights}: reads embeddings before they are scaled by sqrt(d_model), which is "
-            f"no hook here; take one of a layer"
-        )
-    return Original(
-        kind_of(files, True),
-        dict(zip(names, values, strict=True)),
-        lambda x: jump(product(x, W_enc, b_enc), threshold),
-        lambda f: decoded(f, W_dec, b_dec),
-    )
-
-
-POINTS = {  # Gemma Scope 2's names of places in a layer -> ours
-    "output": "hook_resid_post",
-    "self_attn.o_proj.input": "attn.hook_z",
-    "post_feedforward_layernorm.output": "hook_mlp_out",
-    "pre_feedforward_layernorm.output": "mlp.hook_in",
-}
-
-
-def gemma_scope_2(files: Files) -> Original:
-    """params.safetensors of Gemma Scope 2; config.json says where it lies."""
-    found, config = tensors(files.weights), read_config(files, "config.json")
-    names = ["w_enc", "w_dec", "b_enc", "b_dec", "threshold"]
-    W_enc, W_dec, b_enc, b_dec, threshold = take(found, files, "gemma_scope_2", *names)
-    if W_dec.ndim == 3:
-        raise RetraceError(
-            f"{files.weights}: writes into {W_dec.shape[1]} layers (a cross-layer transcoder), and "
-            f"a dictionary has one output_hook; take a transcoder of one layer"
-        )
-    refuse_skip(files, found, "affine_skip_connection")
-
-    def hook(key: str) -> str | None:
-        point = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", str(config.get(key)))
-        place = POINTS.get(point[2]) if point else None
-        return f"blocks.{point[1]}.{place}" if place else None
-
-    return Original(
-        kind_of(files, True),
-        {"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec, "threshold": threshold},
-        lambda x: jump(product(x, W_enc, b_enc), threshold),
-        lambda f: decoded(f, W_dec, b_dec),
-        {
-            "model_name": config.get("model_name"),
-            "hook_name": hook("hf_hook_point_in"),
-            "hook_name_out": hook("hf_hook_point_out"),
-        },
-    )
+LEAST = 1e-30  # of a decoder row's length, so that a threshold over it is a number
 
 
 def llama_scope(files: Files) -> Original:
     """final.safetensors and hyperparams.json of Llama Scope.
 
-    Rows are scaled to a mean norm of sqrt(d); SAELens scales the threshold by the same factor.
+    Rows are scaled to a mean norm of sqrt(d); SAELens scales the threshold by the same factor, so
+    that f is that of scaled rows. Where `sparsity_include_decoder_norm` says so, h_j |W_dec_j| is
+    held against the threshold (Language-Model-SAEs, `SparseAutoEncoder.from_config`, which gives
+    decoder rows length 1); SAELens's reader takes h_j whatever it says. The two agree on rows of
+    length 1.
     """
     config, name = read_config(files, "hyperparams.json"), "hyperparams.json"
-    W, W_d, b_enc, b_dec = take(
-        tensors(files.weights), files, "llama_scope",
-        "encoder.weight", "decoder.weight", "encoder.bias", "decoder.bias",
-    )  # fmt: skip
+    names = ("encoder.weight", "decoder.weight", "encoder.bias", "decoder.bias")
+    found = tensors(files.weights)
+    W, W_d, b_enc, b_dec = take(found, files, "llama_scope", *names)
+    only(found, files, "llama_scope", *names)
     point, out = config.get("hook_point_in"), config.get("hook_point_out")
     if out not in (None, point):
         raise RetraceError(
             f"{files.beside[name]}: reads {point} and writes {out}, whose scales differ; take an "
             f"SAE of one hook"
         )
-    norm = float(setting(config, files, name, "dataset_average_activation_norm", "in"))
-    scale = math.sqrt(W.shape[1]) / norm
-    threshold = float(setting(config, files, name, "jump_relu_threshold")) * scale
+    scale = _llama_scale(files, config, W.shape[1])
+    threshold = positive(config, files, name, "jump_relu_threshold") * scale
     s = files.factor or scale
     thresholds = torch.full((len(W),), threshold)
+    if config.get("sparsity_include_decoder_norm"):
+        thresholds /= W_d.norm(dim=0).clamp_min(LEAST)
+    shift = bool(config.get("apply_decoder_bias_to_pre_encoder"))
     return Original(
         "jumprelu",
         {
             "W_enc": (W * s).T, "W_dec": (W_d / s).T, "b_enc": b_enc, "b_dec": b_dec / s,
             "threshold": thresholds,
         },
-        lambda x: jump(linear(x * s, W, b_enc), thresholds),
+        lambda x: jump(linear(x * s - b_dec.to(x) * shift, W, b_enc), thresholds),
         lambda f: decoded(f, W_d.T, b_dec) / s,
         {"hook_name": point, "norm_scaling_factor": s},
+        apply_b_dec_to_input=shift,
     )  # fmt: skip
+
+
+def _llama_scale(files: Files, config: dict[str, Any], d: int) -> float:
+    """What rows are multiplied with; one sentence where it differs from row to row, or f is not
+    JumpReLU."""
+    name = "hyperparams.json"
+    where, norm = files.beside[name], config.get("norm_activation", "dataset-wise")
+    if norm not in ("dataset-wise", "inference"):
+        raise RetraceError(
+            f"{where}: norm_activation: {norm} scales every row by itself, which no f W_dec + "
+            f"b_dec gives back; take one with dataset-wise"
+        )
+    act = config.get("act_fn", "jumprelu")  # of topk a threshold makes a JumpReLU at inference
+    if act not in ("jumprelu", "topk") or config.get("use_glu_encoder"):
+        said = "use_glu_encoder" if config.get("use_glu_encoder") else f"act_fn '{act}'"
+        raise RetraceError(f"{where}: {said} is not read; take a dictionary with jumprelu")
+    if norm == "inference":
+        return 1.0
+    return math.sqrt(d) / positive(config, files, name, "dataset_average_activation_norm", "in")
 
 
 PARTS = {"mlp": "hook_mlp_out", "attention": "hook_attn_out", "self_attn": "hook_attn_out",
          "attn": "hook_attn_out"}  # fmt: skip
 
 
+NAMES = ("encoder.weight", "encoder.bias", "W_dec", "b_dec")  # of sparsify
+
+
 def sparsify(files: Files) -> Original:
     """cfg.json and sae.safetensors of a sparsify SparseCoder, autoencoder or transcoder."""
     found, name = tensors(files.weights), "cfg.json"
     config = read_config(files, name)
-    W, b_enc, W_dec, b_dec = take(
-        found, files, "sparsify", "encoder.weight", "encoder.bias", "W_dec", "b_dec"
-    )
-    refuse_skip(files, found, "W_skip")
-    k, activation = int(setting(config, files, name, "k")), config.get("activation", "topk")
+    W, b_enc, W_dec, b_dec = take(found, files, "sparsify", *NAMES)
+    only(found, files, "sparsify", *NAMES, "W_skip")
+    refuse_skip(files, found, "W_skip", said=config.get("skip_connection"))
+    k, activation = whole(config, files, name, "k"), config.get("activation", "topk")
     if activation != "topk" or config.get("signed"):
         raise RetraceError(
             f"{files.beside[name]}: activation {'signed ' * bool(config.get('signed'))}{activation}"
@@ -175,11 +148,23 @@ def sparsify(files: Files) -> Original:
 
 
 def openai(files: Files) -> Original:
-    """A state_dict of OpenAI's Autoencoder. Its TopK models normalise each row, and are refused."""
+    """A state_dict of OpenAI's Autoencoder. Its TopK models normalise each row, and are refused.
+
+    A tied one (`TiedTranspose`) names its decoder after the encoder, and holds it once.
+    """
     found = tensors(files.weights)
+    tied = found.get("decoder.linear.weight")
+    if isinstance(tied, Tensor) and tied.ndim == 2:
+        found = {k: v for k, v in found.items() if k != "decoder.linear.weight"}
+        found.setdefault("encoder.weight", tied)
+        found["decoder.weight"] = tied.T
     W, b_enc, W_d, b_dec = take(
         found, files, "openai", "encoder.weight", "latent_bias", "decoder.weight", "pre_bias"
     )
+    only(
+        found, files, "openai", "encoder.weight", "latent_bias", "decoder.weight", "pre_bias",
+        "latents_activation_frequency", "latents_mean_square", "stats_last_nonzero",
+    )  # fmt: skip
     activation = found.get("activation", "ReLU")
     if activation == "TopK":
         raise RetraceError(
@@ -218,6 +203,10 @@ def circuit_tracer(files: Files) -> Original:
             f"{files.weights}: holds log_thresholds, which circuit-tracer itself does not read; "
             f"take one with activation_function.threshold"
         )
+    only(
+        found, files, "circuit_tracer", "W_enc", "b_enc", "W_dec", "b_dec", "W_skip",
+        "activation_function.threshold",
+    )  # fmt: skip
     weights = {"W_enc": W.T, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec}
     threshold = found.get("activation_function.threshold")
     if threshold is not None:

@@ -8,6 +8,7 @@ it is looked at. Arrays that are compressed are left to numpy.
 import struct
 import zipfile
 import zlib
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import numpy as np
@@ -33,7 +34,10 @@ def npz(path: Path) -> dict[str, Tensor]:
     if not plain:
         with np.load(path, allow_pickle=False) as found:
             return {name: torch.from_numpy(found[name]) for name in found.files}
-    return {i.filename.removesuffix(".npy"): torch.from_numpy(_mapped(path, i)) for i in listed}
+    with ThreadPoolExecutor(2) as pool:  # for the checksums
+        arrays = pool.map(lambda i: torch.from_numpy(_mapped(path, i)), listed)
+        names = (i.filename.removesuffix(".npy") for i in listed)
+        return dict(zip(names, arrays, strict=True))
 
 
 def _mapped(path: Path, info: zipfile.ZipInfo) -> np.ndarray:

@@ -38,12 +38,14 @@ class Files:
         weights: the file of weights; the others lie beside it, by name.
         factor: norm_scaling_factor of paper.yaml or of SAELens's list; 0 is unknown.
         transcoder: whether it is to be read as one.
+        repo: of the hub; an empty string where it comes from elsewhere.
     """
 
     weights: Path
     beside: dict[str, Path] = field(default_factory=dict)
     factor: float = 0
     transcoder: bool = False
+    repo: str = ""
 
     def all(self) -> list[Path]:
         """The weights, and what lies beside them."""
@@ -139,7 +141,9 @@ def tensors(path: Path) -> dict[str, Any]:
             f"{path}: would run pickled code ({_first(e)}), and only tensors are read; ask for it "
             f"as .safetensors, or convert it where you trust it"
         ) from e
-    except (OSError, EOFError, ValueError, KeyError, RuntimeError, zipfile.BadZipFile) as e:
+    except (
+        OSError, EOFError, ValueError, KeyError, TypeError, RuntimeError, zipfile.BadZipFile
+    ) as e:  # fmt: skip
         raise RetraceError(f"{path}: cannot be read ({_first(e)}); fetch it again") from e
     except Exception as e:  # SafetensorError has no base but Exception
         if type(e).__name__ != "SafetensorError":
@@ -194,6 +198,43 @@ def setting(config: dict[str, Any], files: Files, name: str, *keys: str) -> Any:
     return at
 
 
+def positive(config: dict[str, Any], files: Files, name: str, *keys: str) -> float:
+    """A number above zero; one sentence where it is another value."""
+    value = setting(config, files, name, *keys)
+    good = isinstance(value, int | float) and not isinstance(value, bool)
+    if not good or not math.isfinite(value) or value <= 0:
+        raise RetraceError(
+            f"{files.beside[name]}: {'.'.join(keys)} is {value!r}, and not a number above 0; fetch "
+            f"it again"
+        )
+    return float(value)
+
+
+def whole(config: dict[str, Any], files: Files, name: str, *keys: str) -> int:
+    """A whole number above zero; one sentence where it is another value."""
+    value = positive(config, files, name, *keys)
+    if value != int(value):
+        raise RetraceError(
+            f"{files.beside[name]}: {'.'.join(keys)} is {value:g}, and not a whole number; fetch "
+            f"it again"
+        )
+    return int(value)
+
+
+def only(found: dict[str, Any], files: Files, format: str, *names: str) -> None:
+    """Raise where a file holds weights that the format has no place for: they would be left out.
+
+    Args:
+        names: what it may hold; counts and other whole numbers may stand beside them.
+    """
+    left = [n for n, t in found.items() if isinstance(t, Tensor) and t.is_floating_point()]
+    if more := sorted(set(left) - set(names)):
+        raise RetraceError(
+            f"{files.weights}: holds '{more[0]}', which format {format} has no place for, and "
+            f"would be left out; correct format, or take a dictionary of a class that is read"
+        )
+
+
 def take(found: dict[str, Any], files: Files, format: str, *names: str) -> list[Tensor]:
     """Tensors by name; one sentence where one is missing, not of numbers, or not finite."""
     out = []
@@ -242,8 +283,17 @@ def check_shapes(files: Files, original: Original) -> Original:
     return original
 
 
-def refuse_skip(files: Files, found: dict[str, Any], *names: str) -> None:
-    """Raise where a skip connection adds a part of x that decode(f) would leave out."""
+def refuse_skip(files: Files, found: dict[str, Any], *names: str, said: Any = None) -> None:
+    """Raise where a skip connection adds a part of x that decode(f) would leave out.
+
+    Args:
+        said: whether the configuration says that there is one.
+    """
+    if said and not any(name in found for name in names):
+        raise RetraceError(
+            f"{files.weights}: its configuration says that it has a skip connection, and it holds "
+            f"no '{names[0]}'; take a file that is whole"
+        )
     for name in names:
         if isinstance(found.get(name), Tensor) and bool((found[name] != 0).any()):
             raise RetraceError(

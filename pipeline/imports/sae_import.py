@@ -14,6 +14,7 @@ says `decoder: false`. The manifest's `original` says what the publisher says of
 BOS, context, digests.
 """
 
+import importlib.metadata
 import json
 import os
 import re
@@ -29,7 +30,7 @@ from torch import Tensor
 
 from pipeline.downloads import fetch, hub
 from pipeline.errors import RetraceError
-from pipeline.imports import dictionary_learning, encoders, formats, sealed_tensors
+from pipeline.imports import dictionary_learning, encoders, formats, gemma_scope, sealed_tensors
 from pipeline.imports import saelens as of_saelens
 from pipeline.imports.original import Files, Original, check_shapes, decoded
 from pipeline.job import cli
@@ -44,8 +45,8 @@ WEIGHTS = "sae_weights.safetensors"
 N_ROWS = 8  # of each kind in the check
 FORMATS = {
     "saelens": of_saelens.saelens,
-    "gemma_scope": formats.gemma_scope,
-    "gemma_scope_2": formats.gemma_scope_2,
+    "gemma_scope": gemma_scope.gemma_scope,
+    "gemma_scope_2": gemma_scope.gemma_scope_2,
     "llama_scope": formats.llama_scope,
     "sparsify": formats.sparsify,
     "dictionary_learning": dictionary_learning.dictionary_learning,
@@ -98,7 +99,7 @@ def located(job: ImportJob, folder: Path) -> tuple[ImportJob, Files, dict[str, A
                 f"format"
             )
     found = {Path(n).name: root / n for n in (*beside, *optional) if (root / n).is_file()}
-    files = Files(root / weights, found, factor, bool(job.output_hook))
+    files = Files(root / weights, found, factor, bool(job.output_hook), job.repo)
     fetch.check_sha256(files.weights, job.sha256, f"{weights} of {job.repo or job.source}")
     source = job.model_dump(
         include={"source", "format", "repo", "revision", "package", "release", "id"}
@@ -128,10 +129,16 @@ def chosen(
 # --- the hook ------------------------------------------------------------------------------
 
 
-def check_hook(given: str, said: str | None, hf: Any, where: Path, key: str) -> None:
-    """Raise where the original names another hook, or the model has none of that name."""
+def check_hook(
+    given: str, said: str | None, hf: Any, where: Path, key: str, folded: bool = False
+) -> None:
+    """Raise where the original names another hook, or the model has none of that name.
+
+    Args:
+        folded: whether the gains of the model's norms lie in the weights behind them.
+    """
     hooks.check(hf, given)
-    if not said or (ours := translated(said, hf)) == given:
+    if not said or (ours := translated(said, hf, folded)) == given:
         return
     layer_norm = f"; of a model with RMS norms, {said} lies before the norm's gain"
     raise RetraceError(
@@ -140,11 +147,11 @@ def check_hook(given: str, said: str | None, hf: Any, where: Path, key: str) -> 
     )
 
 
-def translated(hook: str, hf: Any) -> str:
+def translated(hook: str, hf: Any, folded: bool = False) -> str:
     """Our name of a hook that may have one of TransformerBridge's, or another of the same rows."""
     names = {v: k for k, v in families.BRIDGE_NAMES.items()} | {"hook_mlp_in": "mlp.hook_in"}
-    if any("LayerNorm" in type(m).__name__ for m in hf.modules()):
-        names["ln2.hook_normalized"] = "mlp.hook_in"  # behind gain and bias, in a layer norm
+    if folded or any("LayerNorm" in type(m).__name__ for m in hf.modules()):
+        names["ln2.hook_normalized"] = "mlp.hook_in"  # behind gain and bias, or without them
     layer, at = re.fullmatch(r"(blocks\.\d+\.|)(.+)", hook).groups()
     return layer + names.get(at, at)
 
@@ -164,8 +171,10 @@ def skeleton(model_json: str | Path) -> Any:
         return AutoModelForCausalLM.from_config(config)
 
 
-def check_fits(original: Original, job: ImportJob, files: Files, hf: Any) -> None:
-    """Raise where hooks or widths are not the model's."""
+def check_fits(
+    original: Original, job: ImportJob, files: Files, hf: Any, folded: bool = False
+) -> None:
+    """Raise where hooks or widths are not the model's; `folded` as of `check_hook`."""
     about, config = original.about, original.config()
     where = files.weights
     if original.writes and not job.output_hook:
@@ -174,10 +183,11 @@ def check_fits(original: Original, job: ImportJob, files: Files, hf: Any) -> Non
         raise RetraceError(
             f"{where}: is an autoencoder, which writes what it reads; remove output_hook"
         )
-    check_hook(job.hook, about.get("hook_name"), hf, where, "hook")
+    check_hook(job.hook, about.get("hook_name"), hf, where, "hook", folded)
     sides = {"hook": (job.hook, config["d_in"])}
     if job.output_hook:
-        check_hook(job.output_hook, about.get("hook_name_out"), hf, where, "output_hook")
+        said = about.get("hook_name_out")
+        check_hook(job.output_hook, said, hf, where, "output_hook", folded)
         sides["output_hook"] = (job.output_hook, original.d_out)
     for key, (hook, width) in sides.items():
         if width != (wide := hooks.width(hf, hook)):
@@ -296,7 +306,10 @@ def in_float64(original: Original, wanted: Expected, unclear: dict[str, Tensor])
 
 
 def metadata(original: Original, job: ImportJob, info: dict[str, Any], model: str) -> dict:
-    """cfg.json's metadata: our model and hooks, and the original's conventions where known."""
+    """cfg.json's metadata: our model and hooks, and the original's conventions where known.
+
+    Without sae_lens_version SAELens takes a folder for one of before 6.0 and drops the metadata.
+    """
     about = original.about
     named = {"hook_name": job.hook} | (
         {"hook_name_out": job.output_hook} if job.output_hook else {}
@@ -307,8 +320,9 @@ def metadata(original: Original, job: ImportJob, info: dict[str, Any], model: st
         **{f"{key}_bridge": families.bridge_name(name) for key, name in named.items()},
         "context_size": about.get("context_size") or info["n_ctx"],
         "prepend_bos": about.get("prepend_bos", info["bos_id"] is not None),
-        "seqpos_slice": [(about.get("seqpos_slice") or [None])[0] or 0, None],
+        "seqpos_slice": [max(slice(*(about.get("seqpos_slice") or [None])).start or 0, 0), None],
         "dataset_path": about.get("dataset_path") or "unknown",
+        "sae_lens_version": importlib.metadata.version("sae-lens"),
     }
 
 
@@ -358,11 +372,12 @@ def bring(
         def read() -> Original:
             return check_shapes(files, FORMATS[section.format](files))
 
-        original = read()
-        check_fits(original, section, files, skeleton(job.args.model))
+        original, info = read(), tables.read_json(job.args.model)
         original.weights = {name: t.contiguous() for name, t in original.weights.items()}
         content = pool.submit(sealed_tensors.content, sealed_tensors.arrays(original.weights))
-        meta = metadata(original, section, tables.read_json(job.args.model), job.args.model)
+        folded = info.get("processing") == "compatibility"
+        check_fits(original, section, files, skeleton(job.args.model), folded)
+        meta = metadata(original, section, info, job.args.model)
 
         def written(original: Original, content: Future[str]) -> dict[str, Any]:
             source["files"] = {name: digest.result() for name, digest in hashed.items()}

@@ -140,6 +140,10 @@ def check_config(files: Files, raw: dict[str, Any], config: dict[str, Any]) -> N
             f"{where}: architecture '{kind}'{nearest(kind, KNOWN)} is not read; those that are: "
             f"{', '.join(KNOWN)}"
         )
+    if kind == "topk" and not config.get("k"):
+        raise RetraceError(
+            f"{where}: has no k, and SAELens would take a default; take a folder that is whole"
+        )
     normalize = config.get("normalize_activations", "none")
     if normalize not in FOLDED:
         raise RetraceError(

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     import pandas as pd
 
 ROWS_PER_PASS = 4096  # also the rows over which explained_variance_legacy takes its mean
+FOLDS = ("fold_ln", "center_writing_weights", "center_unembed")  # of TransformerLens
 NEUTRAL = 0.5  # nats above uniform that an untrained model may have (SmolLM2's draw: 0.1 to 0.5)
 SPEC_COLUMNS = (
     "architecture k d_sae l1_coefficient l0_coefficient aux_loss_coefficient frozen_decoder seed "
@@ -55,7 +56,7 @@ def evaluate(job: cli.Job, manifest: str) -> list[dict]:
         return []
     hook, output_hook = trained["hook"], trained.get("output_hook")
     stored = tables.read_json(job.args.activations)
-    warn_of_conventions(manifest, stored)
+    warn_of_conventions(manifest, stored, tables.read_json(job.args.model)["processing"])
     saes = load_saes(manifest, device, names)
     rows = shards.Rows(job.args.activations, hook, "eval")
     if output_hook:
@@ -83,8 +84,13 @@ def evaluate(job: cli.Job, manifest: str) -> list[dict]:
     ]
 
 
-def warn_of_conventions(manifest: str, stored: dict) -> None:
-    """Log a warning if a published dictionary was trained on text that was cut otherwise."""
+def warn_of_conventions(manifest: str, stored: dict, processing: str) -> None:
+    """Log a warning for each way in which a published dictionary was trained on other rows.
+
+    Args:
+        stored: manifest of the activations.
+        processing: of the model that they are read from.
+    """
     said = tables.read_json(manifest).get("original") or {}
     for key, ours in (("prepend_bos", "prepend_bos"), ("context_size", "n_ctx")):
         if said.get(key) is not None and said[key] != stored[ours]:
@@ -92,6 +98,26 @@ def warn_of_conventions(manifest: str, stored: dict) -> None:
                 "%s: was made with %s %s, and is evaluated with %s; set corpus.%s",
                 manifest, key, said[key], stored[ours], ours,
             )  # fmt: skip
+    if said.get("seqpos_slice"):
+        seen = list(range(stored["n_ctx"]))
+        theirs, ours = seen[slice(*said["seqpos_slice"])], seen[stored["skip_first"] :]
+        if theirs != ours:
+            cli.log.warning(
+                "%s: was made on positions %s, and is evaluated from %d on; set "
+                "activations.skip_first", manifest, spans(theirs), stored["skip_first"],
+            )  # fmt: skip
+    asked = said.get("model_from_pretrained_kwargs") or {}
+    folds = sorted(key for key in FOLDS if asked.get(key))
+    if folds and processing == "raw":
+        cli.log.warning(
+            "%s: was made on a model with %s, and is evaluated on one as published; set "
+            "model.processing: compatibility", manifest, ", ".join(folds),
+        )  # fmt: skip
+
+
+def spans(positions: list[int]) -> str:
+    """First and last of positions, or none."""
+    return f"{positions[0]} to {positions[-1]}" if positions else "none"
 
 
 def histories(manifests: list[str]) -> "pd.DataFrame":

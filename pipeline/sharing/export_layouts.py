@@ -9,14 +9,19 @@ Each gives the same latents on the same rows when its library reads it:
   from 0 on, side by side in one folder. Transcoders of all layers leave whole, and cross-layer ones
   as `load_clt` of its repository reads them.
 
-A crosscoder is written under the names and shapes of the CrossCoder of Minder et al. (2025), whose
-library is on no package index; dictionary_learning 0.1.0 has none. With n sources of width d:
+A crosscoder leaves twice, under the names and shapes of Minder et al. (2025). With n sources of
+width d:
 
     encoder.weight [n d d_sae], encoder.bias [d_sae], decoder.weight [n d_sae d], decoder.bias [n d]
     f = act(sum_s x^s encoder.weight^s + encoder.bias)
     x_hat^s = f decoder.weight^s + decoder.bias^s
 
-act is ReLU; with threshold [d_sae] (BatchTopK) a latent is zero where it is not above its own.
+* crosscoder.safetensors, on rows as they are. act is ReLU; with threshold [d_sae] (BatchTopK) a
+  latent is zero where it is not above its own.
+* model_final.pt, which `from_pretrained` of CrossCoder or, of BatchTopK, BatchTopKCrossCoder reads:
+  their library is a fork of dictionary_learning (science-of-finetuning, commit 173f7fa) and on no
+  package index. Its weights are those on scaled rows, the scales stand in its normalizer, and its
+  threshold is one number, of f_j sum_s |W_dec^s_j|. Decoder norms and latents are then ours.
 
 Whether b_dec is subtracted from x is fixed by each library's class; where a dictionary has it the
 other way, the biases of the encoder take it up:
@@ -142,14 +147,17 @@ def circuit_tracer(folder: Path, config: SaeLensConfig, weights: Weights) -> Non
 
 
 def crosscoder(
-    folder: Path, config: SaeLensConfig, weights: Weights, sources: list[dict[str, Any]]
+    folder: Path, config: SaeLensConfig, weights: Weights, sources: list[dict[str, Any]], k: int
 ) -> None:
-    """crosscoder.safetensors and config.json, which names the sources in their order.
+    """crosscoder.safetensors, model_final.pt, and config.json, which names the sources in order.
 
     Args:
         weights: of wide rows, the sources side by side.
         sources: of the manifest.
+        k: of BatchTopK; else 0.
     """
+    import torch
+
     widths = [source["d_in"] for source in sources]
     if len(set(widths)) > 1:
         raise RetraceError(
@@ -164,15 +172,71 @@ def crosscoder(
         "decoder.weight": w["W_dec"].reshape(-1, n, d).swapaxes(0, 1),
         "decoder.bias": w["b_dec"].reshape(n, d),
     }
+    state = on_scaled_rows(found, np.array([s["scale"] for s in sources]))
     if "threshold" in w:
         found["threshold"] = w["threshold"]
+        state |= {"k": np.int32(k), "threshold": one_threshold(w["threshold"], state, folder)}
     save_tensors(folder / "crosscoder.safetensors", found)
+    tensors = {name: torch.tensor(np.asarray(value)) for name, value in state.items()}
+    torch.save(tensors, folder / "model_final.pt")
+    jumps, hooks = "threshold" in w, [s["hook"] for s in sources]
+    trainer = {
+        "dict_class": "BatchTopKCrossCoder" if jumps else "CrossCoder", "activation_dim": d,
+        "dict_size": config.d_sae, "layer": place(hooks[0])[0], "submodule_name": hooks[0],
+        "lm_name": config.metadata.model_name, "code_normalization": "CROSSCODER",
+        **({"k": k} if jumps else {}),
+    }  # fmt: skip
     about = {
-        "sources": [s["name"] for s in sources], "hooks": [s["hook"] for s in sources],
+        "sources": [s["name"] for s in sources], "hooks": hooks,
         "scales": [s["scale"] for s in sources], "activation_dim": d, "num_layers": n,
-        "dict_size": config.d_sae, "activation": "jumprelu" if "threshold" in w else "relu",
+        "dict_size": config.d_sae, "activation": "jumprelu" if jumps else "relu",
+        "trainer": trainer,
     }  # fmt: skip
     write_json(folder / "config.json", about)
+
+
+CODE_NORM = 1  # CodeNormalization.CROSSCODER: f_j is weighed by sum_s |W_dec^s_j|
+
+
+def on_scaled_rows(found: Weights, scales: np.ndarray) -> Weights:
+    """The state_dict of a CrossCoder whose normalizer multiplies the rows of source s by scales[s].
+
+    Args:
+        found: of rows as they are.
+        scales: [n].
+    """
+    n, d = found["decoder.bias"].shape
+    by = scales[:, None, None]
+    out = {
+        "encoder.weight": found["encoder.weight"] / by,
+        "encoder.bias": found["encoder.bias"],
+        "decoder.weight": found["decoder.weight"] * by,
+        "decoder.bias": found["decoder.bias"] * by[..., 0],
+        # from the mean and the standard deviations it makes its scale, target_rms / |std|
+        "target_rms": np.ones(()),
+        "activation_mean": np.zeros((n, d)),
+        "activation_std": np.repeat(1 / (scales[:, None] * d**0.5), d, 1),
+        "activation_global_scale": scales,
+    }
+    state = {name: np.asarray(value, np.float32) for name, value in out.items()}
+    return state | {"code_normalization_id": np.int64(CODE_NORM)}
+
+
+def one_threshold(threshold: np.ndarray, state: Weights, folder: Path) -> np.float32:
+    """The one threshold of f_j sum_s |W_dec^s_j| that says what each latent's own says of f_j.
+
+    Raises:
+        RetraceError: there is none.
+    """
+    norms = np.linalg.norm(state["decoder.weight"].astype(np.float64), axis=2).sum(0)
+    of_norms = (threshold * norms)[norms > 0]
+    least, most = (of_norms.min(), of_norms.max()) if len(of_norms) else (0.0, 0.0)
+    if most - least > 1e-4 * max(abs(most), abs(least)):
+        raise RetraceError(
+            f"{folder}: BatchTopKCrossCoder has one threshold for all latents, and here they "
+            f"differ from {least:.4g} to {most:.4g}; read the store's folder by SAELens"
+        )
+    return np.float32(np.median(of_norms) if len(of_norms) else 0)
 
 
 def transcoders(out: Path, folder: Path) -> None:

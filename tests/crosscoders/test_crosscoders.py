@@ -16,6 +16,7 @@ from pipeline.crosscoders.model import SourceStream, columns, crosscoder, infere
 from pipeline.errors import RetraceError
 from pipeline.sae import steps, steps_batch
 from pipeline.sae.sparse import Scratch
+from pipeline.sharing import export_layouts
 from pipeline.spec.paper import PaperSpec
 from pipeline.spec.sae import CrosscoderSpec, SaeSpec
 from pipeline.store import tables
@@ -324,6 +325,44 @@ def test_an_export_has_the_latents_and_rows_of_the_documented_formula(two, tmp_p
         torch.testing.assert_close(f, sae.encode(torch.cat(list(x), 1)), rtol=1e-4, atol=1e-3)
         torch.testing.assert_close(torch.cat(list(x_hat), 1), sae(torch.cat(list(x), 1)),
                                    rtol=1e-4, atol=1e-3)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", SPARSITY)
+def test_the_state_dict_has_scaled_rows_and_one_threshold(two, tmp_path, name):
+    """By the formulas of CrossCoder and its normalizer (Minder et al.); their own classes read it
+    in tests/libraries/crosscoders.sh."""
+    from sae_lens import SAE
+
+    export = {"format": "crosscoder", "arm": "a", "sae": name, "paper": "p"}
+    call("exports", {"export": export}, sae=two[0] / "manifest.json", out=tmp_path / "out")
+    w = torch.load(tmp_path / "out/model_final.pt", weights_only=True)
+    x = torch.stack([torch.from_numpy(a[:200]) for a in rows_of_two(5000)], 1)
+    scale = w["target_rms"] / (w["activation_std"].pow(2).sum(-1) + 1e-8).sqrt()
+    torch.testing.assert_close(scale, w["activation_global_scale"])
+    scales = [s["scale"] for s in tables.read_json(two[0] / "manifest.json")["sources"]]
+    torch.testing.assert_close(scale, torch.tensor(scales))
+    scaled = (x - w["activation_mean"]) * scale[:, None]
+    f = torch.relu(torch.einsum("bsd,sdf->bf", scaled, w["encoder.weight"]) + w["encoder.bias"])
+    norms = w["decoder.weight"].norm(dim=2).sum(0)
+    f = f * (f * norms > w["threshold"]) if "threshold" in w else f
+    x_hat = torch.einsum("bf,sfd->bsd", f, w["decoder.weight"]) + w["decoder.bias"]
+    x_hat = x_hat / scale[:, None] + w["activation_mean"]
+    sae = SAE.load_from_disk(str(two[0] / "saes" / name))
+    with torch.no_grad():
+        torch.testing.assert_close(f, sae.encode(x.flatten(1)), rtol=1e-4, atol=1e-3)
+        torch.testing.assert_close(x_hat.flatten(1), sae(x.flatten(1)), rtol=1e-4, atol=1e-3)
+    if name == "batchtopk":  # whose norms are folded: f is as in training
+        torch.testing.assert_close(norms, torch.ones(32))
+        assert int(w["k"]) == 3
+    assert int(w["code_normalization_id"]) == 1
+
+
+def test_thresholds_that_are_not_one_are_refused():
+    w = {"decoder.weight": np.ones((2, 3, 4))}
+    one = export_layouts.one_threshold(np.full(3, 0.5), w, Path("x"))
+    assert one == pytest.approx(0.5 * 4)
+    with pytest.raises(RetraceError, match="one threshold for all latents"):
+        export_layouts.one_threshold(np.array([0.5, 0.5, 0.6]), w, Path("x"))
 
 
 @pytest.mark.parametrize("format", ["saelens", "sparsify", "saebench", "neuronpedia"])

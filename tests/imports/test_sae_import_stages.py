@@ -9,7 +9,8 @@ import torch
 from published import CODER, IN, OUT, RESID, Z, bring, brought
 from synthetic import call
 
-from pipeline.latents.stored import eval_tokens
+from pipeline.latents import evaluation
+from pipeline.latents.stored import eval_tokens, load_saes
 from pipeline.models import loader
 from pipeline.store import tables
 
@@ -206,3 +207,134 @@ def test_a_transcoders_latents_act_through_what_it_writes(made, tmp_path):
             effect = difference(seen[OUT]) - difference(y)
             assert row.exact == pytest.approx(effect, rel=1e-3, abs=1e-4)
             assert row.activation == pytest.approx(float(f[0, row.position, row.latent]), rel=1e-4)
+
+
+PROMPTS = """
+def two(options, tokenizer, n_prompts, seed):
+    ids = lambda text: tokenizer(text)["input_ids"]
+    return {"clean": [ids("the cat sat"), ids("two dogs ra")],
+            "corrupt": [ids("the mat sat"), ids("one dogs ra")],
+            "answer": [ids("s")[0]] * 2, "foil": [ids("o")[0]] * 2,
+            "positions": {"end": [11, 11]}}
+"""
+
+
+def test_circuits_score_latents_of_published_dictionaries(made, tmp_path):
+    """Each exact effect is that of the latent's part of the stream, exchanged by plain hooks."""
+    w = published.draw(7)
+    items = {
+        "resid": bring(made["model"], tmp_path / "a", published.gemma_scope(tmp_path / "g", w),
+                       "gemma_scope", name="resid"),
+        "coder": bring(made["model"], tmp_path / "b",
+                       published.circuit_tracer(tmp_path / "layer_1.safetensors", w),
+                       "circuit_tracer", name="coder", **CODER),
+    }  # fmt: skip
+    (tmp_path / "prompts.py").write_text(PROMPTS)
+    spec = {"prompts": "two", "n_prompts": 2, "methods": ["latent_ig"], "saes": list(items),
+            "n_exact": 6, "ig_steps": 4, "positions": ["end"]}  # fmt: skip
+    out = {name: tmp_path / f"{name}.parquet" for name in ("nodes", "edges", "methods")}
+    call("circuits", {"circuits": spec}, device="cpu", model=made["model"],
+         prompts=tmp_path / "prompts.py", activations=made["activations"],
+         saes=list(items.values()), **out)  # fmt: skip
+    loaded = loader.load(made["model"])
+    prompts: dict = {}
+    exec(PROMPTS, prompts)
+    pairs = prompts["two"]({}, loaded.tokenizer, 2, 0)
+    clean, corrupt = (
+        torch.tensor([[loaded.bos_id, *ids] for ids in pairs[k]]) for k in ("clean", "corrupt")
+    )
+    exact = tables.read_table(out["nodes"]).query("method == 'latent_patching' and head >= 0")
+    assert set(exact["kind"]) == {"resid_post", "mlp_out"}
+    for row in exact.itertuples():
+        hooks = {"hook": RESID} if row.kind == "resid_post" else CODER
+        reads, writes = hooks["hook"], hooks.get("output_hook", hooks["hook"])
+        name = "coder" if writes == OUT else "resid"
+        sae = load_saes(items[name], "cpu")[name]
+        effect = exchanged(loaded.hf, sae, row.head, clean, corrupt, (reads, writes), pairs)
+        assert row.score == pytest.approx(effect, rel=1e-3, abs=1e-4)
+    (gap,) = tables.read_table(out["methods"])["completeness_gap"]
+    assert abs(gap) < 0.01
+
+
+@torch.no_grad()
+def exchanged(hf, sae, latent, clean, corrupt, hooks, pairs) -> float:
+    """What the logit difference gains, on average, with a latent's activations of the other run."""
+    (reads, writes), ids = hooks, (pairs["answer"][0], pairs["foil"][0])
+    seen, other = (streams(hf, tokens, [reads, writes]) for tokens in (clean, corrupt))
+    f, f_other = (sae.encode(run[reads])[..., latent] for run in (seen, other))
+    change = (f_other - f)[..., None] * sae.W_dec[latent]
+    change[:, :SKIP] = 0
+    module, _ = modules(hf)[writes]
+
+    def difference(y: torch.Tensor) -> torch.Tensor:
+        put = lambda m, a, out: (y, *out[1:]) if isinstance(out, tuple) else y  # noqa: E731
+        handle = module.register_forward_hook(put)
+        logits = hf(clean).logits[:, -1]
+        handle.remove()
+        return logits[:, ids[0]] - logits[:, ids[1]]
+
+    return float((difference(seen[writes] + change) - difference(seen[writes])).mean())
+
+
+@pytest.mark.parametrize(
+    ("said", "sentence"),
+    [({}, ""), ({"prepend_bos": True, "context_size": 32, "seqpos_slice": [1, None]}, ""),
+     ({"prepend_bos": False}, "was made with prepend_bos False, and is evaluated with True"),
+     ({"context_size": 128}, "was made with context_size 128, and is evaluated with 32"),
+     ({"seqpos_slice": [None]}, "was made on positions 0 to 31, and is evaluated from 1 on"),
+     ({"seqpos_slice": [1, -5]}, "was made on positions 1 to 26"),
+     ({"seqpos_slice": [1]}, "was made on positions 0 to 0"),  # Python's slice(1), as SAELens
+     ({"model_from_pretrained_kwargs": {"center_writing_weights": True}},
+      "set model.processing: compatibility")],
+)  # fmt: skip
+def test_other_conventions_are_told(said, sentence, tmp_path, caplog):
+    tables.write_json(tmp_path / "m.json", {"original": said}, {"stage": "test"})
+    stored = {"prepend_bos": True, "n_ctx": 32, "skip_first": SKIP}
+    evaluation.warn_of_conventions(str(tmp_path / "m.json"), stored, "raw")
+    assert sentence in caplog.text if sentence else not caplog.text
+
+
+def test_a_transcoder_that_reads_before_the_gain(tiny_model_json, tiny_corpus, tmp_path):
+    """Gemma Scope's, in a model with RMS norms: x / rms(x), which no module takes or gives."""
+    reads, writes = "blocks.1.ln2.hook_normalized", OUT
+    at = tmp_path / "gemma-scope-2b-pt-transcoders/layer_1/width_16k/average_l0_5"
+    path = published.gemma_scope(at, published.draw(d_in=32, d_out=32))
+    hooks = {"hook": reads, "output_hook": writes}
+    manifest = bring(tiny_model_json, tmp_path / "item", path, "gemma_scope", **hooks)
+    same = {"device": "cpu", "model": tiny_model_json, "corpus": tiny_corpus}
+    section = {"hooks": [reads, writes], "dtype": "float32", "skip_first": SKIP}
+    stored = tmp_path / "activations.json"
+    call("activations", {"activations": section}, **same, out=stored, shards=tmp_path / "shards")
+    call("evaluation", {"evaluation": {"n_splice_blocks": 3}}, **same, activations=stored,
+         saes=[manifest], out=tmp_path / "t.parquet", history=tmp_path / "h.parquet")  # fmt: skip
+    row = tables.read_table(tmp_path / "t.parquet").iloc[0]
+    hf, sae, tokens = (
+        loader.load(tiny_model_json).hf,
+        brought(manifest),
+        eval_tokens(tiny_corpus, 3),
+    )
+    layer, seen = hf.model.layers[1], {}
+    norm = layer.post_attention_layernorm
+    handle = norm.register_forward_pre_hook(lambda m, a: seen.__setitem__("x", a[0]))
+
+    def swap(module, args, out):
+        x = seen["x"] / (seen["x"].pow(2).mean(-1, keepdim=True) + norm.variance_epsilon).sqrt()
+        return torch.cat([out[:, :SKIP], sae(x)[:, SKIP:]], 1)
+
+    with torch.no_grad():
+        other = layer.mlp.register_forward_hook(swap)
+        logits = hf(tokens).logits[:, SKIP:-1]
+    handle.remove()
+    other.remove()
+    loss = torch.nn.functional.cross_entropy(logits.flatten(0, 1), tokens[:, SKIP + 1 :].flatten())
+    assert row["loss_spliced"] == pytest.approx(float(loss), rel=1e-4)
+    assert row["loss_spliced"] != pytest.approx(row["loss_model"], rel=1e-3)
+    prompt = {"prompt": "the cat sat on", "answer": "s", "foil": "o"}
+    spec = {"attribution": {"sae": "x", "prompts": {"p": prompt}, "n_ablate": 4, "ig_steps": 400}}
+    out = {"out": tmp_path / "p.parquet", "latents": tmp_path / "l.parquet"}
+    call("attribution", spec, device="cpu", model=tiny_model_json, sae=manifest,
+         activations=stored, **out)  # fmt: skip
+    found = tables.read_table(out["out"]).iloc[0]
+    change = found["logit_diff"] - found["baseline_logit_diff"]
+    total = found["sum_latents_ig"] + found["error_term_ig"]
+    assert total == pytest.approx(change, rel=0.02, abs=0.02)

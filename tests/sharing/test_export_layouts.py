@@ -105,6 +105,39 @@ def test_dictionary_learning_has_no_transcoder(tiny_gpt2_json, tmp_path, capsys)
     assert "has no layout for a transcoder" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("hook", ["hook_name", "hook_name_bridge"])
+def test_saelens_store_reads_where_an_import_does(hook, tiny_gpt2_json, tmp_path):
+    """`ActivationsStore.from_sae` takes hook, context and BOS from the exported folder."""
+    from datasets import Dataset
+    from sae_lens import SAE, ActivationsStore
+
+    from pipeline.models import hooks, loader
+
+    at = tmp_path / "gemma-scope-2b-pt-res/layer_1/width_16k/average_l0_5"
+    manifest = bring(tiny_gpt2_json, tmp_path / "first", published.gemma_scope(at), "gemma_scope")
+    spec = {"export": {"format": "saelens", "arm": "trained", "sae": "x", "paper": "toy"}}
+    call("exports", spec, sae=manifest, model=tiny_gpt2_json, out=tmp_path / "out")
+    sae = SAE.load_from_disk(tmp_path / "out")
+    sae.cfg.metadata.hook_name = sae.cfg.metadata[hook]
+    draw = torch.Generator().manual_seed(0)
+    tokens = torch.randint(4, 260, (4, 64), generator=draw)
+    tokens[:, 0] = 0
+    store = ActivationsStore.from_sae(
+        loader.bridge(tiny_gpt2_json), sae, Dataset.from_dict({"tokens": tokens.tolist()}),
+        store_batch_size_prompts=4,
+    )  # fmt: skip
+    found = store.get_activations(store.get_batch_tokens())
+    hf = loader.load(tiny_gpt2_json).hf
+    with torch.no_grad(), hooks.capture(hf, [published.RESID]) as seen:
+        hf(tokens)
+    rows = seen[published.RESID]
+    torch.testing.assert_close(found.reshape(rows.shape), rows, rtol=1e-4, atol=1e-4)
+    size = float(rows.abs().max())
+    torch.testing.assert_close(sae.encode(found.reshape(-1, D)),
+                               brought(manifest).encode(rows.reshape(-1, D)),
+                               rtol=1e-4, atol=1e-4 * size)  # fmt: skip
+
+
 def test_a_published_dictionary_leaves_as_saelens_reads_it(tiny_gpt2_json, tmp_path):
     """With a card, and the publisher's files in its certificate."""
     from sae_lens import SAE
@@ -116,5 +149,7 @@ def test_a_published_dictionary_leaves_as_saelens_reads_it(tiny_gpt2_json, tmp_p
     other = SAE.load_from_disk(tmp_path / "out")
     with torch.no_grad():
         torch.testing.assert_close(other(X), brought(manifest)(X))
+    meta = other.cfg.metadata  # which SAELens drops of a folder of before 6.0
+    assert (meta.hook_name, meta.context_size, meta.prepend_bos) == (published.RESID, 64, True)
     said = provenance.read(tmp_path / "out/sae_weights.safetensors")["source"]
     assert said["files"]["sae.safetensors"] == provenance.sha256_file(folder / "sae.safetensors")

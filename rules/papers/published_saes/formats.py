@@ -18,7 +18,7 @@ from pydantic import Field
 
 from pipeline.activations.rows import to_tensor
 from pipeline.errors import RetraceError, nearest
-from pipeline.imports import dictionary_learning, formats, saelens
+from pipeline.imports import dictionary_learning, formats, gemma_scope, saelens
 from pipeline.imports.original import Files
 from pipeline.job import cli, own
 from pipeline.job.source import import_file
@@ -31,8 +31,8 @@ from pipeline.store import shards, tables
 written = import_file(Path(__file__).parent / "written.py")
 TABLES = ("formats",)
 READ = {"saelens": saelens.saelens, "dictionary_learning": dictionary_learning.dictionary_learning}
-READ |= {n: getattr(formats, n) for n in ("gemma_scope", "gemma_scope_2", "llama_scope",
-                                          "sparsify", "openai", "circuit_tracer")}  # fmt: skip
+READ |= {n: getattr(gemma_scope, n) for n in ("gemma_scope", "gemma_scope_2")}
+READ |= {n: getattr(formats, n) for n in ("llama_scope", "sparsify", "openai", "circuit_tracer")}
 
 
 class Options(Section):

@@ -1,0 +1,128 @@
+"""Dictionaries of Gemma Scope (Lieberum et al. 2024, 2408.05147) and Gemma Scope 2. [torch]
+
+Both are JumpReLU, f = JumpReLU(x W_enc + b_enc), autoencoders and transcoders. params.npz of the
+first says nothing of where it reads; the names of repository and folder do. config.json of the
+second does. Crosscoders, cross-layer transcoders and affine skip connections are refused.
+"""
+
+import re
+from typing import Any
+
+from pipeline.errors import RetraceError
+from pipeline.imports.original import (
+    Files,
+    Original,
+    decoded,
+    jump,
+    kind_of,
+    only,
+    product,
+    read_config,
+    refuse_skip,
+    take,
+    tensors,
+)
+
+
+def gemma_scope(files: Files) -> Original:
+    """params.npz of Gemma Scope: SAELens's own names."""
+    names = ["W_enc", "W_dec", "b_enc", "b_dec", "threshold"]
+    W_enc, W_dec, b_enc, b_dec, threshold = values = take(
+        found := tensors(files.weights), files, "gemma_scope", *names
+    )
+    only(found, files, "gemma_scope", *names)
+    if "embedding" in files.weights.as_posix():
+        raise RetraceError(
+            f"{files.weights}: reads embeddings before they are scaled by sqrt(d_model), which is "
+            f"no hook here; take one of a layer"
+        )
+    about, writes = _of_gemma_scope(files)
+    return Original(
+        kind_of(files, True),
+        dict(zip(names, values, strict=True)),
+        lambda x: jump(product(x, W_enc, b_enc), threshold),
+        lambda f: decoded(f, W_dec, b_dec),
+        about,
+        writes=writes,
+    )
+
+
+SITES = {  # the end of a repository's name -> where its dictionaries read (Gemma Scope's cards)
+    "res": "hook_resid_post", "mlp": "hook_mlp_out", "att": "attn.hook_z",
+    "transcoders": "ln2.hook_normalized",
+}  # fmt: skip
+
+
+def _of_gemma_scope(files: Files) -> tuple[dict[str, Any], bool | None]:
+    """The hooks, by the names of repository and folder: layer_12/width_16k/average_l0_82; and
+    whether it is a transcoder, None where no name says it.
+
+    A transcoder reads rows just after the norm, before its gain (2408.05147, "Language model
+    technical details"), and writes hook_mlp_out.
+    """
+    parts = [*files.weights.parts[-5:], *files.repo.split("/")]
+    layer = next((m[1] for p in parts if (m := re.fullmatch(r"layer_(\d+)", p))), None)
+    kind = next((m[1] for p in parts if (m := re.search(r"gemma-scope-.+-(\w+)$", p))), None)
+    site = SITES.get("transcoders" if files.transcoder else kind)
+    writes = None if kind not in SITES else kind == "transcoders"
+    if layer is None or site is None:
+        return {}, writes
+    out = {"hook_name_out": f"blocks.{layer}.hook_mlp_out"} if files.transcoder else {}
+    return {"hook_name": f"blocks.{layer}.{site}"} | out, writes
+
+
+POINTS = {  # Gemma Scope 2's names of places in a layer -> ours
+    "output": "hook_resid_post",
+    "self_attn.o_proj.input": "attn.hook_z",
+    "post_feedforward_layernorm.output": "hook_mlp_out",
+    "pre_feedforward_layernorm.output": "mlp.hook_in",
+}
+
+
+def gemma_scope_2(files: Files) -> Original:
+    """params.safetensors of Gemma Scope 2; config.json says where it lies."""
+    found, config = tensors(files.weights), read_config(files, "config.json")
+    names = ["w_enc", "w_dec", "b_enc", "b_dec", "threshold"]
+    W_enc, W_dec, b_enc, b_dec, threshold = take(found, files, "gemma_scope_2", *names)
+    if (kind := config.get("architecture", "jump_relu")) != "jump_relu":
+        raise RetraceError(
+            f"{files.beside['config.json']}: architecture '{kind}' is not read; take one with "
+            f"jump_relu, which all of Gemma Scope 2 has"
+        )
+    if W_enc.ndim == 3:
+        raise RetraceError(
+            f"{files.weights}: reads {W_enc.shape[0]} layers (a crosscoder), and a dictionary has "
+            f"one hook; take one of one layer"
+        )
+    if W_dec.ndim == 3:
+        raise RetraceError(
+            f"{files.weights}: writes into {W_dec.shape[1]} layers (a cross-layer transcoder), and "
+            f"a dictionary has one output_hook; take a transcoder of one layer"
+        )
+    only(found, files, "gemma_scope_2", *names, "affine_skip_connection")
+    refuse_skip(files, found, "affine_skip_connection", said=config.get("affine_connection"))
+
+    def hook(key: str) -> str | None:
+        point = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", str(config.get(key)))
+        place = POINTS.get(point[2]) if point else None
+        return f"blocks.{point[1]}.{place}" if place else None
+
+    ends = [config.get(f"hf_hook_point_{end}") for end in ("in", "out")]
+    told = "hf_hook_point_out" in config
+    return Original(
+        kind_of(files, True),
+        {"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec, "threshold": threshold},
+        lambda x: jump(product(x, W_enc, b_enc), threshold),
+        lambda f: decoded(f, W_dec, b_dec),
+        {
+            "model_name": config.get("model_name"),
+            "hook_name": hook("hf_hook_point_in"),
+            "hook_name_out": hook("hf_hook_point_out"),
+        },
+        writes=ends[1] not in (None, ends[0]) if told else None,
+        notes=[
+            f"reads {config[key]}, for which no hook is known here: compare it with yours"
+            for key in ("hf_hook_point_in", "hf_hook_point_out")
+            if config.get(key) and not hook(key)
+        ],
+    )
