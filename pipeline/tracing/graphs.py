@@ -18,6 +18,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from pipeline.errors import RetraceError, nearest
@@ -117,6 +118,14 @@ def with_answer(found: Logits, model: Replacement, answer: int | None, cap: floa
         torch.cat([found.probabilities, p[answer][None]]),
         torch.cat([found.directions, (W_U[answer] - W_U.mean(0))[None]]),
     )
+
+
+def place_of(answer: int | None, logits: Float[Tensor, " d_vocab"], cap: float) -> dict[str, float]:
+    """How probable the answer is, and its rank, 1 for the most probable; NaN without an answer."""
+    if answer is None:
+        return {"p_answer": float("nan"), "answer_rank": float("nan")}
+    p = _capped(logits.float(), cap).softmax(-1)
+    return {"p_answer": float(p[answer]), "answer_rank": float((p > p[answer]).sum() + 1)}
 
 
 def is_word(token: str, prompt: str) -> bool:
@@ -299,7 +308,8 @@ def traced(
     ids = encoded(said, prompt, loaded, device)
     model, cap = Replacement.of(loaded.hf, ids, d), cap_of(loaded.hf)
     found = top_logits(model, cap, spec.n_logits, spec.logit_share)
-    found = with_answer(found, model, answer_of(said, prompt, loaded), cap)
+    answer = answer_of(said, prompt, loaded)
+    found = with_answer(found, model, answer, cap)
     graph = trace(
         model, found, max_features=spec.max_features, batch_size=spec.batch_size,
         on_progress=lambda n, of: cli.log.info("%s, %s: %d of %d features", name, prompt, n, of),
@@ -332,6 +342,7 @@ def traced(
     replaced, complete = scores(graph.edges, levels, p, graph.n_pos)
     score = {
         "text": said.prompt, "tokens": texts, "top": top, "p_top": float(p[0]),
+        "answer": said.answer, **place_of(answer, model.linear.logits[-1], cap),
         "top_is_word": is_word(top, said.prompt), "n_tokens": len(ids),
         "n_active": len(graph.features), "n_features": graph.n_chosen, "n_kept": n_kept,
         "n_kept_edges": int(pruned.edges.sum()), "l0": len(graph.features) / len(ids),
@@ -348,13 +359,13 @@ def _capped(logits: Tensor, cap: float) -> Tensor:
     return cap * torch.tanh(logits / cap) if cap else logits
 
 
+@torch.no_grad()
 def replaced(loaded: loader.Loaded, d: Dictionaries, text: Tensor) -> dict[str, float]:
     """How near the replacement model's next tokens are on held-out blocks."""
     found = []
     for block in text:
         ours = replacement.spliced(loaded.hf, block[None], d)[0]
-        with torch.no_grad():
-            theirs = loaded.hf(block[None]).logits[0]
+        theirs = loaded.hf(block[None]).logits[0]
         found.append(replacement.fidelity(theirs[d.skip_first :], ours[d.skip_first :]))
     kl, agreement = (sum(x) / len(found) for x in zip(*found, strict=True))
     return {"kl": kl, "agreement": agreement, "n_blocks": len(found)}

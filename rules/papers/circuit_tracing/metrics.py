@@ -13,6 +13,8 @@ METRICS = {
     "a's, a interpolated linearly in the logarithm; mean over these, one value a seed",
     "same_k.*": "same_k.<a>_<b>.<measure>: a minus b, mean over ks, one value a seed",
     "family.*": "family.<a>.<measure>: mean over prompts and ks, one value a seed",
+    "finetuned.*": "finetuned.<family>.<objective>.<measure>: on held-out text and the graphs of "
+    "prompts, after fine-tuning on an objective (none: before); mean over ks, one value a seed",
     "graphs.balance_error_max": "largest balance_error of any graph",
 }
 PAIRS = (
@@ -73,8 +75,22 @@ def metrics(tables: dict[str, Any]) -> dict[str, Any]:
     for _, rows in by_dictionary(tables).groupby("seed"):
         for name, value in of_seed(dict(list(rows.groupby("family")))).items():
             out.setdefault(name, []).append(float(value))
+    out |= finetuned(tables.get("finetuning/tuned"))
     scores = [t["balance_error"].max() for n, t in tables.items() if n.endswith("_scores")]
     return out | ({"graphs.balance_error_max": float(max(scores))} if scores else {})
+
+
+def finetuned(table: pd.DataFrame | None) -> dict[str, list[float]]:
+    """Measures by family and objective, one value a seed."""
+    if table is None:
+        return {}
+    table, out = named(table, "dictionary"), {}
+    measures = [c for c in table if c not in ("dictionary", "objective", "family", "k", "seed")]
+    means = table.groupby(["family", "objective", "seed"])[measures].mean()
+    for (family, objective), rows in means.groupby(level=[0, 1]):
+        for measure in measures:
+            out[f"finetuned.{family}.{objective}.{measure}"] = rows[measure].tolist()
+    return out
 
 
 def of_seed(family: dict[str, pd.DataFrame]) -> dict[str, float]:
