@@ -118,6 +118,31 @@ def test_fewer_features_are_those_that_count_and_their_rows_are_the_same():
     assert first.chosen.tolist() == direct.tolist()
 
 
+@pytest.mark.parametrize(("kind", "sort", "reads", "skip_first"), CASES)
+def test_features_are_ranked_anew_as_rows_come_in(kind, sort, reads, skip_first):
+    """By the whole matrix, each round with the rows so far."""
+    found, whole = made(kind, sort, reads, skip_first)
+    n, p = len(found.features), whole.logits.probabilities
+    wanted, size = n // 2, 2
+    done = torch.empty(0, dtype=torch.long)
+    while len(done) < wanted:
+        rows = torch.cat([done, torch.arange(n, len(whole.edges))])
+        levels = whole.levels[rows]
+        ranks = influence.influence(whole.edges[rows], levels, p, done)[:n]
+        ranks[done] = -1
+        more = ranks.topk(min(graph.UPDATE * size, wanted - len(done))).indices
+        done = torch.cat([done, more]).sort().values
+    some = trace(found, whole.logits, max_features=wanted, batch_size=size)
+    assert some.chosen.tolist() == done.tolist()
+    columns = torch.cat([done, torch.arange(n, whole.edges.shape[1])])
+    rows = torch.cat([done, torch.arange(n, len(whole.edges))])
+    torch.testing.assert_close(
+        some.edges, whole.edges[rows[:, None], columns], rtol=1e-5, atol=1e-6
+    )
+    left = whole.edges[rows].sum(1) - some.edges.sum(1)
+    torch.testing.assert_close(some.left_out, left, rtol=1e-4, atol=1e-5)
+
+
 def test_targets_in_one_batch_do_not_mix():
     found, whole = made(sort="cross")
     tracer = Tracer(found)
