@@ -5,13 +5,20 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+import torch
 from conftest import ROOT
 
+from pipeline.crosscoders.layered_files import LayerWeights
+from pipeline.errors import RetraceError
 from pipeline.job.source import import_file
+from pipeline.models.tiny_models import tiny_config, tiny_model
 from pipeline.papers import papers
+from pipeline.tracing.dictionaries import from_layers
 
 PAPER = ROOT / "rules/papers/circuit_tracing"
-METRICS = import_file(PAPER / "metrics.py")
+METRICS, FINETUNING, GREATER = (
+    import_file(PAPER / f"{name}.py") for name in ("metrics", "finetuning", "greater")
+)
 GRAPH = ["replacement_score", "completeness_score", "kl_frozen", "faithfulness",
          "faithfulness_null", "pruned_l0", "balance_error"]  # fmt: skip
 
@@ -80,3 +87,112 @@ def test_figures_draw_the_tables():
     ):
         figure, numbers = draw(given, {})
         assert len(figure.data) >= 2 and len(numbers) >= 3
+
+
+# --- own stages ----------------------------------------------------------------------------
+
+
+def cross_set(n_layers=2, d=32, d_sae=24):
+    """A cross-layer set for the tiny Llama, as it is read from files."""
+    draw = torch.Generator().manual_seed(0)
+
+    def drawn(*shape):
+        return 0.2 * torch.randn(*shape, generator=draw)
+
+    return LayerWeights(
+        "cross", [f"blocks.{i}.mlp.hook_in" for i in range(n_layers)],
+        [f"blocks.{i}.hook_mlp_out" for i in range(n_layers)],
+        [drawn(d_sae, d) for _ in range(n_layers)], [drawn(d_sae) for _ in range(n_layers)],
+        [drawn(d_sae, n_layers - i, d) for i in range(n_layers)], drawn(n_layers, d), "topk", k=4,
+    )  # fmt: skip
+
+
+def tuned_by(objective, steps=15):
+    """(measures before, after) of the tiny Llama's set on random text."""
+    hf, weights = tiny_model(tiny_config("llama")), cross_set()
+    d = from_layers(weights)
+    read = torch.randint(0, 40, (12, 9), generator=torch.Generator().manual_seed(1))
+    options = FINETUNING.Options(
+        tables=[], dictionaries=["a"], prompts=["b"], n_steps=steps, batch_blocks=4, lr=0.1
+    )
+    before = FINETUNING.judged(hf, d, read, [read[0]])
+    rows = FINETUNING.tuned(hf, d, read, objective, options)
+    assert [row["step"] for row in rows] == list(range(0, steps, FINETUNING.EVERY))
+    return before, FINETUNING.judged(hf, d, read, [read[0]])
+
+
+def test_tuning_on_kl_lowers_it_more_than_tuning_on_the_error():
+    before, kl = tuned_by("kl")
+    again, mse = tuned_by("mse")
+    _, shuffled = tuned_by("shuffled")
+    assert before == again
+    assert kl["kl"] < 0.7 * before["kl"]
+    assert mse["unexplained"] < before["unexplained"]
+    assert kl["kl"] < min(mse["kl"], shuffled["kl"])
+
+
+def test_what_is_unexplained_is_one_less_the_explained_variance():
+    hf, weights = tiny_model(tiny_config("llama")), cross_set()
+    d = from_layers(weights)
+    read = torch.randint(0, 40, (5, 9), generator=torch.Generator().manual_seed(1))
+    truth = FINETUNING.Truth.of(hf, read, d)
+    torch.testing.assert_close(truth.logits, hf(read).logits)
+    x, y = (torch.stack([a.flatten(0, 1) for a in of], 1) for of in (truth.x, truth.y))
+    left = (y - weights.forward(x)).pow(2).sum((0, 2))
+    want = left / (y - y.mean(0)).pow(2).sum((0, 2))
+    torch.testing.assert_close(FINETUNING.unexplained(d, truth), want)
+
+
+def greater_case():
+    hf = tiny_model(tiny_config("llama"))
+    draw = torch.Generator().manual_seed(2)
+    prompts = GREATER.Prompts(
+        torch.randint(0, 40, (10, 6), generator=draw), torch.randint(1, 9, (10,), generator=draw),
+        torch.arange(10, 20),
+    )  # fmt: skip
+    return hf, prompts
+
+
+def test_the_difference_is_of_digits_above_and_below():
+    _, prompts = greater_case()
+    logits = torch.randn(10, 40, generator=torch.Generator().manual_seed(3))
+    p = logits.softmax(-1)
+    for row, (got, ten) in enumerate(
+        zip(prompts.difference(logits).tolist(), prompts.tens.tolist(), strict=True)
+    ):
+        above, below = p[row, 10 + ten + 1 : 20].sum(), p[row, 10 : 10 + ten].sum()
+        assert got == pytest.approx(float(above - below), abs=1e-6)
+
+
+def test_all_neurons_are_the_mlp_and_none_is_its_mean():
+    hf, prompts = greater_case()
+    units = GREATER.neurons(hf, 1)
+    order = GREATER.ranked(hf, units, prompts)
+    rows = GREATER.kept(hf, units, order, prompts, [0, 3, len(order)])
+    effects = GREATER.effects(hf, prompts)
+    assert rows[0]["difference"] == pytest.approx(effects[2]["difference"], abs=1e-5)
+    assert rows[-1]["difference"] == pytest.approx(effects[0]["difference"], abs=1e-5)
+    assert rows[0]["recovered"] == 0 and rows[-1]["recovered"] == pytest.approx(1, abs=1e-3)
+
+
+def test_all_latents_of_a_transcoder_that_is_the_mlp_are_the_mlp():
+    """Where each latent is a neuron: the hook of what is read is the neurons' own."""
+    hf, prompts = greater_case()
+    W = hf.model.layers[1].mlp.down_proj.weight.detach()
+    n = W.shape[1]
+    both = torch.cat([torch.eye(n), -torch.eye(n)])  # a neuron's positive and negative part
+    weights = LayerWeights(
+        "each", ["", "blocks.1.mlp.hook_post"], ["", "blocks.1.hook_mlp_out"], [both, both],
+        [torch.zeros(2 * n)] * 2, [(both @ W.T)[:, None]] * 2, torch.zeros(2, 32),
+    )  # fmt: skip
+    units = GREATER.latents(hf, weights, 1)
+    order = GREATER.ranked(hf, units, prompts)
+    rows = GREATER.kept(hf, units, order, prompts, [0, 2 * n])
+    of_neurons = GREATER.neurons(hf, 1)
+    want = GREATER.kept(
+        hf, of_neurons, GREATER.ranked(hf, of_neurons, prompts), prompts, [0, n]
+    )  # fmt: skip
+    for got, own in zip(rows, want, strict=True):
+        assert got["difference"] == pytest.approx(own["difference"], abs=1e-5)
+    with pytest.raises(RetraceError, match="a cross-layer transcoder writes later layers"):
+        GREATER.latents(hf, cross_set(), 1)
