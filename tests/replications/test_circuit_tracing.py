@@ -13,7 +13,6 @@ from pipeline.errors import RetraceError
 from pipeline.job.source import import_file
 from pipeline.models.tiny_models import tiny_config, tiny_model
 from pipeline.papers import papers
-from pipeline.tracing.dictionaries import from_layers
 
 PAPER = ROOT / "rules/papers/circuit_tracing"
 METRICS, FINETUNING, GREATER = (
@@ -105,42 +104,6 @@ def cross_set(n_layers=2, d=32, d_sae=24):
         [drawn(d_sae, d) for _ in range(n_layers)], [drawn(d_sae) for _ in range(n_layers)],
         [drawn(d_sae, n_layers - i, d) for i in range(n_layers)], drawn(n_layers, d), "topk", k=4,
     )  # fmt: skip
-
-
-def tuned_by(objective, steps=15):
-    """(measures before, after) of the tiny Llama's set on random text."""
-    hf, weights = tiny_model(tiny_config("llama")), cross_set()
-    d = from_layers(weights)
-    read = torch.randint(0, 40, (12, 9), generator=torch.Generator().manual_seed(1))
-    options = FINETUNING.Options(
-        tables=[], dictionaries=["a"], prompts=["b"], n_steps=steps, batch_blocks=4, lr=0.1
-    )
-    before = FINETUNING.judged(hf, d, read, [read[0]])
-    rows = FINETUNING.tuned(hf, d, read, objective, options)
-    assert [row["step"] for row in rows] == list(range(0, steps, FINETUNING.EVERY))
-    return before, FINETUNING.judged(hf, d, read, [read[0]])
-
-
-def test_tuning_on_kl_lowers_it_more_than_tuning_on_the_error():
-    before, kl = tuned_by("kl")
-    again, mse = tuned_by("mse")
-    _, shuffled = tuned_by("shuffled")
-    assert before == again
-    assert kl["kl"] < 0.7 * before["kl"]
-    assert mse["unexplained"] < before["unexplained"]
-    assert kl["kl"] < min(mse["kl"], shuffled["kl"])
-
-
-def test_what_is_unexplained_is_one_less_the_explained_variance():
-    hf, weights = tiny_model(tiny_config("llama")), cross_set()
-    d = from_layers(weights)
-    read = torch.randint(0, 40, (5, 9), generator=torch.Generator().manual_seed(1))
-    truth = FINETUNING.Truth.of(hf, read, d)
-    torch.testing.assert_close(truth.logits, hf(read).logits)
-    x, y = (torch.stack([a.flatten(0, 1) for a in of], 1) for of in (truth.x, truth.y))
-    left = (y - weights.forward(x)).pow(2).sum((0, 2))
-    want = left / (y - y.mean(0)).pow(2).sum((0, 2))
-    torch.testing.assert_close(FINETUNING.unexplained(d, truth), want)
 
 
 def greater_case():

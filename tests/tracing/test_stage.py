@@ -29,12 +29,24 @@ def spec(**over) -> GraphsSpec:
         ({"supernodes": {"plt.p": {"a": ["L1.2@3"], "b": ["L1.2@3"]}}}, "'L1.2@3' stands twice"),
         ({"supernodes": {"plt.p": {"a": ["feature 5"]}}}, "pattern"),
         ({"node_share": 1.5}, "less than 1"),
-        ({"dictionaries": {}}, "at least 1"),
+        ({"prompts": {}}, "at least 1"),
     ],
 )
 def test_a_section_that_cannot_be_meant_is_told(over, sentence):
     with pytest.raises(ValidationError, match=sentence):
         spec(**over)
+
+
+def test_without_names_every_dictionary_over_all_layers_is_traced():
+    over = {"dictionaries": {}, "supernodes": {"clt_k4.p": {"a": ["L1.2@3"]}}}
+    assert spec(**over).of_all(["clt_k4", "plt_k4"]).dictionaries == {
+        "clt_k4": "clt_k4", "plt_k4": "plt_k4",
+    }  # fmt: skip
+    assert spec().of_all(["clt_k4"]) == spec()
+    with pytest.raises(ValidationError, match=r"no graph 'clt_k4\.p'"):
+        spec(**over).of_all(["clt_k8"])
+    with pytest.raises(ValueError, match=r"sae\.dictionaries has none over all layers; add"):
+        spec(dictionaries={}).of_all([])
 
 
 def test_a_name_means_one_dictionary_per_layer_or_one_over_all():

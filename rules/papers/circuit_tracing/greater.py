@@ -16,6 +16,7 @@ digits the next token is the tens digit, and
 """
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from typing import Any
 
@@ -117,11 +118,8 @@ def logits_of(
         return torch.cat([x[:, :-1], edit(x[:, -1]).to(x.dtype)[:, None]], 1)
 
     last = f"blocks.{hf.config.num_hidden_layers - 1}.hook_resid_post"
-    if edit is None:
+    with hooks.edited(hf, hook, whole) if edit else nullcontext():
         stream = hooks.run_to(hf, tokens, [last])[last]
-    else:
-        with hooks.edited(hf, hook, whole):
-            stream = hooks.run_to(hf, tokens, [last])[last]
     return splice.unembed(hf, stream[:, -1])
 
 
