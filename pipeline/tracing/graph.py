@@ -18,8 +18,10 @@ what layer m writes, in the replacement model with patterns and norms' scales ke
 4. Edges into a node, and its bias, sum to its pre-activation: `Graph.balance` is by how much not.
 """
 
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int64
@@ -237,7 +239,25 @@ def free_bytes(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0]
     import psutil
 
-    return psutil.virtual_memory().available
+    return min(psutil.virtual_memory().available, *limits())
+
+
+def limits(
+    own: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
+) -> Iterator[float]:
+    """What the limits of a container or of a cluster's job leave: of the process's control group
+    (version 2) and of each above it; inf where nothing limits it.
+    """
+    yield math.inf
+    lines = own.read_text().splitlines() if own.is_file() else []
+    path = next((line[3:] for line in lines if line.startswith("0::")), None)
+    group = root / path.lstrip("/") if path else root
+    for at in (group, *group.parents):
+        files = [at / f"memory.{name}" for name in ("max", "current", "stat")]
+        if all(f.is_file() for f in files) and (most := files[0].read_text().strip()) != "max":
+            stat = dict(line.split() for line in files[2].read_text().splitlines())
+            held = int(files[1].read_text()) - int(stat.get("inactive_file", 0))
+            yield max(int(most) - held, 0)
 
 
 def check_memory(

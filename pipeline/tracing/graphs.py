@@ -322,9 +322,9 @@ def traced(
     words = {t: text.context([t], ids.tolist())[0] for t in graph.logits.tokens.tolist()}
     top = words[int(graph.logits.tokens[0])]
     if not is_word(top, said.prompt):
-        cli.log.info(
-            "%s: the most probable token '%s' is no word in the letters of the prompt; the graph "
-            "explains it all the same, so name an answer, or another prompt", prompt, top,
+        cli.log.warning(
+            "graphs.prompts.%s: the most probable token %r is no word in letters of the prompt; "
+            "the graph explains it all the same, so name an answer, or another prompt", prompt, top,
         )  # fmt: skip
     groups = spec.supernodes.get(f"{name}.{prompt}", {})
     rows = {
@@ -338,6 +338,12 @@ def traced(
     near = replacement.fidelity(
         _capped(model.linear.logits[d.skip_first :], cap), _capped(frozen, cap)
     )
+    if (left := left_out(model)) >= 1:
+        cli.log.warning(
+            "graphs.dictionaries.%s: on '%s' its errors are %.2f times as large as what the MLPs "
+            "write varies, so that the graph is one of errors; it may be another model's, name one "
+            "that was trained on this one", name, prompt, left,
+        )  # fmt: skip
     n_kept = int(pruned.nodes[: graph.n_chosen].sum())
     replaced, complete = scores(graph.edges, levels, p, graph.n_pos)
     score = {
@@ -347,12 +353,24 @@ def traced(
         "n_active": len(graph.features), "n_features": graph.n_chosen, "n_kept": n_kept,
         "n_kept_edges": int(pruned.edges.sum()), "l0": len(graph.features) / len(ids),
         "pruned_l0": n_kept / len(ids), "replacement_score": replaced,
-        "completeness_score": complete, "kl_frozen": near.kl, "agreement_frozen": near.agreement,
+        "completeness_score": complete, "unexplained": left, "kl_frozen": near.kl,
+        "agreement_frozen": near.agreement,
         "balance_error": graph.balance(), **faithfulness(rows["suppressed"]),
     }  # fmt: skip
     rows["scores"] = [score]
     about = {"dictionary": name, "prompt": prompt}
     return {table: [about | row for row in found] for table, found in rows.items()}
+
+
+def left_out(model: Replacement) -> float:
+    """Share of the variance of what the MLPs write on the prompt that is in error nodes, mean over
+    layers."""
+    first = model.dictionaries.skip_first
+    shares = [
+        float(e[first:].square().sum() / (y[first:] - y[first:].mean(0)).square().sum())
+        for e, y in zip(model.errors, model.linear.y, strict=True)
+    ]
+    return sum(shares) / len(shares)
 
 
 def _capped(logits: Tensor, cap: float) -> Tensor:

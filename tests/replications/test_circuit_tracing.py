@@ -75,6 +75,39 @@ def test_every_dictionary_is_traced_at_every_scale(scale):
     assert len(spec.activations.hooks) == {"smoke": 4, "laptop": 8, "paper": 60}[scale]
 
 
+def finetuned_table() -> pd.DataFrame:
+    """KL .4 before, .3 on the error and .2 on KL, .01 more for seed 1."""
+    kls = {"none": 0.4, "mse": 0.3, "kl": 0.2, "shuffled": 0.5}
+    return pd.DataFrame([
+        {"dictionary": f"skip_k8_seed{seed}", "objective": objective, "kl": kl + 0.01 * seed,
+         "unexplained": 0.2, "replacement_score": 0.7, "agreement": 0.5}
+        for seed in (0, 1) for objective, kl in kls.items()
+    ])  # fmt: skip
+
+
+def test_measures_of_own_stages_by_family():
+    made = tables() | {"finetuning/tuned": finetuned_table()}
+    made["greater/effects"] = pd.DataFrame({"layer": [-1, 0, 1], "difference": [0.5, 0.2, 0.4]})
+    rows = [
+        {"dictionary": name, "layer": 0, "units": units, "n": n, "recovered": share}
+        for name in ("plt_k32_seed0", "plt_random_k32_seed0")
+        for units, share in (("latents", 0.6 if "random" not in name else 0.1), ("neurons", 0.3))
+        for n in (0, 1, 8, 24)
+    ]
+    made["greater/kept"] = pd.DataFrame(rows)
+    scores = made["graphs/trained_scores"]
+    for column, value in (("answer_rank", 1.0), ("p_answer", 0.6), ("faithfulness_logits", 0.5),
+                          ("faithfulness_logits_null", 0.1)):  # fmt: skip
+        scores[column] = value
+    found = METRICS.metrics(made)
+    assert found["finetuned.skip.kl.kl"] == pytest.approx([0.2, 0.21])
+    assert found["finetuned.skip.mse.kl"] == pytest.approx([0.3, 0.31])
+    assert found["greater.difference"] == 0.5 and found["greater.effect"] == pytest.approx(0.3)
+    assert found["greater.plt.lead"] == pytest.approx(0.3)
+    assert found["greater.plt_random.lead"] == pytest.approx(-0.2)
+    assert found["prompt.a.answer_rank"] == 1 and found["prompt.b.clt.faithfulness_logits"] == 0.5
+
+
 def test_figures_draw_the_tables():
     figures = import_file(PAPER / "figures.py")
     made = tables()
@@ -83,6 +116,7 @@ def test_figures_draw_the_tables():
         (figures.replaced, only),
         (figures.error, {"transcoders/trained": made["transcoders/trained"]}),
         (figures.faithful, {"graphs/trained_scores": made["graphs/trained_scores"]}),
+        (figures.tuned, {"finetuning/tuned": finetuned_table()}),
     ):
         figure, numbers = draw(given, {})
         assert len(figure.data) >= 2 and len(numbers) >= 3

@@ -176,6 +176,20 @@ def test_a_graph_that_does_not_fit_says_the_largest_that_does():
         graph.check_memory(found, 3, n, 8, free=10)
 
 
+def test_a_jobs_own_limit_counts_as_memory(tmp_path):
+    group = tmp_path / "fs/slurm/job_7"
+    group.mkdir(parents=True)
+    (tmp_path / "cgroup").write_text("0::/slurm/job_7\n")
+    limited = {"max": "9000\n", "current": "5000\n", "stat": "anon 3000\ninactive_file 2000\n"}
+    for at, said in ((group.parent, limited), (group, limited | {"max": "max\n"})):
+        for name, text in said.items():
+            (at / f"memory.{name}").write_text(text)
+    found = graph.limits(tmp_path / "cgroup", tmp_path / "fs")
+    assert min(found) == 9000 - 3000
+    assert [*graph.limits(tmp_path / "none", tmp_path / "none")] == [float("inf")]
+    assert 0 < graph.free_bytes(torch.device("cpu")) < 2**50
+
+
 # --- influence: two logits, two features, two errors, one embedding ------------------------
 
 #             feature 0, feature 1, error 0, error 1, embedding

@@ -94,14 +94,12 @@ def tuned(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     panels, values = Panels(), {measure: [] for measure in TUNED}
     for objective, (name, colour) in OBJECTIVES.items():
         rows = frame[frame["objective"] == objective]
-        for measure in TUNED:
-            values[measure].append(rows[measure].tolist())
+        values = {m: [*found, rows[m].tolist()] for m, found in values.items()}
         families = [NAMES[f][0] for f in rows["family"]]
-        hover = f"%{{x}}, {name}: %{{y:.3~g}}"
-        panels.add(0, bars(families, rows["kl"], name, colour, hover=hover))
-    chosen(panels.figure, {
-        text: [{"y": values[measure]}, {"yaxis.title.text": text}]
-        for measure, text in TUNED.items()
-    })  # fmt: skip
+        panels.add(
+            0, bars(families, rows["kl"], name, colour, hover=f"%{{x}}, {name}: %{{y:.3~g}}")
+        )
+    menu = {text: [{"y": values[m]}, {"yaxis.title.text": text}] for m, text in TUNED.items()}
+    chosen(panels.figure, menu)
     panels.axes("", TUNED["kl"])
     return panels.finish(420, top=48), frame

@@ -101,10 +101,8 @@ def work(job: cli.Job, options: Options) -> own.Tables:
     read = blocks(corpus, "train").to(device)
     held_out = blocks(corpus, "eval", options.n_blocks).to(device)
     front = [] if loaded.bos_id is None else [loaded.bos_id]
-    prompts = [
-        torch.tensor([*front, *text.encode(loaded.tokenizer, p)], device=device)
-        for p in options.prompts
-    ]
+    ids = [[*front, *text.encode(loaded.tokenizer, p)] for p in options.prompts]
+    prompts = [torch.tensor(one, device=device) for one in ids]
     for name in options.dictionaries:
         for objective in ("none", *options.objectives):
             d = from_layers(found_in(args.transcoders, name, device), skip_first)
