@@ -321,11 +321,6 @@ def traced(
     texts = text.context(ids.tolist())
     words = {t: text.context([t], ids.tolist())[0] for t in graph.logits.tokens.tolist()}
     top = words[int(graph.logits.tokens[0])]
-    if not is_word(top, said.prompt):
-        cli.log.warning(
-            "graphs.prompts.%s: the most probable token %r is no word in letters of the prompt; "
-            "the graph explains it all the same, so name an answer, or another prompt", prompt, top,
-        )  # fmt: skip
     groups = spec.supernodes.get(f"{name}.{prompt}", {})
     rows = {
         "nodes": node_rows(graph, pruned, ids.tolist(), texts, words, groups),
@@ -429,6 +424,13 @@ def work(job: cli.Job) -> None:
             for table, some in found.items():
                 rows.setdefault(table, []).extend(some)
         cli.log.info("%s: %d prompts traced", name, len(spec.prompts))
+    for prompt, row in {row["prompt"]: row for row in rows.get("scores", [])}.items():
+        if not row["top_is_word"]:
+            cli.log.warning(
+                "graphs.prompts.%s: the most probable token %r is no word in the prompt's letters; "
+                "its graphs explain it all the same, so name an answer, or another prompt",
+                prompt, row["top"],
+            )  # fmt: skip
     if not rows:
         raise RetraceError(
             f"graphs.dictionaries: none of {', '.join(spec.dictionaries)} is of this arm; add one, "

@@ -1,6 +1,7 @@
 """The stage graphs: what it loads, refuses, and writes of a graph."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import drawn
@@ -134,6 +135,26 @@ def test_an_improbable_answer_is_explained_too(case):
     mean = model.linear.W_U.mean(0)
     torch.testing.assert_close(more.directions[-1], model.linear.W_U[unlikely] - mean)
     assert graphs.with_answer(graph.logits, model, int(graph.logits.tokens[0]), 0.0) is graph.logits
+
+
+def test_dictionaries_of_another_model_leave_everything_unexplained(case):
+    model, *_ = case
+    y = torch.stack(model.linear.y)
+    none = replace(
+        model, errors=[*(y - y.mean(1, keepdim=True))]
+    )  # each MLP's mean is all they know
+    assert graphs.left_out(none) == pytest.approx(1)
+    assert graphs.left_out(replace(model, errors=[0 * e for e in model.errors])) == 0
+    assert graphs.left_out(model) > 1  # at random
+
+
+def test_the_place_of_an_answer():
+    logits = torch.tensor([1.0, 3.0, 2.0])
+    found = graphs.place_of(2, logits, 0.0)
+    assert found == pytest.approx({"p_answer": float(logits.softmax(0)[2]), "answer_rank": 2})
+    flat = graphs.place_of(1, logits, 1e-3)["p_answer"]  # a cap of nearly nothing
+    assert flat == pytest.approx(1 / 3, rel=1e-2)
+    assert all(value != value for value in graphs.place_of(None, logits, 0.0).values())
 
 
 def test_faithfulness_is_a_rank_correlation_of_each_kind():
