@@ -249,15 +249,21 @@ def limits(
     (version 2) and of each above it; inf where nothing limits it.
     """
     yield math.inf
-    lines = own.read_text().splitlines() if own.is_file() else []
+    lines = _lines(own) if own.is_file() else []
     path = next((line[3:] for line in lines if line.startswith("0::")), None)
     group = root / path.lstrip("/") if path else root
     for at in (group, *group.parents):
         files = [at / f"memory.{name}" for name in ("max", "current", "stat")]
-        if all(f.is_file() for f in files) and (most := files[0].read_text().strip()) != "max":
-            stat = dict(line.split() for line in files[2].read_text().splitlines())
-            held = int(files[1].read_text()) - int(stat.get("inactive_file", 0))
-            yield max(int(most) - held, 0)
+        if not all(f.is_file() for f in files):
+            continue
+        (most, *_), (current, *_), stat = map(_lines, files)
+        if most != "max":
+            spare = dict(line.split() for line in stat).get("inactive_file", 0)
+            yield max(int(most) - int(current) + int(spare), 0)
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines()
 
 
 def check_memory(
