@@ -117,10 +117,10 @@ class GraphsSpec(Section):
     """Attribution graphs of prompts through dictionaries of all layers (Ameisen et al. 2025)."""
 
     dictionaries: dict[Name, str] = Field(
-        min_length=1,
+        default={},
         description="a name in tables and metrics, and the dictionaries that it means: a "
         "dictionary over all layers, or the names of one per layer with {layer} in the place of "
-        "its number",
+        "its number; default: every dictionary over all layers, under its own name",
     )
     prompts: dict[Name, TracedPrompt] = Field(min_length=1)
     without: list[Name] = Field(default=[], description="arms that are left out")
@@ -156,13 +156,31 @@ class GraphsSpec(Section):
     @model_validator(mode="after")
     def _known(self) -> "GraphsSpec":
         graphs = [f"{d}.{p}" for d in self.dictionaries for p in self.prompts]
-        _in("supernodes", "graph", list(self.supernodes), graphs)
+        if graphs:
+            _in("supernodes", "graph", list(self.supernodes), graphs)
         for graph, groups in self.supernodes.items():
             nodes = [node for group in groups.values() for node in group]
             for node in nodes:
                 if nodes.count(node) > 1:
                     raise ValueError(f"supernodes.{graph}: '{node}' stands twice; name it once")
         return self
+
+    def of_all(self, names: list[str]) -> "GraphsSpec":
+        """With every dictionary over all layers where it names none.
+
+        Raises:
+            ValueError: there is none.
+        """
+        if self.dictionaries:
+            return self
+        if not names:
+            raise ValueError(
+                "graphs.dictionaries: sae.dictionaries has none over all layers; add one with "
+                "`layers: each` or `layers: cross`, or name one per layer: {plt: 'plt_{layer}'}"
+            )
+        return GraphsSpec.model_validate(
+            self.model_dump() | {"dictionaries": {n: n for n in names}}
+        )
 
     def among(self, name: str, known: list[str]) -> list[str]:
         """Those of some dictionaries that a name means, whatever the number of layers is."""

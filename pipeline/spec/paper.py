@@ -337,6 +337,9 @@ class PaperSpec(Section):
                     )
         self._check_claims()
         self._check_saes()
+        if self.graphs:
+            layered = [n for n, s in self.sae.expanded().items() if isinstance(s, TranscodersSpec)]
+            object.__setattr__(self, "graphs", self.graphs.of_all(layered))
         for name in self.graphs.dictionaries if self.graphs else []:
             if not self.graphs.among(name, list(known := self.sae.expanded())):
                 meant = self.graphs.dictionaries[name]

@@ -45,8 +45,22 @@ def plain(tokenizer: Any) -> Any:
 
 
 def encode(tokenizer: Any, text: str) -> list[int]:
-    """Ids of a text, without BOS."""
-    return tokenizer(text, add_special_tokens=False)["input_ids"]
+    """Ids of a text, without BOS.
+
+    Raises:
+        RetraceError: it holds a character that a tokenizer of characters does not know.
+    """
+    try:
+        return tokenizer(text, add_special_tokens=False)["input_ids"]
+    except Exception as e:  # of tokenizers, of no class of its own
+        if "Unk token" not in str(e):
+            raise
+        known = tokenizer.get_vocab()
+        unknown = "".join(dict.fromkeys(c for c in text if c not in known))
+        raise RetraceError(
+            f"text {text[:60]!r}: the tokenizer has no token for {unknown!r}; leave these "
+            f"characters out, or make the tokenizer from a text that has them"
+        ) from e
 
 
 def following(tokenizer: Any, before: str, text: str) -> list[int]:

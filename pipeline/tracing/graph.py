@@ -12,15 +12,16 @@ what layer m writes, in the replacement model with patterns and norms' scales ke
 1. Nodes: active features, an error for each layer and position, an embedding for each position, and
    logits: the smallest set of tokens with a probability of 0.95 together, at most 10. A logit is
    taken less the mean over the vocabulary.
-2. `Tracer.rows` pulls a batch of targets back at once and multiplies the gradient at each layer
-   with what features, errors and embeddings write there, position by position.
+2. `Tracer.rows` (rows.py) gives the effects on a batch of targets.
 3. Where fewer features are wanted than are active, those of largest influence on the logits are
    taken, ranked anew as rows come in (`trace`).
 4. Edges into a node, and its bias, sum to its pre-activation: `Graph.balance` is by how much not.
 """
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 from jaxtyping import Float, Int64
@@ -28,8 +29,9 @@ from torch import Tensor
 
 from pipeline.errors import RetraceError
 from pipeline.models import splice
-from pipeline.tracing.influence import influence
+from pipeline.tracing.influence import row_sums
 from pipeline.tracing.replacement import Features, Replacement
+from pipeline.tracing.rows import Packed, Tracer
 
 UPDATE = 4  # batches between two rankings, as in circuit-tracer
 FLOAT = 4  # bytes
@@ -105,110 +107,8 @@ class Graph:
         0 but for rounding.
         """
         left = (self.edges.sum(1) + self.left_out + self.bias - self.value).abs()
-        terms = self.edges.abs().sum(1) + self.bias.abs() + self.value.abs()
+        terms = row_sums(self.edges) + self.bias.abs() + self.value.abs()
         return float((left / terms.clamp(min=1e-10)).max())
-
-
-class Tracer:
-    """Rows of direct effects, of any targets of a prompt.
-
-    Args:
-        replacement: of the prompt.
-    """
-
-    def __init__(self, replacement: Replacement) -> None:
-        self.replacement, self.linear = replacement, replacement.linear
-        self.n_layers, self.n_pos = len(self.linear.layers), self.linear.n_pos
-        self.n_features = len(replacement.features)
-        self.n_columns = self.n_features + (self.n_layers + 1) * self.n_pos
-        self.writers: list[list[Writer]] = [[] for _ in range(self.n_layers)]
-        d, features = replacement.dictionaries, replacement.features
-        for layer in range(self.n_layers):
-            columns = features.of_layer(layer)
-            if columns.start == columns.stop:
-                continue
-            numbers, a = features.number[columns], features.activation[columns, None]
-            last = min(layer + d.W_dec[layer].shape[1], self.n_layers)
-            for out in range(layer, last):
-                rows = d.rows(layer, numbers, out) * a
-                writer = Writer(columns.start, features.position[columns], rows, self.n_pos)
-                self.writers[out].append(writer)
-
-    @torch.no_grad()
-    def rows(
-        self, layers: Int64[Tensor, " batch"], positions: Int64[Tensor, " batch"],
-        directions: Float[Tensor, "batch d_model"],
-    ) -> Float[Tensor, "batch columns"]:  # fmt: skip
-        """Direct effects of all nodes on targets.
-
-        Args:
-            layers: not increasing; n_layers for logits.
-            directions: rows of W_enc, or of the unembedding.
-        """
-        out = directions.new_zeros(len(layers), self.n_columns)
-        errors, embeds = self.n_features, self.n_columns - self.n_pos
-        for at, g in self.linear.pulled_back(layers.tolist(), positions, directions):
-            n = g.shape[1]
-            if at < 0:
-                out[:, embeds : embeds + n] = _products(g, self.linear.embed[:n])
-                break
-            some = out[: len(g)]
-            for writer in self.writers[at]:
-                writer.add(g, some)
-            start = errors + at * self.n_pos
-            some[:, start : start + n] = _products(g, self.replacement.errors[at][:n])
-        return out
-
-    def feature_rows(self, some: Int64[Tensor, " batch"]) -> Float[Tensor, "batch columns"]:
-        """Direct effects on features, by their places among all active ones, of falling layers."""
-        features, d = self.replacement.features, self.replacement.dictionaries
-        layers, numbers = features.layer[some], features.number[some]
-        directions = torch.empty(len(some), d.W_enc[0].shape[1]).to(self.linear.embed)
-        for layer in layers.unique().tolist():
-            mine = layers == layer
-            directions[mine] = d.W_enc[layer][numbers[mine]]
-        return self.rows(layers, features.position[some], directions)
-
-
-def _products(
-    g: Float[Tensor, "batch pos d_model"], x: Float[Tensor, "pos d_model"]
-) -> Float[Tensor, "batch pos"]:
-    return torch.einsum("bpd,pd->bp", g, x)
-
-
-class Writer:
-    """What the features of one layer write into one layer, position by position.
-
-    A position has its features side by side, filled up to the largest number that one has, so that
-    one batched product serves all positions.
-
-    Args:
-        start: the column of the first feature.
-        positions: of the features, increasing.
-        rows: what they write.
-    """
-
-    def __init__(
-        self, start: int, positions: Int64[Tensor, " n"], rows: Float[Tensor, "n d_model"],
-        n_pos: int,
-    ) -> None:  # fmt: skip
-        counts = torch.bincount(positions, minlength=n_pos)
-        ends = counts.cumsum(0)
-        self.start, self.ends, self.width = start, ends.tolist(), int(counts.max())
-        within = torch.arange(len(positions), device=rows.device) - (ends - counts)[positions]
-        self.place = positions * self.width + within
-        self.padded = rows.new_zeros(n_pos, self.width, rows.shape[1])
-        self.padded[positions, within] = rows
-
-    def add(
-        self, g: Float[Tensor, "batch pos d_model"], out: Float[Tensor, "batch columns"]
-    ) -> None:
-        """Add the effects of these features to their columns of `out`."""
-        n = g.shape[1]
-        count = self.ends[n - 1]
-        found = torch.bmm(g.transpose(0, 1), self.padded[:n].transpose(1, 2))  # [pos batch width]
-        flat = found.transpose(0, 1).flatten(1)
-        out[:, self.start : self.start + count] += flat[:, self.place[:count]]
 
 
 # --- the graph -----------------------------------------------------------------------------
@@ -229,52 +129,71 @@ def trace(
     Raises:
         RetraceError: the graph does not fit into memory.
     """
-    features = replacement.features
+    features, n_logits = replacement.features, len(logits.tokens)
     wanted = min(max_features or len(features), len(features))
-    check_memory(replacement, len(logits.tokens), wanted, batch_size)
-    tracer, n_logits = Tracer(replacement), len(logits.tokens)
-    edges = replacement.linear.embed.new_empty(n_logits + wanted, tracer.n_columns)
+    check_memory(replacement, n_logits, wanted, batch_size)
+    tracer = Tracer(replacement)
     top = torch.full_like(logits.tokens, tracer.n_layers)
     last = torch.full_like(logits.tokens, tracer.n_pos - 1)
-    edges[:n_logits] = tracer.rows(top, last, logits.directions)
-    done = features.layer.new_empty(0)
-    while len(done) < wanted:
-        some = _next(tracer, edges[: n_logits + len(done)], logits, done, wanted, batch_size)
-        # Those of early positions together, since what lies behind the last one is left out.
-        for batch in some[features.position[some].argsort(stable=True)].split(batch_size):
-            batch = batch[features.layer[batch].argsort(descending=True, stable=True)]
-            start = n_logits + len(done)
-            edges[start : start + len(batch)] = tracer.feature_rows(batch)
-            done = torch.cat([done, batch])
-            on_progress(len(done), wanted)
-    order = done.argsort()
-    rows = torch.cat([order + n_logits, torch.arange(n_logits, device=order.device)])
-    chosen = done[order]
-    columns = torch.cat(
-        [chosen, torch.arange(len(features), tracer.n_columns, device=chosen.device)]
-    )
-    whole = edges[rows] if wanted == len(features) else edges[rows[:, None], columns]
+    of_logits = tracer.rows(top, last, logits.directions)
+    found = _all if wanted == len(features) else _strongest
+    chosen, whole, left_out = found(tracer, of_logits, logits, wanted, batch_size, on_progress)
     bias, value = _biases(replacement, chosen, logits)
-    left_out = (
-        edges.sum(1)[rows] - whole.sum(1) if wanted < len(features) else torch.zeros_like(bias)
-    )
     return Graph(
         features, chosen, logits, tracer.n_layers, tracer.n_pos, whole, bias, value, left_out
     )
 
 
-def _next(
-    tracer: Tracer, edges: Tensor, logits: Logits, done: Tensor, wanted: int, batch_size: int
-) -> Int64[Tensor, " n"]:
-    """The features that are traced next, increasing."""
-    n, features = tracer.n_features, tracer.replacement.features
-    if wanted == n:
-        return torch.arange(n, device=edges.device)
-    levels = torch.cat([torch.full_like(logits.tokens, tracer.n_layers), features.layer[done]])
-    ranks = influence(edges, levels, logits.probabilities, done)[:n]
-    ranks[done] = -1.0
-    count = min(UPDATE * batch_size, wanted - len(done))
-    return ranks.argsort(descending=True)[:count].sort().values
+Found = tuple[Int64[Tensor, " n"], Float[Tensor, "rows columns"], Float[Tensor, " rows"]]
+
+
+def _all(
+    tracer: Tracer, of_logits: Tensor, logits: Logits, wanted: int, batch_size: int,
+    on_progress: Callable[[int, int], None],
+) -> Found:  # fmt: skip
+    """(every feature, its rows and those of logits, nothing that is left out)."""
+    chosen = torch.arange(wanted, device=of_logits.device)
+    whole = of_logits.new_empty(wanted + len(of_logits), tracer.n_columns)
+    whole[wanted:], done = of_logits, 0
+    for batch in _batches(tracer, chosen, batch_size):
+        whole[batch] = tracer.feature_rows(batch)
+        on_progress(done := done + len(batch), wanted)
+    return chosen, whole, whole.new_zeros(len(whole))
+
+
+def _strongest(
+    tracer: Tracer, of_logits: Tensor, logits: Logits, wanted: int, batch_size: int,
+    on_progress: Callable[[int, int], None],
+) -> Found:  # fmt: skip
+    """(the features of largest influence, effects among them and on logits, those of others)."""
+    levels, packed = tracer.replacement.features.layer, Packed(tracer)
+    top = torch.full_like(logits.tokens, tracer.n_layers)
+    packed.reserve(top, of_logits)
+    packed.add(top, torch.arange(len(top), device=top.device), of_logits)
+    done = levels.new_empty(0)
+    while len(done) < wanted:
+        ranks = packed.influence(logits.probabilities)[: tracer.n_features]
+        ranks[done] = -1.0
+        count = min(UPDATE * batch_size, wanted - len(done))
+        some = ranks.argsort(descending=True)[:count].sort().values
+        packed.reserve(levels[some], of_logits)
+        for batch in _batches(tracer, some, batch_size):
+            packed.add(levels[batch], batch, tracer.feature_rows(batch))
+            done = torch.cat([done, batch])
+            on_progress(len(done), wanted)
+    chosen = done.sort().values
+    return chosen, *packed.between(chosen, len(top))
+
+
+def _batches(
+    tracer: Tracer, some: Int64[Tensor, " n"], size: int
+) -> Iterator[Int64[Tensor, " batch"]]:
+    """Features that are traced at once, of falling layers; those of early positions together, since
+    what lies behind the last one is left out.
+    """
+    features = tracer.replacement.features
+    for batch in some[features.position[some].argsort(stable=True)].split(size):
+        yield batch[features.layer[batch].argsort(descending=True, stable=True)]
 
 
 def _biases(
@@ -301,16 +220,17 @@ def _biases(
 
 def bytes_of(replacement: Replacement, n_logits: int, n_chosen: int, batch_size: int) -> int:
     """Bytes that a graph of so many features takes while it is made."""
-    linear, d = replacement.linear, replacement.dictionaries
-    n, n_pos, width = len(replacement.features), linear.n_pos, linear.embed.shape[1]
+    linear, features = replacement.linear, replacement.features
+    n, n_pos, width = len(features), linear.n_pos, linear.embed.shape[1]
     n_layers = len(linear.layers)
     columns = n + (n_layers + 1) * n_pos
-    rows = n_chosen + n_logits
-    edges = rows * (columns + n_chosen + (n_layers + 1) * n_pos)
-    per_layer = torch.bincount(replacement.features.layer, minlength=n_layers).tolist()
-    written = sum(c * w.shape[1] for c, w in zip(per_layer, d.W_dec, strict=True)) * width
-    batch = batch_size * (columns * 2 + n_pos * width * 6)
-    return FLOAT * (edges + 2 * written + batch)
+    edges = (n_chosen + n_logits) * (n_chosen + (n_layers + 1) * n_pos)
+    per_layer = torch.bincount(features.layer, minlength=n_layers)
+    below = (per_layer.cumsum(0) - per_layer)[features.layer[n - n_chosen :]]
+    highest = below + (features.layer[n - n_chosen :] + 1) * n_pos  # at most as wide as these
+    packed = int(highest.sum()) + n_logits * columns if n_chosen < n else 0
+    batch = batch_size * (columns * 2 + n_pos * width * 6) + 4 * int(per_layer.max()) * width
+    return FLOAT * (edges + packed + batch)
 
 
 def free_bytes(device: torch.device) -> int:
@@ -319,7 +239,31 @@ def free_bytes(device: torch.device) -> int:
         return torch.cuda.mem_get_info(device)[0]
     import psutil
 
-    return psutil.virtual_memory().available
+    return min(psutil.virtual_memory().available, *limits())
+
+
+def limits(
+    own: Path = Path("/proc/self/cgroup"), root: Path = Path("/sys/fs/cgroup")
+) -> Iterator[float]:
+    """What the limits of a container or of a cluster's job leave: of the process's control group
+    (version 2) and of each above it; inf where nothing limits it.
+    """
+    yield math.inf
+    lines = _lines(own) if own.is_file() else []
+    path = next((line[3:] for line in lines if line.startswith("0::")), None)
+    group = root / path.lstrip("/") if path else root
+    for at in (group, *group.parents):
+        files = [at / f"memory.{name}" for name in ("max", "current", "stat")]
+        if not all(f.is_file() for f in files):
+            continue
+        (most, *_), (current, *_), stat = map(_lines, files)
+        if most != "max":
+            spare = dict(line.split() for line in stat).get("inactive_file", 0)
+            yield max(int(most) - int(current) + int(spare), 0)
+
+
+def _lines(path: Path) -> list[str]:
+    return path.read_text(encoding="utf-8").splitlines()
 
 
 def check_memory(

@@ -18,6 +18,7 @@ from typing import Any
 
 import pandas as pd
 import torch
+from jaxtyping import Float
 from torch import Tensor
 
 from pipeline.errors import RetraceError, nearest
@@ -117,6 +118,14 @@ def with_answer(found: Logits, model: Replacement, answer: int | None, cap: floa
         torch.cat([found.probabilities, p[answer][None]]),
         torch.cat([found.directions, (W_U[answer] - W_U.mean(0))[None]]),
     )
+
+
+def place_of(answer: int | None, logits: Float[Tensor, " d_vocab"], cap: float) -> dict[str, float]:
+    """How probable the answer is, and its rank, 1 for the most probable; NaN without an answer."""
+    if answer is None:
+        return {"p_answer": float("nan"), "answer_rank": float("nan")}
+    p = _capped(logits.float(), cap).softmax(-1)
+    return {"p_answer": float(p[answer]), "answer_rank": float((p > p[answer]).sum() + 1)}
 
 
 def is_word(token: str, prompt: str) -> bool:
@@ -299,7 +308,8 @@ def traced(
     ids = encoded(said, prompt, loaded, device)
     model, cap = Replacement.of(loaded.hf, ids, d), cap_of(loaded.hf)
     found = top_logits(model, cap, spec.n_logits, spec.logit_share)
-    found = with_answer(found, model, answer_of(said, prompt, loaded), cap)
+    answer = answer_of(said, prompt, loaded)
+    found = with_answer(found, model, answer, cap)
     graph = trace(
         model, found, max_features=spec.max_features, batch_size=spec.batch_size,
         on_progress=lambda n, of: cli.log.info("%s, %s: %d of %d features", name, prompt, n, of),
@@ -311,11 +321,6 @@ def traced(
     texts = text.context(ids.tolist())
     words = {t: text.context([t], ids.tolist())[0] for t in graph.logits.tokens.tolist()}
     top = words[int(graph.logits.tokens[0])]
-    if not is_word(top, said.prompt):
-        cli.log.info(
-            "%s: the most probable token '%s' is no word in the letters of the prompt; the graph "
-            "explains it all the same, so name an answer, or another prompt", prompt, top,
-        )  # fmt: skip
     groups = spec.supernodes.get(f"{name}.{prompt}", {})
     rows = {
         "nodes": node_rows(graph, pruned, ids.tolist(), texts, words, groups),
@@ -328,15 +333,23 @@ def traced(
     near = replacement.fidelity(
         _capped(model.linear.logits[d.skip_first :], cap), _capped(frozen, cap)
     )
+    if (left := left_out(model)) >= 1:
+        cli.log.warning(
+            "graphs.dictionaries.%s: on '%s' its errors are %.2f times as large as what the MLPs "
+            "write varies, so that the graph is one of errors; it may be another model's, name one "
+            "that was trained on this one", name, prompt, left,
+        )  # fmt: skip
     n_kept = int(pruned.nodes[: graph.n_chosen].sum())
     replaced, complete = scores(graph.edges, levels, p, graph.n_pos)
     score = {
         "text": said.prompt, "tokens": texts, "top": top, "p_top": float(p[0]),
+        "answer": said.answer, **place_of(answer, model.linear.logits[-1], cap),
         "top_is_word": is_word(top, said.prompt), "n_tokens": len(ids),
         "n_active": len(graph.features), "n_features": graph.n_chosen, "n_kept": n_kept,
         "n_kept_edges": int(pruned.edges.sum()), "l0": len(graph.features) / len(ids),
         "pruned_l0": n_kept / len(ids), "replacement_score": replaced,
-        "completeness_score": complete, "kl_frozen": near.kl, "agreement_frozen": near.agreement,
+        "completeness_score": complete, "unexplained": left, "kl_frozen": near.kl,
+        "agreement_frozen": near.agreement,
         "balance_error": graph.balance(), **faithfulness(rows["suppressed"]),
     }  # fmt: skip
     rows["scores"] = [score]
@@ -344,17 +357,28 @@ def traced(
     return {table: [about | row for row in found] for table, found in rows.items()}
 
 
+def left_out(model: Replacement) -> float:
+    """Share of the variance of what the MLPs write on the prompt that is in error nodes, mean over
+    layers."""
+    first = model.dictionaries.skip_first
+    shares = [
+        float(e[first:].square().sum() / (y[first:] - y[first:].mean(0)).square().sum())
+        for e, y in zip(model.errors, model.linear.y, strict=True)
+    ]
+    return sum(shares) / len(shares)
+
+
 def _capped(logits: Tensor, cap: float) -> Tensor:
     return cap * torch.tanh(logits / cap) if cap else logits
 
 
+@torch.no_grad()
 def replaced(loaded: loader.Loaded, d: Dictionaries, text: Tensor) -> dict[str, float]:
     """How near the replacement model's next tokens are on held-out blocks."""
     found = []
     for block in text:
         ours = replacement.spliced(loaded.hf, block[None], d)[0]
-        with torch.no_grad():
-            theirs = loaded.hf(block[None]).logits[0]
+        theirs = loaded.hf(block[None]).logits[0]
         found.append(replacement.fidelity(theirs[d.skip_first :], ours[d.skip_first :]))
     kl, agreement = (sum(x) / len(found) for x in zip(*found, strict=True))
     return {"kl": kl, "agreement": agreement, "n_blocks": len(found)}
@@ -400,6 +424,13 @@ def work(job: cli.Job) -> None:
             for table, some in found.items():
                 rows.setdefault(table, []).extend(some)
         cli.log.info("%s: %d prompts traced", name, len(spec.prompts))
+    for prompt, row in {row["prompt"]: row for row in rows.get("scores", [])}.items():
+        if not row["top_is_word"]:
+            cli.log.warning(
+                "graphs.prompts.%s: the most probable token %r is no word in the prompt's letters; "
+                "its graphs explain it all the same, so name an answer, or another prompt",
+                prompt, row["top"],
+            )  # fmt: skip
     if not rows:
         raise RetraceError(
             f"graphs.dictionaries: none of {', '.join(spec.dictionaries)} is of this arm; add one, "

@@ -22,6 +22,7 @@ from jaxtyping import Bool, Float, Int64
 from torch import Tensor
 
 LEAST = 1e-10  # of a row's sum
+PIECE = 2**24  # effects that are copied at once
 
 
 class Pruned(NamedTuple):
@@ -67,14 +68,21 @@ def influence(
     for level in levels.unique().flip(0).tolist():
         rows = (levels == level).nonzero()[:, 0]
         weights = p if level == int(levels.max()) else out[column[rows]]
-        for some, w in zip(rows.split(2048), (weights / sums[rows]).split(2048), strict=True):
+        n = _rows(edges)
+        for some, w in zip(rows.split(n), (weights / sums[rows]).split(n), strict=True):
             out += w @ edges[some].abs()
     return out
 
 
 def row_sums(edges: Float[Tensor, "rows columns"]) -> Float[Tensor, " rows"]:
     """Sum of |edges| into each node."""
-    return torch.cat([some.abs().sum(1) for some in edges.split(2048)]).clamp(min=LEAST)
+    pieces = edges.split(_rows(edges))
+    return torch.cat([some.abs().sum(1) for some in pieces]).clamp(min=LEAST)
+
+
+def _rows(edges: Float[Tensor, "rows columns"]) -> int:
+    """How many rows are a piece."""
+    return max(PIECE // max(edges.shape[1], 1), 1)
 
 
 def threshold(scores: Float[Tensor, " n"], share: float) -> Float[Tensor, ""]:

@@ -120,11 +120,13 @@ class Replacement:
         return self.linear.unembedded(self.linear.forward(writes)[1])
 
 
-@torch.no_grad()
 def spliced(
     hf: nn.Module, tokens: Int64[Tensor, "batch pos"], d: Dictionaries
 ) -> Float[Tensor, "batch pos d_vocab"]:
-    """Logits of the model with every MLP's output replaced by the dictionaries' reconstruction."""
+    """Logits of the model with every MLP's output replaced by the dictionaries' reconstruction.
+
+    Gradients reach those weights of the dictionaries that ask for them.
+    """
     read: dict[int, Tensor] = {}
     written: list[Tensor | float] = [0.0] * d.n_layers
     known = d.known(tokens.shape[1])

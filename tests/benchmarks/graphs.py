@@ -3,7 +3,8 @@
     git clone https://github.com/safety-research/circuit-tracer CODE      (d797c82)
     PYTHONPATH=CODE python tests/benchmarks/graphs.py --device cuda       about 6 minutes
     PYTHONPATH=CODE python tests/benchmarks/graphs.py --shape small       on two cores
-    PYTHONPATH=CODE python tests/benchmarks/graphs.py --ours --axes n_tokens d_sae n_layers
+    python tests/benchmarks/graphs.py --ours --axes n_tokens d_sae n_layers
+    python tests/benchmarks/graphs.py --ours --shape tiny --axes n_tokens d_sae n_layers   a minute
 
 SmolLM2-135M's shape with random weights (30 layers of 576, 9 heads, 3 key heads, 49,152 tokens),
 30 x 4,096 random ReLU transcoders with about 40 features active per token and layer, a prompt of 64
@@ -36,27 +37,30 @@ SHAPES = {
     "tiny": {"n_layers": 3, "d_model": 64, "n_heads": 4, "n_key_heads": 2, "d_mlp": 128,
              "d_vocab": 128, "d_sae": 256, "n_tokens": 16, "max_features": 64},
 }  # fmt: skip
-AXES = {"n_tokens": (64, 128, 256, 512), "d_sae": (1024, 2048, 4096, 8192), "n_layers": (8, 15, 30)}
+AXES = {  # times the shape's own size; and what scaling.py calls the axis
+    "n_tokens": ((1, 2, 4, 8), "tokens of a prompt"),
+    "d_sae": ((0.25, 0.5, 1, 2), "features of a layer"),
+    "n_layers": ((0.25, 0.5, 1), "layers traced"),
+}
 BIAS = -2.33  # of pre-activations of variance 1: 1 % are active
 BATCH = 256
 
 
 def child(who: str, case: dict, device: str, repeats: int) -> dict:
     """Seconds and GB of one program, in this process."""
-    import official
+    import random_case
     import torch
 
     shape = {k: case[k] for k in ("n_layers", "d_model", "n_heads", "n_key_heads", "d_mlp")}
-    hf = official.llama(**shape, d_vocab=case["d_vocab"], device=device)
-    d_sae = case["d_sae"]
-    sets = official.transcoders(
-        case["n_layers"], case["d_model"], d_sae, False, BIAS, device, spread=0.0
-    )
+    hf = random_case.llama(**shape, d_vocab=case["d_vocab"], device=device)
+    of_sets = case["n_layers"], case["d_model"], case["d_sae"], False, BIAS, device, 0.0
     tokens = torch.randint(
         0, case["d_vocab"], (case["n_tokens"],), generator=torch.Generator().manual_seed(2)
     ).to(device)
     if who == "theirs":
-        model = official.theirs(hf, sets)
+        import official
+
+        model = official.theirs(hf, official.transcoders(*of_sets))
 
         def graph() -> int:
             made = official.attribute(
@@ -65,14 +69,15 @@ def child(who: str, case: dict, device: str, repeats: int) -> dict:
             return len(made.active_features)
 
     else:
-        dictionaries = official.ours(sets)
+        from pipeline.tracing.graph import top_logits, trace
+        from pipeline.tracing.replacement import Replacement
+
+        dictionaries = random_case.dictionaries(random_case.weights(*of_sets))
 
         def graph() -> int:
-            model = official.Replacement.of(hf, tokens, dictionaries)
-            logits = official.top_logits(model, 0.0, 10, 0.95)
-            made = official.trace(
-                model, logits, max_features=case["max_features"], batch_size=BATCH
-            )
+            model = Replacement.of(hf, tokens, dictionaries)
+            logits = top_logits(model, 0.0, 10, 0.95)
+            made = trace(model, logits, max_features=case["max_features"], batch_size=BATCH)
             return len(made.features)
 
     seconds, processor, peak = [], [], Peak(device)
@@ -140,6 +145,20 @@ def exponent(sizes: list[float], values: list[float]) -> float:
     return sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True)) / over
 
 
+def growth(axis: str, case: dict, device: str, repeats: int) -> list[Row]:
+    """Rows of time and memory along an axis, as scaling.py writes and reads them."""
+    times, name = AXES[axis]
+    sizes = [math.ceil(case[axis] * t) for t in times]
+    found = [measured("ours", case | {axis: n}, device, min(repeats, 2)) for n in sizes]
+    seconds, gib = ([best(f, what) for f in found] for what in ("seconds", "gb"))
+    gib = [max(g, 1e-3) * 1e9 / 2**30 for g in gib]
+    return [
+        Row(f"graphs against {name}", exponent(sizes, values), f"exponent of {of}",
+            higher_is_better=False, runs={"sizes": sizes, key: values})
+        for of, key, values in (("time", "seconds", seconds), ("memory", "gib", gib))
+    ]  # fmt: skip
+
+
 def main() -> None:
     parser = arguments(__doc__)
     parser.add_argument("--device", default="cpu")
@@ -164,17 +183,7 @@ def main() -> None:
             )
         )  # fmt: skip
     for axis in args.axes:
-        found = [
-            measured("ours", case | {axis: n}, args.device, min(args.repeats, 2))
-            for n in AXES[axis]
-        ]
-        for what, units in (("seconds", "exponent of time"), ("gb", "exponent of memory")):
-            values = [best(f, what) for f in found]
-            runs = {"sizes": list(AXES[axis]), what: values}
-            rows.append(
-                Row(f"graphs against {axis}", exponent(AXES[axis], values), units,
-                    higher_is_better=False, runs=runs)
-            )  # fmt: skip
+        rows += growth(axis, case, args.device, args.repeats)
     report("graphs", rows, args.out, args.device)
 
 

@@ -4,6 +4,7 @@
     python tests/benchmarks/scaling.py --axes tokens --steps 3
     python tests/benchmarks/scaling.py --figure scaling.png    or .svg; needs Chromium
     python tests/benchmarks/scaling.py --of scaling.json --figure scaling.png    nothing is measured
+    python tests/benchmarks/scaling.py --of scaling.json graphs.json --figure scaling.png
 
 ours     the exponent p of size^p, by least squares over the sizes but the smallest, of the seconds
          that a stage takes for its own work: what its log calls work less the imports in it
@@ -151,6 +152,7 @@ def kept(path: Path) -> dict:
     runs = [
         (row["case"].split(" against "), row["runs"])
         for row in json.loads(path.read_text())["rows"]
+        if " against " in row["case"]
     ]
     for ((stage, axis), time), (_, memory) in zip(runs[::2], runs[1::2], strict=True):
         found[axis][stage] = time["sizes"], list(zip(time["seconds"], memory["gib"], strict=True))
@@ -239,10 +241,11 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=4, help="sizes, each twice the one before")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--figure", type=Path, help="a .png or .svg; its page goes beside it")
-    parser.add_argument("--of", type=Path, help="what --out kept; nothing is measured")
+    parser.add_argument("--of", type=Path, nargs="+", help="what --out kept; nothing is measured")
     args = parser.parse_args()
     if args.of:
-        return drawn(kept(args.of), args.figure.resolve())
+        found = {axis: of for path in args.of for axis, of in kept(path).items()}
+        return drawn(found, args.figure.resolve())
     base = {axis: smallest * 2 for axis, (smallest, _) in AXES.items()}
     found: dict[str, dict] = {}
     with tempfile.TemporaryDirectory() as folder:

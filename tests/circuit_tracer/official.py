@@ -16,13 +16,14 @@ import torch
 from huggingface_hub import constants
 from transformer_lens import HookedTransformerConfig
 from transformer_lens.pretrained.weight_conversions import convert_llama_weights
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import LlamaForCausalLM
 
 ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 # A constant that circuit-tracer imports for downloads, and that huggingface_hub 1 has no more.
 constants.HF_HUB_ENABLE_HF_TRANSFER = getattr(constants, "HF_HUB_ENABLE_HF_TRANSFER", False)
 
+import random_case  # noqa: E402
 from circuit_tracer.attribution import attribute  # noqa: E402
 from circuit_tracer.graph import prune_graph  # noqa: E402
 from circuit_tracer.replacement_model import ReplacementModel  # noqa: E402
@@ -49,60 +50,16 @@ class Tokenizer:
         return " ".join(map(str, ids.tolist()))
 
 
-def llama(
-    n_layers: int, d_model: int, n_heads: int, n_key_heads: int, d_mlp: int, d_vocab: int,
-    device: str = "cpu", size: float = 0.0,
-) -> LlamaForCausalLM:  # fmt: skip
-    """A random model of Llama's type.
-
-    Args:
-        size: standard deviation of weights; 0: one over the square root of their inputs.
-    """
-    config = LlamaConfig(
-        hidden_size=d_model, num_hidden_layers=n_layers, num_attention_heads=n_heads,
-        num_key_value_heads=n_key_heads, intermediate_size=d_mlp, vocab_size=d_vocab,
-        max_position_embeddings=1024, attn_implementation="eager",
-    )  # fmt: skip
-    torch.manual_seed(0)
-    hf = LlamaForCausalLM(config)
-    with torch.no_grad():
-        for name, p in hf.named_parameters():
-            p.normal_(0, size or p.shape[-1] ** -0.5) if p.dim() > 1 else p.normal_(1, 0.1)
-            if name.endswith("embed_tokens.weight"):
-                p.normal_(0, 1.0)
-    return hf.eval().requires_grad_(False).to(device)
-
-
 def transcoders(
-    n_layers: int,
-    d_model: int,
-    d_sae: int,
-    skip: bool,
-    bias: float,
-    device: str = "cpu",
+    n_layers: int, d_model: int, d_sae: int, skip: bool, bias: float, device: str = "cpu",
     spread: float = 0.1,
-) -> list[SingleLayerTranscoder]:
-    """Random ReLU transcoders; the lower the bias, the fewer features are active.
-
-    Args:
-        spread: standard deviation of the encoders' biases.
-    """
-    draw = torch.Generator().manual_seed(1)
-
-    def drawn(*shape: int, size: float) -> torch.Tensor:
-        return (torch.randn(*shape, generator=draw) * size).to(device)
-
+) -> list[SingleLayerTranscoder]:  # fmt: skip
+    """Random transcoders (random_case.py) as circuit-tracer's."""
     out = []
-    for layer in range(n_layers):
+    found = random_case.weights(n_layers, d_model, d_sae, skip, bias, device, spread)
+    for layer, state in enumerate(found):
         one = SingleLayerTranscoder(d_model, d_sae, torch.nn.functional.relu, layer, skip)
-        weights = {
-            "W_enc": drawn(d_model, d_sae, size=d_model**-0.5),
-            "b_enc": drawn(d_sae, size=spread) + bias,
-            "W_dec": drawn(d_sae, d_model, size=d_model**-0.5),
-            "b_dec": drawn(d_model, size=0.1),
-        }
-        weights |= {"W_skip": drawn(d_model, d_model, size=0.1 * d_model**-0.5)} if skip else {}
-        one.load_state_dict(weights)
+        one.load_state_dict(state)
         out.append(one.requires_grad_(False).to(device))
     return out
 
@@ -168,7 +125,7 @@ def whole(graph: Graph) -> torch.Tensor:
 
 def compare(skip: bool, max_features: int | None) -> None:
     """Both graphs of one prompt; stops at the first difference."""
-    hf = llama(3, 64, 8, 4, 96, 50, size=0.3)
+    hf = random_case.llama(3, 64, 8, 4, 96, 50, size=0.3)
     sets = transcoders(3, 64, 96, skip, bias=-1.0)
     tokens = torch.randint(0, 50, (9,), generator=torch.Generator().manual_seed(2))
     their = attribute(tokens, theirs(hf, sets), batch_size=16, max_feature_nodes=max_features)

@@ -15,7 +15,7 @@ from pipeline.sharing import verify
 from pipeline.spec.paper import PaperSpec, parse
 from pipeline.spec.sources import TokenizerSpec
 from pipeline.store import provenance, tables
-from pipeline.text import corpus, tokenizer
+from pipeline.text import corpus, tokenizer, tokens
 from pipeline.text.tokens import load_tokenizer
 
 TEXT = "First Citizen:\nBefore we proceed,  hear me.\n\nAll:\nSpeak, speak. ' ##a n't\t é 😀\n"
@@ -57,6 +57,13 @@ def test_bytes_outside_the_text_are_tokens_of_bpe():
 def test_a_character_outside_the_text_is_an_error():
     with pytest.raises(Exception, match="a character that the text does not have"):
         encode(MADE["char"], "Ω")
+
+
+def test_a_prompt_with_a_character_outside_the_text_is_one_sentence():
+    made = tokenizer.char(["ba", "c\na"])
+    assert tokens.encode(made, "abc") == [1, 2, 3]
+    with pytest.raises(RetraceError, match="text 'aöbü': the tokenizer has no token for 'öü'"):
+        tokens.encode(made, "aöbü")
 
 
 def test_bpe_merges_what_is_frequent_and_ends_at_its_size():

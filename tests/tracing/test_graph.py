@@ -118,6 +118,31 @@ def test_fewer_features_are_those_that_count_and_their_rows_are_the_same():
     assert first.chosen.tolist() == direct.tolist()
 
 
+@pytest.mark.parametrize(("kind", "sort", "reads", "skip_first"), CASES)
+def test_features_are_ranked_anew_as_rows_come_in(kind, sort, reads, skip_first):
+    """By the whole matrix, each round with the rows so far."""
+    found, whole = made(kind, sort, reads, skip_first)
+    n, p = len(found.features), whole.logits.probabilities
+    wanted, size = n // 2, 2
+    done = torch.empty(0, dtype=torch.long)
+    while len(done) < wanted:
+        rows = torch.cat([done, torch.arange(n, len(whole.edges))])
+        levels = whole.levels[rows]
+        ranks = influence.influence(whole.edges[rows], levels, p, done)[:n]
+        ranks[done] = -1
+        more = ranks.topk(min(graph.UPDATE * size, wanted - len(done))).indices
+        done = torch.cat([done, more]).sort().values
+    some = trace(found, whole.logits, max_features=wanted, batch_size=size)
+    assert some.chosen.tolist() == done.tolist()
+    columns = torch.cat([done, torch.arange(n, whole.edges.shape[1])])
+    rows = torch.cat([done, torch.arange(n, len(whole.edges))])
+    torch.testing.assert_close(
+        some.edges, whole.edges[rows[:, None], columns], rtol=1e-5, atol=1e-6
+    )
+    left = whole.edges[rows].sum(1) - some.edges.sum(1)
+    torch.testing.assert_close(some.left_out, left, rtol=1e-4, atol=1e-5)
+
+
 def test_targets_in_one_batch_do_not_mix():
     found, whole = made(sort="cross")
     tracer = Tracer(found)
@@ -149,6 +174,20 @@ def test_a_graph_that_does_not_fit_says_the_largest_that_does():
     assert graph.bytes_of(found, 3, largest, 8) <= room < graph.bytes_of(found, 3, largest + 1, 8)
     with pytest.raises(RetraceError, match="shorten the prompt"):
         graph.check_memory(found, 3, n, 8, free=10)
+
+
+def test_a_jobs_own_limit_counts_as_memory(tmp_path):
+    group = tmp_path / "fs/slurm/job_7"
+    group.mkdir(parents=True)
+    (tmp_path / "cgroup").write_text("0::/slurm/job_7\n")
+    limited = {"max": "9000\n", "current": "5000\n", "stat": "anon 3000\ninactive_file 2000\n"}
+    for at, said in ((group.parent, limited), (group, limited | {"max": "max\n"})):
+        for name, text in said.items():
+            (at / f"memory.{name}").write_text(text)
+    found = graph.limits(tmp_path / "cgroup", tmp_path / "fs")
+    assert min(found) == 9000 - 3000
+    assert [*graph.limits(tmp_path / "none", tmp_path / "none")] == [float("inf")]
+    assert 0 < graph.free_bytes(torch.device("cpu")) < 2**50
 
 
 # --- influence: two logits, two features, two errors, one embedding ------------------------

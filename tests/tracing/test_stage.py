@@ -1,6 +1,7 @@
 """The stage graphs: what it loads, refuses, and writes of a graph."""
 
 import json
+from dataclasses import replace
 from types import SimpleNamespace
 
 import drawn
@@ -29,12 +30,24 @@ def spec(**over) -> GraphsSpec:
         ({"supernodes": {"plt.p": {"a": ["L1.2@3"], "b": ["L1.2@3"]}}}, "'L1.2@3' stands twice"),
         ({"supernodes": {"plt.p": {"a": ["feature 5"]}}}, "pattern"),
         ({"node_share": 1.5}, "less than 1"),
-        ({"dictionaries": {}}, "at least 1"),
+        ({"prompts": {}}, "at least 1"),
     ],
 )
 def test_a_section_that_cannot_be_meant_is_told(over, sentence):
     with pytest.raises(ValidationError, match=sentence):
         spec(**over)
+
+
+def test_without_names_every_dictionary_over_all_layers_is_traced():
+    over = {"dictionaries": {}, "supernodes": {"clt_k4.p": {"a": ["L1.2@3"]}}}
+    assert spec(**over).of_all(["clt_k4", "plt_k4"]).dictionaries == {
+        "clt_k4": "clt_k4", "plt_k4": "plt_k4",
+    }  # fmt: skip
+    assert spec().of_all(["clt_k4"]) == spec()
+    with pytest.raises(ValidationError, match=r"no graph 'clt_k4\.p'"):
+        spec(**over).of_all(["clt_k8"])
+    with pytest.raises(ValueError, match=r"sae\.dictionaries has none over all layers; add"):
+        spec(dictionaries={}).of_all([])
 
 
 def test_a_name_means_one_dictionary_per_layer_or_one_over_all():
@@ -122,6 +135,26 @@ def test_an_improbable_answer_is_explained_too(case):
     mean = model.linear.W_U.mean(0)
     torch.testing.assert_close(more.directions[-1], model.linear.W_U[unlikely] - mean)
     assert graphs.with_answer(graph.logits, model, int(graph.logits.tokens[0]), 0.0) is graph.logits
+
+
+def test_dictionaries_of_another_model_leave_everything_unexplained(case):
+    model, *_ = case
+    y = torch.stack(model.linear.y)
+    none = replace(
+        model, errors=[*(y - y.mean(1, keepdim=True))]
+    )  # each MLP's mean is all they know
+    assert graphs.left_out(none) == pytest.approx(1)
+    assert graphs.left_out(replace(model, errors=[0 * e for e in model.errors])) == 0
+    assert graphs.left_out(model) > 1  # at random
+
+
+def test_the_place_of_an_answer():
+    logits = torch.tensor([1.0, 3.0, 2.0])
+    found = graphs.place_of(2, logits, 0.0)
+    assert found == pytest.approx({"p_answer": float(logits.softmax(0)[2]), "answer_rank": 2})
+    flat = graphs.place_of(1, logits, 1e-3)["p_answer"]  # a cap of nearly nothing
+    assert flat == pytest.approx(1 / 3, rel=1e-2)
+    assert all(value != value for value in graphs.place_of(None, logits, 0.0).values())
 
 
 def test_faithfulness_is_a_rank_correlation_of_each_kind():

@@ -74,3 +74,32 @@ def faithful(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
         drawn.append(rows.rename(columns={column: "correlation"}))
     panels.axes("", "rank correlation of said and measured")
     return panels.finish(400, top=48), pd.concat(drawn, ignore_index=True)
+
+
+OBJECTIVES = {
+    "none": ("before", PALETTE[1]), "mse": ("on the error alone", PALETTE[2]),
+    "kl": ("on KL and error", PALETTE[0]),
+    "shuffled": ("on KL of other positions, and error", PALETTE[6]),
+}  # fmt: skip
+TUNED = {
+    "kl": "KL of next tokens (nats)", "unexplained": "unexplained variance",
+    "replacement_score": "replacement score", "agreement": "same next token",
+}  # fmt: skip
+
+
+def tuned(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
+    """Measures before and after fine-tuning, a bar per objective; a menu of measures."""
+    frame = named(*tables.values(), "dictionary")
+    frame = frame.groupby(["family", "objective"], as_index=False, sort=False)[list(TUNED)].mean()
+    panels, values = Panels(), {measure: [] for measure in TUNED}
+    for objective, (name, colour) in OBJECTIVES.items():
+        rows = frame[frame["objective"] == objective]
+        values = {m: [*found, rows[m].tolist()] for m, found in values.items()}
+        families = [NAMES[f][0] for f in rows["family"]]
+        panels.add(
+            0, bars(families, rows["kl"], name, colour, hover=f"%{{x}}, {name}: %{{y:.3~g}}")
+        )
+    menu = {text: [{"y": values[m]}, {"yaxis.title.text": text}] for m, text in TUNED.items()}
+    chosen(panels.figure, menu)
+    panels.axes("", TUNED["kl"])
+    return panels.finish(420, top=48), frame

@@ -13,6 +13,14 @@ METRICS = {
     "a's, a interpolated linearly in the logarithm; mean over these, one value a seed",
     "same_k.*": "same_k.<a>_<b>.<measure>: a minus b, mean over ks, one value a seed",
     "family.*": "family.<a>.<measure>: mean over prompts and ks, one value a seed",
+    "finetuned.*": "finetuned.<family>.<objective>.<measure>: on held-out text and the graphs of "
+    "prompts, after fine-tuning on an objective (none: before); mean over ks, one value a seed",
+    "greater.difference": "p(digits above the first year's) - p(those below), mean over prompts",
+    "greater.effect": "what of it is lost where the MLP that is taken apart is at its mean",
+    "greater.*.lead": "greater.<family>.lead: share of that effect that the first n latents keep, "
+    "less that of the first n neurons, mean over n from 1 to 23",
+    "prompt.*": "prompt.<prompt>.<measure>: of the true model: answer_rank, p_answer; and "
+    "prompt.<prompt>.<family>.<measure> of graphs, mean over ks and seeds",
     "graphs.balance_error_max": "largest balance_error of any graph",
 }
 PAIRS = (
@@ -73,8 +81,55 @@ def metrics(tables: dict[str, Any]) -> dict[str, Any]:
     for _, rows in by_dictionary(tables).groupby("seed"):
         for name, value in of_seed(dict(list(rows.groupby("family")))).items():
             out.setdefault(name, []).append(float(value))
+    out |= finetuned(tables.get("finetuning/tuned"))
+    out |= greater(tables.get("greater/effects"), tables.get("greater/kept"))
+    out |= of_prompts(tables.get("graphs/trained_scores"))
     scores = [t["balance_error"].max() for n, t in tables.items() if n.endswith("_scores")]
     return out | ({"graphs.balance_error_max": float(max(scores))} if scores else {})
+
+
+def finetuned(table: pd.DataFrame | None) -> dict[str, list[float]]:
+    """Measures by family and objective, one value a seed."""
+    if table is None:
+        return {}
+    table, out = named(table, "dictionary"), {}
+    measures = [c for c in table if c not in ("dictionary", "objective", "family", "k", "seed")]
+    means = table.groupby(["family", "objective", "seed"])[measures].mean()
+    for (family, objective), rows in means.groupby(level=[0, 1]):
+        for measure in measures:
+            out[f"finetuned.{family}.{objective}.{measure}"] = rows[measure].tolist()
+    return out
+
+
+FEWER = 24  # latents below which neurons do worse, in Dunefsky et al.
+
+
+def greater(effects: pd.DataFrame | None, kept: pd.DataFrame | None) -> dict[str, float]:
+    """What MLPs do for greater-than, and the lead of latents over neurons by dictionary family."""
+    if effects is None or kept is None:
+        return {}
+    by_layer = effects.set_index("layer")["difference"]
+    out = {"greater.difference": by_layer[-1]}
+    out["greater.effect"] = by_layer[-1] - by_layer[kept["layer"].iloc[0]]
+    few = named(kept[kept["n"].between(1, FEWER - 1)], "dictionary")
+    for family, rows in few.groupby("family"):
+        mean = rows.groupby("units")["recovered"].mean()
+        out[f"greater.{family}.lead"] = mean["latents"] - mean["neurons"]
+    return out
+
+
+def of_prompts(scores: pd.DataFrame | None) -> dict[str, float]:
+    """Whether the model gives each prompt's answer, and how its graphs do."""
+    if scores is None or "answer_rank" not in scores:
+        return {}
+    out, table = {}, named(scores, "dictionary")
+    for prompt, rows in table.groupby("prompt"):
+        for column in ("answer_rank", "p_answer"):
+            out[f"prompt.{prompt}.{column}"] = float(rows[column].iloc[0])
+        for family, some in rows.groupby("family"):
+            for column in ("replacement_score", "faithfulness_logits", "faithfulness_logits_null"):
+                out[f"prompt.{prompt}.{family}.{column}"] = float(some[column].mean())
+    return out
 
 
 def of_seed(family: dict[str, pd.DataFrame]) -> dict[str, float]:
