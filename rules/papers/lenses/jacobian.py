@@ -4,7 +4,8 @@ Gurnee et al. (2026); J is fitted by pipeline/weights/jacobian_lens.py, and by n
 
 1. layers    every lens against the prediction over held-out text, and against the logit lens
 2. recovery  of models of data.py: how near the top of a lens the result of the first operation is,
-             at that operation, where the model is going to say another operation or "="
+             at that operation, where the model is going to say another operation or "="; of
+             held-out expressions of two operations that the model answers
 
 Beside J stand what can be mistaken for it: self, of each position's effect on itself alone; future,
 of that on later ones, J less self; far, J of the layer that is farthest away; and untrained, J of
@@ -192,9 +193,11 @@ def of_run(run: trained.Run, how: Options, device: Any, out: own.Tables) -> None
         tokens, wanted, answers = (t.to(device) for t in data.items(given, seed))
         with torch.no_grad():
             right = hf(input_ids=tokens).logits[:, -1].argmax(-1) == answers
-        found = named(recovery(hf, lenses, layers, tokens, wanted, data.F))
-        found = found.assign(accuracy=float(right.float().mean()))
-        out.add({"layers": rows, "recovery": found}, model=run.name, seed=seed)
+        out.add({"layers": rows}, model=run.name, seed=seed)
+        if right.any():
+            found = named(recovery(hf, lenses, layers, tokens[right], wanted[right], data.F))
+            found = found.assign(accuracy=float(right.float().mean()))
+            out.add({"recovery": found}, model=run.name, seed=seed)
 
 
 def work(job: cli.Job, how: Options) -> own.Tables:
