@@ -193,11 +193,10 @@ def of_run(run: trained.Run, how: Options, device: Any, out: own.Tables) -> None
         tokens, wanted, answers = (t.to(device) for t in data.items(given, seed))
         with torch.no_grad():
             right = hf(input_ids=tokens).logits[:, -1].argmax(-1) == answers
-        out.add({"layers": rows}, model=run.name, seed=seed)
-        if right.any():
-            found = named(recovery(hf, lenses, layers, tokens[right], wanted[right], data.F))
-            found = found.assign(accuracy=float(right.float().mean()))
-            out.add({"recovery": found}, model=run.name, seed=seed)
+        kept = right if right.any() else ~right  # of none, all: the accuracy says so
+        found = named(recovery(hf, lenses, layers, tokens[kept], wanted[kept], data.F))
+        found = found.assign(accuracy=float(right.float().mean()))
+        out.add({"layers": rows, "recovery": found}, model=run.name, seed=seed)
 
 
 def work(job: cli.Job, how: Options) -> own.Tables:
