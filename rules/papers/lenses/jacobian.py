@@ -95,8 +95,9 @@ def nearness(
     """
     found: dict[tuple[str, int], list[Tensor]] = {}
     for (some,) in lens.passes(hf, tokens):
+        streams, _ = lens.streams(hf, some)
         for layer in layers:
-            x = lens.streams(hf, some)[0][layer][:, first:].flatten(0, 1)
+            x = streams[layer][:, first:].flatten(0, 1)
             log_p = lenses["logit 0"](layer, x).log_softmax(-1)
             for name, read in lenses.items():
                 log_q = read(layer, x).log_softmax(-1)
