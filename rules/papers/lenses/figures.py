@@ -118,7 +118,7 @@ def upside_down(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     frames = []
     for i, (name, (y, title, unit)) in enumerate(measures.items()):
         rows = where(tables[f"jacobian/{name}"], model=options["model"], whole=True)
-        rows = rows[rows["layer"] >= 0]
+        rows = rows[(rows["layer"] >= 0) & (rows[y] != 0)]  # 0 nats: the prediction itself
         for own, lens, (said, colour, dash) in styled(rows, "lens", READERS):
             frame = mean_of(own, ["layer"], y).sort_values("layer")
             hover = f"{said}, layer %{{x}}: %{{y:.3~g}} {unit}"
