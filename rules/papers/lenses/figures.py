@@ -9,7 +9,18 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from pipeline.figures.kinds_maps import beginning
-from pipeline.figures.parts import Drawn, Panels, bars, chosen, equal, line, points
+from pipeline.figures.parts import (
+    Drawn,
+    Panels,
+    bars,
+    chosen,
+    equal,
+    line,
+    mean_of,
+    points,
+    styled,
+    whiskers,
+)
 from pipeline.figures.parts import first as first_seed
 from pipeline.figures.theme import INK, PALETTE, SEQUENTIAL, axis, literal, scale
 from pipeline.store.tables import where
@@ -24,6 +35,9 @@ MEASURES = {
     "accuracy": ("share of next tokens that are right", ""),
     "echo": ("share whose likeliest token was just read", ""),
 }
+READERS = {**LENSES, "jacobian": ("Jacobian lens", PALETTE[2], "solid"),
+           "self": ("itself alone", PALETTE[2], "dot"),
+           "untrained": ("J of the untrained model", PALETTE[-1], "dash")}  # fmt: skip
 LOGARITHMIC = ("kl", "unread", "loss")
 PARTS = {"embedding": PALETTE[2], "attention": PALETTE[0], "MLP": PALETTE[1], "bias": PALETTE[3]}
 
@@ -91,6 +105,31 @@ def layers(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     chosen(panels.figure, choices).update_yaxes(rangemode="tozero", **scale_of(first))
     figure = panels.finish(450, yaxis=axis(*MEASURES[first]))
     return figure, table[["model", "lens", "layer", *MEASURES, "kl_marginal", "n_tokens"]]
+
+
+def upside_down(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
+    """Lenses by layer as predictions, and as readers of results in between; means over seeds.
+
+    Options: model.
+    """
+    panels = Panels(["next token", "result in between"], gap=(0.12, 0))
+    measures = {"layers": ("kl", "KL to the prediction", "nats"),
+                "recovery": ("auc", "area below pass@k over log k", "")}  # fmt: skip
+    frames = []
+    for i, (name, (y, title, unit)) in enumerate(measures.items()):
+        rows = where(tables[f"jacobian/{name}"], model=options["model"], whole=True)
+        rows = rows[(rows["layer"] >= 0) & (rows[y] != 0)]  # 0 nats: the prediction itself
+        for own, lens, (said, colour, dash) in styled(rows, "lens", READERS):
+            frame = mean_of(own, ["layer"], y).sort_values("layer")
+            hover = f"{said}, layer %{{x}}: %{{y:.3~g}} {unit}"
+            bars_ = whiskers(frame[y], frame["min"], frame["max"], color=colour)
+            look = {"dash": dash, "marker": {"size": 5}, "hover": hover, "error_y": bars_}
+            panels.add(i, line(frame["layer"], shown(frame, y), said, colour, **look))
+            frames.append(frame.rename(columns={y: "mean"}).assign(lens=lens, measure=y))
+        log = {"type": "log", "dtick": "D2"} if y in LOGARITHMIC else {"rangemode": "tozero"}
+        panels.figure.update_yaxes(**axis(title, unit), **log, **panels.place(i))
+    panels.figure.update_xaxes(**axis("layers before the lens", dtick=1))
+    return panels.finish(430), pd.concat(frames, ignore_index=True)
 
 
 def scale_of(measure: str) -> dict[str, Any]:

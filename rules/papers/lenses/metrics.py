@@ -1,4 +1,5 @@
-"""Numbers of the lenses: distance and bias by layer, transfer, causal fidelity, attribution."""
+"""Numbers of the lenses: distance and bias by layer, transfer, causal fidelity, attribution, and
+what a Jacobian lens reads."""
 
 from typing import Any
 
@@ -11,6 +12,7 @@ BITS = 1 / np.log(2)  # a nat in bits
 LEAST = 1e-9  # nats: an influence below this is rounding
 DEPTH = 18 / 24  # of the layer of the source's Figure 8
 GAINS = ("kl", "loss", "bias")
+TEN = 10  # prompts that suffice (Gurnee et al. 2026)
 SAME = 1e-5  # a spread of cosines below this is rounding of float32
 
 METRICS = {
@@ -65,6 +67,26 @@ METRICS = {
     "basis.*.alignment_random_last": "alignment_last along the random directions",
     "attribution.*.gap": "largest |sum of the parts - logit| over the largest |part|, over all "
     "positions of the example texts",
+    "jacobian.*.tuned.worse_share": "worse_share with the tuned lens in the place of the Jacobian "
+    "lens",
+    "jacobian.*.worse_share": "share of the layers at which the Jacobian lens is farther from the "
+    "prediction than the logit lens, by KL(p_n || lens)",
+    "jacobian.*.tuned.best": "least over the layers of KL(p_n || lens) of the better of Jacobian "
+    "and logit lens, less that of the tuned lens, nats; above 0: the tuned lens is nearest to the "
+    "prediction at every layer",
+    "jacobian.*.logit.best": "the same of the logit lens, beside Jacobian and tuned lens",
+    "jacobian.*.self.kl_logit": "kl_logit of J of each position's effect on itself alone",
+    "jacobian.*.future.kl_logit": "kl_logit of J less that: of the effect on later positions alone",
+    "jacobian.*.kl_logit": "KL(logit lens || Jacobian lens), nats, mean over layers and tokens",
+    "jacobian.*.far.agree_*": "agree_first or agree_last with J of the layer farthest away",
+    "jacobian.*.agree_last": "share of tokens at which Jacobian and logit lens have the same "
+    "likeliest token, at the last layer read",
+    "jacobian.*.agree_first": "the same at the first layer (embeddings)",
+    "recovery.*.accuracy": "share of the held-out items whose answer is right",
+    "recovery.*.untrained_few.auc": "auc of J of the untrained model, and of as many prompts",
+    "recovery.*.few.auc": "auc of the Jacobian lens of the fewest prompts from ten on",
+    "recovery.*.*.auc": "area below pass@k over log k: pass@k is the share of items whose result "
+    "in between is among the k likeliest tokens of the lens at some layer; 1: always first",
 }
 
 
@@ -167,16 +189,52 @@ def attribution(table: Any) -> dict[str, float]:
     return {"gap": (gap / at["contribution"].apply(lambda c: c.abs().max())).max()}
 
 
+def jacobian(table: Any) -> dict[str, float]:
+    """How one model's Jacobian lens, of all prompts, compares as a prediction."""
+    rows = table[table["whole"] & table["kl_logit"].notna()]
+    kl, far, same = (rows.pivot(index="layer", columns="lens", values=column).sort_index()
+                     for column in ("kl", "kl_logit", "agree_logit"))  # fmt: skip
+    J, logit, tuned = kl["jacobian"], kl["logit"], kl["tuned"]
+    out = {
+        "worse_share": (logit < J).mean(),
+        "tuned.worse_share": (logit < tuned).mean(),
+        "tuned.best": (np.minimum(J, logit) - tuned).min(),
+        "logit.best": (np.minimum(J, tuned) - logit).min(),
+    }
+    for front, name in (("", "jacobian"), ("self.", "self"), ("future.", "future")):
+        out[f"{front}kl_logit"] = far[name].mean()
+    for front, name in (("", "jacobian"), ("far.", "far")):
+        ends = same[name].iloc[[0, -1]]
+        out |= {f"{front}agree_first": ends.iloc[0], f"{front}agree_last": ends.iloc[1]}
+    return out
+
+
+def recovery(table: Any) -> dict[str, float]:
+    """How well each lens shows the results in between to one model, at any layer."""
+    rows = where(table, layer=-1)
+    found = {f"{row.lens}.auc": row.auc for row in rows[rows["whole"]].itertuples()}
+    for name, few in (("jacobian", "few"), ("untrained", "untrained_few")):
+        ten = where(rows, lens=name)
+        ten = ten[ten["n_prompts"] >= TEN].sort_values("n_prompts")
+        found[f"{few}.auc"] = ten["auc"].iloc[0] if len(ten) else np.nan
+    return found | {"accuracy": rows["accuracy"].iloc[0]}
+
+
 # What stands before a model's name, the table, and the numbers of its rows.
 PARTS = (("", "layers", layers), ("transfer.", "transfer", transfer),
          ("swapped.", "transfer", swapped), ("basis.", "basis", basis),
          ("attribution.", "attribution", attribution))  # fmt: skip
+JACOBIAN = (("jacobian.", "layers", jacobian), ("recovery.", "recovery", recovery))
 
 
 def metrics(tables: dict[str, Any]) -> dict[str, list[float]]:
     """See METRICS."""
     found: dict[str, list[float]] = {}
-    for front, table, numbers in PARTS:
-        for model, rows in tables[f"lenses/{table}"].groupby("model"):
+    parts = [(f"lenses/{table}", front, numbers) for front, table, numbers in PARTS]
+    parts += [(f"jacobian/{table}", front, numbers) for front, table, numbers in JACOBIAN]
+    for name, front, numbers in parts:
+        if name not in tables:  # of a run before it had Jacobian lenses
+            continue
+        for model, rows in tables[name].groupby("model"):
             found |= per_seed(rows, numbers, f"{front}{model}.")
     return found
