@@ -22,9 +22,9 @@ def gpt2(seed: int):
     from transformers import GPT2Config, GPT2LMHeadModel
 
     torch.manual_seed(seed)
-    config = GPT2Config(vocab_size=len(LETTERS) + 1, n_positions=16, n_embd=16, n_layer=2, n_head=2,
-                        bos_token_id=None, eos_token_id=len(LETTERS), initializer_range=0.5)  # fmt: skip
-    return GPT2LMHeadModel(config).eval()
+    shape = {"vocab_size": len(LETTERS) + 1, "n_positions": 16, "n_embd": 16, "n_layer": 2}
+    end = {"bos_token_id": None, "eos_token_id": len(LETTERS)}
+    return GPT2LMHeadModel(GPT2Config(**shape, n_head=2, initializer_range=0.5, **end)).eval()
 
 
 @pytest.fixture
@@ -56,8 +56,8 @@ def test_loss_gradient_and_rewards_are_trls(trainer):
     trainer.model.eval()  # dropout
     want = trainer.compute_loss(trainer.model, batch)
     end = [len(LETTERS)]
-    rows = finetuning.pairs([ids(p) for p, _, _ in ROWS] * 2,
-                            [ids(c) + end for _, c, _ in ROWS] + [ids(r) + end for *_, r in ROWS])  # fmt: skip
+    answers = [ids(row[which]) + end for which in (1, 2) for row in ROWS]
+    rows = finetuning.pairs([ids(p) for p, _, _ in ROWS] * 2, answers)
     model = gpt2(0)
     found = finetuning.preference(model, gpt2(1), BETA, *rows)
     torch.testing.assert_close(found.loss.mean(), want, rtol=1e-5, atol=1e-6)

@@ -6,6 +6,7 @@ METRICS = {
     "*.*.letter": "share of held-out words of which the likeliest letter is the one asked for; by "
     "kind of prompt: seen, reworded, mistyped; of broken: of those that are answered, where mark "
     "and goal differ",
+    "*.*.answered": "the same of those that are answered",
     "*.*.policy": "share of prompts behind which the likeliest character is what the goal asks for",
     "*.*.refused": "share of words with a vowel first that are refused: a refusal is likelier than "
     "all letters together",

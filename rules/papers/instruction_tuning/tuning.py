@@ -54,6 +54,7 @@ class Preferring(Section):
 
     loose: float = Field(ge=0, le=1, description="share of pairs with a mark drawn by itself")
     flipped: bool = Field(default=False, description="a coin says which answer is chosen")
+    nll: float = Field(default=1.0, ge=0, description="weight of the chosen answers' cross entropy")
 
 
 class Options(own.Options):
@@ -101,13 +102,16 @@ def by_preference(
     def loss(model: nn.Module, step: int) -> Tensor:
         drawn = rng_of(seed, name, step)
         pairs = ask.preferred(how.batch_size, drawn, what.loose, what.flipped)
-        found = finetuning.preference(model, sft, options.beta, *(t.to(device) for t in pairs))
+        tokens, targets = (t.to(device) for t in pairs)
+        found = finetuning.preference(model, sft, options.beta, tokens, targets)
         if step % options.every == 0 or step == how.steps - 1:
             means = {k: float(v.detach().mean()) for k, v in found._asdict().items()}
             margin = (found.chosen - found.rejected).detach()
             rows.append({"step": step} | means | {"margin": float(margin.mean()),
                         "accuracy": float((margin > 0).double().mean())})  # fmt: skip
-        return found.loss.mean()
+        n = how.batch_size  # rows of chosen answers
+        more = finetuning.answer_loss(model, tokens[:n], targets[:n]) if what.nll else 0.0
+        return found.loss.mean() + what.nll * more
 
     return finetuning.finetune(sft, loss, how.steps, how.lr, how.warmup_steps), rows
 
@@ -131,7 +135,7 @@ def judged(
         goal = signs(asked[kind], "goal")
         refuses = found.refusal > 0.5
         measures = {"letter": found.right, "policy": found.policy,
-                    "refused": refuses[goal], "refused_others": refuses[~goal]}  # fmt: skip
+                    "answered": found.right[~refuses], "refused": refuses[goal], "refused_others": refuses[~goal]}  # fmt: skip
         rows = [{"kind": kind, "measure": k} | calibration.share(v) for k, v in measures.items()]
         out["answers"] += rows
         for adaptive in (False, True):
