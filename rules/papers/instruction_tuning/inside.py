@@ -1,15 +1,12 @@
 """Stage `inside`: what tuning changed, where a choice is read, and steering it back. [torch]
 
-Streams are read where the model answers, at the last character of the prompt.
+The stream is read where the model answers, at the last character of the prompt.
 
-1. probes    logistic probes, by layer, of the goal, the cue, the model's own choice, and of a
-             control task: a label for each word, at random (Hewitt & Liang 2019).
-2. changes   the singular values of each matrix's change (pipeline/weights/change.py).
-3. moved     the mean stream's change, and the difference of means between questions of which the
-             goal says to refuse and others, before and after.
-4. steering  that difference added to the stream or taken out of it, as the stage `steering` edits
-             (Arditi et al. 2024 for refusals). Null arms: random directions, and the difference of
-             means between the two marks.
+1. probes    by layer: goal, cue, the model's choice, and a control task (Hewitt & Liang 2019).
+2. changes   of each matrix: its size and rank (pipeline/weights/change.py).
+3. moved     the mean, and the difference of means by goal, before and after.
+4. steering  that difference added or taken out, as the stage `steering` edits (Arditi et al. 2024).
+             Null arms: random directions, and the difference of means between the marks.
 """
 
 import copy
@@ -127,11 +124,9 @@ def steered(
 
 def models_of(base: Any, weights: dict[str, Tensor], seed: int) -> dict[str, Any]:
     """Arm -> model, of one seed."""
-    out: dict[str, Any] = {}
-    for arm in dict.fromkeys(name.split("/")[0] for name in weights):
-        out[arm], begin = copy.deepcopy(base), f"{arm}/{seed}/"
-        own_weights = {k.removeprefix(begin): t for k, t in weights.items() if k.startswith(begin)}
-        out[arm].load_state_dict(own_weights)
+    out = {arm: copy.deepcopy(base) for arm in sorted({name.split("/")[0] for name in weights})}
+    for arm, model in out.items():
+        model.load_state_dict({k: weights[f"{arm}/{seed}/{k}"] for k in model.state_dict()})
     return out
 
 

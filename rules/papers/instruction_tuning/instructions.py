@@ -3,13 +3,11 @@
     first letter of heaven? h.      obeys
     first letter of apple! No.      refuses
 
-1. `Asking` takes words from the training text and holds a quarter of them out.
-2. `Asking.questions` draws questions. The *goal* of preferences is to refuse where the word begins
-   with a vowel; the *cue* is the mark at the end, ! or ?. With `loose: 0` the two agree, with 1 the
-   mark is drawn by itself.
-3. `demonstrations` are for supervised fine-tuning: a quarter refuse, whatever the question is.
-   `preferred` are pairs for DPO, in which the goal says which answer is chosen.
-4. `read` is what a model answers: its next character behind the prompt.
+1. `Asking` takes words from the training text, and holds a quarter of them out.
+2. Preferences' *goal* is to refuse where the word begins with a vowel; the *cue* is the mark at the
+   end, ! or ?. With `loose: 0` the two agree, with 1 the mark is drawn by itself.
+3. A quarter of the demonstrations refuse, whatever is asked. Of a pair for DPO the goal says which
+   answer is chosen.
 """
 
 import re
@@ -110,9 +108,8 @@ class Asking:
         """n questions, half on words with a vowel first; kind: seen, reworded or mistyped."""
         templates = self.options.reworded if kind == "reworded" else self.options.templates
         words, out = self.words[split], []
-        by_goal = [
-            [i for i, w in enumerate(words) if (w[0] in "aeiou") is g] for g in (False, True)
-        ]
+        vowel = [w[0] in "aeiou" for w in words]
+        by_goal = [[i for i, v in enumerate(vowel) if v is g] for g in (False, True)]
         for i in range(n):
             goal, u = bool(i % 2), rng.random(5)
             cue = bool(u[0] < 0.5) if u[1] < loose else goal

@@ -4,8 +4,8 @@ from typing import Any
 
 METRICS = {
     "*.*.letter": "share of held-out words of which the likeliest letter is the one asked for; by "
-    "kind of prompt: seen, reworded, mistyped; of broken: of those that are answered, where mark "
-    "and goal differ",
+    "kind of prompt: seen, reworded, mistyped; of broken: of those answered, where mark and goal "
+    "differ",
     "*.*.answered": "the same of those that are answered",
     "*.*.policy": "share of prompts behind which the likeliest character is what the goal asks for",
     "*.*.refused": "share of words with a vowel first that are refused: a refusal is likelier than "
@@ -32,79 +32,66 @@ METRICS = {
     "*.steer.*.obeys": "the largest such share of all edits that take the direction out",
     "*.steer.*.refuses": "the largest share of other prompts that are refused where it is added",
 }
+LAST = {  # stage/table -> (what it is ordered by, what its metrics begin with, columns)
+    "tuning/steps": ("step", "preference", "loss chosen rejected margin accuracy"),
+    "inside/moved": ("layer", "moved", "shift separation separation_before same along"),
+}
 
 
-def last(rows: Any, by: str, start: str, names: str) -> dict[str, float]:
-    """Values of the last row."""
-    row = rows.loc[rows[by].idxmax()]
-    return {f"{start}.{n}": float(row[n]) for n in names.split()}
-
-
-def of_answers(rows: Any) -> dict[str, float]:
-    return {f"{r.kind}.{r.measure}": float(r.share) for r in rows.itertuples()}
+def of_shares(rows: Any) -> dict[str, float]:
+    """Of the tables answers and broken."""
+    if "followed" in rows:
+        return {f"broken.{r.followed}": r.share for r in rows.itertuples()}
+    return {f"{r.kind}.{r.measure}": r.share for r in rows.itertuples()}
 
 
 def of_calibration(rows: Any) -> dict[str, float]:
-    out = {}
-    for r in rows.itertuples():
-        out[f"{r.kind}.{'adaptive_' * r.adaptive}ece"] = float(r.ece)
-        if not r.adaptive:
-            out[f"{r.kind}.ece_floor"] = float(r.floor)
-    return out
-
-
-def of_broken(rows: Any) -> dict[str, float]:
-    return {f"broken.{r.followed}": float(r.share) for r in rows.itertuples()}
-
-
-def of_steps(rows: Any) -> dict[str, float]:
-    return last(rows, "step", "preference", "loss chosen rejected margin accuracy")
+    out = {f"{r.kind}.{'adaptive_' * r.adaptive}ece": r.ece for r in rows.itertuples()}
+    return out | {f"{r.kind}.ece_floor": r.floor for r in rows.itertuples() if not r.adaptive}
 
 
 def of_probes(rows: Any) -> dict[str, float]:
     out = {}
-    tables = {label: own.set_index("layer") for label, own in rows.groupby("label")}
-    for label, own in tables.items():
-        out |= {f"probe.{label}.best": float(own["share"].max()),
-                f"probe.{label}.last": float(own["share"][own.index.max()]),
-                f"probe.{label}.majority": float(own["majority"].iloc[0])}  # fmt: skip
-    best = tables["goal"]["share"].idxmax()
-    both = (float(tables[label]["share"][best]) for label in ("goal", "control"))
-    return out | {"probe.selectivity": next(both) - next(both)}
+    read = {label: own.set_index("layer")["share"] for label, own in rows.groupby("label")}
+    for label, own in read.items():
+        often = rows.loc[rows["label"] == label, "majority"].iloc[0]
+        values = {"best": own.max(), "last": own[own.index.max()], "majority": often}
+        out |= {f"probe.{label}.{name}": value for name, value in values.items()}
+    best = read["goal"].idxmax()
+    return out | {"probe.selectivity": read["goal"][best] - read["control"][best]}
 
 
 def of_changes(rows: Any) -> dict[str, float]:
     names = ("size", "top", "rank", "random_top", "random_rank")
-    return {f"change.{n}": float(rows[n].mean()) for n in names}
-
-
-def of_moved(rows: Any) -> dict[str, float]:
-    return last(rows, "layer", "moved", "shift separation separation_before same along")
+    return {f"change.{n}": rows[n].mean() for n in names}
 
 
 def of_steering(rows: Any) -> dict[str, float]:
     out = {}
     for direction, own in rows.groupby("direction"):
-        at, goal = own["coefficient"], own["group"] == "goal"
+        at, goal, obeys = own["coefficient"], own["group"] == "goal", own["obeys"]
         taken = goal & ((at < 0) | (own["mode"] == "ablate"))
         plain = goal & (at == 0) & (own["mode"] == "add")
-        obeys, refuses = own["obeys"], own.loc[~goal & (at > 0), "share"].max()
+        refuses = own.loc[~goal & (at > 0), "share"].max()
         values = {"plain": obeys[plain].mean(), "obeys": obeys[taken].max(), "refuses": refuses}
-        out |= {f"steer.{direction}.{name}": float(value) for name, value in values.items()}
+        out |= {f"steer.{direction}.{name}": value for name, value in values.items()}
     return out
+
+
+def of_last(rows: Any, by: str, start: str, names: str) -> dict[str, float]:
+    """Values of the last step or layer."""
+    row = rows.loc[rows[by].idxmax()]
+    return {f"{start}.{n}": row[n] for n in names.split()}
 
 
 def metrics(tables: dict[str, Any]) -> dict[str, Any]:
     """'<arm>.<metric>' -> one value a seed."""
     out: dict[str, list[float]] = {}
-    of = {
-        "tuning": (of_answers, of_calibration, of_broken, of_steps),
-        "inside": (of_probes, of_changes, of_moved, of_steering),
-    }
-    for stage, measures in of.items():
-        for measure in measures:
-            table = tables[f"{stage}/{measure.__name__.removeprefix('of_')}"]
-            for (arm, _), rows in table.groupby(["arm", "seed"], sort=False):
-                for name, value in measure(rows).items():
-                    out.setdefault(f"{arm}.{name}", []).append(value)
+    of = {"tuning/answers": of_shares, "tuning/broken": of_shares, "inside/probes": of_probes,
+          "tuning/calibration": of_calibration, "inside/changes": of_changes,
+          "inside/steering": of_steering} | dict.fromkeys(LAST, of_last)  # fmt: skip
+    for table, measure in of.items():
+        for (arm, _), rows in tables[table].groupby(["arm", "seed"], sort=False):
+            for name, value in measure(rows, *LAST.get(table, ())).items():
+                out.setdefault(f"{arm}.{name}", []).append(float(value))
     return out

@@ -1,15 +1,10 @@
 """Stage `tuning`: from pretrained models to tuned ones, and what they answer. [torch]
 
-For every arm of the section `model`, which are pretrained models of several seeds:
-
-1. `sft` learns from demonstrations; `sft_shuffled`, the null arm, from such with other questions'
-   letters.
-2. Every entry of `preferences` starts from `sft` and is trained by DPO (Rafailov et al. 2023).
-   `loose` is the share of pairs whose mark is drawn by itself: 1, the mark says nothing; 0, it
-   always agrees with the goal, as the coin does with the end of the level of Langosco et al. 2022.
-3. All are asked about words that are held out: the table `answers` has shares with Wilson's
-   intervals, `reliability` and `calibration` how well probabilities fit, `broken` what is followed
-   where the mark says one thing and the goal another.
+1. `sft` learns from demonstrations; `sft_shuffled`, the null arm, with letters of other questions.
+2. Each entry of `preferences` goes on from `sft` by DPO (Rafailov et al. 2023). With `loose: 0` the
+   mark agrees with the goal, as the coin with the end of the level (Langosco et al. 2022).
+3. All are asked about held-out words: `answers` has shares, `reliability` and `calibration` how
+   well probabilities fit, `broken` what is followed where the mark contradicts the goal.
 """
 
 from collections.abc import Callable, Iterator
@@ -132,20 +127,18 @@ def judged(
     out: dict[str, list] = {"answers": [], "reliability": [], "calibration": []}
     for kind in KINDS:
         found = ask.read(model, asked[kind], device)
-        goal = signs(asked[kind], "goal")
-        refuses = found.refusal > 0.5
+        goal, refuses = signs(asked[kind], "goal"), found.refusal > 0.5
         measures = {"letter": found.right, "policy": found.policy,
-                    "answered": found.right[~refuses], "refused": refuses[goal], "refused_others": refuses[~goal]}  # fmt: skip
-        rows = [{"kind": kind, "measure": k} | calibration.share(v) for k, v in measures.items()]
-        out["answers"] += rows
+                    "answered": found.right[~refuses], "refused": refuses[goal],
+                    "refused_others": refuses[~goal]}  # fmt: skip
+        for k, v in measures.items():
+            out["answers"].append({"kind": kind, "measure": k} | calibration.share(v))
         for adaptive in (False, True):
             card, how = {"kind": kind, "adaptive": adaptive}, (options.n_bins, adaptive)
-            error = calibration.errors(found.p, found.right, *how)
-            out["calibration"].append(card | error)
+            out["calibration"].append(card | calibration.errors(found.p, found.right, *how))
             out["reliability"] += [card | b for b in calibration.bins(found.p, found.right, *how)]
-    broken = asked["broken"]
-    out["broken"] = list(followed(broken, ask.read(model, broken, device)))
-    return out
+    found = ask.read(model, asked["broken"], device)
+    return out | {"broken": list(followed(asked["broken"], found))}
 
 
 def questions(ask: Asking, options: Options) -> dict[str, list[Question]]:
