@@ -63,6 +63,15 @@ BRIDGE_NAMES = {
     "hook_mlp_out": "mlp.hook_out",
     "hook_resid_post": "hook_out",
 }
+# Models with an image tower, and the type of their language model where a config names none. It is
+# read alone: of text it computes the same logits, bit for bit (tests/weights/test_towers.py).
+WITH_TOWER = {
+    "deepseek_vl": "llama", "exaone4_5": "exaone4", "gemma3": "gemma3_text",
+    "gemma4": "gemma4_text", "idefics3": "llama", "internvl": "qwen2", "lfm2_vl": "lfm2",
+    "llama4": "llama4_text", "llava": "llama", "llava_next": "llama", "llava_onevision": "qwen2",
+    "mistral3": "mistral", "ovis2": "qwen2", "qwen3_5": "qwen3_5_text",
+    "qwen3_5_moe": "qwen3_5_moe_text", "smolvlm": "llama",
+}  # fmt: skip
 PARTS = ("ln1", "ln1_post", "attn", "ln2", "ln2_post", "mlp")
 
 
@@ -210,17 +219,22 @@ def check_type(kind: str, where: str = "") -> None:
     Args:
         where: the file that names it, if one does.
     """
-    if kind not in types() and f"{kind}_text" in types():
-        raise RetraceError(
-            f"{where and where + ': '}model type '{kind}' has an image tower, which is not read; "
-            f"take its language model saved alone, of type {kind}_text, as a folder"
-        )
     if kind not in types():
         raise RetraceError(
             f"{where and where + ': '}model type '{kind}'{nearest(kind, types())} has no hooks "
             f"here; README lists the {len(types())} types that have; for another, name a file with "
             f"its layout as model.family in paper.yaml"
         )
+
+
+def text_type(config: dict[str, Any]) -> str:
+    """The model type of a config.json; of a model with an image tower, of its language model."""
+    kind = str(config.get("model_type", ""))
+    if kind not in WITH_TOWER:
+        return kind
+    text = config.get("text_config")
+    named = text.get("model_type") if isinstance(text, dict) else None
+    return str(named or WITH_TOWER[kind])
 
 
 def of_file(file: Path) -> Layout:

@@ -231,9 +231,3 @@ def test_a_type_that_the_table_lacks_by_a_file_of_its_own(tmp_path):
     layer.mlp.down_proj.register_forward_pre_hook(lambda _, args: theirs.append(args[0]))
     hf(check.TOKENS)
     torch.testing.assert_close(ours, theirs[0])
-
-
-@pytest.mark.parametrize("kind", ["gemma3", "gemma4", "qwen3_5"])
-def test_a_model_with_an_image_tower_is_told_what_to_take(kind):
-    with pytest.raises(RetraceError, match=rf"^here: .*'{kind}' has an image tower.* {kind}_text,"):
-        families.check_type(kind, "here")
