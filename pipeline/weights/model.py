@@ -147,9 +147,22 @@ def check_config(file: Path, where: str, own: bool = False) -> str:
     config = _json(file)
     kind = families.text_type(config)
     if not own:
-        families.check_type(kind, where)
+        families.check_type(kind, where, "" if kind in families.types() else _alike(file.parent))
     check_quantised(config, where)
     return kind
+
+
+def _alike(folder: Path) -> str:
+    """The type of the table that has the modules of a folder's model; '' where none has."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from pipeline.models import modules
+
+    try:
+        return modules.alike(loader.on_meta(folder, AutoModelForCausalLM, torch.float32, None))
+    except Exception:  # of another's classes: no causal LM, or no config that they take
+        return ""
 
 
 def check_quantised(config: dict[str, Any], where: str) -> None:
@@ -265,8 +278,8 @@ def describe(model: Any, bos_id: int | None, spec: ModelSpec, licence: str) -> d
     source = spec.model_dump(include=set(fields))
     if spec.source == "folder":
         source["content"] = _content(Path(spec.path))
-    own = {"family": families.of_file(Path(spec.family)).model_dump()} if spec.family else {}
     cfg = model.config
+    own = {"family": families.given(spec.family, cfg).model_dump()} if spec.family else {}
     own |= {} if spec.dtype == "float32" else {"dtype": spec.dtype}
     return own | {
         "name": _name(spec),

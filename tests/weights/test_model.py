@@ -356,8 +356,7 @@ def test_what_a_hub_refuses_is_told_before_weights_are_fetched(served, tmp_path)
         "data": "holds no config.json, so it is no model of transformers",
         "other_commit": "the repository is there, but not its commit dddd",
         **{
-            k: f"its config.json: model type '{k}'.* has no hooks here; README lists"
-            for k in kinds
+            k: f"its config.json: model type '{k}'.* has no hooks here; README lists" for k in kinds
         },
     }
     at = {"other_commit": f"model owner/tiny {'d' * 40}"}
