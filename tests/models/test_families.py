@@ -3,12 +3,14 @@
 import json
 
 import families_check as check
+import pandas as pd
 import pytest
 import torch
 
 from pipeline.errors import RetraceError
 from pipeline.models import adapters, hooks, modules, proof, splice
 from pipeline.spec import families
+from pipeline.store import provenance
 
 QUICK = ["gemma2", "gptj", "opt", "phi", "phi3", "olmo", "olmo2", "granite", "mixtral", "mamba"]
 
@@ -44,6 +46,15 @@ def test_no_table_is_written_by_hand():
     used = {v.get("layout") for each in table["types"].values() for v in each}
     assert used - {None} == set(table["layouts"])
     assert families.TABLE.stat().st_size <= 60_000
+
+
+def test_the_published_table_and_the_readme_are_of_this_table():
+    made, rows = provenance.read(check.OUT)["spec"], pd.read_csv(check.OUT)
+    assert made["families"] == provenance.sha256_file(families.TABLE)
+    assert list(rows["type"]) == [kind for kind, _ in check.cases()]
+    readme, table = (check.ROOT / "README.md").read_text(), families.table()
+    assert f"Hooks are known for {len(table['types'])} model types" in readme
+    assert f"families.json` has {len(table['layouts'])} to start from" in readme
 
 
 # --- a model proves itself -----------------------------------------------------------------
@@ -156,6 +167,36 @@ def test_an_edit_of_every_hook_reaches_the_logits_and_is_seen(kind):
             with hooks.edited(hf, hook, lambda x: 2 * x + torch.linspace(-1, 1, x.shape[-1])):
                 assert not torch.allclose(hf(check.TOKENS).logits, before, atol=1e-3), hook
             assert plain.shape[:2] == check.TOKENS.shape
+
+
+@pytest.mark.parametrize("kind", ["bamba", "jamba", "lfm2", "qwen3_next"])
+def test_the_stream_behind_a_layer_without_attention_is_replaced(kind):
+    """resid_post is then x + MLP(ln2(x)), by the modules themselves, and the logits follow it."""
+    hf, mid, post = check.model_of(kind, 0), "blocks.0.hook_resid_mid", "blocks.0.hook_resid_post"
+    proof.prove(hf)
+    assert "blocks.0.hook_attn_out" not in hooks.hook_names(hf)
+    names, layer = modules.family(hf), modules.layers_of(hf)[0]
+    new = torch.randn(2, 8, 32, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        mlp = modules.submodule(layer, names.mlp)(modules.submodule(layer, names.ln2)(new))
+        mlp = mlp[0] if isinstance(mlp, tuple) else mlp
+        with hooks.edited(hf, mid, lambda _: new), hooks.capture(hf, [post]) as seen:
+            logits = hf(check.TOKENS, use_cache=False).logits
+        torch.testing.assert_close(seen[post], new + mlp, atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(splice.resume(hf, post, check.TOKENS, new + mlp), logits)
+        x = hooks.run_to(hf, check.TOKENS, [mid])[mid]
+        torch.testing.assert_close(
+            splice.resume(hf, mid, check.TOKENS, x), hf(check.TOKENS, use_cache=False).logits
+        )
+
+
+def test_a_stream_that_no_sum_is_known_of_is_not_replaced():
+    hf = check.model_of("granitemoehybrid", 0)
+    with (
+        pytest.raises(RetraceError, match="resid_mid': can be read and not replaced"),
+        hooks.edited(hf, "blocks.0.hook_resid_mid", lambda x: x),
+    ):
+        pass
 
 
 @pytest.mark.parametrize("kind", ["gpt2", "gpt_neox", "phi3", "gpt_bigcode", "codegen", "falcon"])
