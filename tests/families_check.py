@@ -36,7 +36,7 @@ CIRCUITS = [("gpt_neox", 0), ("gpt_neox", 1), ("gemma", 0), ("gemma2", 0), ("gpt
 ALSO = ("nemotron mpt mixtral olmoe gpt_oss qwen2 qwen3_moe cohere cohere2 starcoder2 exaone4 xglm "
         "arcee smollm3 seed_oss glm glm4 glm4_moe codegen qwen2_moe ernie4_5_moe granitemoe "
         "flex_olmo minimax_m2 apertus hunyuan_v1_dense olmo3 ministral3 vaultgemma internlm3 "
-        "bitnet").split()  # fmt: skip
+        "bitnet llama4_text").split()  # fmt: skip
 TESTED = [*CIRCUITS, ("llama", 0), ("gpt2", 0), ("mistral", 0), *((kind, 0) for kind in ALSO)]
 # Bridges of TransformerLens 3.9 whose own logits are not those of the Hugging Face model: what
 # they read before attention mixes positions, in the first layer, is still compared.

@@ -72,7 +72,8 @@ def variants(kind: str) -> list[dict[str, Any]]:
     first = layout_of(adapter_of(plain))
     switches = {k: (v, not v) for k, v in plain.to_dict().items() if isinstance(v, bool)}
     switches |= {k: v for k, v in VALUES.items() if k in plain.to_dict()}
-    matter = {k: v for k, v in switches.items() if _matters(kind, k, v, first)}
+    others = {k: [x for x in v if x != getattr(plain, k)] for k, v in switches.items()}
+    matter = {k: v for k, v in switches.items() if _matters(kind, k, others[k], first)}
     out = []
     for chosen in itertools.product(*matter.values()):
         when = dict(zip(matter, chosen, strict=True))
@@ -89,8 +90,8 @@ def variants(kind: str) -> list[dict[str, Any]]:
     return out
 
 
-def _matters(kind: str, key: str, values: tuple, first: dict[str, Any]) -> bool:
-    """Whether a setting changes the layout, or the columns of a joint projection."""
+def _matters(kind: str, key: str, values: list, first: dict[str, Any]) -> bool:
+    """Whether other values of a setting change the layout, or the columns of a joint projection."""
     for value in values:
         try:
             adapter = adapter_of(with_architecture(tiny_config(kind, **{key: value})))

@@ -46,7 +46,7 @@ def completed(layout: dict[str, Any], hf: nn.Module, adapter: Any) -> dict[str, 
     layout["hooks"] = ordered(layout["hooks"])
     if _reach(hf, layout["final_norm"]) is None or not _once_at_the_end(hf, layout["final_norm"]):
         layout["final_norm"] = ""
-    base = f"{hf.base_model_prefix}."
+    base = "" if hf.base_model is hf else f"{hf.base_model_prefix}."  # Llama 4 has no base model
     if not layout["final_norm"].startswith(base):  # a part of the head (BERT)
         layout["final_norm"] = ""
     form = columns(layout, hf, adapter)

@@ -278,6 +278,11 @@ def edited(hf: nn.Module, hook: str, fn: Callable[[Tensor], Tensor]) -> Iterator
             handle.remove()
         return
     check(hf, hook)
+    attn_out = hook.replace("resid_mid", "attn_out")
+    if _find(hf, attn_out) is None:
+        with _edited_behind(hf, hook, fn):
+            yield
+        return
     names, layer = modules.family(hf), modules.layers_of(hf)[int(hook.split(".")[1])]
     seen: dict[str, Tensor] = {}
 
@@ -287,12 +292,37 @@ def edited(hf: nn.Module, hook: str, fn: Callable[[Tensor], Tensor]) -> Iterator
     handle = modules.first_reader(names, layer).register_forward_pre_hook(
         before_attention, with_kwargs=True
     )
-    attn_out = hook.replace("resid_mid", "attn_out")
     try:
         with edited(hf, attn_out, lambda a: fn(seen["resid_pre"] + a) - seen["resid_pre"]):
             yield
     finally:
         handle.remove()
+
+
+@contextmanager
+def _edited_behind(hf: nn.Module, mid: str, fn: Callable[[Tensor], Tensor]) -> Iterator[None]:
+    """`edited` of a resid_mid whose layer has no attention (Bamba): what ln2 reads and the skip.
+
+    The layer adds resid_mid to what its MLP writes, so resid_post changes by as much as resid_mid.
+    The proof of the model holds that sum, where the layer has hook_mlp_out.
+    """
+    if _find(hf, mid.replace("resid_mid", "mlp_out")) is None:
+        raise RetraceError(
+            f"hook '{mid}': can be read and not replaced, since its layer has neither "
+            f"hook_attn_out nor hook_mlp_out; take hook_resid_pre or hook_resid_post"
+        )
+    change: list[Tensor] = []
+
+    def at_mid(x: Tensor) -> Tensor:
+        new = fn(x)
+        change[:] = [new - x]
+        return new
+
+    with ExitStack() as stack:
+        stack.callback(_on(hf, mid, at_mid).remove)
+        post = mid.replace("resid_mid", "resid_post")
+        stack.callback(_on(hf, post, lambda x: x + change[0]).remove)
+        yield
 
 
 def written_by(hf: nn.Module, layer: nn.Module, part: str) -> tuple[Place, nn.Module | None]:

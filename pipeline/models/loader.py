@@ -7,6 +7,8 @@ layers are divided among the GPUs that no other job of this user holds.
 
 import itertools
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -103,18 +105,7 @@ def from_folder(
     check_index(folder)
     kind = AutoModel if is_encoder(folder) else AutoModelForCausalLM
     where = placement(folder, kind, dtype, device, own)
-    try:
-        model, found = kind.from_pretrained(
-            folder, dtype=dtype, local_files_only=True, use_safetensors=True,
-            trust_remote_code=False, output_loading_info=True, ignore_mismatched_sizes=True,
-            device_map=where.map,
-        )  # fmt: skip
-    except Exception as e:  # of the config's classes, of safetensors, of torch: any of theirs
-        said = (str(e).strip().splitlines() or [type(e).__name__])[0]
-        raise RetraceError(
-            f"{folder}: not a causal LM that transformers can load from safetensors ({said}); give "
-            f"a folder with config.json, model.safetensors and tokenizer.json"
-        ) from e
+    model, found = read(kind, folder, dtype=dtype, device_map=where.map)
     check_loaded(folder, found)
     if own is not None:
         model.retrace_layout = own
@@ -124,6 +115,32 @@ def from_folder(
         remove_hook_from_submodules(model)  # hooks of ours are read and replaced at one device
         modules.spread(model, where.home, where.layers)
     return model
+
+
+def read(kind: Any, folder: Path, **how: Any) -> tuple[Any, dict[str, Any]]:
+    """(model, loading info) of transformers' from_pretrained; safetensors only, no remote code."""
+    with told(folder):
+        model, found = kind.from_pretrained(
+            folder, local_files_only=True, use_safetensors=True, trust_remote_code=False,
+            output_loading_info=True, ignore_mismatched_sizes=True, **how,
+        )  # fmt: skip
+    # save_pretrained would give back the names of these files: those of quantised weights, and
+    # those of a model with an image tower
+    model.__dict__.pop("_weight_conversions", None)
+    return model, found
+
+
+@contextmanager
+def told(folder: Path) -> Iterator[None]:
+    """Inside: whatever another library finds wrong with a model folder is one sentence."""
+    try:
+        yield
+    except Exception as e:  # of the config's classes, of safetensors, of torch: any of theirs
+        said = (str(e).strip().splitlines() or [type(e).__name__])[0]
+        raise RetraceError(
+            f"{folder}: not a causal LM that transformers can load from safetensors ({said}); give "
+            f"a folder with config.json, model.safetensors and tokenizer.json"
+        ) from e
 
 
 # --- where it goes -------------------------------------------------------------------------

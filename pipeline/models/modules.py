@@ -62,6 +62,40 @@ def reached(module: nn.Module, path: str) -> nn.Module | None:
     return module
 
 
+def alike(hf: nn.Module) -> str:
+    """The type of the table whose layout names most of a model's modules; '' where none fits.
+
+    That modules have the names of another type's says nothing of how they are used; the proof
+    does (proof.py).
+
+    Args:
+        hf: of any type; it may have no weights.
+    """
+    found = []
+    for kind, variants in families.table()["types"].items():
+        for variant in variants:
+            if "layout" in variant and (fit := _fit(hf, families.layout_named(variant["layout"]))):
+                found.append((fit, kind))
+    best = [kind for fit, kind in found if fit == max(found)[0]]
+    return "llama" if "llama" in best else "".join(best[:1])
+
+
+def _fit(hf: nn.Module, names: Layout) -> tuple[int, int] | None:
+    """(hooks and parts, multipliers) of a layout; None where the model lacks what one names."""
+    layers = reached(hf, names.layers)
+    ends = [reached(hf, path) for path in (names.embed, names.final_norm)]
+    if not isinstance(layers, nn.ModuleList) or None in ends:
+        return None
+    found = [families.PLACE.fullmatch(place).groups() for place in names.hooks.values()]
+    paths = {path or "" for path, _ in found} | set(names.parts.values())
+    times = [what.split()[-1] for _, what in found if what.startswith("out times")]
+    if not all(any(reached(layer, p) is not None for layer in layers) for p in paths):
+        return None
+    if not all(hasattr(hf.config, name) for name in times):
+        return None
+    return len(names.hooks) + len(names.parts), len(times)
+
+
 def norm_paths(names: Layout) -> list[str]:
     """Paths of the norms of a layer."""
     return [path for part, path in names.parts.items() if part.startswith("ln")]

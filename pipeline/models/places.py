@@ -121,10 +121,10 @@ def at_home(see: Callable[[Tensor], Tensor | None], home: Any) -> Callable:
 
 
 def probe_of(like: Tensor) -> tuple[Tensor, Tensor]:
-    """(coordinates [1 d] of mean 0 without a zero, their root mean square)."""
+    """(coordinates [1 d] of mean 0 without a zero, their root mean square), no half numbers."""
     d = like.shape[-1]
     n = (d + 1) // 2
-    probe = like.new_full((1, d), PROBE)
+    probe = full(like).new_full((1, d), PROBE)  # its square is more than float16 holds
     probe[:, n:] *= -n / max(d - n, 1)
     return probe, probe.square().mean().sqrt()
 

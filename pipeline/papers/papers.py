@@ -17,6 +17,7 @@ from pipeline.errors import RetraceError
 from pipeline.job.source import files_code
 from pipeline.papers.folders import Paper, available, faults_of_scales, find, load, scales_of
 from pipeline.papers.paths import near, path_digest, resolve, resolve_many
+from pipeline.spec import families
 from pipeline.spec.base import SCALES
 from pipeline.spec.imports import ImportSpec, listing
 from pipeline.spec.once import overlay
@@ -301,7 +302,9 @@ class Run:
         source = section.model_dump(include=set(fields))
         inputs = {}
         job = section.model_dump(exclude={"name"} if section.family else {"name", "family"})
-        if section.family:
+        if section.family in families.types():
+            source["family"] = section.family
+        elif section.family:
             path = resolve(section.family, paper.folder, [*self.roots, *self.dirs])
             source["family"], job["family"] = path_digest(path), str(near(path))
         if section.source == "folder":

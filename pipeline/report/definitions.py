@@ -64,9 +64,12 @@ def hooks() -> dict[str, str]:
 def models() -> dict[str, str]:
     """Model type of a config.json whose hooks are known -> the layout of its modules."""
     found = families.table()["types"]
-    return {
+    out = {
         kind: ", ".join(v.get("layout", "none for some settings") for v in found[kind])
         for kind in sorted(found)
+    }
+    return out | {
+        kind: f"of its language model, such as {text}" for kind, text in families.WITH_TOWER.items()
     }
 
 

@@ -63,6 +63,15 @@ BRIDGE_NAMES = {
     "hook_mlp_out": "mlp.hook_out",
     "hook_resid_post": "hook_out",
 }
+# Models with an image tower, and the type of their language model where a config names none. It is
+# read alone: of text it computes the same logits, bit for bit (tests/weights/test_towers.py).
+WITH_TOWER = {
+    "deepseek_vl": "llama", "exaone4_5": "exaone4", "gemma3": "gemma3_text",
+    "gemma4": "gemma4_text", "idefics3": "llama", "internvl": "qwen2", "lfm2_vl": "lfm2",
+    "llama4": "llama4_text", "llava": "llama", "llava_next": "llama", "llava_onevision": "qwen2",
+    "mistral3": "mistral", "ovis2": "qwen2", "qwen3_5": "qwen3_5_text",
+    "qwen3_5_moe": "qwen3_5_moe_text", "smolvlm": "llama",
+}  # fmt: skip
 PARTS = ("ln1", "ln1_post", "attn", "ln2", "ln2_post", "mlp")
 
 
@@ -177,24 +186,28 @@ def types() -> list[str]:
 
 
 @functools.cache
-def _layout(name: str) -> Layout:
+def layout_named(name: str) -> Layout:
+    """A layout of the table."""
     return Layout(**table()["layouts"][name])
 
 
-def layout(config: Any) -> Layout:
+def layout(config: Any, kind: str = "") -> Layout:
     """The layout of a model with this config.
+
+    Args:
+        kind: the type whose layout it has; default: its own.
 
     Raises:
         RetraceError: a type that the table lacks, or a setting of it without a layout.
     """
-    kind = config.model_type
+    kind = kind or config.model_type
     check_type(kind)
     if kind == NATIVE_TYPE:
         return NATIVE
     for variant in table()["types"][kind]:
         if all(getattr(config, k, None) == v for k, v in variant.get("when", {}).items()):
             if "layout" in variant:
-                return _layout(variant["layout"])
+                return layout_named(variant["layout"])
             break
     flags = sorted({k for v in table()["types"][kind] for k in v.get("when", {})})
     set_to = ", ".join(f"{k}: {getattr(config, k, None)}" for k in flags)
@@ -204,23 +217,41 @@ def layout(config: Any) -> Layout:
     )
 
 
-def check_type(kind: str, where: str = "") -> None:
+def check_type(kind: str, where: str = "", like: str = "") -> None:
     """RetraceError for a model type that the table lacks.
 
     Args:
         where: the file that names it, if one does.
+        like: a type of the table whose modules have the names of its own.
     """
-    if kind not in types() and f"{kind}_text" in types():
-        raise RetraceError(
-            f"{where and where + ': '}model type '{kind}' has an image tower, which is not read; "
-            f"take its language model saved alone, of type {kind}_text, as a folder"
-        )
     if kind not in types():
+        other = f"its modules have the names of {like}'s, so write model.family: {like}, and each "
+        other += "hook is proved when it is loaded; or"
         raise RetraceError(
             f"{where and where + ': '}model type '{kind}'{nearest(kind, types())} has no hooks "
-            f"here; README lists the {len(types())} types that have; for another, name a file with "
-            f"its layout as model.family in paper.yaml"
+            f"here; README lists the {len(types())} types that have; "
+            f"{other if like else 'for another,'} name a file with its layout as model.family in "
+            f"paper.yaml"
         )
+
+
+def text_type(config: dict[str, Any]) -> str:
+    """The model type of a config.json; of a model with an image tower, of its language model."""
+    kind = str(config.get("model_type", ""))
+    if kind not in WITH_TOWER:
+        return kind
+    text = config.get("text_config")
+    named = text.get("model_type") if isinstance(text, dict) else None
+    return str(named or WITH_TOWER[kind])
+
+
+def given(family: str, config: Any) -> Layout:
+    """The layout that `model.family` names: a file, or a type of the table with the same modules.
+
+    Raises:
+        RetraceError: as of `of_file` and `layout`.
+    """
+    return layout(config, family) if family in types() else of_file(Path(family))
 
 
 def of_file(file: Path) -> Layout:

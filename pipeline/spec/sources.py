@@ -90,8 +90,9 @@ class ModelSpec(Section):
     )
     family: str = Field(
         default="",
-        description="a JSON file with the layout of a model type that the table of families lacks, "
-        "beside paper.yaml or in a folder of papers_dirs",
+        description="of a model type that the table of families lacks: a type of the table whose "
+        "modules have the same names, such as llama; or a JSON file with its layout, beside "
+        "paper.yaml or in a folder of papers_dirs",
     )
 
     @model_validator(mode="before")

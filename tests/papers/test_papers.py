@@ -534,3 +534,12 @@ def test_a_layout_of_ones_own_is_part_of_the_models_id(home):
     )
     said = fault(run_of, home, "p")
     assert "none.json" in said and "does not exist" in said
+    ids = {}
+    for kind in ("llama", "mistral"):  # types of the table need no file
+        (folder / "paper.yaml").write_text(
+            yaml.safe_dump(CARD | {"model": model | {"family": kind}, "scales": {}})
+        )
+        item = run_of(home, "p").store("p", "laptop", "model")["model"]
+        assert item.spec["model"]["family"] == kind
+        ids[kind] = item.id
+    assert len({own.id, *ids.values()}) == 3
