@@ -8,7 +8,8 @@ from conftest import byte_tokenizer, stage
 from safetensors.torch import load_file, save_file
 
 from pipeline.errors import RetraceError
-from pipeline.models import hooks, loader, tiny_models
+from pipeline.families import tiny_models
+from pipeline.models import hooks, loader
 from pipeline.spec import families
 from pipeline.spec.sources import ModelSpec
 from pipeline.weights import model, towers
