@@ -4,6 +4,7 @@ import re
 from typing import Any
 
 from pipeline.errors import RetraceError, nearest
+from pipeline.figures import theme
 
 TITLES = {
     "l0": "L0: active latents a token",
@@ -57,6 +58,16 @@ def in_words(name: str) -> str:
         grouped = f"{int(value):,}" if value.isdigit() and found[1] == "d" else value
         said.append(CODES[found[1]].format(grouped))
     return ", ".join([" ".join(plain), *said] if plain else said)
+
+
+def without_seed(name: str) -> str:
+    """What the seeds of a dictionary share: 'topk_k16' of 'topk_k16_seed2'."""
+    return re.sub(r"_seed\d+(?=_|$)", "", name)
+
+
+def worded(value: Any) -> str:
+    """A value of a column as a label: 'hallway untrained' of hallway_untrained."""
+    return theme.literal(str(value).replace("_", " "))
 
 
 def need(frame: Any, columns: list[str], table: str) -> None:

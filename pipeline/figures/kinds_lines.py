@@ -11,7 +11,7 @@ import numpy as np
 
 from pipeline.errors import RetraceError
 from pipeline.figures import theme
-from pipeline.figures.kinds_common import need
+from pipeline.figures.kinds_common import need, worded
 from pipeline.spec.figures import Bars, Lines, Look, Names, Rows
 
 SYMBOLS = ["circle", "diamond", "square", "triangle-up"]
@@ -35,7 +35,7 @@ def rows_of(table: Any, name: str, what: Rows) -> Any:
 def looks(names: Names, values: Any) -> dict[Any, Look]:
     """value -> how it is drawn, of the values that there are; without names, all of them."""
     there = list(dict.fromkeys(values))
-    given = names or {str(v): theme.literal(v) for v in there}
+    given = names or {str(v): worded(v) for v in there}
     by_text = {str(v): v for v in there}
     out = {}
     for i, (text, look) in enumerate(given.items()):
@@ -67,7 +67,7 @@ def grid(table: Any, columns: list[str], titles: dict[str, str]) -> list[tuple[s
         here = table
         for column, value in zip(columns, values, strict=True):
             here = here[here[column] == value]
-        out.append(("<br>".join(titles.get(str(v), theme.literal(v)) for v in values), here))
+        out.append(("<br>".join(titles.get(str(v), worded(v)) for v in values), here))
     return out
 
 
@@ -130,6 +130,9 @@ def lines(tables: dict[str, Any], options: dict[str, Any]) -> tuple[Any, Any]:
         update(type="log", dtick=ticks(table[what.x if axis == "x" else ys[0]]))
     if np.ptp(table[what.x]) <= WHOLE and not (table[what.x] % 1).any() and "x" not in what.log:
         panels.figure.update_xaxes(dtick=1)
+    for i, here in enumerate(shown):
+        if here[what.x].nunique() == 1:  # a lone place, with no scale about it
+            panels.figure.update_xaxes(tickvals=here[what.x].unique(), **panels.place(i))
     if what.range:
         panels.figure.update_yaxes(range=what.range)
     elif "y" not in what.log and float(table[ys].min().min()) > 0:  # a line at 0 needs room below
