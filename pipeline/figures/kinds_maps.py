@@ -93,9 +93,8 @@ def _field(rows: Any, z: str, what: Matrix) -> dict[str, Any]:
         for column, side in ((what.x, x), (what.y, y)):
             if not side:
                 told = f"none of {', '.join(what.names)} is a value of {column}"
-                raise RetraceError(
-                    f"options.names: {told}; it has {', '.join(map(str, dict.fromkeys(rows[column])))}"
-                )
+                there = ", ".join(map(str, dict.fromkeys(rows[column])))
+                raise RetraceError(f"options.names: {told}; it has {there}")
     out = {
         "x": [named(a, what.names) for a in x],
         "y": [named(b, what.names) for b in y],

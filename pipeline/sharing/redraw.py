@@ -22,6 +22,7 @@ from pipeline.sharing.published import Results, opened
 from pipeline.store import provenance
 
 PAPERS = Path(__file__).parents[2] / "rules/papers"
+NAMES = {"metrics": "metrics.json", "claims": "claims.csv"}  # tables that are no Parquet
 SAME = "same numbers"
 CLOSE = 1e-9  # relative: a CSV holds numbers as decimal text
 
@@ -43,7 +44,7 @@ def tables_of(run: Results, made: dict[str, Any]) -> list[Path]:
     """
     out = []
     for table in made["spec"]["figure"]["tables"]:
-        name = "metrics.json" if table == "metrics" else f"{table}.parquet"
+        name = NAMES.get(table, f"{table}.parquet")
         file = run.folder / name
         shas = [sha for path, sha in made["inputs"].items() if path.endswith(f"/{name}")]
         if not file.is_file():
