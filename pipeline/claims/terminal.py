@@ -18,6 +18,7 @@ place on the terminal with -p, --verbose or --debug-dag; a dry run and --logger 
 """
 
 import logging
+import os
 import sys
 import threading
 import time
@@ -35,7 +36,9 @@ DEFAULT = "DefaultStreamHandler"  # snakemake's own; see its logging.py
 SILENCE = 55  # seconds without a line; with SECOND less than a minute
 SECOND = 1.0  # between two looks at the logs of what runs
 NAMED = 3  # jobs that run, of which is told what their logs say
-MOST = 120  # characters of a line; a terminal's bar has its width
+MOST = 120  # characters of a line, where a terminal has no fewer
+BESIDE = 30  # of them beside the names of jobs: the time, the count, how long they took
+BAR = "{n_fmt}/{total_fmt} {bar:10} "
 QUIET = ("ALL", "PROGRESS", "RULES")  # of --quiet; its other words are about snakemake's text
 # What snakemake says beside its events of a run whose faults stand at the end.
 AFTER_FAULTS = ("Exiting because a job", "At least one job did not complete", "SpawnedJobError")
@@ -144,6 +147,14 @@ class Terminal(logging.Handler):
         """' 5/37': the jobs done."""
         return f"{self.state.done}/{self.state.total}".rjust(self.width)
 
+    @property
+    def columns(self) -> int:
+        """Characters of a line: those of the terminal, at most MOST."""
+        try:
+            return min(os.get_terminal_size(self.stream.fileno()).columns or MOST, MOST)
+        except (OSError, ValueError):  # no terminal; a text in memory has no number
+            return MOST
+
     def age(self, job: JobState) -> str:
         return duration(self.state.last - job.began)
 
@@ -159,12 +170,12 @@ class Terminal(logging.Handler):
             if (ended[0][0].paper, ended[0][0].stage) in runs:
                 continue
             del self.folded[named]
-            self.write(f"{ended[-1][2]}  {common(named, ended)}")
+            self.write(f"{ended[-1][2]}  {common(named, ended, self.columns)}")
 
     def write(self, text: str) -> None:
         if not self.plain or self.quiet:
             return
-        text = summary.cut(f"{time.strftime('%H:%M:%S')}  {text}", MOST)
+        text = shortened(f"{time.strftime('%H:%M:%S')}  {text}", self.columns)
         if self.bar is not None:
             self.bar.write(text, file=self.stream)
         else:
@@ -188,13 +199,21 @@ class Terminal(logging.Handler):
         except (OSError, ValueError):  # the terminal is gone
             self.over.set()
 
-    def running(self) -> str:
-        """What runs, longest first: each job, and what it says of itself."""
+    def running(self, room: int = MOST) -> str:
+        """What runs, longest first: each job, and what it says of itself.
+
+        Args:
+            room: characters; where they are too few, what tells jobs of a stage apart goes, then
+                rates.
+        """
         running = sorted(self.state.running.values(), key=lambda job: job.began)
-        told = [f"{job} {at(job, time.time(), Path())}" for job in running[:NAMED]]
-        return "; ".join(
-            [*told, *([f"and {len(running) - NAMED} more"] if running[NAMED:] else [])]
-        )
+        said = [(job, at(job, time.time(), Path())) for job in running[:NAMED]]
+        more = [f"and {len(running) - NAMED} more"] if running[NAMED:] else []
+        plain = [(f"{job.paper} {job.stage}".strip(), text) for job, text in said]
+        full = [f"{job} {text}" for job, text in said]
+        ways = [full, [f"{name} {t}" for name, t in plain], [f"{n} {brief(t)}" for n, t in plain]]
+        texts = ["; ".join([*told, *more]) for told in ways]
+        return next((text for text in texts if len(text) <= room), texts[-1])
 
     def draw(self) -> None:
         """The bar of a terminal, while jobs run."""
@@ -207,10 +226,13 @@ class Terminal(logging.Handler):
 
             self.bar = tqdm(
                 total=self.state.total, file=self.stream, leave=False, dynamic_ncols=True,
-                bar_format="{n_fmt}/{total_fmt} {bar:10} {desc}",
+                bar_format=BAR + "{desc}",
             )  # fmt: skip
         self.bar.n = self.state.done
-        self.bar.set_description_str(self.running())
+        room = self.columns - len(
+            BAR.format(n_fmt=self.state.done, total_fmt=self.state.total, bar="")
+        )
+        self.bar.set_description_str(self.running(room))
 
     def clear(self) -> None:
         """Take the bar away."""
@@ -234,12 +256,25 @@ class Terminal(logging.Handler):
         super().close()
 
 
-def common(named: str, ended: list[tuple[JobState, float, str]]) -> str:
+def common(named: str, ended: list[tuple[JobState, float, str]], columns: int = MOST) -> str:
     """'toy figures: circle, line  9.1 s': jobs of one stage, and the seconds of all of them."""
     whats = [job.what for job, _, _ in ended if job.what]
     took = duration(sum(seconds for _, seconds, _ in ended))
     which = f"{':' if len(whats) > 1 else ''} {', '.join(whats)}".rstrip()
-    return f"{summary.cut(named + which, MOST - 30)}  {took}"
+    return f"{summary.cut(named + which, columns - BESIDE)}  {took}"
+
+
+def shortened(text: str, most: int) -> str:
+    """A line of at most so many characters, which keeps how long its job took."""
+    head, gap, took = text.rpartition("  ")
+    if len(text) <= most or len(took) > most // 2:
+        return summary.cut(text, most)
+    return summary.cut(head, most - len(gap + took)) + gap + took
+
+
+def brief(said: str) -> str:
+    """'25.0 s, 40 %, 1:20 left' of '25.0 s, 40 %, 812 rows/s, 1:20 left'."""
+    return ", ".join(part for part in said.split(", ") if not part.endswith("/s"))
 
 
 def jobs(n: int) -> str:

@@ -139,8 +139,16 @@ def plain(figure: Any) -> dict[str, Any]:
     """The figure as JSON-ready data, with the template `retrace`; the page has its title."""
     made = figure.to_plotly_json()
     layout = {k: v for k, v in made.get("layout", {}).items() if k not in ("template", "title")}
-    layout = above_titles(layout)
+    layout = percents(above_titles(layout))
     return short({"data": made.get("data", []), "layout": layout | {"template": template()}})
+
+
+def percents(value: Any) -> Any:
+    """A layout whose ticks of whole percents have a digit where they need it: 0.5 % is not 1 %."""
+    if isinstance(value, dict):
+        whole = {k for k, v in value.items() if k.endswith("tickformat") and v == ".0%"}
+        return {k: ".2~%" if k in whole else percents(v) for k, v in value.items()}
+    return [percents(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def above_titles(layout: dict[str, Any]) -> dict[str, Any]:

@@ -12,7 +12,7 @@ import numpy as np
 
 from pipeline.errors import RetraceError
 from pipeline.figures import theme
-from pipeline.figures.kinds_common import in_words, named, need, title_of
+from pipeline.figures.kinds_common import in_words, named, need, title_of, without_seed
 from pipeline.figures.kinds_effects import agreement, estimates, heads
 from pipeline.figures.kinds_lines import bars, learning, lines
 from pipeline.figures.kinds_maps import matrix, traced, trajectories
@@ -23,6 +23,8 @@ from pipeline.figures.kinds_verdicts import verdicts
 
 def training(tables: dict[str, Any], options: dict[str, Any]) -> tuple[Any, Any]:
     """Curves of training, one line a dictionary; the reader chooses the metric.
+
+    Seeds of a dictionary share their look and their place in the legend.
 
     Options: y, a list of columns (default: explained_variance, l0, dead_share, loss); points a
     curve (default 40); saes, names or their beginnings (default all).
@@ -42,15 +44,21 @@ def training(tables: dict[str, Any], options: dict[str, Any]) -> tuple[Any, Any]
     groups = [_thinned(g, options.get("points", 40)) for _, g in frame.groupby(["arm", "sae"])]
     frame = pd.concat(groups)[["arm", "sae", "step", "rows", *ys]]
     several = frame["arm"].nunique() > 1
-    fig = go.Figure()
     arms = list(dict.fromkeys(frame["arm"]))
-    names = list(dict.fromkeys(frame["sae"]))
+    plain = list(dict.fromkeys(map(without_seed, frame["sae"])))
+    fig, shown = go.Figure(), set()
     for g in groups:
         arm, sae = g["arm"].iloc[0], g["sae"].iloc[0]
-        dash = theme.DASHES[(arms.index(arm) + names.index(sae) // 7) % len(theme.DASHES)]
-        line = {"color": theme.colour(names.index(sae)), "dash": dash, "width": 1.6}
-        name = f"{in_words(sae)} · {arm}" if several else in_words(sae)
-        fig.add_scatter(x=g["rows"], y=g[ys[0]], mode="lines", line=line, name=theme.literal(name))
+        number = plain.index(without_seed(sae))
+        dash = theme.DASHES[(arms.index(arm) + number // 7) % len(theme.DASHES)]
+        line = {"color": theme.colour(number), "dash": dash, "width": 1.6}
+        words = [f"{in_words(n)} · {arm}" if several else in_words(n) for n in (plain[number], sae)]
+        name, whole = map(theme.literal, words)
+        fig.add_scatter(
+            x=g["rows"], y=g[ys[0]], mode="lines", line=line, name=name, legendgroup=name,
+            showlegend=name not in shown, hovertemplate=f"%{{y:.4~g}}<extra>{whole}</extra>",
+        )  # fmt: skip
+        shown.add(name)
     fig.update_layout(xaxis=theme.axis(title_of("rows")), yaxis=theme.axis(title_of(ys[0])))
     choices = {
         title_of(y): [{"y": [g[y].tolist() for g in groups]}, {"yaxis.title.text": title_of(y)}]

@@ -70,6 +70,16 @@ def in_words(name: str) -> str:
     return ", ".join([" ".join(plain), *said] if plain else said)
 
 
+def without_seed(name: str) -> str:
+    """What the seeds of a dictionary share: 'topk_k16' of 'topk_k16_seed2'."""
+    return re.sub(r"_seed\d+(?=_|$)", "", name)
+
+
+def worded(value: Any) -> str:
+    """A value of a column as a label: 'hallway untrained' of hallway_untrained."""
+    return theme.literal(str(value).replace("_", " "))
+
+
 def need(frame: Any, columns: list[str], table: str) -> None:
     """A sentence for a table without the columns that a figure plots."""
     for column in columns:
@@ -104,7 +114,7 @@ def rows_of(table: Any, name: str, what: Rows) -> Any:
 def looks(names: Names, values: Any) -> dict[Any, Look]:
     """value -> how it is drawn, of the values that there are; without names, all of them."""
     there = list(dict.fromkeys(values))
-    given = names or {str(v): theme.literal(v) for v in there}
+    given = names or {str(v): worded(v) for v in there}
     by_text = {str(v): v for v in there}
     out = {}
     for i, (text, look) in enumerate(given.items()):
@@ -136,7 +146,7 @@ def grid(table: Any, columns: list[str], titles: dict[str, str]) -> list[tuple[s
         here = table
         for column, value in zip(columns, values, strict=True):
             here = here[here[column] == value]
-        out.append(("<br>".join(titles.get(str(v), theme.literal(v)) for v in values), here))
+        out.append(("<br>".join(titles.get(str(v), worded(v)) for v in values), here))
     return out
 
 

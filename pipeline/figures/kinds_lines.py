@@ -60,6 +60,9 @@ def lines(tables: dict[str, Any], options: dict[str, Any]) -> tuple[Any, Any]:
         update(type="log", dtick=ticks(table[what.x if axis == "x" else ys[0]]))
     if np.ptp(table[what.x]) <= WHOLE and not (table[what.x] % 1).any() and "x" not in what.log:
         panels.figure.update_xaxes(dtick=1)
+    for i, here in enumerate(shown):
+        if here[what.x].nunique() == 1:  # a lone place, with no scale about it
+            panels.figure.update_xaxes(tickvals=here[what.x].unique(), **panels.place(i))
     if what.range:
         panels.figure.update_yaxes(range=what.range)
     elif "y" not in what.log and float(table[ys].min().min()) > 0:  # a line at 0 needs room below

@@ -6,9 +6,11 @@ likeliest next token at every layer and position of a text.
 
 from typing import Any
 
+import numpy as np
+
 from pipeline.errors import RetraceError, nearest
 from pipeline.figures import theme
-from pipeline.figures.kinds_common import need, rows_of
+from pipeline.figures.kinds_common import need, rows_of, worded
 from pipeline.spec.figures import Matrix, Traced, Trajectories
 
 MONO = "ui-monospace, SFMono-Regular, Menlo, Consolas, 'DejaVu Sans Mono', monospace"
@@ -33,7 +35,7 @@ def matrix(tables: dict[str, Any], options: dict[str, Any]) -> tuple[Any, Any]:
         if chosen and what.cases and case not in what.cases:
             continue
         for z, title in what.z.items():
-            texts = [what.cases.get(str(case), str(case))] if chosen else []
+            texts = [what.cases.get(str(case)) or case_of(what.choose, case)] if chosen else []
             texts += [title] if len(zs) > 1 else []
             places[", ".join(texts)] = _field(rows, z, what)
     places = {k: places[k] for k in _in_order(places, what)}
@@ -59,6 +61,17 @@ def matrix(tables: dict[str, Any], options: dict[str, Any]) -> tuple[Any, Any]:
     return figure, table[what.columns] if what.columns else mean
 
 
+def named(value: Any, names: dict[str, str]) -> str:
+    """What paper.yaml calls a value, else the value in words."""
+    return theme.literal(names[str(value)]) if str(value) in names else worded(value)
+
+
+def case_of(column: str, value: Any) -> str:
+    """A case in words; a number says of what: 'layer 3'."""
+    text = str(value).replace("_", " ")
+    return f"{column.replace('_', ' ')} {text}" if isinstance(value, int | np.integer) else text
+
+
 def _in_order(places: dict[str, Any], what: Matrix) -> list[str]:
     """The cases in the order of paper.yaml."""
     order = list(what.cases.values())
@@ -76,9 +89,14 @@ def _field(rows: Any, z: str, what: Matrix) -> dict[str, Any]:
     if what.names:
         x, y = ([n for n in what.names if n in side] for side in (x, y))
         y = y[::-1]  # the first on top
+        for column, side in ((what.x, x), (what.y, y)):
+            if not side:
+                told = f"none of {', '.join(what.names)} is a value of {column}"
+                there = ", ".join(map(str, dict.fromkeys(rows[column])))
+                raise RetraceError(f"options.names: {told}; it has {there}")
     out = {
-        "x": [theme.literal(what.names.get(str(a), a)) for a in x],
-        "y": [theme.literal(what.names.get(str(b), b)) for b in y],
+        "x": [named(a, what.names) for a in x],
+        "y": [named(b, what.names) for b in y],
         "z": [[values.get((a, b)) for a in x] for b in y],
     }
     if what.range is None:

@@ -224,8 +224,11 @@ def figures_of(job: Any, rows: list[dict[str, Any]], metrics: dict) -> list[dict
         name = Path(file).stem
         made = figure(file, cards[name], spec["scale"], spec["paper"], spec.get("config"))
         made["caption"] = filled(made["caption"], metrics)
-        shows = [{"id": r["id"], "short": r["id"].replace("_", " ")} for r in rows]
-        shows = [s for s, r in zip(shows, rows, strict=True) if r["figure"] == name]
+        shows = [
+            {"id": r["id"], "short": r["id"].replace("_", " "), "text": r["text"]}
+            for r in rows
+            if r["figure"] == name
+        ]
         out.append(made | {"shows": shows})
     return out
 

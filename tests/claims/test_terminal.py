@@ -16,7 +16,7 @@ import pytest
 import warm
 
 from pipeline.claims import terminal
-from pipeline.claims.terminal import Terminal
+from pipeline.claims.terminal import Terminal, shortened
 from pipeline.job import events
 from pipeline.job.events import Journal
 
@@ -298,6 +298,29 @@ def test_a_run_in_a_pipe(tmp_path):
     assert "rule train:" in text and "5 of 6 steps" in text and "train started" not in text
     plan = subprocess.run([*command, "-n", "--forceall"], **where).stdout
     assert "rule train:" in plan and "This was a dry-run" in plan
+
+
+@pytest.mark.parametrize(
+    ("room", "told"),
+    [
+        (90, "toy sae gpt2-small-hook T, 40 %, 1,812 rows/s, 1:20 left"),
+        (50, "toy sae T, 40 %, 1,812 rows/s, 1:20 left"),
+        (38, "toy sae T, 40 %, 1:20 left"),
+    ],
+)
+def test_per_cent_and_time_left_stand_in_a_narrow_bar(shown, room, told):
+    made, _ = shown
+    feed(made, begun(sae=1), info(1, "sae", True, paper="toy", arm="gpt2-small-hook"))
+    Path("logs").mkdir()
+    Path("logs/1.log").write_text("10:00:00 sae  40 %  1,812 rows/s, 1:20 left\n")
+    assert re.sub(r"\d\.\d s", "T", made.running(room)) == told
+
+
+@pytest.mark.parametrize("most", [60, 90, 120])
+def test_a_line_that_is_cut_keeps_how_long_its_job_took(most):
+    line = shortened(f"20:12:36  20/38  toy figures: {'frontier, ' * 20}  27.0 s", most)
+    assert len(line) == most and line.endswith("…  27.0 s") and line.startswith("20:12:36  20/38")
+    assert shortened("short  1.0 s", most) == "short  1.0 s"
 
 
 @pytest.mark.workflow

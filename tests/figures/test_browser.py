@@ -215,6 +215,50 @@ def test_tick_labels_are_upright_and_apart(browser, tmp_path, width):
             assert not any("rotate(9" in t[2] or "rotate(3" in t[2] for t in ticks)
 
 
+def opened(browser, tmp_path, figure: go.Figure, width: int) -> Browser:
+    """A figure by itself, beside the drawing code."""
+    shutil.copy(browser.base / "figures.js", tmp_path)
+    page = drawing.page("one", "One", "A figure.", drawing.plain(figure), "figures.js")
+    (tmp_path / "one.html").write_text(page)
+    return Browser(browser.driver, tmp_path).open("one.html", width=width)
+
+
+NAMES = ["Matching pursuit", "Matryoshka BatchTopK", "random directions", "JumpReLU of one layer"]
+
+
+@pytest.mark.parametrize("names", [NAMES * 2, [f"attention head {i}" for i in range(60)]])
+def test_names_on_an_axis_are_upright_and_apart(browser, tmp_path, names):
+    names = list(dict.fromkeys(f"{n} {i // 4}" for i, n in enumerate(names)))
+    figure = go.Figure(go.Bar(x=names, y=[1] * len(names))).update_xaxes(type="category")
+    here = opened(browser, tmp_path, figure, 1280)
+    ticks = here.js(
+        "return [...document.querySelectorAll('.xtick text')].map(e => {"
+        "const r = e.getBoundingClientRect(); return [r.left, r.right, r.height > r.width,"
+        "e.getAttribute('transform'), e.textContent]})"
+    )
+    ticks.sort()
+    assert not any("rotate(" in t[3] and "rotate(0" not in t[3] for t in ticks), ticks
+    assert all(a[1] <= b[0] for a, b in pairwise(ticks)), ticks
+    assert len(ticks) == len(names) if len(names) == 8 else 3 < len(ticks) < len(names)
+
+
+def test_titles_that_a_phone_has_no_room_for_scroll(browser, tmp_path):
+    titles = [f"xproportion of letters, retrained {i}" for i in range(4)]
+    figure = make_subplots(rows=1, cols=4, subplot_titles=titles)
+    for col in range(1, 5):
+        figure.add_scatter(x=[0, 1], y=[0, 1], row=1, col=col)
+    here = opened(browser, tmp_path, figure, 390)
+    boxes = here.js(
+        "return [...document.querySelectorAll('.annotation text')]"
+        ".map(e => e.getBoundingClientRect()).map(r => [r.left, r.right])"
+    )
+    boxes.sort()
+    assert len(boxes) == 4 and all(a[1] <= b[0] for a, b in pairwise(boxes))
+    figure = "document.querySelector('.retrace-figure')"
+    assert here.js(f"return {figure}.scrollWidth > {figure}.clientWidth")
+    assert here.js("return document.documentElement.scrollWidth") <= 390
+
+
 def test_what_is_chosen_has_tick_labels_of_its_own(browser, tmp_path):
     """Labels thinned for one choice are too many, or too few, for another."""
     figure = make_subplots(rows=1, cols=3, horizontal_spacing=0.1)

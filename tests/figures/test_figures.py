@@ -160,6 +160,29 @@ def test_training_keeps_the_ends_of_every_curve(made_up):
     assert buttons["explained variance"][0] == list(figure.data[0].y)
 
 
+def test_seeds_of_a_dictionary_share_a_colour_and_a_place_in_the_legend():
+    seeds = [f"{kind}_seed{i}" for kind in ("topk_k16", "l1_c4") for i in range(3)]
+    table = pd.DataFrame(
+        [{"sae": s, "step": t, "rows": 10 * t, "loss": 1 / t} for s in seeds for t in (1, 2)]
+    )
+    figure, frame = KINDS["training"]({"evaluation/trained_history": table}, {"y": "loss"})
+    assert len(figure.data) == 6 and set(frame["sae"]) == set(seeds)
+    named = [t.name for t in figure.data if t.showlegend is not False]
+    assert sorted(named) == ["L1, L1 coefficient 4", "TopK, k 16"]
+    assert len({(t.line.color, t.line.dash) for t in figure.data}) == 2
+    assert "seed 2" in figure.data[-1].hovertemplate  # which seed it is, the box says
+
+
+def test_ticks_of_percents_are_not_rounded():
+    label = ".2~%"
+    choices = {"a": [{}, {"yaxis.tickformat": ".0%"}], "b": [{}, {"yaxis.tickformat": ".3f"}]}
+    figure = go.Figure(go.Scatter(x=[0, 1], y=[0, 0.005])).update_yaxes(tickformat=".0%")
+    figure.update_layout(updatemenus=[theme.selector(choices)])
+    layout = drawing.plain(figure)["layout"]
+    args = [b["args"][1]["yaxis.tickformat"] for b in layout["updatemenus"][0]["buttons"]]
+    assert layout["yaxis"]["tickformat"] == label and args == [label, ".3f"]
+
+
 def test_density_counts_every_latent_that_fires(made_up):
     (table,) = frames_of(made_up, "features/topk_k32_d4608").values()
     figure, frame = KINDS["density"]({"features/topk_k32_d4608": table}, {"bins": 11})

@@ -231,6 +231,33 @@ def test_colours_of_a_matrix_end_at_its_largest_value_or_where_it_is_said():
     assert figure.data[0].zmax == 5 and figure.data[0].colorbar.title.text == "Z"
 
 
+def test_values_without_names_are_in_words():
+    rows = [("any_token", "not_<trained>", layer, 0.5) for layer in (0, 3)]
+    table = pd.DataFrame(rows, columns=["task", "arm", "layer", "share"])
+    options = {"x": "task", "y": "arm", "z": {"share": "share"}, "choose": "layer"}
+    names = {"any_token": "a_token", "not_<trained>": "null"}
+    figure, frame = drawn("matrix", {"t": table}, **options, names=names)
+    assert list(figure.data[0].x) == ["a_token"]  # as paper.yaml has it
+    with pytest.raises(RetraceError, match="names: none of any_token is a value of arm"):
+        drawn("matrix", {"t": table}, **options, names={"any_token": "a"})
+    figure, frame = drawn("matrix", {"t": table}, **options)
+    assert list(figure.data[0].x) == ["any token"]
+    assert list(figure.data[0].y) == ["not &lt;trained&gt;"]
+    assert [b.label for b in figure.layout.updatemenus[0].buttons] == ["layer 0", "layer 3"]
+    assert set(frame["task"]) == {"any_token"}  # the CSV keeps what the table has
+    lined = {"x": "layer", "y": {"share": "share"}, "lines": "arm", "panels": ["task"]}
+    figure, _ = drawn("lines", {"t": table}, **lined)
+    assert figure.data[0].name == "not &lt;trained&gt;"
+    assert figure.layout.annotations[0].text == "any token"
+
+
+def test_a_panel_of_one_place_has_one_tick():
+    table = pd.DataFrame({"x": [-1, 0, 1], "y": [0.1, 0.2, 0.3], "arm": list("abb"), "line": "l"})
+    options = {"x": "x", "y": {"y": "y"}, "lines": "line", "panels": ["arm"]}
+    figure, _ = drawn("lines", {"t": table}, **options)
+    assert list(figure.layout.xaxis.tickvals) == [-1] and figure.layout.xaxis2.tickvals is None
+
+
 def words(top: list, **more) -> pd.DataFrame:
     """Two layers and two positions of one text."""
     rows = [

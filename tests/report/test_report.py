@@ -109,7 +109,7 @@ def test_a_claim_stands_beside_the_figure_that_shows_it(text):
     thumb = row[: row.index("</li>")]
     assert '<a class="thumb" href="#figure-dead"' in thumb and '<use href="#thumb-dead"/>' in thumb
     assert text.count('<symbol id="thumb-dead"') == 1
-    assert '<a href="#claim-dead_7">' in text[text.index('id="figure-dead"') :]
+    assert '<a href="#claim-dead_7" title=' in text[text.index('id="figure-dead"') :]
 
 
 def test_names_of_metrics_lead_to_their_definitions(text):

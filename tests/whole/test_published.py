@@ -94,6 +94,15 @@ def test_a_published_figure_is_drawn_again_without_a_run_or_torch(copied, tmp_pa
     assert provenance.read(page)["stage"] == "figures" and page.with_name("figures.js").exists()
 
 
+def test_verdicts_are_drawn_again_from_the_published_claims(copied, tmp_path):
+    with opened(copied) as (run,):
+        made = redraw.published(run)["verdicts"]
+        assert redraw.redraw(run, "verdicts", made, redraw.PAPERS, tmp_path) == "same numbers"
+        (copied / "claims.csv").write_text("id\n")
+        with pytest.raises(Exception, match=r"claims\.csv: changed since the figure"):
+            redraw.tables_of(run, made)
+
+
 def test_numbers_that_differ_are_counted():
     a = pd.DataFrame({"x": [1.0, 2.0, None], "name": ["a", "b", None]})
     b = a.copy()

@@ -5,6 +5,8 @@
   const DARK = { "#1b1f24": "#e6e8eb", "#d9dde3": "#363c44", "#fefefe": "#1d2126" };
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const narrow = 520;
+  const MANY = 24;  // names on an axis, of which some stand for all
+  const ROOMY = 720, PANEL = 160;  // pixels of a figure, and a panel, that a phone has no room for
   const thinned = new Map();  // canvas -> settings of its axes before `uncrowded` changed them
   const chosen = new Map();  // figure -> the place that the reader gave each control
 
@@ -104,32 +106,60 @@
     return heights.length ? Math.max(...heights) : Infinity;
   }
 
-  // panels side by side on a phone: smaller titles, each within its own panel
-  function fitted(layout, pixels) {
+  // panels side by side: titles each within its own panel, smaller ones on a phone
+  function fitted(layout, pixels, small) {
     let least = 1;
     for (const key of Object.keys(layout)) {
       if (!/^xaxis/.test(key)) continue;
       const [from, to] = layout[key].domain ?? [0, 1];
       least = Math.min(least, to - from);
-      if (to - from < 0.6 && layout[key].title) layout[key].title.font = { size: 10 };
-      broken(layout[key].title, pixels * (to - from));
+      if (small && to - from < 0.6 && layout[key].title) layout[key].title.font = { size: 10 };
+      broken(layout[key].title, pixels * (to - from), small ? 7 : 8);
     }
     if (least >= 0.6) return;
     for (const note of layout.annotations ?? []) {
       if (note.showarrow !== false || note.yref !== "paper") continue;
-      note.font = { ...note.font, size: 10 };
-      broken(note, pixels * least);
+      if (small) note.font = { ...note.font, size: 10 };
+      const alone = note.x === 0.5 && note.y === 0;  // one title below all panels
+      broken(note, alone ? pixels : pixels * least);
     }
   }
 
   // a title longer than its axis breaks at a space near its middle
-  function broken(title, pixels) {
+  function broken(title, pixels, letter = 7) {
     const text = title?.text ?? "";
-    if (text.length * 7 < pixels || text.includes("<")) return;
+    if (text.length * letter < pixels || text.includes("<")) return;
     const middle = text.length / 2;
     const spaces = [...text.matchAll(/ /g)].map((m) => m.index);
     const at = spaces.sort((a, b) => Math.abs(a - middle) - Math.abs(b - middle))[0];
     if (at) title.text = `${text.slice(0, at)}<br>${text.slice(at + 1)}`;
+  }
+
+  // names on an x axis that lean: upright in several lines, or a few of many
+  function named(key, axis) {
+    const names = axis._categories.map(String), slot = axis._length / names.length;
+    const ink = document.createElement("canvas").getContext("2d");
+    ink.font = `${axis.tickfont.size}px ${axis.tickfont.family}`;
+    const wide = (text) => ink.measureText(text).width;
+    const lines = names.map((name) => wrapped(name, (text) => wide(text) <= slot - 4));
+    const step = Math.ceil((Math.max(...lines.flat().map(wide)) + 4) / slot);
+    if (step > 1 && names.length < MANY) return {};  // each of a few names counts: they lean
+    const shown = names.map((_, i) => i).filter((i) => i % step === 0);
+    return {
+      [`${key}.tickmode`]: "array", [`${key}.tickvals`]: shown,
+      [`${key}.ticktext`]: shown.map((i) => lines[i].join("<br>")), [`${key}.tickangle`]: 0,
+    };
+  }
+
+  // the lines of a name, broken at spaces where a longer line does not fit
+  function wrapped(name, fits) {
+    const lines = [];
+    for (const word of name.split(/<br>| /)) {
+      const longer = `${lines.at(-1) ?? ""} ${word}`.trim();
+      if (lines.length && fits(longer)) lines[lines.length - 1] = longer;
+      else lines.push(word);
+    }
+    return lines;
   }
 
   // tick labels that touch or lean: fewer of them, upright
@@ -139,6 +169,7 @@
       if (!/^[xy]axis\d*$/.test(key) || axis.tickmode === "array") continue;
       const labels = [...box.querySelectorAll(`.${axis._id}tick text`)];
       const leans = labels.some((e) => /rotate\(-?[1-9]/.test(e.getAttribute("transform")));
+      if (key[0] === "x" && axis.type === "category" && leans) Object.assign(change, named(key, axis));
       const [from, to] = key[0] === "x" ? ["left", "right"] : ["top", "bottom"];
       const places = labels.map((e) => e.getBoundingClientRect()).sort((a, b) => a[from] - b[from]);
       if (!leans && !places.some((p, i) => i && p[from] < places[i - 1][to] + 3)) continue;
@@ -175,13 +206,33 @@
     }
   }
 
-  async function draw(figure, onDark) {
+  // whether titles or tick labels lie on each other, so that the figure wants more room than a phone has
+  function colliding(box) {
+    const apart = (list) => {
+      const places = list.map((e) => e.getBoundingClientRect()).filter((p) => p.width);
+      return places.every((p, i) => places.slice(0, i).every((q) =>
+        p.left >= q.right || q.left >= p.right || p.top >= q.bottom - 2 || q.top >= p.bottom - 2));
+    };
+    const axes = Object.entries(box._fullLayout).filter(([key]) => /^xaxis\d*$/.test(key)).map(([, axis]) => axis);
+    const notes = box._fullLayout.annotations ?? [];
+    const above = (e) => notes[e.dataset.index]?.yref === "paper" && !notes[e.dataset.index].showarrow;
+    const titles = [...box.querySelectorAll(".annotation")].filter(above).map((e) => e.querySelector("text"));
+    titles.push(...axes.flatMap((axis) => [...box.querySelectorAll(`.${axis._id}title`)]));
+    const left = box.getBoundingClientRect().left;
+    const inside = [...box.querySelectorAll('[class^="y"][class$="title"]')].some((e) => {
+      const { left: from, right: to } = e.getBoundingClientRect(), middle = (from + to) / 2 - left;
+      return axes.some((axis) => middle > axis._offset && middle < axis._offset + axis._length);
+    });
+    return inside || !apart(titles) || axes.some((axis) => !apart([...box.querySelectorAll(`.${axis._id}tick text`)]));
+  }
+
+  async function draw(figure, onDark, wanted = 0) {
     const plot = read(figure, onDark);
     const { updatemenus = [], sliders = [], ...rest } = plot.layout;
     plot.layout = rest;
     controls(figure, [...updatemenus, ...sliders]);
     const box = canvas(figure);
-    const least = plot.layout.meta?.min_width ?? 0;  // a wider figure scrolls sideways on a phone
+    const least = Math.max(plot.layout.meta?.min_width ?? 0, wanted);  // a wider figure scrolls sideways on a phone
     if (least) {
       figure.style.overflowX = "auto";
       box.style.minWidth = `${least}px`;
@@ -189,9 +240,9 @@
     const width = Math.max(figure.clientWidth, least);
     const layout = { ...plot.layout, autosize: true, height: height(plot.layout, plot.data, width) };
     delete layout.width;
+    fitted(layout, width - 80, width < narrow);
     if (width < narrow) {
       layout.font = { size: 11, ...layout.font };
-      fitted(layout, width - 80);
       for (const t of plot.data) if (t.type === "bar" && t.texttemplate) t.textangle = -90;
     }
     const name = figure.id.replace(/^figure-/, "") || "figure";
@@ -209,6 +260,10 @@
     if (!box.dataset.even) box.on("plotly_afterplot", () => evenDigits(box));
     box.dataset.even = "yes";
     await uncrowded(box);
+    if (width < narrow && !plot.layout.meta?.play && colliding(box)) {
+      const spans = Object.keys(layout).filter((key) => /^xaxis/.test(key)).map((key) => layout[key].domain ?? [0, 1]);
+      return draw(figure, onDark, Math.max(ROOMY, ...spans.map(([from, to]) => PANEL / (to - from))));
+    }
     for (const [c, control] of [...updatemenus, ...sliders].entries()) {
       const i = chosen.get(figure)?.[c] ?? control.active ?? 0;
       if (i !== (control.active ?? 0)) await apply(figure, control, i);

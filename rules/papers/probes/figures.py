@@ -16,7 +16,7 @@ TASKS = {
     "accuracy": ("labels", PALETTE[0]),
     "control_accuracy": ("control task", rgba(INK, 0.45)),
 }
-WIDTH = 34  # characters of a column of text
+WIDTH = 28  # characters of a column of text
 
 
 def scores(tables: dict[str, Any]) -> pd.DataFrame:
@@ -151,14 +151,16 @@ def samples(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
                                         *(["", *c] for c in columns[1:])]  # fmt: skip
     header = {"values": ["", *(f"<b>{c:+g}</b>" for c in coefficients)], **cell}
     values = next(iter(shown.values()))
-    figure = go.Figure(go.Table(header=header, cells={"values": values, "height": 22, **cell}))
+    wide = [120, *([7 * WIDTH + 16] * len(coefficients))]
+    look = {"values": values, "height": 22, **cell}
+    figure = go.Figure(go.Table(header=header, cells=look, columnwidth=wide))
     chosen(figure, {literal(k): [{"cells.values": [v]}, {}] for k, v in shown.items()})
     lines = max(sum(max(c[i].count("<br>") + 1 for c in v) for i in range(len(v[0])))
                 for v in shown.values())  # fmt: skip
     figure.update_layout(
         margin={"l": 4, "r": 4, "t": 8, "b": 4},
         height=int(80 + 19 * lines + 12 * len(values[0])),
-        meta={"min_width": 120 + 7 * WIDTH * len(coefficients)},  # a phone scrolls sideways
+        meta={"min_width": sum(wide)},  # a phone scrolls sideways
     )
     return figure, frame
 
