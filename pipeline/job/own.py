@@ -34,6 +34,7 @@ NEEDS = {  # option -> what the core's rule hands on under it
     "models": "model.json of every arm, arms sorted by name*",
     "activations": "manifest.json of every arm's activations, likewise*",
     "saes": "manifest.json of every arm's dictionaries, likewise*",
+    "crosscoders": "manifest.json of the crosscoders of every arm that has some, likewise*",
     "corpora": "tokens.parquet of every arm's text, likewise*",
     "labels": "documents.parquet of every arm's text, likewise*",
     "runs": "manifest.json of every training run*",

@@ -28,8 +28,9 @@ class OwnStage(Section):
     )
     needs: list[str] = Field(
         default=[],
-        description="models, activations, saes, corpora, labels (of every arm); corpus; training; "
-        "<stage>.models (of own.<stage>.models), <stage>.corpora; <stage>/<table or file>",
+        description="models, activations, saes, crosscoders, corpora, labels (of every arm); "
+        "corpus; training; <stage>.models (of own.<stage>.models), <stage>.corpora; "
+        "<stage>/<table or file>",
     )
     makes: dict[Name, str] = Field(
         default={}, description="further outputs: name: file.ending, or folder/"
