@@ -8,6 +8,9 @@ A is drawn as the authors' code and the library peft draw it, uniform in +- 1 / 
 0, so that training starts at W_0. Members may differ in rank and alpha: a row has room for the
 largest rank, and holds alpha / rank of its components, 0 where it has fewer. These are not trained:
 no gradient reaches them, nor A and B of a component whose scale is 0.
+
+What an update does to a matrix is seen in singular vectors (Shuttleworth et al. 2024, 2410.21228):
+one of W that no singular vector of W_0 comes near is an intruder dimension.
 """
 
 import math
@@ -86,3 +89,31 @@ def matrices(model: nn.Module) -> list[str]:
     inside = (".layers.", ".h.")  # native, gpt2
     named = model.named_parameters()
     return [n for n, p in named if p.dim() == 2 and any(part in n for part in inside)]
+
+
+def svd(W: Float[Tensor, "out in"]) -> tuple[Tensor, Tensor, Tensor]:
+    """U [out n], singular values [n] and V' [n in], float64, n the smaller side."""
+    return torch.linalg.svd(W.double(), full_matrices=False)
+
+
+def best_cosines(W_0: Float[Tensor, "out in"], W: Float[Tensor, "out in"]) -> Float[Tensor, " n"]:
+    """Of every left singular vector of W the largest |cosine| with one of W_0, largest value first.
+
+    An intruder dimension is one below 0.5 among the first ten (Shuttleworth et al. 2024, code).
+    """
+    return (svd(W)[0].T @ svd(W_0)[0]).abs().max(1).values
+
+
+def rank_of(delta: Float[Tensor, "out in"], share: float = 0.9) -> float:
+    """Singular values that make a share of the squared norm; 0 of a zero matrix."""
+    squares = torch.linalg.svdvals(delta.double()).square()
+    if not squares.sum() > 0:
+        return 0.0
+    return float((squares.cumsum(0) / squares.sum() < share).sum() + 1)
+
+
+def scaled(W: Float[Tensor, "out in"], which: list[int], factor: float) -> Float[Tensor, "out in"]:
+    """W with some of its singular values multiplied by a factor, float32."""
+    U, s, V = svd(W)
+    at = torch.tensor(which, dtype=torch.long, device=W.device)
+    return (W.double() - (1 - factor) * (U[:, at] * s[at]) @ V[at]).float()

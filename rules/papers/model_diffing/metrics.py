@@ -6,29 +6,26 @@ import numpy as np
 import pandas as pd
 
 METRICS = {
-    "*.*.exclusive": "<objective>.<pair>: latents of the tuned model alone by their norms (Δnorm > "
+    "*.*.exclusive": "<pair>.<objective>: latents of the tuned model alone by their norms (Δnorm > "
     "0.9), of those that held-out tokens make fire",
     "*.*.exclusive_share": "the same over the latents that fire",
     "*.*.confirmed_share": "share of these that latent scaling calls exclusive, too (ν_r < 0.5 and "
     "ν_ε < 0.2); NaN where there are none",
     "*.*.shared_share": "share of the latents that fire with 0.4 <= Δnorm <= 0.6",
-    "*.*.l0": "latents active a token",
+    "*.*.l0": "latents active a token, or a row",
     "*.*.explained_variance": "mean of both models",
     "*.*.kl.*": "KL in nats of the tuned model from itself with the base's stream and the "
     "differences of some latents: none, all, top, larger and smaller (halves of top by Δnorm), "
     "lower_nu and higher_nu (by latent scaling), random (half)",
-    "toy.*.*.called": "<arm>.<objective>: latents that norms call tuned-only",
-    "toy.*.*.precision": "share of these whose feature is tuned-only; NaN where there are none",
-    "toy.*.*.confirmed_precision": "the same of those that latent scaling confirms",
-    "toy.*.*.recall": "share of tuned-only features that a called latent stands for",
-    "toy.*.*.l0": "latents active a row",
+    "*.*.called": "of the toy, <arm>.<objective>: latents that norms call tuned-only",
+    "*.*.precision": "share of these whose feature is tuned-only; NaN where there are none",
+    "*.*.confirmed_precision": "the same of those that latent scaling confirms",
+    "*.*.recall": "share of tuned-only features that a called latent stands for",
     "*.learned": "fall of the loss on held-out text of the task, nats, at the end",
     "*.forgot": "rise of the loss on held-out text of before, nats, at the end",
     "*.forgot_alike": "the same of full fine-tuning where it had learned as much as this arm has "
     "at its end, between two evaluations on a line; NaN where it never had",
     "*.intruders": "intruder dimensions a matrix, of 10, at ε = 0.5",
-    "*.intruders_strict": "the same at the least ε",
-    "*.intruders_lenient": "at the largest ε",
     "*.rank90": "rank of the update: singular values that make 90 % of its squared norm, mean over "
     "matrices",
     "*.size": "norm of the update over that of the matrix, mean over matrices",
@@ -36,8 +33,9 @@ METRICS = {
     "singular value, nats: task, or before",
     "sweep.*.best_lr": "learning rate of the least held-out loss of the task at the end",
     "sweep.*.inside": "1 where that is none of the ends of the sweep",
+    "sweep.*.kept": "1 where the run has that rate",
 }
-HALF = 0.5  # λ of *.scaled
+HALF, EPSILON = 0.5, 0.5  # λ of *.scaled, and the published ε
 
 
 def objective_of(sae: str) -> tuple[str, str, int]:
@@ -59,7 +57,7 @@ def of_crosscoders(table: Any) -> dict[str, list[float]]:
             "explained_variance": rows["explained_variance"].mean(),
         }  # fmt: skip
         for name, value in found.items():
-            out.setdefault(f"{objective}.{arm}.{name}", []).append(float(value))
+            out.setdefault(f"{arm}.{objective}.{name}", []).append(float(value))
     return out
 
 
@@ -69,7 +67,7 @@ def of_closed(table: Any) -> dict[str, list[float]]:
     keys = ["objective", "arm", "subset", "seed"]
     out: dict[str, list[float]] = {}
     for (objective, arm, subset, _), kl in table.groupby(keys)["kl"].mean().items():
-        out.setdefault(f"{objective}.{arm}.kl.{subset}", []).append(float(kl))
+        out.setdefault(f"{arm}.{objective}.kl.{subset}", []).append(float(kl))
     return out
 
 
@@ -86,7 +84,7 @@ def of_toy(table: Any) -> dict[str, list[float]]:
             "recall": right["feature"].nunique() / max(int(rows["n_tuned"].iloc[0]), 1),
         }  # fmt: skip
         for name, value in found.items():
-            out.setdefault(f"toy.{arm}.{objective}.{name}", []).append(float(value))
+            out.setdefault(f"{arm}.{objective}.{name}", []).append(float(value))
     return out
 
 
@@ -111,11 +109,8 @@ def of_updates(tables: dict[str, Any]) -> dict[str, list[float]]:
     """Intruders a matrix, and the rank and size of updates."""
     out: dict[str, list[float]] = {}
     for (arm, _), rows in tables["updates/intruders"].groupby(["arm", "seed"]):
-        mean = rows.groupby("epsilon")["intruders"].mean()
-        found = {"intruders": mean.get(0.5, np.nan), "intruders_strict": mean.iloc[0],
-                 "intruders_lenient": mean.iloc[-1]}  # fmt: skip
-        for name, value in found.items():
-            out.setdefault(f"{arm}.{name}", []).append(float(value))
+        n = rows.loc[rows["epsilon"] == EPSILON, "intruders"].mean()
+        out.setdefault(f"{arm}.intruders", []).append(float(n))
     for (arm, _), rows in tables["updates/ranks"].groupby(["arm", "seed"]):
         for name in ("rank90", "size"):
             out.setdefault(f"{arm}.{name}", []).append(float(rows[name].mean()))
@@ -126,13 +121,17 @@ def of_updates(tables: dict[str, Any]) -> dict[str, list[float]]:
     return out
 
 
-def of_sweep(table: Any, run: str) -> dict[str, float]:
-    """The learning rate that a sweep finds."""
+def of_sweep(table: Any, run: str, used: Any) -> dict[str, float]:
+    """The learning rate that a sweep finds, of arms called lr1em3; used: the run's own table."""
     last = table[(table["set"] == "val") & (table["step"] == table["step"].max())]
-    last = last.assign(rate=last["arm"].map(table.groupby("arm")["lr"].max())).sort_values("rate")
-    rate, rates = float(last.loc[last["loss"].idxmin(), "rate"]), last["rate"]
-    inside = rates.iloc[0] < rate < rates.iloc[-1]
-    return {f"sweep.{run}.best_lr": rate, f"sweep.{run}.inside": float(inside)}
+    rates = last["arm"].str.removeprefix("lr").str.replace("em", "e-").astype(float)
+    last = last.assign(rate=rates, at=last["arm"].map(table.groupby("arm")["lr"].max()))
+    last = last.sort_values("rate")
+    best = last.loc[last["loss"].idxmin()]
+    inside = last["rate"].iloc[0] < best["rate"] < last["rate"].iloc[-1]
+    kept = bool(np.isclose(used["lr"].max(), best["at"]))
+    found = {"best_lr": best["rate"], "inside": inside, "kept": kept}
+    return {f"sweep.{run}.{name}": float(value) for name, value in found.items()}
 
 
 def metrics(tables: dict[str, Any]) -> dict[str, Any]:
@@ -143,5 +142,5 @@ def metrics(tables: dict[str, Any]) -> dict[str, Any]:
     mean = full.pivot_table(index="step", columns="set", values="loss", aggfunc="mean")
     for run in ("full", "lora"):
         out |= of_curves(tables[f"training/{run}"], run, pd.DataFrame(mean))
-        out |= of_sweep(tables[f"training/sweep_{run}"], run)
+        out |= of_sweep(tables[f"training/sweep_{run}"], run, tables[f"training/{run}"])
     return out

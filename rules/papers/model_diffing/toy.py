@@ -2,8 +2,7 @@
 
 1. A feature has the same direction of length 1 in both models, as those of a model and its
    fine-tune, or has one in one of them alone; a weak one is shorter in the base. Rows are sums of a
-   few features at random strengths, plus a constant. In the arm `copies` both models have the same
-   rows.
+   few features at random strengths, plus a constant. `copies` are twice the same rows.
 2. Crosscoders are trained as stage crosscoder trains them, and judged on new rows as stage
    crosscoder_evaluation does: relative decoder norms, and latent scaling.
 3. A latent stands for the feature whose direction in the tuned model it is nearest to. Called
@@ -47,7 +46,7 @@ class Options(own.Options):
     d: int = Field(default=32, ge=2, description="width of each model")
     weak: float = Field(default=0.3, gt=0, lt=1, description="length of weak directions")
     chance: float = Field(default=0.08, gt=0, lt=1, description="that a feature is active")
-    steps: int = Field(default=1500, ge=1)
+    steps: int = Field(default=1000, ge=1)
     batch_size: int = Field(default=256, ge=1)
     lr: float = Field(default=3e-3, gt=0)
     n_test: int = Field(default=4096, ge=1, description="rows that are judged on")
@@ -57,9 +56,7 @@ class Options(own.Options):
 class World:
     """Rows of two models side by side, scaled to a mean norm of the root of the width.
 
-    Attributes:
-        directions: of each feature in both models, [2 features d].
-        kinds: of each feature: shared, weak, base or tuned.
+    `directions` [2 features d] and `kinds` (shared, weak, base, tuned) are of each feature.
     """
 
     target_scale = 1.0
@@ -96,17 +93,12 @@ class World:
 
 
 @torch.no_grad()
-def encoded(state: dict[str, Tensor], x: Tensor) -> Tensor:
-    """Activations of a crosscoder's inference weights: ReLU, above a threshold if it has one."""
-    acts = torch.relu((x - state["b_dec"]) @ state["W_enc"] + state["b_enc"])
-    return acts * (acts > state["threshold"]) if "threshold" in state else acts
-
-
 def judged(sae: Any, world: World) -> pd.DataFrame:
     """A row per latent that fires."""
     d, x = world.options.d, world.draw(world.options.n_test, 2)
     state = {n: p.detach() for n, p in inference_state(sae, [1.0, 1.0]).items()}
-    acts = encoded(state, x)
+    acts = torch.relu((x - state["b_dec"]) @ state["W_enc"] + state["b_enc"])
+    acts = acts * (acts > state.get("threshold", torch.zeros(1)))  # of BatchTopK alone
     decoders = [W.contiguous() for W in state["W_dec"].split(d, 1)]
     sums = scaling.LatentScaling(decoders)
     sums.add(acts, x.split(d, 1), (acts @ state["W_dec"] + state["b_dec"]).split(d, 1))

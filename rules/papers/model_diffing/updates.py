@@ -2,13 +2,11 @@
 
 Shuttleworth et al. (2024, 2410.21228); the rank after Biderman et al. (2024, 2405.09673).
 
-1. Of every matrix of the layers, before (W_0) and after (W): the left singular vectors of W of the
-   `top` largest singular values, and for each the largest |cosine| with any left singular vector of
-   W_0. One below ε is an intruder dimension.
-2. The rank of W - W_0: how many singular values make 90 % of its squared norm.
-3. Null arms: a low-rank update before its first step; W_0 plus Gaussian noise, and W_0 plus noise
+1. Of every matrix of the layers, before (W_0) and after (W): intruder dimensions among the `top`
+   first left singular vectors, and the rank of W - W_0 (weights/lora.py).
+2. Null arms: a low-rank update before its first step; W_0 plus Gaussian noise, and W_0 plus noise
    of the update's rank, both of the update's norm in every matrix.
-4. Intruders are scaled by λ: W - (1 - λ) Σ σ_i u_i v_i'. The losses on held-out text of the task
+3. Intruders are scaled by λ: W - (1 - λ) Σ σ_i u_i v_i'. The losses on held-out text of the task
    and of the text before it, beside as many singular directions, drawn among the others nearest to
    the top.
 """
@@ -42,31 +40,6 @@ class Options(own.Options):
     scaled: list[str] = Field(description="arms whose intruders are scaled")
     factors: list[float] = Field(default=[0, 0.25, 0.5, 0.75, 1], description="λ")
     seed: int = Field(default=0, ge=0, description="of noise and of directions drawn")
-
-
-def left(W: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """U [out n], singular values [n] and V' [n in] of a matrix, n the smaller side."""
-    return torch.linalg.svd(W.double(), full_matrices=False)
-
-
-def best_cosines(W_0: Tensor, W: Tensor) -> Tensor:
-    """Of every left singular vector of W the largest |cosine| with one of W_0, [n]."""
-    return (left(W)[0].T @ left(W_0)[0]).abs().max(1).values
-
-
-def rank_of(delta: Tensor, share: float = 0.9) -> float:
-    """Singular values that make a share of the squared norm; 0 of a zero matrix."""
-    squares = torch.linalg.svdvals(delta.double()).square()
-    if not squares.sum() > 0:
-        return 0.0
-    return float((squares.cumsum(0) / squares.sum() < share).sum() + 1)
-
-
-def scaled(W: Tensor, which: list[int], factor: float) -> Tensor:
-    """W with some of its singular values multiplied by a factor."""
-    U, s, V = left(W)
-    at = torch.tensor(which, dtype=torch.long)
-    return (W.double() - (1 - factor) * (U[:, at] * s[at]) @ V[at]).float()
 
 
 def others(intruders: list[int], n: int, rng: np.random.Generator) -> list[int]:
@@ -103,8 +76,8 @@ def measured(base: Weights, tuned: Weights, options: Options) -> dict[str, list[
     """Rows of `intruders` and `ranks`, one a matrix and ε."""
     out: dict[str, list[dict]] = {"intruders": [], "ranks": []}
     for name, W_0 in base.items():
-        delta, cosines = tuned[name] - W_0, best_cosines(W_0, tuned[name])[: options.top]
-        out["ranks"].append({"matrix": name, "rank90": rank_of(delta),
+        delta, cosines = tuned[name] - W_0, lora.best_cosines(W_0, tuned[name])[: options.top]
+        out["ranks"].append({"matrix": name, "rank90": lora.rank_of(delta),
                              "size": float(delta.norm() / W_0.norm())})  # fmt: skip
         for epsilon in options.epsilons:
             n = int((cosines < epsilon).sum())
@@ -115,7 +88,7 @@ def measured(base: Weights, tuned: Weights, options: Options) -> dict[str, list[
 def maps(base: Weights, tuned: Weights, options: Options) -> list[dict]:
     """Rows of `cosines`: of the first singular vectors of one matrix with those of W_0."""
     n = 2 * options.top
-    both = [left(W[options.shown])[0][:, :n] for W in (tuned, base)]
+    both = [lora.svd(W[options.shown])[0][:, :n] for W in (tuned, base)]
     found = (both[0].T @ both[1]).abs().numpy()
     return [{"tuned": i, "base": j, "cosine": float(x)} for (i, j), x in np.ndenumerate(found)]
 
@@ -128,7 +101,7 @@ def interventions(
     before = {n: model.get_parameter(n).detach().clone() for n in base}
     found = {}
     for name, W in before.items():
-        low = best_cosines(base[name], W)[: options.top] < options.epsilon
+        low = lora.best_cosines(base[name], W)[: options.top] < options.epsilon
         intruders = low.nonzero().flatten().tolist()
         drawn = others(intruders, min(W.shape), rng)
         found[name] = {"intruders": intruders, "random": drawn}
@@ -137,7 +110,7 @@ def interventions(
         n = sum(len(f[which]) for f in found.values())
         for factor in options.factors:
             for name, W in before.items():
-                model.get_parameter(name).data.copy_(scaled(W, found[name][which], factor))
+                model.get_parameter(name).data.copy_(lora.scaled(W, found[name][which], factor))
             losses = {text: loss(model, ids, n_ctx) for text, ids in texts.items()}
             rows += [{"which": which, "factor": factor, "n": n, "text": t, "loss": x}
                      for t, x in losses.items()]  # fmt: skip
