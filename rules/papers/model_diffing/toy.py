@@ -54,10 +54,7 @@ class Options(own.Options):
 
 
 class World:
-    """Rows of two models side by side, scaled to a mean norm of the root of the width.
-
-    `directions` [2 features d] and `kinds` (shared, weak, base, tuned) are of each feature.
-    """
+    """Rows of two models side by side, each scaled to a mean norm of the root of its width."""
 
     target_scale = 1.0
 
