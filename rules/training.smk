@@ -3,7 +3,10 @@ rule training:
     input:
         data=item_source_of("training", "data"),
         corpus=item_input_of("training", "corpus", "tokens.parquet"),
+        documents=item_input_of("training", "corpus", "documents.parquet"),
         tokenizer=item_input_of("training", "tokenizer", "model.json"),
+        start=item_input_of("training", "start", "manifest.json"),
+        weights=item_input_of("training", "start", "checkpoints"),
     output:
         manifest="results/store/training/{training}/manifest.json",
         checkpoints=directory("results/store/training/{training}/checkpoints"),
@@ -22,7 +25,8 @@ rule training:
         code=training_code,
     shell:
         "{PYTHON:q} -m pipeline training --spec {params.spec:q} --data {input.data:q}"
-        " --code {input.data:q} --corpus {input.corpus:q} --tokenizer {input.tokenizer:q}"
+        " --code {input.data:q} --corpus {input.corpus:q} --documents {input.documents:q}"
+        " --tokenizer {input.tokenizer:q} --start {input.start:q}"
         " --out {output.manifest:q} --checkpoints {output.checkpoints:q}"
         " --history {output.history:q} --device {DEVICE} --threads {threads} 2> {log:q}"
 

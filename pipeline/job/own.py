@@ -35,6 +35,7 @@ NEEDS = {  # option -> what the core's rule hands on under it
     "activations": "manifest.json of every arm's activations, likewise*",
     "saes": "manifest.json of every arm's dictionaries, likewise*",
     "transcoders": "manifest.json of every arm's transcoders of all layers, likewise*",
+    "crosscoders": "manifest.json of the crosscoders of every arm that has some, likewise*",
     "corpora": "tokens.parquet of every arm's text, likewise*",
     "labels": "documents.parquet of every arm's text, likewise*",
     "runs": "manifest.json of every training run*",

@@ -33,17 +33,20 @@ class Paper:
     spec: PaperSpec
     at: Callable[[str], "Paper"] | None = field(default=None, compare=False, repr=False)
 
-    def _only_layered(self, arm: str) -> bool:
-        """Whether all dictionaries of an arm are sets of transcoders, judged by their own stage."""
+    def _judged_elsewhere(self, arm: str) -> bool:
+        """Whether an arm has no dictionary of its own, in a paper with crosscoders or transcoders
+        of all layers, which their own stages judge."""
         spec = self.spec
-        return bool(spec.transcoders_of(arm)) and not spec.saes_of(arm)
+        arms = spec.arm_names()
+        others = any(spec.transcoders_of(a) or spec.crosscoders_of(a) for a in arms)
+        return others and not spec.saes_of(arm)
 
     def tables(self) -> dict[str, str]:
         """Name -> path of every table that this paper's stages write, e.g. 'evaluation/trained'."""
         names = [f"{stage}/{t}" for stage, s in self.spec.own.items() for t in s["tables"]]
         names += [f"training/{run}" for run in self.spec.training]
         if self.spec.sae:
-            arms = [a for a in self.spec.arm_names() if not self._only_layered(a)]
+            arms = [a for a in self.spec.arm_names() if not self._judged_elsewhere(a)]
             names += [f"evaluation/{arm}{part}" for part in ("", "_history") for arm in arms]
             crossed = [arm for arm in self.spec.arm_names() if self.spec.crosscoders_of(arm)]
             names += [f"crosscoders/{arm}{part}" for arm in crossed for part in ("", "_latents")]

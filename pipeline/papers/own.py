@@ -34,12 +34,13 @@ OF_ARMS = {  # need -> (stages of the store, the file that is handed on, what ha
     "activations": ("activations", "manifest.json", "shards"),
     "saes": (DICTIONARIES, "manifest.json", "saes"),
     "transcoders": ("transcoders", "manifest.json", "saes"),
+    "crosscoders": ("crosscoder", "manifest.json", "saes"),
     "corpora": ("corpus", "tokens.parquet", ""),
     "labels": ("corpus", "documents.parquet", ""),
 }
 SECTION = {  # of paper.yaml, without which there is no such thing
     "models": "model", "activations": "activations", "saes": "sae", "transcoders": "sae",
-    "corpora": "corpus", "labels": "corpus", "training": "training",
+    "crosscoders": "sae", "corpora": "corpus", "labels": "corpus", "training": "training",
 }  # fmt: skip
 OF_PAPER = ("corpus", "training")
 OF_LENT = {

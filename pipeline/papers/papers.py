@@ -348,12 +348,17 @@ class Run:
         )
 
     def _training(self, paper: Paper, name: str) -> Item:
-        """A run of the section training: made from the paper's data.py, or from its corpus."""
+        """A run of the section training: made from the paper's data.py, or from its corpus.
+
+        One that starts from another run is made from that, too.
+        """
         run = paper.spec.training[name]
-        section = {"training": run.model_dump()}
+        section, before = {"training": run.model_dump()}, {}
+        if run.start:
+            before = {"start": f"training/{self._training(paper, run.start.run).id}"}
         if run.data.source == "corpus":
             corpus = self._corpus(paper, paper.spec.corpus)
-            inputs = {"corpus": corpus.id, "tokenizer": corpus.inputs["tokenizer"]}
+            inputs = {"corpus": corpus.id, "tokenizer": corpus.inputs["tokenizer"]} | before
             return self._item("training", name, section, inputs)
         data = paper.folder / "data.py"
         if not data.is_file():
@@ -361,8 +366,8 @@ class Run:
                 f"{paper.folder / 'paper.yaml'}: training.{name}: source: own needs {data}, with "
                 f"a function '{run.data.function}'"
             )
-        identity = [section, files_code([data])]
-        return self._item("training", name, section, {"data": str(data)}, identity)
+        identity = [section, files_code([data]), *before.values()]
+        return self._item("training", name, section, {"data": str(data)} | before, identity)
 
     def _tokenizer(self, paper: Paper, job: dict, identity: dict, inputs: dict) -> Item:
         """A tokenizer made from the text of the paper's corpus."""

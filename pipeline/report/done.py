@@ -122,7 +122,10 @@ def trainings(spec: PaperSpec) -> Iterator[str]:
         if net.n_heads:
             shape += f", {plural(net.n_heads, 'head')}"
         batch = f" of {run.batch_size:,}" if run.batch_size else ", full batch"
-        lines.setdefault(f"{shape}; {run.steps:,} steps{batch}", []).append(name.replace("_", " "))
+        begun = f"; from ‘{run.start.run}’" if run.start else ""
+        begun += ", a low-rank update" if run.lora else ""
+        line = f"{shape}; {run.steps:,} steps{batch}{begun}"
+        lines.setdefault(line, []).append(name.replace("_", " "))
     for line, names in lines.items():
         yield f"{', '.join(names)}: {line}"
 

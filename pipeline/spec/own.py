@@ -28,7 +28,7 @@ class OwnStage(Section):
     )
     needs: list[str] = Field(
         default=[],
-        description="models, activations, saes, transcoders, corpora, labels (of every arm); "
+        description="models, activations, saes, transcoders, crosscoders, corpora, labels (of every arm); "
         "corpus; training; <stage>.models (of own.<stage>.models), <stage>.corpora; "
         "<stage>/<table or file>",
     )

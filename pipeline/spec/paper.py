@@ -371,8 +371,37 @@ class PaperSpec(Section):
                     f"under budget:"
                 )
 
+    def _check_start(self, name: str) -> None:
+        """Raise where a run cannot start from the run that it names."""
+        start, names = self.training[name].start, list(self.training)
+        above = names[: names.index(name)]
+        where = f"training.{name}.start"
+        if start.run not in above:
+            raise ValueError(
+                f"{where}: no run '{start.run}' stands above it{nearest(start.run, above)}"
+            )
+        source = self.training[start.run]
+        if source.architecture != self.training[name].architecture:
+            raise ValueError(
+                f"{where}: run '{start.run}' has another architecture; its weights do not fit, so "
+                f"write the same"
+            )
+        members = [member for member, _, _ in source.members()]
+        if start.member and start.member not in members:
+            raise ValueError(
+                f"{where}: run '{start.run}' has no member '{start.member}'"
+                f"{nearest(start.member, members)}; it has {', '.join(members)}"
+            )
+        if start.step >= 0 and start.step not in source.kept():
+            raise ValueError(
+                f"{where}: run '{start.run}' keeps no checkpoint of step {start.step}; add it to "
+                f"training.{start.run}.checkpoints.at"
+            )
+
     def _check_training(self) -> None:
         for name, run in self.training.items():
+            if run.start:
+                self._check_start(name)
             if run.data.source == "corpus" and (self.corpus is None or self.tokenizer is None):
                 raise ValueError(
                     f"training.{name}: source: corpus needs sections corpus, tokenizer"

@@ -1,6 +1,7 @@
-"""The section `training` of paper.yaml: models that a paper trains from scratch.
+"""The section `training` of paper.yaml: models that a paper trains from scratch, or fine-tunes.
 
-A run trains models of one shape together, its members: one an arm and seed.
+A run trains models of one shape together, its members: one an arm and seed. With `start` it goes on
+from the weights of another run, all of them or, with `lora`, a low-rank update of them.
 """
 
 from typing import Any, Literal
@@ -80,11 +81,19 @@ class TrainingData(Section):
     )
     function: str = Field(default="", description="own: the function's name")
     options: dict[str, Any] = Field(default={}, description="own: what the function takes")
+    labels: list[str] = Field(
+        default=[],
+        exclude_if=lambda value: not value,
+        description="corpus: documents of these labels alone, '' those that have none; the "
+        "held-out text of the others becomes the evaluation set `other`. Default: all documents",
+    )
 
     @model_validator(mode="after")
     def _complete(self) -> "TrainingData":
         if self.source == "own" and not self.function:
             raise ValueError("source: own needs function: the name of a function of data.py")
+        if self.source == "own" and self.labels:
+            raise ValueError("labels: are those of a corpus; with source: own, leave them out")
         return self
 
 
@@ -105,11 +114,35 @@ class Optimiser(Section):
     clip: float = Field(default=0.0, ge=0, description="largest norm of a gradient; 0: any")
 
 
+class Start(Section):
+    """The weights that a run starts from: a model of another run, of the same architecture."""
+
+    run: Name = Field(description="a run of the section training that stands above this one")
+    member: str = Field(default="", description="default: the run's first, such as s0")
+    step: int = Field(default=-1, ge=-2, description="as model.step: -1 the last, -2 the best")
+
+
+class LoraSpec(Section):
+    """A low-rank update of every matrix of the layers, all else frozen (Hu et al. 2021).
+
+    W = W_0 + (alpha / rank) B A. Checkpoints hold W.
+    """
+
+    rank: int = Field(ge=1)
+    alpha: float = Field(gt=0, description="the update is scaled by alpha / rank")
+
+
 class ArmOverlay(Section):
     """What an arm of a run changes."""
 
     lr: float | None = Field(default=None, gt=0)
     weight_decay: float | None = Field(default=None, ge=0)
+    rank: int | None = Field(
+        default=None, ge=1, exclude_if=lambda value: value is None, description="of lora"
+    )
+    alpha: float | None = Field(
+        default=None, gt=0, exclude_if=lambda value: value is None, description="of lora"
+    )
 
 
 class CheckpointSteps(Section):
@@ -126,6 +159,8 @@ class TrainingSpec(Section):
     """One run: models of one shape, trained together in one job."""
 
     architecture: Architecture
+    start: Start | None = Field(default=None, exclude_if=lambda value: value is None)
+    lora: LoraSpec | None = Field(default=None, exclude_if=lambda value: value is None)
     data: TrainingData
     optimiser: Optimiser = Optimiser()
     steps: int = Field(ge=1)
@@ -161,6 +196,25 @@ class TrainingSpec(Section):
             if not 0 <= step <= self.steps:
                 raise ValueError(f"checkpoints.at: {step} is not among the {self.steps} steps")
         return self
+
+    @model_validator(mode="after")
+    def _low_rank(self) -> "TrainingSpec":
+        for name, arm in self.arms.items():
+            if self.lora is None and (arm.rank or arm.alpha):
+                raise ValueError(f"arms.{name}: rank and alpha are of lora, which the run lacks")
+        if self.lora is None:
+            return self
+        if self.start is None:
+            raise ValueError("lora: needs start: the run whose weights it updates")
+        decayed = [self.optimiser.weight_decay, *(a.weight_decay for a in self.arms.values())]
+        if any(decayed) and self.optimiser.decay != "matrices":
+            raise ValueError("lora: weight decay needs optimiser.decay: matrices")
+        return self
+
+    def low_rank(self, arm: str) -> tuple[int, float]:
+        """(rank, alpha) of an arm's LoRA."""
+        own = self.arms.get(arm, ArmOverlay())
+        return own.rank or self.lora.rank, own.alpha or self.lora.alpha
 
     def members(self) -> list[tuple[str, str, int]]:
         """(name, arm, seed) of every model of the run, arms outermost."""

@@ -100,8 +100,10 @@ def of_corpus(
         window = train[drawn[chunk][step % DRAWN_STEPS][:, None] + reach]
         return window[:, :-1], window[:, 1:]
 
-    held_out = {"train": train[: len(tokens["eval"])], "val": torch.from_numpy(
-        tokens["eval"].astype(np.int64)).to(device)}  # fmt: skip
+    held_out = {"train": train[: len(tokens["eval"])]}
+    for name, split in {"val": "eval", "other": "other"}.items():
+        if split in tokens:
+            held_out[name] = torch.from_numpy(tokens[split].astype(np.int64)).to(device)
     evaluation = {name: windows(ids, n_ctx) for name, ids in held_out.items()}
     return Batches(d_vocab, batch, evaluation)
 
@@ -117,6 +119,40 @@ def windows(
     """Consecutive windows of a text, and for each token the one behind it."""
     n = (len(ids) - 1) // n_ctx
     return ids[: n * n_ctx].view(n, n_ctx), ids[1 : n * n_ctx + 1].view(n, n_ctx)
+
+
+def read_labelled(
+    path: str | Path, documents: str | Path, labels: list[str]
+) -> dict[str, np.ndarray]:
+    """Token ids of the documents with some labels, in the order of blocks, without BOS.
+
+    Args:
+        documents: documents.parquet.
+        labels: '' is the label of documents that have none.
+
+    Returns:
+        train and eval of these documents; `other`, the held-out ones of all others, where there
+        are some.
+
+    Raises:
+        RetraceError: no document has one of the labels.
+    """
+    about = tables.read_table(documents, ["document", "label"])
+    known = set(about["label"])
+    for label in labels:
+        if label not in known:
+            raise RetraceError(
+                f"{documents}: no document has the label '{label}'{nearest(label, known)}; name "
+                f"one under corpus.label_field or corpus.books"
+            )
+    wanted = about.loc[about["label"].isin(labels), "document"].to_numpy()
+    table = tables.read_arrow(path, ["split", "tokens", "documents"])
+    ids, owners = (table[c].combine_chunks().flatten().to_numpy() for c in ("tokens", "documents"))
+    splits = np.asarray(table["split"].to_pylist()).repeat(len(ids) // max(len(table), 1))
+    mine, held_out = np.isin(owners, wanted), splits == "eval"
+    out = {"train": ids[mine & ~held_out], "eval": ids[mine & held_out]}
+    other = ids[~mine & held_out & (owners >= 0)]
+    return out | ({"other": other} if len(other) else {})
 
 
 def read_corpus(path: str | Path) -> dict[str, np.ndarray]:

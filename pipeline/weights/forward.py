@@ -16,12 +16,14 @@ import torch.nn.functional as F
 from jaxtyping import Float, Int64
 from torch import Tensor
 
+from pipeline.errors import RetraceError
 from pipeline.job import cli
 from pipeline.spec.training import TrainingSpec
 from pipeline.weights import batches
 from pipeline.weights.batches import Batches
 from pipeline.weights.flat import Layout
 from pipeline.weights.initial import build
+from pipeline.weights.lora import LowRank
 
 
 class Forward:
@@ -29,22 +31,35 @@ class Forward:
 
     Args:
         data: the data of one member; all have targets at the same positions.
+        start: name -> weight that training starts from; empty: those of `drawn`.
 
     Attributes:
-        model: its trained parameters are replaced on every call; the others are zero.
+        model: its trained parameters are replaced on every call; the others are those of `start`,
+            or zero.
         layout: which parameters a row of weights holds.
         last: 1 if all targets stand at the last position, else 0.
         streams: a CUDA stream per member, if they are run side by side.
     """
 
-    def __init__(self, spec: TrainingSpec, data: Batches, device: torch.device) -> None:
+    def __init__(
+        self,
+        spec: TrainingSpec,
+        data: Batches,
+        device: torch.device,
+        start: dict[str, Tensor] | None = None,
+    ) -> None:
         self.spec, self.device = spec, device
         self.n_members = len(spec.members())
-        self.model = build(spec.architecture, data.d_vocab).float().to(device)
+        self.model = build(spec.architecture, data.d_vocab).float()
+        if start:
+            load(self.model, start, spec.start.run)
+        self.model.to(device)
         self.layout = Layout.of(self.model, spec.architecture)
         named = dict(self.model.named_parameters())
         for name in named.keys() - set(self.layout.names):
             named[name].data.zero_()
+        if spec.lora:
+            self.layout = LowRank.of(self.model.requires_grad_(False), spec)
         self.last = last_only(data)
         self._total: Callable[..., Tensor] = self.total_loss
         several = spec.architecture.family == "native" and self.n_members > 1
@@ -183,6 +198,19 @@ def repeatable(device: torch.device) -> Iterator[None]:
         yield
     finally:
         torch.use_deterministic_algorithms(before)
+
+
+def load(model: torch.nn.Module, state: dict[str, Tensor], run: str) -> None:
+    """Put the weights of a training run into a model; RetraceError where they do not fit."""
+    try:
+        found = model.load_state_dict(state, strict=False)  # tied weights are not in it
+    except RuntimeError as e:
+        said = str(e).splitlines()[-1].strip()
+        raise RetraceError(
+            f"training: the weights of run '{run}' do not fit ({said}); start from a run with the "
+            f"same architecture and vocabulary"
+        ) from None
+    assert not found.unexpected_keys, found
 
 
 def last_only(data: Batches) -> int:

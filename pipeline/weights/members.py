@@ -29,6 +29,7 @@ class Members:
 
     Args:
         data: one per member, in the order of spec.members().
+        start: name -> weight of the model that all members start from; empty: each draws its own.
 
     Attributes:
         flat: trained weights, [members n].
@@ -39,10 +40,16 @@ class Members:
 
     name = "members"  # the name of their file in a checkpoint
 
-    def __init__(self, spec: TrainingSpec, data: list[Batches], device: torch.device) -> None:
+    def __init__(
+        self,
+        spec: TrainingSpec,
+        data: list[Batches],
+        device: torch.device,
+        start: dict[str, Tensor] | None = None,
+    ) -> None:
         self.spec, self.data, self.device = spec, data, device
-        self.forward = Forward(spec, data[0], device)
-        drawn = [self._drawn(seed) for _, _, seed in spec.members()]
+        self.forward = Forward(spec, data[0], device, start)
+        drawn = [self._first(arm, seed) for _, arm, seed in spec.members()]
         self.flat = torch.stack(drawn).to(device).requires_grad_()
         self.optimiser = AdamW(spec, self.flat.detach(), self.forward.layout)
         self.curves = Curves(spec, data, self.flat)
@@ -51,8 +58,12 @@ class Members:
         self._graph: Any = None
         self._batch: list[Tensor] = []  # where the graph reads its batch
 
-    def _drawn(self, seed: int) -> Float[Tensor, " n"]:
+    def _first(self, arm: str, seed: int) -> Float[Tensor, " n"]:
         """The first weights of a member."""
+        if self.spec.lora:
+            return self.forward.layout.drawn(*self.spec.low_rank(arm), seed)
+        if self.spec.start:
+            return self.forward.layout.flat(self.forward.model).cpu()
         model = build(self.spec.architecture, self.data[0].d_vocab).float()
         initial(model, self.spec.architecture, seed)
         return self.forward.layout.flat(model)

@@ -1,6 +1,8 @@
-"""Small transformers trained from scratch, all members of a run together. [torch]
+"""Small transformers, trained from scratch or fine-tuned, all members of a run together. [torch]
 
-1. Every step updates all members; a member is an arm with a seed (members.py).
+1. Every step updates all members; a member is an arm with a seed (members.py). They start from
+   weights that are drawn, or from a model of another run, of which all weights are trained or a
+   low-rank update (lora.py).
 2. The weights of named steps are kept; at others, loss and accuracy are measured on every
    evaluation set.
 3. A killed run goes on from its last checkpoint (store/checkpoints.py) and ends with the same
@@ -23,7 +25,7 @@ from pipeline.store.checkpoints import Checkpoints, write_tensors
 from pipeline.weights import batches
 from pipeline.weights.batches import Batches
 from pipeline.weights.members import Members
-from pipeline.weights.trained import checkpoint_name
+from pipeline.weights.trained import checkpoint_name, open_run
 
 
 def run(members: Members, folder: Path, checkpoints: Checkpoints) -> float:
@@ -76,20 +78,35 @@ def data_of(args: Any, spec: TrainingSpec, device: torch.device) -> list[Batches
     if spec.data.source == "own":
         made = {s: batches.own(Path(args.data[0]), spec, s, device) for s in set(seeds)}
     else:
-        tokens = batches.read_corpus(args.corpus[0])
+        wanted = spec.data.labels
+        tokens = (
+            batches.read_labelled(args.corpus[0], args.documents[0], wanted)
+            if wanted
+            else batches.read_corpus(args.corpus[0])
+        )
         d_vocab = tables.read_json(args.tokenizer[0])["d_vocab"]
         made = {s: batches.of_corpus(tokens, d_vocab, spec, s, device) for s in set(seeds)}
     return [made[s] for s in seeds]
+
+
+def start_of(args: Any, spec: TrainingSpec) -> dict[str, torch.Tensor]:
+    """Name -> weight of the model that a run starts from; empty where its weights are drawn."""
+    if spec.start is None:
+        return {}
+    run = open_run(args.start[0])
+    i = run.index(spec.start.member or run.members[0])
+    return {name: p[i] for name, p in run.stacked(spec.start.step).items()}
 
 
 def work(job: cli.Job) -> None:
     """Train a run, or go on with one that was killed, and write the outputs."""
     args, spec = job.args, job.section("training", TrainingSpec)
     device = job.device()
-    members = Members(spec, data_of(args, spec, device), device)
+    members = Members(spec, data_of(args, spec, device), device, start_of(args, spec))
     folder = Path(args.checkpoints)
     partial = Path(f"{folder}.partial")
-    inputs = [*args.data, *args.corpus, *args.tokenizer]
+    inputs = [*args.data, *args.corpus, *args.tokenizer, *args.start]
+    inputs += args.documents if spec.data.labels else []
     given = [spec.model_dump(mode="json"), [provenance.sha256_file(p) for p in inputs]]
     made_by = [job.code, job.hardware, provenance.versions()]
     states = Checkpoints(partial, provenance.digest([given, made_by]), partial / "weights")
@@ -139,6 +156,8 @@ def main() -> None:
     parser = cli.parser(
         "training", __doc__, data="the paper's data.py, for data: {source: own}*",
         corpus="tokens.parquet, for data: {source: corpus}*",
+        documents="documents.parquet, for data.labels*",
+        start="manifest.json of the run that it starts from*",
         tokenizer="model.json of the tokenizer, likewise*", out="manifest.json",
         checkpoints="folder of weights", history="history.parquet",
     )  # fmt: skip

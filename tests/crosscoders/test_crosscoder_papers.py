@@ -69,6 +69,7 @@ def test_dictionaries_of_the_same_sources_are_one_item_made_from_each_models_act
     assert list(layers.folders().values()) == made_from[1:]
     names = set(found.paper("cross", "smoke").tables())
     assert {"crosscoders/early", "crosscoders/late", "crosscoders/early_latents"} <= names
+    assert not any(name.startswith("evaluation/") for name in names)  # no arm has another
     assert set(found.upstream([item])) > set(found.upstream([early["activations"]]))
 
 

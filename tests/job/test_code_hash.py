@@ -543,6 +543,8 @@ EXACTLY = {  # definition -> the stages that an edit of it must rerun, and no ot
     "spec/claims:Claim.judged_at": "claims",
     "spec/paper:PaperSpec.arm_names": "",
     "weights/members:Members.step": "training",
+    "weights/lora:LowRank.named": "training",
+    "weights/lora:best_cosines": "",  # papers' own stages alone
     "weights/adamw:learning_rate_of": "training",
     "weights/trained:checkpoint_name": "training model",
     "claims/scalars:SAE": "metrics index",

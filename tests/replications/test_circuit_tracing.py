@@ -10,8 +10,8 @@ from conftest import ROOT
 
 from pipeline.crosscoders.layered_files import LayerWeights
 from pipeline.errors import RetraceError
-from pipeline.job.source import import_file
 from pipeline.families.tiny_models import tiny_config, tiny_model
+from pipeline.job.source import import_file
 from pipeline.papers import papers
 
 PAPER = ROOT / "rules/papers/circuit_tracing"
