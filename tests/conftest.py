@@ -30,7 +30,7 @@ if not Path("/proc/driver/nvidia/gpus").is_dir():
 ROOT = Path(__file__).parent.parent
 WARM = pytest.StashKey[tempfile.TemporaryDirectory]()
 TORCH_ROOMS = (
-    "models activations weights kernels sae imports latents crosscoders saebench circuits tracing "
+    "families models activations weights tuning kernels sae imports latents crosscoders saebench circuits tracing "
     "probes"
 ).split()
 HOOK = "blocks.0.hook_resid_post"

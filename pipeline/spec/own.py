@@ -28,8 +28,8 @@ class OwnStage(Section):
     )
     needs: list[str] = Field(
         default=[],
-        description="models, activations, saes, transcoders, crosscoders, corpora, labels (of every "
-        "arm); corpus; training; <stage>.models (of own.<stage>.models), <stage>.corpora; "
+        description="models, activations, saes, transcoders, crosscoders, corpora, labels (of "
+        "every arm); corpus; training; <stage>.models (of own.<stage>.models), <stage>.corpora; "
         "<stage>/<table or file>",
     )
     makes: dict[Name, str] = Field(

@@ -18,7 +18,7 @@ sys.path[:0] = [str(Path(__file__).parents[2]), str(Path(__file__).parents[1])]
 from conftest import byte_tokenizer  # noqa: E402
 
 from pipeline.models import lens  # noqa: E402
-from pipeline.weights import jacobian_lens  # noqa: E402
+from pipeline.tuning import jacobian_lens  # noqa: E402
 
 D, LAYERS, VOCAB = 24, 4, 260
 TEXTS = [f"{n} bottles of beer on the wall, {n} bottles of beer." for n in range(95, 105)]

@@ -3,7 +3,7 @@
 The stream is read where the model answers, at the last character of the prompt.
 
 1. probes    by layer: goal, cue, the model's choice, and a control task (Hewitt & Liang 2019).
-2. changes   of each matrix: its size and rank (pipeline/weights/change.py).
+2. changes   of each matrix: its size and rank (pipeline/tuning/change.py).
 3. moved     the mean, and the difference of means by goal, before and after.
 4. steering  that difference added or taken out, as the stage `steering` edits (Arditi et al. 2024).
              Null arms: random directions, and the difference of means between the marks.
@@ -27,7 +27,7 @@ from pipeline.probes.standard import Standard, streams
 from pipeline.probes.steered import Edit
 from pipeline.spec.base import Name
 from pipeline.text.tokens import load_tokenizer
-from pipeline.weights.change import changes
+from pipeline.tuning.change import changes
 
 from . import instructions, tuning
 from .instructions import Asking, Question, signs

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 from pipeline.errors import RetraceError
 from pipeline.spec.base import Section
 from pipeline.text.tokens import encode
-from pipeline.weights import finetuning
+from pipeline.tuning import finetuning
 
 MARKS, PLACES, REFUSAL, END = "?!", ("first", "last"), "No", ".\n"
 HELD_OUT = 4  # one word in so many

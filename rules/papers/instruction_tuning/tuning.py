@@ -24,7 +24,8 @@ from pipeline.spec.base import Name, Section
 from pipeline.store import tables
 from pipeline.store.checkpoints import write_tensors
 from pipeline.text.tokens import load_tokenizer
-from pipeline.weights import batches, finetuning
+from pipeline.tuning import finetuning
+from pipeline.weights import batches
 
 from . import instructions
 from .instructions import Asking, Question, signs

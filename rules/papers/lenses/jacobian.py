@@ -1,6 +1,6 @@
 """Jacobian lenses beside logit and tuned lens: as predictions, and on a result in between. [torch]
 
-Gurnee et al. (2026); J is fitted by pipeline/weights/jacobian_lens.py, and by number of prompts.
+Gurnee et al. (2026); J is fitted by pipeline/tuning/jacobian_lens.py, and by number of prompts.
 
 1. layers    every lens against the prediction over held-out text, and against the logit lens
 2. recovery  of models of data.py: how near the top of a lens the result of the first operation is,
@@ -26,7 +26,8 @@ from pipeline.latents.stored import blocks
 from pipeline.models import lens, loader
 from pipeline.spec.base import Name, Section
 from pipeline.spec.paper import parse
-from pipeline.weights import jacobian_lens, trained, tuned_lens
+from pipeline.tuning import jacobian_lens, tuned_lens
+from pipeline.weights import trained
 
 from . import data, tuning
 

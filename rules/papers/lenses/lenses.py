@@ -24,7 +24,7 @@ from pipeline.latents.stored import blocks as blocks_of
 from pipeline.models import lens, loader
 from pipeline.spec.base import Name
 from pipeline.text.tokens import Texts
-from pipeline.weights import tuned_lens
+from pipeline.tuning import tuned_lens
 
 from . import basis, tuning
 

@@ -1,8 +1,8 @@
-"""Whose tuned lens is trained, and how (pipeline/weights/tuned_lens.py)."""
+"""Whose tuned lens is trained, and how (pipeline/tuning/tuned_lens.py)."""
 
 from pydantic import Field
 
-from pipeline.weights.tuned_lens import TunedLensSpec
+from pipeline.tuning.tuned_lens import TunedLensSpec
 
 
 class Tuning(TunedLensSpec):

@@ -12,7 +12,7 @@ from pipeline.models import loader
 from pipeline.spec.base import Name
 from pipeline.store import provenance, tables
 from pipeline.store.checkpoints import Checkpoints, write_tensors
-from pipeline.weights import tuned_lens
+from pipeline.tuning import tuned_lens
 
 from .translators import Tuning
 

@@ -7,8 +7,8 @@ from torch import nn
 
 from pipeline.errors import RetraceError
 from pipeline.models import lens, splice
-from pipeline.weights import jacobian_lens
-from pipeline.weights.jacobian_lens import JacobianLensSpec
+from pipeline.tuning import jacobian_lens
+from pipeline.tuning.jacobian_lens import JacobianLensSpec
 
 EVERY = list(range(LAYERS))
 

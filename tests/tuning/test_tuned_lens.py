@@ -10,7 +10,7 @@ from torch import nn
 from pipeline.errors import RetraceError
 from pipeline.models import hooks, lens
 from pipeline.store.checkpoints import Checkpoints
-from pipeline.weights import tuned_lens
+from pipeline.tuning import tuned_lens
 
 
 @pytest.fixture(params=FAMILIES)

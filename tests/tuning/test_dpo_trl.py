@@ -11,7 +11,7 @@ if not LIBRARIES:
     pytest.skip("needs trl: tests/libraries/dpo.sh", allow_module_level=True)
 sys.path.append(LIBRARIES)  # behind the project's own packages
 
-from pipeline.weights import finetuning  # noqa: E402
+from pipeline.tuning import finetuning  # noqa: E402
 
 LETTERS = "abcdefgh?: "
 ROWS = [("ab?: ", "a", "hh"), ("hg: ", "cde", "b"), ("a: ", "fg", "cd"), ("bcd? ", "h", "a")]

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from pipeline.models.native import Output
-from pipeline.weights import change, finetuning
+from pipeline.tuning import change, finetuning
 from pipeline.weights.batches import IGNORED
 
 
