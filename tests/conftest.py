@@ -30,8 +30,8 @@ if not Path("/proc/driver/nvidia/gpus").is_dir():
 ROOT = Path(__file__).parent.parent
 WARM = pytest.StashKey[tempfile.TemporaryDirectory]()
 TORCH_ROOMS = (
-    "families models activations weights tuning kernels sae imports latents crosscoders saebench circuits tracing "
-    "probes"
+    "families models activations weights tuning kernels sae imports latents crosscoders saebench "
+    "circuits tracing probes"
 ).split()
 HOOK = "blocks.0.hook_resid_post"
 LONGEST = (  # files; they start first
