@@ -18,7 +18,8 @@ from pipeline.store import tables
 ROOT = Path(__file__).parents[2]
 ROOMS = (
     "spec store job downloads text models families activations weights tuning kernels sae imports "
-    "latents crosscoders saebench circuits tracing probes claims figures report papers sharing notebook"
+    "latents crosscoders saebench circuits tracing probes claims figures report papers sharing "
+    "notebook"
 ).split()
 README = (ROOT / "README.md").read_text()
 RUNS = (ROOT / "results/reference/README.md").read_text()
