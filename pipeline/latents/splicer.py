@@ -8,7 +8,6 @@
 4. The splice is checked: x_hat + (x - x_hat) must leave the loss unchanged.
 """
 
-import copy
 from collections.abc import Callable
 from typing import Any
 
@@ -26,34 +25,28 @@ Replace = Callable[[Tensor], Tensor]  # x [tokens d] -> its replacement [tokens 
 
 
 def next_token_loss(
-    logits: Float[Tensor, "batch pos d_vocab"], tokens: Int64[Tensor, "batch pos"], skip_first: int
+    log_q: Float[Tensor, "batch kept d_vocab"], tokens: Int64[Tensor, "batch pos"], skip_first: int
 ) -> tuple[float, int]:
     """Sum of the cross-entropy of the next token in nats, and the number of predictions.
 
     Args:
+        log_q: log probabilities at positions from skip_first on; the last one predicts nothing.
         skip_first: predictions made at positions below this do not count.
     """
-    flat = logits[:, skip_first:-1].flatten(0, 1).float()
-    target = tokens[:, skip_first + 1 :].flatten()
-    return float(torch.nn.functional.cross_entropy(flat, target, reduction="sum")), len(target)
+    target = tokens[:, skip_first + 1 :]
+    return -float(log_q[:, :-1].gather(2, target[..., None]).sum()), target.numel()
 
 
 def divergence(
-    logits: Float[Tensor, "batch pos d_vocab"],
-    others: Float[Tensor, "batch pos d_vocab"],
-    skip_first: int,
+    log_p: Float[Tensor, "batch kept d_vocab"], log_q: Float[Tensor, "batch kept d_vocab"]
 ) -> tuple[float, int]:
     """Sum of KL(p || q) in nats over next-token distributions, and the number of these.
 
     Args:
-        logits, others: logits of p and of q.
-        skip_first: positions below this do not count; the last one does.
+        log_p, log_q: log probabilities at the positions that count, the last one among them.
     """
-    total = 0.0
-    for p, q in zip(logits[:, skip_first:], others[:, skip_first:], strict=True):
-        log_p, log_q = p.float().log_softmax(-1), q.float().log_softmax(-1)
-        total += float((log_p.exp() * (log_p - log_q)).sum())
-    return total, logits.shape[0] * (logits.shape[1] - skip_first)
+    total = sum(float((p.exp() * (p - q)).sum()) for p, q in zip(log_p, log_q, strict=True))
+    return total, log_p.shape[0] * log_p.shape[1]
 
 
 class Splicer:
@@ -93,12 +86,6 @@ class Splicer:
         self.d_in, self.d_out = seen[hook].shape[-1], seen[self.at].shape[-1]
         self.known = [splice.known(x, skip_first, max_norm) for x in self.streams]
 
-    def everywhere(self) -> "Splicer":
-        """A copy that replaces x at every position; the losses count the same predictions."""
-        out = copy.copy(self)
-        out.known = [torch.ones_like(known) for known in self.known]
-        return out
-
     def encoded(self, x: Float[Tensor, "tokens d"]) -> Float[Tensor, "tokens d_in"]:
         """The part of x that a dictionary encodes."""
         return x[:, : self.d_in]
@@ -108,33 +95,49 @@ class Splicer:
         return x[:, -self.d_out :]
 
     def measure(
-        self, replacements: list[Replace], n_batches: int | None = None
+        self,
+        replacements: list[Replace],
+        n_batches: int | None = None,
+        everywhere: list[Replace] | None = None,
     ) -> list[tuple[float, float]]:
         """Loss and KL divergence with the stream of known tokens replaced.
 
         Args:
             replacements: functions of x that give what stands in the place of `target(x)`.
             n_batches: use only so many of the first batches; default: all.
+            everywhere: replacements at every position; the losses count the same predictions.
 
         Returns:
-            For each replacement, in nats: the mean next-token loss, and the mean divergence from
-            the model with the first replacement.
+            For each replacement, those everywhere last, in nats: the mean next-token loss, and the
+            mean divergence from the model with the first replacement.
         """
-        sums, counts = np.zeros((len(replacements), 2)), np.zeros(2)
+        whole = everywhere or []
+        sums, counts = np.zeros((len(replacements) + len(whole), 2)), np.zeros(2)
         batches = list(zip(self.batches, self.streams, self.known, strict=True))[:n_batches]
         with torch.no_grad():
             for tokens, x, known in batches:
-                first = None
-                for i, replace in enumerate(replacements):
-                    spliced = x[..., -self.d_out :].clone()
-                    spliced[known] = replace(x[known])
-                    logits = splice.resume(self.hf, self.at, tokens, spliced)
-                    first = logits if first is None else first
-                    loss, n = next_token_loss(logits, tokens, self.skip_first)
-                    kl, m = divergence(first, logits, self.skip_first)
-                    sums[i] += loss, kl
+                cases = [(replace, known) for replace in replacements]
+                cases += [(replace, torch.ones_like(known)) for replace in whole]
+                log_p = None
+                for i, (replace, where) in enumerate(cases):
+                    log_q = self._log_probabilities(tokens, x, replace, where)
+                    loss, n = next_token_loss(log_q, tokens, self.skip_first)
+                    sums[i, 0] += loss
+                    if log_p is None:  # which does not diverge from itself
+                        log_p, m = log_q, log_q.shape[0] * log_q.shape[1]
+                    else:
+                        sums[i, 1] += divergence(log_p, log_q)[0]
                 counts += n, m
         return [tuple(row) for row in (sums / counts).tolist()]
+
+    def _log_probabilities(
+        self, tokens: Tensor, x: Tensor, replace: Replace, where: Tensor
+    ) -> Float[Tensor, "blocks pos d_vocab"]:
+        """Of next tokens from skip_first on, with the stream replaced at some positions."""
+        spliced = x[..., -self.d_out :].clone()
+        spliced[where] = replace(x[where])
+        logits = splice.resume(self.hf, self.at, tokens, spliced)[:, self.skip_first :]
+        return logits.float().log_softmax(-1)
 
     def loss(self, replace: Replace, n_batches: int | None = None) -> float:
         """Mean next-token loss with one replacement."""
@@ -156,10 +159,11 @@ def spliced_losses(
     target = splicer.target  # as a replacement, it changes nothing
     hats = {n: lambda x, s=s: s.decode(s.encode(splicer.encoded(x))) for n, s in saes.items()}
     ablations = [lambda x: torch.zeros_like(target(x)), lambda x: mean.expand_as(target(x))]
-    model, zero, average, *measured = splicer.measure([target, *ablations, *hats.values()])
+    model, zero, average, *measured, whole = splicer.measure(
+        [target, *ablations, *hats.values()], everywhere=ablations[:1]
+    )
     base = {"loss_model": model[0], "loss_zero": zero[0], "loss_mean": average[0]}
     base["kl_zero"] = zero[1]
-    _, whole = splicer.everywhere().measure([target, ablations[0]])
     base["loss_zero_all"], base["kl_zero_all"] = whole
     first = splicer.loss(target, n_batches=1)
     out = {}

@@ -191,7 +191,9 @@ def test_constant_activations_are_an_error():
 
 def test_uniform_logits_cost_the_logarithm_of_the_vocabulary():
     tokens = torch.randint(0, 11, (2, 5), generator=GEN)
-    loss, n = splicing.next_token_loss(torch.zeros(2, 5, 11), tokens, skip_first=1)
+    loss, n = splicing.next_token_loss(
+        torch.zeros(2, 5, 11).log_softmax(-1)[:, 1:], tokens, skip_first=1
+    )
     assert n == 6 and loss / n == pytest.approx(math.log(11))
 
 
@@ -280,7 +282,9 @@ def test_a_transcoder_is_judged_by_the_rows_that_it_reconstructs():
 def test_divergence_of_two_coins_and_of_a_model_from_itself():
     p, q = torch.tensor([0.5, 0.5]).log(), torch.tensor([0.9, 0.1]).log()
     logits = p.expand(2, 5, 2) + 3.0  # a constant changes no distribution
-    total, n = splicing.divergence(logits, q.expand(2, 5, 2), skip_first=1)
+    total, n = splicing.divergence(
+        logits.log_softmax(-1)[:, 1:], q.expand(2, 5, 2).log_softmax(-1)[:, 1:]
+    )
     assert n == 8
     assert total / n == pytest.approx(0.5 * math.log(0.5 / 0.9) + 0.5 * math.log(0.5 / 0.1))
-    assert splicing.divergence(logits, logits, 0)[0] == 0
+    assert splicing.divergence(logits.log_softmax(-1), logits.log_softmax(-1))[0] == 0
