@@ -52,7 +52,7 @@ def batches(texts: Sequence[Any], order: Iterable[int]) -> Iterator[tuple[list[i
 
 def take(
     texts: Sequence[Any],
-    order: Iterable[int],
+    order: Sequence[int] | np.ndarray,
     n: int,
     encode: Encode,
     eos_id: int | None,
@@ -69,8 +69,10 @@ def take(
     """
     end = np.array([] if eos_id is None else [eos_id], np.int32)
     tokens, owners, used = (spool.Ids(scratch) for _ in range(3))
-    found = 0
-    progress = cli.Progress("corpus", n, "tokens")
+    found = done = 0
+    every = n == sys.maxsize
+    goal = (len(order), "documents") if every else (n, "tokens")
+    progress = cli.Progress("corpus", *goal)
     for chosen, some in batches(texts, order if n else []):
         for i, ids in zip(chosen, encode(some), strict=True):
             kept = np.concatenate([ids, end])[: max(n - found, 0)]
@@ -79,8 +81,8 @@ def take(
                 tokens.append(kept)
                 owners.append(np.full(len(kept), i, np.int32))
                 used.append(np.array([i, len(kept)], np.int32))
-        if n < sys.maxsize:
-            progress.at(min(found, n))
+        done += len(chosen)
+        progress.at(done if every else min(found, n))
         if found >= n:
             break
     return TokenStream(tokens.array(), owners.array(), used.array().reshape(-1, 2))

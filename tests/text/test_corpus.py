@@ -7,6 +7,7 @@ import io
 import json
 import re
 import shutil
+import sys
 import tarfile
 import threading
 
@@ -67,6 +68,16 @@ def test_without_bos_a_block_is_all_text():
     tokens, owners = packing.cut(stream, 2, None)
     assert tokens.tolist() == [[ord("a"), ord("b")], [ord("c"), EOS]]
     assert owners.tolist() == [[0, 0], [0, 0]]
+
+
+@pytest.mark.parametrize(("n", "said"), [(sys.maxsize, (3, 3, "documents")), (5, (5, 5, "tokens"))])
+def test_progress_goes_by_documents_where_all_tokens_are_taken(n, said, monkeypatch):
+    seen = []
+    monkeypatch.setattr(
+        packing.cli.Progress, "at", lambda self, done: seen.append((done, self.total, self.unit))
+    )
+    packing.take(["ab", "c", "def"], [2, 0, 1], n, letters, EOS)
+    assert seen[-1] == said
 
 
 def test_shuffled_tokens_are_the_same_tokens_in_another_order_each_with_its_document():
