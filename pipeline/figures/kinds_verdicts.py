@@ -48,13 +48,13 @@ def verdicts(tables: dict[str, Any], options: dict[str, Any]) -> tuple[Any, Any]
     """A row a claim, orders over values: where it stands, its interval, and the border."""
     from plotly.subplots import make_subplots
 
+    from pipeline.figures.parts import nothing
+
     (claims,) = tables.values()
     need(claims, ["id", "verdict", "kind", "margin", "low", "high", "held", "n"], "claims")
     frame = distances(claims)
     if frame.empty:
-        return make_subplots().add_annotation(
-            text="no claim is judged here", showarrow=False
-        ), frame
+        return nothing("no claim is judged in this run"), frame
     kinds = [k for k in ("order", "value") if (frame["kind"] == k).any()]
     sizes = [int((frame["kind"] == k).sum()) for k in kinds]
     fig = make_subplots(
