@@ -1,7 +1,5 @@
-"""Transcoders before and after fine-tuning on the KL of their replacement model. [torch]
-
-`judged` measures on held-out text, and on the graphs of prompts, before and after each objective of
-`pipeline/tracing/finetuned.py`.
+"""Transcoders before and after fine-tuning on the KL of their replacement model, as
+pipeline/tracing/finetuned.py does it, on held-out text and on the graphs of prompts. [torch]
 """
 
 from pathlib import Path

@@ -7,8 +7,9 @@ digits the next token is the tens digit, and
 
     difference = p(digits above the first year's) - p(digits below it)
 
-1. `effects` sets the MLP of one layer, at the last position, to its mean over prompts; the layer
-   whose mean costs most of the difference is the one that is taken apart.
+1. `effects` sets the MLP of one layer, at the last position, to its mean over prompts; the layer of
+   `from_layer` or above whose mean costs most is taken apart (theirs is MLP 10 of 12; the first
+   layers' MLPs tell which token stands there, and without that nothing is left).
 2. Units, latents or neurons, are ranked by |gradient x (activation - mean)|, mean over the first
    half of the prompts.
 3. `kept` leaves the first n units as they are on the other half, all others at their means. What a
@@ -44,6 +45,7 @@ class Options(own.Options):
 
     arm: Name = Field(default="trained", description="whose model and dictionaries are compared")
     dictionaries: list[Name] = Field(min_length=1, description="transcoders of each layer")
+    from_layer: int = Field(default=0, ge=0, description="the lowest, or the last, to take apart")
     n_prompts: int = Field(default=100, ge=4)
     n_units: list[int] = Field(default=[0, 1, 2, 4, 8, 16, 24, 32, 64, 128, 256, 512])
     seed: int = Field(default=0, description="of the prompts")
@@ -132,11 +134,9 @@ def effects(hf: nn.Module, prompts: Prompts) -> list[dict[str, float]]:
         right = (found > 0).double().mean()
         return {"layer": layer, "difference": float(found.mean()), "right": float(right)}
 
-    def mean(y: Tensor) -> Tensor:
-        return y.mean(0).expand_as(y)
-
-    n_layers = hf.config.num_hidden_layers
-    return [row(-1), *(row(i, f"blocks.{i}.hook_mlp_out", mean) for i in range(n_layers))]
+    at = [f"blocks.{i}.hook_mlp_out" for i in range(hf.config.num_hidden_layers)]
+    mean = [row(i, hook, lambda y: y.mean(0).expand_as(y)) for i, hook in enumerate(at)]
+    return [row(-1), *mean]
 
 
 @dataclass(frozen=True)
@@ -222,7 +222,8 @@ def work(job: cli.Job, options: Options) -> own.Tables:
     first, second = prompts.part(True), prompts.part(False)
     rows = effects(hf, first)
     out.add({"effects": rows})
-    layer = int(min(rows[1:], key=lambda row: row["difference"])["layer"])
+    late = rows[1 + min(options.from_layer, len(rows) - 2) :]
+    layer = int(min(late, key=lambda row: row["difference"])["layer"])
     cli.log.info("difference %.3f; layer %d matters most", rows[0]["difference"], layer)
     numbers = sorted({0, *options.n_units})
     units = neurons(hf, layer)
