@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from pipeline.figures.parts import Drawn, Panels, bars, line, nothing, points, steps, whiskers
-from pipeline.figures.theme import PALETTE
+from pipeline.figures.theme import INK, PALETTE
 
 OBJECTIVES = {"l1": ("L1", PALETTE[1]), "batchtopk": ("BatchTopK", PALETTE[0])}
 PAIRS = {"full": "all weights tuned", "lora": "LoRA", "copy": "a copy of the base"}
@@ -58,7 +58,7 @@ def scaling(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     for i, (objective, (_, colour)) in enumerate(OBJECTIVES.items()):
         shared = table[(table["objective"] == objective) & (table["kind"] == "shared")]
         own = mine[mine["objective"] == objective]
-        cases = {"shared": (shared.head(400), PALETTE[7]), "tuned-only by Δnorm": (own, colour)}
+        cases = {"shared": (shared.head(400), INK), "tuned-only by Δnorm": (own, colour)}
         for name, (rows, look) in cases.items():
             x, y = (rows[c].clip(*NU) for c in ("nu_r", "nu_e"))
             hover = f"{name}: ν<sub>r</sub> %{{x:.2f}}, ν<sub>ε</sub> %{{y:.2f}}"
