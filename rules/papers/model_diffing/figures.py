@@ -43,7 +43,7 @@ def norms(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
             rows += [{"pair": pair, "objective": objective, "low": low, "share": s}
                      for low, s in zip(BINS, share, strict=False)]  # fmt: skip
     panels.figure.update_yaxes(type="log", range=[-4, 0.1], tickformat=".2%")
-    panels.axes(x="Δnorm: 0 base alone, 1 tuned alone", y="share of latents")
+    panels.axes(x="Δnorm", y="share of latents")
     return panels.finish(340), pd.DataFrame(rows)
 
 
@@ -101,7 +101,7 @@ def intruders(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     for case, epsilon in enumerate(epsilons):
         own = found[found["epsilon"] == epsilon].set_index("arm").reindex(list(names))
         spread = whiskers(own["mean"], own["min"], own["max"])
-        panels.add(0, bars(list(names.values()), own["mean"], PALETTE[0], error_y=spread,
+        panels.add(0, bars(list(names.values()), own["mean"], colour=PALETTE[0], error_y=spread,
                            hover="%{x}: %{y:.2f}"), case=case)  # fmt: skip
     panels.choose([f"ε = {e:g}" for e in epsilons])
     panels.axes(y="intruders a matrix, of the first 10")
