@@ -89,7 +89,7 @@ def models(spec: PaperSpec) -> Iterator[str]:
             how = WEIGHTS[model.weights]
             name = source_of(model)
             seen.setdefault(f"{how} ({name})" if name not in seen else how, []).append(arm)
-        elif spec.arms.get(arm, {}).get("corpus"):
+        elif (spec.arms.get(arm, {}).get("corpus") or {}).get("shuffle"):
             seen.setdefault("the same on shuffled tokens", []).append(arm)
         else:
             seen.setdefault(source_of(model), []).append(arm)

@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 
 from pipeline.figures.parts import Drawn, Panels, bars, line, nothing, points, steps, whiskers
-from pipeline.figures.theme import PALETTE
+from pipeline.figures.theme import INK, PALETTE
 
 OBJECTIVES = {"l1": ("L1", PALETTE[1]), "batchtopk": ("BatchTopK", PALETTE[0])}
 PAIRS = {"full": "all weights tuned", "lora": "LoRA", "copy": "a copy of the base"}
@@ -43,7 +43,7 @@ def norms(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
             rows += [{"pair": pair, "objective": objective, "low": low, "share": s}
                      for low, s in zip(BINS, share, strict=False)]  # fmt: skip
     panels.figure.update_yaxes(type="log", range=[-4, 0.1], tickformat=".2%")
-    panels.axes(x="Δnorm: 0 base alone, 1 tuned alone", y="share of latents")
+    panels.axes(x="Δnorm", y="share of latents")
     return panels.finish(340), pd.DataFrame(rows)
 
 
@@ -58,7 +58,7 @@ def scaling(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     for i, (objective, (_, colour)) in enumerate(OBJECTIVES.items()):
         shared = table[(table["objective"] == objective) & (table["kind"] == "shared")]
         own = mine[mine["objective"] == objective]
-        cases = {"shared": (shared.head(400), PALETTE[7]), "tuned-only by Δnorm": (own, colour)}
+        cases = {"shared": (shared.head(400), INK), "tuned-only by Δnorm": (own, colour)}
         for name, (rows, look) in cases.items():
             x, y = (rows[c].clip(*NU) for c in ("nu_r", "nu_e"))
             hover = f"{name}: ν<sub>r</sub> %{{x:.2f}}, ν<sub>ε</sub> %{{y:.2f}}"
@@ -101,7 +101,7 @@ def intruders(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     for case, epsilon in enumerate(epsilons):
         own = found[found["epsilon"] == epsilon].set_index("arm").reindex(list(names))
         spread = whiskers(own["mean"], own["min"], own["max"])
-        panels.add(0, bars(list(names.values()), own["mean"], PALETTE[0], error_y=spread,
+        panels.add(0, bars(list(names.values()), own["mean"], colour=PALETTE[0], error_y=spread,
                            hover="%{x}: %{y:.2f}"), case=case)  # fmt: skip
     panels.choose([f"ε = {e:g}" for e in epsilons])
     panels.axes(y="intruders a matrix, of the first 10")

@@ -105,14 +105,15 @@ def interventions(
         intruders = low.nonzero().flatten().tolist()
         drawn = others(intruders, min(W.shape), rng)
         found[name] = {"intruders": intruders, "random": drawn}
-    rows = []
+    rows, tuned = [], {text: loss(model, ids, n_ctx) for text, ids in texts.items()}
     for which in ("intruders", "random"):
         n = sum(len(f[which]) for f in found.values())
         for factor in options.factors:
             for name, W in before.items():
                 model.get_parameter(name).data.copy_(lora.scaled(W, found[name][which], factor))
             losses = {text: loss(model, ids, n_ctx) for text, ids in texts.items()}
-            rows += [{"which": which, "factor": factor, "n": n, "text": t, "loss": x}
+            about = {"which": which, "factor": factor, "n": n}
+            rows += [about | {"text": t, "loss": x, "change": x - tuned[t]}
                      for t, x in losses.items()]  # fmt: skip
     for name, W in before.items():
         model.get_parameter(name).data.copy_(W)
