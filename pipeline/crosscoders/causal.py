@@ -65,11 +65,16 @@ def remaining(
     x_base, x_tuned = streams
     acts = sae.encode(torch.cat(streams, -1))
     base, after = sae.W_dec.split(x_base.shape[-1], 1)
-    want, out = splice.resume(tuned, hook, tokens, x_tuned), {}
+
+    def log_probabilities(x: Tensor) -> Float[Tensor, "blocks kept d_vocab"]:
+        logits = splice.resume(tuned, hook, tokens, x)[:, skip_first:]
+        return logits.float().log_softmax(-1)
+
+    want, out = log_probabilities(x_tuned), {}
     for name, ids in chosen.items():
         S = torch.from_numpy(ids.astype(np.int64)).to(acts.device)
         h = x_base + acts[..., S] @ (after - base)[S]
         h[:, :skip_first] = x_tuned[:, :skip_first]
-        total, n = divergence(want, splice.resume(tuned, hook, tokens, h), skip_first)
+        total, n = divergence(want, log_probabilities(h))
         out[name] = total / n
     return out
