@@ -78,7 +78,7 @@ def closed(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     each = table.assign(subset=subset).groupby(["arm", "objective", "subset", "seed"])["kl"].mean()
     found = each.groupby(level=[0, 1, 2]).agg(["mean", "min", "max"]).reset_index()
     arms = [a for a in PAIRS if a != "copy" and a in set(found["arm"])]
-    panels = Panels([name for name, _ in OBJECTIVES.values()], gap=(0.05, 0.1))
+    panels = Panels([name for name, _ in OBJECTIVES.values()], 1, gap=(0.05, 0.2), shared_yaxes=True)
     for case, arm in enumerate(arms):
         for i, (objective, (_, colour)) in enumerate(OBJECTIVES.items()):
             own = found[(found["arm"] == arm) & (found["objective"] == objective)]
@@ -88,7 +88,7 @@ def closed(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
                                hover="%{x}: %{y:.4f} nats"), case=case)  # fmt: skip
     panels.choose([PAIRS[a] for a in arms])
     panels.axes(y="KL from the tuned model, nats")
-    return panels.finish(460, top=90, showlegend=False), found
+    return panels.finish(620, top=90, showlegend=False), found
 
 
 def intruders(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
