@@ -26,7 +26,7 @@ VERDICTS = {"plumbing", "not comparable", "not run"}  # a smoke run judges nothi
 
 def run(folder: Path, *args: str) -> Done:
     where = ["--snakefile", str(ROOT / "Snakefile"), "--directory", str(folder)]
-    return snakemake(*where, *args, cwd=ROOT, timeout=1200, scale="smoke", papers=ALL)
+    return snakemake(*where, *args, cwd=ROOT, timeout=2400, scale="smoke", papers=ALL)
 
 
 @pytest.fixture(scope="module")
