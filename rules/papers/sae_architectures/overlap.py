@@ -134,3 +134,15 @@ def work(job: cli.Job, options: Options) -> own.Tables:
     out = own.Tables(TABLES)
     out.add({"pairs": [row for row, _ in made], "cosines": pd.concat([bins for _, bins in made])})
     return out
+
+
+def main() -> None:
+    # a script, since processes beside it look its functions up in the main module
+    own.main(
+        "overlap", __doc__, Options, TABLES, work,
+        saes="manifest.json of every arm's dictionaries, arms sorted by name*",
+    )  # fmt: skip
+
+
+if __name__ == "__main__":
+    main()
