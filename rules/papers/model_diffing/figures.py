@@ -78,7 +78,8 @@ def closed(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     each = table.assign(subset=subset).groupby(["arm", "objective", "subset", "seed"])["kl"].mean()
     found = each.groupby(level=[0, 1, 2]).agg(["mean", "min", "max"]).reset_index()
     arms = [a for a in PAIRS if a != "copy" and a in set(found["arm"])]
-    panels = Panels([name for name, _ in OBJECTIVES.values()], 1, gap=(0.05, 0.2), shared_yaxes=True)
+    titles = [name for name, _ in OBJECTIVES.values()]
+    panels = Panels(titles, 1, gap=(0.05, 0.2), shared_yaxes=True)
     for case, arm in enumerate(arms):
         for i, (objective, (_, colour)) in enumerate(OBJECTIVES.items()):
             own = found[(found["arm"] == arm) & (found["objective"] == objective)]
