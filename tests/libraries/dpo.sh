@@ -10,4 +10,4 @@ trap 'rm -rf "$folder"' EXIT
 python=${PYTHON:-python3}
 
 "$python" -m pip install --quiet --no-deps --target "$folder" trl==1.16.0
-RETRACE_TRL=$folder "$python" -m pytest -v tests/weights/test_dpo_trl.py "$@"
+RETRACE_TRL=$folder "$python" -m pytest -v tests/tuning/test_dpo_trl.py "$@"

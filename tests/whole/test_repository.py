@@ -71,6 +71,13 @@ def test_the_tree_names_the_rooms_in_the_order_of_imports():
         assert not below or any((ROOT / p / below).is_dir() for p in ("pipeline", "rules"))
 
 
+def test_files_that_scripts_and_findings_name_exist():
+    scripts = [*ROOT.glob("tests/**/*.sh"), *ROOT.glob("findings/*.sh"), ROOT / ".ci/run"]
+    file = re.compile(r"\b(?:tests|pipeline|rules)/[\w/]+\.(?:py|sh|yaml)")
+    named = {(script.name, n) for script in scripts for n in file.findall(script.read_text())}
+    assert len(named) > 15 and [n for n in named if not (ROOT / n[1]).is_file()] == []
+
+
 def test_files_and_papers_that_the_readme_names_exist():
     config = yaml.safe_load((ROOT / "config.yaml").read_text())
     figure = re.search(r"results/laptop/(\w+)/figures/(\w+)\.html", README)

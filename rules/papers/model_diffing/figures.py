@@ -79,7 +79,7 @@ def closed(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     found = each.groupby(level=[0, 1, 2]).agg(["mean", "min", "max"]).reset_index()
     arms = [a for a in PAIRS if a != "copy" and a in set(found["arm"])]
     titles = [name for name, _ in OBJECTIVES.values()]
-    panels = Panels(titles, 1, gap=(0.05, 0.2), shared_yaxes=True)
+    panels = Panels(titles, 1, gap=(0.05, 0.2))
     for case, arm in enumerate(arms):
         for i, (objective, (_, colour)) in enumerate(OBJECTIVES.items()):
             own = found[(found["arm"] == arm) & (found["objective"] == objective)]
