@@ -6,6 +6,9 @@
    `skip_first`, norms above `max_norm`) keep x.
 3. One more run has zero at every position: that is the ablation of SAELens and SAEBench.
 4. The splice is checked: x_hat + (x - x_hat) must leave the loss unchanged.
+
+Where a replacement gives every block one and the same stream (an ablation, of blocks that begin
+alike), what lies above runs once, if two blocks show that it reads nothing else of the text.
 """
 
 from collections.abc import Callable
@@ -47,6 +50,11 @@ def divergence(
     """
     total = sum(float((p.exp() * (p - q)).sum()) for p, q in zip(log_p, log_q, strict=True))
     return total, log_p.shape[0] * log_p.shape[1]
+
+
+def _alike(x: Tensor) -> bool:
+    """Whether all entries of the first dimension are the same, bit by bit."""
+    return torch.equal(x, x[:1].expand_as(x))
 
 
 class Splicer:
@@ -136,8 +144,19 @@ class Splicer:
         """Of next tokens from skip_first on, with the stream replaced at some positions."""
         spliced = x[..., -self.d_out :].clone()
         spliced[where] = replace(x[where])
-        logits = splice.resume(self.hf, self.at, tokens, spliced)[:, self.skip_first :]
-        return logits.float().log_softmax(-1)
+        logits = self._logits(tokens, spliced)[:, self.skip_first :]
+        return logits.float().log_softmax(-1).expand(len(tokens), -1, -1)
+
+    def _logits(
+        self, tokens: Int64[Tensor, "blocks pos"], x: Float[Tensor, "blocks pos d_out"]
+    ) -> Float[Tensor, "some pos d_vocab"]:
+        """Of every block with x in place of its stream; of one, where those of all are the same."""
+        ends = tokens[[0, -1]]
+        if len(tokens) > 2 and _alike(x) and not _alike(ends):
+            logits = splice.resume(self.hf, self.at, ends, x[:2])
+            if _alike(logits):
+                return logits[:1]
+        return splice.resume(self.hf, self.at, tokens, x)
 
     def loss(self, replace: Replace, n_batches: int | None = None) -> float:
         """Mean next-token loss with one replacement."""

@@ -245,6 +245,23 @@ def test_tokens_that_no_dictionary_has_seen_keep_their_stream(splicer):
     assert splicer.loss(torch.zeros_like) != splicer.loss(lambda x: x)
 
 
+@pytest.mark.parametrize(
+    "hook, blocks", [("hook_resid_post", 11 + 2 * 4), ("hook_mlp_out", 11 + 2 * (4 + 11))]
+)
+def test_blocks_that_an_ablation_makes_alike_run_once(splicer, monkeypatch, hook, blocks):
+    """At the MLP's output the stream beside it still tells the blocks apart."""
+    tokens = splicer.tokens[:8].clone()
+    tokens[:, 0] = 7  # BOS, which keeps its stream
+    at = splicing.Splicer(splicer.hf, f"blocks.0.{hook}", torch.cat([tokens, tokens[:3]]), 1)
+    seen, run = [], splicing.splice.resume
+    monkeypatch.setattr(splicing.splice, "resume", lambda *a: (seen.append(len(a[2])), run(*a))[1])
+    cases = [lambda x: x, torch.zeros_like]
+    found = at.measure(cases, everywhere=[torch.zeros_like])
+    assert sum(seen) == blocks
+    monkeypatch.setattr(splicing, "_alike", lambda x: False)
+    np.testing.assert_allclose(found, at.measure(cases, everywhere=[torch.zeros_like]), rtol=1e-5)
+
+
 @pytest.fixture
 def mlp(splicer):
     """A splicer at the MLP of layer 0, and the MLP itself as a stand-in for its transcoder."""
