@@ -16,6 +16,7 @@ FOLDER = ROOT / "rules/papers/synth_sae_bench"
 world = import_file(FOLDER / "world.py")
 learner = import_file(FOLDER / "learner.py")
 recovery = import_file(FOLDER / "recovery.py")
+sweep = import_file(FOLDER / "sweep.py")
 steps = learner.steps
 
 SMALL = world.World(
@@ -202,3 +203,42 @@ def test_the_defaults_are_the_published_config():
         "bias_norm": 0.5, "seed": 42,
     }  # fmt: skip
     assert world.World().model_dump() == published
+
+
+# --- the sweep -----------------------------------------------------------------------------
+
+
+def test_without_trees_features_fire_as_saelenss():
+    model = world.build(SMALL.model_copy(update={"roots": 0}))
+    assert model.hierarchy is None
+    torch.manual_seed(0)
+    theirs = model.activation_generator.sample(20_000).double()
+    ours = torch.zeros_like(theirs)
+    for part in world.Sampler(model).draw(20_000, torch.Generator().manual_seed(1)):
+        ours[part.row, part.feature] = part.value.double()
+    alike(ours, theirs)
+
+
+def test_the_overlap_of_features_is_saelenss(model):
+    from sae_lens.synthetic.stats import compute_superposition_stats
+
+    stats = compute_superposition_stats(model.feature_dict)
+    directions = model.feature_dict.feature_vectors
+    assert sweep.overlap(directions) == pytest.approx(stats.mean_max_abs_cos_sim, rel=1e-5)
+
+
+def test_a_world_changes_what_it_says_and_no_more():
+    """Twice the dimensions have 2 ** 0.6 as many samples, in whole batches."""
+    options = sweep.Options(
+        tables=["worlds"], n_samples=10_000,
+        world={"n_features": 64, "d_model": 16, "roots": 2, "branching": 2, "depth": 2},
+        batch_size=100, n_eval_samples=100, seeds=[3],
+        dictionaries={"a": {"architecture": "batchtopk", "d_sae": 8, "k": 2}},
+        worlds={"wide": {"d_model": 32}, "flat": {"roots": 0, "k": 4}},
+    )  # fmt: skip
+    wide, flat = map(options.of, options.worlds.values())
+    assert wide.n_samples == 15_100 and flat.n_samples == 10_000
+    assert wide.world == options.world.model_copy(update={"d_model": 32})
+    assert flat.world.roots == 0 and flat.world.d_model == 16
+    assert (wide.dictionaries["a"].k, flat.dictionaries["a"].k) == (2, 4)
+    assert wide.seeds == [3] and not hasattr(wide, "worlds")  # others do not change its key

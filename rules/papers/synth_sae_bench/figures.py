@@ -6,7 +6,7 @@ import numpy as np
 import pandas as pd
 import plotly.graph_objects as go
 
-from pipeline.figures.parts import Drawn, Panels, heat, key, line, points, styled
+from pipeline.figures.parts import Drawn, Panels, heat, key, line, over_seeds, points, styled
 from pipeline.figures.theme import INK, PALETTE, SEQUENTIAL, axis, rgba, scale
 
 LOOK = {  # architecture of a dictionary's name -> what the legend says, colour
@@ -23,6 +23,7 @@ PANELS = {
     "f1": "F1", "mcc": "MCC", "explained_variance": "explained variance",
     "precision": "precision", "recall": "recall", "uniqueness": "uniqueness",
 }  # fmt: skip
+SWEPT = ("explained_variance", "f1", "mcc", "uniqueness")
 LEVELS = {"true": "L0 of the most frequent features", "low": "low L0"}
 BINS = np.linspace(0, 1, 41)  # of cosines
 
@@ -161,3 +162,28 @@ def frequency(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     x = axis("samples in which the feature is active", log=True, tickformat=".2~%")
     y = axis("mean |cos| of feature and nearest latent", range=[0, 1.03])
     return panels.finish(460, top=72, xaxis=x, yaxis=y), frame.drop(columns="bin")
+
+
+def sweep(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
+    """What the worlds of stage sweep do to each measure, a line for each dictionary.
+
+    Options: worlds, in their order, or a dict of them to what their ticks say; x, a column of the
+    table to place them by, or world; label, of that axis.
+    """
+    table, worlds = tables["sweep/worlds"], options["worlds"]
+    ticks = worlds if isinstance(worlds, dict) else {world: world for world in worlds}
+    table = table[table["world"].isin(ticks)]
+    table = table.assign(place=table["world"].map(list(ticks).index)).sort_values("place")
+    panels = Panels([PANELS[m] for m in SWEPT], len(SWEPT), gap=(0.06, 0.1))
+    for rows, name, look in styled(table, "dictionary", LOOK):
+        label, colour = look
+        one = rows[rows["seed"] == rows["seed"].min()]
+        x = one["world"].map(ticks) if options["x"] == "world" else one[options["x"]]
+        for i, measure in enumerate(SWEPT):
+            values = np.stack([s[measure].to_numpy() for _, s in rows.groupby("seed")])
+            hover = f"{label}, %{{x}}: %{{y:.4f}}"
+            marker = {"size": 6, "symbol": "x" if name == "random_decoder" else "circle"}
+            panels.add(i, *over_seeds(x.tolist(), values, label, colour, hover, marker=marker))
+    panels.axes(options["label"])
+    columns = ["world", "dictionary", "seed", "d_model", "roots", "correlation_scale", "overlap"]
+    return panels.finish(400, legend=40, top=96), table[[*columns, *SWEPT]]

@@ -1,7 +1,8 @@
 """Metrics of SynthSAEBench: `<dictionary>.<measure>` of a dictionary when its training ended.
 
 Names end in `_true` where L0 is that of the most frequent features, as many as there are latents
-(25 in the paper), and in `_low` where it is a fifth less (20). One value a seed.
+(25 in the paper), and in `_low` where it is a fifth less (20). One value a seed. In the worlds of
+stage `sweep` they are `sweep.<world>.<dictionary>.<measure>`.
 """
 
 from typing import Any
@@ -27,6 +28,12 @@ METRICS = {
     "*.dead_share": "share of latents that no evaluation sample makes non-zero",
     "*.n_samples": "training samples",
     "*.coefficient": "of the sparsity penalty when training ended, where a controller moved it",
+    "*.lead": "explained variance of matching pursuit less the larger one of BatchTopK and "
+    "Matryoshka, in a world",
+    "*.random_lead": "the same of the random decoder",
+    "*.gap": "F1 of matching pursuit less the smaller one of BatchTopK and Matryoshka, in a world",
+    "*.random_gap": "the same of the random decoder",
+    "*.overlap": "mean over true features of the largest |cos| with another one",
 }
 MEASURES = (
     "f1", "precision", "recall", "mcc", "uniqueness", "explained_variance", "shrinkage", "l0",
@@ -52,4 +59,18 @@ def metrics(tables: dict[str, Any]) -> dict[str, Any]:
     for name, rows in table.groupby("dictionary"):
         last = rows[rows["n_samples"] == rows["n_samples"].max()]
         out |= {f"{name}.{m}": v for m, v in of_seeds(last).items()}
+    for world, rows in tables["sweep/worlds"].groupby("world"):
+        out |= {f"sweep.{world}.{name}": value for name, value in of_world(rows).items()}
     return out
+
+
+def of_world(rows: Any) -> dict[str, Any]:
+    """The metrics of a world's dictionaries, and where two of them stand beside the others."""
+    of = {name: of_seeds(some) for name, some in rows.groupby("dictionary")}
+    out = {f"{name}.{m}": v for name, measures in of.items() for m, v in measures.items()}
+    variance, f1 = ({n: found[m] for n, found in of.items()} for m in ("explained_variance", "f1"))
+    most = np.maximum(variance["batchtopk"], variance["matryoshka"])
+    least = np.minimum(f1["batchtopk"], f1["matryoshka"])
+    for prefix, name in {"": "matching_pursuit", "random_": "random_decoder"}.items():
+        out |= {f"{prefix}lead": variance[name] - most, f"{prefix}gap": f1[name] - least}
+    return out | {"overlap": rows["overlap"].iloc[0]}

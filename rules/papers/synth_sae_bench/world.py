@@ -38,7 +38,7 @@ class World(Section):
 
     n_features: int = Field(default=16_384, ge=2)
     d_model: int = Field(default=768, ge=1)
-    roots: int = Field(default=128, ge=1, description="trees")
+    roots: int = Field(default=128, ge=0, description="trees; 0: no hierarchy")
     branching: int = Field(default=4, ge=2, description="children of a parent, exclusive")
     depth: int = Field(default=3, ge=1, description="levels below a root")
     zipf_exponent: float = Field(default=0.5, gt=0)
@@ -94,7 +94,9 @@ def build(world: World, device: Any = "cpu") -> Any:
             mutually_exclusive_portion=1.0,
             compensate_probabilities=True,
             scale_children_by_parent=True,
-        ),
+        )
+        if world.roots
+        else None,
         correlation=s.LowRankCorrelationConfig(world.correlation_rank, world.correlation_scale),
         mean_firing_magnitudes=s.LinearMagnitudeConfig(*world.mean_magnitude),
         std_firing_magnitudes=s.FoldedNormalMagnitudeConfig(*world.sd_magnitude),
@@ -222,6 +224,8 @@ def trees(hierarchy: Any, n_features: int) -> tuple[Tensor, Tensor]:
     Children are [n_features branching], and what stands there for a leaf is never read.
     """
     level = torch.full((n_features,), -1)
+    if hierarchy is None:
+        return level, torch.zeros(n_features, 0, dtype=torch.int64)
     branching = len(hierarchy.roots[0].children)
     children = torch.zeros(n_features, branching, dtype=torch.int64)
     nodes, depth = list(hierarchy.roots), 0
