@@ -167,23 +167,24 @@ def frequency(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
 def sweep(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     """What the worlds of stage sweep do to each measure, a line for each dictionary.
 
-    Options: worlds, in their order, or a dict of them to what their ticks say; x, a column of the
-    table to place them by, or world; label, of that axis.
+    Options: worlds, in their order; x, a column of the table to place them by, or names, of each
+    world; label, of the axis; columns of panels (4).
     """
     table, worlds = tables["sweep/worlds"], options["worlds"]
-    ticks = worlds if isinstance(worlds, dict) else {world: world for world in worlds}
-    table = table[table["world"].isin(ticks)]
-    table = table.assign(place=table["world"].map(list(ticks).index)).sort_values("place")
-    panels = Panels([PANELS[m] for m in SWEPT], len(SWEPT), gap=(0.06, 0.1))
+    names, columns = options.get("names"), options.get("columns", len(SWEPT))
+    table = table[table["world"].isin(worlds)]
+    table = table.assign(place=table["world"].map(worlds.index)).sort_values("place")
+    panels = Panels([PANELS[m] for m in SWEPT], columns, gap=(0.24 / columns, 0.2))
     for rows, name, look in styled(table, "dictionary", LOOK):
         label, colour = look
         one = rows[rows["seed"] == rows["seed"].min()]
-        x = one["world"].map(ticks) if options["x"] == "world" else one[options["x"]]
+        x = one["world"].map(names) if names else one[options["x"]]
         for i, measure in enumerate(SWEPT):
             values = np.stack([s[measure].to_numpy() for _, s in rows.groupby("seed")])
             hover = f"{label}, %{{x}}: %{{y:.4f}}"
             marker = {"size": 6, "symbol": "x" if name == "random_decoder" else "circle"}
             panels.add(i, *over_seeds(x.tolist(), values, label, colour, hover, marker=marker))
     panels.axes(options["label"])
-    columns = ["world", "dictionary", "seed", "d_model", "roots", "correlation_scale", "overlap"]
-    return panels.finish(400, legend=40, top=96), table[[*columns, *SWEPT]]
+    about = ["world", "dictionary", "seed", "d_model", "roots", "correlation_scale", "overlap"]
+    height = 130 + 270 * panels.rows
+    return panels.finish(height, legend=40, top=96), table[[*about, *SWEPT]]
