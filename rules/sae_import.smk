@@ -20,3 +20,28 @@ rule sae_import:
     shell:
         "{PYTHON:q} -m pipeline sae_import --spec {params.spec:q} --model {input.model:q}"
         " --out {output.manifest:q} --saes {output.saes:q} --threads {threads} 2> {log:q}"
+
+
+# Published transcoders of all layers, likewise; mem_mb holds those that a laptop can trace.
+rule transcoders_import:
+    input:
+        model=item_input_of("transcoders_import", "model", "model.json"),
+        checkpoint=item_input_of("transcoders_import", "model", "checkpoint"),
+    output:
+        manifest="results/store/transcoders_import/{transcoders_import}/manifest.json",
+        saes=directory("results/store/transcoders_import/{transcoders_import}/saes"),
+    log:
+        "results/logs/transcoders_import/{transcoders_import}.log",
+    benchmark:
+        "results/benchmarks/transcoders_import/{transcoders_import}.tsv"
+    threads: THREADS
+    resources:
+        mem_mb=16000,
+        runtime=240,
+    params:
+        spec=item_spec_of("transcoders_import"),
+        code=code_of("transcoders_import"),
+    shell:
+        "{PYTHON:q} -m pipeline transcoders_import --spec {params.spec:q}"
+        " --model {input.model:q} --out {output.manifest:q} --saes {output.saes:q}"
+        " --threads {threads} 2> {log:q}"

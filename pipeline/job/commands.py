@@ -17,6 +17,7 @@ STAGES = {
     "sae_import": "pipeline.imports.sae_import",
     "crosscoder": "pipeline.crosscoders.crosscoder",
     "transcoders": "pipeline.crosscoders.transcoders",
+    "transcoders_import": "pipeline.crosscoders.transcoders_import",
     "evaluation": "pipeline.latents.evaluation",
     "crosscoder_evaluation": "pipeline.crosscoders.crosscoder_evaluation",
     "transcoders_evaluation": "pipeline.crosscoders.transcoders_evaluation",

@@ -19,7 +19,7 @@ from pipeline.papers.folders import Paper, available, faults_of_scales, find, lo
 from pipeline.papers.paths import near, path_digest, resolve, resolve_many
 from pipeline.spec import families
 from pipeline.spec.base import SCALES
-from pipeline.spec.imports import ImportSpec, listing
+from pipeline.spec.imports import ImportedLayers, ImportSpec, layer_listing, listing
 from pipeline.spec.once import overlay
 from pipeline.spec.paper import Config, PaperSpec, parse
 from pipeline.spec.sae import CrosscoderSpec, TranscodersSpec
@@ -146,7 +146,7 @@ class Run:
         Those that are several have names: 'training:<run>', and 'sae:<hook>' or, of transcoders,
         'sae:<hook> to <output hook>'; 'import:<dictionary>' is a published one, and
         'crosscoder:<source> and <source>' those over these sources, under the first of their arms,
-        'transcoders:<read> to <written>' those of all layers.
+        'transcoders:<read> to <written>' those of all layers, 'layers:<dictionary>' published ones.
         """
         if (name, scale, arm) not in self._stores:
             self._stores[name, scale, arm] = self._store(name, scale, arm)
@@ -171,7 +171,7 @@ class Run:
         if sae in (crossed := spec.crosscoders_of(arm)):
             return store[f"crosscoder:{_sources(crossed[sae], arm, spec)}"]
         if sae in (layered := spec.transcoders_of(arm)):
-            return store[f"transcoders:{layered[sae].stream}"]
+            return store.get(f"layers:{sae}") or store[f"transcoders:{layered[sae].stream}"]
         dictionary = spec.saes_of(arm)[sae]
         return store.get(f"import:{sae}") or store[f"sae:{dictionary.stream}"]
 
@@ -232,6 +232,9 @@ class Run:
         """The transcoders of all layers of an arm; those of the same hooks share a job."""
         spec, by_stream, out = paper.spec, {}, {}
         for name, dictionary in spec.transcoders_of(arm).items():
+            if isinstance(dictionary, ImportedLayers):
+                out[f"layers:{name}"] = self._import_layers(paper, name, dictionary, model.id)
+                continue
             by_stream.setdefault(dictionary.stream, {})[name] = dictionary
         for stream, found in by_stream.items():
             first: TranscodersSpec = next(iter(found.values()))
@@ -346,6 +349,32 @@ class Run:
         return self._item(
             "sae_import", f"{_slug(model)}-{name}", {"import": job}, inputs, [identity, model]
         )
+
+    def _import_layers(self, paper: Paper, name: str, section: ImportedLayers, model: str) -> Item:
+        """Published transcoders of all layers, known by their files or their commit."""
+        pairs = section.pairs(paper.spec.activations.hooks)
+        numbers = [int(written.split(".")[1]) for _, written in pairs]
+        kept = {"source", "format", "repo", "revision"}
+        layers = "cross" if section.cross else "each"
+        job = section.model_dump(include=kept) | {"name": name, "layers": layers, "pairs": pairs}
+        job["paths"] = section.folders(numbers)
+        identity = dict(job)
+        if section.source == "folder":
+            found = [resolve(path, paper.folder, self.roots) for path in job["paths"]]
+            job["paths"] = [str(near(path)) for path in found]
+            paths = [path.as_posix() for path in found]
+            files = [
+                Path(file)
+                for weights, beside, optional in layer_listing(
+                    section.format, layers, paths, numbers
+                )
+                for file in (weights, *beside, *optional)
+            ]
+            identity["paths"] = [[f.name, path_digest(f)] for f in files if f.is_file()]
+        return self._item(
+            "transcoders_import", f"{_slug(model)}-{name}", {"import": job}, {"model": model},
+            [identity, model],
+        )  # fmt: skip
 
     def _training(self, paper: Paper, name: str) -> Item:
         """A run of the section training: made from the paper's data.py, or from its corpus.

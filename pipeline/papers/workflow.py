@@ -27,6 +27,7 @@ from pipeline.papers.paths import near, resolve
 DRAWING = ("walk", "play", "draw")  # our code beside plotly.js, in this order
 
 DICTIONARIES = ("sae", "sae_import")  # the stages that make some
+LAYERED = ("transcoders", "transcoders_import")  # … that make transcoders of all layers
 
 
 class Inputs:

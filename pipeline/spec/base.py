@@ -31,6 +31,30 @@ def inside(path: str) -> str:
     return path
 
 
+def pairs_of_layers(
+    stored: list[str], reads: str, writes: str, layers: list[int] | None = None
+) -> list[tuple[str, str]]:
+    """(hook read, hook written) of each layer, out of the stored hooks.
+
+    Args:
+        layers: default: all from 0 to the last that has one of the two.
+
+    Raises:
+        ValueError: a layer has not both.
+    """
+    named = [f"blocks.{h.split('.')[1]}.{at}" for h in stored for at in (reads, writes)
+             if h.startswith("blocks.")]  # fmt: skip
+    last = max((int(h.split(".")[1]) for h in stored if h in named), default=0)
+    pairs = [(f"blocks.{n}.{reads}", f"blocks.{n}.{writes}") for n in layers or range(last + 1)]
+    for hook in (hook for pair in pairs for hook in pair):
+        if hook not in stored:
+            raise ValueError(
+                f"hook '{hook}' is not stored, and every layer is needed; add it to "
+                f"activations.hooks"
+            )
+    return pairs
+
+
 def once(seeds: list[int]) -> list[int]:
     """Seeds as they are; ValueError where one stands twice and would count as two."""
     for seed in seeds:
@@ -71,7 +95,9 @@ RESULTS = ("store", "logs", "benchmarks", "reference")  # folders of results/ th
 # Tags of the kinds of dictionaries; no name holds a space, so no key of a file is one.
 TRAINED, IMPORTED = "a trained dictionary", "a published dictionary"
 CROSSED, LAYERED = "a crosscoder", "transcoders of all layers"
-KINDS = (TRAINED, IMPORTED, CROSSED, LAYERED)  # pydantic's tags, which no message shows
+IMPORTED_LAYERS = "published transcoders of all layers"
+# pydantic's tags, which no message shows
+KINDS = (TRAINED, IMPORTED, CROSSED, LAYERED, IMPORTED_LAYERS)
 
 
 class Section(BaseModel):

@@ -7,8 +7,18 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError, model_validator
 
 from pipeline.errors import nearest
-from pipeline.spec.base import CROSSED, IMPORTED, LAYERED, TRAINED, Name, Section, sentence
-from pipeline.spec.imports import ImportSpec
+from pipeline.spec.base import (
+    CROSSED,
+    IMPORTED,
+    IMPORTED_LAYERS,
+    LAYERED,
+    TRAINED,
+    Name,
+    Section,
+    pairs_of_layers,
+    sentence,
+)
+from pipeline.spec.imports import ImportedLayers, ImportSpec
 
 MOST = 1_000  # dictionaries of a grid
 
@@ -323,19 +333,7 @@ class TranscodersSpec(SaeSpec):
         Raises:
             ValueError: a layer of these has one of the two and not the other, or is missing.
         """
-        of = {
-            at: {int(h.split(".")[1]) for h in stored if h == f"blocks.{h.split('.')[1]}.{at}"}
-            for at in (self.reads, self.writes)
-        }
-        layers = sorted(of[self.reads] | of[self.writes])
-        for layer in range(layers[-1] + 1 if layers else 1):
-            for at, found in of.items():
-                if layer not in found:
-                    raise ValueError(
-                        f"hook 'blocks.{layer}.{at}' is not stored, and every layer is needed; add "
-                        f"it to activations.hooks"
-                    )
-        return [(f"blocks.{n}.{self.reads}", f"blocks.{n}.{self.writes}") for n in layers]
+        return pairs_of_layers(stored, self.reads, self.writes)
 
 
 def check_output(output_hook: str, name: str, hooks: list[str], max_norm_ratio: float) -> None:
@@ -353,7 +351,11 @@ def check_output(output_hook: str, name: str, hooks: list[str], max_norm_ratio: 
 
 
 def _kind(value: Any) -> str:
-    """Which of the four an entry of dictionaries is, by the keys that only it has."""
+    """Which kind an entry of dictionaries is, by the keys that only it has."""
+    if isinstance(value, ImportedLayers) or (
+        isinstance(value, dict) and "source" in value and "layers" in value
+    ):
+        return IMPORTED_LAYERS
     if isinstance(value, ImportSpec) or (isinstance(value, dict) and "source" in value):
         return IMPORTED
     if isinstance(value, TranscodersSpec) or (isinstance(value, dict) and "layers" in value):
@@ -367,9 +369,11 @@ Dictionary = Annotated[
     Annotated[SaeSpec, Tag(TRAINED)]
     | Annotated[CrosscoderSpec, Tag(CROSSED)]
     | Annotated[TranscodersSpec, Tag(LAYERED)]
-    | Annotated[ImportSpec, Tag(IMPORTED)],
+    | Annotated[ImportSpec, Tag(IMPORTED)]
+    | Annotated[ImportedLayers, Tag(IMPORTED_LAYERS)],
     Discriminator(_kind),
 ]
+OfLayers = TranscodersSpec | ImportedLayers  # transcoders of all layers, whoever trained them
 
 
 class SaeSection(Section):
@@ -383,7 +387,7 @@ class SaeSection(Section):
             raise ValueError(f"the grids make two dictionaries '{min(twice)}'; rename one")
         return self
 
-    def expanded(self) -> dict[str, SaeSpec | ImportSpec]:
+    def expanded(self) -> dict[str, SaeSpec | ImportSpec | ImportedLayers]:
         """Expanded name -> dictionary."""
         return {
             n: s for name, spec in self.dictionaries.items() for n, s in spec.expand(name).items()
