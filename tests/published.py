@@ -310,3 +310,49 @@ def brought_layers(manifest: Path):
     from pipeline.store import tables
 
     return read_layers(manifest.parent / tables.read_json(manifest)["saes"]["x"]["folder"])
+
+
+# --- crosscoders ---------------------------------------------------------------------------
+
+
+def crosscoder(
+    file: Path, jumps: bool = True, code: int = 1, normalizer: bool = True, d: int = D, n: int = 2,
+    over: float = 6.0, **config,
+) -> dict[str, Tensor]:  # fmt: skip
+    """state_dict of a CrossCoder or BatchTopKCrossCoder (science-of-finetuning, 173f7fa)."""
+    g = torch.Generator().manual_seed(5)
+    shapes = {"encoder.weight": (n, d, N), "encoder.bias": (N,), "decoder.weight": (n, N, d),
+              "decoder.bias": (n, d)}  # fmt: skip
+    state = {name: torch.randn(shape, generator=g) for name, shape in shapes.items()}
+    state |= {"code_normalization_id": torch.tensor(code), "target_rms": torch.tensor(1.0)}
+    mean, std = torch.randn(n, d, generator=g), torch.rand(n, d, generator=g) + 0.5
+    nothing = torch.full((n, d), torch.nan)
+    state |= {
+        "activation_mean": mean if normalizer else nothing,
+        "activation_std": std if normalizer else nothing,
+        "activation_global_scale": 1 / ((std**2).sum(-1) + 1e-8).sqrt() if normalizer
+        else torch.ones(n),
+    }  # fmt: skip
+    if jumps:
+        state |= {"k": torch.tensor(K, dtype=torch.int), "threshold": torch.tensor(over)}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if file.suffix == ".pt":
+        torch.save(state, file)
+    else:
+        save_file(lengths(**state), file)
+    if config:
+        write_json(file.parent / "config.json", config)
+    return state
+
+
+def bring_crosscoder(models: list[Path], out: Path, path: Path, **over) -> Path:
+    """Stage crosscoder_import, over two hooks of a model; its manifest."""
+    sources = [
+        {"name": hook, "hook": hook, "model": 0, "activations": "activations/manifest.json"}
+        for hook in ("blocks.0.hook_resid_post", RESID)
+    ]
+    job = {"name": "x", "source": "folder", "format": "dictionary_learning", "path": str(path),
+           "sources": sources} | over  # fmt: skip
+    call("crosscoder_import", {"import": job}, models=models, out=out / "manifest.json",
+         saes=out / "saes")  # fmt: skip
+    return out / "manifest.json"

@@ -3,7 +3,7 @@
 1. `tensors` reads a file of weights without running what it brings.
 2. `take` and `setting` find what a format promises, in one sentence where it is not there.
 3. An `Original` holds the weights in SAELens's layout beside encode and decode as the format's own
-   library defines them, which `check_same` of sae_import.py compares with what SAELens makes of it.
+   library defines them, which `check_same` of compared.py compares with what SAELens makes of it.
 4. A skip connection is a part of x_hat that no f W_dec + b_dec has. One dictionary has no place for
    it; transcoders of all layers have (layers.py).
 

@@ -16,6 +16,7 @@ STAGES = {
     "sae": "pipeline.sae.sae",
     "sae_import": "pipeline.imports.sae_import",
     "crosscoder": "pipeline.crosscoders.crosscoder",
+    "crosscoder_import": "pipeline.crosscoders.crosscoder_import",
     "transcoders": "pipeline.crosscoders.transcoders",
     "transcoders_import": "pipeline.crosscoders.transcoders_import",
     "evaluation": "pipeline.latents.evaluation",

@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.report.pages import number
 from pipeline.spec.paper import PaperSpec
-from pipeline.spec.sae import CrosscoderSpec, OfLayers
+from pipeline.spec.sae import OfLayers, OfSources
 
 ARCHITECTURES = {
     "topk": "TopK", "batchtopk": "BatchTopK", "matryoshka_batchtopk": "Matryoshka BatchTopK",
@@ -186,7 +186,7 @@ def dictionaries(spec: PaperSpec) -> Iterator[str]:
     for sae in spec.sae.expanded().values():
         kind = getattr(sae, "architecture", "") or "published"
         frozen = " with a frozen random decoder" if getattr(sae, "frozen_decoder", False) else ""
-        over = " over several sources" if isinstance(sae, CrosscoderSpec) else ""
+        over = " over several sources" if isinstance(sae, OfSources) else ""
         if isinstance(sae, OfLayers):
             over = {"each": ", one of each layer", "cross": ", cross-layer"}.get(
                 str(sae.layers), f", one of each of {len(sae.layers)} layers"

@@ -8,7 +8,8 @@ sae:
     listed: {source: saelens, release: gpt2-small-res-jb, id: blocks.8.hook_resid_pre,
              revision: …, hook: blocks.8.hook_resid_pre}
 
-With `layers` an entry is a whole set of transcoders, `ImportedLayers`.
+With `layers` an entry is a whole set of transcoders, `ImportedLayers`; with `hooks` or `models` a
+crosscoder, `ImportedCrosscoder`.
 """
 
 import re
@@ -17,7 +18,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from pipeline.spec.base import Name, Section, inside, pairs_of_layers
+from pipeline.spec.base import Name, OverSources, Section, inside, pairs_of_layers
 
 Format = Literal[
     "", "saelens", "gemma_scope", "gemma_scope_2", "llama_scope", "sparsify", "dictionary_learning",
@@ -287,5 +288,59 @@ class ImportedLayers(Section):
         return self.paths or [self.path.replace("{layer}", str(n)) for n in numbers]
 
     def expand(self, name: str) -> "dict[str, ImportedLayers]":
+        """As of a dictionary that is trained here, which may be a grid of several."""
+        return {name: self}
+
+
+# --- crosscoders ---------------------------------------------------------------------------
+
+CROSSCODER_WEIGHTS = "model_final.pt"
+
+
+def crosscoder_listing(path: str) -> tuple[str, list[str], list[str]]:
+    """As `listing`, of a crosscoder: its folder, or its file of weights."""
+    at = PurePosixPath(path)
+    at = at if at.suffix in (".pt", ".safetensors") else at / CROSSCODER_WEIGHTS
+    return str(at), [], [str(at.parent / "config.json")]
+
+
+class ImportedCrosscoder(Section, OverSources):
+    """A published crosscoder: one dictionary of several hooks, or of a hook of several models.
+
+    sae:
+      dictionaries:
+        theirs: {source: hub, format: dictionary_learning, repo: owner/name, revision: …,
+                 path: model.safetensors, models: [base, tuned], hook: blocks.13.hook_resid_post}
+    """
+
+    source: Literal["hub", "folder"]
+    format: Literal["dictionary_learning"] = Field(
+        description="CrossCoder and BatchTopKCrossCoder of the forks of Minder et al. 2025"
+    )
+    repo: str = Field(default="", description="hub: owner/name of a model repository")
+    revision: str = Field(default="", description="hub: a full commit, 40 hex digits")
+    path: str = Field(
+        default="", description="its folder, with model_final.pt, or its file of weights"
+    )
+    hooks: list[str] = Field(default=[], description="hooks of one model, in its order")
+    models: list[Name] = Field(default=[], description="arms, in the order of its sources")
+    hook: str = Field(default="", description="of models: the hook of each")
+    arms: list[Name] = Field(default=[], description="of hooks: default: all arms")
+
+    @model_validator(mode="after")
+    def _complete(self) -> "ImportedCrosscoder":
+        self.check_sources()
+        if self.source == "hub":
+            if not self.repo:
+                raise ValueError("source: hub needs repo")
+            pinned(self.revision)
+            inside(self.path)
+        elif self.repo or self.revision:
+            raise ValueError("source: folder takes no repo and no revision; remove them")
+        elif not self.path:
+            raise ValueError("source: folder needs path")
+        return self
+
+    def expand(self, name: str) -> "dict[str, ImportedCrosscoder]":
         """As of a dictionary that is trained here, which may be a grid of several."""
         return {name: self}

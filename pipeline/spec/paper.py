@@ -25,8 +25,8 @@ from pipeline.spec.measured import (
 )
 from pipeline.spec.own import OwnStage, parted
 from pipeline.spec.sae import (
-    CrosscoderSpec,
     OfLayers,
+    OfSources,
     SaeSection,
     SaeSpec,
     TranscodersSpec,
@@ -440,7 +440,7 @@ class PaperSpec(Section):
             if isinstance(sae, OfLayers):
                 self._check_layers(name, sae)
                 continue
-            named = sae.hooks if isinstance(sae, CrosscoderSpec) and sae.hooks else [sae.hook]
+            named = sae.hooks if isinstance(sae, OfSources) and sae.hooks else [sae.hook]
             if not named[0] and len(hooks) > 1:
                 raise ValueError(f"sae.{name}: name its hook; activations has {', '.join(hooks)}")
             for hook in filter(None, named):
@@ -449,12 +449,12 @@ class PaperSpec(Section):
                         f"sae.{name}: hook '{hook}' is not stored{nearest(hook, hooks)}; "
                         f"add it to activations.hooks"
                     )
-            if isinstance(sae, CrosscoderSpec):
+            if isinstance(sae, OfSources):
                 self._check_sources(name, sae)
-            if sae.output_hook:
+            if getattr(sae, "output_hook", ""):
                 check_output(sae.output_hook, name, hooks, self.activations.max_norm_ratio)
             self._check_arms(name, sae)
-            if not isinstance(sae, ImportSpec):
+            if isinstance(sae, SaeSpec):
                 self._check_widths(name, sae)
         used = (
             [("features.saes", s, self.features.arm) for s in self.features.saes]
@@ -471,7 +471,7 @@ class PaperSpec(Section):
         for key, name, arm in used:
             if name not in saes:
                 raise ValueError(f"{key}: no SAE '{name}'{nearest(name, saes)}")
-            if isinstance(saes[name], CrosscoderSpec):
+            if isinstance(saes[name], OfSources):
                 raise ValueError(f"{key}: '{name}' is a crosscoder; name a dictionary of one hook")
             if isinstance(saes[name], OfLayers):
                 raise ValueError(
@@ -519,7 +519,7 @@ class PaperSpec(Section):
         if isinstance(sae, TranscodersSpec):
             self._check_widths(name, sae)
 
-    def _check_sources(self, name: str, sae: CrosscoderSpec) -> None:
+    def _check_sources(self, name: str, sae: OfSources) -> None:
         """Raise where the sources of a crosscoder do not hold the same tokens."""
         if self.activations.max_norm_ratio:
             raise ValueError(
@@ -588,7 +588,7 @@ class PaperSpec(Section):
         return {
             n: s if s.hook else s.model_copy(update={"hook": hook})
             for n, s in self.sae.expanded().items()
-            if not isinstance(s, CrosscoderSpec | OfLayers) and (not s.arms or arm in s.arms)
+            if not isinstance(s, OfSources | OfLayers) and (not s.arms or arm in s.arms)
         }
 
     def transcoders_of(self, arm: str) -> dict[str, OfLayers]:
@@ -599,12 +599,12 @@ class PaperSpec(Section):
             if isinstance(s, OfLayers) and (not s.arms or arm in s.arms)
         }
 
-    def crosscoders_of(self, arm: str) -> dict[str, CrosscoderSpec]:
+    def crosscoders_of(self, arm: str) -> dict[str, OfSources]:
         """Expanded name -> crosscoder, for those that stand under the arm's name."""
         return {
             n: s
             for n, s in (self.sae.expanded() if self.sae else {}).items()
-            if isinstance(s, CrosscoderSpec) and arm in s.owners(self.arm_names())
+            if isinstance(s, OfSources) and arm in s.owners(self.arm_names())
         }
 
 

@@ -168,6 +168,47 @@ def test_a_fault_is_one_sentence_before_anything_runs(over, card, sentence, fold
     assert sentence in str(e.value) and "published transcoders" not in str(e.value)
 
 
+def over_steps(**over) -> dict:
+    return {"source": "folder", "format": "dictionary_learning", "path": "steps",
+            "models": ["early", "late"], "hook": "blocks.1.mlp.hook_in"} | over  # fmt: skip
+
+
+def test_a_published_crosscoder_is_an_item_of_the_models_it_reads(folder):
+    published.crosscoder(folder / "papers/theirs/steps/model_final.pt", d=D)
+    own = {"architecture": "batchtopk", "d_sae": 48, "k": 4, "models": ["early", "late"],
+           "hook": "blocks.1.mlp.hook_in"}  # fmt: skip
+    found = run(folder, {"theirs": over_steps(), "own": own})
+    early, late = (found.store("theirs", "smoke", arm) for arm in ("early", "late"))
+    item = found.sae_item("theirs", "smoke", "early", "theirs")
+    assert item.stage == "crosscoder_import" and item == early["crossed:theirs"]
+    assert found.sae_item("theirs", "smoke", "early", "own").stage == "crosscoder"
+    models = [f"model/{store['model'].id}" for store in (early, late)]
+    stored = [f"activations/{store['activations'].id}" for store in (early, late)]
+    assert list(item.folders().values()) == [*models, *stored]
+    read = [s["activations"] for s in item.spec["import"]["sources"]]
+    assert read == [f"results/store/{at}/manifest.json" for at in stored]
+    assert {"crosscoders/early", "crosscoders/early_latents"} <= set(
+        found.paper("theirs", "smoke").tables()
+    )
+    with pytest.raises(RetraceError, match="at least two sources"):
+        run(folder, {"theirs": over_steps(models=["late"])})
+    with pytest.raises(RetraceError, match=r"sae\.theirs: models: unknown arm 'gone'"):
+        run(folder, {"theirs": over_steps(models=["late", "gone"])})
+
+
+@pytest.mark.workflow
+def test_a_paper_with_a_published_crosscoder_runs(folder):
+    published.crosscoder(folder / "papers/theirs/steps/model_final.pt", d=D)
+    where = write(folder, {"theirs": over_steps()})
+    target = "results/smoke/theirs/crosscoders/early.parquet"
+    made_by = snakemake(
+        "--directory", str(folder), target, cwd=ROOT, papers_dirs=f"[{where}]",
+        papers="[theirs]", scale="smoke", device="cpu",
+    )  # fmt: skip
+    assert made_by.jobs.count("crosscoder_import") == 1 and "crosscoder" not in made_by.jobs
+    assert list(tables.read_table(folder / target)["source"]) == ["early", "late"]
+
+
 @pytest.mark.workflow
 def test_a_paper_with_published_sets_runs(folder):
     graphs = {"prompts": {"p": {"prompt": "the quick bro"}}, "n_blocks": 1, "n_suppressed": 2}
