@@ -132,7 +132,7 @@ BAD = {  # what is wrong -> the file, the sentence
     "another width": (lambda at: made(at, d=8), "reads rows of 8, and blocks.0.hook_resid_post of"),
     "a dictionary of one source": (
         lambda at: published.dictionary_learning(at) / "ae.pt",
-        "holds no tensor 'decoder.bias' of format dictionary_learning",
+        "of format dictionary_learning, but b_dec, decoder.weight",
     ),
     "no decoder": (lambda at: changed(made(at), decoder__weight=None),
                    "holds no tensor 'decoder.weight' (a decoder)"),
