@@ -20,7 +20,7 @@ from pipeline.job import kills
 from pipeline.papers import own, papers, rule_helpers
 from pipeline.papers.rule_helpers import or_exit
 from pipeline.papers.rule_params import Params
-from pipeline.papers.workflow import DICTIONARIES, Inputs
+from pipeline.papers.workflow import CROSSED, DICTIONARIES, LAYERED, Inputs
 
 rule_helpers.set_environment(ROOT)
 rule_helpers.seldom_collect()

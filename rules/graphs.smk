@@ -5,8 +5,8 @@ rule graphs:
         checkpoint=arm_input_of("model", "checkpoint"),
         corpus=arm_input_of("corpus", "tokens.parquet"),
         activations=arm_input_of("activations", "manifest.json"),
-        saes=arm_input_of((*DICTIONARIES, "transcoders"), "manifest.json"),
-        folders=arm_input_of((*DICTIONARIES, "transcoders"), "saes"),
+        saes=arm_input_of((*DICTIONARIES, *LAYERED), "manifest.json"),
+        folders=arm_input_of((*DICTIONARIES, *LAYERED), "saes"),
     output:
         scores="results/{scale}/{paper}/graphs/{arm}_scores.parquet",
         nodes="results/{scale}/{paper}/graphs/{arm}_nodes.parquet",

@@ -29,8 +29,8 @@ rule crosscoder_evaluation:
     input:
         activations=crossed_input_of("manifest.json"),
         shards=crossed_input_of("shards"),
-        saes=arm_input_of("crosscoder", "manifest.json"),
-        folders=arm_input_of("crosscoder", "saes"),
+        saes=arm_input_of(CROSSED, "manifest.json"),
+        folders=arm_input_of(CROSSED, "saes"),
     output:
         table="results/{scale}/{paper}/crosscoders/{arm}.parquet",
         latents="results/{scale}/{paper}/crosscoders/{arm}_latents.parquet",

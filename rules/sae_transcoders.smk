@@ -29,8 +29,8 @@ rule transcoders_evaluation:
     input:
         activations=arm_input_of("activations", "manifest.json"),
         shards=arm_input_of("activations", "shards"),
-        saes=arm_input_of("transcoders", "manifest.json"),
-        folders=arm_input_of("transcoders", "saes"),
+        saes=arm_input_of(LAYERED, "manifest.json"),
+        folders=arm_input_of(LAYERED, "saes"),
     output:
         table="results/{scale}/{paper}/transcoders/{arm}.parquet",
     log:

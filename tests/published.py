@@ -245,3 +245,114 @@ def refused(capsys, *args, **over) -> str:
     said = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error")]
     assert len(said) == 1 and "full trace" not in said[0], said
     return said[0]
+
+
+# --- transcoders of all layers -------------------------------------------------------------
+
+
+def layers_of(n_layers: int = 2, cross: bool = False, skip: bool = False) -> list[dict]:
+    """Weights of each layer as circuit-tracer names and shapes them, thresholds among them."""
+    out = []
+    for n in range(n_layers):
+        w = draw(10 + n)
+        g = torch.Generator().manual_seed(20 + n)
+        one = {k: w[k] for k in ("b_enc", "b_dec", "threshold")} | {"W_enc": w["W_enc"].T}
+        wide = torch.randn(N, n_layers - n, D, generator=g)
+        one |= {"W_dec": wide if cross else w["W_dec"]}
+        one |= {"W_skip": 0.3 * torch.randn(D, D, generator=g)} if skip else {}
+        out.append(one)
+    return out
+
+
+def about_set(folder: Path, kind: str, **config) -> Path:
+    """config.yaml of circuit-tracer beside the layers of a set."""
+    about = {"model_name": "gpt2", "model_kind": kind, "feature_input_hook": "mlp.hook_in",
+             "feature_output_hook": "hook_mlp_out", "scan": "tiny"}  # fmt: skip
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "config.yaml").write_text(yaml.safe_dump(about | config))
+    return folder
+
+
+def transcoder_set(folder: Path, found: list[dict] | None = None, **config) -> Path:
+    """TranscoderSet.to_safetensors of circuit-tracer (decoderesearch/circuit-tracer, 4bb8c0e)."""
+    about_set(folder, "transcoder_set", **config)
+    for n, w in enumerate(found or layers_of()):
+        named = {("activation_function." if k == "threshold" else "") + k: t for k, t in w.items()}
+        save_file(lengths(**named), folder / f"layer_{n}.safetensors")
+    return folder
+
+
+def clt(folder: Path, found: list[dict] | None = None, **config) -> Path:
+    """CrossLayerTranscoder.to_safetensors of the same."""
+    about_set(folder, "cross_layer_transcoder", **config)
+    for n, w in enumerate(found or layers_of(cross=True)):
+        named = {f"{k}_{n}": t for k, t in w.items()}
+        save_file(lengths(**{f"W_dec_{n}": named.pop(f"W_dec_{n}")}),
+                  folder / f"W_dec_{n}.safetensors")  # fmt: skip
+        save_file(lengths(**named), folder / f"W_enc_{n}.safetensors")
+    return folder
+
+
+def bring_layers(model: Path, out: Path, paths: list[Path], format: str = "circuit_tracer",
+                 layers: str = "each", **over) -> Path:  # fmt: skip
+    """Stage transcoders_import; its manifest."""
+    hooks = [[f"blocks.{n}.mlp.hook_in", f"blocks.{n}.hook_mlp_out"] for n in range(2)]
+    job = {"name": "x", "source": "folder", "format": format, "layers": layers,
+           "paths": list(map(str, paths)), "pairs": hooks} | over  # fmt: skip
+    call("transcoders_import", {"import": job}, model=model, out=out / "manifest.json",
+         saes=out / "saes")  # fmt: skip
+    return out / "manifest.json"
+
+
+def brought_layers(manifest: Path):
+    """LayerWeights of a manifest that `bring_layers` made."""
+    from pipeline.crosscoders.layered_files import read_layers
+    from pipeline.store import tables
+
+    return read_layers(manifest.parent / tables.read_json(manifest)["saes"]["x"]["folder"])
+
+
+# --- crosscoders ---------------------------------------------------------------------------
+
+
+def crosscoder(
+    file: Path, jumps: bool = True, code: int = 1, normalizer: bool = True, d: int = D, n: int = 2,
+    over: float = 6.0, **config,
+) -> dict[str, Tensor]:  # fmt: skip
+    """state_dict of a CrossCoder or BatchTopKCrossCoder (science-of-finetuning, 173f7fa)."""
+    g = torch.Generator().manual_seed(5)
+    shapes = {"encoder.weight": (n, d, N), "encoder.bias": (N,), "decoder.weight": (n, N, d),
+              "decoder.bias": (n, d)}  # fmt: skip
+    state = {name: torch.randn(shape, generator=g) for name, shape in shapes.items()}
+    state |= {"code_normalization_id": torch.tensor(code), "target_rms": torch.tensor(1.0)}
+    mean, std = torch.randn(n, d, generator=g), torch.rand(n, d, generator=g) + 0.5
+    nothing = torch.full((n, d), torch.nan)
+    state |= {
+        "activation_mean": mean if normalizer else nothing,
+        "activation_std": std if normalizer else nothing,
+        "activation_global_scale": 1 / ((std**2).sum(-1) + 1e-8).sqrt() if normalizer
+        else torch.ones(n),
+    }  # fmt: skip
+    if jumps:
+        state |= {"k": torch.tensor(K, dtype=torch.int), "threshold": torch.tensor(over)}
+    file.parent.mkdir(parents=True, exist_ok=True)
+    if file.suffix == ".pt":
+        torch.save(state, file)
+    else:
+        save_file(lengths(**state), file)
+    if config:
+        write_json(file.parent / "config.json", config)
+    return state
+
+
+def bring_crosscoder(models: list[Path], out: Path, path: Path, **over) -> Path:
+    """Stage crosscoder_import, over two hooks of a model; its manifest."""
+    sources = [
+        {"name": hook, "hook": hook, "model": 0, "activations": "activations/manifest.json"}
+        for hook in ("blocks.0.hook_resid_post", RESID)
+    ]
+    job = {"name": "x", "source": "folder", "format": "dictionary_learning", "path": str(path),
+           "sources": sources} | over  # fmt: skip
+    call("crosscoder_import", {"import": job}, models=models, out=out / "manifest.json",
+         saes=out / "saes")  # fmt: skip
+    return out / "manifest.json"

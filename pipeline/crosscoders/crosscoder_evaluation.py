@@ -135,13 +135,14 @@ def evaluate(job: cli.Job, manifest: str) -> tuple[list[dict], list["pd.DataFram
     table, latents = [], []
     for name, one in judged.items():
         entry, found = trained["saes"][name], one.latents(name)
+        dead = entry["dead_share"]  # of a published one it is not known
         latents.append(found)
         for source, sums, moment in zip(sources, one.sums, moments, strict=True):
             table.append(
                 {"sae": name, "source": source["name"], "hook": source["hook"]}
                 | {c: entry["spec"].get(c) for c in SPEC_COLUMNS}
                 | sums.metrics(moment.m2)
-                | {"dead_share": entry["dead_share"], "eval_rows": moment.n}
+                | {"dead_share": float("nan") if dead is None else dead, "eval_rows": moment.n}
                 | counts(found, source["name"])
             )
     return table, latents

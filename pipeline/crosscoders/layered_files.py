@@ -6,11 +6,12 @@
   ReLU and JumpReLU alone: a TopK says so in our cfg.json and nowhere else.
 * Of each layer: SAELens's folders layer_<l>, `jumprelu_transcoder` or `jumprelu_skip_transcoder`.
   SAELens has no class for TopK; these are circuit-tracer's transcoder set, layer_<l>.safetensors
-  (`load_transcoder_set`, with `activation` and `k` of config.yaml).
+  (`load_transcoder_set`, with `activation` and `k` of config.yaml), as are those that others have
+  published (transcoders_import.py), which may be of some layers alone.
 
 BatchTopK leaves as JumpReLU, as in SAELens. cfg.json beside the files names the hooks, and
-config.yaml is circuit-tracer's. Weights take
-rows as they are: scales and TopK's decoder norms are folded into them.
+config.yaml is circuit-tracer's. Weights take rows as they are: scales and TopK's decoder norms are
+folded into them.
 """
 
 import json
@@ -34,15 +35,17 @@ FOLDER_WEIGHTS = "sae_weights.safetensors"
 
 @dataclass(frozen=True)
 class LayerWeights:
-    """Transcoders of layers 0 to L - 1, for rows as they are; float32.
+    """Transcoders of layers 0 to L - 1, or of L layers that were chosen; for rows as they are.
 
     Attributes:
         layers: each, or cross.
-        hooks, output_hooks: that layer l reads and writes.
+        hooks, output_hooks: that layer l reads and writes; they say which layers these are.
         W_enc: [d_sae d] of each layer, a row per feature. b_enc: [d_sae] of each.
         W_dec: [d_sae n d] of each layer; n is L - l (cross) or 1.
         b_dec: [L d].
         activation: relu, jumprelu or topk, with `threshold` [d_sae] of each layer or `k`.
+        signed: whether TopK and JumpReLU keep values below 0, as circuit-tracer's do: TopK where
+            fewer than k are above 0, JumpReLU where a threshold is below 0.
         W_skip: [d d] of each layer, out first: y_hat += x W_skip'; or None.
     """
 
@@ -57,6 +60,7 @@ class LayerWeights:
     threshold: list[Tensor] | None = None
     k: int = 0
     W_skip: list[Tensor] | None = None
+    signed: bool = False
 
     @property
     def n_layers(self) -> int:
@@ -82,10 +86,11 @@ class LayerWeights:
         """Features of a layer."""
         p = self.pre(layer, x)
         if self.activation == "jumprelu":
-            return p.relu() * (p > self.threshold[layer])
+            return (p if self.signed else p.relu()) * (p > self.threshold[layer])
         if self.activation == "topk":
             values, at = p.topk(self.k, dim=-1)
-            return torch.zeros_like(p).scatter_(-1, at, values.relu())
+            kept = values if self.signed else values.relu()
+            return torch.zeros_like(p).scatter_(-1, at, kept)
         return p.relu()
 
     def written(self, layer: int) -> range:
@@ -157,17 +162,38 @@ def write(
     Args:
         metadata: of each layer, SAELens's SAEMetadata.
     """
-    if weights.layers == "cross":
-        _write_clt(folder, weights, certificate)
-    elif weights.activation == "topk":
-        for n in range(weights.n_layers):
-            found = {"W_enc": weights.W_enc[n], "b_enc": weights.b_enc[n]}
-            found |= {"W_dec": weights.W_dec[n][:, 0], "b_dec": weights.b_dec[n]}
-            found |= {"W_skip": weights.W_skip[n]} if weights.W_skip else {}
-            _tensors(folder / f"layer_{n}.safetensors", found, certificate)
-    else:
-        for n, about in enumerate(metadata):
+    for n, about in enumerate(metadata):
+        if weights.layers == "each" and weights.activation != "topk":
             _write_saelens(folder / f"layer_{n}", weights, n, about, certificate)
+            continue
+        found = {name: getattr(weights, name)[n] for name in ("W_enc", "b_enc", "W_dec", "b_dec")}
+        found |= {"threshold": weights.threshold[n]} if weights.threshold else {}
+        found |= {"W_skip": weights.W_skip[n]} if weights.W_skip else {}
+        for name, tensors in layer_files(weights.layers, n, found).items():
+            _tensors(folder / name, tensors, certificate)
+    write_config(folder, config_of(weights), metadata[0]["model_name"], certificate)
+
+
+def layer_files(
+    layers: str, n: int, found: dict[str, Tensor]
+) -> dict[str, dict[str, Float[Tensor, "..."]]]:
+    """Name of a file -> its tensors, of layer n in circuit-tracer's layouts.
+
+    Args:
+        layers: each, or cross.
+        found: under the names of `LayerWeights`; threshold and W_skip where there are some.
+    """
+    if layers == "each":
+        names = {"threshold": THRESHOLD}
+        own = {names.get(name, name): tensor for name, tensor in found.items()}
+        return {f"layer_{n}.safetensors": own | {"W_dec": found["W_dec"][:, 0]}}
+    named = {f"{name}_{n}": tensor for name, tensor in found.items()}
+    decoder = {f"W_dec_{n}": named.pop(f"W_dec_{n}")}
+    return {f"W_enc_{n}.safetensors": named, f"W_dec_{n}.safetensors": decoder}
+
+
+def config_of(weights: LayerWeights) -> dict[str, Any]:
+    """Our cfg.json beside the files of all layers."""
     config = {
         "architecture": {"cross": "clt", "each": "transcoders"}[weights.layers],
         "layers": weights.layers, "activation": weights.activation, "k": weights.k,
@@ -175,17 +201,13 @@ def write(
         "n_layers": weights.n_layers, "d_sae": len(weights.b_enc[0]),
         "d_in": weights.b_dec.shape[1], "skip": weights.W_skip is not None,
     }  # fmt: skip
+    return config | ({"signed": True} if weights.signed else {})
+
+
+def write_config(folder: Path, config: dict[str, Any], model: str, certificate: dict) -> None:
+    """cfg.json, and circuit-tracer's config.yaml, of a folder of transcoders."""
     tables.write_json(folder / "cfg.json", config, certificate)
-    _write_yaml(folder / "config.yaml", weights, metadata[0]["model_name"])
-
-
-def _write_clt(folder: Path, weights: LayerWeights, certificate: dict) -> None:
-    for n in range(weights.n_layers):
-        found = {"W_enc": weights.W_enc[n], "b_enc": weights.b_enc[n], "b_dec": weights.b_dec[n]}
-        found |= {"threshold": weights.threshold[n]} if weights.threshold else {}
-        named = {f"{name}_{n}": tensor for name, tensor in found.items()}
-        _tensors(folder / f"W_enc_{n}.safetensors", named, certificate)
-        _tensors(folder / f"W_dec_{n}.safetensors", {f"W_dec_{n}": weights.W_dec[n]}, certificate)
+    _write_yaml(folder / "config.yaml", config, model)
 
 
 def _write_saelens(
@@ -208,18 +230,18 @@ def _write_saelens(
     tables.write_json(folder / "cfg.json", kept, certificate)
 
 
-def _write_yaml(path: Path, weights: LayerWeights, model: str) -> None:
+def _write_yaml(path: Path, config: dict[str, Any], model: str) -> None:
     """config.yaml of circuit-tracer."""
     import yaml
 
-    kind = {"cross": "cross_layer_transcoder", "each": "transcoder_set"}[weights.layers]
+    kind = {"cross": "cross_layer_transcoder", "each": "transcoder_set"}[config["layers"]]
     about = {
         "model_name": model, "model_kind": kind, "scan": model,
-        "feature_input_hook": weights.hooks[0].partition(".")[2].partition(".")[2],
-        "feature_output_hook": weights.output_hooks[0].partition(".")[2].partition(".")[2],
-        "activation": weights.activation,
+        "feature_input_hook": config["hooks"][0].partition(".")[2].partition(".")[2],
+        "feature_output_hook": config["output_hooks"][0].partition(".")[2].partition(".")[2],
+        "activation": config["activation"],
     }  # fmt: skip
-    about |= {"k": weights.k} if weights.k else {}
+    about |= {"k": config["k"]} if config["k"] else {}
 
     def text(to: Path) -> None:
         to.write_text(yaml.safe_dump(about), encoding="utf-8")
@@ -258,7 +280,7 @@ def read_clt(folder: str | Path) -> LayerWeights:
     for n in range(n_layers):
         parts = [_read(folder / f"W_{part}_{n}.safetensors") for part in ("enc", "dec")]
         both = parts[0] | parts[1]
-        for name in ("W_enc", "b_enc", "b_dec", "W_dec", "threshold"):
+        for name in ("W_enc", "b_enc", "b_dec", "W_dec", "threshold", "W_skip"):
             if f"{name}_{n}" in both:
                 found.setdefault(name, []).append(both[f"{name}_{n}"])
     return _layers(folder, config, "cross", found, n_layers)
@@ -274,7 +296,7 @@ def read_transcoders(folder: str | Path) -> LayerWeights:
     config = _config(folder)
     n_layers = config.get("n_layers") or len(list(folder.glob("layer_*")))
     found: dict[str, list[Tensor]] = {}
-    for n in range(n_layers):
+    for n in _numbers(config, n_layers):
         saelens = (folder / f"layer_{n}").is_dir()
         path = f"layer_{n}/{FOLDER_WEIGHTS}" if saelens else f"layer_{n}.safetensors"
         state = _read(folder / path)
@@ -287,6 +309,14 @@ def read_transcoders(folder: str | Path) -> LayerWeights:
         for name, tensor in state.items():
             found.setdefault(name, []).append(tensor)
     return _layers(folder, config, "each", found, n_layers)
+
+
+def _numbers(config: dict[str, Any], n_layers: int) -> list[int]:
+    """The layers of a set, by what they write; all from 0 on where no list of ours names them."""
+    written = config.get("output_hooks")
+    if not isinstance(written, list):
+        return list(range(n_layers))
+    return [int(hook.split(".")[1]) for hook in written]
 
 
 def _config(folder: Path) -> dict[str, Any]:
@@ -331,6 +361,12 @@ def _layers(
                 f"{folder}: has {name} of {len(found.get(name, ()))} of {n_layers} layers; fetch "
                 f"or make it again"
             )
+    for name in ("threshold", "W_skip"):
+        if name in found and len(found[name]) != n_layers:
+            raise RetraceError(
+                f"{folder}: has {name} of {len(found[name])} of {n_layers} layers; layers of two "
+                f"sets may lie among these"
+            )
     d = found["b_dec"][0].shape[0]
     for n in range(n_layers):
         d_sae, wide = len(found["b_enc"][n]), n_layers - n if layers == "cross" else 1
@@ -350,4 +386,5 @@ def _layers(
         layers, hooks, outputs, found["W_enc"], found["b_enc"], found["W_dec"],
         torch.stack(found["b_dec"]), activation, found.get("threshold"),
         int(config.get("k") or 0) if activation == "topk" else 0, found.get("W_skip"),
+        bool(config.get("signed")),
     )  # fmt: skip

@@ -44,8 +44,9 @@ class Judged:
 
     def rows(self, moments: list[Moments]) -> list[dict[str, Any]]:
         """A row of metrics of each layer, and one of all."""
-        pairs = list(zip(self.sums, moments, strict=True))
-        out = [{"layer": n, **s.metrics(m.m2)} for n, (s, m) in enumerate(pairs)]
+        numbers = [int(written.split(".")[1]) for written in self.weights.output_hooks]
+        pairs = list(zip(numbers, self.sums, moments, strict=True))
+        out = [{"layer": n, **s.metrics(m.m2)} for n, s, m in pairs]
         every = {
             "explained_variance": float(np.mean([row["explained_variance"] for row in out])),
             "l0": float(sum(row["l0"] for row in out)),
@@ -85,7 +86,8 @@ def evaluate(job: cli.Job, manifest: str) -> list[dict[str, Any]]:
         spec = {c: entry["spec"].get(c) for c in SPEC_COLUMNS} | {"eval_rows": moments[0].n}
         shares = [*entry["dead_shares"], entry["dead_share"]]
         for row, dead in zip(one.rows(moments), shares, strict=True):
-            table.append({"sae": name, **spec, **row, "dead_share": dead})
+            known = float("nan") if dead is None else dead  # of published ones it is not
+            table.append({"sae": name, **spec, **row, "dead_share": known})
     return table
 
 

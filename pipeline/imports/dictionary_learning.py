@@ -20,6 +20,7 @@ from pipeline.imports.original import (
     jump,
     linear,
     only,
+    per_latent,
     product,
     read_config,
     setting,
@@ -148,7 +149,7 @@ def _batch_top_k(files: Files, found: dict, config: dict) -> Original:
         W, W_dec = W.T, W_dec.T
     mean, scale = _normalizer(found, files, len(b_dec))
     notes = ["threshold is as before training: f is ReLU, and its L0 not k"] * bool(threshold < 0)
-    thresholds = threshold.expand(W.shape[1]).contiguous()
+    thresholds = per_latent(threshold, W.shape[1])
     return Original(
         "jumprelu",
         {

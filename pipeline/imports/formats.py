@@ -17,8 +17,9 @@ dictionary_learning.py's, and those of an encoder alone encoders.py's.
 A file with weights that its format has no place for is refused, as is a setting that would change
 f: what is not read would be left out without a word.
 What SAELens's decode cannot say (norms of each row, a skip connection, several output layers) is
-refused. SAELens's reader of sparsify's folders (6.54) transposes W_dec and leaves b_dec out of the
-encoder (a test shows both), so that ours takes its place.
+refused; for the last two layers.py has a place. SAELens's reader of sparsify's folders (6.54)
+transposes W_dec and leaves b_dec out of the encoder (a test shows both), so that ours takes its
+place.
 """
 
 import math
@@ -36,9 +37,11 @@ from pipeline.imports.original import (
     jump,
     linear,
     only,
+    per_latent,
     positive,
     read_config,
-    refuse_skip,
+    skip_of,
+    skipping,
     take,
     tensors,
     top,
@@ -120,7 +123,7 @@ def sparsify(files: Files) -> Original:
     config = read_config(files, name)
     W, b_enc, W_dec, b_dec = take(found, files, "sparsify", *NAMES)
     only(found, files, "sparsify", *NAMES, "W_skip")
-    refuse_skip(files, found, "W_skip", said=config.get("skip_connection"))
+    W_skip = skip_of(files, found, "W_skip", said=config.get("skip_connection"))
     k, activation = whole(config, files, name, "k"), config.get("activation", "topk")
     if activation != "topk" or config.get("signed"):
         raise RetraceError(
@@ -137,13 +140,15 @@ def sparsify(files: Files) -> Original:
         about = {"hook_name_out": at} if transcode else {"hook_name": at}
     return Original(
         "topk",
-        {"W_enc": W.T, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec},
+        {"W_enc": W.T, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec}
+        | ({} if W_skip is None else {"W_skip": W_skip}),
         lambda x: top(linear(x if transcode else x - b_dec.to(x), W, b_enc), k),
         lambda f: decoded(f, W_dec, b_dec),
         about,
         k=k,
         apply_b_dec_to_input=not transcode,
         writes=transcode,
+        **skipping(W_skip),
     )
 
 
@@ -192,12 +197,18 @@ def circuit_tracer(files: Files) -> Original:
     ):
         raise RetraceError(
             f"{files.weights}: is of a cross-layer transcoder, which writes into several layers, "
-            f"and a dictionary has one output_hook; take a transcoder_set"
+            f"and a dictionary has one output_hook; bring in its folder with layers: cross"
+        )
+    if config.get("activation") == "topk":
+        raise RetraceError(
+            f"{files.beside['config.yaml']}: activation topk keeps latents below 0, and a "
+            f"dictionary's TopK does not; bring it in as a transcoder of its layer, with layers: "
+            f"[its number]"
         )
     W, b_enc, W_dec, b_dec = take(
         found, files, "circuit_tracer", "W_enc", "b_enc", "W_dec", "b_dec"
     )
-    refuse_skip(files, found, "W_skip")
+    skip_of(files, found, "W_skip")
     if "log_thresholds" in found:
         raise RetraceError(
             f"{files.weights}: holds log_thresholds, which circuit-tracer itself does not read; "
@@ -211,11 +222,11 @@ def circuit_tracer(files: Files) -> Original:
     threshold = found.get("activation_function.threshold")
     if threshold is not None:
         (threshold,) = take(found, files, "circuit_tracer", "activation_function.threshold")
-        weights["threshold"] = threshold.expand(len(W)).contiguous()
+        weights["threshold"] = per_latent(threshold, len(W))
 
     def encode(x: Tensor) -> Tensor:
-        h = linear(x, W, b_enc)
-        return torch.relu(h) if threshold is None else jump(h, threshold)
+        h = linear(x, W, b_enc)  # its JumpReLU has no ReLU: latents below 0 can pass it
+        return torch.relu(h) if threshold is None else h * (h > threshold.to(h))
 
     layer = re.search(r"(\d+)$", files.weights.stem)
     hooks = {"hook_name": "feature_input_hook", "hook_name_out": "feature_output_hook"}

@@ -2,7 +2,8 @@
 
 Both are JumpReLU, f = JumpReLU(x W_enc + b_enc), autoencoders and transcoders. params.npz of the
 first says nothing of where it reads; the names of repository and folder do. config.json of the
-second does. Crosscoders, cross-layer transcoders and affine skip connections are refused.
+second does. Crosscoders and cross-layer transcoders are refused; an affine skip connection has a
+place in transcoders of all layers.
 """
 
 import re
@@ -18,7 +19,8 @@ from pipeline.imports.original import (
     only,
     product,
     read_config,
-    refuse_skip,
+    skip_of,
+    skipping,
     take,
     tensors,
 )
@@ -100,7 +102,8 @@ def gemma_scope_2(files: Files) -> Original:
             f"a dictionary has one output_hook; take a transcoder of one layer"
         )
     only(found, files, "gemma_scope_2", *names, "affine_skip_connection")
-    refuse_skip(files, found, "affine_skip_connection", said=config.get("affine_connection"))
+    affine = skip_of(files, found, "affine_skip_connection", said=config.get("affine_connection"))
+    W_skip = None if affine is None else affine.T  # it lies there as [d_in d_out]
 
     def hook(key: str) -> str | None:
         point = re.fullmatch(r"model\.layers\.(\d+)\.(.+)", str(config.get(key)))
@@ -111,7 +114,8 @@ def gemma_scope_2(files: Files) -> Original:
     told = "hf_hook_point_out" in config
     return Original(
         kind_of(files, True),
-        {"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec, "threshold": threshold},
+        {"W_enc": W_enc, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec, "threshold": threshold}
+        | ({} if W_skip is None else {"W_skip": W_skip}),
         lambda x: jump(product(x, W_enc, b_enc), threshold),
         lambda f: decoded(f, W_dec, b_dec),
         {
@@ -125,4 +129,5 @@ def gemma_scope_2(files: Files) -> Original:
             for key in ("hf_hook_point_in", "hf_hook_point_out")
             if config.get(key) and not hook(key)
         ],
+        **skipping(W_skip),
     )

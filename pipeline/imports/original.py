@@ -3,7 +3,9 @@
 1. `tensors` reads a file of weights without running what it brings.
 2. `take` and `setting` find what a format promises, in one sentence where it is not there.
 3. An `Original` holds the weights in SAELens's layout beside encode and decode as the format's own
-   library defines them, which `check_same` of sae_import.py compares with what SAELens makes of it.
+   library defines them, which `check_same` of compared.py compares with what SAELens makes of it.
+4. A skip connection is a part of x_hat that no f W_dec + b_dec has. One dictionary has no place for
+   it; transcoders of all layers have (layers.py).
 
 formats.py has the formats.
 """
@@ -39,6 +41,7 @@ class Files:
         factor: norm_scaling_factor of paper.yaml or of SAELens's list; 0 is unknown.
         transcoder: whether it is to be read as one.
         repo: of the hub; an empty string where it comes from elsewhere.
+        skips: whether a skip connection has a place in what is made of it.
     """
 
     weights: Path
@@ -46,6 +49,7 @@ class Files:
     factor: float = 0
     transcoder: bool = False
     repo: str = ""
+    skips: bool = False
 
     def all(self) -> list[Path]:
         """The weights, and what lies beside them."""
@@ -68,6 +72,8 @@ class Original:
             reconstructs another hook than it reads.
         settings: further keys of cfg.json.
         notes: what a reader should know.
+        skip: x -> what a skip connection adds to decode(f), [... d_in] -> [... d_out]; weights then
+            hold W_skip [d_out d_in].
     """
 
     architecture: str
@@ -80,6 +86,7 @@ class Original:
     writes: bool | None = None
     settings: dict[str, Any] = field(default_factory=dict)
     notes: list[str] = field(default_factory=list)
+    skip: Map | None = None
 
     @property
     def directions(self) -> Float[Tensor, "d_in d_sae"]:
@@ -254,6 +261,11 @@ def take(found: dict[str, Any], files: Files, format: str, *names: str) -> list[
     return out
 
 
+def per_latent(threshold: Tensor, d_sae: int) -> Tensor:
+    """One threshold of all latents as one of each; others as they are, for shapes to be checked."""
+    return threshold.expand(d_sae).contiguous() if threshold.numel() == 1 else threshold
+
+
 def _ends(tensor: Tensor) -> tuple[float, float]:
     """The least and the largest number."""
     least, largest = tensor.aminmax() if tensor.numel() else (0.0, 0.0)
@@ -263,7 +275,7 @@ def _ends(tensor: Tensor) -> tuple[float, float]:
 def check_shapes(files: Files, original: Original) -> Original:
     """The original; one sentence where its tensors do not fit each other."""
     (d_in, d_sae), d_out = original.shape, original.d_out
-    wanted = {"W_dec": (d_sae, d_out), "b_dec": (d_out,)}
+    wanted = {"W_dec": (d_sae, d_out), "b_dec": (d_out,), "W_skip": (d_out, d_in)}
     for name, tensor in original.weights.items():
         if name == "W_enc":
             continue
@@ -283,23 +295,37 @@ def check_shapes(files: Files, original: Original) -> Original:
     return original
 
 
-def refuse_skip(files: Files, found: dict[str, Any], *names: str, said: Any = None) -> None:
-    """Raise where a skip connection adds a part of x that decode(f) would leave out.
+def skip_of(files: Files, found: dict[str, Any], name: str, said: Any = None) -> Tensor | None:
+    """The matrix of a skip connection, as it lies in the file; None where it has none, or zeros.
 
     Args:
         said: whether the configuration says that there is one.
+
+    Raises:
+        RetraceError: it has no place, and decode(f) would leave it out.
     """
-    if said and not any(name in found for name in names):
+    if said and name not in found:
         raise RetraceError(
             f"{files.weights}: its configuration says that it has a skip connection, and it holds "
-            f"no '{names[0]}'; take a file that is whole"
+            f"no '{name}'; take a file that is whole"
         )
-    for name in names:
-        if isinstance(found.get(name), Tensor) and bool((found[name] != 0).any()):
-            raise RetraceError(
-                f"{files.weights}: has a skip connection '{name}', which is no part of f W_dec + "
-                f"b_dec and would be left out of every reconstruction; take one without"
-            )
+    if not isinstance(found.get(name), Tensor) or not bool((found[name] != 0).any()):
+        return None
+    if not files.skips:
+        raise RetraceError(
+            f"{files.weights}: has a skip connection '{name}', which is no part of f W_dec + b_dec "
+            f"and would be left out of every reconstruction; bring it in as a transcoder of its "
+            f"layer, with layers: [its number], or take one without"
+        )
+    (matrix,) = take(found, files, "", name)
+    return matrix
+
+
+def skipping(W_skip: Tensor | None) -> dict[str, Any]:
+    """What an `Original` takes of a skip connection y += x W_skip^T; W_skip is [d_out d_in]."""
+    if W_skip is None:
+        return {}
+    return {"skip": lambda x: x @ W_skip.T.to(x)}
 
 
 # --- activation functions ------------------------------------------------------------------

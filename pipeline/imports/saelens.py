@@ -21,7 +21,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pipeline.errors import RetraceError, nearest
-from pipeline.imports.original import Files, Original, read_config, refuse_skip, setting, tensors
+from pipeline.imports.original import (
+    Files,
+    Original,
+    read_config,
+    setting,
+    skip_of,
+    skipping,
+    tensors,
+)
 
 KNOWN = ("standard", "gated", "topk", "jumprelu", "matching_pursuit", "transcoder",
          "jumprelu_transcoder", "skip_transcoder", "jumprelu_skip_transcoder")  # fmt: skip
@@ -107,7 +115,7 @@ def saelens(files: Files) -> Original:
         ) from e
     check_config(files, raw, config)
     found = tensors(files.weights)
-    refuse_skip(files, found, "W_skip")
+    W_skip = skip_of(files, found, "W_skip")
     for part in ("W_dec", "b_dec"):
         if part not in found:
             raise RetraceError(
@@ -116,7 +124,7 @@ def saelens(files: Files) -> Original:
     scale = files.factor if config["normalize_activations"] != "none" else 1.0
     sae = load(files)
     plain = fold(copy.deepcopy(sae), scale) if scale != 1 or rescaled(sae) else sae
-    weights = {k: v for k, v in plain.state_dict().items() if k != "W_skip"}
+    weights = {k: v for k, v in plain.state_dict().items() if k != "W_skip" or W_skip is not None}
     meta = config.get("metadata") or {}
     return Original(
         plain.cfg.architecture().replace("skip_", ""),
@@ -129,6 +137,7 @@ def saelens(files: Files) -> Original:
         settings={key: getattr(plain.cfg, key) for key in PURSUIT if hasattr(plain.cfg, key)},
         apply_b_dec_to_input=bool(plain.cfg.apply_b_dec_to_input),
         writes="transcoder" in plain.cfg.architecture() if meta.get("hook_name") else None,
+        **skipping(W_skip),
     )
 
 

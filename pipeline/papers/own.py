@@ -24,7 +24,7 @@ from pipeline.job import source
 from pipeline.papers.folders import Paper
 from pipeline.papers.papers import Run
 from pipeline.papers.rule_params import Params
-from pipeline.papers.workflow import DICTIONARIES, Inputs, card, home, known
+from pipeline.papers.workflow import CROSSED, DICTIONARIES, LAYERED, Inputs, card, home, known
 from pipeline.spec.own import OwnStage, Resources, parted
 from pipeline.spec.paper import PaperSpec
 
@@ -33,8 +33,8 @@ OF_ARMS = {  # need -> (stages of the store, the file that is handed on, what ha
     "models": ("model", "model.json", "checkpoint"),
     "activations": ("activations", "manifest.json", "shards"),
     "saes": (DICTIONARIES, "manifest.json", "saes"),
-    "transcoders": ("transcoders", "manifest.json", "saes"),
-    "crosscoders": ("crosscoder", "manifest.json", "saes"),
+    "transcoders": (LAYERED, "manifest.json", "saes"),
+    "crosscoders": (CROSSED, "manifest.json", "saes"),
     "corpora": ("corpus", "tokens.parquet", ""),
     "labels": ("corpus", "documents.parquet", ""),
 }

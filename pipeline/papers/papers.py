@@ -19,10 +19,17 @@ from pipeline.papers.folders import Paper, available, faults_of_scales, find, lo
 from pipeline.papers.paths import near, path_digest, resolve, resolve_many
 from pipeline.spec import families
 from pipeline.spec.base import SCALES
-from pipeline.spec.imports import ImportSpec, listing
+from pipeline.spec.imports import (
+    ImportedCrosscoder,
+    ImportedLayers,
+    ImportSpec,
+    crosscoder_listing,
+    layer_listing,
+    listing,
+)
 from pipeline.spec.once import overlay
 from pipeline.spec.paper import Config, PaperSpec, parse
-from pipeline.spec.sae import CrosscoderSpec, TranscodersSpec
+from pipeline.spec.sae import CrosscoderSpec, OfSources, TranscodersSpec
 from pipeline.spec.sources import CorpusSpec
 from pipeline.spec.yaml_files import load_yaml
 from pipeline.store.provenance import canonical, digest
@@ -146,7 +153,8 @@ class Run:
         Those that are several have names: 'training:<run>', and 'sae:<hook>' or, of transcoders,
         'sae:<hook> to <output hook>'; 'import:<dictionary>' is a published one, and
         'crosscoder:<source> and <source>' those over these sources, under the first of their arms,
-        'transcoders:<read> to <written>' those of all layers.
+        'transcoders:<read> to <written>' those of all layers, 'layers:<dictionary>' and
+        'crossed:<dictionary>' published ones.
         """
         if (name, scale, arm) not in self._stores:
             self._stores[name, scale, arm] = self._store(name, scale, arm)
@@ -169,9 +177,10 @@ class Run:
         """The store's artefact that holds a dictionary of an arm, trained or published."""
         store, spec = self.store(name, scale, arm), self.paper(name, scale).spec
         if sae in (crossed := spec.crosscoders_of(arm)):
-            return store[f"crosscoder:{_sources(crossed[sae], arm, spec)}"]
+            sources = _sources(crossed[sae], arm, spec)
+            return store.get(f"crossed:{sae}") or store[f"crosscoder:{sources}"]
         if sae in (layered := spec.transcoders_of(arm)):
-            return store[f"transcoders:{layered[sae].stream}"]
+            return store.get(f"layers:{sae}") or store[f"transcoders:{layered[sae].stream}"]
         dictionary = spec.saes_of(arm)[sae]
         return store.get(f"import:{sae}") or store[f"sae:{dictionary.stream}"]
 
@@ -232,6 +241,9 @@ class Run:
         """The transcoders of all layers of an arm; those of the same hooks share a job."""
         spec, by_stream, out = paper.spec, {}, {}
         for name, dictionary in spec.transcoders_of(arm).items():
+            if isinstance(dictionary, ImportedLayers):
+                out[f"layers:{name}"] = self._import_layers(paper, name, dictionary, model.id)
+                continue
             by_stream.setdefault(dictionary.stream, {})[name] = dictionary
         for stream, found in by_stream.items():
             first: TranscodersSpec = next(iter(found.values()))
@@ -254,23 +266,28 @@ class Run:
 
     def _crosscoders(self, paper: Paper, arm: str) -> dict[str, Item]:
         """The crosscoders that stand under an arm's name; those of the same sources share a job."""
-        spec, by_sources = paper.spec, {}
+        spec, by_sources, out = paper.spec, {}, {}
         for name, dictionary in spec.crosscoders_of(arm).items():
+            if isinstance(dictionary, ImportedCrosscoder):
+                out[f"crossed:{name}"] = self._import_crosscoder(paper, arm, name, dictionary)
+                continue
             by_sources.setdefault(_sources(dictionary, arm, spec), {})[name] = dictionary
-        return {
+        return out | {
             f"crosscoder:{sources}": self._crosscoder(paper, arm, dictionaries)
             for sources, dictionaries in by_sources.items()
         }
 
-    def _crosscoder(self, paper: Paper, arm: str, dictionaries: dict[str, CrosscoderSpec]) -> Item:
-        """The artefact of crosscoders that share their sources."""
+    def _read_by(
+        self, paper: Paper, arm: str, dictionary: OfSources
+    ) -> tuple[list[dict[str, Any]], list[str], list[str]]:
+        """The sources of a crosscoder; ids of their activations, and of the model of each."""
         spec = paper.spec
-        found = next(iter(dictionaries.values())).sources(arm, spec.activations.hooks[0])
+        found = dictionary.sources(arm, spec.activations.hooks[0])
         arms, hooks = (list(dict.fromkeys(names)) for names in zip(*found, strict=True))
-        stored = {}  # arm -> its activations; arms of one model and text have the same
+        stored, models = {}, {}  # of arms; those of one model and text have the same
         for name in arms:
-            corpus = self._corpus(paper, spec.corpus_of(name))
-            stored[name] = self._activations(paper, self._model(paper, name)[0], corpus).id
+            corpus, model = self._corpus(paper, spec.corpus_of(name)), self._model(paper, name)[0]
+            stored[name], models[name] = self._activations(paper, model, corpus).id, model.id
         ids = list(dict.fromkeys(stored.values()))
         sources = [
             {
@@ -280,6 +297,14 @@ class Run:
             }
             for a, h in found
         ]
+        return sources, ids, [models[a] for a, _ in found]
+
+    def _crosscoder(self, paper: Paper, arm: str, dictionaries: dict[str, CrosscoderSpec]) -> Item:
+        """The artefact of crosscoders that share their sources."""
+        spec, first = paper.spec, next(iter(dictionaries.values()))
+        sources, ids, _ = self._read_by(paper, arm, first)
+        found = first.sources(arm, spec.activations.hooks[0])
+        arms, hooks = (list(dict.fromkeys(names)) for names in zip(*found, strict=True))
         kept = {"grid", "arms", "hook", "hooks", "models", "output_hook"}
         section = {
             "sources": sources,
@@ -346,6 +371,61 @@ class Run:
         return self._item(
             "sae_import", f"{_slug(model)}-{name}", {"import": job}, inputs, [identity, model]
         )
+
+    def _import_layers(self, paper: Paper, name: str, section: ImportedLayers, model: str) -> Item:
+        """Published transcoders of all layers, known by their files or their commit."""
+        pairs = section.pairs(paper.spec.activations.hooks)
+        numbers = [int(written.split(".")[1]) for _, written in pairs]
+        kept = {"source", "format", "repo", "revision"}
+        layers = "cross" if section.cross else "each"
+        job = section.model_dump(include=kept) | {"name": name, "layers": layers, "pairs": pairs}
+        job["paths"] = section.folders(numbers)
+        identity = dict(job)
+        if section.source == "folder":
+            found = [resolve(path, paper.folder, self.roots) for path in job["paths"]]
+            job["paths"] = [str(near(path)) for path in found]
+            paths = [path.as_posix() for path in found]
+            files = [
+                Path(file)
+                for weights, beside, optional in layer_listing(
+                    section.format, layers, paths, numbers
+                )
+                for file in (weights, *beside, *optional)
+            ]
+            identity["paths"] = [[f.name, path_digest(f)] for f in files if f.is_file()]
+        return self._item(
+            "transcoders_import", f"{_slug(model)}-{name}", {"import": job}, {"model": model},
+            [identity, model],
+        )  # fmt: skip
+
+    def _import_crosscoder(
+        self, paper: Paper, arm: str, name: str, section: ImportedCrosscoder
+    ) -> Item:
+        """A published crosscoder over the sources of an arm, known by its files or its commit."""
+        sources, ids, models = self._read_by(paper, arm, section)
+        every = list(dict.fromkeys(models))
+        read_by = [
+            {
+                "name": source["name"], "hook": source["hook"], "model": every.index(model),
+                "activations": in_store("activations", ids[source["activations"]]),
+            }
+            for source, model in zip(sources, models, strict=True)
+        ]  # fmt: skip
+        kept = {"source", "format", "repo", "revision", "path"}
+        job = section.model_dump(include=kept) | {"name": name, "sources": read_by}
+        identity = dict(job)
+        if section.source == "folder":
+            path = resolve(section.path, paper.folder, self.roots)
+            job["path"] = str(near(path))
+            weights, _, optional = crosscoder_listing(path.as_posix())
+            files = [Path(f) for f in (weights, *optional)]
+            identity["path"] = [[f.name, path_digest(f)] for f in files if f.is_file()]
+        inputs = {f"model_{i}": f"model/{id}" for i, id in enumerate(every)}
+        inputs |= {f"activations_{i}": f"activations/{id}" for i, id in enumerate(ids)}
+        return self._item(
+            "crosscoder_import", f"{_slug(every[0])}-{name}", {"import": job}, inputs,
+            [identity, every],
+        )  # fmt: skip
 
     def _training(self, paper: Paper, name: str) -> Item:
         """A run of the section training: made from the paper's data.py, or from its corpus.
@@ -419,7 +499,12 @@ class Run:
         return item
 
 
-def _sources(dictionary: CrosscoderSpec, arm: str, spec: PaperSpec) -> str:
+def in_store(stage: str, id: str) -> str:
+    """The manifest of an artefact, as certificates name it."""
+    return f"results/store/{stage}/{id}/manifest.json"
+
+
+def _sources(dictionary: OfSources, arm: str, spec: PaperSpec) -> str:
     """A crosscoder's sources, 'arm hook and arm hook'."""
     return " and ".join(map(" ".join, dictionary.sources(arm, spec.activations.hooks[0])))
 

@@ -22,7 +22,7 @@ NAME = r"[A-Za-z]\w*"  # of a paper, an arm, a training run
 ID = r"[^/]+-[0-9a-f]{12}"  # of an artefact of the store: <name>-<digest>
 STAGES = (  # that the store holds
     "model", "tokenizer", "training", "corpus", "activations", "sae", "sae_import", "crosscoder",
-    "transcoders",
+    "transcoders", "transcoders_import", "crosscoder_import",
 )  # fmt: skip
 WILDCARDS = {
     **dict.fromkeys(("paper", "arm", "run"), NAME),

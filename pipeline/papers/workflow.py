@@ -27,6 +27,8 @@ from pipeline.papers.paths import near, resolve
 DRAWING = ("walk", "play", "draw")  # our code beside plotly.js, in this order
 
 DICTIONARIES = ("sae", "sae_import")  # the stages that make some
+LAYERED = ("transcoders", "transcoders_import")  # … that make transcoders of all layers
+CROSSED = ("crosscoder", "crosscoder_import")  # … that make crosscoders
 
 
 class Inputs:
@@ -92,10 +94,14 @@ class Inputs:
         folder = self.item(stage, wildcards).folders().get(made_from)
         return f"results/store/{folder}/{file}" if folder else []
 
-    def item_inputs(self, wildcards: Any, stage: str, file: str) -> list[str]:
-        """A file of every artefact that a store artefact is made from, in order."""
+    def item_inputs(self, wildcards: Any, stage: str, file: str, of: str = "") -> list[str]:
+        """A file of every artefact that a store artefact is made from, in order.
+
+        Args:
+            of: the stage of these; default: any.
+        """
         found = dict.fromkeys(self.item(stage, wildcards).folders().values())
-        return [f"results/store/{folder}/{file}" for folder in found]
+        return [f"results/store/{at}/{file}" for at in found if not of or at.split("/")[0] == of]
 
     def item_source(self, wildcards: Any, stage: str, what: str) -> list[str]:
         """A file that no job makes: the local copy of a 'text', the paper's data.py as 'data'."""
@@ -176,9 +182,10 @@ class Inputs:
     def crossed_input(self, wildcards: Any, file: str) -> list[str]:
         """A file of all activations that the crosscoders of the arm in the wildcards read."""
         store = self.run.store(wildcards.paper, wildcards.scale, self.arm(wildcards, None))
-        items = [item for item in store.values() if item.stage == "crosscoder"]
+        items = [item for item in store.values() if item.stage in CROSSED]
         found = dict.fromkeys(folder for item in items for folder in item.folders().values())
-        return [f"results/store/{folder}/{file}" for folder in found]
+        read = [folder for folder in found if folder.startswith("activations/")]
+        return [f"results/store/{folder}/{file}" for folder in read]
 
     def sae_input(self, wildcards: Any, section: str | None, file: str) -> str:
         """A file beside the dictionary that a section or wildcard names, trained or imported."""

@@ -10,7 +10,7 @@ from typing import Any
 
 from pipeline.report.pages import number
 from pipeline.spec.paper import PaperSpec
-from pipeline.spec.sae import CrosscoderSpec, TranscodersSpec
+from pipeline.spec.sae import OfLayers, OfSources
 
 ARCHITECTURES = {
     "topk": "TopK", "batchtopk": "BatchTopK", "matryoshka_batchtopk": "Matryoshka BatchTopK",
@@ -186,10 +186,12 @@ def dictionaries(spec: PaperSpec) -> Iterator[str]:
     for sae in spec.sae.expanded().values():
         kind = getattr(sae, "architecture", "") or "published"
         frozen = " with a frozen random decoder" if getattr(sae, "frozen_decoder", False) else ""
-        over = " over several sources" if isinstance(sae, CrosscoderSpec) else ""
-        if isinstance(sae, TranscodersSpec):
-            over = {"each": ", one of each layer", "cross": ", cross-layer"}[sae.layers]
-            over += " with a skip connection" * sae.skip
+        over = " over several sources" if isinstance(sae, OfSources) else ""
+        if isinstance(sae, OfLayers):
+            over = {"each": ", one of each layer", "cross": ", cross-layer"}.get(
+                str(sae.layers), f", one of each of {len(sae.layers)} layers"
+            )
+            over += " with a skip connection" * getattr(sae, "skip", False)
         groups.setdefault(f"{ARCHITECTURES.get(kind, kind)}{frozen}{over}", []).append(sae)
     for name, saes in groups.items():
         sizes = sorted({s.d_sae for s in saes if getattr(s, "d_sae", 0)})

@@ -31,6 +31,30 @@ def inside(path: str) -> str:
     return path
 
 
+def pairs_of_layers(
+    stored: list[str], reads: str, writes: str, layers: list[int] | None = None
+) -> list[tuple[str, str]]:
+    """(hook read, hook written) of each layer, out of the stored hooks.
+
+    Args:
+        layers: default: all from 0 to the last that has one of the two.
+
+    Raises:
+        ValueError: a layer has not both.
+    """
+    named = [f"blocks.{h.split('.')[1]}.{at}" for h in stored for at in (reads, writes)
+             if h.startswith("blocks.")]  # fmt: skip
+    last = max((int(h.split(".")[1]) for h in stored if h in named), default=0)
+    pairs = [(f"blocks.{n}.{reads}", f"blocks.{n}.{writes}") for n in layers or range(last + 1)]
+    for hook in (hook for pair in pairs for hook in pair):
+        if hook not in stored:
+            raise ValueError(
+                f"hook '{hook}' is not stored, and every layer is needed; add it to "
+                f"activations.hooks"
+            )
+    return pairs
+
+
 def once(seeds: list[int]) -> list[int]:
     """Seeds as they are; ValueError where one stands twice and would count as two."""
     for seed in seeds:
@@ -71,7 +95,9 @@ RESULTS = ("store", "logs", "benchmarks", "reference")  # folders of results/ th
 # Tags of the kinds of dictionaries; no name holds a space, so no key of a file is one.
 TRAINED, IMPORTED = "a trained dictionary", "a published dictionary"
 CROSSED, LAYERED = "a crosscoder", "transcoders of all layers"
-KINDS = (TRAINED, IMPORTED, CROSSED, LAYERED)  # pydantic's tags, which no message shows
+IMPORTED_LAYERS, IMPORTED_CROSSED = "published transcoders of all layers", "published crosscoder"
+# pydantic's tags, which no message shows
+KINDS = (TRAINED, IMPORTED, CROSSED, LAYERED, IMPORTED_LAYERS, IMPORTED_CROSSED)
 
 
 class Section(BaseModel):
@@ -90,6 +116,41 @@ class Section(BaseModel):
                         f"allowed here: {', '.join(cls.model_fields)}"
                     )
         return data
+
+
+class OverSources:
+    """What crosscoders have, trained or published: `hooks` of a model, or `models` at a `hook`."""
+
+    def check_sources(self) -> None:
+        """ValueError where the sources are fewer than two, or said twice."""
+        if self.models and self.arms:
+            raise ValueError("arms: models names the arms already; remove one of the two")
+        if self.hooks and self.hook:
+            raise ValueError("hook: hooks names the hooks already; remove one of the two")
+        for key in ("hooks", "models"):
+            names = getattr(self, key)
+            if twice := {n for n in names if names.count(n) > 1}:
+                raise ValueError(f"{key}: '{min(twice)}' stands twice; name it once")
+        if max(len(self.hooks), 1) * max(len(self.models), 1) < 2:
+            one = [*self.hooks, *self.models]
+            raise ValueError(
+                f"hooks, models: a crosscoder has at least two sources, and {one} is "
+                f"{'one' if one else 'none'}; add another, or write hook: for an SAE"
+            )
+
+    def sources(self, arm: str, hook: str) -> list[tuple[str, str]]:
+        """(arm, hook) of each source, models first.
+
+        Args:
+            arm: where it has no `models`.
+            hook: where it has neither `hooks` nor `hook`.
+        """
+        hooks = self.hooks or [self.hook or hook]
+        return [(a, h) for a in self.models or [arm] for h in hooks]
+
+    def owners(self, arms: list[str]) -> list[str]:
+        """The arms under whose names it stands: the first of `models`, or each of its arms."""
+        return self.models[:1] or self.arms or arms
 
 
 def sentence(error: ValidationError) -> str:

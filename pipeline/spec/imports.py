@@ -7,6 +7,9 @@ sae:
             path: layer_12/width_16k/average_l0_82, hook: blocks.12.hook_resid_post}
     listed: {source: saelens, release: gpt2-small-res-jb, id: blocks.8.hook_resid_pre,
              revision: …, hook: blocks.8.hook_resid_pre}
+
+With `layers` an entry is a whole set of transcoders, `ImportedLayers`; with `hooks` or `models` a
+crosscoder, `ImportedCrosscoder`.
 """
 
 import re
@@ -15,7 +18,7 @@ from typing import Annotated, Literal, get_args
 
 from pydantic import Field, model_validator
 
-from pipeline.spec.base import Name, Section, inside
+from pipeline.spec.base import Name, OverSources, Section, inside, pairs_of_layers
 
 Format = Literal[
     "", "saelens", "gemma_scope", "gemma_scope_2", "llama_scope", "sparsify", "dictionary_learning",
@@ -60,6 +63,16 @@ def listing(format: str, path: str) -> tuple[str, list[str], list[str]]:
         [str(folder / n) for n in names.get(format, [])] for names in (BESIDE, OPTIONAL)
     )
     return str(at), beside, optional
+
+
+def pinned(revision: str) -> str:
+    """A revision that cannot move; ValueError where it is no full commit."""
+    if not re.fullmatch("[0-9a-f]{40}", revision):
+        raise ValueError(
+            f"revision '{revision}' is not a full commit of 40 hex digits; a branch can move, so "
+            f"pin the commit that the hub's page shows"
+        )
+    return revision
 
 
 class ImportSpec(Section):
@@ -113,11 +126,8 @@ class ImportSpec(Section):
         given -= {*needs, *(["revision"] if self.source in ("hub", "saelens") else [])}
         if foreign := sorted(n for n in given if getattr(self, n)):
             raise ValueError(f"source: {self.source} takes no {foreign[0]}; remove it")
-        if self.source in ("hub", "saelens") and not re.fullmatch("[0-9a-f]{40}", self.revision):
-            raise ValueError(
-                f"revision '{self.revision}' is not a full commit of 40 hex digits; a branch can "
-                f"move, so pin the commit that the hub's page shows"
-            )
+        if self.source in ("hub", "saelens"):
+            pinned(self.revision)
         if self.source == "package":
             beside = BESIDE.get(self.format)
             if beside:
@@ -143,5 +153,194 @@ class ImportSpec(Section):
         return f"{self.hook} to {self.output_hook}" if self.output_hook else self.hook
 
     def expand(self, name: str) -> "dict[str, ImportSpec]":
+        """As of a dictionary that is trained here, which may be a grid of several."""
+        return {name: self}
+
+
+# --- transcoders of all layers -------------------------------------------------------------
+
+IN_ONE_FOLDER = "circuit_tracer"  # the format whose layers lie side by side
+LayersFormat = Literal["circuit_tracer", "saelens", "gemma_scope", "gemma_scope_2", "sparsify"]
+
+
+def layer_listing(
+    format: str, layers: str, paths: list[str], numbers: list[int]
+) -> list[tuple[str, list[str], list[str]]]:
+    """Of each layer what `listing` says of one dictionary.
+
+    Args:
+        layers: each, or cross.
+        paths: of the folder of all layers (circuit_tracer), or of each layer.
+    """
+    if format != IN_ONE_FOLDER:
+        return [listing(format, path) for path in paths]
+    at = PurePosixPath(paths[0])
+    about = str(at / "config.yaml")
+    if layers == "each":
+        return [(str(at / f"layer_{n}.safetensors"), [about], []) for n in numbers]
+    return [
+        (str(at / f"W_enc_{n}.safetensors"), [str(at / f"W_dec_{n}.safetensors"), about], [])
+        for n in numbers
+    ]
+
+
+class ImportedLayers(Section):
+    """Published transcoders of all layers, or of some: one of each, or a cross-layer transcoder.
+
+    sae:
+      dictionaries:
+        plt: {source: hub, format: circuit_tracer, layers: each, repo: owner/name, revision: …}
+        clt: {source: folder, format: circuit_tracer, layers: cross, path: clts/426k}
+        affine: {source: hub, format: gemma_scope_2, layers: each, repo: …, revision: …,
+                 path: "transcoder_all/layer_{layer}_width_16k_l0_small_affine"}
+        one: {source: folder, format: sparsify, layers: [3], path: "layers.{layer}.mlp"}
+    """
+
+    source: Literal["hub", "folder"]
+    format: LayersFormat = Field(description="how the files of a layer are laid out")
+    layers: Literal["each", "cross"] | list[Annotated[int, Field(ge=0)]] = Field(
+        description="each: a transcoder of each layer; cross: a cross-layer transcoder; or the "
+        "numbers of the layers that have a transcoder each"
+    )
+    repo: str = Field(default="", description="hub: owner/name of a model repository")
+    revision: str = Field(default="", description="hub: a full commit, 40 hex digits")
+    path: str = Field(
+        default="",
+        description="circuit_tracer: the folder of all layers; other formats: that of a layer, "
+        "with {layer} in the place of its number",
+    )
+    paths: list[str] = Field(
+        default=[], description="of each layer, in order, where no {layer} in path names them"
+    )
+    reads: str = Field(default="mlp.hook_in", description="the hook of a layer that is read")
+    writes: str = Field(default="hook_mlp_out", description="the hook that is reconstructed")
+    arms: list[Name] = Field(default=[], description="default: all arms")
+
+    @model_validator(mode="after")
+    def _complete(self) -> "ImportedLayers":
+        if isinstance(self.layers, list) and sorted(set(self.layers)) != self.layers:
+            raise ValueError(f"layers: {self.layers} do not rise; name each layer once, in order")
+        if self.layers == []:
+            raise ValueError("layers: [] names none; write each, cross, or numbers")
+        if self.layers == "cross" and self.format != IN_ONE_FOLDER:
+            raise ValueError(
+                f"layers: cross is read in format {IN_ONE_FOLDER} alone; correct format, or write "
+                f"layers: each"
+            )
+        if self.source == "hub":
+            if not self.repo:
+                raise ValueError("source: hub needs repo")
+            pinned(self.revision)
+            for path in filter(None, [self.path, *self.paths]):
+                inside(path)
+        elif self.repo or self.revision:
+            raise ValueError(
+                f"source: folder takes no {'repo' if self.repo else 'revision'}; remove it"
+            )
+        self._check_paths()
+        return self
+
+    def _check_paths(self) -> None:
+        """Raise where paths name no folder, or not one of each layer."""
+        if self.path and self.paths:
+            raise ValueError("paths: path names the folders already; remove one of the two")
+        if self.format == IN_ONE_FOLDER:
+            if self.paths or "{layer}" in self.path:
+                raise ValueError(
+                    f"path: format {IN_ONE_FOLDER} has all layers in one folder; name that folder"
+                )
+            if self.source == "folder" and not self.path:
+                raise ValueError("source: folder needs path")
+        elif not self.paths and "{layer}" not in self.path:
+            raise ValueError(
+                f"path: '{self.path}' has no {{layer}} in it, and format {self.format} has a "
+                f"folder for each layer; write {{layer}} in the place of its number, or paths"
+            )
+
+    @property
+    def cross(self) -> bool:
+        """Whether a feature writes to later layers, too."""
+        return self.layers == "cross"
+
+    @property
+    def stream(self) -> str:
+        """What is read and written."""
+        return f"{self.reads} to {self.writes}"
+
+    def pairs(self, stored: list[str]) -> list[tuple[str, str]]:
+        """(hook read, hook written) of each layer, out of the stored hooks.
+
+        Raises:
+            ValueError: a layer has not both, or there are more paths than layers, or fewer.
+        """
+        numbers = self.layers if isinstance(self.layers, list) else None
+        found = pairs_of_layers(stored, self.reads, self.writes, numbers)
+        if self.paths and len(self.paths) != len(found):
+            raise ValueError(
+                f"paths: {len(self.paths)} for {len(found)} layers; name one of each layer"
+            )
+        return found
+
+    def folders(self, numbers: list[int]) -> list[str]:
+        """Paths: of the folder of all layers, or of each layer's."""
+        if self.format == IN_ONE_FOLDER:
+            return [self.path or "."]
+        return self.paths or [self.path.replace("{layer}", str(n)) for n in numbers]
+
+    def expand(self, name: str) -> "dict[str, ImportedLayers]":
+        """As of a dictionary that is trained here, which may be a grid of several."""
+        return {name: self}
+
+
+# --- crosscoders ---------------------------------------------------------------------------
+
+CROSSCODER_WEIGHTS = "model_final.pt"
+
+
+def crosscoder_listing(path: str) -> tuple[str, list[str], list[str]]:
+    """As `listing`, of a crosscoder: its folder, or its file of weights."""
+    at = PurePosixPath(path)
+    at = at if at.suffix in (".pt", ".safetensors") else at / CROSSCODER_WEIGHTS
+    return str(at), [], [str(at.parent / "config.json")]
+
+
+class ImportedCrosscoder(Section, OverSources):
+    """A published crosscoder: one dictionary of several hooks, or of a hook of several models.
+
+    sae:
+      dictionaries:
+        theirs: {source: hub, format: dictionary_learning, repo: owner/name, revision: …,
+                 path: model.safetensors, models: [base, tuned], hook: blocks.13.hook_resid_post}
+    """
+
+    source: Literal["hub", "folder"]
+    format: Literal["dictionary_learning"] = Field(
+        description="CrossCoder and BatchTopKCrossCoder of the forks of Minder et al. 2025"
+    )
+    repo: str = Field(default="", description="hub: owner/name of a model repository")
+    revision: str = Field(default="", description="hub: a full commit, 40 hex digits")
+    path: str = Field(
+        default="", description="its folder, with model_final.pt, or its file of weights"
+    )
+    hooks: list[str] = Field(default=[], description="hooks of one model, in its order")
+    models: list[Name] = Field(default=[], description="arms, in the order of its sources")
+    hook: str = Field(default="", description="of models: the hook of each")
+    arms: list[Name] = Field(default=[], description="of hooks: default: all arms")
+
+    @model_validator(mode="after")
+    def _complete(self) -> "ImportedCrosscoder":
+        self.check_sources()
+        if self.source == "hub":
+            if not self.repo:
+                raise ValueError("source: hub needs repo")
+            pinned(self.revision)
+            inside(self.path)
+        elif self.repo or self.revision:
+            raise ValueError("source: folder takes no repo and no revision; remove them")
+        elif not self.path:
+            raise ValueError("source: folder needs path")
+        return self
+
+    def expand(self, name: str) -> "dict[str, ImportedCrosscoder]":
         """As of a dictionary that is trained here, which may be a grid of several."""
         return {name: self}

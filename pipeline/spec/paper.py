@@ -25,7 +25,8 @@ from pipeline.spec.measured import (
 )
 from pipeline.spec.own import OwnStage, parted
 from pipeline.spec.sae import (
-    CrosscoderSpec,
+    OfLayers,
+    OfSources,
     SaeSection,
     SaeSpec,
     TranscodersSpec,
@@ -338,7 +339,10 @@ class PaperSpec(Section):
         self._check_claims()
         self._check_saes()
         if self.graphs:
-            layered = [n for n, s in self.sae.expanded().items() if isinstance(s, TranscodersSpec)]
+            layered = [
+                n for n, s in self.sae.expanded().items()
+                if isinstance(s, OfLayers) and not isinstance(s.layers, list)
+            ]  # fmt: skip
             object.__setattr__(self, "graphs", self.graphs.of_all(layered))
         for name in self.graphs.dictionaries if self.graphs else []:
             if not self.graphs.among(name, list(known := self.sae.expanded())):
@@ -433,10 +437,10 @@ class PaperSpec(Section):
             return
         saes, hooks = self.sae.expanded(), self.activations.hooks
         for name, sae in saes.items():
-            if isinstance(sae, TranscodersSpec):
+            if isinstance(sae, OfLayers):
                 self._check_layers(name, sae)
                 continue
-            named = sae.hooks if isinstance(sae, CrosscoderSpec) and sae.hooks else [sae.hook]
+            named = sae.hooks if isinstance(sae, OfSources) and sae.hooks else [sae.hook]
             if not named[0] and len(hooks) > 1:
                 raise ValueError(f"sae.{name}: name its hook; activations has {', '.join(hooks)}")
             for hook in filter(None, named):
@@ -445,12 +449,12 @@ class PaperSpec(Section):
                         f"sae.{name}: hook '{hook}' is not stored{nearest(hook, hooks)}; "
                         f"add it to activations.hooks"
                     )
-            if isinstance(sae, CrosscoderSpec):
+            if isinstance(sae, OfSources):
                 self._check_sources(name, sae)
-            if sae.output_hook:
+            if getattr(sae, "output_hook", ""):
                 check_output(sae.output_hook, name, hooks, self.activations.max_norm_ratio)
             self._check_arms(name, sae)
-            if not isinstance(sae, ImportSpec):
+            if isinstance(sae, SaeSpec):
                 self._check_widths(name, sae)
         used = (
             [("features.saes", s, self.features.arm) for s in self.features.saes]
@@ -467,9 +471,9 @@ class PaperSpec(Section):
         for key, name, arm in used:
             if name not in saes:
                 raise ValueError(f"{key}: no SAE '{name}'{nearest(name, saes)}")
-            if isinstance(saes[name], CrosscoderSpec):
+            if isinstance(saes[name], OfSources):
                 raise ValueError(f"{key}: '{name}' is a crosscoder; name a dictionary of one hook")
-            if isinstance(saes[name], TranscodersSpec):
+            if isinstance(saes[name], OfLayers):
                 raise ValueError(
                     f"{key}: '{name}' is a set of transcoders of all layers; name a dictionary of "
                     f"one hook"
@@ -500,7 +504,7 @@ class PaperSpec(Section):
                 f"tokens can train; raise corpus.n_tokens or lower d_sae"
             )
 
-    def _check_layers(self, name: str, sae: TranscodersSpec) -> None:
+    def _check_layers(self, name: str, sae: OfLayers) -> None:
         """Raise where the stored hooks cannot serve transcoders of all layers."""
         try:
             sae.pairs(self.activations.hooks)
@@ -512,9 +516,10 @@ class PaperSpec(Section):
                 f"activations.max_norm_ratio drops tokens hook by hook; set it to 0"
             )
         self._check_arms(name, sae)
-        self._check_widths(name, sae)
+        if isinstance(sae, TranscodersSpec):
+            self._check_widths(name, sae)
 
-    def _check_sources(self, name: str, sae: CrosscoderSpec) -> None:
+    def _check_sources(self, name: str, sae: OfSources) -> None:
         """Raise where the sources of a crosscoder do not hold the same tokens."""
         if self.activations.max_norm_ratio:
             raise ValueError(
@@ -583,23 +588,23 @@ class PaperSpec(Section):
         return {
             n: s if s.hook else s.model_copy(update={"hook": hook})
             for n, s in self.sae.expanded().items()
-            if not isinstance(s, CrosscoderSpec | TranscodersSpec) and (not s.arms or arm in s.arms)
+            if not isinstance(s, OfSources | OfLayers) and (not s.arms or arm in s.arms)
         }
 
-    def transcoders_of(self, arm: str) -> dict[str, TranscodersSpec]:
+    def transcoders_of(self, arm: str) -> dict[str, OfLayers]:
         """Expanded name -> transcoders of all layers, for those of the arm."""
         return {
             n: s
             for n, s in (self.sae.expanded() if self.sae else {}).items()
-            if isinstance(s, TranscodersSpec) and (not s.arms or arm in s.arms)
+            if isinstance(s, OfLayers) and (not s.arms or arm in s.arms)
         }
 
-    def crosscoders_of(self, arm: str) -> dict[str, CrosscoderSpec]:
+    def crosscoders_of(self, arm: str) -> dict[str, OfSources]:
         """Expanded name -> crosscoder, for those that stand under the arm's name."""
         return {
             n: s
             for n, s in (self.sae.expanded() if self.sae else {}).items()
-            if isinstance(s, CrosscoderSpec) and arm in s.owners(self.arm_names())
+            if isinstance(s, OfSources) and arm in s.owners(self.arm_names())
         }
 
 

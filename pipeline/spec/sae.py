@@ -7,8 +7,20 @@ from typing import Annotated, Any, ClassVar, Literal
 from pydantic import BeforeValidator, Discriminator, Field, Tag, ValidationError, model_validator
 
 from pipeline.errors import nearest
-from pipeline.spec.base import CROSSED, IMPORTED, LAYERED, TRAINED, Name, Section, sentence
-from pipeline.spec.imports import ImportSpec
+from pipeline.spec.base import (
+    CROSSED,
+    IMPORTED,
+    IMPORTED_CROSSED,
+    IMPORTED_LAYERS,
+    LAYERED,
+    TRAINED,
+    Name,
+    OverSources,
+    Section,
+    pairs_of_layers,
+    sentence,
+)
+from pipeline.spec.imports import ImportedCrosscoder, ImportedLayers, ImportSpec
 
 MOST = 1_000  # dictionaries of a grid
 
@@ -196,7 +208,7 @@ class SaeSpec(Section):
         return out
 
 
-class CrosscoderSpec(SaeSpec):
+class CrosscoderSpec(SaeSpec, OverSources):
     """One dictionary of several sources: hooks of a model, or a hook of several models.
 
     Lindsey et al. 2024 (L1), Minder et al. 2025, 2504.02922 (BatchTopK).
@@ -226,35 +238,8 @@ class CrosscoderSpec(SaeSpec):
         for key in ("output_hook", "resample_steps", "frozen_decoder"):
             if getattr(self, key):
                 raise ValueError(f"{key}: not for crosscoders; remove it, or hooks and models")
-        if self.models and self.arms:
-            raise ValueError("arms: models names the arms already; remove one of the two")
-        if self.hooks and self.hook:
-            raise ValueError("hook: hooks names the hooks already; remove one of the two")
-        for key in ("hooks", "models"):
-            names = getattr(self, key)
-            if twice := {n for n in names if names.count(n) > 1}:
-                raise ValueError(f"{key}: '{min(twice)}' stands twice; name it once")
-        if max(len(self.hooks), 1) * max(len(self.models), 1) < 2:
-            one = [*self.hooks, *self.models]
-            raise ValueError(
-                f"hooks, models: a crosscoder has at least two sources, and {one} is "
-                f"{'one' if one else 'none'}; add another, or write hook: for an SAE"
-            )
+        self.check_sources()
         return self
-
-    def sources(self, arm: str, hook: str) -> list[tuple[str, str]]:
-        """(arm, hook) of each source, models first.
-
-        Args:
-            arm: where it has no `models`.
-            hook: where it has neither `hooks` nor `hook`.
-        """
-        hooks = self.hooks or [self.hook or hook]
-        return [(a, h) for a in self.models or [arm] for h in hooks]
-
-    def owners(self, arms: list[str]) -> list[str]:
-        """The arms under whose names it stands: the first of `models`, or each of its arms."""
-        return self.models[:1] or self.arms or arms
 
 
 class TranscodersSpec(SaeSpec):
@@ -323,19 +308,7 @@ class TranscodersSpec(SaeSpec):
         Raises:
             ValueError: a layer of these has one of the two and not the other, or is missing.
         """
-        of = {
-            at: {int(h.split(".")[1]) for h in stored if h == f"blocks.{h.split('.')[1]}.{at}"}
-            for at in (self.reads, self.writes)
-        }
-        layers = sorted(of[self.reads] | of[self.writes])
-        for layer in range(layers[-1] + 1 if layers else 1):
-            for at, found in of.items():
-                if layer not in found:
-                    raise ValueError(
-                        f"hook 'blocks.{layer}.{at}' is not stored, and every layer is needed; add "
-                        f"it to activations.hooks"
-                    )
-        return [(f"blocks.{n}.{self.reads}", f"blocks.{n}.{self.writes}") for n in layers]
+        return pairs_of_layers(stored, self.reads, self.writes)
 
 
 def check_output(output_hook: str, name: str, hooks: list[str], max_norm_ratio: float) -> None:
@@ -353,12 +326,18 @@ def check_output(output_hook: str, name: str, hooks: list[str], max_norm_ratio: 
 
 
 def _kind(value: Any) -> str:
-    """Which of the four an entry of dictionaries is, by the keys that only it has."""
+    """Which kind an entry of dictionaries is, by the keys that only it has."""
+    if isinstance(value, ImportedLayers) or (
+        isinstance(value, dict) and "source" in value and "layers" in value
+    ):
+        return IMPORTED_LAYERS
+    crossed = isinstance(value, dict) and ("hooks" in value or "models" in value)
+    if isinstance(value, ImportedCrosscoder) or (crossed and "source" in value):
+        return IMPORTED_CROSSED
     if isinstance(value, ImportSpec) or (isinstance(value, dict) and "source" in value):
         return IMPORTED
     if isinstance(value, TranscodersSpec) or (isinstance(value, dict) and "layers" in value):
         return LAYERED
-    crossed = isinstance(value, dict) and ("hooks" in value or "models" in value)
     return CROSSED if crossed or isinstance(value, CrosscoderSpec) else TRAINED
 
 
@@ -367,9 +346,13 @@ Dictionary = Annotated[
     Annotated[SaeSpec, Tag(TRAINED)]
     | Annotated[CrosscoderSpec, Tag(CROSSED)]
     | Annotated[TranscodersSpec, Tag(LAYERED)]
-    | Annotated[ImportSpec, Tag(IMPORTED)],
+    | Annotated[ImportSpec, Tag(IMPORTED)]
+    | Annotated[ImportedLayers, Tag(IMPORTED_LAYERS)]
+    | Annotated[ImportedCrosscoder, Tag(IMPORTED_CROSSED)],
     Discriminator(_kind),
 ]
+OfSources = CrosscoderSpec | ImportedCrosscoder  # crosscoders, whoever trained them
+OfLayers = TranscodersSpec | ImportedLayers  # transcoders of all layers, whoever trained them
 
 
 class SaeSection(Section):
@@ -383,7 +366,7 @@ class SaeSection(Section):
             raise ValueError(f"the grids make two dictionaries '{min(twice)}'; rename one")
         return self
 
-    def expanded(self) -> dict[str, SaeSpec | ImportSpec]:
+    def expanded(self) -> dict[str, SaeSpec | ImportSpec | ImportedLayers | ImportedCrosscoder]:
         """Expanded name -> dictionary."""
         return {
             n: s for name, spec in self.dictionaries.items() for n, s in spec.expand(name).items()
@@ -398,7 +381,7 @@ def check_window(paper: Any) -> None:
     named = [s for s in ("probes", "benchmarks") if getattr(paper, s) is not None]
     named += [f"own.{n}" for n, own in paper.stages.items() if "activations" in own.needs]
     saes = paper.sae.expanded() if paper.sae else {}
-    named += [f"sae.{name}" for name, spec in saes.items() if isinstance(spec, CrosscoderSpec)]
+    named += [f"sae.{name}" for name, spec in saes.items() if isinstance(spec, OfSources)]
     if named:
         raise ValueError(f"{named[0]}: reads all stored rows, and activations.window {rest}")
     if not saes:

@@ -6,8 +6,10 @@ import sys
 import types
 from pathlib import Path
 
+import published
 import pytest
 import torch
+from published import D
 from synthetic import call
 from test_crosscoders import HOOK, SPARSITY, job, paths, rows_of_two, stored, two  # noqa: F401
 
@@ -47,3 +49,30 @@ def test_its_reader_gives_the_same_activations(two, theirs, tmp_path, name):  # 
         weighed = read.get_activations(x)
         if name == "batchtopk":
             torch.testing.assert_close(weighed, f, rtol=1e-4, atol=1e-3)
+
+
+@pytest.mark.parametrize("name", ["CrossCoder", "BatchTopKCrossCoder"])
+@pytest.mark.parametrize("code", ["CROSSCODER", "SAE", "NONE"])
+def test_what_it_wrote_comes_in_as_its_own_reader_reads_it(
+    theirs, tiny_gpt2_json, tmp_path, name, code
+):
+    """A crosscoder of its own class, with a normalizer, saved as its trainers save one."""
+    torch.manual_seed(0)
+    mean, std = torch.randn(2, D), torch.rand(2, D) + 0.5
+    made = getattr(theirs, name)(
+        D, 40, 2, code_normalization=code, activation_mean=mean, activation_std=std
+    )
+    if name == "BatchTopKCrossCoder":
+        made.threshold.fill_(0.5)
+    (tmp_path / "theirs").mkdir()
+    torch.save(made.state_dict(), tmp_path / "theirs/model_final.pt")
+    read = getattr(theirs, name).from_pretrained(str(tmp_path / "theirs/model_final.pt"))
+    ours = published.brought(
+        published.bring_crosscoder([tiny_gpt2_json], tmp_path / "item", tmp_path / "theirs")
+    )
+    x = 3 * torch.randn(60, 2, D)
+    with torch.no_grad():
+        f = read.encode(x)
+        assert (f > 0).any() and (f == 0).any()
+        torch.testing.assert_close(ours.encode(x.flatten(1)), f, rtol=1e-5, atol=1e-5)
+        torch.testing.assert_close(ours(x.flatten(1)), read(x).flatten(1), rtol=1e-5, atol=1e-4)

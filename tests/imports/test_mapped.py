@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from pipeline.errors import RetraceError
-from pipeline.imports import mapped, sae_import
+from pipeline.imports import compared, mapped
 from pipeline.imports.original import Original, tensors
 
 ARRAYS = {
@@ -82,7 +82,7 @@ class Encoder:
 def test_rows_that_float32_leaves_unclear_are_compared_in_float64(off, same):
     x = torch.randn(5, 6, generator=torch.Generator().manual_seed(1))
     original = Original("standard", {"W_enc": Encoder().W}, Encoder().encode)
-    wanted = sae_import.Expected(x, original.encode(x), torch.zeros(0, 9), None)
+    wanted = compared.Expected(x, original.encode(x), torch.zeros(0, 9), None)
     asked = []
 
     def again():
@@ -90,8 +90,8 @@ def test_rows_that_float32_leaves_unclear_are_compared_in_float64(off, same):
         return original
 
     if same:
-        assert sae_import.check_same(wanted, Encoder(*off), Path("w"), again) < 1e-5
+        assert compared.check_same(wanted, Encoder(*off), Path("w"), again) < 1e-5
     else:
         with pytest.raises(RetraceError, match="w: encode differs from the original's by"):
-            sae_import.check_same(wanted, Encoder(*off), Path("w"), again)
+            compared.check_same(wanted, Encoder(*off), Path("w"), again)
     assert len(asked) == bool(off)
