@@ -131,6 +131,7 @@ KINDS = {  # of a node -> in the legend, colour, symbol
     "logit": ("next token", PALETTE[3], "star"),
 }
 SPREAD = 0.8  # of the width of a token's column, that nodes of one layer share
+CROWD = 0.3  # of a column, that each further node of its fullest layer widens it by
 
 
 def attribution_graph(nodes: pd.DataFrame, edges: pd.DataFrame, most: int) -> go.Figure:
@@ -161,7 +162,11 @@ def attribution_graph(nodes: pd.DataFrame, edges: pd.DataFrame, most: int) -> go
     tokens = nodes[nodes["kind"] == "embed"].sort_values("position")
     n_layers = int(nodes.loc[nodes["kind"] == "logit", "layer"].iloc[0])
     rows = ["token", *(f"layer {layer}" for layer in range(n_layers)), "next token"]
+    middle, wide = columns(grouped)
     ruled(figure, rows, [literal(visible(t)) for t in tokens["token"]])
+    places = tokens["position"].map(middle).tolist()
+    ends = [places[0] - wide[tokens["position"].iloc[0]] / 2, max(middle + wide / 2)]
+    figure.update_xaxes(tickvals=places, range=[ends[0] - 0.1, ends[1] + 0.1])
     figure.update_layout(height=max(420, 46 * len(rows) + 160))
     return figure
 
@@ -179,18 +184,29 @@ def together(nodes: pd.DataFrame) -> tuple[pd.DataFrame, dict[str, str]]:
     return pd.DataFrame(out), of
 
 
+def columns(nodes: pd.DataFrame) -> tuple[pd.Series, pd.Series]:
+    """(middle, width) of each column, the first at 0; wide where many nodes stand in a layer."""
+    most = nodes.groupby(["position", "layer"]).size().groupby("position").max()
+    every = most.reindex(range(int(nodes["position"].max()) + 1), fill_value=1)
+    wide = 1 + CROWD * (every - 1)
+    middle = wide.cumsum() - wide / 2
+    return middle - middle.iloc[0], wide
+
+
 def placed(nodes: pd.DataFrame) -> pd.DataFrame:
     """Nodes with places on the grid of tokens and layers, sizes and lines of text."""
     nodes = nodes.assign(y=nodes["layer"] + 1).sort_values(["y", "position"], kind="stable")
     cell = nodes.groupby(["y", "position"], sort=False)["node"]
     shift = (cell.cumcount() + 0.5) / cell.transform("size") - 0.5
+    middle, wide = columns(nodes)
     largest = np.nanmax(nodes["influence"].to_numpy(float)) or 1.0
     share = nodes["influence"].fillna(largest) / largest
     about = [about_of(row) for row in nodes.to_dict("records")]
     return pd.DataFrame(
         {
             "name": nodes["node"], "kind": nodes["kind"], "probability": nodes["probability"],
-            "x": nodes["position"] + SPREAD * shift, "y": nodes["y"], "about": about,
+            "x": nodes["position"].map(middle) + SPREAD * shift * nodes["position"].map(wide),
+            "y": nodes["y"], "about": about,
             "colour": [KINDS[k][1] for k in nodes["kind"]],
             "symbol": [KINDS[k][2] for k in nodes["kind"]], "size": 7 + 11 * np.sqrt(share),
         }

@@ -57,7 +57,8 @@ def lines(tables: dict[str, Any], options: dict[str, Any]) -> tuple[Any, Any]:
     panels.axes(what.x_title or what.x.replace("_", " "), what.y[ys[0]])
     for axis in what.log:
         update = panels.figure.update_xaxes if axis == "x" else panels.figure.update_yaxes
-        update(type="log", dtick=ticks(table[what.x if axis == "x" else ys[0]]))
+        step = ticks(table[what.x if axis == "x" else ys[0]])
+        update(type="log", dtick=step, exponentformat="power" if step == 1 else "none")
     if np.ptp(table[what.x]) <= WHOLE and not (table[what.x] % 1).any() and "x" not in what.log:
         panels.figure.update_xaxes(dtick=1)
     for i, here in enumerate(shown):

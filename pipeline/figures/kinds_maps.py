@@ -15,6 +15,7 @@ from pipeline.spec.figures import Matrix, Traced, Trajectories
 
 MONO = "ui-monospace, SFMono-Regular, Menlo, Consolas, 'DejaVu Sans Mono', monospace"
 LONGEST = 8  # characters of a token in a cell
+NUMBER = 52  # pixels of a cell with a number in it, and of a name below it
 WIDE, ROW = 40, 30  # pixels: a cell that has room for a probability, too; the height of a row
 BARE = {"showgrid": False, "showline": False, "ticks": ""}
 
@@ -58,6 +59,8 @@ def matrix(tables: dict[str, Any], options: dict[str, Any]) -> tuple[Any, Any]:
         height=170 + max(28 * len(field.y), 320 if what.x_title else 0),
         margin={"t": 36},
     )
+    if what.numbers:  # which nobody reads in a sliver: a phone scrolls sideways
+        figure.update_layout(meta={"min_width": 150 + NUMBER * len(field.x)})
     return figure, table[what.columns] if what.columns else mean
 
 

@@ -11,6 +11,7 @@ import pytest
 from plotly.subplots import make_subplots
 
 from pipeline.figures import drawing, theme
+from pipeline.report import thumb_ink
 
 CHROMIUM = next((c for n in ("chromium", "chromium-browser") if (c := shutil.which(n))), None)
 CHROMEDRIVER = shutil.which("chromedriver")
@@ -257,6 +258,68 @@ def test_titles_that_a_phone_has_no_room_for_scroll(browser, tmp_path):
     figure = "document.querySelector('.retrace-figure')"
     assert here.js(f"return {figure}.scrollWidth > {figure}.clientWidth")
     assert here.js("return document.documentElement.scrollWidth") <= 390
+
+
+@pytest.mark.parametrize("scale", [theme.SEQUENTIAL, theme.DIVERGING])
+def test_numbers_on_a_map_are_legible(browser, tmp_path, scale):
+    """On every cell, the grey ones in the middle of a scale among them (WCAG 2, AA)."""
+    z = [[(8 * row + col) / 63 for col in range(8)] for row in range(8)]
+    colours = theme.scale(scale)
+    look = {"zmin": 0, "zmax": 1, "colorscale": colours, "texttemplate": "%{z:.2f}"}
+    here = opened(browser, tmp_path, go.Figure(go.Heatmap(z=z, **look)), 1280)
+    told = (
+        "return [...document.querySelectorAll('.heatmap-label text')]"
+        ".map(e => [+e.textContent, e.style.fill])"
+    )
+    for dark in (False, True):
+        here.scheme(dark)
+        inks = here.js(told)
+        assert len(inks) == 64
+        for at, ink in inks:
+            red, green, blue = thumb_ink.rgb(colours, at)
+            assert contrast(luminance(f"rgb({red}, {green}, {blue})"), luminance(ink)) >= 4.4, at
+    assert here.errors() == []
+
+
+def test_digits_of_a_log_axis_stand_on_one_line(browser, tmp_path):
+    figure = go.Figure(go.Scatter(x=[3, 60], y=[1, 2])).update_xaxes(type="log", dtick="D2")
+    here = opened(browser, tmp_path, figure, 1280)
+    bottoms = here.js(
+        "return [...document.querySelectorAll('.xtick text')].map(e => e.getBoundingClientRect())"
+        ".map(r => [r.bottom, r.height])"
+    )
+    assert len(bottoms) >= 4 and len({round(v) for b in bottoms for v in b}) == 2, bottoms
+
+
+def test_names_that_a_phone_has_no_room_for_scroll(browser, tmp_path):
+    """Upright, in place of standing on end."""
+    figure = make_subplots(rows=1, cols=2)
+    for col in (1, 2):
+        figure.add_bar(x=["logistic", "mean difference", "ridge"], y=[1, 2, 3], row=1, col=col)
+    here = opened(browser, tmp_path, figure, 390)
+    ticks = here.js(
+        "return [...document.querySelectorAll('.xtick text, .x2tick text')]"
+        ".map(e => e.getAttribute('transform'))"
+    )
+    assert len(ticks) == 6 and all("rotate" not in t or "rotate(0" in t for t in ticks), ticks
+    figure = "document.querySelector('.retrace-figure')"
+    assert here.js(f"return {figure}.scrollWidth > {figure}.clientWidth")
+    assert here.js("return document.documentElement.scrollWidth") <= 390
+
+
+@pytest.mark.parametrize("width", [390, 1280])
+def test_the_index_of_twenty_four_papers_is_one_screen(browser, width):
+    browser.open(INDEX, width=width)
+    browser.js(
+        "const list = document.querySelector('.rows'), row = list.firstElementChild;"
+        "for (let i = 0; i < 23; i++) list.append(row.cloneNode(true));"
+    )
+    end = "return document.querySelector('.row:last-child').getBoundingClientRect().bottom"
+    assert browser.js(end) < {390: 844, 1280: 1280}[width]  # of a phone; of a screen
+    browser.js("document.querySelector('.row summary').click()")
+    shown = browser.js("return document.querySelector('.row details').innerText")
+    assert "Report with figures" in shown and "7 % of the latents are dead" in shown
+    assert browser.js("return document.documentElement.scrollWidth") <= width
 
 
 def test_what_is_chosen_has_tick_labels_of_its_own(browser, tmp_path):

@@ -64,6 +64,15 @@ def test_lines_keep_the_order_of_paper_yaml_and_have_one_legend():
     assert list(frame.columns) == ["task", "kind", "n", "kept", "min", "max"]
 
 
+def test_ticks_of_log_lines_are_powers_or_whole_numbers():
+    """Never 100µ, and never 2x10."""
+    table = CURVES.assign(kept=lambda t: 10.0 ** -(1 + 5 * t["kept"]))
+    for x, dtick, form in ((table["n"] + 1, "D2", "none"), (10.0 ** table["n"], 1, "power")):
+        given = {"x": "n", "y": {"kept": "kept"}, "lines": "kind", "several": "mean"}
+        figure, _ = drawn("lines", {"t": table.assign(n=x)}, **given, log=["x"])
+        assert (figure.layout.xaxis.dtick, figure.layout.xaxis.exponentformat) == (dtick, form)
+
+
 def test_lines_offer_measures_and_keep_what_is_asked_for():
     table = CURVES[CURVES["seed"] == 0].assign(lost=lambda t: 1 - t["kept"])
     y = {"lost": "share lost", "kept": "share kept"}

@@ -8,7 +8,7 @@ from test_browser import CHROMEDRIVER, CHROMIUM, FLAGS, Browser
 from pipeline.errors import RetraceError
 from pipeline.figures import drawing
 from pipeline.figures.kinds import KINDS
-from pipeline.figures.kinds_graph import legend, ruled, walkable
+from pipeline.figures.kinds_graph import CROWD, columns, legend, ruled, walkable
 
 NAMES = ["a", "b <b>bold</b>", "c", "logits"]
 NODES = pd.DataFrame(
@@ -40,6 +40,14 @@ def test_lines_are_grouped_by_sign_and_width():
     assert walk["links"] == [[0, 2, 1.0], [1, 2, -0.5], [2, 3, 2.0], [0, 3, 0.01]]
     assert "&lt;script&gt;" in figure.data[walk["nodes"]].customdata[0]
     assert walkable(NODES, LINKS[:0], "c", "logits").layout.meta["walk"]["lines"] == []
+
+
+def test_a_crowded_token_has_a_wider_column():
+    """Eleven features in one layer at the second token, none at the first."""
+    nodes = pd.DataFrame({"position": [0, *[1] * 11, 1], "layer": [-1, *[0] * 11, -1]})
+    middle, wide = columns(nodes)
+    assert wide.tolist() == [1, 1 + 10 * CROWD]
+    assert middle.tolist() == pytest.approx([0, 0.5 + (1 + 10 * CROWD) / 2])
 
 
 @pytest.fixture(scope="module")

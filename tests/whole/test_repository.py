@@ -144,6 +144,15 @@ def test_readme_counts_verdicts_as_the_tables_do(folder):
     assert f"| {short} |" in README, f"write into README's table: {short}"
 
 
+def test_every_paper_is_among_the_published_or_the_unpublished():
+    table, rest = README.split("\nWithout a published run: ")
+    without = set(re.findall(r"\(`(\w+)`\)", rest.split("\n")[0]))
+    published = {folder.parent.name for folder in PUBLISHED}
+    assert set(re.findall(r"^\| \[.*?\(`(\w+)`\)", table, re.M)) == published
+    every = {f.parent.name for f in (ROOT / "rules/papers").glob("*/paper.yaml")}
+    assert without == every - published
+
+
 def section(after: str) -> str:
     """The part of the page of the published runs between a line and the next heading."""
     return RUNS.split(f"{after}\n", 1)[1].split("\n## ", 1)[0]

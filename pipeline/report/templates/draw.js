@@ -196,14 +196,57 @@
     if (rounds > 1) await uncrowded(box, rounds - 1);
   }
 
-  // plotly writes the 2 and 5 of a log axis smaller than its decades: one size for all
+  // plotly writes the 2 and 5 of a log axis smaller than its decades, and higher: one size and line
   function evenDigits(box) {
     for (const [key, axis] of Object.entries(box._fullLayout)) {
       if (!/^[xy]axis\d*$/.test(key) || axis.type !== "log") continue;
-      for (const text of box.querySelectorAll(`.${axis._id}tick text`)) {
+      const texts = [...box.querySelectorAll(`.${axis._id}tick text`)];
+      const lowest = Math.max(...texts.map((text) => Number(text.getAttribute("y"))));
+      for (const text of texts) {
         text.style.fontSize = `${axis.tickfont.size}px`;
+        if (key[0] === "x" && axis.side !== "top") text.setAttribute("y", lowest);
       }
     }
+  }
+
+  // of a colour '#rrggbb' or 'rgb(r, g, b)', WCAG 2
+  function luminance(colour) {
+    const parts = colour[0] === "#" ? colour.slice(1).match(/../g).map((c) => parseInt(c, 16))
+      : colour.match(/[\d.]+/g).map(Number);
+    const [r, g, b] = parts.map((c) => (c / 255 <= 0.04045 ? c / 3294.6 : ((c / 255 + 0.055) / 1.055) ** 2.4));
+    return 0.2126 * r + 0.7152 * g + 0.0722 * b;
+  }
+
+  // a place from 0 to 1 on a scale of evenly mixed colours
+  function shade(scale, at) {
+    const i = Math.max(scale.findIndex(([stop]) => stop >= at), 1);
+    const [[from, a], [to, b]] = [scale[i - 1], scale[i]];
+    const share = (at - from) / (to - from || 1);
+    const [low, high] = [a, b].map((c) => c.match(/[0-9a-f]{2}/gi).map((d) => parseInt(d, 16)));
+    return `rgb(${low.map((c, k) => c + share * (high[k] - c)).join(",")})`;
+  }
+
+  // numbers on a map are black or white, whichever stands out more: plotly writes grey on grey
+  function legible(box) {
+    for (const label of box.querySelectorAll(".heatmap-label text")) {
+      const trace = label.closest(".hm").__data__[0].trace, z = label.__data__.z;
+      const { colorscale, cmin = trace.zmin, cmax = trace.zmax } = box._fullLayout[trace.coloraxis] ?? trace;
+      if (!colorscale.every(([, colour]) => /^#[0-9a-f]{6}$/i.test(colour))) continue;
+      const ground = luminance(shade(colorscale, Math.min(1, Math.max(0, (z - cmin) / (cmax - cmin || 1)))));
+      label.style.fill = ground > 0.179 ? "#000000" : "#ffffff";  // where both have a contrast of 4.6
+    }
+  }
+
+  function retouched(box) {
+    evenDigits(box);
+    legible(box);
+  }
+
+  // whether a phone shows names on an x axis leaning, for want of room
+  function leaning(box) {
+    return Object.entries(box._fullLayout).some(([key, axis]) => /^xaxis\d*$/.test(key) &&
+      axis.type === "category" && [...box.querySelectorAll(`.${axis._id}tick text`)]
+        .some((e) => /rotate\(-?[1-9]/.test(e.getAttribute("transform"))));
   }
 
   // whether titles or tick labels lie on each other, so that the figure wants more room than a phone has
@@ -256,11 +299,11 @@
     };
     thinned.delete(box);
     await Plotly.react(box, plot.data, layout, config);
-    evenDigits(box);
-    if (!box.dataset.even) box.on("plotly_afterplot", () => evenDigits(box));
+    retouched(box);
+    if (!box.dataset.even) box.on("plotly_afterplot", () => retouched(box));
     box.dataset.even = "yes";
     await uncrowded(box);
-    if (width < narrow && !plot.layout.meta?.play && colliding(box)) {
+    if (width < narrow && !plot.layout.meta?.play && (colliding(box) || leaning(box))) {
       const spans = Object.keys(layout).filter((key) => /^xaxis/.test(key)).map((key) => layout[key].domain ?? [0, 1]);
       return draw(figure, onDark, Math.max(ROOMY, ...spans.map(([from, to]) => PANEL / (to - from))));
     }

@@ -11,6 +11,10 @@ from pipeline.store.tables import where
 KINDS = {"target": ("column of W", rgba(INK, 0.35), 7), "part": ("part", PALETTE[1], 2)}
 ALIVE = {True: ("alive, rows with its feature", PALETTE[0], "own"),
          False: ("dead, all rows", PALETTE[1], "mean")}  # fmt: skip
+ARMS = {"base": "importance weight of the paper", "heavy": "ten times it",
+        "wide": "twice the parts"}  # fmt: skip
+TARGETS = {"tms_5_2": "TMS 5-2", "tms_5_2_id": "TMS 5-2 + identity", "tms_40_10": "TMS 40-10",
+           "tms_40_10_id": "TMS 40-10 + identity"}  # fmt: skip
 FLOOR = 1e-8  # of a change that is drawn
 
 
@@ -21,7 +25,7 @@ def vectors(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
         return nothing("no target with two dimensions"), table
     table = first(table)
     arms, targets = (list(dict.fromkeys(table[c])) for c in ("arm", "target"))
-    panels = Panels([arm.replace("_", " ") for arm in arms])
+    panels = Panels([ARMS.get(arm, arm) for arm in arms])
     reach = 1.15 * float(table[["x", "y"]].abs().max().max())
     for case, target in enumerate(targets):
         for i, arm in enumerate(arms):
@@ -32,8 +36,8 @@ def vectors(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
                                    hover="%{x:.2f}, %{y:.2f}"), case=case)  # fmt: skip
     for i in range(len(arms)):
         plane(panels.figure, **panels.place(i), reach=reach)
-    panels.choose([t.replace("_", " ") for t in targets])
-    return panels.finish(380, legend=44, top=100), table
+    panels.choose([TARGETS.get(t, t) for t in targets])
+    return panels.finish(340, legend=24, top=64), table
 
 
 def ablations(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
@@ -47,8 +51,14 @@ def ablations(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
             own = rows[rows["alive"] == alive].dropna(subset=[column])
             y = own[column].clip(lower=FLOOR)
             hover = f"{name}, %{{x}}: %{{y:.2g}}"
-            panels.add(0, points(own["arm"], y, name, rgba(colour, 0.6), hover=hover), case=case)
-    panels.choose([t.replace("_", " ") for t in targets])
+            panels.add(
+                0,
+                points(
+                    [ARMS.get(a, a) for a in own["arm"]], y, name, rgba(colour, 0.6), hover=hover
+                ),
+                case=case,
+            )
+    panels.choose([TARGETS.get(t, t) for t in targets])
     panels.figure.update_yaxes(type="log", exponentformat="power")
     panels.axes(y="squared change of the output")
-    return panels.finish(380, legend=44, top=100), table
+    return panels.finish(360, legend=12, top=48), table

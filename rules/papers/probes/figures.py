@@ -71,7 +71,8 @@ def control(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     frame = frame[frame["arm"] == options.get("arm", "trained")]
     methods = list(dict.fromkeys(frame["probe"]))
     labels = list(dict.fromkeys(frame["label"]))
-    panels = Panels([label.replace("_", " ") for label in labels], shared_yaxes=True)
+    titles = [label.replace("_", " ") for label in labels]
+    panels = Panels(titles, min(2, len(labels)), gap=(0.06, 0.2), shared_yaxes=True)
     seeds = frame.groupby(["label", "probe", "seed"])[["accuracy", "control_accuracy"]].mean()
     for i, label in enumerate(labels):
         for column, (name, colour) in TASKS.items():
@@ -82,7 +83,8 @@ def control(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
             panels.add(i, bars(x, mean, name, colour, error_y=reach,
                                hover=f"{name}, %{{x}}: %{{y:.3f}}"))  # fmt: skip
     panels.axes(y="accuracy")
-    figure = panels.finish(400, legend=44, top=80).update_layout(barmode="group")
+    height = 100 + 230 * panels.rows
+    figure = panels.finish(height, legend=26, top=64).update_layout(barmode="group")
     return figure, seeds.reset_index()
 
 
