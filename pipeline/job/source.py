@@ -157,9 +157,8 @@ def _remembered() -> Note:
 
 
 def _read_facts(file: Path, package: str) -> dict[str, Any]:
-    _parsed(file)  # the sentence of a file that is no Python
-    text = file.read_text(encoding="utf-8")
-    return definitions.facts(text, package) | {"code": definitions.file_hash(text)}
+    tree, text = _parsed(file), file.read_text(encoding="utf-8")
+    return definitions.facts(text, package) | {"code": definitions.file_hash(tree, text)}
 
 
 def file_code(file: str | Path) -> str:

@@ -150,6 +150,7 @@ def found(two) -> tuple:
 # --- what is shared, and what is not -------------------------------------------------------
 
 
+@pytest.mark.workflow
 def test_two_copies_of_one_model_have_no_latent_of_their_own(tmp_path):
     activations = stored(tmp_path, copies=True)
     call("crosscoder", job(n_rows=64_000), **paths(tmp_path / "out", activations))
@@ -287,6 +288,7 @@ def test_the_evaluation_is_each_sources_own(two, found):
     assert [s["name"] for s in sources] == ["a", "b"]
 
 
+@pytest.mark.workflow
 def test_an_interrupted_job_ends_with_the_bytes_of_another(two, tmp_path, monkeypatch):
     """Stopped after its second checkpoint, then called again."""
     activations, few = two[1], job(n_rows=25_600, checkpoint_seconds=1e-9)

@@ -232,6 +232,7 @@ class Batches:
             yield self.both[rng.integers(0, len(self.both), self.batch_size)]
 
 
+@pytest.mark.workflow
 @pytest.mark.parametrize("architecture", SPARSITY)
 def test_training_finds_the_features_that_write_to_two_layers(architecture, one_thread):  # noqa: F811
     both, writes = planted(6000)
@@ -344,6 +345,7 @@ def paths(out: Path, manifest: Path) -> dict:
             "history": out / "history.parquet", "device": "cpu"}  # fmt: skip
 
 
+@pytest.mark.workflow
 def test_a_job_trains_and_judges_all_sets_and_resumes_to_the_same_bytes(
     tmp_path,
     monkeypatch,

@@ -106,6 +106,38 @@ def test_a_function_of_nothing_but_a_docstring(tmp_path):
     assert code(tmp_path, one) != code(tmp_path, "def f():\n    return 1\n")
 
 
+NESTED = """
+if x:
+    "one"
+    from pipeline import deep
+elif y:
+    from pipeline import deep
+for z in x:
+    "two"
+    import pipeline.deep
+try: ...
+except E:
+    "three"
+    from . import deep
+finally:
+    f = lambda: "four"
+match x:
+    case 1:
+        "five"
+        import os
+"""
+
+
+def test_what_stands_deep_in_a_definition_is_left_out_as_well():
+    """Docstrings, or what stands where they do, and imports of ours, in statements of any kind."""
+    found = definitions._bare(ast.parse(NESTED))
+    assert not [n for n in ast.walk(found) if isinstance(n, ast.ImportFrom)]
+    texts = {n.value for n in ast.walk(found) if isinstance(n, ast.Constant)}
+    assert {"one", "two", "three", "five"}.isdisjoint(texts) and "four" in texts
+    (kept,) = (n for n in ast.walk(found) if isinstance(n, ast.Import))
+    assert kept.names[0].name == "os"
+
+
 FILES = {
     "__init__": "__version__ = '1'",
     "stage": """
@@ -728,7 +760,7 @@ def test_a_long_note_keeps_the_files_that_were_asked_for(tmp_path, monkeypatch):
     assert note.Note(path).files == {k: {"of": k} for k in "bcd"}
 
 
-def test_a_hash_is_remembered_under_the_files_bytes(tmp_path, monkeypatch):
+def test_a_hash_is_remembered_under_the_files_bytes(pipeline, tmp_path, monkeypatch):
     """An edit is seen though the note is there; a note that is broken is as good as none."""
     monkeypatch.setattr(source, "NOTE", tmp_path / "code.json")
     file = tmp_path / "data.py"
@@ -736,10 +768,9 @@ def test_a_hash_is_remembered_under_the_files_bytes(tmp_path, monkeypatch):
     clear()
     first = source.job_code("none", [file])
     clear()
-    monkeypatch.setattr(source, "_read_facts", lambda *_: pytest.fail("parsed again"))
-    assert source.job_code("none", [file]) == first
-    monkeypatch.undo()
-    monkeypatch.setattr(source, "NOTE", tmp_path / "code.json")
+    with monkeypatch.context() as m:
+        m.setattr(source, "_read_facts", lambda *_: pytest.fail("parsed again"))
+        assert source.job_code("none", [file]) == first
     file.write_text("x = 2\n")
     clear()
     second = source.job_code("none", [file])

@@ -210,6 +210,7 @@ def test_a_replaced_node_is_that_of_the_source():
     assert not torch.allclose(got, wanted, atol=1e-3)
 
 
+@pytest.mark.workflow
 def test_training_lowers_all_three_errors():
     cpu = torch.device("cpu")
     _, history = siit.train(siit_options(steps=150, batch_size=32), 0, cpu)

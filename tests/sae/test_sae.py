@@ -408,6 +408,7 @@ def mean_max_cosine(decoder: torch.Tensor, truth: np.ndarray) -> float:
     return (torch.tensor(truth, dtype=torch.float32) @ rows.T).amax(1).mean().item()
 
 
+@pytest.mark.workflow
 def test_a_planted_dictionary_is_recovered_and_a_random_one_is_not():
     x, truth = planted(20_000)
     topk = TOPK.model_copy(update={"k": 3, "d_sae": 96})
@@ -572,6 +573,7 @@ def test_the_history_has_every_dictionary_and_ends_at_the_last_step(made):
     assert topk["l0"].iloc[-1] == 4
 
 
+@pytest.mark.workflow
 @pytest.mark.parametrize("name", list(SPEC["dictionaries"]))
 def test_saelens_loads_what_we_wrote_and_reconstructs_what_ours_does(made, activations, name):
     """The trained object on scaled rows against the saved folder on rows as they are stored."""

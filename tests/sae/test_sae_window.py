@@ -181,6 +181,7 @@ def fitted(stream: Stream, manifest: Path, seed: int) -> float:
     return float(1 - lost / (x - x.mean(0)).square().sum())
 
 
+@pytest.mark.workflow
 def test_a_window_on_changing_text_explains_little_less_than_the_whole_store(
     tiny_model_json, tiny_corpus, tiny_activations, tmp_path
 ):

@@ -383,6 +383,7 @@ def test_a_killed_run_goes_on_and_ends_with_the_bytes_of_another(made, data, tmp
     assert contents(tmp_path) == contents(made)
 
 
+@pytest.mark.workflow
 def test_a_run_killed_while_it_moves_its_weights_starts_anew(made, data, tmp_path, monkeypatch):
     """The state is left, the weights are not: what goes on from it would lack its first ones."""
     argv = ["training", "--spec", json.dumps({"training": LONG})]

@@ -1,6 +1,7 @@
 """The rooms of pipeline/: imports run one way, and torch stays behind a border of folders."""
 
 import ast
+import functools
 import re
 import subprocess
 import sys
@@ -26,22 +27,29 @@ def modules(room: str) -> list[Path]:
     return sorted((ROOT / "pipeline" / room).glob("*.py"))
 
 
-def imported(file: Path) -> Iterator[tuple[str, bool]]:
-    """(module, whether a statement at the top imports it) of all imports in a file."""
+@functools.cache
+def statements(file: Path) -> list[tuple[ast.Import | ast.ImportFrom, bool]]:
+    """(import, whether it stands at the top) of all in a file."""
     tree = ast.parse(file.read_text())
     top = set(map(id, tree.body))
-    for node in ast.walk(tree):
+    found = (n for n in ast.walk(tree) if isinstance(n, ast.Import | ast.ImportFrom))
+    return [(node, id(node) in top) for node in found]
+
+
+def imported(file: Path) -> Iterator[tuple[str, bool]]:
+    """(module, whether a statement at the top imports it) of all imports in a file."""
+    for node, top in statements(file):
         names = [a.name for a in node.names] if isinstance(node, ast.Import) else []
         if isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"{file}: write out the room of a relative import"
             below = [f"{node.module}.{a.name}" for a in node.names]
             names = below if node.module == "pipeline" else [node.module]
-        yield from ((name, id(node) in top) for name in names)
+        yield from ((name, top) for name in names)
 
 
 def named(file: Path) -> set[str]:
     """Every module that a file's imports may name: `from a import b` names a and a.b."""
-    found = [n for n in ast.walk(ast.parse(file.read_text())) if isinstance(n, ast.ImportFrom)]
+    found = [node for node, _ in statements(file) if isinstance(node, ast.ImportFrom)]
     return {n.module for n in found} | {f"{n.module}.{a.name}" for n in found for a in n.names}
 
 
