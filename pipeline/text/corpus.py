@@ -31,7 +31,7 @@ from pipeline.errors import RetraceError
 from pipeline.job import cli
 from pipeline.spec.sources import CorpusSpec
 from pipeline.store import tables
-from pipeline.text import chat, sources, spool
+from pipeline.text import chat, sources
 from pipeline.text.packing import Encode, TokenStream, cut, shuffled, split
 from pipeline.text.tokens import load_tokenizer
 
@@ -73,14 +73,11 @@ def block_tables(streams: dict[str, TokenStream], n_ctx: int, bos_id: int | None
         ]
         ids = pa.array(range(first, last), pa.int32())
         yield pa.Table.from_arrays([ids, pa.array(splits), *lists], schema=block_schema())
-        for stream in streams.values():
-            spool.forget(stream.tokens, stream.document)
 
 
 def _slice(stream: TokenStream, start: int, end: int) -> TokenStream:
-    """Tokens of a stream, out of their file, with no word on documents."""
-    parts = (np.array(x[start:end]) for x in (stream.tokens, stream.document))
-    return TokenStream(*parts, stream.used[:0])
+    """Tokens of a stream, with no word on documents."""
+    return TokenStream(stream.tokens[start:end], stream.document[start:end], stream.used[:0])
 
 
 def document_schema() -> Any:

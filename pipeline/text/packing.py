@@ -25,14 +25,14 @@ Encode = Callable[[list[Any]], list[np.ndarray]]
 
 @dataclass(frozen=True)
 class TokenStream:
-    """The tokens of one split; the arrays may lie on disk, so slice them.
+    """The tokens of one split, which lie on disk or in memory: slice, then np.asarray.
 
     tokens, document: int32 [n]; used: int32 [documents, 2], each document and how many of its
     tokens stand in the stream, in stream order.
     """
 
-    tokens: np.ndarray
-    document: np.ndarray
+    tokens: spool.Ids | np.ndarray
+    document: spool.Ids | np.ndarray
     used: np.ndarray
 
 
@@ -85,7 +85,7 @@ def take(
         progress.at(done if every else min(found, n))
         if found >= n:
             break
-    return TokenStream(tokens.array(), owners.array(), used.array().reshape(-1, 2))
+    return TokenStream(tokens, owners, np.asarray(used).reshape(-1, 2))
 
 
 def cut(stream: TokenStream, n_ctx: int, bos_id: int | None) -> tuple[np.ndarray, np.ndarray]:
@@ -95,7 +95,8 @@ def cut(stream: TokenStream, n_ctx: int, bos_id: int | None) -> tuple[np.ndarray
         tokens and document, int32 [blocks, n_ctx]; the document of a BOS is -1.
     """
     body = n_ctx - (bos_id is not None)
-    tokens, owners = stream.tokens.reshape(-1, body), stream.document.reshape(-1, body)
+    columns = (stream.tokens, stream.document)
+    tokens, owners = (np.asarray(column).reshape(-1, body) for column in columns)
     if bos_id is None:
         return tokens, owners
     front = np.full((len(tokens), 1), bos_id, np.int32)
@@ -202,5 +203,6 @@ def shuffled(streams: dict[str, TokenStream], seed: int) -> dict[str, TokenStrea
     out = {}
     for i, (name, stream) in enumerate(streams.items()):
         order = np.random.default_rng([seed, i]).permutation(len(stream.tokens))
-        out[name] = TokenStream(stream.tokens[order], stream.document[order], stream.used)
+        columns = (np.asarray(column)[order] for column in (stream.tokens, stream.document))
+        out[name] = TokenStream(*columns, stream.used)
     return out

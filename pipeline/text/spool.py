@@ -5,11 +5,11 @@ made in the folder of the result, since /tmp may be memory. What stays in memory
 place of each document.
 """
 
-import mmap
 import os
 import tempfile
 from array import array
 from collections.abc import Callable, Iterator, Sequence
+from copy import copy
 from pathlib import Path
 from typing import IO, Any
 
@@ -65,25 +65,34 @@ def token_rows(scratch: Path | None) -> Spool:
 
 
 class Ids:
-    """int32 numbers that are appended, then read as one array that lies on disk."""
+    """int32 numbers that are appended, then read a part at a time.
+
+    A slice is another `Ids` on the same file, and np.asarray reads it. Nothing is mapped: what is
+    mapped counts against a limit on address space (`ulimit -v`, which clusters set), read or not.
+    """
 
     def __init__(self, scratch: Path | None) -> None:
         self._file = _nameless(scratch)
-        self._n = 0
+        self._start = self._end = 0
 
     def append(self, ids: np.ndarray) -> None:
-        self._n += self._file.write(np.ascontiguousarray(ids, np.int32).data.cast("B")) // 4
+        self._end += self._file.write(np.ascontiguousarray(ids, np.int32).data.cast("B")) // 4
 
-    def array(self) -> np.ndarray:
-        """All of them, int32 [n], mapped from the file."""
+    def __len__(self) -> int:
+        return self._end - self._start
+
+    def __getitem__(self, part: slice) -> "Ids":
+        start, stop, _ = part.indices(len(self))
+        out = copy(self)
+        out._start, out._end = self._start + start, self._start + max(start, stop)
+        return out
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        """int32 [n], read from the file."""
         self._file.flush()
-        if not self._n:
-            return np.empty(0, np.int32)
-        return np.memmap(self._file, np.int32, "r", shape=(self._n,))
-
-
-def forget(*arrays: np.ndarray) -> None:
-    """Take pages of mapped arrays out of this process; they stay in their files."""
-    for mapped in arrays:
-        if isinstance(mapped, np.memmap) and mapped._mmap is not None:
-            mapped._mmap.madvise(mmap.MADV_DONTNEED)
+        out, at = np.empty(len(self), np.int32), 4 * self._start
+        left = out.data.cast("B")
+        while left:  # one call reads 2 GiB at most
+            n = os.preadv(self._file.fileno(), [left], at)
+            left, at = left[n:], at + n
+        return out if dtype is None else out.astype(dtype, copy=False)

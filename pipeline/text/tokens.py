@@ -188,7 +188,8 @@ def set_document_token(tokenizer: Any, folder: Any = "") -> int:
     """Make the token that separated documents in pretraining BOS and EOS; return its id.
 
     That is <|endoftext|> where the vocabulary has it (GPT-2, Pythia, SmolLM2, Qwen; chat models
-    declare others), else the tokenizer's own BOS, else its EOS, else its CLS (BERT, MiniLM).
+    declare others), else the tokenizer's own BOS, else its EOS, else its CLS (BERT, MiniLM), whose
+    segments end with SEP (Devlin et al. 2019, section 3.1).
     """
     known = tokenizer.get_vocab()
     own = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.cls_token)
@@ -201,5 +202,6 @@ def set_document_token(tokenizer: Any, folder: Any = "") -> int:
         )
     tokenizer.bos_token = token
     if tokenizer.eos_token not in known or token == "<|endoftext|>":
-        tokenizer.eos_token = token
+        closes = token == tokenizer.cls_token and tokenizer.sep_token in known
+        tokenizer.eos_token = tokenizer.sep_token if closes else token
     return known[token]

@@ -98,6 +98,14 @@ def test_the_document_token_of_an_encoder_is_its_cls():
     assert set_document_token(tokenizer) == 1 and tokenizer.bos_token == "[CLS]"
 
 
+def test_documents_of_an_encoder_end_with_sep():
+    words = Tokenizer(models.WordLevel({"[UNK]": 0, "[CLS]": 1, "[SEP]": 2}, unk_token="[UNK]"))
+    named = {"cls_token": "[CLS]", "sep_token": "[SEP]"}
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **named)
+    assert set_document_token(tokenizer) == 1
+    assert (tokenizer.bos_token, tokenizer.eos_token) == ("[CLS]", "[SEP]")
+
+
 def test_a_head_makes_a_causal_model(tmp_path):
     BertLMHeadModel(BertConfig(**SIZE, is_decoder=True)).save_pretrained(tmp_path)
     assert not loader.is_encoder(tmp_path)

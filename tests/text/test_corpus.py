@@ -44,6 +44,11 @@ def spec(**fields) -> CorpusSpec:
     return CorpusSpec(**{"source": "local", "path": "x", "n_ctx": 4, **fields})
 
 
+def read(stream: packing.TokenStream) -> packing.TokenStream:
+    """The same stream as arrays."""
+    return packing.TokenStream(np.asarray(stream.tokens), np.asarray(stream.document), stream.used)
+
+
 # --- packing -------------------------------------------------------------------------------
 
 
@@ -59,7 +64,7 @@ def test_blocks_on_paper():
 
 def test_the_last_document_is_cut_where_the_tokens_are_enough():
     stream = packing.take(["abcdef", "gh"], [0, 1], 3, letters, EOS)
-    assert stream.tokens.tolist() == [ord(c) for c in "abc"]
+    assert read(stream).tokens.tolist() == [ord(c) for c in "abc"]
     assert stream.used.tolist() == [[0, 3]]
 
 
@@ -83,7 +88,11 @@ def test_progress_goes_by_documents_where_all_tokens_are_taken(n, said, monkeypa
 def test_shuffled_tokens_are_the_same_tokens_in_another_order_each_with_its_document():
     before = {"train": packing.take(["abcdefghij" * 9, "XYZ"], [0, 1], 93, letters, EOS)}
     after = packing.shuffled(before, 0)
-    pairs = lambda s: list(zip(s.tokens.tolist(), s.document.tolist(), strict=True))  # noqa: E731
+
+    def pairs(stream):
+        tokens, owners, _ = (column.tolist() for column in vars(read(stream)).values())
+        return list(zip(tokens, owners, strict=True))
+
     assert pairs(after["train"]) != pairs(before["train"])
     assert sorted(pairs(after["train"])) == sorted(pairs(before["train"]))
     assert np.array_equal(after["train"].used, before["train"].used)
@@ -103,7 +112,7 @@ def test_no_document_is_in_both_splits(seed):
     assert not set(train.used[:, 0]) & set(held_out.used[:, 0])
     assert len(train.tokens) == 800 // 4 * 3
     assert len(held_out.tokens) == 200 // 4 * 3
-    for stream in streams.values():  # every document is there from its start, in one piece
+    for stream in map(read, streams.values()):  # every document from its start, in one piece
         for i, n in stream.used.tolist():
             here = stream.tokens[stream.document == i]
             assert len(here) == n
@@ -169,20 +178,20 @@ TAIL = {"split": "tail", "close_documents": False, "prepend_bos": False, "n_toke
 def test_the_tail_is_held_out_in_the_order_of_the_text(over, train, held_out):
     section = spec(**{**TAIL, "eval_share": 0.3, **over})
     streams = packing.split(["abc", "defgh", "ijk"], section, letters, None, "x")
-    text = {name: "".join(map(chr, s.tokens)) for name, s in streams.items()}
+    text = {name: "".join(map(chr, np.asarray(s.tokens))) for name, s in streams.items()}
     assert text == {"train": train, "eval": held_out}
     whole, owner = "abcdefghijk", [0] * 3 + [1] * 5 + [2] * 3
     for name, stream in streams.items():
         start = whole.index(text[name])
-        assert stream.document.tolist() == owner[start : start + len(text[name])]
+        assert read(stream).document.tolist() == owner[start : start + len(text[name])]
         assert stream.used[:, 1].sum() == len(stream.tokens)
 
 
 def test_a_document_is_closed_only_where_the_spec_says_so():
     section = spec(**{**TAIL, "eval_share": 0.5})
     closed = packing.split(["abc", "de"], section, letters, EOS, "x")  # abc EOS de EOS
-    assert closed["train"].tokens.tolist() == [*map(ord, "bc")]
-    assert closed["eval"].tokens.tolist() == [EOS, *map(ord, "de"), EOS]
+    assert read(closed["train"]).tokens.tolist() == [*map(ord, "bc")]
+    assert read(closed["eval"]).tokens.tolist() == [EOS, *map(ord, "de"), EOS]
     assert corpus.special_ids(spec(), BOS, EOS) == [BOS, EOS]
     none = spec(prepend_bos=False, close_documents=False)
     assert corpus.special_ids(none, BOS, EOS) == [None, None]

@@ -168,7 +168,20 @@ def test_what_a_spool_gives_back():
     assert list(held) == [*values, "more"] and len(held) == 5
     with pytest.raises(IndexError):
         held[5]
-    assert len(spool.Ids(None).array()) == 0
+
+
+def test_what_ids_give_back():
+    held = spool.Ids(None)
+    assert len(held) == 0 and np.asarray(held).tolist() == []
+    held.append(np.arange(5))
+    assert np.asarray(held[1:3]).tolist() == [1, 2]
+    held.append(np.array([2**31 - 1, -1]))  # behind a read
+    whole = [0, 1, 2, 3, 4, 2**31 - 1, -1]
+    assert np.asarray(held).tolist() == whole and np.asarray(held).dtype == np.int32
+    for part in (slice(2, 99), slice(-3, -1), slice(4, 2), slice(0, 0)):
+        assert np.asarray(held[part]).tolist() == whole[part]
+        assert len(held[part]) == len(whole[part])
+    assert np.asarray(held[2:6][1:3]).tolist() == whole[2:6][1:3]
 
 
 # --- shards of a hub, and of a folder ------------------------------------------------------

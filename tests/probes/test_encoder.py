@@ -1,0 +1,127 @@
+"""From an encoder alone to probes: the stages on a tiny random BERT, and on the packaged MiniLM.
+
+What they store and read is held against transformers' own BertModel on the same blocks. The tiny
+one runs always; MiniLM where tests/libraries/encoder.sh has brought it.
+"""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from conftest import byte_tokenizer
+from synthetic import call
+from transformers import BertConfig, BertModel
+
+from pipeline.spec.paper import ModelSpec
+from pipeline.store import tables
+from pipeline.store.shards import Blocks, Rows
+from pipeline.text.tokens import document_token
+from pipeline.weights import model
+
+MINILM = os.environ.get("RETRACE_MINILM", "")
+HOOKS = ["hook_embed", "blocks.1.hook_resid_post", "blocks.2.hook_resid_post"]
+STATE = {"hook_embed": 0, HOOKS[1]: 2, HOOKS[2]: 3}  # numbers of transformers' hidden states
+TOPICS = {
+    "animals": "the cat sleeps; a dog barks at two sheep; the horse eats hay in its stable",
+    "places": "the city lies by a river; roads lead to the harbour, the church and the market",
+    "music": "the violin plays a slow melody; drums and a piano follow; the singer rests",
+}
+SIZE = {"vocab_size": 300, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "max_position_embeddings": 32,
+        "initializer_range": 0.3}  # fmt: skip
+PROBES = {"labels": {"topic": {"column": "label"}}, "methods": ["logistic"], "n_rows": 2000,
+          "seeds": [0], "splits": ["document"]}  # fmt: skip
+
+
+def tiny(folder: Path) -> Path:
+    torch.manual_seed(0)
+    BertModel(BertConfig(**SIZE)).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def stored(folder: Path, out: Path) -> Path:
+    """model.json of a folder's model, as stage model leaves it."""
+    spec = ModelSpec(source="folder", path=str(folder))
+    opened, tokenizer, licence, spec = model.open_source(spec, out / "none", None)
+    bos_id = document_token(tokenizer, spec)
+    model.save(opened, tokenizer, out / "checkpoint", {"stage": "model"})
+    info = model.describe(opened, bos_id, spec, licence)
+    tables.write_json(out / "model.json", info, {"stage": "model"})
+    return out / "model.json"
+
+
+def sentences() -> list[dict]:
+    """Documents of three topics, their words in random order."""
+    parts = {topic: [p.split() for p in text.split("; ")] for topic, text in TOPICS.items()}
+    rng = np.random.default_rng(0)
+    out = []
+    for i in range(240):
+        topic = list(parts)[i % 3]
+        words = [w for part in rng.permutation(len(parts[topic])) for w in parts[topic][part]]
+        out.append({"text": " ".join(rng.permutation(words)), "label": topic})
+    return out
+
+
+@pytest.fixture(
+    scope="module",
+    params=[
+        "tiny",
+        pytest.param("minilm", marks=pytest.mark.skipif(not MINILM, reason="encoder.sh")),
+    ],
+)
+def made(request, tmp_path_factory):
+    """(BertModel of transformers, manifest.json, scores, tokens.parquet)."""
+    out = tmp_path_factory.mktemp(request.param)
+    folder = Path(MINILM) if request.param == "minilm" else tiny(out / "tiny")
+    about = stored(folder, out)
+    text = out / "text.jsonl"
+    text.write_text("".join(json.dumps(row) + "\n" for row in sentences()))
+    corpus = {"source": "local", "path": str(text), "label_field": "label", "n_ctx": 32}
+    files = {"out": out / "tokens.parquet", "documents": out / "documents.parquet"}
+    call(
+        "corpus",
+        {"corpus": corpus | {"n_tokens": 0, "n_eval_tokens": 640}},
+        tokenizer=about,
+        threads=1,
+        **files,
+    )
+    acts = {"hooks": HOOKS, "dtype": "float32"}
+    shards = {"out": out / "manifest.json", "shards": out / "shards", "device": "cpu", "threads": 1}
+    call("activations", {"activations": acts}, model=about, corpus=files["out"], **shards)
+    names = {"scores": "scores.parquet", "labels": "labels.parquet"}
+    names |= {"directions": "directions.safetensors"}
+    call(
+        "probes", {"probes": PROBES}, activations=out / "manifest.json", corpus=files["out"],
+        documents=files["documents"], model=about, device="cpu", threads=1,
+        **{k: out / v for k, v in names.items()},
+    )  # fmt: skip
+    hf = BertModel.from_pretrained(folder).eval()
+    return hf, out / "manifest.json", tables.read_table(out / "scores.parquet"), files["out"]
+
+
+@torch.no_grad()
+def test_stored_rows_are_the_hidden_states_of_transformers(made):
+    hf, manifest, _, corpus = made
+    blocks = Blocks(corpus)
+    ids = torch.from_numpy(blocks.read(0, len(blocks))[0]).long()
+    states = hf(input_ids=ids, output_hidden_states=True).hidden_states
+    for hook, number in STATE.items():
+        n = 0
+        for split in ("train", "eval"):
+            raw, at = Rows(manifest, hook, split).read(0, 10**9)
+            theirs = states[number][at["block"].copy(), at["position"].copy()]
+            torch.testing.assert_close(torch.tensor(raw), theirs, atol=1e-5, rtol=1e-5)
+            n += len(raw)
+        assert n == ids[:, 1:].numel()  # all but the first of each block
+
+
+def test_probes_read_topics_off_documents_that_they_have_not_seen(made):
+    """Most words tell their topic."""
+    _, _, scores, _ = made
+    best = scores.groupby("probe")["accuracy"].max()
+    assert best["logistic"] > best["majority"] + 0.2
+    assert scores.loc[scores["probe"] == "logistic", "hook"].tolist() == HOOKS
