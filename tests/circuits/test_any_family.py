@@ -84,7 +84,8 @@ def test_circuits_are_those_of_whole_passes(kind, settings):
         exact.test_patched_nodes_are_whole_forward_passes(task, "name")
         exact.test_patched_queries_keys_and_values_are_whole_forward_passes(task)
         exact.test_estimates_are_slopes_of_whole_forward_passes(task)
-        if "clip_qkv" in settings:  # between attn.hook_v and what the pattern is multiplied with
+        # clipped between attn.hook_v and what the pattern is multiplied with; BitNet norms z
+        if "clip_qkv" in settings or kind == "bitnet":
             with pytest.raises(RetraceError, match=r"is not attn\.hook_z"):
                 proof.prove_patterns(hf, ["blocks.0.attn.hook_pattern"])
         elif kind == "xglm":  # forms its pattern between two products, outside of any module

@@ -3,6 +3,7 @@
 import argparse
 import ast
 import importlib
+import logging
 import subprocess
 import sys
 import tempfile
@@ -49,6 +50,12 @@ FAULTS = {
     "(_ for _ in ()).throw(MemoryError())": "MemoryError in",
     "open('/nowhere/at/all')": "/nowhere/at/all: No such file or directory",
 }
+
+
+@pytest.fixture(autouse=True)
+def logging_again(monkeypatch):
+    """A command that is run in this process may silence its log for the tests behind it."""
+    monkeypatch.setattr(logging.root.manager, "disable", logging.NOTSET)
 
 
 def called(tmp_path, fault: str, log=None) -> subprocess.CompletedProcess:
