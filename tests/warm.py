@@ -50,6 +50,7 @@ WITH = {  # command -> the libraries that it uses
     **dict.fromkeys("model sae sae_import crosscoder exports evaluation".split(), "sae_lens"),
     **dict.fromkeys("features attribution benchmarks absorption steering".split(), "sae_lens"),
     **dict.fromkeys("transcoders transcoders_evaluation".split(), "sae_lens"),
+    **dict.fromkeys("transcoders_import crosscoder_import".split(), "sae_lens"),
 }
 
 

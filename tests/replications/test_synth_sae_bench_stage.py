@@ -469,7 +469,16 @@ def test_metrics_are_those_of_the_end_a_value_a_seed():
             ("standard_true", 0, 200, 2.0, 0.6, 27.2, 20.0),
         ]
     )
-    found = metrics.metrics({"recovery/dictionaries": table})
+    names = ("batchtopk", "matryoshka", "matching_pursuit", "random_decoder")
+    f1s = dict(zip(names, (0.5, 0.7, 0.2, 0.0), strict=True))
+    worlds = frame([(name, 0, 200, nan, f1, 25.0, 25.0) for name, f1 in f1s.items()])
+    worlds["explained_variance"] = [0.7, 0.6, 0.9, 0.3]
+    worlds = worlds.assign(world="base", overlap=0.4)
+    found = metrics.metrics({"recovery/dictionaries": table, "sweep/worlds": worlds})
+    assert found["sweep.base.matryoshka.f1"] == [0.7] and found["sweep.base.overlap"] == 0.4
+    assert found["sweep.base.lead"] == pytest.approx([0.2])  # before the better of the two
+    assert found["sweep.base.gap"] == pytest.approx([-0.3])  # below the worse of the two
+    assert found["sweep.base.random_lead"] == pytest.approx([-0.4])
     assert found["batchtopk_true.f1"].tolist() == [0.3, 0.4] and found["standard_true.f1"] == [0.6]
     assert found["standard_true.l0_off"] == pytest.approx([0.36])
     assert found["batchtopk_true.l0_off"].tolist() == [0, 0]

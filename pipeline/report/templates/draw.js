@@ -278,6 +278,7 @@
     const least = Math.max(plot.layout.meta?.min_width ?? 0, wanted);  // a wider figure scrolls sideways on a phone
     if (least) {
       figure.style.overflowX = "auto";
+      figure.tabIndex = 0;  // so that the arrow keys scroll it
       box.style.minWidth = `${least}px`;
     }
     const width = Math.max(figure.clientWidth, least);
