@@ -43,7 +43,8 @@ class Optimiser:
 
     Attributes:
         trained: name -> parameter.
-        adam: fused; on a GPU its learning rate is a tensor, which a recorded step reads.
+        adam: fused; on one GPU its learning rate is a tensor, which a recorded step reads. Over
+            several it is a number: fused Adam refuses a tensor that lies on another one of them.
         count: number of steps done, shared by all parameters after `begin`; else None.
     """
 
@@ -60,7 +61,7 @@ class Optimiser:
             fused=device.type in ("cpu", "cuda"),
             capturable=self.on_gpu,
         )
-        if self.on_gpu:
+        if self.on_gpu and len({p.device for p in self.trained.values()}) == 1:
             self.adam.param_groups[0]["lr"] = torch.tensor(training.lr, device=device)
 
     def begin(self) -> None:

@@ -39,7 +39,7 @@ class Toy:
 
     def matrices(self) -> dict[str, Tensor]:
         """name -> [models, d_out, d_in], in the order of computation."""
-        eye = torch.eye(self.W.shape[1]).to(self.W).expand(len(self.W), -1, -1)
+        eye = torch.eye(self.W.shape[1], device=self.W.device).expand(len(self.W), -1, -1)
         middle = {"identity": eye} if self.identity else {}
         return {"embed": self.W, **middle, "unembed": self.W.mT}
 
