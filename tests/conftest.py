@@ -21,6 +21,10 @@ import pytest
 import remembered
 import warm
 
+# Without bytecode each worker compiles half a minute long what it collects, and each process of a
+# test our modules. It lies in folders __pycache__, which git ignores.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Two workers have two cores: threads beside them spin while they wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
