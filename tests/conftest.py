@@ -92,7 +92,8 @@ def pytest_unconfigure(config: pytest.Config) -> None:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The longest files come first, so that no worker is left with one of them at the end.
 
-    Tests with a fixture of COSTLY are marked workflow, as those that do the same themselves. Tests marked slow are left out unless -m names them (an -m in addopts is undone by another).
+    Tests with a fixture of COSTLY are marked workflow, as those that do the same themselves.
+    Tests marked slow are left out unless -m names them (an -m in addopts is undone by another).
     """
     if "slow" not in config.getoption("markexpr"):
         slow = [item for item in items if item.get_closest_marker("slow")]
