@@ -15,12 +15,17 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from unittest import mock
 
 import jaxtyping
 import pytest
 import remembered
 import warm
 
+# Without bytecode each worker compiles half a minute long what it collects, and each process of a
+# test our modules. It lies in folders __pycache__, which git ignores.
+os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
+sys.dont_write_bytecode = False
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
 # Two workers have two cores: threads beside them spin while they wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -37,6 +42,12 @@ HOOK = "blocks.0.hook_resid_post"
 LONGEST = (  # files; they start first
     "test_smoke test_groups test_workflow test_tutorial test_browser test_kills test_saelens_evals "
     "test_training test_activations test_commands test_release test_model"
+).split()
+
+# Fixtures that start snakemake, or a stage or a training of seconds: file.fixture, or its name.
+COSTLY = (
+    "toy_run test_sae.made test_training.made test_crosscoders.two test_lenses.made "
+    "test_lenses_jacobian.frames test_encoder.made"
 ).split()
 
 
@@ -77,15 +88,21 @@ def pytest_unconfigure(config: pytest.Config) -> None:
         config.stash[WARM].cleanup()
 
 
+@pytest.hookimpl(tryfirst=True)  # before -m is looked at
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     """The longest files come first, so that no worker is left with one of them at the end.
 
+    Tests with a fixture of COSTLY are marked workflow, as those that do the same themselves.
     Tests marked slow are left out unless -m names them (an -m in addopts is undone by another).
     """
     if "slow" not in config.getoption("markexpr"):
         slow = [item for item in items if item.get_closest_marker("slow")]
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if item not in slow]
+    for item in items:
+        named = {n for name in item.fixturenames for n in (name, f"{item.path.stem}.{name}")}
+        if not named.isdisjoint(COSTLY):
+            item.add_marker("workflow")
     rank = {name: i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(LONGEST)))
 
@@ -153,6 +170,14 @@ def stage(name: str, spec: dict, cwd: Path = ROOT, check: bool = True, **paths):
     return done
 
 
+def stage_here(name: str, spec: dict, **paths) -> None:
+    """`stage` in this process, which the tests have had import most of what a stage imports."""
+    from synthetic import call, inside
+
+    with mock.patch.dict(os.environ, environment()), inside(ROOT):
+        call(name, spec, **paths)
+
+
 def rewrite(path: Path, to: Path | None = None, **changes) -> Path:
     """Write a JSON file with other values as its stage would have: its certificate fits."""
     from pipeline.store import tables
@@ -214,7 +239,7 @@ def tiny_model_json(tiny_model, tmp_path_factory) -> Path:
     spec = {"model": {"name": "tiny", "source": "folder", "path": str(tiny_model)}}
 
     def make(out: Path) -> None:
-        stage("model", spec, out=out / "model.json", checkpoint=out / "checkpoint")
+        stage_here("model", spec, out=out / "model.json", checkpoint=out / "checkpoint")
 
     return shared(tmp_path_factory, "model", make) / "model.json"
 
@@ -263,7 +288,7 @@ def tiny_corpus(tiny_model_json, tiny_text, tmp_path_factory) -> Path:
     }
 
     def make(out: Path) -> None:
-        stage(
+        stage_here(
             "corpus",
             {"corpus": spec},
             tokenizer=tiny_model_json,
@@ -285,7 +310,7 @@ def tiny_activations(tiny_model_json, tiny_corpus, tmp_path_factory) -> Path:
     }
 
     def make(out: Path) -> None:
-        stage(
+        stage_here(
             "activations",
             {"activations": spec},
             model=tiny_model_json,

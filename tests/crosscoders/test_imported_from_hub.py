@@ -19,6 +19,7 @@ def files_of(folder: Path, at: str) -> dict[str, bytes]:
     return found | {"README.md": CARD, f"{at}/more/layer_0.safetensors": b"not asked for"}
 
 
+@pytest.mark.workflow
 @pytest.mark.parametrize("layers", ["each", "cross"])
 def test_a_set_of_a_hub_is_that_of_its_folder(layers, tiny_gpt2_json, tmp_path, monkeypatch):
     make = published.transcoder_set if layers == "each" else published.clt
@@ -40,6 +41,7 @@ def test_a_set_of_a_hub_is_that_of_its_folder(layers, tiny_gpt2_json, tmp_path, 
     assert original["revision"] == COMMIT
 
 
+@pytest.mark.workflow
 def test_a_layer_that_the_hub_lacks_is_told(tiny_gpt2_json, tmp_path, monkeypatch):
     folder = published.transcoder_set(tmp_path / "set", published.layers_of())
     (folder / "layer_1.safetensors").unlink()
@@ -54,6 +56,7 @@ def test_a_layer_that_the_hub_lacks_is_told(tiny_gpt2_json, tmp_path, monkeypatc
     assert not files["out"].exists()
 
 
+@pytest.mark.workflow
 def test_a_crosscoder_of_a_hub(tiny_gpt2_json, tmp_path, monkeypatch):
     file = tmp_path / "cc/model_final.pt"
     published.crosscoder(file)

@@ -22,6 +22,7 @@ from pipeline.store import tables
 TINY = f"model owner/tiny {COMMIT}"
 
 
+@pytest.mark.workflow
 @pytest.fixture
 def served(tiny_model, tmp_path, monkeypatch):
     """A hub with the tiny model as owner/tiny and three shards of text as datasets/owner/text."""
@@ -48,6 +49,7 @@ def test_what_the_cache_holds_is_not_asked_for_again(served, tmp_path, monkeypat
     assert f"snapshots/{COMMIT} mit" in fetched(TINY, cwd=tmp_path)[0]
 
 
+@pytest.mark.workflow
 def test_two_arms_at_once_download_once(served, tmp_path):
     served.slow = 0.3
     both = [fetching(TINY, cwd=tmp_path) for _ in range(2)]
@@ -55,6 +57,7 @@ def test_two_arms_at_once_download_once(served, tmp_path):
     assert len(served.asked) == len(set(served.asked))
 
 
+@pytest.mark.workflow
 def test_a_connection_that_is_cut_goes_on_where_it_was(served, tmp_path):
     """Of a file of 13 MiB, cut at 12: the rest alone is sent, and the file is whole."""
     whole = b"".join(i.to_bytes(4, "big") for i in range(13 << 18))
@@ -66,6 +69,7 @@ def test_a_connection_that_is_cut_goes_on_where_it_was(served, tmp_path):
     assert not list(tmp_path.rglob("*.retrace*"))
 
 
+@pytest.mark.workflow
 def test_a_download_that_was_killed_is_not_taken_for_whole(served, tmp_path, monkeypatch):
     """One shard of three is there: online the rest comes, offline the sentence says so."""
     pattern = f"dataset owner/text {COMMIT} data/train-*.jsonl"
@@ -103,6 +107,7 @@ def test_numbered_shards_tell_which_of_them_lacks(pattern, there, gone):
         assert choose(names, None) == names[:-1]
 
 
+@pytest.mark.workflow
 def test_what_another_program_downloaded_serves_offline(served, tmp_path, monkeypatch):
     """A cache without our list of names, as `hf download` leaves it on a cluster's login node."""
     fetched(TINY, cwd=tmp_path)
@@ -113,6 +118,7 @@ def test_what_another_program_downloaded_serves_offline(served, tmp_path, monkey
     assert f"snapshots/{COMMIT} " in fetched(TINY, cwd=tmp_path)[0]
 
 
+@pytest.mark.workflow
 def test_a_cache_that_cannot_be_written(served, tmp_path, monkeypatch):
     if os.getuid() == 0:
         pytest.skip("root may write anywhere")
@@ -120,6 +126,7 @@ def test_a_cache_that_cannot_be_written(served, tmp_path, monkeypatch):
     assert fetched(TINY, cwd=tmp_path)[0].startswith("x ")
 
 
+@pytest.mark.workflow
 def test_weights_in_shards(served, tiny_model, tmp_path):
     """An index and its shards; the same weights in other files are left where they are."""
     files = served.repos["owner/tiny"]
@@ -144,6 +151,7 @@ def test_weights_in_shards(served, tiny_model, tmp_path):
 # --- who may read --------------------------------------------------------------------------
 
 
+@pytest.mark.workflow
 def test_each_refusal_has_a_sentence_of_its_own(served, tmp_path, monkeypatch):
     tiny = served.repos["owner/tiny"]
     served.repos |= {"owner/gated": tiny, "owner/private": tiny}
@@ -177,6 +185,7 @@ def test_each_refusal_has_a_sentence_of_its_own(served, tmp_path, monkeypatch):
     assert served.tokens == {"mine", "another", "expired"}
 
 
+@pytest.mark.workflow
 def test_no_network_is_told_within_seconds(served, tmp_path, monkeypatch):
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")
     (said,) = fetched(TINY, cwd=tmp_path)
@@ -223,6 +232,7 @@ def test_names_that_are_none(fields, says):
         CorpusSpec(repo="owner/text")
 
 
+@pytest.mark.workflow
 def test_without_a_revision_the_commit_is_printed_and_certified(served, tmp_path, monkeypatch):
     """TransformerLens's name, and no revision: the certificate and model.json have the commit."""
     served.repos["EleutherAI/pythia-70m"] = served.repos["owner/tiny"]

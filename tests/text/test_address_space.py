@@ -63,6 +63,7 @@ def made(folder: Path, model_json: Path, n_tokens: int, limit: int, **over) -> t
     return folder / "tokens.parquet", 1024 * int(done.stdout.split()[-1])
 
 
+@pytest.mark.workflow
 @pytest.mark.parametrize(
     "over",
     [

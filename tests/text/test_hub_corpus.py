@@ -1,6 +1,8 @@
 """Text as it lies on the hub: shards, packed files, columns of token ids, chats; and much of it."""
 
+import contextlib
 import gzip
+import io
 import json
 import os
 import random
@@ -9,6 +11,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pyarrow as pa
@@ -17,6 +20,7 @@ import pytest
 from conftest import ROOT, byte_tokenizer, environment, stage
 from loopback_hub import COMMIT, serving
 from pydantic import ValidationError
+from synthetic import call, inside
 
 from pipeline.errors import RetraceError
 from pipeline.papers import papers
@@ -61,19 +65,33 @@ def tokenizer(tmp_path):
     return tokenizer_at(tmp_path / "tokenizer")
 
 
-def make(
-    out: Path, tokenizer: Path, check: bool = True, threads: int = 1, cwd: Path = ROOT, **fields
-):
-    """Stage corpus; its tokens as a table, or what it said."""
+def stage_of(out: Path, tokenizer: Path, **fields) -> tuple[dict, dict[str, Path]]:
+    """What stage corpus is handed: its spec, and its paths."""
     section = {"source": "local", "n_ctx": 16, "n_tokens": 0, "n_eval_tokens": 320} | fields
     files = {"out": out / "tokens.parquet", "documents": out / "documents.parquet"}
-    done = stage(
-        "corpus", {"corpus": section}, check=check, tokenizer=tokenizer, threads=threads, cwd=cwd,
-        **files
-    )  # fmt: skip
+    return {"corpus": section}, {"tokenizer": tokenizer, **files}
+
+
+def make(out: Path, tokenizer: Path, check: bool = True, cwd: Path = ROOT, **fields):
+    """Stage corpus in this process; its tokens as a table, or what it said."""
+    spec, paths = stage_of(out, tokenizer, **fields)
+    said = io.StringIO()
+    try:
+        with mock.patch.dict(os.environ), inside(cwd), contextlib.redirect_stderr(said):
+            call("corpus", spec, **paths)
+    except SystemExit:
+        assert not check, said.getvalue()
+        return said.getvalue().splitlines()[-1]
+    return pq.read_table(paths["out"])
+
+
+def make_anew(out: Path, tokenizer: Path, check: bool = True, threads: int = 1, **fields):
+    """The same in a process of its own, for what one sets when it starts: a hub, threads."""
+    spec, paths = stage_of(out, tokenizer, **fields)
+    done = stage("corpus", spec, check=check, threads=threads, **paths)
     if done.returncode:
         return done.stderr.splitlines()[-1]
-    return pq.read_table(files["out"])
+    return pq.read_table(paths["out"])
 
 
 # --- packed files and shards ---------------------------------------------------------------
@@ -214,9 +232,10 @@ def served(tmp_path, monkeypatch):
 HUB = {"source": "hub", "repo": "owner/text", "revision": COMMIT}
 
 
+@pytest.mark.workflow
 def test_shards_of_a_hub_are_read_in_the_order_of_their_names(served, tokenizer, tmp_path):
     named = {"title_field": "title", "label_field": "label"}
-    got = make(tmp_path / "a", tokenizer, **HUB, file="data/train-*.parquet", **named)
+    got = make_anew(tmp_path / "a", tokenizer, **HUB, file="data/train-*.parquet", **named)
     lines = [r for i in range(3) for r in RECORDS[i::3]]
     (tmp_path / "all.jsonl").write_text("".join(json.dumps(r) + "\n" for r in lines))
     assert got.equals(make(tmp_path / "b", tokenizer, path=str(tmp_path / "all.jsonl"), **named))
@@ -228,6 +247,7 @@ def test_shards_of_a_hub_are_read_in_the_order_of_their_names(served, tokenizer,
     assert len(served.asked) == 3
 
 
+@pytest.mark.workflow
 @pytest.mark.parametrize(
     "file, says",
     [
@@ -239,10 +259,11 @@ def test_shards_of_a_hub_are_read_in_the_order_of_their_names(served, tokenizer,
     ],
 )  # fmt: skip
 def test_patterns_that_do_not_serve(file, says, served, tokenizer, tmp_path):
-    said = make(tmp_path / "out", tokenizer, False, **HUB, file=file)
+    said = make_anew(tmp_path / "out", tokenizer, False, **HUB, file=file)
     assert re.search(says, said), said
 
 
+@pytest.mark.workflow
 def test_a_data_set_without_a_revision_prints_its_commit(served, tokenizer, tmp_path):
     section = {"repo": "owner/text", "file": "data/train-*.parquet", "n_ctx": 16, "n_tokens": 320}
     files = {"out": tmp_path / "o" / "tokens.parquet", "documents": tmp_path / "o" / "d.parquet"}
@@ -299,12 +320,20 @@ def ids_of(texts: list[str], bos: bool = False, eos: bool = False) -> list[list[
     return [[0] * bos + row + [0] * eos for row in rows]
 
 
+@pytest.fixture(scope="module")
+def of_text(tmp_path_factory) -> Path:
+    """A tokenizer, and what stage corpus makes of the text itself."""
+    folder = tmp_path_factory.mktemp("text")
+    (folder / "a.jsonl").write_bytes(LINES)
+    tokenizer = tokenizer_at(folder / "tokenizer")
+    make(folder, tokenizer, path=str(folder / "a.jsonl"), title_field="title")
+    return folder
+
+
 @pytest.mark.parametrize("bos, eos", [(False, False), (True, False), (False, True), (True, True)])
 @pytest.mark.parametrize("kind", [pa.list_(pa.uint16()), pa.large_list(pa.int64()), None])
-def test_pretokenised_rows_are_the_same_blocks(bos, eos, kind, tokenizer, tmp_path):
+def test_pretokenised_rows_are_the_same_blocks(bos, eos, kind, of_text, tmp_path):
     """Documents that were tokenised beforehand, with or without BOS and EOS, as the text itself."""
-    (tmp_path / "a.jsonl").write_bytes(LINES)
-    want = make(tmp_path / "text", tokenizer, path=str(tmp_path / "a.jsonl"), title_field="title")
     rows, titles = ids_of([r["text"] for r in RECORDS], bos, eos), [r["title"] for r in RECORDS]
     if kind is None:
         lines = [json.dumps({"ids": r, "title": t}) for r, t in zip(rows, titles, strict=True)]
@@ -313,12 +342,10 @@ def test_pretokenised_rows_are_the_same_blocks(bos, eos, kind, tokenizer, tmp_pa
         table = pa.table({"ids": pa.array(rows, kind), "title": titles, "other": titles})
         pq.write_table(table, tmp_path / "b.parquet", row_group_size=7)
     (file,) = tmp_path.glob("b.*")
-    got = make(
-        tmp_path / "ids", tokenizer, path=str(file), tokens_column="ids", title_field="title"
-    )
-    assert got.equals(want)
-    first, second = (pq.read_table(tmp_path / d / "documents.parquet") for d in ("text", "ids"))
-    assert first.equals(second)
+    tokenizer = of_text / "tokenizer/model.json"
+    make(tmp_path, tokenizer, path=str(file), tokens_column="ids", title_field="title")
+    for name in ("tokens.parquet", "documents.parquet"):
+        assert pq.read_table(tmp_path / name).equals(pq.read_table(of_text / name)), name
 
 
 def test_windows_with_bos_are_the_blocks_themselves(tokenizer, tmp_path):
@@ -494,6 +521,7 @@ def peak(done_stderr: str) -> float:
     return float(re.search(r"peak ([\d.]+) GiB", done_stderr)[1])
 
 
+@pytest.mark.workflow
 def test_memory_does_not_grow_with_the_text(tokenizer, tmp_path):
     """Twelve times the text, all of it tokenised: 40 MiB more at most, not the text's 22 MB and the
     180 MB of its tokens."""
@@ -508,14 +536,16 @@ def test_memory_does_not_grow_with_the_text(tokenizer, tmp_path):
     assert peaks[1] - peaks[0] <= 0.04, peaks
 
 
+@pytest.mark.workflow
 def test_the_number_of_threads_changes_no_byte(tokenizer, tmp_path):
     file = str(large(tmp_path / "a.jsonl", 3))
     for threads in (1, 2, 5):
-        make(tmp_path / str(threads), tokenizer, threads=threads, path=file, n_tokens=500_000)
+        make_anew(tmp_path / str(threads), tokenizer, threads=threads, path=file, n_tokens=500_000)
     for name in ("tokens.parquet", "documents.parquet"):
         assert len({(tmp_path / t / name).read_bytes() for t in "125"}) == 1
 
 
+@pytest.mark.workflow
 def test_a_killed_job_leaves_nothing_and_is_made_anew(tokenizer, tmp_path):
     """Killed while its text lies in the file without a name, it leaves no file."""
     file, out = str(large(tmp_path / "a.jsonl", 12)), tmp_path / "out"
