@@ -5,6 +5,7 @@ validates the whole before anything runs.
 """
 
 import fnmatch
+import functools
 import os
 import re
 from collections.abc import Callable, Iterator
@@ -45,6 +46,11 @@ class Paper:
 
     def tables(self) -> dict[str, str]:
         """Name -> path of every table that this paper's stages write, e.g. 'evaluation/trained'."""
+        return dict(self._tables)
+
+    @functools.cached_property
+    def _tables(self) -> dict[str, str]:
+        """`tables`, made: the rules ask for them with every job."""
         names = [f"{stage}/{t}" for stage, s in self.spec.own.items() for t in s["tables"]]
         names += [f"training/{run}" for run in self.spec.training]
         if self.spec.sae:
