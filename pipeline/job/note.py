@@ -20,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-REMEMBERED = 10_000  # files, those of 1,000 papers; of more, those that this call asked for are kept
+REMEMBERED = 10_000  # of 1,000 papers; of more, what this call asked for is kept
 SHARE = 10  # it is written again when the news are a tenth of it, and at the end of the process
 
 

@@ -36,7 +36,7 @@ class Params:
             given: settings of the command line, --config.
         """
         self.inputs, self.run, self.given = inputs, inputs.run, given
-        self._codes: dict[str, str] = {}  # stage -> its code hash, of those without files of a paper
+        self._codes: dict[str, str] = {}  # stage -> code hash, without files of a paper
 
     # --- spec ------------------------------------------------------------------------------
 

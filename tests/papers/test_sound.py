@@ -59,7 +59,7 @@ def test_a_script_that_is_gone_is_told_though_no_file_changed(toy, validated):
     edit(toy / TOY / "paper.yaml", "tables: [cosines]", "tables: [cosines]\n    script: measure.py")
     inputs_of(toy)
     (toy / TOY / "measure.py").unlink()
-    with pytest.raises(RetraceError, match="there is no measure.py"):
+    with pytest.raises(RetraceError, match=r"there is no measure\.py"):
         again(toy)
 
 
