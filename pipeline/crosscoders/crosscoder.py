@@ -10,8 +10,6 @@
 """
 
 import json
-import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -21,11 +19,12 @@ from pydantic import Field
 from pipeline.crosscoders.model import SourceStream, crosscoder, inference_state
 from pipeline.errors import RetraceError
 from pipeline.job import cli
-from pipeline.sae.train import HISTORY, Dictionary, history, summary, train
+from pipeline.sae import outputs
+from pipeline.sae.train import Dictionary, summary, train
 from pipeline.spec.base import Section
 from pipeline.spec.paper import Hook
 from pipeline.spec.sae import SaeSpec, SaeTraining
-from pipeline.store import provenance, tables
+from pipeline.store import placed, provenance, tables
 from pipeline.store.checkpoints import Checkpoints, write_tensors
 from pipeline.store.shards import Rows
 
@@ -117,7 +116,7 @@ def work(job: cli.Job) -> None:
         device=job.device(),
     )
     dictionaries = prepare(section, stream, args.activations[0])
-    partial = Path(f"{args.saes}.partial")
+    partial = placed.partial_of(args.saes)
     given = [section.model_dump(mode="json"), *map(provenance.sha256_file, args.activations)]
     made_by = [job.code, job.hardware, provenance.versions()]
     checkpoints = Checkpoints(partial, provenance.digest([given, made_by]))
@@ -138,7 +137,7 @@ def work(job: cli.Job) -> None:
         save=lambda step: checkpoints.save(step, dictionaries),
         progress=progress.at,
     )
-    write(job, section, dictionaries, stream, partial)
+    write(job, section, dictionaries, stream)
 
 
 def write(
@@ -146,20 +145,16 @@ def write(
     section: CrosscoderJob,
     dictionaries: list[Dictionary],
     stream: SourceStream,
-    partial: Path,
 ) -> None:
-    """Write the outputs in `<saes>.partial/`, then move them into place, the manifest last."""
-    args, out = job.args, Path(job.args.out)
+    """Write the outputs, the manifest last (sae/outputs.py)."""
+    args = job.args
     made = job.certificate([*args.activations], seed=section.training.seed)
-    folders, saes = partial / "saes", Path(args.saes)
-    shutil.rmtree(folders, ignore_errors=True)
     entries = {d.name: summary(d, section.dictionaries[d.name]) for d in dictionaries}
-    for dictionary in dictionaries:
-        save(dictionary, folders / dictionary.name, stream.scales, made)
-    shutil.rmtree(saes, ignore_errors=True)
-    folders.rename(saes)
-    tables.write_table(args.history, history(dictionaries), made)
-    files = [*sorted(p for p in saes.rglob("*") if p.is_file()), Path(args.history)]
+
+    def saved(dictionary: Dictionary, folder: Path) -> None:
+        save(dictionary, folder, stream.scales, made)
+
+    files = outputs.place(job, dictionaries, made, saved)
     sources = [
         {"name": s.name, "hook": s.hook, "d_in": d, "scale": scale,
          "activations": provenance.name_of(args.activations[s.activations])}
@@ -169,16 +164,9 @@ def write(
         "sources": sources,
         "d_in": stream.d_in,
         "saes": entries,
-        "files": {os.path.relpath(p, out.parent): provenance.sha256_file(p) for p in files},
+        "files": files,
     }
-    tables.write_json(out, manifest, made)
-    shutil.rmtree(partial, ignore_errors=True)
-    for dictionary in dictionaries:
-        last = dict(zip(HISTORY, dictionary.history[-1], strict=True))
-        cli.log.info(
-            "%s: explained variance %.3f, L0 %.1f, dead share %.3f",
-            dictionary.name, last["explained_variance"], last["l0"], last["dead_share"],
-        )  # fmt: skip
+    outputs.finish(job, dictionaries, made, manifest)
 
 
 def main() -> None:

@@ -12,17 +12,14 @@ it has none. What training would have said is not known.
 
 import importlib.metadata
 import json
-import os
-import shutil
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
 from pydantic import Field
 
 from pipeline.downloads import hub
 from pipeline.errors import RetraceError
-from pipeline.imports import crosscoders, saelens, sealed_tensors
+from pipeline.imports import brought, crosscoders, saelens, sealed_tensors
 from pipeline.imports.compared import check_same, expected, skeleton
 from pipeline.imports.original import Files, Original
 from pipeline.job import cli
@@ -30,7 +27,7 @@ from pipeline.models import hooks
 from pipeline.spec.base import Section
 from pipeline.spec.imports import crosscoder_listing
 from pipeline.spec.paper import Hook
-from pipeline.store import provenance, tables
+from pipeline.store import placed, provenance, tables
 
 WEIGHTS = "sae_weights.safetensors"
 
@@ -128,19 +125,16 @@ def write(original: Original, folder: Path, job: CrosscoderJob, model: str, made
 
 def work(job: cli.Job) -> None:
     """Find, bring in, compare, and name what was written in the manifest."""
-    args, out = job.args, Path(job.args.out)
-    torch.set_num_threads(args.threads)
-    section, saes = job.section("import", CrosscoderJob), Path(args.saes)
-    partial = Path(f"{args.saes}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    section, out, saes = brought.opened(job, CrosscoderJob)
+    models = job.args.models
+    with placed.anew(saes) as partial:
         files, origin = located(section, partial / "download")
         original, widths, scales = crosscoders.dictionary_learning(files)
-        check_fits(section, widths, files, args.models)
+        check_fits(section, widths, files, models)
         origin["files"] = {p.name: provenance.sha256_file(p) for p in files.all()}
-        made = job.certificate(args.models, source=origin)
+        made = job.certificate(models, source=origin)
         folder = partial / "saes" / section.name
-        write(original, folder, section, args.models[0], made)
+        write(original, folder, section, models[0], made)
         wanted = expected(original, files.weights)
         sae = saelens.load(Files(folder / WEIGHTS))
 
@@ -148,11 +142,6 @@ def work(job: cli.Job) -> None:
             return crosscoders.dictionary_learning(files)[0]
 
         off = check_same(wanted, sae, files.weights, again)
-        shutil.rmtree(saes, ignore_errors=True)
-        (partial / "saes").rename(saes)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    written = sorted(p for p in saes.rglob("*") if p.is_file())
     about = {"notes": original.notes, "differs_by": off}
     manifest = {
         "sources": [
@@ -162,12 +151,9 @@ def work(job: cli.Job) -> None:
         "d_in": sum(widths),
         "saes": {section.name: entry_of(original, section)},
         "original": origin | original.about | about,
-        "files": {os.path.relpath(p, out.parent): provenance.sha256_file(p) for p in written},
+        "files": placed.digests(out, saes),
     }
-    tables.write_json(out, manifest, made)
-    for note in original.notes:
-        cli.log.warning("%s: %s", section.name, note)
-    cli.log.info("%s: equal to the original within %.1g", section.name, off)
+    brought.finish(out, manifest, made, section.name)
 
 
 def entry_of(original: Original, job: CrosscoderJob) -> dict[str, Any]:

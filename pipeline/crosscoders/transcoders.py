@@ -11,8 +11,6 @@
    `explained_variance` is of all layers' outputs on scaled rows.
 """
 
-import os
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -26,14 +24,15 @@ from pipeline.crosscoders.layered import Layered, LayeredOptimiser
 from pipeline.crosscoders.model import SourceStream
 from pipeline.errors import RetraceError
 from pipeline.job import cli, gpus
+from pipeline.sae import outputs
 from pipeline.sae.dead import DeadLatents
 from pipeline.sae.optimiser import learning_rate
-from pipeline.sae.train import HISTORY, Dictionary, history, train
+from pipeline.sae.train import Dictionary, train
 from pipeline.spec import families
 from pipeline.spec.base import Section
 from pipeline.spec.paper import Hook
 from pipeline.spec.sae import SaeTraining, TranscodersSpec
-from pipeline.store import provenance, tables
+from pipeline.store import placed, provenance, tables
 from pipeline.store.checkpoints import Checkpoints
 from pipeline.store.shards import Rows
 
@@ -199,7 +198,7 @@ def work(job: cli.Job) -> None:
         device=job.device(),
     )
     dictionaries = prepare(section, stream)
-    partial = Path(f"{args.saes}.partial")
+    partial = placed.partial_of(args.saes)
     given = [section.model_dump(mode="json"), provenance.sha256_file(args.activations)]
     made_by = [job.code, job.hardware, provenance.versions()]
     checkpoints = Checkpoints(partial, provenance.digest([given, made_by]))
@@ -219,7 +218,7 @@ def work(job: cli.Job) -> None:
         save=lambda step: checkpoints.save(step, dictionaries),
         progress=progress.at,
     )
-    write(job, section, dictionaries, stream, partial)
+    write(job, section, dictionaries, stream)
 
 
 def metadata(stored: dict, read: str, written: str) -> dict[str, Any]:
@@ -263,40 +262,29 @@ def write(
     section: TranscodersJob,
     dictionaries: list[LayeredDictionary],
     stream: SourceStream,
-    partial: Path,
 ) -> None:
-    """Write the outputs in `<saes>.partial/`, then move them into place, the manifest last."""
-    args, out, n = job.args, Path(job.args.out), len(section.pairs)
+    """Write the outputs, the manifest last (sae/outputs.py)."""
+    args, n = job.args, len(section.pairs)
     made = job.certificate([args.activations], seed=section.training.seed)
-    folders, saes = partial / "saes", Path(args.saes)
-    shutil.rmtree(folders, ignore_errors=True)
     stored = tables.read_json(args.activations)
     about = [metadata(stored, read, written) for read, written in section.pairs]
-    for d in dictionaries:
+
+    def save(d: LayeredDictionary, folder: Path) -> None:
         found = entry(d, section)
         scales = stream.scales[:n], stream.scales[n:]
         weights = layered_files.folded(d.sae, found["hooks"], found["output_hooks"], *scales)
-        layered_files.write(folders / d.name, weights, about, made)
-    shutil.rmtree(saes, ignore_errors=True)
-    folders.rename(saes)
-    tables.write_table(args.history, history(dictionaries), made)
-    files = [*sorted(p for p in saes.rglob("*") if p.is_file()), Path(args.history)]
+        layered_files.write(folder, weights, about, made)
+
+    files = outputs.place(job, dictionaries, made, save)
     manifest = {
         "pairs": [list(pair) for pair in section.pairs],
         "d_in": stream.widths[0],
         "scales": stream.scales,
         "saes": {d.name: entry(d, section) for d in dictionaries},
         "activations": provenance.name_of(args.activations),
-        "files": {os.path.relpath(p, out.parent): provenance.sha256_file(p) for p in files},
+        "files": files,
     }
-    tables.write_json(out, manifest, made)
-    shutil.rmtree(partial, ignore_errors=True)
-    for dictionary in dictionaries:
-        last = dict(zip(HISTORY, dictionary.history[-1], strict=True))
-        cli.log.info(
-            "%s: explained variance %.3f, L0 %.1f over all layers, dead share %.3f",
-            dictionary.name, last["explained_variance"], last["l0"], last["dead_share"],
-        )  # fmt: skip
+    outputs.finish(job, dictionaries, made, manifest, " over all layers")
 
 
 def main() -> None:

@@ -16,7 +16,6 @@ hooks, and digests of the files.
 import dataclasses
 import os
 import re
-import shutil
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any, Literal, NamedTuple
@@ -30,7 +29,7 @@ from pipeline.crosscoders import layered_files
 from pipeline.crosscoders.layered_files import LayerWeights, read_layers
 from pipeline.downloads import hub
 from pipeline.errors import RetraceError
-from pipeline.imports import layers, sealed_tensors
+from pipeline.imports import brought, layers, sealed_tensors
 from pipeline.imports.compared import TOLERANCE, check_hook, differences, probes, skeleton
 from pipeline.imports.original import Files
 from pipeline.job import cli
@@ -38,7 +37,7 @@ from pipeline.models import hooks
 from pipeline.spec.base import Section
 from pipeline.spec.imports import LayersFormat, layer_listing
 from pipeline.spec.paper import Hook
-from pipeline.store import provenance, tables
+from pipeline.store import placed, provenance, tables
 
 ONE_OF_A_SET = re.compile(r"(?:layer_|W_enc_)(\d+)\.safetensors")
 
@@ -302,35 +301,23 @@ def entry_of(job: LayersJob, form: dict[str, Any]) -> dict[str, Any]:
 
 def work(job: cli.Job) -> None:
     """Find, bring in, compare, and name what was written in the manifest."""
-    args, out = job.args, Path(job.args.out)
-    torch.set_num_threads(args.threads)
-    section, saes = job.section("import", LayersJob), Path(args.saes)
-    partial = Path(f"{args.saes}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    section, out, saes = brought.opened(job, LayersJob)
+    with placed.anew(saes) as partial:
         found, source = located(section, partial / "download")
         folder = partial / "saes" / section.name
-        brought = bring(job, section, found, source, folder)
+        written = bring(job, section, found, source, folder)
         weights = read_layers(folder)
         off = 0.0
         for n, (files, layer) in enumerate(zip(found, read_all(section, found), strict=True)):
             off = max(off, check_same(weights, n, layer, files.weights))
-        shutil.rmtree(saes, ignore_errors=True)
-        (partial / "saes").rename(saes)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
-    written = sorted(p for p in saes.rglob("*") if p.is_file())
     manifest = {
         "pairs": [list(pair) for pair in section.pairs],
-        "d_in": brought.form["d_in"],
-        "saes": {section.name: entry_of(section, brought.form)},
-        "original": source | brought.about | {"notes": brought.notes, "differs_by": off},
-        "files": {os.path.relpath(p, out.parent): provenance.sha256_file(p) for p in written},
+        "d_in": written.form["d_in"],
+        "saes": {section.name: entry_of(section, written.form)},
+        "original": source | written.about | {"notes": written.notes, "differs_by": off},
+        "files": placed.digests(out, saes),
     }
-    tables.write_json(out, manifest, brought.made)
-    for note in brought.notes:
-        cli.log.warning("%s: %s", section.name, note)
-    cli.log.info("%s: %d layers, equal to the original within %.1g", section.name, len(found), off)
+    brought.finish(out, manifest, written.made, section.name, f"{len(found)} layers, ")
 
 
 def main() -> None:

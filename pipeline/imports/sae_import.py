@@ -17,16 +17,20 @@ BOS, context, digests.
 import importlib.metadata
 import json
 import os
-import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import torch
-
 from pipeline.downloads import fetch, hub
 from pipeline.errors import RetraceError
-from pipeline.imports import dictionary_learning, encoders, formats, gemma_scope, sealed_tensors
+from pipeline.imports import (
+    brought,
+    dictionary_learning,
+    encoders,
+    formats,
+    gemma_scope,
+    sealed_tensors,
+)
 from pipeline.imports import saelens as of_saelens
 from pipeline.imports.compared import check_hook, check_same, expected, skeleton
 from pipeline.imports.original import Files, Original, check_shapes
@@ -34,7 +38,7 @@ from pipeline.job import cli
 from pipeline.models import hooks
 from pipeline.spec import families
 from pipeline.spec.imports import ImportSpec, listing
-from pipeline.store import provenance, tables
+from pipeline.store import placed, provenance, tables
 
 WEIGHTS = "sae_weights.safetensors"
 FORMATS = {
@@ -246,19 +250,11 @@ def bring(
 
 def work(job: cli.Job) -> None:
     """Find, bring in, and name what was written in the manifest."""
-    args, out = job.args, Path(job.args.out)
-    torch.set_num_threads(args.threads)
-    section, saes = job.section("import", ImportJob), Path(args.saes)
-    partial = Path(f"{args.saes}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    section, out, saes = brought.opened(job, ImportJob)
+    with placed.anew(saes) as partial:
         section, files, source = located(section, partial / "download")
         folder = partial / "saes" / section.name
         found = bring(job, section, files, source, folder)
-        shutil.rmtree(saes, ignore_errors=True)
-        (partial / "saes").rename(saes)
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     at = os.path.relpath(saes / section.name, out.parent)
     entry = entry_of(found.config, section)
     manifest = {
@@ -270,10 +266,7 @@ def work(job: cli.Job) -> None:
         "original": source | found.about | {"notes": found.notes, "differs_by": found.differs_by},
         "files": {f"{at}/{name}": digest for name, digest in found.files.items()},
     }
-    tables.write_json(out, manifest, found.made)
-    for note in found.notes:
-        cli.log.warning("%s: %s", section.name, note)
-    cli.log.info("%s: equal to the original within %.1g", section.name, found.differs_by)
+    brought.finish(out, manifest, found.made, section.name)
 
 
 def entry_of(config: dict[str, Any], job: ImportJob) -> dict[str, Any]:

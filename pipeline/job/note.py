@@ -4,7 +4,8 @@ Snakemake asks for the code of every job on every call. Reading a file and follo
 (`pipeline/job/reach.py`) take milliseconds each, and thousands of jobs make minutes of them, so
 that both are kept in one file of JSON:
 
-    files   digest of a file's bytes -> its facts (`definitions.facts`)
+    files   digest of a file's bytes -> its facts (`definitions.facts`); digest of what decides it
+            -> what else was found out (`source.remembered`)
     jobs    digest of a stage and of the paper's own files -> code hash; they hold for one `ours`
     ours    a digest of all that is not the paper's own: this library, its pages, the packages
 
@@ -19,7 +20,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-REMEMBERED = 4000  # files; of more, those that this call asked for are kept
+REMEMBERED = 10_000  # of 1,000 papers; of more, what this call asked for is kept
 SHARE = 10  # it is written again when the news are a tenth of it, and at the end of the process
 
 

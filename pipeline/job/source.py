@@ -16,9 +16,10 @@ import functools
 import hashlib
 import importlib.metadata
 import importlib.util
+import os
 import re
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -36,6 +37,7 @@ NOTE = Path("results/store/.digests/code.json")  # below the working directory
 KEYED = (
     "torch triton transformers transformer_lens sae_lens tokenizers gguf numpy scipy pandas plotly"
 ).split()
+READERS = ("pydantic", "pyyaml")  # decide what a paper.yaml says, and whether it is one
 TABLES = {
     ("pipeline.spec.families", "table"): "spec/families.json"
 }  # what reads a file of ours: the file
@@ -137,11 +139,11 @@ def _facts(file: Path, package: str = "") -> dict[str, Any]:
 
     Snakemake asks for every module on every call.
     """
-    key = _key(file, package)
-    return _remembered().facts(key, lambda: _read_facts(file, package))
+    key = file_key(file, package)
+    return dict(_remembered().facts(key, lambda: _read_facts(file, package)))  # `_own` adds to it
 
 
-def _key(file: Path, package: str = "") -> str:
+def file_key(file: Path, package: str = "") -> str:
     """A digest of a file's bytes, and of what else its facts depend on."""
     try:
         salt = f"{definitions.python()} {package}".encode()
@@ -159,6 +161,28 @@ def _remembered() -> Note:
 def _read_facts(file: Path, package: str) -> dict[str, Any]:
     tree, text = _parsed(file), file.read_text(encoding="utf-8")
     return definitions.facts(text, package) | {"code": definitions.file_hash(tree, text)}
+
+
+def remembered(key: Any, read: Callable[[], dict[str, Any]]) -> dict[str, Any]:
+    """Plain data that follows from a key, found where no earlier call of snakemake has done it.
+
+    Args:
+        key: all that decides it, but for this library and the packages.
+        read: finds it; where it raises, nothing is remembered.
+    """
+    return _remembered().facts(digest([_ours(), key]), read)
+
+
+def folder_key(folder: Path) -> str:
+    """A digest of a paper's folder: of the bytes of paper.yaml and of the .py files beside it but
+    for its tests, and of the names of all files below."""
+    out: dict[str, str] = {}
+    for base, folders, names in os.walk(folder):
+        folders[:] = [name for name in folders if name != "__pycache__"]
+        out |= dict.fromkeys((os.path.join(base, name) for name in names), "")
+    beside = [f for f in map(Path, out) if f.parent == folder]
+    read = [f for f in beside if f.suffix == ".py" and not f.name.startswith("test_")]
+    return digest(out | {str(f): file_key(f) for f in [*read, folder / "paper.yaml"]})
 
 
 def file_code(file: str | Path) -> str:
@@ -195,12 +219,30 @@ def with_loaded(files: Iterable[str | Path]) -> list[Path]:
         if file in seen:
             continue
         seen.add(file)
-        stack += [f for n in _imported(_facts(file)) if (f := file.parent / f"{n}.py").is_file()]
-        for name in _loads(_facts(file)):
-            named = file.parent / name
-            found = [named] if named.is_file() else file.parent.glob("*.py")
-            stack += [f for f in found if not f.name.startswith("test_")]
+        stack += _own(file)[1]
     return sorted(seen)
+
+
+def _own(file: Path) -> tuple[str, list[Path]]:
+    """(`file_key`, the files beside it that it imports or loads) of a paper's own file.
+
+    Found once a process, as its facts are: snakemake asks for them for each job that it may serve.
+    """
+    facts = _facts(file)
+    if "own" not in facts:
+        facts["own"] = file_key(file), _beside(file, facts)
+    return facts["own"]
+
+
+def _beside(file: Path, facts: dict[str, Any]) -> list[Path]:
+    """The files of its folder that a file imports or loads."""
+    out = [file.parent / f"{n}.py" for n in _imported(facts)]
+    out = [f for f in out if os.path.isfile(f)]
+    for name in _loads(facts):
+        named = file.parent / name
+        found = [named] if named.is_file() else file.parent.glob("*.py")
+        out += [f for f in found if not f.name.startswith("test_")]
+    return out
 
 
 def _loads(found: dict[str, Any]) -> set[str]:
@@ -249,7 +291,7 @@ def job_code(stage: str, files: Iterable[str | Path] = ()) -> str:
         files: the paper's own .py files that take part.
     """
     own = with_loaded(files)
-    key = digest([stage, [[f.name, _key(f)] for f in own]])
+    key = digest([stage, [[f.name, _own(f)[0]] for f in own]])
     code = _remembered().code(_ours(), key, lambda: _hashed(stage, own))
     _remembered().write_now_and_then()
     return code
@@ -269,9 +311,9 @@ def _hashed(stage: str, own: list[Path]) -> str:
 def _ours() -> str:
     """A digest of all that a code hash may depend on beside the paper's own files."""
     read = {p.relative_to(PIPELINE).as_posix(): p for p in sorted(PIPELINE.rglob("*"))}
-    kept = {n: p for n, p in read.items() if p.suffix in (".py", *PAGES) or n in TABLES.values()}
+    kept = {n: p for n, p in read.items() if p.suffix in (".py", ".json", *PAGES)}
     digests = {n: hashlib.sha256(p.read_bytes()).hexdigest() for n, p in kept.items()}
-    return digest([definitions.python(), digests, {n: _version(n) for n in KEYED}])
+    return digest([definitions.python(), digests, {n: _version(n) for n in [*KEYED, *READERS]}])
 
 
 def packages(used: Iterable[str]) -> dict[str, str]:

@@ -122,15 +122,20 @@ class Own:
 
     def __init__(self, inputs: Inputs, params: Params) -> None:
         self.asked, self.params = inputs, params
+        self._code: dict[tuple[str, str, str], list[str]] = {}  # snakemake asks twice a job
 
     def stage(self, wildcards: Any, stage: str) -> OwnStage:
         return self.asked.paper(wildcards).spec.stage_of(stage)
 
     def code_files(self, wildcards: Any, stage: str) -> list[str]:
         """The script, the files of its folder that it loads, and those that it names."""
-        paper, about = self.asked.paper(wildcards), self.stage(wildcards, stage)
-        named = [about.script or f"{stage}.py", *about.code]
-        return [str(f) for f in source.with_loaded([paper.folder / f for f in named])]
+        at = (wildcards.scale, wildcards.paper, stage)
+        if at not in self._code:
+            paper, about = self.asked.paper(wildcards), self.stage(wildcards, stage)
+            named = [about.script or f"{stage}.py", *about.code]
+            found = source.with_loaded([paper.folder / f for f in named])
+            self._code[at] = list(map(str, found))
+        return self._code[at]
 
     def script(self, wildcards: Any, stage: str) -> list[str]:
         paper = self.asked.paper(wildcards)

@@ -14,6 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from pipeline.errors import RetraceError
+from pipeline.job import source
 from pipeline.job.source import files_code
 from pipeline.papers.folders import Paper, available, faults_of_scales, find, load, scales_of
 from pipeline.papers.paths import near, path_digest, resolve, resolve_many
@@ -79,9 +80,10 @@ class Run:
         self._items: dict[str, dict[str, Item]] = {}
         self._stores: dict[tuple[str, str, str], dict[str, Item]] = {}
         self._owners: dict[str, dict[str, None]] = {}  # an artefact's id -> papers
+        self._sound: set[str] = set()  # papers without a fault at any scale
+        self._keys: dict[str, str] = {}
         for name in config.papers:  # every fault that can be known now is told now
-            for scale in dict.fromkeys([config.scale, *SCALES, *self.scales(name)]):
-                self.paper(name, scale)
+            self._check(name)
             for arm in self.paper(name, config.scale).spec.arm_names():
                 self.store(name, config.scale, arm)
 
@@ -90,18 +92,41 @@ class Run:
         """The run that a config.yaml describes; its folders are looked up in `bases`, in turn."""
         return cls(parse(Config, config, "config.yaml"), bases)
 
+    def _check(self, name: str) -> None:
+        """Raise for the first fault of a paper at any of its scales.
+
+        A folder that an earlier call found sound is so until a file of it, or ours, changes.
+        """
+
+        def look() -> dict[str, Any]:
+            for scale in dict.fromkeys([self.config.scale, *SCALES, *self.scales(name)]):
+                self.paper(name, scale)
+            return {}
+
+        source.remembered(["sound", *self.key(name)], look)
+        self._sound.add(name)
+
+    def key(self, name: str) -> tuple[str, bool]:
+        """What decides all that a paper says: its folder, and whether its arms may be of a hub."""
+        if name not in self._keys:
+            self._keys[name] = source.folder_key(find(name, self.dirs))
+        return self._keys[name], self.config.hub
+
     def _yaml(self, name: str) -> tuple[Path, dict[str, Any]]:
         """The folder of a paper, and its paper.yaml as it stands there."""
         folder = find(name, self.dirs)
         if folder not in self._raw:
-            self._raw[folder] = load_yaml(folder / "paper.yaml")
+            file = folder / "paper.yaml"
+            key = ["yaml", source.file_key(file)]
+            self._raw[folder] = source.remembered(key, lambda: load_yaml(file))
         return folder, self._raw[folder]
 
     def paper(self, name: str, scale: str) -> Paper:
         """A paper at a scale, loaded and validated once; its store items become known."""
         if (name, scale) not in self._papers:
             folder, raw = self._yaml(name)
-            self._papers[name, scale] = load(folder, scale, raw, self.config.hub)
+            sound = name in self._sound
+            self._papers[name, scale] = load(folder, scale, raw, self.config.hub, sound)
         return self._papers[name, scale]
 
     def scales(self, name: str = "") -> list[str]:

@@ -6,6 +6,7 @@ the job can reach (source.py). Both are decided here, without snakemake, so that
 them before and after an edit. Paths are the business of workflow.py.
 """
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +36,7 @@ class Params:
             given: settings of the command line, --config.
         """
         self.inputs, self.run, self.given = inputs, inputs.run, given
+        self._codes: dict[str, str] = {}  # stage -> code hash, without files of a paper
 
     # --- spec ------------------------------------------------------------------------------
 
@@ -44,7 +46,8 @@ class Params:
 
     def spec(self, wildcards: Any, *sections: str) -> str:
         """Sections of paper.yaml; 'own.<stage>' is one of the paper's own stages."""
-        spec = self.inputs.paper(wildcards).spec.model_dump(mode="json")
+        named = {s.partition(".")[0] for s in sections}
+        spec = self.inputs.paper(wildcards).spec.model_dump(mode="json", include=named)
         picked = {s: spec["own"][s[4:]] if s.startswith("own.") else spec[s] for s in sections}
         latents = getattr(wildcards, "latents", None)
         return to_json(picked | ({} if latents is None else {"latents": latents}))
@@ -95,12 +98,22 @@ class Params:
 
     def metrics_spec(self, wildcards: Any) -> str:
         """Table names and what the names of metrics are made of."""
-        paper = self.inputs.paper(wildcards)
-        return to_json({"tables": list(paper.tables()), "parts": parts(paper)})
+
+        def text(paper: Paper) -> str:
+            return to_json({"tables": list(paper.tables()), "parts": parts(paper)})
+
+        return self._remembered("metrics", wildcards, text)
 
     def claims_spec(self, wildcards: Any) -> str:
         """The claims with their null arms, the budgets and the scale."""
-        return to_json(for_the_job(self.inputs.paper(wildcards)))
+        return self._remembered("claims", wildcards, lambda paper: to_json(for_the_job(paper)))
+
+    def _remembered(self, what: str, wildcards: Any, text: Callable[[Paper], str]) -> str:
+        """A spec that a paper's folder decides, made where no earlier call has done it."""
+        name, scale = wildcards.paper, wildcards.scale
+        paper = self.inputs.paper(wildcards)
+        key = [what, name, scale, *self.run.key(name)]
+        return source.remembered(key, lambda: {"spec": text(paper)})["spec"]
 
     def figure_spec(self, wildcards: Any) -> str:
         """One figure of paper.yaml, and the title that its page names."""
@@ -141,17 +154,19 @@ class Params:
         out = {}
         for name in self.run.available:
             folder = find(name, self.run.dirs)
-            own = source.literal(folder / "metrics.py", "METRICS")
             out[name] = self.run.card(name, ("title", "year"))
-            out[name] |= {"folder": str(near(folder)), "metrics": provenance.digest(own)}
+            out[name] |= {"folder": str(near(folder)), "metrics": _metrics(folder / "metrics.py")}
         return out
 
     # --- code ------------------------------------------------------------------------------
 
     def code(self, wildcards: Any, stage: str, *own: str) -> str:
         """The code hash of a stage, and of the paper's own files named `own`."""
-        files = self.inputs.paper(wildcards).code_files(*own) if own else []
-        return source.job_code(stage, files)
+        if own:
+            return source.job_code(stage, self.inputs.paper(wildcards).code_files(*own))
+        if stage not in self._codes:
+            self._codes[stage] = source.job_code(stage)
+        return self._codes[stage]
 
     def stream_code(self, wildcards: Any) -> str:
         """The code hash of stage sae; also that of its shards, where the job makes them itself."""
@@ -161,6 +176,17 @@ class Params:
     def training_code(self, wildcards: Any) -> str:
         """The code hash of a training run, the paper's data.py included."""
         return source.job_code("training", self.inputs.item_source(wildcards, "training", "data"))
+
+
+def _metrics(file: Path) -> str:
+    """A digest of METRICS of a metrics.py."""
+
+    def read() -> dict[str, str]:
+        return {"metrics": provenance.digest(source.literal(file, "METRICS"))}
+
+    if not file.exists():
+        return read()["metrics"]
+    return source.remembered(["METRICS", source.file_key(file)], read)["metrics"]
 
 
 def kinds_of(asked: list[Paper]) -> dict[str, str]:

@@ -42,6 +42,7 @@ class Inputs:
                 it and nothing else.
         """
         self.run, self.root, self.storage = run, root, storage
+        self._saes: dict[tuple[str, str, str], list[str]] = {}
 
     # --- a run -----------------------------------------------------------------------------
 
@@ -192,11 +193,16 @@ class Inputs:
         paper, arm = self.paper(wildcards), self.arm(wildcards, section)
         name = getattr(wildcards, "latents", None) or getattr(paper.spec, section).sae
         name = name.rpartition(".")[2] if section == "features" else name
-        spec, saes = paper.spec, {}
-        if spec.sae:
-            saes = spec.saes_of(arm) | spec.crosscoders_of(arm) | spec.transcoders_of(arm)
-        known("SAE", name, saes, paper)
+        known("SAE", name, self._saes_of(paper, arm), paper)
         return in_store(self.run.sae_item(paper.name, paper.scale, arm, name), file)
+
+    def _saes_of(self, paper: Paper, arm: str) -> list[str]:
+        """The names of an arm's dictionaries, expanded once for all of its pages."""
+        at, spec = (paper.name, paper.scale, arm), paper.spec
+        if at not in self._saes:
+            found = (spec.saes_of(arm) | spec.crosscoders_of(arm)) if spec.sae else {}
+            self._saes[at] = [*found, *spec.transcoders_of(arm)]
+        return self._saes[at]
 
     # --- models of other papers ------------------------------------------------------------
 

@@ -21,7 +21,6 @@ the unit of the activations, `loss` is what was minimised, on scaled rows and wi
 
 import json
 import os
-import shutil
 import subprocess
 import sys
 from contextlib import ExitStack
@@ -30,15 +29,15 @@ from typing import IO, Any
 
 from pipeline.errors import RetraceError
 from pipeline.job import cli, kills
-from pipeline.sae import steps
+from pipeline.sae import outputs, steps
 from pipeline.sae.stream import Stream, WindowStream
-from pipeline.sae.train import HISTORY, Dictionary, build, history, summary, train
+from pipeline.sae.train import Dictionary, build, summary, train
 from pipeline.sae.transcoder import inference_config
 from pipeline.spec import families
 from pipeline.spec.base import Section
 from pipeline.spec.paper import Hook
 from pipeline.spec.sae import SaeSpec, SaeTraining
-from pipeline.store import provenance, tables
+from pipeline.store import placed, provenance, tables
 from pipeline.store.checkpoints import Checkpoints, write_tensors
 from pipeline.store.shards import Rows
 from pipeline.store.window import Window
@@ -158,7 +157,7 @@ def work(job: cli.Job) -> None:
     """Train, or go on with an interrupted training, and write the outputs."""
     args, section = job.args, job.section("sae", SaeJob)
     device, training = job.device(), section.training
-    partial, stored = Path(f"{args.saes}.partial"), tables.read_json(args.activations)
+    stored = tables.read_json(args.activations)
     how = {
         "batch_size": training.batch_size,
         "buffer_rows": training.buffer_rows,
@@ -178,7 +177,7 @@ def work(job: cli.Job) -> None:
         dictionaries = prepare(section, stream, stored)
         learn(job, section, dictionaries, stream)
         stack.close()
-        write(job, section, dictionaries, stream, partial)
+        write(job, section, dictionaries, stream)
 
 
 def windowed(job: cli.Job, section: SaeJob, stored: dict, how: dict[str, Any]) -> WindowStream:
@@ -189,7 +188,7 @@ def windowed(job: cli.Job, section: SaeJob, stored: dict, how: dict[str, Any]) -
         how: what every stream is given.
     """
     args, hooks = job.args, [h for h in (section.hook, section.output_hook) if h]
-    folder = Path(f"{args.saes}.partial") / "window"
+    folder = placed.partial_of(args.saes) / "window"
     spec = job.spec["activations"] | {"hooks": hooks}
     device = args.device if args.gpus > 1 else str(how["device"])
     command = [
@@ -227,7 +226,7 @@ def windowed(job: cli.Job, section: SaeJob, stored: dict, how: dict[str, Any]) -
 def learn(job: cli.Job, section: SaeJob, dictionaries: list[Dictionary], stream: Stream) -> None:
     """Train the dictionaries, from the last checkpoint on where there is one."""
     args, training = job.args, section.training
-    partial = Path(f"{args.saes}.partial")
+    partial = placed.partial_of(args.saes)
     given = [section.model_dump(mode="json"), provenance.sha256_file(args.activations)]
     given += [stream.window.key] if isinstance(stream, WindowStream) else []
     made_by = [job.code, job.hardware, provenance.versions()]
@@ -257,29 +256,19 @@ def learn(job: cli.Job, section: SaeJob, dictionaries: list[Dictionary], stream:
     )
 
 
-def write(
-    job: cli.Job, section: SaeJob, dictionaries: list[Dictionary], stream: Stream, partial: Path
-) -> None:
-    """Write the outputs in `<saes>.partial/`, then move them into place, the manifest last."""
-    args, out = job.args, Path(job.args.out)
+def write(job: cli.Job, section: SaeJob, dictionaries: list[Dictionary], stream: Stream) -> None:
+    """Write the outputs, the manifest last (outputs.py)."""
+    args = job.args
     made = job.certificate(
         [args.activations, *args.model, *args.corpus], seed=section.training.seed
     )
-    folders, saes = partial / "saes", Path(args.saes)
-    shutil.rmtree(folders, ignore_errors=True)
     entries = {d.name: summary(d, section.dictionaries[d.name]) for d in dictionaries}
-    for dictionary in dictionaries:
-        save(
-            dictionary,
-            folders / dictionary.name,
-            stream.scale,
-            made,
-            target_scale=stream.target_scale if section.output_hook else None,
-        )
-    shutil.rmtree(saes, ignore_errors=True)
-    folders.rename(saes)
-    tables.write_table(args.history, history(dictionaries), made)
-    files = [*sorted(p for p in saes.rglob("*") if p.is_file()), Path(args.history)]
+    target_scale = stream.target_scale if section.output_hook else None
+
+    def saved(dictionary: Dictionary, folder: Path) -> None:
+        save(dictionary, folder, stream.scale, made, target_scale=target_scale)
+
+    files = outputs.place(job, dictionaries, made, saved)
     manifest = {
         "hook": section.hook,
         "output_hook": section.output_hook,
@@ -289,21 +278,11 @@ def write(
         "scale": stream.scale,
         "target_scale": stream.target_scale,
         "activations": provenance.name_of(args.activations),
-        "files": {os.path.relpath(p, out.parent): provenance.sha256_file(p) for p in files},
+        "files": files,
     }
     if isinstance(stream, WindowStream):
         manifest["window"] = {"shards": stream.window.digests(stream.window.opened)}
-    tables.write_json(out, manifest, made)
-    shutil.rmtree(partial, ignore_errors=True)
-    for dictionary in dictionaries:
-        last = dict(zip(HISTORY, dictionary.history[-1], strict=True))
-        cli.log.info(
-            "%s: explained variance %.3f, L0 %.1f, dead share %.3f",
-            dictionary.name,
-            last["explained_variance"],
-            last["l0"],
-            last["dead_share"],
-        )
+    outputs.finish(job, dictionaries, made, manifest)
 
 
 def main() -> None:
