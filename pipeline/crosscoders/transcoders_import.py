@@ -305,6 +305,8 @@ def work(job: cli.Job) -> None:
     args, out = job.args, Path(job.args.out)
     torch.set_num_threads(args.threads)
     section, saes = job.section("import", LayersJob), Path(args.saes)
+    paths = [provenance.opened(path) for path in section.paths]
+    section = section.model_copy(update={"paths": paths})
     partial = Path(f"{args.saes}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:

@@ -249,6 +249,7 @@ def work(job: cli.Job) -> None:
     args, out = job.args, Path(job.args.out)
     torch.set_num_threads(args.threads)
     section, saes = job.section("import", ImportJob), Path(args.saes)
+    section = section.model_copy(update={"path": provenance.opened(section.path)})
     partial = Path(f"{args.saes}.partial")
     shutil.rmtree(partial, ignore_errors=True)
     try:

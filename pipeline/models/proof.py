@@ -13,6 +13,7 @@ One short pass on a few tokens, any family:
     z is a function of q, k and v alone                     edges: no gate reads the stream (AFMoE)
     the end of a prompt, run on the keys and values of its  else patched runs compute all positions
     beginning, gives its last stream
+    another last token leaves the positions before it       circuits: they compute what lies behind
 
 Hooks that fail are refused by name, each in a sentence, and nothing is computed on them; all others
 go on. Where resuming, the unembedding, the parts of heads or edges fail, what needs them is too.
@@ -75,6 +76,16 @@ def prove(hf: nn.Module) -> dict[str, str]:
         refused |= {f"ln_final.{h}": why for h in ("hook_normalized", "hook_scale")}
     hf.retrace_refused = refused
     hf.retrace_fails = headless(hf) if logits is None else whole_faults(hf, tokens, acts, logits)
+    if final is not None and not _reads_last(hf, acts, final):
+        hf.retrace_fails["unembed"] = (
+            f"model type '{hf.config.model_type}' with these settings changes its last stream "
+            f"before the final norm, so that its logits are not those of hook_resid_post"
+        )
+    if logits is not None and "heads" not in hf.retrace_fails and not _looks_back(hf, tokens, acts):
+        hf.retrace_fails["heads"] = (
+            f"model type '{hf.config.model_type}' with these settings looks at later tokens, too, "
+            f"and circuits need attention that looks back only"
+        )
     if logits is not None and not hf.retrace_fails.keys() & {"resume", "heads"}:
         hf.retrace_past_fails = not _goes_on(hf, tokens)
     return refused
@@ -326,6 +337,29 @@ def _of_inputs(hf: nn.Module, tokens: Tensor, acts: dict[str, Tensor]) -> tuple[
     return torch.stack([seen[n] for n in names]), torch.stack([acts[n] for n in names])
 
 
+def _reads_last(hf: nn.Module, acts: dict[str, Tensor], final: Tensor) -> bool:
+    """Whether the final norm, whose standardised input is `final`, reads the last stream.
+
+    RWKV halves it there, which an epsilon alone tells from the logits.
+    """
+    last = acts.get(f"blocks.{len(modules.layers_of(hf)) - 1}.hook_resid_post")
+    if last is None:
+        return True
+    n = places.standardised(splice.final_norm(hf), last)[2]
+    return near(final, n, n)
+
+
+def _looks_back(hf: nn.Module, tokens: Tensor, acts: dict[str, Tensor]) -> bool:
+    """Whether another last token leaves the last stream of the earlier positions as it is."""
+    last = f"blocks.{len(modules.layers_of(hf)) - 1}.hook_resid_post"
+    if last not in acts:
+        return True
+    other = tokens.clone()
+    other[:, -1] = (other[:, -1] + 1) % hf.config.vocab_size
+    before, after = (x[:, :-1] for x in (acts[last], hooks.run_to(hf, other, [last])[last]))
+    return alike(after, before, before.dtype)
+
+
 def _goes_on(hf: nn.Module, tokens: Int[Tensor, "batch pos"]) -> bool:
     """Whether the end of a prompt, run on keys and values of its beginning, has the same stream."""
     rows = torch.arange(len(tokens), device=tokens.device)
@@ -335,7 +369,7 @@ def _goes_on(hf: nn.Module, tokens: Int[Tensor, "batch pos"]) -> bool:
         base = Run.of(Heads(hf), tokens)
         task = Task(hf, Heads(hf), pairs, _no_metric, base, base, end, end)
         at = pairs.suffix(end // 2)
-        hook = f"blocks.{len(base.pre) // 2}.hook_resid_pre"
+        hook = "blocks.0.hook_resid_pre"  # all layers, since some may be local and others global
         if not base.past:
             return True
         found = rerun.on_past(task, hook, pairs.gathered(base.at(hook), at)[None], at, rows)[0]

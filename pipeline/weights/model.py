@@ -352,6 +352,8 @@ def main() -> None:
 
         torch.set_num_threads(job.args.threads)
         spec = job.section("model", ModelSpec)
+        here = {key: provenance.opened(getattr(spec, key)) for key in ("path", "family")}
+        spec = spec.model_copy(update=here)
         checkpoint = Path(job.args.checkpoint)
         partial = checkpoint.with_name(checkpoint.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)
