@@ -204,6 +204,8 @@ class Router(Calls):
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None):
         out = func(*args, **(kwargs or {}))
         if self.is_over:
+            if func in SOFTMAX and out.shape[-1:] == (self.n_experts,):
+                self.module.__dict__["_retrace_sequential"] = True
             return out
         if func in TOP_K:
             self.chosen = out[1]
@@ -224,6 +226,11 @@ class Router(Calls):
             return new.to(x.dtype).gather(-1, chosen)
 
         return self.seen("probabilities", out, value, put)
+
+
+def is_sequential(block: nn.Module) -> bool:
+    """Whether a block's router was seen to take a second softmax over its experts."""
+    return block.__dict__.get("_retrace_sequential", False)
 
 
 # --- places --------------------------------------------------------------------------------

@@ -62,12 +62,15 @@ def prove(hf: nn.Module) -> dict[str, str]:
     if not torch.isfinite(out[0] if logits is None else logits).all():
         return {}  # no sum holds then; the stage that stores or sums values says where they begin
     refused = {n: "never runs in a forward pass of this model" for n in names if n not in acts}
+    refused |= shape_faults(acts, tokens) | router_faults(hf)
+    acts = {n: x for n, x in acts.items() if n not in refused}
     for i, layer in enumerate(modules.layers_of(hf)):
         at = {h: acts.get(f"blocks.{i}.{h}") for h in (*STREAMS, *_parts(hf))}
         found = layer_faults({h: x for h, x in at.items() if x is not None})
         found |= norm_faults(hf, layer, at, outs) | head_faults(hf, i, at)
         after = acts.get(f"blocks.{i + 1}.hook_resid_pre")
-        if after is not None and not near(after, at["hook_resid_post"], at["hook_resid_post"]):
+        post = at.get("hook_resid_post")
+        if after is not None and post is not None and not near(after, post, post):
             found["hook_resid_post"] = "is not what the next layer reads as its hook_resid_pre"
         refused |= {f"blocks.{i}.{h}": why for h, why in found.items()}
     final = acts.get("ln_final.hook_normalized")
@@ -148,6 +151,39 @@ def alike(a: Float[Tensor, "*batch d"], b: Float[Tensor, "*batch d"], dtype: tor
     """Whether a = b but for the rounding of long sums, relative to each row's size."""
     size = b.abs().amax(-1, keepdim=True).double()
     return bool(((a.double() - b.double()).abs() <= LOOSE[dtype] * size + 1e-9).all())
+
+
+def shape_faults(acts: dict[str, Tensor], tokens: Int[Tensor, "batch pos"]) -> dict[str, str]:
+    """Hooks without one row per token: a stream in several copies (Gemma 3n, Hunyuan 4).
+
+    What a part writes into such a stream is not what its module gives, so that is refused, too.
+    """
+    found: dict[str, str] = {}
+    for name, x in acts.items():
+        if x.shape[:-1] == tokens.shape:
+            continue
+        layer, _, at = name.rpartition(".")
+        every = [f"{layer}.{h}" for h in STREAMS] if at in STREAMS else [name]
+        why = (
+            f"{at} has the shape {list(x.shape)} for {list(tokens.shape)} tokens in this model, "
+            f"where one row per token is stored"
+        )
+        found |= {n: why for n in every if n in acts}
+    return found
+
+
+def router_faults(hf: nn.Module) -> dict[str, str]:
+    """Routers that took several distributions over experts in the last pass (Phi MoE)."""
+    hook, found = "mlp.hook_expert_weights", {}
+    place = modules.family(hf).place(hook)
+    for i, layer in enumerate(modules.layers_of(hf) if place else []):
+        block = modules.reached(layer, place[0].rpartition(".")[0])
+        if block is not None and inner.is_sequential(block):
+            found[f"blocks.{i}.{hook}"] = (
+                "this router draws one expert after another, each from probabilities of its own; "
+                "take mlp.hook_in or mlp.hook_experts_out"
+            )
+    return found
 
 
 # --- one layer -----------------------------------------------------------------------------
@@ -244,16 +280,24 @@ def prove_patterns(hf: nn.Module, names: list[str]) -> None:
         if not known.issuperset(at[1:]):
             continue
         acts = hooks.run_to(hf, few_tokens(hf), at)
-        pattern, v, z = (acts[h] for h in at)
-        n_heads = pattern.shape[-1] // pattern.shape[1]
-        z, d_head = inner.by_head(z, n_heads), z.shape[-1] // n_heads
-        v = inner.by_head(v, v.shape[-1] // d_head)
-        v = v.repeat_interleave(n_heads // v.shape[1], 1)
-        if not alike(inner.by_head(pattern, n_heads).to(v.dtype) @ v, z, z.dtype):
+        if not _is_pattern(*(acts[h] for h in at)):
             raise RetraceError(
                 f"hook '{at[0]}': times attn.hook_v it is not attn.hook_z in this model, so that "
                 f"its scores and patterns are not known; store attn.hook_z"
             )
+
+
+def _is_pattern(pattern: Tensor, v: Tensor, z: Tensor) -> bool:
+    """Whether a pattern [batch pos n_heads*n_keys] times v is z, head by head."""
+    n_heads, odd = divmod(pattern.shape[-1], pattern.shape[1])
+    if odd or z.shape[-1] % n_heads:
+        return False  # keys beside the tokens'
+    z, d_head = inner.by_head(z, n_heads), z.shape[-1] // n_heads
+    n_key, odd = divmod(v.shape[-1], d_head)
+    if odd or n_heads % n_key:
+        return False
+    v = inner.by_head(v, n_key).repeat_interleave(n_heads // n_key, 1)
+    return alike(inner.by_head(pattern, n_heads).to(v.dtype) @ v, z, z.dtype)
 
 
 # --- the whole -----------------------------------------------------------------------------
