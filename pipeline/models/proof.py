@@ -411,7 +411,8 @@ def _goes_on(hf: nn.Module, tokens: Int[Tensor, "batch pos"]) -> bool:
     pairs = Pairs(tokens, tokens, rows, rows, end, {})
     try:
         base = Run.of(Heads(hf), tokens)
-        task = Task(hf, Heads(hf), pairs, _no_metric, base, base, end, end)
+        nothing = torch.zeros(len(tokens), device=tokens.device)
+        task = Task(hf, Heads(hf), pairs, _no_metric, base, base, nothing, nothing)
         at = pairs.suffix(end // 2)
         hook = "blocks.0.hook_resid_pre"  # all layers, since some may be local and others global
         if not base.past:

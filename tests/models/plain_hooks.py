@@ -14,16 +14,17 @@ from torch import Tensor, nn
 
 ATTENTION = r"(self_attn|attn|attention|self_attention|attn\.attention)\."
 WITHIN = {  # hook -> (pattern of a module's path within a layer, in or out)
-    "attn.hook_z": (ATTENTION + r"(o_proj|out_proj|c_proj|dense)", "in"),
+    "attn.hook_z": (ATTENTION + r"(o_proj|out_proj|c_proj|dense|Wo)", "in"),
     "mlp.hook_in": (r"mlp|feed_forward|block_sparse_moe|ffn|moe|fc1", "in"),
     "mlp.hook_post": (r"(mlp\.|ffn\.|feed_forward\.|)"
-                      r"(down_proj|c_proj|dense_4h_to_h|fc2|fc_out|w2|output_linear)", "in"),
+                      r"(down_proj|c_proj|dense_4h_to_h|fc2|fc_out|w2|output_linear|Wo)", "in"),
     "mlp.hook_pre": (r"(mlp\.|ffn\.|feed_forward\.|)"
-                     r"(gate_proj|c_fc|dense_h_to_4h|fc1|fc_in|w1|up_proj)", "out"),
+                     r"(gate_proj|c_fc|dense_h_to_4h|fc1|fc_in|w1|up_proj|Wi)", "out"),
     "mlp.hook_pre_linear": (r"(mlp|feed_forward)\.(up_proj|w3)", "out"),
     "mlp.hook_experts_out": (r"(mlp|block_sparse_moe|feed_forward)\.experts", "out"),
     "hook_attn_out": (ATTENTION[:-2] + r"|self_attention\.dense|\w*norm\w*|\w*ln\w*", "out"),
-    "hook_mlp_out": (r"mlp|feed_forward|block_sparse_moe|ffn|moe|fc2|\w*norm\w*|\w*ln\w*", "out"),
+    "hook_mlp_out": (r"mlp|feed_forward|block_sparse_moe|ffn|moe|fc2|\w*norm\w*|\w*ln\w*|"
+                     r"mlp\.dense_4h_to_h|ffn\.down_proj", "out"),  # Bloom and MPT add the stream
     "hook_resid_mid": (r"\w*norm\w*|\w*ln\w*|norm_\d|mlp|feed_forward", "in"),
 }  # fmt: skip
 SLOTS = {"q": "(q_proj|query)", "k": "(k_proj|key)", "v": "(v_proj|value)"}
@@ -66,11 +67,15 @@ def recorded(hf: nn.Module) -> Iterator[dict[tuple[nn.Module, str], Tensor]]:
     """Inside: a pass fills the dictionary, (module of a layer, in or out) -> its whole tensor."""
     seen: dict[tuple[nn.Module, str], Tensor] = {}
 
+    def keep(key: tuple[nn.Module, str], x: Tensor | None) -> None:
+        if x is not None:
+            seen[key] = x.clone()  # Falcon adds to its MLP's output in place
+
     def before(module: nn.Module, args: tuple, kwargs: dict) -> None:
-        seen[module, "in"] = tensor_of(args, kwargs)
+        keep((module, "in"), tensor_of(args, kwargs))
 
     def after(module: nn.Module, args: tuple, out: object) -> None:
-        seen[module, "out"] = first(out)
+        keep((module, "out"), first(out))
 
     with ExitStack() as stack:
         for layer in layers_of(hf):

@@ -181,7 +181,7 @@ def check_router(hf: nn.Module, number: int, ours: Tensor, seen: dict) -> None:
     routers = [m for n, m in layer.named_modules() if n.endswith((".gate", ".router"))]
     forms = []
     for router in routers:
-        (W,) = [p for p in router.parameters() if p.dim() == 2]
+        W = router.weight if hasattr(router, "weight") else next(router.parameters())
         logits = seen[router, "in"].float().reshape(-1, W.shape[1]) @ W.T
         bias = getattr(router, "bias", None)
         logits = logits if bias is None else logits + bias
