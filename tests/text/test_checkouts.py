@@ -20,9 +20,10 @@ TEXT = "the cat sat on the mat and a dog barked at two sheep near the river\n" *
 SHA256 = hashlib.sha256(TEXT.encode()).hexdigest()
 CARD = {"title": "T", "authors": "A", "year": 2024, "url": "https://example.org"}
 ARCHITECTURE = {"n_layers": 1, "d_model": 8, "n_heads": 2, "d_mlp": 16, "n_ctx": 16}
+RUN = {"architecture": ARCHITECTURE, "data": {"source": "corpus"}, "batch_size": 2, "steps": 2}
 PAPER = CARD | {
     "tokenizer": {"kind": "char"},
-    "training": {"run": {"architecture": ARCHITECTURE, "data": {"source": "corpus"}, "batch_size": 2, "steps": 2}},
+    "training": {"run": RUN},
     "model": {"source": "training", "run": "run"},
     "activations": {"hooks": ["blocks.0.hook_resid_post"]},
 }
