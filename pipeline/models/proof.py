@@ -79,7 +79,7 @@ def prove(hf: nn.Module) -> dict[str, str]:
         refused |= {f"ln_final.{h}": why for h in ("hook_normalized", "hook_scale")}
     hf.retrace_refused = refused
     hf.retrace_fails = headless(hf) if logits is None else whole_faults(hf, tokens, acts, logits)
-    if final is not None and not _reads_last(hf, acts, final):
+    if final is not None and "unembed" not in hf.retrace_fails and not _reads_last(hf, acts, final):
         hf.retrace_fails["unembed"] = (
             f"model type '{hf.config.model_type}' with these settings changes its last stream "
             f"before the final norm, so that its logits are not those of hook_resid_post"
