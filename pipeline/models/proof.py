@@ -78,17 +78,10 @@ def prove(hf: nn.Module) -> dict[str, str]:
         why = "the final norm is not a gain times the standardised stream plus a bias"
         refused |= {f"ln_final.{h}": why for h in ("hook_normalized", "hook_scale")}
     hf.retrace_refused = refused
-    hf.retrace_fails = headless(hf) if logits is None else whole_faults(hf, tokens, acts, logits)
-    if final is not None and "unembed" not in hf.retrace_fails and not _reads_last(hf, acts, final):
-        hf.retrace_fails["unembed"] = (
-            f"model type '{hf.config.model_type}' with these settings changes its last stream "
-            f"before the final norm, so that its logits are not those of hook_resid_post"
-        )
-    if logits is not None and "heads" not in hf.retrace_fails and not _looks_back(hf, tokens, acts):
-        hf.retrace_fails["heads"] = (
-            f"model type '{hf.config.model_type}' with these settings looks at later tokens, too, "
-            f"and circuits need attention that looks back only"
-        )
+    if logits is None:
+        hf.retrace_fails = headless(hf)
+    else:  # where both refuse, the second says more
+        hf.retrace_fails = last_faults(hf, tokens, acts) | whole_faults(hf, tokens, acts, logits)
     if logits is not None and not hf.retrace_fails.keys() & {"resume", "heads"}:
         hf.retrace_past_fails = not _goes_on(hf, tokens)
     return refused
@@ -381,27 +374,30 @@ def _of_inputs(hf: nn.Module, tokens: Tensor, acts: dict[str, Tensor]) -> tuple[
     return torch.stack([seen[n] for n in names]), torch.stack([acts[n] for n in names])
 
 
-def _reads_last(hf: nn.Module, acts: dict[str, Tensor], final: Tensor) -> bool:
-    """Whether the final norm, whose standardised input is `final`, reads the last stream.
+def last_faults(hf: nn.Module, tokens: Tensor, acts: dict[str, Tensor]) -> dict[str, str]:
+    """unembed or heads -> what the stream behind the last layer shows against them.
 
-    RWKV halves it there, which an epsilon alone tells from the logits.
+    RWKV halves that stream before the final norm, which an epsilon alone tells from the logits.
     """
-    last = acts.get(f"blocks.{len(modules.layers_of(hf)) - 1}.hook_resid_post")
-    if last is None:
-        return True
-    n = places.standardised(splice.final_norm(hf), last)[2]
-    return near(final, n, n)
-
-
-def _looks_back(hf: nn.Module, tokens: Tensor, acts: dict[str, Tensor]) -> bool:
-    """Whether another last token leaves the last stream of the earlier positions as it is."""
-    last = f"blocks.{len(modules.layers_of(hf)) - 1}.hook_resid_post"
-    if last not in acts:
-        return True
+    last, out = f"blocks.{len(modules.layers_of(hf)) - 1}.hook_resid_post", {}
+    final = acts.get("ln_final.hook_normalized")
+    if (x := acts.get(last)) is None:
+        return out
+    kind = f"model type '{hf.config.model_type}' with these settings"
+    if final is not None:
+        n = places.standardised(splice.final_norm(hf), x)[2]
+        if not near(final, n, n):
+            out["unembed"] = (
+                f"{kind} changes its last stream before the final norm, so that its logits are not "
+                f"those of hook_resid_post"
+            )
     other = tokens.clone()
     other[:, -1] = (other[:, -1] + 1) % hf.config.vocab_size
-    before, after = (x[:, :-1] for x in (acts[last], hooks.run_to(hf, other, [last])[last]))
-    return alike(after, before, before.dtype)
+    if not alike(hooks.run_to(hf, other, [last])[last][:, :-1], x[:, :-1], x.dtype):
+        out["heads"] = (
+            f"{kind} looks at later tokens, too, and circuits need attention that looks back only"
+        )
+    return out
 
 
 def _goes_on(hf: nn.Module, tokens: Int[Tensor, "batch pos"]) -> bool:
