@@ -48,6 +48,7 @@ def prove(hf: nn.Module) -> dict[str, str]:
         RetraceError: the model does not run on token ids alone.
     """
     hf.retrace_refused, hf.retrace_fails = {}, {}
+    modules.check_layout(hf)
     names, tokens = hooks.hook_names(hf), few_tokens(hf)
     try:
         hf.retrace_overwritten = overwritten(hf, names, tokens)
@@ -70,7 +71,8 @@ def prove(hf: nn.Module) -> dict[str, str]:
         found |= norm_faults(hf, layer, at, outs) | head_faults(hf, i, at)
         after = acts.get(f"blocks.{i + 1}.hook_resid_pre")
         post = at.get("hook_resid_post")
-        if after is not None and post is not None and not near(after, post, post):
+        both = after is not None and post is not None
+        if both and (after.shape != post.shape or not near(after, post, post)):
             found["hook_resid_post"] = "is not what the next layer reads as its hook_resid_pre"
         refused |= {f"blocks.{i}.{h}": why for h, why in found.items()}
     final = acts.get("ln_final.hook_normalized")
@@ -187,6 +189,11 @@ def layer_faults(at: dict[str, Float[Tensor, "batch pos _"]]) -> dict[str, str]:
     pre, attn, mid, mlp, post = (at.get(h) for h in STREAMS)
     if pre is None or post is None:
         return {}
+    if other := [h for h in STREAMS if h in at and at[h].shape != pre.shape]:
+        why = f"{', '.join(other)}: of another width than hook_resid_pre, so that no parts sum"
+        return {
+            h: why for h in {*other, "hook_attn_out", "hook_mlp_out", "hook_resid_mid"} if h in at
+        }
     why_not = "do not sum to the stream behind the layer, so that this name stands elsewhere here"
     out = {}
     if attn is not None and mid is not None and not near(mid, pre + attn, pre, attn):

@@ -158,12 +158,13 @@ def check_config(file: Path, where: str, own: bool = False) -> str:
 def _alike(folder: Path) -> str:
     """The type of the table that has the modules of a folder's model; '' where none has."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModel, AutoModelForCausalLM
 
     from pipeline.models import modules
 
+    kind = AutoModel if loader.is_encoder(folder) else AutoModelForCausalLM
     try:
-        return modules.alike(loader.on_meta(folder, AutoModelForCausalLM, torch.float32, None))
+        return modules.alike(loader.on_meta(folder, kind, torch.float32, None))
     except Exception:  # of another's classes: no causal LM, or no config that they take
         return ""
 
