@@ -317,7 +317,7 @@ def whole_faults(
     middle, last = f"blocks.{n // 2}.hook_resid_pre", f"blocks.{n - 1}.hook_resid_post"
     tests: dict[str, tuple[Callable[[], tuple[Tensor, Tensor]], str]] = {
         "resume": (
-            lambda: (splice.resume(hf, middle, tokens, acts[middle]), logits),
+            lambda: (_resumed(hf, middle, tokens, acts[middle]), logits),
             "its upper layers, resumed on their own stream, do not give its logits",
         ),
         "unembed": (
@@ -349,6 +349,16 @@ def whole_faults(
         if not good:
             out[name] = why if why.startswith("model type") else f"model type '{kind}': {why}"
     return out
+
+
+def _resumed(hf: nn.Module, hook: str, tokens: Tensor, x: Tensor) -> Tensor:
+    """`splice.resume`; where upper layers miss what lower ones would leave, those run, too."""
+    hf.retrace_reads_below = False
+    try:
+        return splice.resume(hf, hook, tokens, x)
+    except KeyError:  # of keys and values by the layer that made them
+        hf.retrace_reads_below = True
+        return splice.resume(hf, hook, tokens, x)
 
 
 def _heads(hf: nn.Module, acts: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
