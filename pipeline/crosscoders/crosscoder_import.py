@@ -126,6 +126,7 @@ def write(original: Original, folder: Path, job: CrosscoderJob, model: str, made
 def work(job: cli.Job) -> None:
     """Find, bring in, compare, and name what was written in the manifest."""
     section, out, saes = brought.opened(job, CrosscoderJob)
+    section = section.model_copy(update={"path": provenance.opened(section.path)})
     models = job.args.models
     with placed.anew(saes) as partial:
         files, origin = located(section, partial / "download")

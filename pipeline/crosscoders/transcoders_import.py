@@ -302,6 +302,8 @@ def entry_of(job: LayersJob, form: dict[str, Any]) -> dict[str, Any]:
 def work(job: cli.Job) -> None:
     """Find, bring in, compare, and name what was written in the manifest."""
     section, out, saes = brought.opened(job, LayersJob)
+    paths = [provenance.opened(path) for path in section.paths]
+    section = section.model_copy(update={"paths": paths})
     with placed.anew(saes) as partial:
         found, source = located(section, partial / "download")
         folder = partial / "saes" / section.name

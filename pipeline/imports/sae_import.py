@@ -251,6 +251,7 @@ def bring(
 def work(job: cli.Job) -> None:
     """Find, bring in, and name what was written in the manifest."""
     section, out, saes = brought.opened(job, ImportJob)
+    section = section.model_copy(update={"path": provenance.opened(section.path)})
     with placed.anew(saes) as partial:
         section, files, source = located(section, partial / "download")
         folder = partial / "saes" / section.name

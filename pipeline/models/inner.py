@@ -146,14 +146,24 @@ class Calls(Readers, TorchFunctionMode):
 
 
 class Attention(Calls):
-    """The softmax over keys of [batch n_heads pos n_keys]."""
+    """The softmax over keys of [batch n_heads pos n_keys].
+
+    Attention with sinks may put a logit beside those of the keys (GPT-OSS), or scale what the
+    softmax gave (Granite with sinks), so that the last tensors joined before it tell.
+    """
+
+    def begin(self) -> None:
+        self.joined: list[tuple[int, ...]] = []
 
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None):
         kwargs = kwargs or {}
+        if func is torch.cat and isinstance(parts := args[0] if args else None, tuple | list):
+            self.joined = [tuple(x.shape) for x in parts]
         if func not in SOFTMAX or not args or args[0].dim() != 4:
             return func(*args, **kwargs)
         raw = args[0]
-        n_keys = raw.shape[-1] - hasattr(self.module, "sinks")  # a logit beside those of keys
+        sink = [(*raw.shape[:3], raw.shape[3] - 1), (*raw.shape[:3], 1)]
+        n_keys = raw.shape[-1] - (hasattr(self.module, "sinks") and self.joined == sink)
 
         def value(x: Tensor) -> Tensor:
             return _flat(x[..., :n_keys].masked_fill(unseen(raw)[..., :n_keys], 0))
@@ -194,6 +204,8 @@ class Router(Calls):
     def __torch_function__(self, func: Any, types: Any, args: tuple = (), kwargs: Any = None):
         out = func(*args, **(kwargs or {}))
         if self.is_over:
+            if func in SOFTMAX and out.shape[-1:] == (self.n_experts,):
+                self.module.__dict__["_retrace_sequential"] = True
             return out
         if func in TOP_K:
             self.chosen = out[1]
@@ -214,6 +226,11 @@ class Router(Calls):
             return new.to(x.dtype).gather(-1, chosen)
 
         return self.seen("probabilities", out, value, put)
+
+
+def is_sequential(block: nn.Module) -> bool:
+    """Whether a block's router was seen to take a second softmax over its experts."""
+    return block.__dict__.get("_retrace_sequential", False)
 
 
 # --- places --------------------------------------------------------------------------------

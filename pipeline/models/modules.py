@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from pipeline.errors import RetraceError
 from pipeline.models import places
 from pipeline.spec import families
 from pipeline.spec.families import Layout
@@ -33,12 +34,31 @@ def family(hf: nn.Module) -> Layout:
     Raises:
         RetraceError: a type without one.
     """
-    names = getattr(hf, "retrace_layout", None) or families.layout(hf.config)
-    prefix = f"{getattr(hf, 'base_model_prefix', '')}."
-    if getattr(hf, "base_model", None) is not hf or not names.layers.startswith(prefix):
+    return _inside(hf, getattr(hf, "retrace_layout", None) or families.layout(hf.config))
+
+
+def _inside(hf: nn.Module, names: Layout) -> Layout:
+    """The layout, whose paths begin behind the name of the inner module where that is the model.
+
+    RoBERTa's inner module has another name than BERT's, and the same modules in it.
+    """
+    prefix, _, _ = names.layers.partition(".")
+    if getattr(hf, "base_model", None) is not hf or hasattr(hf, prefix):
         return names
-    inside = {k: getattr(names, k).removeprefix(prefix) for k in ("embed", "layers", "final_norm")}
-    return names.model_copy(update=inside)
+    paths = {k: getattr(names, k).removeprefix(f"{prefix}.")
+             for k in ("embed", "layers", "final_norm")}  # fmt: skip
+    return names.model_copy(update=paths)
+
+
+def check_layout(hf: nn.Module) -> None:
+    """RetraceError where a model has not the modules around its layers that its layout names."""
+    names = family(hf)
+    for key in ("embed", "layers"):
+        if reached(hf, path := getattr(names, key)) is None:
+            raise RetraceError(
+                f"model type '{hf.config.model_type}': has no '{path}', which its layout names as "
+                f"{key}; correct model.family in paper.yaml"
+            )
 
 
 def layers_of(hf: nn.Module) -> nn.ModuleList:
@@ -82,6 +102,7 @@ def alike(hf: nn.Module) -> str:
 
 def _fit(hf: nn.Module, names: Layout) -> tuple[int, int] | None:
     """(hooks and parts, multipliers) of a layout; None where the model lacks what one names."""
+    names = _inside(hf, names)
     layers = reached(hf, names.layers)
     ends = [reached(hf, path) for path in (names.embed, names.final_norm)]
     if not isinstance(layers, nn.ModuleList) or None in ends:

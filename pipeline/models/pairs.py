@@ -227,6 +227,9 @@ class Run:
         wrong = getattr(heads.hf, "retrace_past_fails", False)  # its own proof said so
         if getattr(config, "alibi", False) or not numbered or wrong:
             past = []  # ALiBi counts positions in a mask of whole prompts (Bloom, MPT, Falcon)
+        local = "local" in getattr(config, "attention_layers", ())
+        if local and 2 * tokens.shape[1] > config.window_size:
+            past = []  # GPT-Neo counts its window over stored keys, those behind a patch among them
         if any(keys.shape[-2] != tokens.shape[1] for keys, _ in past):
             past = []
         return cls(**kept, past=past, parallel=heads.parallel)

@@ -13,6 +13,7 @@ One short pass on a few tokens, any family:
     z is a function of q, k and v alone                     edges: no gate reads the stream (AFMoE)
     the end of a prompt, run on the keys and values of its  else patched runs compute all positions
     beginning, gives its last stream
+    another last token leaves the positions before it       circuits: they compute what lies behind
 
 Hooks that fail are refused by name, each in a sentence, and nothing is computed on them; all others
 go on. Where resuming, the unembedding, the parts of heads or edges fail, what needs them is too.
@@ -47,6 +48,7 @@ def prove(hf: nn.Module) -> dict[str, str]:
         RetraceError: the model does not run on token ids alone.
     """
     hf.retrace_refused, hf.retrace_fails = {}, {}
+    modules.check_layout(hf)
     names, tokens = hooks.hook_names(hf), few_tokens(hf)
     try:
         hf.retrace_overwritten = overwritten(hf, names, tokens)
@@ -61,12 +63,16 @@ def prove(hf: nn.Module) -> dict[str, str]:
     if not torch.isfinite(out[0] if logits is None else logits).all():
         return {}  # no sum holds then; the stage that stores or sums values says where they begin
     refused = {n: "never runs in a forward pass of this model" for n in names if n not in acts}
+    refused |= shape_faults(acts, tokens) | router_faults(hf)
+    acts = {n: x for n, x in acts.items() if n not in refused}
     for i, layer in enumerate(modules.layers_of(hf)):
         at = {h: acts.get(f"blocks.{i}.{h}") for h in (*STREAMS, *_parts(hf))}
         found = layer_faults({h: x for h, x in at.items() if x is not None})
         found |= norm_faults(hf, layer, at, outs) | head_faults(hf, i, at)
         after = acts.get(f"blocks.{i + 1}.hook_resid_pre")
-        if after is not None and not near(after, at["hook_resid_post"], at["hook_resid_post"]):
+        post = at.get("hook_resid_post")
+        both = after is not None and post is not None
+        if both and (after.shape != post.shape or not near(after, post, post)):
             found["hook_resid_post"] = "is not what the next layer reads as its hook_resid_pre"
         refused |= {f"blocks.{i}.{h}": why for h, why in found.items()}
     final = acts.get("ln_final.hook_normalized")
@@ -74,7 +80,10 @@ def prove(hf: nn.Module) -> dict[str, str]:
         why = "the final norm is not a gain times the standardised stream plus a bias"
         refused |= {f"ln_final.{h}": why for h in ("hook_normalized", "hook_scale")}
     hf.retrace_refused = refused
-    hf.retrace_fails = headless(hf) if logits is None else whole_faults(hf, tokens, acts, logits)
+    if logits is None:
+        hf.retrace_fails = headless(hf)
+    else:  # where both refuse, the second says more
+        hf.retrace_fails = last_faults(hf, tokens, acts) | whole_faults(hf, tokens, acts, logits)
     if logits is not None and not hf.retrace_fails.keys() & {"resume", "heads"}:
         hf.retrace_past_fails = not _goes_on(hf, tokens)
     return refused
@@ -139,6 +148,39 @@ def alike(a: Float[Tensor, "*batch d"], b: Float[Tensor, "*batch d"], dtype: tor
     return bool(((a.double() - b.double()).abs() <= LOOSE[dtype] * size + 1e-9).all())
 
 
+def shape_faults(acts: dict[str, Tensor], tokens: Int[Tensor, "batch pos"]) -> dict[str, str]:
+    """Hooks without one row per token: a stream in several copies (Gemma 3n, Hunyuan 4).
+
+    What a part writes into such a stream is not what its module gives, so that is refused, too.
+    """
+    found: dict[str, str] = {}
+    for name, x in acts.items():
+        if x.shape[:-1] == tokens.shape:
+            continue
+        layer, _, at = name.rpartition(".")
+        every = [f"{layer}.{h}" for h in STREAMS] if at in STREAMS else [name]
+        why = (
+            f"{at} has the shape {list(x.shape)} for {list(tokens.shape)} tokens in this model, "
+            f"where one row per token is stored"
+        )
+        found |= {n: why for n in every if n in acts}
+    return found
+
+
+def router_faults(hf: nn.Module) -> dict[str, str]:
+    """Routers that took several distributions over experts in the last pass (Phi MoE)."""
+    hook, found = "mlp.hook_expert_weights", {}
+    place = modules.family(hf).place(hook)
+    for i, layer in enumerate(modules.layers_of(hf) if place else []):
+        block = modules.reached(layer, place[0].rpartition(".")[0])
+        if block is not None and inner.is_sequential(block):
+            found[f"blocks.{i}.{hook}"] = (
+                "this router draws one expert after another, each from probabilities of its own; "
+                "take mlp.hook_in or mlp.hook_experts_out"
+            )
+    return found
+
+
 # --- one layer -----------------------------------------------------------------------------
 
 
@@ -147,6 +189,11 @@ def layer_faults(at: dict[str, Float[Tensor, "batch pos _"]]) -> dict[str, str]:
     pre, attn, mid, mlp, post = (at.get(h) for h in STREAMS)
     if pre is None or post is None:
         return {}
+    if other := [h for h in STREAMS if h in at and at[h].shape != pre.shape]:
+        why = f"{', '.join(other)}: of another width than hook_resid_pre, so that no parts sum"
+        return {
+            h: why for h in {*other, "hook_attn_out", "hook_mlp_out", "hook_resid_mid"} if h in at
+        }
     why_not = "do not sum to the stream behind the layer, so that this name stands elsewhere here"
     out = {}
     if attn is not None and mid is not None and not near(mid, pre + attn, pre, attn):
@@ -233,16 +280,24 @@ def prove_patterns(hf: nn.Module, names: list[str]) -> None:
         if not known.issuperset(at[1:]):
             continue
         acts = hooks.run_to(hf, few_tokens(hf), at)
-        pattern, v, z = (acts[h] for h in at)
-        n_heads = pattern.shape[-1] // pattern.shape[1]
-        z, d_head = inner.by_head(z, n_heads), z.shape[-1] // n_heads
-        v = inner.by_head(v, v.shape[-1] // d_head)
-        v = v.repeat_interleave(n_heads // v.shape[1], 1)
-        if not alike(inner.by_head(pattern, n_heads).to(v.dtype) @ v, z, z.dtype):
+        if not _is_pattern(*(acts[h] for h in at)):
             raise RetraceError(
                 f"hook '{at[0]}': times attn.hook_v it is not attn.hook_z in this model, so that "
                 f"its scores and patterns are not known; store attn.hook_z"
             )
+
+
+def _is_pattern(pattern: Tensor, v: Tensor, z: Tensor) -> bool:
+    """Whether a pattern [batch pos n_heads*n_keys] times v is z, head by head."""
+    n_heads, odd = divmod(pattern.shape[-1], pattern.shape[1])
+    if odd or z.shape[-1] % n_heads:
+        return False  # keys beside the tokens'
+    z, d_head = inner.by_head(z, n_heads), z.shape[-1] // n_heads
+    n_key, odd = divmod(v.shape[-1], d_head)
+    if odd or n_heads % n_key:
+        return False
+    v = inner.by_head(v, n_key).repeat_interleave(n_heads // n_key, 1)
+    return alike(inner.by_head(pattern, n_heads).to(v.dtype) @ v, z, z.dtype)
 
 
 # --- the whole -----------------------------------------------------------------------------
@@ -262,7 +317,7 @@ def whole_faults(
     middle, last = f"blocks.{n // 2}.hook_resid_pre", f"blocks.{n - 1}.hook_resid_post"
     tests: dict[str, tuple[Callable[[], tuple[Tensor, Tensor]], str]] = {
         "resume": (
-            lambda: (splice.resume(hf, middle, tokens, acts[middle]), logits),
+            lambda: (_resumed(hf, middle, tokens, acts[middle]), logits),
             "its upper layers, resumed on their own stream, do not give its logits",
         ),
         "unembed": (
@@ -296,6 +351,16 @@ def whole_faults(
     return out
 
 
+def _resumed(hf: nn.Module, hook: str, tokens: Tensor, x: Tensor) -> Tensor:
+    """`splice.resume`; where upper layers miss what lower ones would leave, those run, too."""
+    hf.retrace_reads_below = False
+    try:
+        return splice.resume(hf, hook, tokens, x)
+    except KeyError:  # of keys and values by the layer that made them
+        hf.retrace_reads_below = True
+        return splice.resume(hf, hook, tokens, x)
+
+
 def _heads(hf: nn.Module, acts: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     """(what heads and MLPs write, computed apart, and in the model's pass), of all layers."""
     heads = Heads(hf)
@@ -326,6 +391,32 @@ def _of_inputs(hf: nn.Module, tokens: Tensor, acts: dict[str, Tensor]) -> tuple[
     return torch.stack([seen[n] for n in names]), torch.stack([acts[n] for n in names])
 
 
+def last_faults(hf: nn.Module, tokens: Tensor, acts: dict[str, Tensor]) -> dict[str, str]:
+    """unembed or heads -> what the stream behind the last layer shows against them.
+
+    RWKV halves that stream before the final norm, which an epsilon alone tells from the logits.
+    """
+    last, out = f"blocks.{len(modules.layers_of(hf)) - 1}.hook_resid_post", {}
+    final = acts.get("ln_final.hook_normalized")
+    if (x := acts.get(last)) is None:
+        return out
+    kind = f"model type '{hf.config.model_type}' with these settings"
+    if final is not None:
+        n = places.standardised(splice.final_norm(hf), x)[2]
+        if not near(final, n, n):
+            out["unembed"] = (
+                f"{kind} changes its last stream before the final norm, so that its logits are not "
+                f"those of hook_resid_post"
+            )
+    other = tokens.clone()
+    other[:, -1] = (other[:, -1] + 1) % hf.config.vocab_size
+    if not alike(hooks.run_to(hf, other, [last])[last][:, :-1], x[:, :-1], x.dtype):
+        out["heads"] = (
+            f"{kind} looks at later tokens, too, and circuits need attention that looks back only"
+        )
+    return out
+
+
 def _goes_on(hf: nn.Module, tokens: Int[Tensor, "batch pos"]) -> bool:
     """Whether the end of a prompt, run on keys and values of its beginning, has the same stream."""
     rows = torch.arange(len(tokens), device=tokens.device)
@@ -333,9 +424,10 @@ def _goes_on(hf: nn.Module, tokens: Int[Tensor, "batch pos"]) -> bool:
     pairs = Pairs(tokens, tokens, rows, rows, end, {})
     try:
         base = Run.of(Heads(hf), tokens)
-        task = Task(hf, Heads(hf), pairs, _no_metric, base, base, end, end)
+        nothing = torch.zeros(len(tokens), device=tokens.device)
+        task = Task(hf, Heads(hf), pairs, _no_metric, base, base, nothing, nothing)
         at = pairs.suffix(end // 2)
-        hook = f"blocks.{len(base.pre) // 2}.hook_resid_pre"
+        hook = "blocks.0.hook_resid_pre"  # all layers, since some may be local and others global
         if not base.past:
             return True
         found = rerun.on_past(task, hook, pairs.gathered(base.at(hook), at)[None], at, rows)[0]

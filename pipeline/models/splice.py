@@ -53,9 +53,15 @@ def resume(
     """
     hooks.require(hf, "resume")
     with skipped_below(hf, hook), hooks.edited(hf, hook, lambda _: x):
-        few = {"logits_to_keep": last} if last else {}
+        # of shared keys and values, Gemma 4 would give the upper layers these positions alone
+        few = {"logits_to_keep": last} if last and not _reads_below(hf) else {}
         logits = hf(input_ids=tokens, use_cache=False, **few).logits
     return places.full(logits[:, -last:])  # some models give all of them whatever is asked
+
+
+def _reads_below(hf: nn.Module) -> bool:
+    """Whether upper layers read keys and values of lower ones, as the model's proof found."""
+    return getattr(hf, "retrace_reads_below", False)
 
 
 def resume_stream(
@@ -69,6 +75,11 @@ def resume_stream(
         given: what else the model takes, such as the keys and values of earlier positions.
     """
     hooks.require(hf, "resume")
+    if _reads_below(hf):
+        raise RetraceError(
+            f"model type '{hf.config.model_type}': upper layers read keys and values of lower "
+            f"ones, so that the upper part alone has no stream"
+        )
     with ExitStack() as stack:
         if hook.endswith("hook_resid_mid"):
             stack.enter_context(_without_attention(hf, int(hook.split(".")[1]), x))
@@ -105,10 +116,11 @@ def _without_attention(hf: nn.Module, number: int, x: Tensor) -> Iterator[None]:
 def skipped_below(hf: nn.Module, hook: str) -> Iterator[None]:
     """Inside: the layers whose output `resume` overwrites pass their input on.
 
-    Only where the hook is the residual stream itself; elsewhere the stream beside it is needed.
+    Only where the hook is the residual stream itself; elsewhere the stream beside it is needed. Nor
+    where upper layers read the keys and values of lower ones, as the model's proof found (Gemma 4).
     """
     skipped: list[nn.Module] = []
-    if hook.endswith(("hook_resid_pre", "hook_resid_post")):
+    if not _reads_below(hf) and hook.endswith(("hook_resid_pre", "hook_resid_post")):
         number = int(hook.split(".")[1])
         skipped = list(modules.layers_of(hf))[: number + hook.endswith("hook_resid_post")]
     answers = [modules.answer_of(hf, layer) for layer in skipped]

@@ -17,7 +17,7 @@ from pipeline.errors import RetraceError
 from pipeline.job import source
 from pipeline.job.source import files_code
 from pipeline.papers.folders import Paper, available, faults_of_scales, find, load, scales_of
-from pipeline.papers.paths import near, path_digest, resolve, resolve_many
+from pipeline.papers.paths import in_spec, near, path_digest, resolve, resolve_many
 from pipeline.spec import families
 from pipeline.spec.base import SCALES
 from pipeline.spec.imports import (
@@ -356,11 +356,11 @@ class Run:
             source["family"] = section.family
         elif section.family:
             path = resolve(section.family, paper.folder, [*self.roots, *self.dirs])
-            source["family"], job["family"] = path_digest(path), str(near(path))
+            source["family"], job["family"] = path_digest(path), in_spec(path)
         if section.source == "folder":
             path = resolve(section.path, paper.folder, self.roots)
             source["content"] = path_digest(path)
-            job["path"] = str(near(path))
+            job["path"] = in_spec(path)
         if section.source == "training":
             run = self._training(paper, section.run)
             source["run"], inputs["training"] = run.id, run.id
@@ -388,7 +388,7 @@ class Run:
         identity = dict(job)
         if section.source == "folder":
             path = resolve(section.path, paper.folder, self.roots)
-            job["path"] = str(near(path))
+            job["path"] = in_spec(path)
             file, beside, optional = listing(section.format, path.as_posix())
             found = [Path(f) for f in (file, *beside, *optional)]
             identity["path"] = [[f.name, path_digest(f)] for f in found if f.is_file()]
@@ -408,7 +408,7 @@ class Run:
         identity = dict(job)
         if section.source == "folder":
             found = [resolve(path, paper.folder, self.roots) for path in job["paths"]]
-            job["paths"] = [str(near(path)) for path in found]
+            job["paths"] = [in_spec(path) for path in found]
             paths = [path.as_posix() for path in found]
             files = [
                 Path(file)
@@ -441,7 +441,7 @@ class Run:
         identity = dict(job)
         if section.source == "folder":
             path = resolve(section.path, paper.folder, self.roots)
-            job["path"] = str(near(path))
+            job["path"] = in_spec(path)
             weights, _, optional = crosscoder_listing(path.as_posix())
             files = [Path(f) for f in (weights, *optional)]
             identity["path"] = [[f.name, path_digest(f)] for f in files if f.is_file()]
@@ -488,15 +488,15 @@ class Run:
         identity = dict(job)
         if section.source == "local":
             path, files = resolve_many(section.path, paper.folder, self.roots)
-            job["path"] = str(near(path))
+            job["path"] = in_spec(path)
             identity["path"] = path_digest(path, files)
         inputs = {}
         if section.source == "url":  # pinned by its sha256, wherever it is read
             identity["path"] = identity["url"] = ""
             if section.path:
                 path = resolve(section.path, paper.folder, self.roots, may_miss=True)
-                job["path"] = str(near(path))
-                inputs |= {"text": job["path"]} if path.exists() else {}
+                job["path"] = in_spec(path)
+                inputs |= {"text": str(near(path))} if path.exists() else {}
         name = (
             section.name
             or {

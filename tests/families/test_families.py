@@ -331,7 +331,10 @@ def test_types_with_the_modules_of_another_prove_themselves(kind, like):
     assert modules.alike(hf) == like
     if like:
         hf.retrace_layout = families.given(like, hf.config)
-        assert proof.prove(hf) == {} and hf.retrace_fails == {}
+        refused = {name.split(".", 2)[-1] for name in proof.prove(hf)}
+        # its router draws one expert after another
+        assert refused == ({"mlp.hook_expert_weights"} if kind == "phimoe" else set())
+        assert hf.retrace_fails == {}
     if "granite" in kind:
         hf.retrace_layout = families.given(
             "llama" if kind == "granite_swa" else "mixtral", hf.config

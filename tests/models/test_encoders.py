@@ -1,14 +1,24 @@
 """Encoders without a head (BertModel, as MiniLM is): activations, and what they cannot do."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from conftest import byte_tokenizer
 from tokenizers import Tokenizer, models
-from transformers import BertConfig, BertLMHeadModel, BertModel, PreTrainedTokenizerFast
+from transformers import (
+    AutoConfig,
+    AutoModel,
+    BertConfig,
+    BertLMHeadModel,
+    BertModel,
+    PreTrainedTokenizerFast,
+)
 
 from pipeline.downloads import fetch
 from pipeline.errors import RetraceError
-from pipeline.models import hooks, inner, loader, splice
+from pipeline.models import hooks, inner, loader, proof, splice
+from pipeline.spec import families
 from pipeline.spec.paper import ModelSpec
 from pipeline.store import tables
 from pipeline.text.tokens import set_document_token
@@ -83,6 +93,78 @@ def test_parts_of_a_layer_are_those_of_plain_hooks(loaded, folder):
     pattern = inner.by_head(acts["blocks.1.attn.hook_pattern"], 4)
     torch.testing.assert_close(pattern, seen["pattern"], **CLOSE)
     assert (pattern > 0).all()  # no key is hidden
+
+
+# --- encoders with BERT's modules ----------------------------------------------------------
+
+KINDS = ["roberta", "xlm-roberta", "camembert", "ernie", "electra"]
+FEWER = ["deberta-v2", "mpnet"]  # their queries, keys and values have other names
+
+
+def saved(kind: str, folder: Path, **more) -> Path:
+    config = AutoConfig.for_model(kind, **SIZE | {"embedding_size": 32} | more)
+    torch.manual_seed(0)
+    AutoModel.from_config(config).save_pretrained(folder)
+    byte_tokenizer().save_pretrained(folder)
+    return folder
+
+
+def brought(folder: Path, family: str):
+    """The model of a folder, proved, with the layout of a type of the table."""
+    spec = ModelSpec(source="folder", path=str(folder), family=family)
+    opened, _, _, spec = model.open_source(spec, folder / "none", None)
+    opened.retrace_layout = families.given(family, opened.config)
+    proof.prove(opened.eval())
+    return opened
+
+
+@pytest.mark.parametrize("kind", KINDS + FEWER)
+@torch.no_grad()
+def test_an_encoder_with_the_modules_of_bert_takes_its_layout(kind, tmp_path):
+    """RoBERTa, and others whose inner module has another name, by plain hooks."""
+    folder = saved(kind, tmp_path)
+    with pytest.raises(
+        RetraceError, match="so write model" if kind in KINDS else "name a file"
+    ) as e:
+        model.open_source(ModelSpec(source="folder", path=str(folder)), tmp_path / "none", None)
+    assert str(e.value).count("model.family: bert") == (kind in KINDS)
+    hf, seen = brought(folder, "bert"), {}
+    assert {n.split(".")[-1] for n in hf.retrace_refused} == {
+        "hook_attn_out", "hook_mlp_out", "hook_resid_mid",
+    }  # fmt: skip
+    plain = AutoModel.from_pretrained(folder).eval()
+    layer = plain.encoder.layer[1]
+    layer.output.dense.register_forward_pre_hook(lambda _, args: seen.update(post=args[0]))
+    states = plain(TOKENS, output_hidden_states=True).hidden_states
+    names = ["hook_embed", *(f"blocks.{i}.hook_resid_post" for i in range(3))]
+    acts = hooks.run_to(hf, TOKENS, [*names, "blocks.1.mlp.hook_post"])
+    for name, theirs in zip(names, states, strict=True):
+        torch.testing.assert_close(acts[name], theirs, **CLOSE)
+    torch.testing.assert_close(acts["blocks.1.mlp.hook_post"], seen["post"], **CLOSE)
+
+
+@pytest.mark.parametrize(
+    ("kind", "family", "says"),
+    [
+        ("roberta", "llama", r"'roberta': has no 'embed_tokens', which its layout names as embed"),
+        ("distilbert", "bert", r"'distilbert': has no 'encoder\.layer', which its layout names"),
+        ("t5", "bert", r"not a causal LM that transformers can load"),
+    ],
+)
+def test_a_layout_that_a_model_does_not_have_is_told_in_a_sentence(kind, family, says, tmp_path):
+    with pytest.raises(RetraceError, match=says) as e:
+        brought(saved(kind, tmp_path), family)
+    assert "\n" not in str(e.value)
+
+
+def test_streams_of_several_widths_are_refused(tmp_path):
+    """MobileBERT's attention works in a narrower stream than its layers pass on."""
+    hf = brought(saved("mobilebert", tmp_path, embedding_size=16), "bert")
+    with pytest.raises(RetraceError, match="of another width than hook_resid_pre"):
+        hooks.run_to(hf, TOKENS, ["blocks.0.hook_resid_mid"])
+
+
+# --- what they cannot do -------------------------------------------------------------------
 
 
 def test_what_needs_logits_is_refused_in_a_sentence(loaded):

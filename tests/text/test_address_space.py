@@ -16,7 +16,9 @@ import pytest
 from conftest import environment
 from test_hub_corpus import tokenizer_at
 
+from pipeline.store import tables
 from pipeline.store.shards import Blocks
+from pipeline.text.corpus import ROW_GROUP, block_schema
 
 # Of the large corpus: 8 bytes a token, for its id and for its document.
 N_TOKENS, LENGTH = 12_000_000, 20_000
@@ -27,6 +29,19 @@ limit = int(sys.argv.pop(1))
 resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
 from pipeline.text import corpus
 corpus.main()
+print(re.search(r"VmPeak:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
+"""
+
+READER = """
+import re, resource, sys
+from pipeline.store.shards import Blocks
+import pyarrow.parquet, pyarrow.compute
+limit = int(sys.argv[2])
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+blocks = Blocks(sys.argv[1])
+first, last = blocks.range("eval")
+total = sum(int(blocks.read(i, i + 1)[0].sum()) for i in range(0, len(blocks), 512))
+print(len(blocks), first, last, total)
 print(re.search(r"VmPeak:\\s+(\\d+) kB", open("/proc/self/status").read())[1])
 """
 
@@ -81,3 +96,40 @@ def test_a_corpus_larger_than_the_address_space(over, tmp_path):
         for at in (0, len(blocks) // 2, len(blocks) - 1):
             tokens, _ = blocks.read(at, at + 1)
             assert np.array_equal(tokens[0, 1:], token_ids(1023 * at, 1023))
+
+
+def stored(file: Path, n_blocks: int, n_ctx: int = 128) -> np.ndarray:
+    """A tokens.parquet whose numbers no codec makes smaller; its tokens, [n_blocks n_ctx]."""
+    rng = np.random.default_rng(0)
+    ids = [rng.integers(0, 2**31, (n_blocks, n_ctx), dtype=np.int32) for _ in range(2)]
+    offsets = pa.array(np.arange(n_blocks + 1, dtype=np.int32) * n_ctx)
+    lists = [pa.ListArray.from_arrays(offsets, pa.array(x.ravel())) for x in ids]
+    n_eval = n_blocks // 10
+    splits = pa.array(["train"] * (n_blocks - n_eval) + ["eval"] * n_eval)
+    columns = [pa.array(range(n_blocks), pa.int32()), splits, *lists]
+    table = pa.Table.from_arrays(columns, schema=block_schema())
+    about = {"n_ctx": n_ctx, "prepend_bos": False, "bos_id": None}
+    tables.write_table(file, table, about, ROW_GROUP)
+    return ids[0]
+
+
+def read_back(file: Path, limit: int) -> tuple[list[int], int]:
+    """(blocks, the span of eval and a sum of tokens; bytes of address space) under a limit."""
+    command = [sys.executable, "-c", READER, str(file), str(limit)]
+    done = subprocess.run(command, env=environment(), capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    said, peak = done.stdout.splitlines()
+    return [int(x) for x in said.split()], 1024 * int(peak)
+
+
+def test_blocks_of_a_corpus_larger_than_the_address_space(tmp_path):
+    """The bound is what reading a small corpus takes, and a quarter of the large one's file."""
+    stored(tmp_path / "small.parquet", 4 * ROW_GROUP)
+    _, taken = read_back(tmp_path / "small.parquet", -1)
+    file = tmp_path / "large.parquet"
+    tokens = stored(file, 64 * ROW_GROUP)
+    size = file.stat().st_size
+    assert size > 60 * 2**20
+    found, _ = read_back(file, taken + size // 4)
+    n = len(tokens)
+    assert found == [n, n - n // 10, n, int(tokens[::512].sum(dtype=np.int64))]
