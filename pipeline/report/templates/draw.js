@@ -6,6 +6,7 @@
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const narrow = 520;
   const MANY = 24;  // names on an axis, of which some stand for all
+  const SMALL = 10;  // pixels of a name that is small and can still be read
   const ROOMY = 720, PANEL = 160;  // pixels of a figure, and a panel, that a phone has no room for
   const thinned = new Map();  // canvas -> settings of its axes before `uncrowded` changed them
   const chosen = new Map();  // figure -> the place that the reader gave each control
@@ -135,18 +136,27 @@
     if (at) title.text = `${text.slice(0, at)}<br>${text.slice(at + 1)}`;
   }
 
-  // names on an x axis that lean: upright in several lines, or a few of many
+  // names on an x axis that lean: upright in several lines, smaller, in two rows, or a few of many
   function named(key, axis) {
     const names = axis._categories.map(String), slot = axis._length / names.length;
     const ink = document.createElement("canvas").getContext("2d");
-    ink.font = `${axis.tickfont.size}px ${axis.tickfont.family}`;
     const wide = (text) => ink.measureText(text).width;
-    const lines = names.map((name) => wrapped(name, (text) => wide(text) <= slot - 4));
-    const step = Math.ceil((Math.max(...lines.flat().map(wide)) + 4) / slot);
-    if (step > 1 && names.length < MANY) return {};  // each of a few names counts: they lean
-    const shown = names.map((_, i) => i).filter((i) => i % step === 0);
+    const set = (size, slots = 1) => {
+      ink.font = `${size}px ${axis.tickfont.family}`;
+      const lines = names.map((name) => wrapped(name, (text) => wide(text) <= slots * slot - 4));
+      return { size, lines, step: Math.ceil((Math.max(...lines.flat().map(wide)) + 4) / slot) };
+    };
+    const each = names.length < MANY, tried = [set(axis.tickfont.size), set(SMALL)];
+    const { size, lines, step } = tried.find((s) => s.step === 1) ?? (each ? set(SMALL, 2) : tried[0]);
+    const two = each && step > 1;
+    if (two && step > 2) return {};  // each of a few names counts: they lean
+    if (two) {  // every second one stands below its neighbours
+      const rows = Math.max(...lines.filter((_, i) => i % 2 === 0).map((l) => l.length));
+      lines.forEach((l, i) => { if (i % 2) l.unshift(...Array(rows).fill("\u00a0")); });
+    }
+    const shown = names.map((_, i) => i).filter((i) => two || i % step === 0);
     return {
-      [`${key}.tickmode`]: "array", [`${key}.tickvals`]: shown,
+      [`${key}.tickmode`]: "array", [`${key}.tickvals`]: shown, [`${key}.tickfont.size`]: size,
       [`${key}.ticktext`]: shown.map((i) => lines[i].join("<br>")), [`${key}.tickangle`]: 0,
     };
   }
@@ -188,8 +198,7 @@
     }
     if (!Object.keys(change).length) return;
     const before = Object.keys(change).map((path) => {
-      const [key, what] = path.split(".");
-      return [path, box.layout[key]?.[what] ?? null];
+      return [path, path.split(".").reduce((at, key) => at?.[key], box.layout) ?? null];
     });
     thinned.set(box, { ...Object.fromEntries(before), ...thinned.get(box) });
     await Plotly.relayout(box, change);
@@ -266,7 +275,9 @@
       const { left: from, right: to } = e.getBoundingClientRect(), middle = (from + to) / 2 - left;
       return axes.some((axis) => middle > axis._offset && middle < axis._offset + axis._length);
     });
-    return inside || !apart(titles) || axes.some((axis) => !apart([...box.querySelectorAll(`.${axis._id}tick text`)]));
+    const right = left + box.clientWidth;  // a title above a narrow panel may begin or end beyond it
+    const cut = titles.map((e) => e.getBoundingClientRect()).some((p) => p.left < left - 1 || p.right > right + 1);
+    return inside || cut || !apart(titles) || axes.some((axis) => !apart([...box.querySelectorAll(`.${axis._id}tick text`)]));
   }
 
   async function draw(figure, onDark, wanted = 0) {

@@ -151,10 +151,11 @@ def cost(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     frame.loc[frame["method"] == "activation_patching", "correlation"] = 1.0  # with itself
 
     def dots(case: pd.DataFrame) -> Iterator[tuple]:
+        middle = (case["seconds"].min() * case["seconds"].max()) ** 0.5  # of a log axis
         for row in case.itertuples():
             label, shade = METHODS[row.method]
             passes = f"{row.forwards:.0f} forward, {row.backwards:.0f} backward"
-            side = "left" if row.seconds == case["seconds"].max() else "right"
+            side = "left" if row.seconds > middle else "right"
             yield 0, points(
                 [row.seconds], [row.correlation], label, shade, size=13, mode="markers+text",
                 text=[passes], textposition=f"bottom {side}",
