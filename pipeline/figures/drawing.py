@@ -178,6 +178,7 @@ def page(
 
     text = {"name": name, "title": title, "caption": caption, "script": script}
     text = {k: html.escape(v) for k, v in text.items()}
+    text["caption"] = alone(text["caption"], text["name"])
     about = ""
     if paper:
         about = ABOUT.format(name=text["name"], paper=html.escape(paper), scale=html.escape(scale))
@@ -185,6 +186,12 @@ def page(
 
 
 # --- captions ------------------------------------------------------------------------------
+
+
+def alone(caption: str, name: str) -> str:
+    """An escaped caption without the numbers of a run, which the report has: '…' leads there."""
+    there = f'<a href="../report.html#figure-{name}" title="the number is in the report">…</a>'
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", PLACE.sub(there, caption))
 
 
 def metrics_in(caption: str) -> list[str]:

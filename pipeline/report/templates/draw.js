@@ -9,6 +9,7 @@
   const SMALL = 10;  // pixels of a name that is small and can still be read
   const ROOMY = 720, PANEL = 160;  // pixels of a figure, and a panel, that a phone has no room for
   const thinned = new Map();  // canvas -> settings of its axes before `uncrowded` changed them
+  const types = new Map();  // figure -> types of its axes, which plotly would guess anew from other data
   const chosen = new Map();  // figure -> the place that the reader gave each control
 
   const figures = () => [...document.querySelectorAll(".retrace-figure")];
@@ -77,7 +78,8 @@
     const box = canvas(figure);
     if (thinned.has(box)) await Plotly.relayout(box, thinned.get(box));
     thinned.delete(box);
-    await Plotly[method](box, ...JSON.parse(JSON.stringify(args)));
+    const [traces, layout] = JSON.parse(JSON.stringify(args));
+    await Plotly[method](box, traces, { ...types.get(figure), ...layout });
     await uncrowded(box);
   }
 
@@ -205,7 +207,8 @@
     if (rounds > 1) await uncrowded(box, rounds - 1);
   }
 
-  // plotly writes the 2 and 5 of a log axis smaller than its decades, and higher: one size and line
+  // plotly writes the 2 and 5 of a log axis smaller than its decades, and higher: one size and line;
+  // and 20 as 2x10, as if an exponent were missing
   function evenDigits(box) {
     for (const [key, axis] of Object.entries(box._fullLayout)) {
       if (!/^[xy]axis\d*$/.test(key) || axis.type !== "log") continue;
@@ -213,6 +216,9 @@
       const lowest = Math.max(...texts.map((text) => Number(text.getAttribute("y"))));
       for (const text of texts) {
         text.style.fontSize = `${axis.tickfont.size}px`;
+        const first = text.firstChild;
+        if (/^\dx10$/.test(text.textContent)) text.textContent = `${text.textContent[0]}0`;
+        else if (first?.nodeType === 3) first.nodeValue = first.nodeValue.replace("x10", "×10");
         if (key[0] === "x" && axis.side !== "top") text.setAttribute("y", lowest);
       }
     }
@@ -284,6 +290,8 @@
     const plot = read(figure, onDark);
     const { updatemenus = [], sliders = [], ...rest } = plot.layout;
     plot.layout = rest;
+    const stated = Object.entries(rest).filter(([key, axis]) => /^[xy]axis\d*$/.test(key) && axis.type);
+    types.set(figure, Object.fromEntries(stated.map(([key, axis]) => [`${key}.type`, axis.type])));
     controls(figure, [...updatemenus, ...sliders]);
     const box = canvas(figure);
     const least = Math.max(plot.layout.meta?.min_width ?? 0, wanted);  // a wider figure scrolls sideways on a phone

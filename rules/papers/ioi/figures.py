@@ -58,7 +58,7 @@ def movers(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     role = heads[heads["arm"] == scatter["arm"].iloc[0]].set_index(["layer", "head"])["role"]
     chosen = list(dict.fromkeys(pairs(scatter)))[:6]
     titles = [f"head {i}.{h},<br>{ROLES[role[i, h]][0]}" for i, h in chosen]
-    panels = Panels(titles, min(3, len(chosen)))
+    panels = Panels(titles, 2 if len(chosen) == 4 else min(3, len(chosen)))
     for k, (layer, head) in enumerate(chosen):
         own = scatter[(scatter["layer"] == layer) & (scatter["head"] == head)]
         for some, name, (shade,) in styled(own, "name", NAMES):

@@ -42,7 +42,7 @@ def norms(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
             panels.add(i, steps(BINS, np.maximum(share, 1e-4), name, colour, hover=hover))
             rows += [{"pair": pair, "objective": objective, "low": low, "share": s}
                      for low, s in zip(BINS, share, strict=False)]  # fmt: skip
-    panels.figure.update_yaxes(type="log", range=[-4, 0.1], tickformat=".2%")
+    panels.figure.update_yaxes(type="log", range=[-4, 0.1], tickformat=".2~%")
     panels.axes(x="Δnorm", y="share of latents")
     return panels.finish(340), pd.DataFrame(rows)
 
