@@ -459,6 +459,21 @@ def test_a_table_of_costs_fits_a_phone(browser):
     assert browser.js(f"return {cells}.every(c => c.clientWidth > 300)")
 
 
+def test_a_metric_leads_to_its_definition_here_and_in_the_catalogue(browser):
+    browser.open(REPORT)
+    browser.js("document.querySelector('.claim a.metric').click()")
+    shown = browser.until("return document.querySelector('#definition:popover-open')?.innerText")
+    name = browser.js("return document.querySelector('.claim a.metric').dataset.name")
+    assert shown.startswith(name) and "among this report’s metrics" in shown
+    here, there = browser.js("return [...document.querySelectorAll('#definition a')].map(a => a.href)")
+    assert here.split("#")[0].endswith(REPORT)
+    text = browser.js("return document.querySelectorAll('#definition p')[1].textContent")
+    browser.open(f"catalogue.html#{there.split('#')[1]}")
+    row = "document.querySelector(':target')"
+    assert browser.js(f"return {row}.querySelector('dd').textContent") == text
+    assert browser.js(f"return {row}.closest('details').open")
+
+
 def test_the_reader_chooses_what_is_shown(browser):
     browser.open(REPORT)
     title = "return document.querySelector('#figure-pareto .ytitle').textContent"
