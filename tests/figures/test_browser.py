@@ -631,6 +631,14 @@ def test_filters(browser):
     assert labels == ["any", "Biology", "Geography", "History", "Music", "Sports"]
 
 
+def test_a_list_of_topics_that_there_are_not_is_hidden(browser):
+    browser.open(FEATURES)
+    shown = "return document.querySelector('#labels').getClientRects().length"
+    assert browser.js(shown)
+    browser.js("document.querySelector('#labels').hidden = true")  # as without labels
+    assert not browser.js(shown)
+
+
 def test_scrolling_draws_more(browser):
     browser.open(FEATURES)
     browser.js("scrollTo(0, document.documentElement.scrollHeight)")
