@@ -79,12 +79,12 @@ def places(metrics: dict[str, dict], paper: str, own: dict[str, str]) -> dict[st
         metrics: of metrics.json.
         own: what the paper's metrics.py defines, see `of_paper`.
     """
-    rows = [(start, m, f"{start}.{m}", text)
-            for start, found in definitions.METRICS.items() for m, text in found.items()]  # fmt: skip
-    rows += [(paper, m, m, text) for m, text in own.items()]
     by_text: dict[str, list[tuple[str, str, str]]] = {}
-    for *row, text in rows:
-        by_text.setdefault(text, []).append(tuple(row))
+    for start, found in definitions.METRICS.items():
+        for m, text in found.items():
+            by_text.setdefault(text, []).append((start, m, f"{start}.{m}"))
+    for m, text in own.items():
+        by_text.setdefault(text, []).append((paper, m, m))
     out = {}
     for name, metric in metrics.items():
         found = by_text.get(metric["definition"], [])

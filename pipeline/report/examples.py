@@ -46,7 +46,7 @@ def example(page: Path) -> tuple[str, Example]:
     """
     made, drawing = provenance.read(page), thumbs.of_page(page)
     if not made or made["stage"] != "figures" or not drawing:
-        raise RetraceError(f"{page}: is no page of a figure with a thumb; name one that redraw made")
+        raise RetraceError(f"{page}: is no figure's page with a thumb; name one that redraw made")
     kind = made["spec"]["figure"]["kind"]
     of = f"{made['spec']['paper']}, {made['spec']['scale']} scale"
     return (kind if kind in KINDS else ""), Example(of, drawing)

@@ -90,7 +90,8 @@ def packed(table: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
             raise RetraceError(f"features table: no column '{name}'; it has {table.column_names}")
     words, titles, labels = Vocabulary(), Vocabulary(), Vocabulary()
     arrays = {"dead": table["dead"].to_numpy().astype(np.uint8)}
-    sorts = [k for k in SORTS if k in table.column_names and (k != "label_share" or labelled(table))]
+    sorts = [k for k in SORTS if k in table.column_names]
+    sorts = [k for k in sorts if k != "label_share" or labelled(table)]
     arrays |= {k: floats(whole(table[k])) for k in sorts if k != "latent"}
     arrays["latent"] = table["latent"].to_numpy().astype(np.uint32)
     if "side" in table.column_names:
@@ -117,7 +118,8 @@ def labelled(table: Any) -> bool:
 
     if "top_label" not in table.column_names:
         return False
-    return bool(pc.any(pc.not_equal(pc.fill_null(table["top_label"].cast("string"), ""), "")).as_py())
+    labels = pc.fill_null(table["top_label"].cast("string"), "")
+    return bool(pc.any(pc.not_equal(labels, "")).as_py())
 
 
 def joined(table: Any, beside: Any) -> Any:

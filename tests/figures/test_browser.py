@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 import pytest
 from plotly.subplots import make_subplots
 
-from pipeline.figures import drawing, theme
+from pipeline.figures import drawing, parts, theme
 from pipeline.report import thumb_ink
 
 CHROMIUM = next((c for n in ("chromium", "chromium-browser") if (c := shutil.which(n))), None)
@@ -359,7 +359,8 @@ def test_a_few_names_in_a_narrow_panel_do_not_lean(browser, tmp_path, width):
     here = opened(browser, tmp_path, figure, width)
     ticks = here.js(
         "return [...document.querySelectorAll('.xtick text')].map(e => {"
-        "const line = [...e.querySelectorAll('tspan')].at(-1) ?? e, r = line.getBoundingClientRect();"
+        "const line = [...e.querySelectorAll('tspan')].at(-1) ?? e;"
+        "const r = line.getBoundingClientRect();"
         "return [r.left, r.right, r.top, r.bottom, e.getAttribute('transform')]})"
     )
     assert len(ticks) == 6 and all("rotate" not in t[4] or "rotate(0" in t[4] for t in ticks)
@@ -380,6 +381,30 @@ def test_a_title_that_would_leave_a_phone_scrolls(browser, tmp_path):
         ".filter(e => e.getBoundingClientRect().right > all + 1).length"
     )
     assert cut == 0
+
+
+def test_a_legend_makes_room_for_titles_of_two_lines(browser, tmp_path):
+    titles = ["importance weight of the paper", "ten times it", "twice the parts"]
+    panels = parts.Panels(titles)
+    for i in range(3):
+        panels.add(i, parts.line([0, 1], [0, 1], "column of W", hover="a"))
+        panels.add(i, parts.line([0, 1], [1, 0], "part of it", hover="b"))
+        parts.plane(panels.figure, **panels.place(i), reach=1)
+    here = opened(browser, tmp_path, panels.finish(340, legend=24, top=64), 390)
+    bottom, tops = here.js(
+        "return [document.querySelector('.legend').getBoundingClientRect().bottom,"
+        "[...document.querySelectorAll('.annotation text')]"
+        ".map(e => e.getBoundingClientRect().top)]"
+    )
+    assert len(tops) == 3 and bottom <= min(tops) + 1
+    assert here.js("return document.querySelector('.retrace-wide')") is None  # it did not scroll
+
+
+def test_a_figure_that_goes_on_says_so(browser, tmp_path):
+    figure = go.Figure(go.Scatter(x=[0, 1], y=[0, 1]), layout={"meta": {"min_width": 700}})
+    told = "return document.querySelector('.retrace-wide')?.textContent ?? ''"
+    assert "to the right" in opened(browser, tmp_path, figure, 390).js(told)
+    assert opened(browser, tmp_path, figure, 1280).js(told) == ""
 
 
 def test_a_long_list_fits_a_phone(browser, tmp_path):
@@ -465,7 +490,8 @@ def test_a_metric_leads_to_its_definition_here_and_in_the_catalogue(browser):
     shown = browser.until("return document.querySelector('#definition:popover-open')?.innerText")
     name = browser.js("return document.querySelector('.claim a.metric').dataset.name")
     assert shown.startswith(name) and "among this report’s metrics" in shown
-    here, there = browser.js("return [...document.querySelectorAll('#definition a')].map(a => a.href)")
+    links = "return [...document.querySelectorAll('#definition a')].map(a => a.href)"
+    here, there = browser.js(links)
     assert here.split("#")[0].endswith(REPORT)
     text = browser.js("return document.querySelectorAll('#definition p')[1].textContent")
     browser.open(f"catalogue.html#{there.split('#')[1]}")

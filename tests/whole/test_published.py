@@ -116,7 +116,9 @@ def maps() -> list[tuple[str, str, dict]]:
     return found
 
 
-@pytest.mark.parametrize("name, figure, made", maps(), ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize(
+    "name, figure, made", maps(), ids=lambda v: v if isinstance(v, str) else ""
+)
 def test_the_colours_of_a_map_are_used(name, figure, made):
     """Values in a small part of a stated range are all one colour, which says nothing."""
     what, (table,) = Matrix.model_validate(made.options), made.tables

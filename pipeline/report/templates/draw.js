@@ -264,6 +264,22 @@
         .some((e) => /rotate\(-?[1-9]/.test(e.getAttribute("transform"))));
   }
 
+  // titles of panels, which stand above them
+  function panelTitles(box) {
+    const notes = box._fullLayout.annotations ?? [];
+    const above = (e) => notes[e.dataset.index]?.yref === "paper" && !notes[e.dataset.index].showarrow;
+    return [...box.querySelectorAll(".annotation")].filter(above).map((e) => e.querySelector("text"));
+  }
+
+  // a legend above panels makes room for titles that a narrow figure has broken in two
+  async function lifted(box) {
+    const legend = box.querySelector(".legend"), { _size: room, margin, height, legend: { y } = {} } = box._fullLayout;
+    if (!legend || !(y >= 1)) return;
+    const low = legend.getBoundingClientRect(), places = panelTitles(box).map((e) => e.getBoundingClientRect());
+    const over = Math.max(0, ...places.filter((p) => p.top > low.top).map((p) => low.bottom + 2 - p.top));
+    if (over) await Plotly.relayout(box, { "legend.y": y + over / room.h, "margin.t": margin.t + over, height: height + over });
+  }
+
   // whether titles or tick labels lie on each other, so that the figure wants more room than a phone has
   function colliding(box) {
     const apart = (list) => {
@@ -272,9 +288,7 @@
         p.left >= q.right || q.left >= p.right || p.top >= q.bottom - 2 || q.top >= p.bottom - 2));
     };
     const axes = Object.entries(box._fullLayout).filter(([key]) => /^xaxis\d*$/.test(key)).map(([, axis]) => axis);
-    const notes = box._fullLayout.annotations ?? [];
-    const above = (e) => notes[e.dataset.index]?.yref === "paper" && !notes[e.dataset.index].showarrow;
-    const titles = [...box.querySelectorAll(".annotation")].filter(above).map((e) => e.querySelector("text"));
+    const titles = panelTitles(box);
     titles.push(...axes.flatMap((axis) => [...box.querySelectorAll(`.${axis._id}title`)]));
     const left = box.getBoundingClientRect().left;
     const inside = [...box.querySelectorAll('[class^="y"][class$="title"]')].some((e) => {
@@ -284,6 +298,17 @@
     const right = left + box.clientWidth;  // a title above a narrow panel may begin or end beyond it
     const cut = titles.map((e) => e.getBoundingClientRect()).some((p) => p.left < left - 1 || p.right > right + 1);
     return inside || cut || !apart(titles) || axes.some((axis) => !apart([...box.querySelectorAll(`.${axis._id}tick text`)]));
+  }
+
+  // a phone shows no scroll bar: that a figure goes on is said above it
+  function told(figure) {
+    figure.querySelector(".retrace-wide")?.remove();
+    if (figure.scrollWidth <= figure.clientWidth + 1) return;
+    const note = document.createElement("p");
+    note.className = "retrace-wide";
+    note.textContent = "goes on to the right →";
+    note.style.cssText = "position: sticky; left: 0; width: fit-content; margin: 0; font-size: .8rem; opacity: .75";
+    canvas(figure).before(note);
   }
 
   async function draw(figure, onDark, wanted = 0) {
@@ -327,6 +352,7 @@
       const spans = Object.keys(layout).filter((key) => /^xaxis/.test(key)).map((key) => layout[key].domain ?? [0, 1]);
       return draw(figure, onDark, Math.max(ROOMY, ...spans.map(([from, to]) => PANEL / (to - from))));
     }
+    await lifted(box);
     for (const [c, control] of [...updatemenus, ...sliders].entries()) {
       const i = chosen.get(figure)?.[c] ?? control.active ?? 0;
       if (i !== (control.active ?? 0)) await apply(figure, control, i);
@@ -334,6 +360,7 @@
     if (plot.layout.meta?.play) await retracePlay(figure, box, plot.layout.meta.play);
     if (plot.layout.meta?.walk) await retraceWalk(figure, box, plot.layout.meta.walk);
     figure.querySelector(".retrace-wait")?.remove();
+    told(figure);
     figure.dataset.drawn = onDark ? "dark" : "light";
   }
 

@@ -92,8 +92,11 @@ def sources(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 
 
 def by_circuit(rows: pd.DataFrame) -> Any:
-    """F of the model, the circuits, and the nulls: mean over seeds, from the least to the most."""
-    groups = rows[rows["removed"] == "nothing"].groupby("circuit", sort=False)
+    """F of the model, the circuits, and the nulls: mean over seeds, from the least to the most; the
+    random circuits are one bar."""
+    rows = rows[rows["removed"] == "nothing"]
+    circuits = rows["circuit"].str.replace(r"^random \d+$", "random", regex=True)
+    groups = rows.groupby(circuits, sort=False)
     plain = groups[["f", "n_heads"]].mean()
     shades = {"model": GRID, **{c: shade for c, (_, shade) in CIRCUITS.items()}}
     return bars(

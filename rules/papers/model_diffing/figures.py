@@ -33,7 +33,7 @@ def latents(tables: dict[str, Any], source: str = "") -> pd.DataFrame:
 def norms(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     """Histograms of Δnorm, a panel a pair of models; all seeds are counted together."""
     table, rows = latents(tables), []
-    panels = Panels(list(PAIRS.values()))
+    panels = Panels(list(PAIRS.values()), shared_yaxes=True)
     for i, pair in enumerate(PAIRS):
         for objective, (name, colour) in OBJECTIVES.items():
             own = table[(table["pair"] == pair) & (table["objective"] == objective)]
