@@ -2,18 +2,23 @@
 
 The core's part is that of `python -m pipeline list` (definitions.py). Papers bring their names and
 the metrics that they define; a kind of figure is shown by the first figure of this run that is one,
-or else by an example out of another run (examples.py).
+or else by an example out of another run, which `python -m pipeline examples` keeps.
 """
 
+import html
+import re
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from pipeline.job import source
-from pipeline.report import definitions, examples, pages
-from pipeline.report.examples import Example
+from pipeline.report import definitions, pages
 from pipeline.report.thumbs import of_page
 from pipeline.spec.figures import OPTIONS
 
+EXAMPLES = pages.TEMPLATES / "examples.html"
+SYMBOL = re.compile(
+    r'<symbol id="example-(\w+)" viewBox="0 0 144 90" data-of="([^"]*)">(.*)</symbol>'
+)
 TITLES = {
     "<arm>.<dictionary>": "Dictionaries",
     "<arm>.<crosscoder>.<source>": "Crosscoders, of each source",
@@ -25,6 +30,13 @@ TITLES = {
     "<arm>.steering.<direction>": "Steering",
     "training.<run>": "Models trained here",
 }
+
+
+class Example(NamedTuple):
+    """A thumb and the run that it is of: 'TopK SAEs, laptop scale'."""
+
+    of: str
+    drawing: str
 
 
 def context(spec: dict[str, Any]) -> dict[str, Any]:
@@ -94,9 +106,15 @@ def places(metrics: dict[str, dict], paper: str, own: dict[str, str]) -> dict[st
     return out
 
 
+def examples() -> dict[str, Example]:
+    """Kind of figure -> its example, as templates/examples.html has them."""
+    found = SYMBOL.findall(EXAMPLES.read_text("utf-8")) if EXAMPLES.is_file() else []
+    return {kind: Example(html.unescape(of), drawing) for kind, of, drawing in found}
+
+
 def kinds(here: dict[str, str]) -> list[dict[str, Any]]:
     """Kinds of figures: what each draws, its options, and a figure of this or another run."""
-    out, elsewhere = [], examples.known()
+    out, elsewhere = [], examples()
     for name, doc in definitions.kinds().items():
         says = doc.partition("\n\n")[0]
         if "see `" in says:  # the model of its options says it

@@ -9,8 +9,8 @@ import pytest
 
 from pipeline.errors import RetraceError
 from pipeline.figures.kinds import KINDS
-from pipeline.papers import papers
-from pipeline.report import catalogue, definitions, examples
+from pipeline.papers import examples, papers
+from pipeline.report import catalogue, definitions
 from pipeline.spec import families
 
 ROOT = Path(__file__).parents[2]
@@ -28,7 +28,7 @@ def test_every_hook_has_a_meaning_and_a_shape():
 
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_has_an_example(kind):
-    of, drawing = examples.known()[kind]
+    of, drawing = catalogue.examples()[kind]
     marks = {e.tag for e in ElementTree.fromstring(f"<svg>{drawing}</svg>").iter()}
     assert {"path", "rect", "image"} & marks
     assert marks <= {"svg", "path", "rect", "image", "ellipse"}
@@ -42,17 +42,17 @@ def test_a_figure_of_this_run_comes_before_an_example(made_up):
     page = root / LAPTOP / "made_up/figures/pareto.html"
     (row,) = (k for k in catalogue.kinds({"pareto": str(page)}) if k["name"] == "pareto")
     assert row["link"] == "made_up/figures/pareto.html" and not row["of"]
-    assert row["picture"] != examples.known()["pareto"].drawing
+    assert row["picture"] != catalogue.examples()["pareto"].drawing
 
 
 def test_examples_are_written_as_they_are_read(made_up, tmp_path, monkeypatch):
     root, _ = made_up
-    known = examples.known()
-    monkeypatch.setattr(examples, "FILE", tmp_path / "examples.html")
+    known = catalogue.examples()
+    monkeypatch.setattr(catalogue, "EXAMPLES", tmp_path / "examples.html")
     kind, made = examples.example(root / LAPTOP / "made_up/figures/pareto.html")
     assert kind == "pareto" and made.of.startswith("Made-up dictionaries <b>not bold</b> & ")
-    examples.FILE.write_text(examples.text(known | {kind: made}))
-    assert examples.known() == known | {kind: made}
+    catalogue.EXAMPLES.write_text(examples.text(known | {kind: made}))
+    assert catalogue.examples() == known | {kind: made}
     with pytest.raises(RetraceError, match=r"report\.html: is no figure's page"):
         examples.example(root / LAPTOP / "made_up/report.html")
 

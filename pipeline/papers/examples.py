@@ -10,32 +10,13 @@
 
 import argparse
 import html
-import re
 from pathlib import Path
-from typing import NamedTuple
 
 from pipeline.errors import RetraceError, command
 from pipeline.figures.kinds import KINDS
-from pipeline.report import pages, thumbs
+from pipeline.report import thumbs
+from pipeline.report.catalogue import EXAMPLES, Example, examples
 from pipeline.store import provenance
-
-FILE = pages.TEMPLATES / "examples.html"
-SYMBOL = re.compile(
-    r'<symbol id="example-(\w+)" viewBox="0 0 144 90" data-of="([^"]*)">(.*)</symbol>'
-)
-
-
-class Example(NamedTuple):
-    """A thumb and the run that it is of: 'TopK SAEs, laptop scale'."""
-
-    of: str
-    drawing: str
-
-
-def known() -> dict[str, Example]:
-    """Kind of figure -> its example, as templates/examples.html has them."""
-    found = SYMBOL.findall(FILE.read_text("utf-8")) if FILE.is_file() else []
-    return {kind: Example(html.unescape(of), drawing) for kind, of, drawing in found}
 
 
 def example(page: Path) -> tuple[str, Example]:
@@ -52,12 +33,12 @@ def example(page: Path) -> tuple[str, Example]:
     return (kind if kind in KINDS else ""), Example(of, drawing)
 
 
-def text(examples: dict[str, Example]) -> str:
+def text(found: dict[str, Example]) -> str:
     """templates/examples.html, a line a kind."""
     lines = (
         f'<symbol id="example-{kind}" viewBox="0 0 144 90" data-of="{html.escape(e.of)}">'
         f"{e.drawing}</symbol>\n"
-        for kind, e in sorted(examples.items())
+        for kind, e in sorted(found.items())
     )
     return "".join(lines)
 
@@ -72,5 +53,5 @@ def main() -> None:
     with command("examples"):
         found = dict(example(page) for page in reversed(args.pages))
         found.pop("", None)
-        FILE.write_text(text(known() | found), "utf-8")
-        print(f"{FILE}: {', '.join(sorted(found)) or 'nothing new'}")
+        EXAMPLES.write_text(text(examples() | found), "utf-8")
+        print(f"{EXAMPLES}: {', '.join(sorted(found)) or 'nothing new'}")
