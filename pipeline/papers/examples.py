@@ -29,7 +29,8 @@ def example(page: Path) -> tuple[str, Example]:
     if not made or made["stage"] != "figures" or not drawing:
         raise RetraceError(f"{page}: is no figure's page with a thumb; name one that redraw made")
     kind = made["spec"]["figure"]["kind"]
-    of = f"{made['spec']['paper']}, {made['spec']['scale']} scale"
+    title = made["spec"]["paper"].partition(":")[0]  # without what follows a colon
+    of = f"{title}, {made['spec']['scale']} scale"
     return (kind if kind in KINDS else ""), Example(of, drawing)
 
 
