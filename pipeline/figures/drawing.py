@@ -41,7 +41,8 @@ style-src 'unsafe-inline'; img-src data: blob:; base-uri 'none'; form-action 'no
 color: light-dark(#1b1f24, #e6e8eb) }} body {{ font: 16px/1.5 system-ui, sans-serif; \
 max-width: 56rem; margin: 2rem auto; padding: 0 1rem; background: inherit }} \
 a {{ color: light-dark(#00589b, #7cc0f4) }} \
-button, select {{ font: inherit; min-width: 2.4rem; padding: .3rem .5rem }}</style></head>
+button, select {{ font: inherit; min-width: 2.4rem; max-width: 100%; padding: .3rem .5rem }} \
+</style></head>
 <body><main><h1>{title}</h1>
 <div class="retrace-figure" id="figure-{name}" role="figure" aria-label="{title}">
 <p class="retrace-wait">Drawn by {script}; where that file is missing, open report.html.</p>
@@ -178,6 +179,7 @@ def page(
 
     text = {"name": name, "title": title, "caption": caption, "script": script}
     text = {k: html.escape(v) for k, v in text.items()}
+    text["caption"] = alone(text["caption"], text["name"])
     about = ""
     if paper:
         about = ABOUT.format(name=text["name"], paper=html.escape(paper), scale=html.escape(scale))
@@ -185,6 +187,12 @@ def page(
 
 
 # --- captions ------------------------------------------------------------------------------
+
+
+def alone(caption: str, name: str) -> str:
+    """An escaped caption without the numbers of a run, which the report has: '…' leads there."""
+    there = f'<a href="../report.html#figure-{name}" title="the number is in the report">…</a>'
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", PLACE.sub(there, caption))
 
 
 def metrics_in(caption: str) -> list[str]:

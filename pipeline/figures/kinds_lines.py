@@ -12,7 +12,7 @@ import numpy as np
 
 from pipeline.errors import RetraceError
 from pipeline.figures import theme
-from pipeline.figures.kinds_common import finished, in_panels, looks, need, rows_of
+from pipeline.figures.kinds_common import finished, in_panels, looks, need, rows_of, worded
 from pipeline.spec.figures import Bars, Learning, Lines, Look
 
 WHOLE = 14  # whole numbers on the x axis of which each has its tick
@@ -183,10 +183,11 @@ def learning(tables: dict[str, Any], options: dict[str, Any]) -> tuple[Any, Any]
                     panels.add(i * len(apart) + column, trace)
     frame = pd.concat([t.assign(**{what.run: r}) for r, t in thinned.items()], ignore_index=True)
     levels = dict(_levels(what, tables, list(runs)))
-    for text, (value, shade, where) in levels.items():
-        _level(panels.figure, value, text, shade, where)
+    for text, (value, shade, curve) in levels.items():
+        _level(panels.figure, value, text, shade, curve)
     _scales(panels, what, frame, [v for v, *_ in levels.values()])
     entries = len(what.sets) * (1 if what.runs else len(runs))
+    entries += sum(curve for *_, curve in levels.values())
     return finished(panels, entries), frame[what.columns or list(frame.columns)]
 
 
@@ -203,25 +204,32 @@ def thin(table: Any, points: int) -> Any:
 
 
 def _levels(what: Learning, tables: dict, runs: list[str]) -> Iterator[tuple[str, tuple]]:
-    """Text -> loss, colour and place of the dotted lines that curves are compared with."""
+    """Text -> loss and colour of the dotted lines that curves are compared with, and whether curves
+    come near."""
     for run, value in what.published.items():
         if run in runs:
             colour = theme.colour(runs.index(run))
-            yield f"published, {theme.literal(run)}: {value:g}", (value, colour, "bottom left")
+            yield f"published, {worded(run)}: {value:g}", (value, colour, True)
     if what.chance:
         table, _, column = what.chance.rpartition("/")
         if table not in tables:
             raise RetraceError(f"options.chance: the figure names no table '{table}'")
         need(tables[table], [column], table)
         value = float(tables[table][column].iloc[0])
-        yield f"uniform guess: {value:.3f}", (value, theme.PALETTE[-1], "top right")
+        yield f"uniform guess: {value:.3f}", (value, theme.PALETTE[-1], False)
 
 
-def _level(figure: Any, value: float, text: str, shade: str, where: str) -> None:
-    """A dotted line with its name at an end that falling curves leave free."""
+def _level(figure: Any, value: float, text: str, shade: str, curve: bool) -> None:
+    """A dotted line, named in the legend where curves would run through its name."""
+    from pipeline.figures.parts import line
+
     look = {"color": shade, "dash": "dot", "width": 1.2}
+    if curve:
+        figure.add_hline(value, line=look)
+        figure.add_trace(line([None], [None], text, shade, width=1.2, dash="dot"))
+        return
     note = {"text": text, "font": {"size": 11}, "bgcolor": "rgba(0,0,0,0)"}
-    figure.add_hline(value, line=look, annotation=note, annotation_position=where)
+    figure.add_hline(value, line=look, annotation=note, annotation_position="top right")
 
 
 def _scales(panels: Any, what: Learning, frame: Any, levels: list[float]) -> None:
@@ -238,8 +246,7 @@ def _scales(panels: Any, what: Learning, frame: Any, levels: list[float]) -> Non
             ends = [*frame["loss"], *levels]
             figure.update_yaxes(range=[min(ends) - 0.2, max(ends) + 0.2], row=row)
     figure.update_xaxes(**theme.axis("step", tickformat="~s", nticks=5), row=n)
-    if not levels:  # whose names stand beside the y axis
-        figure.update_xaxes(range=[0, None], rangemode="tozero")
+    figure.update_xaxes(range=[0, None], rangemode="tozero")
 
 
 def decades(values: Any) -> dict[str, Any]:

@@ -145,8 +145,8 @@ def trajectories(tables: dict[str, Any], options: dict[str, Any]) -> tuple[Any, 
         text = rows[what.label].iloc[0] if what.label else case
         choices[beginning(text)] = [change, layout]
     figure = parts.chosen(panels.figure, choices)
-    figure.update_xaxes(**ticks[shown], **BARE, tickangle=-35 if wide else 0)
-    figure.update_xaxes(tickfont={} if wide else {"family": MONO})
+    figure.update_xaxes(**ticks[shown], **BARE, tickangle=0)
+    figure.update_xaxes(tickfont={"size": 10} if wide else {"family": MONO})
     figure.update_yaxes(type="category", **BARE)
     figure.update_yaxes(title={"text": "layers before the lens"}, row=len(names))
     figure.update_xaxes(title={"text": "token read"}, row=len(names))

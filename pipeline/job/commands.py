@@ -54,6 +54,7 @@ TOOLS = {
     "provenance": "pipeline.sharing.provenance",
     "redraw": "pipeline.sharing.redraw",
     "compare": "pipeline.sharing.compare",
+    "examples": "pipeline.papers.examples",
     "slide": "pipeline.sharing.slide",
     "crate": "pipeline.sharing.crate",
     "preview": "pipeline.papers.preview",

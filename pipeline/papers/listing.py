@@ -9,6 +9,7 @@ needs torch.
 """
 
 import argparse
+import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
@@ -60,7 +61,8 @@ def list_hooks() -> dict[str, str]:
 
 def list_models() -> dict[str, str]:
     """Model type of a config.json whose hooks are known -> the layout of its modules."""
-    return definitions.models()
+    found = definitions.models().items()
+    return {k: v if v.startswith("of its") else f"layout {v}" for k, v in found}
 
 
 def list_commands() -> dict[str, str]:
@@ -113,18 +115,28 @@ def shown(name: str) -> list[str]:
         RetraceError: nothing is called so.
     """
     found, known = [], []
+    block = re.sub(r"^blocks\.\d+\.", "blocks.N.", name)  # a hook of one block
     for kind in LISTS:
         for entry, text in LISTS[kind]().items():
             last = entry.split(".")[-1]
             known += [entry, last]
-            if name in (entry, last) or (kind == "metrics" and fits(name, entry)):
-                found.append(f"{entry} ({kind})\n  {text}")
+            if entry in (name, block) or name == last or (kind == "metrics" and fits(name, entry)):
+                more = card_of(entry) if kind == "papers" else []
+                found.append("\n  ".join([f"{entry} ({kind})", text, *more]))
     if not found:
         raise RetraceError(
             f"nothing is called '{name}'{nearest(name, known)}; "
             f"`python -m pipeline list {'|'.join(LISTS)}` says what there is"
         )
     return found
+
+
+def card_of(paper: str) -> list[str]:
+    """What a paper's card says of it, and how it is run."""
+    card = load_yaml(PAPERS / paper / "paper.yaml")
+    said = [f"{card.get('authors', '')}: {card.get('url', '')}", card.get("summary", "")]
+    run = f"snakemake -c2 --config papers=[{paper}] scale=smoke"
+    return [" ".join(line.split()) for line in said if line] + [run]
 
 
 def fits(name: str, entry: str) -> bool:

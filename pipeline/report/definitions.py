@@ -26,6 +26,43 @@ METHODS = {  # what is scored, and the source
     "latent_attribution": "first-order estimate for dictionary latents (Marks et al. 2024)",
     "latent_ig": "the same with the gradient averaged along a path (Marks et al. 2024)",
 }
+NORM = {  # of every norm
+    "hook_scale": "what {norm} divides by: the root mean square, of a LayerNorm the standard "
+    "deviation [1]",
+    "hook_normalized": "what {norm} gives before its gain and bias [d_model]",
+}
+NORMS = {
+    "ln1": "the norm before attention",
+    "ln1_post": "the norm behind attention (Gemma 2 and 3, OLMo 2)",
+    "ln2": "the norm before the MLP",
+    "ln2_post": "the norm behind the MLP",
+    "ln_final": "the norm before the unembedding",
+}
+HOOKS = {  # what is read at each, and the shape of a row
+    "hook_embed": "the embedding of each token, without positions [d_model]",
+    "hook_resid_pre": "the residual stream before block N [d_model]",
+    "attn.hook_q": "queries of all heads, before rotary positions [n_heads*d_head]",
+    "attn.hook_k": "keys of all key heads, before rotary positions [n_key_heads*d_head]",
+    "attn.hook_v": "values of all key heads [n_key_heads*d_head]",
+    "attn.hook_z": "values mixed by attention, before the output projection [n_heads*d_head]",
+    "hook_attn_out": "what attention adds to the stream [d_model]",
+    "hook_resid_mid": "the residual stream between attention and MLP [d_model]",
+    "mlp.hook_in": "what the MLP reads, behind its norm [d_model]",
+    "mlp.hook_expert_weights": "of a mixture of experts: the router's probabilities [n_experts]",
+    "mlp.hook_experts_out": "of a mixture of experts: the sum of what its experts write, without a "
+    "shared expert [d_model]",
+    "mlp.hook_pre": "the MLP's neurons before the activation function; of a gated MLP the gate "
+    "[d_mlp]",
+    "mlp.hook_pre_linear": "of a gated MLP: what the activated gate is multiplied by [d_mlp]",
+    "mlp.hook_post": "the MLP's neurons, as its last matrix reads them [d_mlp]",
+    "hook_mlp_out": "what the MLP adds to the stream [d_model]",
+    "hook_resid_post": "the residual stream after block N [d_model]",
+    "attn.hook_attn_scores": "scores of each query for each key before the softmax; eager "
+    "attention while they are read [n_heads*n_keys]",
+    "attn.hook_pattern": "attention itself, the softmax of the scores; eager attention while it is "
+    "read [n_heads*n_keys]",
+    "attn.hook_result": "what each head writes to the stream [n_heads*d_model]",
+}
 METRICS = {  # beginning of a metric's name -> its last part: what it is
     "<arm>.<dictionary>": scalars.SAE,
     "<arm>.<crosscoder>.<source>": scalars.CROSSCODERS,
@@ -58,7 +95,13 @@ def metrics() -> dict[str, str]:
 def hooks() -> dict[str, str]:
     """Name of a hook, TransformerLens's, in the order of computation -> what it reads."""
     names = ["hook_embed", *(f"blocks.N.{h}" for h in families.LAYER_HOOKS + families.ON_REQUEST)]
-    return dict.fromkeys([*names, *(f"ln_final.{h}" for h in families.NORM_HOOKS)], "")
+    names += [f"ln_final.{h}" for h in families.NORM_HOOKS]
+    return {name: _meaning(name.removeprefix("blocks.N.")) for name in names}
+
+
+def _meaning(hook: str) -> str:
+    norm, _, last = hook.partition(".")
+    return NORM[last].format(norm=NORMS[norm]) if norm in NORMS else HOOKS[hook]
 
 
 def models() -> dict[str, str]:
@@ -75,5 +118,5 @@ def models() -> dict[str, str]:
 
 def fits(name: str, pattern: str) -> bool:
     """Whether a metric of a report, 'trained.topk.l0', is one that a pattern defines."""
-    pattern = re.sub(r"<\w+>", "*", pattern)
+    pattern = re.sub(r"<[^>]+>", "*", pattern)
     return name == pattern or ("*" in pattern and fnmatch.fnmatchcase(name, pattern))

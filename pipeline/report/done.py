@@ -28,7 +28,7 @@ STREAMS = {
     "hook_resid_post": "the residual stream after block",
     "hook_mlp_out": "what the MLP writes in block",
     "hook_attn_out": "what attention writes in block",
-    "hook_mlp_in": "what the MLP reads in block",
+    "mlp.hook_in": "what the MLP reads in block",
     "mlp.hook_post": "the MLP's neurons in block",
     "attn.hook_z": "the heads' outputs in block",
 }

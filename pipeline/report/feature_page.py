@@ -91,6 +91,7 @@ def packed(table: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     words, titles, labels = Vocabulary(), Vocabulary(), Vocabulary()
     arrays = {"dead": table["dead"].to_numpy().astype(np.uint8)}
     sorts = [k for k in SORTS if k in table.column_names]
+    sorts = [k for k in sorts if k != "label_share" or labelled(table)]
     arrays |= {k: floats(whole(table[k])) for k in sorts if k != "latent"}
     arrays["latent"] = table["latent"].to_numpy().astype(np.uint32)
     if "side" in table.column_names:
@@ -109,6 +110,16 @@ def packed(table: Any) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
     header = {k: list(v.index) for k, v in named.items()}
     header["sorts"] = [{"key": k, "label": SORTS[k][0], "help": SORTS[k][1]} for k in sorts]
     return header, arrays
+
+
+def labelled(table: Any) -> bool:
+    """Whether documents had labels; else no latent has a topic."""
+    import pyarrow.compute as pc
+
+    if "top_label" not in table.column_names:
+        return False
+    labels = pc.fill_null(table["top_label"].cast("string"), "")
+    return bool(pc.any(pc.not_equal(labels, "")).as_py())
 
 
 def joined(table: Any, beside: Any) -> Any:

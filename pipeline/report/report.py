@@ -21,7 +21,7 @@ from pipeline.claims import costs
 from pipeline.claims.summary import JUDGED, VERDICTS, read_claims, tally
 from pipeline.errors import RetraceError
 from pipeline.figures.drawing import filled
-from pipeline.report import done, glossary, next_steps, pages, shown, thumbs, words
+from pipeline.report import catalogue, done, glossary, next_steps, pages, shown, thumbs, words
 from pipeline.report.pages import PLOT, SECOND_HAND, licences
 from pipeline.store import provenance
 
@@ -287,6 +287,9 @@ def context(job: Any) -> dict[str, Any]:
         "grids": grids(metrics),
         "definitions": defined,
         "defined": {name: ids[m["definition"]] for name, m in metrics.items()},
+        "listed": catalogue.places(
+            metrics, spec["paper"], catalogue.of_paper(Path(args.yaml).parent)
+        ),
         "chain": rows,
         "origin": origin(certificates),
         "licences": licences(certificates),

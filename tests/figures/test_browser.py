@@ -10,7 +10,7 @@ import plotly.graph_objects as go
 import pytest
 from plotly.subplots import make_subplots
 
-from pipeline.figures import drawing, theme
+from pipeline.figures import drawing, parts, theme
 from pipeline.report import thumb_ink
 
 CHROMIUM = next((c for n in ("chromium", "chromium-browser") if (c := shutil.which(n))), None)
@@ -291,19 +291,21 @@ def test_digits_of_a_log_axis_stand_on_one_line(browser, tmp_path):
     assert len(bottoms) >= 4 and len({round(v) for b in bottoms for v in b}) == 2, bottoms
 
 
-def test_names_that_a_phone_has_no_room_for_scroll(browser, tmp_path):
-    """Upright, in place of standing on end."""
+@pytest.mark.parametrize("n", [3, 8])
+def test_names_that_a_phone_has_no_room_for_scroll(browser, tmp_path, n):
+    """Upright, in place of standing on end; three names fit in two rows, eight do not."""
+    names = ["logistic", "mean difference", "ridge", *(f"direction {i}" for i in range(n - 3))]
     figure = make_subplots(rows=1, cols=2)
     for col in (1, 2):
-        figure.add_bar(x=["logistic", "mean difference", "ridge"], y=[1, 2, 3], row=1, col=col)
+        figure.add_bar(x=names, y=[1] * n, row=1, col=col)
     here = opened(browser, tmp_path, figure, 390)
     ticks = here.js(
         "return [...document.querySelectorAll('.xtick text, .x2tick text')]"
         ".map(e => e.getAttribute('transform'))"
     )
-    assert len(ticks) == 6 and all("rotate" not in t or "rotate(0" in t for t in ticks), ticks
+    assert len(ticks) == 2 * n and all("rotate" not in t or "rotate(0" in t for t in ticks), ticks
     figure = "document.querySelector('.retrace-figure')"
-    assert here.js(f"return {figure}.scrollWidth > {figure}.clientWidth")
+    assert here.js(f"return {figure}.scrollWidth > {figure}.clientWidth") == (n > 3)
     assert here.js("return document.documentElement.scrollWidth") <= 390
 
 
@@ -320,6 +322,98 @@ def test_the_index_of_twenty_four_papers_is_one_screen(browser, width):
     shown = browser.js("return document.querySelector('.row details').innerText")
     assert "Report with figures" in shown and "7 % of the latents are dead" in shown
     assert browser.js("return document.documentElement.scrollWidth") <= width
+
+
+NUMBERS = ["0", "3", "output"]  # layers, of which plotly would make numbers
+
+
+def test_names_that_are_numbers_stay_names_in_another_case(browser, tmp_path):
+    figure = go.Figure(go.Heatmap(x=["a", "b"], y=NUMBERS, z=[[1, 2]] * 3))
+    figure.update_yaxes(type="category")
+    other = [{"x": [["c", "d"]], "z": [[[3, 4]] * 3]}, {"yaxis.title.text": "layer"}]
+    figure.update_layout(updatemenus=[theme.selector({"first": [{}, {}], "other": other})])
+    here = opened(browser, tmp_path, figure, 1280)
+    here.choose("select", "other")
+    here.until("return document.querySelector('.ytitle')?.textContent === 'layer'")
+    told = "return [...document.querySelectorAll('.ytick text')].map(e => e.textContent)"
+    assert here.js(told) == NUMBERS and here.errors() == []
+
+
+def test_twenty_on_a_log_axis_lacks_no_exponent(browser, tmp_path):
+    figure = go.Figure(go.Scatter(x=[2e-5, 3e-4], y=[3, 60]))
+    look = {"type": "log", "dtick": "D2", "exponentformat": "power", "minexponent": 2}
+    figure.update_xaxes(**look).update_yaxes(**look)
+    here = opened(browser, tmp_path, figure, 1280)
+    told = "return [...document.querySelectorAll('.{}tick text')].map(e => e.textContent)"
+    assert [t.strip("\u200b") for t in here.js(told.format("y"))] == ["5", "10", "20", "50"]
+    across = here.js(told.format("x"))
+    assert any("×10" in t for t in across) and not any("x" in t for t in across)
+
+
+@pytest.mark.parametrize("width", [1280, 768])
+def test_a_few_names_in_a_narrow_panel_do_not_lean(browser, tmp_path, width):
+    """They are set smaller, or every second one lower."""
+    names = ["model", "circuit", "naive", "no head", "random 0", "random 1"]
+    figure = make_subplots(1, 2, column_widths=[0.42, 0.58], horizontal_spacing=0.12)
+    figure.add_bar(x=names, y=[1] * 6, row=1, col=1).add_scatter(x=[0, 1], y=[0, 1], row=1, col=2)
+    here = opened(browser, tmp_path, figure, width)
+    ticks = here.js(
+        "return [...document.querySelectorAll('.xtick text')].map(e => {"
+        "const line = [...e.querySelectorAll('tspan')].at(-1) ?? e;"
+        "const r = line.getBoundingClientRect();"
+        "return [r.left, r.right, r.top, r.bottom, e.getAttribute('transform')]})"
+    )
+    assert len(ticks) == 6 and all("rotate" not in t[4] or "rotate(0" in t[4] for t in ticks)
+    for i, a in enumerate(ticks):
+        for b in ticks[:i]:
+            assert a[0] >= b[1] or b[0] >= a[1] or a[2] >= b[3] - 2 or b[2] >= a[3] - 2, (a, b)
+
+
+def test_a_title_that_would_leave_a_phone_scrolls(browser, tmp_path):
+    titles = ["head 23.0,<br>name mover", "head 23.3,<br>S", "head 24.4,<br>negative name mover"]
+    figure = make_subplots(1, 3, subplot_titles=titles)
+    for col in (1, 2, 3):
+        figure.add_scatter(x=[0, 1], y=[0, 1], row=1, col=col)
+    here = opened(browser, tmp_path, figure, 390)
+    cut = here.js(
+        "const all = document.querySelector('.main-svg').getBoundingClientRect().right;"
+        "return [...document.querySelectorAll('.annotation text')]"
+        ".filter(e => e.getBoundingClientRect().right > all + 1).length"
+    )
+    assert cut == 0
+
+
+def test_a_legend_makes_room_for_titles_of_two_lines(browser, tmp_path):
+    titles = ["importance weight of the paper", "ten times it", "twice the parts"]
+    panels = parts.Panels(titles)
+    for i in range(3):
+        panels.add(i, parts.line([0, 1], [0, 1], "column of W", hover="a"))
+        panels.add(i, parts.line([0, 1], [1, 0], "part of it", hover="b"))
+        parts.plane(panels.figure, **panels.place(i), reach=1)
+    here = opened(browser, tmp_path, panels.finish(340, legend=24, top=64), 390)
+    bottom, tops = here.js(
+        "return [document.querySelector('.legend').getBoundingClientRect().bottom,"
+        "[...document.querySelectorAll('.annotation text')]"
+        ".map(e => e.getBoundingClientRect().top)]"
+    )
+    assert len(tops) == 3 and bottom <= min(tops) + 1
+    assert here.js("return document.querySelector('.retrace-wide')") is None  # it did not scroll
+
+
+def test_a_figure_that_goes_on_says_so(browser, tmp_path):
+    figure = go.Figure(go.Scatter(x=[0, 1], y=[0, 1]), layout={"meta": {"min_width": 700}})
+    told = "return document.querySelector('.retrace-wide')?.textContent ?? ''"
+    assert "to the right" in opened(browser, tmp_path, figure, 390).js(told)
+    assert opened(browser, tmp_path, figure, 1280).js(told) == ""
+
+
+def test_a_long_list_fits_a_phone(browser, tmp_path):
+    figure = go.Figure(go.Scatter(x=[0, 1], y=[0, 1]))
+    name = "Biology and health sciences: The article is about the use of a magical item"
+    figure.update_layout(updatemenus=[theme.selector({name: [{}, {}], "b": [{}, {}]})])
+    here = opened(browser, tmp_path, figure, 390)
+    assert here.js("return document.documentElement.scrollWidth") <= 390
+    assert here.js("return document.querySelector('select').getBoundingClientRect().right") <= 390
 
 
 def test_what_is_chosen_has_tick_labels_of_its_own(browser, tmp_path):
@@ -388,6 +482,22 @@ def test_a_table_of_costs_fits_a_phone(browser):
     assert browser.js(f"return {box}.scrollWidth <= {box}.clientWidth")
     cells = "[...document.querySelectorAll('#cost td')]"  # no name in a sliver of a column
     assert browser.js(f"return {cells}.every(c => c.clientWidth > 300)")
+
+
+def test_a_metric_leads_to_its_definition_here_and_in_the_catalogue(browser):
+    browser.open(REPORT)
+    browser.js("document.querySelector('.claim a.metric').click()")
+    shown = browser.until("return document.querySelector('#definition:popover-open')?.innerText")
+    name = browser.js("return document.querySelector('.claim a.metric').dataset.name")
+    assert shown.startswith(name) and "among this report’s metrics" in shown
+    links = "return [...document.querySelectorAll('#definition a')].map(a => a.href)"
+    here, there = browser.js(links)
+    assert here.split("#")[0].endswith(REPORT)
+    text = browser.js("return document.querySelectorAll('#definition p')[1].textContent")
+    browser.open(f"catalogue.html#{there.split('#')[1]}")
+    row = "document.querySelector(':target')"
+    assert browser.js(f"return {row}.querySelector('dd').textContent") == text
+    assert browser.js(f"return {row}.closest('details').open")
 
 
 def test_the_reader_chooses_what_is_shown(browser):
@@ -545,6 +655,14 @@ def test_filters(browser):
     assert 0 < some < 54
     labels = browser.js("return [...document.querySelectorAll('#label option')].map(o => o.text)")
     assert labels == ["any", "Biology", "Geography", "History", "Music", "Sports"]
+
+
+def test_a_list_of_topics_that_there_are_not_is_hidden(browser):
+    browser.open(FEATURES)
+    shown = "return document.querySelector('#labels').getClientRects().length"
+    assert browser.js(shown)
+    browser.js("document.querySelector('#labels').hidden = true")  # as without labels
+    assert not browser.js(shown)
 
 
 def test_scrolling_draws_more(browser):

@@ -398,3 +398,10 @@ def test_a_figure_needs_no_torch(made_up):
     )
     done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
+
+
+def test_a_figure_by_itself_has_no_place_for_a_number_and_no_backtick():
+    caption = "From {a.b.c} by `x & y`, not {this one} <b>"
+    page = drawing.page("one", "One", caption, {"data": []}, "figures.js")
+    assert "<code>x &amp; y</code>, not {this one} &lt;b&gt;" in page
+    assert 'From <a href="../report.html#figure-one"' in page and "a.b.c" not in page

@@ -120,9 +120,10 @@ def test_learning_has_a_line_a_model_and_names_its_levels():
     tables = {"training/one": history(), "text": pd.DataFrame({"ln_vocab": [2.0]})}
     options = {"published": {"one": 0.5, "other": 3.0}, "chance": "text/ln_vocab", "run": "recipe"}
     figure, frame = drawn("learning", tables, **options)
-    assert len(figure.data) == 4 and sum(bool(t.showlegend) for t in figure.data) == 2
-    said = [a.text for a in figure.layout.annotations]
-    assert said == ["published, one: 0.5", "uniform guess: 2.000"]
+    assert len(figure.data) == 5 and figure.data[4].name == "published, one: 0.5"
+    assert sum(t.showlegend is not False for t in figure.data) == 3
+    assert [a.text for a in figure.layout.annotations] == ["uniform guess: 2.000"]
+    assert [s.y0 for s in figure.layout.shapes] == [0.5, 2.0]
     assert len(frame) == 400 and set(frame["recipe"]) == {"one"}
 
 

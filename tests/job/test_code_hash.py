@@ -575,7 +575,7 @@ EXACTLY = {  # definition -> the stages that an edit of it must rerun, and no ot
     "weights/lora:best_cosines": "",  # papers' own stages alone
     "weights/adamw:learning_rate_of": "training",
     "weights/trained:checkpoint_name": "training model",
-    "claims/scalars:SAE": "metrics index",
+    "claims/scalars:SAE": "metrics report index",
     "latents/fidelity:loss_recovered": "evaluation",
     "latents/fidelity:density_shares": "evaluation crosscoder_evaluation transcoders_evaluation",
     "latents/agreement:correlation": "attribution circuits graphs",

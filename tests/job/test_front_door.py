@@ -89,6 +89,21 @@ def test_a_metric_is_shown_by_its_last_name_or_as_a_report_writes_it(name):
     assert any(scalars.SAE["delta_loss"] in text for text in listing.shown(name))
 
 
+def test_a_hook_of_one_block_is_shown():
+    (shown,) = listing.shown("blocks.11.mlp.hook_post")
+    assert shown.startswith("blocks.N.mlp.hook_post (hooks)\n  the MLP's neurons")
+
+
+def test_a_paper_is_shown_with_its_card_and_how_it_is_run():
+    (shown,) = listing.shown("grokking")
+    for said in ("(2023)", "https://", "snakemake -c2 --config papers=[grokking] scale=smoke"):
+        assert said in shown
+
+
+def test_a_type_of_model_is_shown_with_what_its_layout_is_called():
+    assert listing.shown("gpt2") == ["gpt2 (models)\n  layout gpt-sw3"]
+
+
 def test_a_name_that_nothing_has_is_refused():
     with pytest.raises(RetraceError, match="nothing is called 'zz'"):
         listing.shown("zz")

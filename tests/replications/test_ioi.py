@@ -6,6 +6,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers
@@ -363,6 +364,16 @@ def test_both_arms_go_through_every_step(made):
         for kind in ("correlation", "spearman", "correlation_without_largest"):
             assert methods.loc["activation_patching", kind].tolist() == pytest.approx([1] * 2)
         assert methods.loc["attribution_patching", "largest"].str.match(r"(head|mlp) \d").all()
+
+
+def test_random_circuits_are_one_bar_from_the_least_to_the_most():
+    rows = pd.DataFrame({
+        "removed": "nothing", "n_heads": 3, "f": [4.0, 2.0, -1.0, -3.0],
+        "circuit": ["model", "circuit", "random 0", "random 1"],
+    })  # fmt: skip
+    bar = import_file(FOLDER / "figures.py").by_circuit(rows)
+    assert list(bar.x) == ["model", "circuit", "random"] and list(bar.y) == [4, 2, -2]
+    assert list(bar.error_y.array) == [0, 0, 1] and list(bar.error_y.arrayminus) == [0, 0, 1]
 
 
 @pytest.mark.workflow

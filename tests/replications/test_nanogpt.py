@@ -285,8 +285,9 @@ def test_the_loss_figure_has_the_published_value_and_a_uniform_guess():
     plot, frame = drawn("loss")
     levels = [s["y0"] for s in plot["layout"]["shapes"]]
     assert levels == [1.88, pytest.approx(4.1744, abs=1e-3)]
-    assert len(plot["data"]) == 4 and len(frame) == len(HISTORY)  # two sets, two seeds
-    assert sum(d.get("showlegend", True) for d in plot["data"]) == 2
+    assert len(plot["data"]) == 4 + 1 and len(frame) == len(HISTORY)  # two sets, two seeds
+    assert plot["data"][-1]["name"] == "published, cpu recipe: 1.88"
+    assert sum(d.get("showlegend", True) for d in plot["data"]) == 3
 
 
 @pytest.mark.parametrize("name", ["samples", "excerpt"])

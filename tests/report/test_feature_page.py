@@ -124,3 +124,14 @@ def test_the_page_is_small():
     """2,000 latents of 8 contexts: random text, so real text compresses better."""
     text = feature_page.blob(*feature_page.packed(table_of(2000)))
     assert len(text) < 1_000_000
+
+
+def test_without_topics_nothing_is_sorted_by_them():
+    """A text of one document, or of documents without a label."""
+    table = table_of()
+    at = table.column_names.index("top_label")
+    bare = table.set_column(at, "top_label", pa.array([""] * table.num_rows))
+    keys = lambda t: [s["key"] for s in feature_page.packed(t)[0]["sorts"]]  # noqa: E731
+    assert keys(table)[0] == "label_share"
+    assert "label_share" not in keys(bare) and keys(bare)[0] == "token_share"
+    assert keys(table.drop_columns("top_label")) == keys(bare)

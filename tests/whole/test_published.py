@@ -8,8 +8,11 @@ import pandas as pd
 import pytest
 import warm
 
+from pipeline.figures.kinds_common import rows_of
+from pipeline.papers import papers
 from pipeline.sharing import redraw, verify
 from pipeline.sharing.published import opened
+from pipeline.spec.figures import Matrix
 from pipeline.store import provenance
 
 ROOT = Path(__file__).parents[2]
@@ -101,6 +104,29 @@ def test_verdicts_are_drawn_again_from_the_published_claims(copied, tmp_path):
         (copied / "claims.csv").write_text("id\n")
         with pytest.raises(Exception, match=r"claims\.csv: changed since the figure"):
             redraw.tables_of(run, made)
+
+
+def maps() -> list[tuple[str, str, dict]]:
+    """(paper, figure, options) of every map whose paper.yaml states the range of its colours."""
+    found = []
+    for name in papers.available([redraw.PAPERS]):
+        spec = papers.load(redraw.PAPERS / name, "laptop").spec
+        found += [(name, figure, f) for figure, f in spec.figures.items()
+                  if f.kind == "matrix" and f.options.get("range")]  # fmt: skip
+    return found
+
+
+@pytest.mark.parametrize(
+    "name, figure, made", maps(), ids=lambda v: v if isinstance(v, str) else ""
+)
+def test_the_colours_of_a_map_are_used(name, figure, made):
+    """Values in a small part of a stated range are all one colour, which says nothing."""
+    what, (table,) = Matrix.model_validate(made.options), made.tables
+    rows = rows_of(pd.read_parquet(REFERENCE / name / "laptop" / f"{table}.parquet"), table, what)
+    low, high = what.range
+    by = [what.x, what.y, *([what.choose] if what.choose else [])]
+    seen = rows.groupby(by)[list(what.z)].mean().clip(low, high)
+    assert (seen.max() - seen.min()).max() > 0.3 * (high - low), (name, figure)
 
 
 def test_numbers_that_differ_are_counted():

@@ -6,8 +6,10 @@
   const dark = matchMedia("(prefers-color-scheme: dark)");
   const narrow = 520;
   const MANY = 24;  // names on an axis, of which some stand for all
+  const SMALL = 10;  // pixels of a name that is small and can still be read
   const ROOMY = 720, PANEL = 160;  // pixels of a figure, and a panel, that a phone has no room for
   const thinned = new Map();  // canvas -> settings of its axes before `uncrowded` changed them
+  const types = new Map();  // figure -> types of its axes, which plotly would guess anew from other data
   const chosen = new Map();  // figure -> the place that the reader gave each control
 
   const figures = () => [...document.querySelectorAll(".retrace-figure")];
@@ -76,7 +78,8 @@
     const box = canvas(figure);
     if (thinned.has(box)) await Plotly.relayout(box, thinned.get(box));
     thinned.delete(box);
-    await Plotly[method](box, ...JSON.parse(JSON.stringify(args)));
+    const [traces, layout] = JSON.parse(JSON.stringify(args));
+    await Plotly[method](box, traces, { ...types.get(figure), ...layout });
     await uncrowded(box);
   }
 
@@ -135,18 +138,27 @@
     if (at) title.text = `${text.slice(0, at)}<br>${text.slice(at + 1)}`;
   }
 
-  // names on an x axis that lean: upright in several lines, or a few of many
+  // names on an x axis that lean: upright in several lines, smaller, in two rows, or a few of many
   function named(key, axis) {
     const names = axis._categories.map(String), slot = axis._length / names.length;
     const ink = document.createElement("canvas").getContext("2d");
-    ink.font = `${axis.tickfont.size}px ${axis.tickfont.family}`;
     const wide = (text) => ink.measureText(text).width;
-    const lines = names.map((name) => wrapped(name, (text) => wide(text) <= slot - 4));
-    const step = Math.ceil((Math.max(...lines.flat().map(wide)) + 4) / slot);
-    if (step > 1 && names.length < MANY) return {};  // each of a few names counts: they lean
-    const shown = names.map((_, i) => i).filter((i) => i % step === 0);
+    const set = (size, slots = 1) => {
+      ink.font = `${size}px ${axis.tickfont.family}`;
+      const lines = names.map((name) => wrapped(name, (text) => wide(text) <= slots * slot - 4));
+      return { size, lines, step: Math.ceil((Math.max(...lines.flat().map(wide)) + 4) / slot) };
+    };
+    const each = names.length < MANY, tried = [set(axis.tickfont.size), set(SMALL)];
+    const { size, lines, step } = tried.find((s) => s.step === 1) ?? (each ? set(SMALL, 2) : tried[0]);
+    const two = each && step > 1;
+    if (two && step > 2) return {};  // each of a few names counts: they lean
+    if (two) {  // every second one stands below its neighbours
+      const rows = Math.max(...lines.filter((_, i) => i % 2 === 0).map((l) => l.length));
+      lines.forEach((l, i) => { if (i % 2) l.unshift(...Array(rows).fill("\u00a0")); });
+    }
+    const shown = names.map((_, i) => i).filter((i) => two || i % step === 0);
     return {
-      [`${key}.tickmode`]: "array", [`${key}.tickvals`]: shown,
+      [`${key}.tickmode`]: "array", [`${key}.tickvals`]: shown, [`${key}.tickfont.size`]: size,
       [`${key}.ticktext`]: shown.map((i) => lines[i].join("<br>")), [`${key}.tickangle`]: 0,
     };
   }
@@ -188,15 +200,15 @@
     }
     if (!Object.keys(change).length) return;
     const before = Object.keys(change).map((path) => {
-      const [key, what] = path.split(".");
-      return [path, box.layout[key]?.[what] ?? null];
+      return [path, path.split(".").reduce((at, key) => at?.[key], box.layout) ?? null];
     });
     thinned.set(box, { ...Object.fromEntries(before), ...thinned.get(box) });
     await Plotly.relayout(box, change);
     if (rounds > 1) await uncrowded(box, rounds - 1);
   }
 
-  // plotly writes the 2 and 5 of a log axis smaller than its decades, and higher: one size and line
+  // plotly writes the 2 and 5 of a log axis smaller than its decades, and higher: one size and line;
+  // and 20 as 2x10, as if an exponent were missing
   function evenDigits(box) {
     for (const [key, axis] of Object.entries(box._fullLayout)) {
       if (!/^[xy]axis\d*$/.test(key) || axis.type !== "log") continue;
@@ -204,6 +216,9 @@
       const lowest = Math.max(...texts.map((text) => Number(text.getAttribute("y"))));
       for (const text of texts) {
         text.style.fontSize = `${axis.tickfont.size}px`;
+        const first = text.firstChild;
+        if (/^\dx10$/.test(text.textContent)) text.textContent = `${text.textContent[0]}0`;
+        else if (first?.nodeType === 3) first.nodeValue = first.nodeValue.replace("x10", "×10");
         if (key[0] === "x" && axis.side !== "top") text.setAttribute("y", lowest);
       }
     }
@@ -249,6 +264,22 @@
         .some((e) => /rotate\(-?[1-9]/.test(e.getAttribute("transform"))));
   }
 
+  // titles of panels, which stand above them
+  function panelTitles(box) {
+    const notes = box._fullLayout.annotations ?? [];
+    const above = (e) => notes[e.dataset.index]?.yref === "paper" && !notes[e.dataset.index].showarrow;
+    return [...box.querySelectorAll(".annotation")].filter(above).map((e) => e.querySelector("text"));
+  }
+
+  // a legend above panels makes room for titles that a narrow figure has broken in two
+  async function lifted(box) {
+    const legend = box.querySelector(".legend"), { _size: room, margin, height, legend: { y } = {} } = box._fullLayout;
+    if (!legend || !(y >= 1)) return;
+    const low = legend.getBoundingClientRect(), places = panelTitles(box).map((e) => e.getBoundingClientRect());
+    const over = Math.max(0, ...places.filter((p) => p.top > low.top).map((p) => low.bottom + 2 - p.top));
+    if (over) await Plotly.relayout(box, { "legend.y": y + over / room.h, "margin.t": margin.t + over, height: height + over });
+  }
+
   // whether titles or tick labels lie on each other, so that the figure wants more room than a phone has
   function colliding(box) {
     const apart = (list) => {
@@ -257,22 +288,35 @@
         p.left >= q.right || q.left >= p.right || p.top >= q.bottom - 2 || q.top >= p.bottom - 2));
     };
     const axes = Object.entries(box._fullLayout).filter(([key]) => /^xaxis\d*$/.test(key)).map(([, axis]) => axis);
-    const notes = box._fullLayout.annotations ?? [];
-    const above = (e) => notes[e.dataset.index]?.yref === "paper" && !notes[e.dataset.index].showarrow;
-    const titles = [...box.querySelectorAll(".annotation")].filter(above).map((e) => e.querySelector("text"));
+    const titles = panelTitles(box);
     titles.push(...axes.flatMap((axis) => [...box.querySelectorAll(`.${axis._id}title`)]));
     const left = box.getBoundingClientRect().left;
     const inside = [...box.querySelectorAll('[class^="y"][class$="title"]')].some((e) => {
       const { left: from, right: to } = e.getBoundingClientRect(), middle = (from + to) / 2 - left;
       return axes.some((axis) => middle > axis._offset && middle < axis._offset + axis._length);
     });
-    return inside || !apart(titles) || axes.some((axis) => !apart([...box.querySelectorAll(`.${axis._id}tick text`)]));
+    const right = left + box.clientWidth;  // a title above a narrow panel may begin or end beyond it
+    const cut = titles.map((e) => e.getBoundingClientRect()).some((p) => p.left < left - 1 || p.right > right + 1);
+    return inside || cut || !apart(titles) || axes.some((axis) => !apart([...box.querySelectorAll(`.${axis._id}tick text`)]));
+  }
+
+  // a phone shows no scroll bar: that a figure goes on is said above it
+  function told(figure) {
+    figure.querySelector(".retrace-wide")?.remove();
+    if (figure.scrollWidth <= figure.clientWidth + 1) return;
+    const note = document.createElement("p");
+    note.className = "retrace-wide";
+    note.textContent = "goes on to the right →";
+    note.style.cssText = "position: sticky; left: 0; width: fit-content; margin: 0; font-size: .8rem; opacity: .75";
+    canvas(figure).before(note);
   }
 
   async function draw(figure, onDark, wanted = 0) {
     const plot = read(figure, onDark);
     const { updatemenus = [], sliders = [], ...rest } = plot.layout;
     plot.layout = rest;
+    const stated = Object.entries(rest).filter(([key, axis]) => /^[xy]axis\d*$/.test(key) && axis.type);
+    types.set(figure, Object.fromEntries(stated.map(([key, axis]) => [`${key}.type`, axis.type])));
     controls(figure, [...updatemenus, ...sliders]);
     const box = canvas(figure);
     const least = Math.max(plot.layout.meta?.min_width ?? 0, wanted);  // a wider figure scrolls sideways on a phone
@@ -308,6 +352,7 @@
       const spans = Object.keys(layout).filter((key) => /^xaxis/.test(key)).map((key) => layout[key].domain ?? [0, 1]);
       return draw(figure, onDark, Math.max(ROOMY, ...spans.map(([from, to]) => PANEL / (to - from))));
     }
+    await lifted(box);
     for (const [c, control] of [...updatemenus, ...sliders].entries()) {
       const i = chosen.get(figure)?.[c] ?? control.active ?? 0;
       if (i !== (control.active ?? 0)) await apply(figure, control, i);
@@ -315,6 +360,7 @@
     if (plot.layout.meta?.play) await retracePlay(figure, box, plot.layout.meta.play);
     if (plot.layout.meta?.walk) await retraceWalk(figure, box, plot.layout.meta.walk);
     figure.querySelector(".retrace-wait")?.remove();
+    told(figure);
     figure.dataset.drawn = onDark ? "dark" : "light";
   }
 

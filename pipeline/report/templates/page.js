@@ -9,6 +9,13 @@
     for (let e = element; e; e = e.parentElement) if (e.tagName === "DETAILS") e.open = true;
   }
 
+  function listed(link) {
+    const all = document.createElement("a");
+    all.href = `../catalogue.html#${link.dataset.listed}`;
+    all.textContent = "in the catalogue";
+    return all;
+  }
+
   function show(link, text) {
     const name = document.createElement("p"), said = document.createElement("p");
     name.className = "mono small";
@@ -16,9 +23,9 @@
     said.textContent = text.textContent;
     const all = document.createElement("a");
     all.href = link.hash;
-    all.textContent = "among all metrics";
+    all.textContent = "among this report’s metrics";
     all.addEventListener("click", () => { box.hidePopover(); unfold(text); });
-    box.replaceChildren(name, said, all);
+    box.replaceChildren(name, said, all, ...(link.dataset.listed ? [listed(link)] : []));
     box.showPopover();
     const at = link.getBoundingClientRect(), size = box.getBoundingClientRect();
     if (innerWidth < 520) return;  // there it is a sheet at the bottom, see style.css

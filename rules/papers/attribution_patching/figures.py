@@ -153,13 +153,9 @@ def cost(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     def dots(case: pd.DataFrame) -> Iterator[tuple]:
         for row in case.itertuples():
             label, shade = METHODS[row.method]
-            passes = f"{row.forwards:.0f} forward, {row.backwards:.0f} backward"
-            side = "left" if row.seconds == case["seconds"].max() else "right"
-            yield 0, points(
-                [row.seconds], [row.correlation], label, shade, size=13, mode="markers+text",
-                text=[passes], textposition=f"bottom {side}",
-                hover=f"{label}: {passes} passes<br>%{{x:.3~g}} s, %{{y:.3~g}}",
-            )  # fmt: skip
+            passes = f"{label}: {row.forwards:.0f} forward, {row.backwards:.0f} backward"
+            hover = f"{passes} passes<br>%{{x:.3~g}} s, %{{y:.3~g}}"
+            yield 0, points([row.seconds], [row.correlation], passes, shade, size=13, hover=hover)
 
     panels = by_case(Panels(), cases(frame), dots)
     x, y = axis("time for all nodes", "s", log=True), axis("correlation with the exact effect")

@@ -162,7 +162,7 @@ def with_names(figure: Any, chance: float) -> None:
     figure.add_annotation(x=np.log10(chance), y=1, yref="y2 domain", xref="x2", **note)
     for i, what in enumerate(EDITS.values()):
         label = {"text": what, "x": 0, "xref": "x2 domain", "y": i, "yref": "y2"}
-        look = {"showarrow": False, "xanchor": "left", "yanchor": "bottom", "yshift": 1}
+        look = {"showarrow": False, "xanchor": "left", "yanchor": "bottom", "yshift": 5}
         figure.add_annotation(**label, **look)
     figure.update_annotations(font_size=12)
 

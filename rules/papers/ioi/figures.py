@@ -58,7 +58,7 @@ def movers(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     role = heads[heads["arm"] == scatter["arm"].iloc[0]].set_index(["layer", "head"])["role"]
     chosen = list(dict.fromkeys(pairs(scatter)))[:6]
     titles = [f"head {i}.{h},<br>{ROLES[role[i, h]][0]}" for i, h in chosen]
-    panels = Panels(titles, min(3, len(chosen)))
+    panels = Panels(titles, 2 if len(chosen) == 4 else min(3, len(chosen)))
     for k, (layer, head) in enumerate(chosen):
         own = scatter[(scatter["layer"] == layer) & (scatter["head"] == head)]
         for some, name, (shade,) in styled(own, "name", NAMES):
@@ -92,8 +92,11 @@ def sources(table: pd.DataFrame) -> list[tuple[str, pd.DataFrame]]:
 
 
 def by_circuit(rows: pd.DataFrame) -> Any:
-    """F of the model, the circuits, and the nulls: mean over seeds, from the least to the most."""
-    groups = rows[rows["removed"] == "nothing"].groupby("circuit", sort=False)
+    """F of the model, the circuits, and the nulls: mean over seeds, from the least to the most; the
+    random circuits are one bar."""
+    rows = rows[rows["removed"] == "nothing"]
+    circuits = rows["circuit"].str.replace(r"^random \d+$", "random", regex=True)
+    groups = rows.groupby(circuits, sort=False)
     plain = groups[["f", "n_heads"]].mean()
     shades = {"model": GRID, **{c: shade for c, (_, shade) in CIRCUITS.items()}}
     return bars(

@@ -33,7 +33,7 @@ def latents(tables: dict[str, Any], source: str = "") -> pd.DataFrame:
 def norms(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     """Histograms of Δnorm, a panel a pair of models; all seeds are counted together."""
     table, rows = latents(tables), []
-    panels = Panels(list(PAIRS.values()))
+    panels = Panels(list(PAIRS.values()), shared_yaxes=True)
     for i, pair in enumerate(PAIRS):
         for objective, (name, colour) in OBJECTIVES.items():
             own = table[(table["pair"] == pair) & (table["objective"] == objective)]
@@ -42,7 +42,7 @@ def norms(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
             panels.add(i, steps(BINS, np.maximum(share, 1e-4), name, colour, hover=hover))
             rows += [{"pair": pair, "objective": objective, "low": low, "share": s}
                      for low, s in zip(BINS, share, strict=False)]  # fmt: skip
-    panels.figure.update_yaxes(type="log", range=[-4, 0.1], tickformat=".2%")
+    panels.figure.update_yaxes(type="log", range=[-4, 0.1], tickformat=".2~%")
     panels.axes(x="Δnorm", y="share of latents")
     return panels.finish(340), pd.DataFrame(rows)
 

@@ -37,7 +37,7 @@ def vectors(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     for i in range(len(arms)):
         plane(panels.figure, **panels.place(i), reach=reach)
     panels.choose([TARGETS.get(t, t) for t in targets])
-    return panels.finish(340, legend=24, top=64), table
+    return panels.finish(352, legend=38, top=76), table
 
 
 def ablations(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:

@@ -16,7 +16,7 @@ TASKS = {
     "accuracy": ("labels", PALETTE[0]),
     "control_accuracy": ("control task", rgba(INK, 0.45)),
 }
-WIDTH = 28  # characters of a column of text
+WIDTH = 25  # characters of a line of a sample: four columns fit a page
 
 
 def scores(tables: dict[str, Any]) -> pd.DataFrame:

@@ -4,8 +4,9 @@ from typing import Any
 
 import pandas as pd
 
+from pipeline.figures.kinds_common import worded
 from pipeline.figures.parts import Drawn, Panels, bars
-from pipeline.figures.theme import PAGE, axis, colour, literal
+from pipeline.figures.theme import PAGE, axis, colour
 
 ARMS = {
     "trained": "trained model",
@@ -16,7 +17,7 @@ MEASURES = {
     "explained_variance": ("explained variance", ".2f"),
     "mean": ("mean token-distribution entropy (bits)", ".2f"),
     "single": ("share of latents below 1 bit", ".0%"),
-    "auroc": ("P(a latent of the trained model has the larger entropy)", ".2f"),
+    "auroc": ("P(the trained model's entropy is larger)", ".2f"),
 }
 
 
@@ -41,7 +42,7 @@ def arms(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
             y = mean.loc[arm, measure].reindex(saes)
             look = {"marker": {"line": {"color": PAGE, "width": 1}}}
             hover = f"{ARMS[arm]}, %{{x}}: %{{y:.3f}}"
-            trace = bars(list(map(literal, saes)), y, ARMS[arm], colour(i), hover=hover, **look)
+            trace = bars(list(map(worded, saes)), y, ARMS[arm], colour(i), hover=hover, **look)
             panels.add(0, trace, case=case)
         axes.append({"yaxis.title.text": title, "yaxis.tickformat": form})
     panels.choose((title for title, _ in MEASURES.values()), axes)
