@@ -3,6 +3,7 @@
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -171,10 +172,12 @@ def test_a_histogram_counts_every_latent_once():
     assert made["latents"].iloc[0] == 2
 
 
-def test_an_unknown_dictionary_is_told():
+def test_an_unknown_dictionary_is_told(tmp_path):
     options = entropy.Options(tables=["summary"], dictionaries=["topk_k23"])
-    with pytest.raises(RetraceError, match=r"'topk_k23' \(did you mean 'topk_k32'\?\)"):
-        entropy.check(options, {"topk_k32": {}})
+    args = SimpleNamespace(saes=[saes(tmp_path, {"topk_k32": {"rows": directions(2, 4)}})])
+    job = SimpleNamespace(args=args, device=lambda: "cpu", spec={"arms": ["trained"]})
+    with pytest.raises(RetraceError, match=r"'topk_k23' \(did you mean 'topk_k32'\?\); it has"):
+        entropy.work(job, options)
 
 
 # --- metrics -------------------------------------------------------------------------------
@@ -311,7 +314,7 @@ def test_only_dictionaries_that_have_twins_can_be_chosen():
     groups = [["topk_k8", "topk_ends"], ["topk_k32", "topk_twin"]]
     assert overlap.chosen(groups, []) == groups
     assert overlap.chosen(groups, ["topk_k32"]) == groups[1:]
-    with pytest.raises(RetraceError, match=r"'topk_k23' that has a twin.*did you mean 'topk_k32'"):
+    with pytest.raises(RetraceError, match=r"has a twin.*'topk_k23'.*did you mean 'topk_k32'"):
         overlap.chosen(groups, ["topk_k23"])
 
 

@@ -20,7 +20,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from pipeline.errors import RetraceError, nearest
+from pipeline.errors import need_among
 from pipeline.job import cli, own
 from pipeline.latents.stored import blocks
 from pipeline.models import lens, loader
@@ -60,12 +60,8 @@ class Options(own.Options):
 
     def check(self, known: list[str]) -> None:
         """RetraceError where an entry is neither a tuned lens's model nor a run."""
-        for name in self.models:
-            if name not in known:
-                raise RetraceError(
-                    f"own.jacobian.models: no model '{name}'{nearest(name, known)}; own.tuning."
-                    f"models and training have {', '.join(known)}"
-                )
+        there = "own.tuning.models and training have"
+        need_among(self.models, known, "own.jacobian.models: no model", there)
 
 
 def maps_of(

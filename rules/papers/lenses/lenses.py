@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from pipeline.errors import RetraceError, nearest
+from pipeline.errors import RetraceError, need_among
 from pipeline.job import cli, own
 from pipeline.latents.stored import blocks as blocks_of
 from pipeline.models import lens, loader
@@ -53,12 +53,8 @@ class Options(own.Options):
         """RetraceError where an option names a model that has no lens."""
         named = {"n_tokens": self.n_tokens, "n_transfer_tokens": self.n_transfer_tokens,
                  "texts": self.texts, "basis.models": self.basis.models}  # fmt: skip
-        for key, name in ((k, n) for k, names in named.items() for n in names):
-            if name not in models:
-                raise RetraceError(
-                    f"own.lenses.{key}: no model '{name}'{nearest(name, models)}; "
-                    f"own.tuning.models has {', '.join(models)}"
-                )
+        for key, names in named.items():
+            need_among(names, models, f"own.lenses.{key}: no model", "own.tuning.models has")
 
 
 class Moments:
