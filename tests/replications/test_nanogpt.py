@@ -311,7 +311,7 @@ def test_samples_stand_side_by_side_with_their_line_breaks():
 @pytest.mark.parametrize(
     "text, lines",
     [
-        ("\n\nA\n\nB\n", ["A", "", "B"]),
+        ("A\n\nB", ["A", "", "B"]),
         ("one two", ["one ", "two"]),
         ("abcdefgh", ["abcde", "fgh"]),
         ("a<b", ["a&lt;b"]),
