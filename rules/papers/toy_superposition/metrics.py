@@ -46,10 +46,8 @@ METRICS = {
     "phase.*.agreement_chance": "what agreement_best would be if the cells were shuffled: the sum "
     "over the three outcomes of their share here times their share in theory",
     "geometry.*.dense_dims": "D* = m / ‖W‖_F² of the model at density 1",
-    "geometry.*.sticky_one": "number of levels with |D* − 1| <= 0.03",
     "geometry.*.sticky_half": "number of levels with |D* − 1/2| <= 0.03",
     "geometry.*.sparse_dims": "D* of the model at the lowest density",
-    "geometry.*.levels": "number of densities of the sweep",
     "geometry.*.near.*": "features of all levels with |D_i − fraction| <= 0.005, D_i among "
     "represented features alone",
     "geometry.*.contrast.*": "near, divided by the larger of the counts within 0.005 of fraction − "
@@ -184,8 +182,6 @@ def sweep_metrics(rows: Any) -> dict[str, float]:
     out = {
         "dense_dims": dims.iloc[-1],
         "sparse_dims": dims.iloc[0],
-        "levels": len(levels),
-        "sticky_one": (np.abs(dims - 1) <= 0.03).sum(),
         "sticky_half": (np.abs(dims - 0.5) <= 0.03).sum(),
         "antipodal_half": pairs[half].mean() if half.any() else np.nan,
         "packing": (packed["total"] / packed["m"]).mean(),
