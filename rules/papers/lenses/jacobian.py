@@ -114,7 +114,7 @@ def recovery(
     """One row a lens and layer, and one of the best layer of each item (ANY).
 
     auc is the area below pass@k over log k, 1 where the wanted token is always first: pass@k is the
-    share of items with it among the k likeliest. top1 is pass@1.
+    share of items with it among the k likeliest.
 
     Args:
         tokens: [items pos], read at position `at`; wanted: [items].
@@ -126,9 +126,8 @@ def recovery(
         rank = (logits >= own_logit).sum(-1)  # from 1; of equal ones it is the last
         for layer, found in zip([*layers, ANY], [*rank, rank.amin(0)], strict=True):
             area = 1 - found.double().log().mean() / torch.tensor(d_vocab).double().log()
-            top1 = (found == 1).double().mean()
-            rows.append({"lens": name, "layer": layer, "auc": float(area), "top1": float(top1)})
-    return pd.DataFrame(rows).assign(n_items=len(wanted))
+            rows.append({"lens": name, "layer": layer, "auc": float(area)})
+    return pd.DataFrame(rows)
 
 
 def named(frame: pd.DataFrame) -> pd.DataFrame:

@@ -86,16 +86,11 @@ def summary(bits: np.ndarray, trained: np.ndarray) -> dict[str, Any]:
     from scipy.stats import mannwhitneyu
 
     found, others = bits[~np.isnan(bits)], trained[~np.isnan(trained)]
-    out = {"n_latents": len(bits), "n_counted": len(found)}
     if len(found) == 0:
-        names = ("mean", "median", "q25", "q75", "single", "auroc")
-        return out | dict.fromkeys(names, np.nan)
+        return dict.fromkeys(("mean", "single", "auroc"), np.nan)
     n = len(others) * len(found)
-    return out | {
+    return {
         "mean": found.mean(),
-        "median": np.median(found),
-        "q25": np.quantile(found, 0.25),
-        "q75": np.quantile(found, 0.75),
         "single": (found < SINGLE).mean(),
         "auroc": mannwhitneyu(others, found, method="asymptotic").statistic / n if n else np.nan,
     }
