@@ -28,6 +28,20 @@ def nearest(name: str, known: Iterable[str]) -> str:
     return f" (did you mean '{match[0]}'?)" if match else ""
 
 
+def need_among(names: Iterable[str], known: Iterable[str], what: str, there: str) -> None:
+    """RetraceError for the first of some names that is not known.
+
+    Args:
+        what: where it stands and what it is to be, "own.lenses.texts: no model".
+        there: what comes before the known ones, "own.tuning.models has".
+    """
+    known = list(known)
+    for name in names:
+        if name not in known:
+            listed = ", ".join(known) or "none"
+            raise RetraceError(f"{what} '{name}'{nearest(name, known)}; {there} {listed}")
+
+
 @contextmanager
 def command(name: str) -> Iterator[None]:
     """Inside: the work of a `python -m pipeline.<name>` that is no stage; it ends in one sentence.

@@ -13,7 +13,6 @@ from pipeline.figures import theme
 from pipeline.figures.kinds_common import need, rows_of, worded
 from pipeline.spec.figures import Matrix, Traced, Trajectories
 
-MONO = "ui-monospace, SFMono-Regular, Menlo, Consolas, 'DejaVu Sans Mono', monospace"
 LONGEST = 8  # characters of a token in a cell
 NUMBER = 52  # pixels of a cell with a number in it, and of a name below it
 WIDE, ROW = 40, 30  # pixels: a cell that has room for a probability, too; the height of a row
@@ -134,7 +133,7 @@ def trajectories(tables: dict[str, Any], options: dict[str, Any]) -> tuple[Any, 
     shown, ticks = next(iter(cases)), {case: _read(rows) for case, rows in cases.items()}
     y, wide = [*map(str, layers[:-1]), "output"], what.cell >= WIDE
     for i, cells in enumerate(fields[shown]):
-        font = {"size": 10} if wide else {"family": MONO, "size": 12}
+        font = {"size": 10} if wide else {"family": theme.MONO, "size": 12}
         look = {"texttemplate": "%{text}", "textfont": font, "coloraxis": "coloraxis"}
         panels.add(i, parts.heat(**cells, y=y, zmin=0, zmax=1, hover="%{customdata}", **look))
     choices = {}
@@ -146,7 +145,7 @@ def trajectories(tables: dict[str, Any], options: dict[str, Any]) -> tuple[Any, 
         choices[beginning(text)] = [change, layout]
     figure = parts.chosen(panels.figure, choices)
     figure.update_xaxes(**ticks[shown], **BARE, tickangle=0)
-    figure.update_xaxes(tickfont={"size": 10} if wide else {"family": MONO})
+    figure.update_xaxes(tickfont={"size": 10} if wide else {"family": theme.MONO})
     figure.update_yaxes(type="category", **BARE)
     figure.update_yaxes(title={"text": "layers before the lens"}, row=len(names))
     figure.update_xaxes(title={"text": "token read"}, row=len(names))

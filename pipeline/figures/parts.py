@@ -7,12 +7,14 @@
    list above the figure chooses between cases, of which one is seen at a time.
 3. Tables are read by `first` (the first seed, where points are single nodes), `mean_of` (mean,
    least and most over seeds), `thinned` (evenly spaced rows of a long curve).
-4. What cannot be drawn is said in the figure: `nothing`.
+4. What writers say stands in a table of texts: `as_lines`, `side_by_side`.
+5. What cannot be drawn is said in the figure: `nothing`.
 
 Colours are those of theme.py. What a hover box says ends in no name of its own, so its text says
 all. No torch.
 """
 
+import textwrap
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -21,12 +23,14 @@ import pandas as pd
 import plotly.graph_objects as go
 from plotly.subplots import make_subplots
 
-from pipeline.figures.theme import DIVERGING, INK, rgba, scale, selector
+from pipeline.figures.theme import DIVERGING, GRID, INK, MONO, literal, rgba, scale, selector
 
 Drawn = tuple[go.Figure, pd.DataFrame]  # a figure, and the numbers that it plots
 ALWAYS = -1  # the case of a trace that is always seen
 TITLE = 12  # pixels: panel titles
 WIDE = 3  # panels side by side that have room for an axis title each
+LINE, ROOM = 14.5, 66  # pixels of a line of text, and of what stands around the lines
+LETTER = 6.7  # pixels
 PLAIN = {"showgrid": False, "zeroline": False}  # an axis of a heat map
 
 
@@ -225,6 +229,49 @@ def nothing(why: str) -> go.Figure:
     text = {"text": why, "showarrow": False, "x": 0.5, "y": 0.5, "xref": "paper", "yref": "paper"}
     bare = {"visible": False}
     return go.Figure(layout={"annotations": [text], "xaxis": bare, "yaxis": bare, "height": 160})
+
+
+# --- texts ---------------------------------------------------------------------------------
+
+
+def as_lines(text: str, width: int, bold: int = 0) -> str:
+    """Text with its own line breaks, long lines broken, and nothing of it read as markup.
+
+    Args:
+        width: of a line, characters.
+        bold: so many characters at the beginning are bold.
+    """
+    out, at = [], 0
+    for line in text.split("\n"):
+        for part in textwrap.wrap(line, width, drop_whitespace=False) or [""]:
+            cut = max(0, min(bold - at, len(part)))
+            head = f"<b>{literal(part[:cut])}</b>" if cut else ""
+            out.append(head + literal(part[cut:]))
+            at += len(part)
+        at += 1  # the line break
+    return "<br>".join(out)
+
+
+def side_by_side(writers: Sequence[str], cases: Mapping[str, list[str]], width: int) -> go.Figure:
+    """A table of one row, whose texts a list above it chooses.
+
+    Args:
+        cases: what the list calls it -> a text of `as_lines` for each writer.
+        width: of a column, characters.
+    """
+    shown = {name: [[text] for text in texts] for name, texts in cases.items()}
+    longest = max(text.count("<br>") + 1 for texts in cases.values() for text in texts)
+    plain = {"align": "left", "fill": {"color": "rgba(0,0,0,0)"}, "line": {"color": GRID}}
+    look = {"font": {"family": MONO, "size": 11}, "height": 20, **plain}
+    header = {"values": [f"<b>{literal(writer)}</b>" for writer in writers], **plain}
+    first = next(iter(shown.values()))
+    figure = go.Figure(go.Table(header=header, cells={"values": first, **look}))
+    chosen(figure, {name: [{"cells.values": [v]}, {}] for name, v in shown.items()})
+    return figure.update_layout(
+        margin={"l": 4, "r": 4, "t": 8, "b": 4},
+        height=round(ROOM + LINE * longest),
+        meta={"min_width": round(len(writers) * (LETTER * width + 18))},  # a phone scrolls sideways
+    )
 
 
 # --- tables --------------------------------------------------------------------------------

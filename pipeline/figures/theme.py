@@ -17,6 +17,7 @@ SEQUENTIAL = ["#00224e", "#2a3f6d", "#575d6d", "#7d7c78", "#a59c74", "#d2c060", 
 DIVERGING = ["#004a7f", "#5b9bcb", "#d9d9d9", "#e08a52", "#8f3d00"]
 INK, GRID, PAGE = "#1b1f24", "#d9dde3", "#fefefe"  # roles: draw.js replaces exactly these
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
+MONO = "ui-monospace, SFMono-Regular, Menlo, Consolas, 'DejaVu Sans Mono', monospace"
 
 
 def template() -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import itertools
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pandas as pd
@@ -158,7 +159,6 @@ def test_a_summary_is_the_plain_one():
     got = entropy.summary(bits, trained)
     pairs = [(t > b) + (t == b) / 2 for t in trained[:30] for b in bits[:20]]
     assert got["auroc"] == pytest.approx(np.mean(pairs))
-    assert (got["n_latents"], got["n_counted"]) == (22, 20)
     assert got["single"] == (bits[:20] < 1).mean()
     assert entropy.summary(trained, trained)["auroc"] == pytest.approx(0.5)
     assert np.isnan(entropy.summary(np.array([np.nan]), trained)["mean"])
@@ -171,10 +171,12 @@ def test_a_histogram_counts_every_latent_once():
     assert made["latents"].iloc[0] == 2
 
 
-def test_an_unknown_dictionary_is_told():
+def test_an_unknown_dictionary_is_told(tmp_path):
     options = entropy.Options(tables=["summary"], dictionaries=["topk_k23"])
-    with pytest.raises(RetraceError, match=r"'topk_k23' \(did you mean 'topk_k32'\?\)"):
-        entropy.check(options, {"topk_k32": {}})
+    args = SimpleNamespace(saes=[saes(tmp_path, {"topk_k32": {"rows": directions(2, 4)}})])
+    job = SimpleNamespace(args=args, device=lambda: "cpu", spec={"arms": ["trained"]})
+    with pytest.raises(RetraceError, match=r"'topk_k23' \(did you mean 'topk_k32'\?\); it has"):
+        entropy.work(job, options)
 
 
 # --- metrics -------------------------------------------------------------------------------
@@ -270,7 +272,6 @@ def test_metrics_of_made_up_tables(made_up):
     assert got["null.reinit"] == 0.45
     assert got["entropy.reinit.topk_32"] == 3.0
     assert got["overlap.topk.shared"].tolist() == [0.4]
-    assert got["across.standard_topk"] == 0.4
     assert got["settings.rows"] == 512
 
 
@@ -286,7 +287,6 @@ def test_gaps_have_a_value_a_seed_whose_grids_are_whole(made_up):
     found = got["gap.batchtopk_topk.explained_variance_min"]
     np.testing.assert_allclose(found, [0.01, -0.02])
     assert len(got["gap.gated_standard.n"]) == len(got["saving.gated_standard"]) == 1
-    assert len(got["dead.topk"]) == 2
 
 
 def test_nulls_and_entropies_have_a_value_a_seed_that_every_arm_has(made_up):
@@ -311,7 +311,7 @@ def test_only_dictionaries_that_have_twins_can_be_chosen():
     groups = [["topk_k8", "topk_ends"], ["topk_k32", "topk_twin"]]
     assert overlap.chosen(groups, []) == groups
     assert overlap.chosen(groups, ["topk_k32"]) == groups[1:]
-    with pytest.raises(RetraceError, match=r"'topk_k23' that has a twin.*did you mean 'topk_k32'"):
+    with pytest.raises(RetraceError, match=r"has a twin.*'topk_k23'.*did you mean 'topk_k32'"):
         overlap.chosen(groups, ["topk_k23"])
 
 

@@ -177,6 +177,6 @@ def test_every_figure_is_drawn_and_markup_is_text(tables, every_figure, draw):
 
 
 def test_a_text_keeps_its_lines_and_the_prompt_is_bold():
-    assert figures.as_lines("ab", "c\nd", 10) == "<b>ab</b>c<br>d"
-    assert figures.as_lines("a\nb", "c", 10) == "<b>a</b><br><b>b</b>c"
-    assert figures.as_lines("abcdef", "gh", 4) == "<b>abcd</b><br><b>ef</b>gh"
+    assert figures.as_lines("abc\nd", 10, 2) == "<b>ab</b>c<br>d"
+    assert figures.as_lines("a\nbc", 10, 3) == "<b>a</b><br><b>b</b>c"
+    assert figures.as_lines("abcdefgh", 4, 6) == "<b>abcd</b><br><b>ef</b>gh"

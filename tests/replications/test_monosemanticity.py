@@ -337,7 +337,7 @@ def test_metrics_of_made_up_tables(tables):
     assert (one["null.matched"], one["null.loss_recovered"]) == (0.7, 0.4)
     assert one["resampling.dead_share"] < one["resampling.dead_share_without"]
     assert one["universality.latents"] > 0.99 > one["universality.null_latents"]
-    assert one["universality.n_latents"] == 16 and one["main.dead"] == 0
+    assert one["main.dead"] == 0
     assert all(np.isfinite(v) for n, v in one.items() if n != "splitting.smallest_rise")
     known = set(metrics.METRICS)
     assert all(n in known or n.split(".")[0] + ".*" in known for n in got)
@@ -350,7 +350,6 @@ def test_the_main_dictionarys_rare_latents_are_counted(tables):
     density[main[:3]], density[main[3:5]] = 0, 9e-6
     got = metrics.metrics(tables | {"latents/units": units.assign(density=density)})
     assert (got["main.dead"], got["main.ultralow"]) == ([3], [2])
-    assert got["main.dead_share"] == [pytest.approx(3 / 16)]
 
 
 def test_every_trained_model_is_a_seed(tables):
@@ -361,7 +360,7 @@ def test_every_trained_model_is_a_seed(tables):
             twice[name] = pd.concat([t, t[t["arm"] == "a"].assign(arm="b")])
     one, two = metrics.metrics(tables), metrics.metrics(twice)
     lists = {n: v for n, v in two.items() if isinstance(v, list)}
-    assert len(lists) > 30 and set(two) - set(lists) >= {"splice_check.max", "purity.untrained"}
+    assert len(lists) > 15 and set(two) - set(lists) >= {"splice_check.max", "purity.untrained"}
     np.testing.assert_equal({n: one[n] * 2 for n in lists}, lists)
 
 

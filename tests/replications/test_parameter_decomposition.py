@@ -137,9 +137,7 @@ def test_importances_are_put_in_the_order_of_features():
     assert np.allclose(STAGE.aligned(one)[:, :3].diagonal(), [1, 0.9, 0.7])
 
 
-def test_metrics_of_thresholds_curves_and_ablations():
-    rows = pd.DataFrame({"threshold": [0.001, 0.01, 0.1, 1], "parts": [9, 5, 5, 2]})
-    assert METRICS.decades(rows, 5) == pytest.approx(1) and METRICS.decades(rows, 4) == 0
+def test_metrics_of_curves_and_ablations():
     curve = pd.DataFrame({"mmcs": [0.9, 0.991, 1], "ml2r": [0.2, 0.6, 1]})
     assert METRICS.aligned_length(curve) == 0.6
     assert math.isnan(METRICS.aligned_length(curve.head(1)))

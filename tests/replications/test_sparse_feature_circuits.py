@@ -196,9 +196,7 @@ def test_a_correlation_of_one_latent_alone_is_seen():
     assert got["correlation_without_largest.attribution"] == pytest.approx(1)
     without = got["correlation_without_largest.ig"]
     assert without == pytest.approx(np.corrcoef(rest, rest[::-1])[0, 1])
-    assert got["spearman.attribution"] < 1 and got["largest_share"] == pytest.approx(
-        100 / (100 + (rest**2).sum())
-    )
+    assert got["spearman.attribution"] < 1
 
 
 @pytest.mark.workflow

@@ -23,6 +23,7 @@ from pipeline.errors import RetraceError
 from pipeline.job.source import import_file
 from pipeline.papers import papers
 from pipeline.sae import graphs
+from pipeline.sae.sparse import Scratch
 from pipeline.sae.train import build
 from pipeline.spec import once
 
@@ -242,11 +243,11 @@ def test_replayed_steps_are_the_plain_ones(truth, monkeypatch, name, recorded):
         next(o for o in recovery.learners(given, stream, 16) if o.about["dictionary"] == name)
         for _ in range(2)
     )
-    replayed.graphs.recording = True
+    replayed.graphs.recording, scratch = True, Scratch()
     for step, x in enumerate(stream.batches(0, 20)):
         if step in (8, 16):  # all alive again
             plain.dead.rows_since_fired.zero_(), replayed.dead.rows_since_fired.zero_()
-        wanted, got = plain.step(x, step, None), replayed.step(x, step, None)
+        wanted, got = plain.step(x, step, Scratch()), replayed.step(x, step, scratch)
         assert torch.equal(wanted.loss, got.loss) and torch.equal(wanted.fired, got.fired)
     for key, value in plain.tensors().items():
         assert torch.equal(value, replayed.tensors()[key]), key
@@ -258,7 +259,7 @@ def test_replayed_steps_are_the_plain_ones(truth, monkeypatch, name, recorded):
 def test_a_loss_that_is_not_finite_is_told_with_its_key(truth):
     stream = world.Stream(world.Sampler(truth), batch_size=32, bulk=3, seed=0)
     one = recovery.learners(options(), stream, 16)[0]
-    one.step(torch.full((32, 16), torch.nan), 0, None)
+    one.step(torch.full((32, 16), torch.nan), 0, Scratch())
     with pytest.raises(RetraceError, match=r"loss is nan at step 1 of .*lower own\.recovery\.lr"):
         one.check()
 
@@ -344,10 +345,10 @@ def test_a_training_is_that_of_saelenss_runner(name):
     stream = recovery.ground.Stream(sampler, batch_size=128, bulk=4, seed=0)
     (one,) = recovery.learners(options, stream, options.world.d_model)
     rows = [x for i in range(15) for x in stream.draw(i)[0].split(128)]
-    most_dead = 0
+    most_dead, scratch = 0, Scratch()
     for step, x in enumerate(rows):
         most_dead = max(most_dead, int(one.dead.mask.sum()))
-        one.step(x, step, None)
+        one.step(x, step, scratch)
     assert most_dead > 0 or ("topk" not in name and "matr" not in name)  # AuxK was at work
     one.sae.fold_activation_norm_scaling_factor(one.scale)  # as the runner does at its end
     want = ran_by_saelens(name, rows, rows[:4], window=5)
@@ -506,12 +507,12 @@ def test_figure_and_claims_show_the_same_published_numbers():
     claims = {c["id"]: c for c in card["claims"]}
     seen = 0
     measured = ("f1", "mcc", "uniqueness", "explained_variance")
-    for (name, table), measure in itertools.product(drawn.items(), measured):
-        for l0, value, sd in zip(table["l0"], table[measure], table[f"{measure}_sd"], strict=True):
-            claim = claims[f"{name}_{l0}_{measure}"]
-            assert claim["paper"] == value and f"{value:.4f} ± {sd:.4f}" in claim["text"]
-            assert claim["tolerance"] == pytest.approx(3 * sd + 0.005)
-            level = {25: "true", 20: "low"}[l0]
-            assert claim["metric"].endswith(f"_{level}.{measure}")
-            seen += 1
+    for row, measure in itertools.product(drawn, measured):
+        l0, (value, sd, tolerance) = row["l0"], row[measure]
+        claim = claims[f"{row['sae']}_{l0}_{measure}"]
+        assert claim["paper"] == value and f"{value:.4f} ± {sd:.4f}" in claim["text"]
+        assert claim["tolerance"] == tolerance == pytest.approx(3 * sd + 0.005)
+        level = {25: "true", 20: "low"}[l0]
+        assert claim["metric"].endswith(f"_{level}.{measure}")
+        seen += 1
     assert seen == 40 == sum("paper" in c for c in card["claims"]) - 4

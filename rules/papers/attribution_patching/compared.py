@@ -1,4 +1,4 @@
-"""How right an estimate is: of nodes by kind, depth and attention, and of edges; no torch.
+"""How right an estimate is: of nodes by kind, depth and attention, and of edges.
 
 An estimate that has a sign is compared with the exact effect, mean over prompts; atp_star, which
 has none, and every count of what matters, with the mean of its absolute value (Kramár et al. 2024).
@@ -9,7 +9,10 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
+from pipeline.circuits import table
+from pipeline.circuits.patching import Edge
 from pipeline.latents.agreement import agreement
+from pipeline.models.pairs import Node
 
 UNSIGNED = "atp_star"
 SHARE, LEAST = 0.05, 5  # what matters most: this share of the nodes, at least so many
@@ -30,20 +33,13 @@ def top(size: pd.Series, k: int) -> set:
     return set(size.nlargest(k).index)
 
 
-def part(kind: str, layer: int, head: int) -> str:
-    """ "head 2.4", "mlp 0", "logits"."""
-    number = f" {layer}" + (f".{head}" if head >= 0 else "")
-    return kind + (number if layer >= 0 else "")
-
-
 def named(row: Any) -> str:
-    """How a node or an edge is called: "mlp 0", "q 3.1", "head 2.4 → mlp 7"."""
+    """How the node or the edge of a row is called: "mlp 0", "q 3.1", "head 2.4 → mlp 7"."""
     if "source_kind" not in row:
-        at = f" at {row['position']}" if row["position"] else ""
-        return part(row["kind"], row["layer"], row["head"]) + at
+        return table.named(Node(*(row[k] for k in ("kind", "layer", "head", "position"))))
     ends = ("source", "target")
-    source, target = (part(*(row[f"{e}_{k}"] for k in ("kind", "layer", "head"))) for e in ends)
-    return f"{source} → {target} {row['target_input']}".rstrip()
+    source, target = (Node(*(row[f"{e}_{k}"] for k in ("kind", "layer", "head"))) for e in ends)
+    return table.named(Edge(source, target, row["target_input"]))
 
 
 def missed(rows: pd.DataFrame, total: float) -> tuple[int, int]:

@@ -35,7 +35,7 @@ from pipeline.circuits.head_inputs import input_nodes, input_patching, many_edge
 from pipeline.circuits.methods import drawn
 from pipeline.circuits.patching import activation_patching
 from pipeline.circuits.table import edge_rows, parts, streams
-from pipeline.errors import RetraceError, nearest
+from pipeline.errors import need_among
 from pipeline.job import cli, own
 from pipeline.models import loader
 from pipeline.models.pairs import Node, Pairs, Task
@@ -193,11 +193,9 @@ def measure(
 
 def given(name: str, what: TaskOptions, loaded: Any, seed: int, device: Any) -> Pairs:
     """The task's pairs on one of its models; RetraceError for a function that there is not."""
-    make = getattr(prompts, what.prompts, None)
-    if make is None:
-        raise RetraceError(
-            f"own.estimates.tasks.{name}: prompts.py has no function '{what.prompts}'; name another"
-        )
+    where = f"own.estimates.tasks.{name}: prompts.py has no function"
+    need_among([what.prompts], prompts.__all__, where, "it has")
+    make = getattr(prompts, what.prompts)
     made = make(what.options, loaded.tokenizer, what.n_prompts, seed)
     return Pairs.of(made, loaded.bos_id, device)
 
@@ -207,9 +205,7 @@ def work(job: cli.Job, options: Options) -> own.Tables:
     """Rows of all tables, each model, task and seed in turn."""
     device, out, files = job.device(), own.Tables(TABLES), own.by_arm(job, job.args.models)
     for name, what in options.tasks.items():
-        for arm in set(what.arms) - set(files):
-            where = f"own.estimates.tasks.{name}.arms"
-            raise RetraceError(f"{where}: no arm '{arm}'{nearest(arm, files)}")
+        need_among(what.arms, files, f"own.estimates.tasks.{name}.arms: no arm", "arms are")
     for arm, file in files.items():
         loaded = loader.load(file, device)
         tasks = {name: what for name, what in options.tasks.items() if arm in what.arms}

@@ -9,13 +9,11 @@ from typing import Any
 
 import pandas as pd
 
-from pipeline.latents.agreement import agreement
+from pipeline.latents.agreement import correlation
 
 METRICS = {  # the first pattern that fits a name counts
-    "*.n.edges": "edges of the graph",
     "*.n.*": "edges of a known circuit",
     "*.authors_wired": "share of the authors' circuit that is wired in the weights",
-    "*.wired_authors": "share of the wired circuit that is in the authors'",
     "*.edges": "area under the ROC curve of a method's edges against a known circuit, pessimistic "
     "between the points (pipeline/claims/roc.py); of random scores the mean of 50 orders",
     "*.nodes": "the same of the nodes that these edges touch",
@@ -23,13 +21,8 @@ METRICS = {  # the first pattern that fits a name counts
     "(behaviour), with a part of the program swapped (interchange), with anything else (strict)",
     "*.correlation": "Pearson correlation of |score| and |rise of the loss when the edge alone is "
     "cut| over all edges",
-    "*.spearman": "the same of their ranks",
-    "*.correlation_without_largest": "Pearson's without the one edge whose leaving out changes it "
-    "the most",
-    "*.acdc.n_edges": "edges that ACDC keeps at the smallest threshold, in a drawn order",
-    "*.acdc.loss": "squared distance of that circuit's outputs to the model's",
-    "*.acdc_canonical.n_edges": "the same in the order of the authors' code",
-    "*.acdc_canonical.loss": "the same in the order of the authors' code",
+    "*.acdc.loss": "squared distance of the outputs to the model's, of the circuit that ACDC keeps "
+    "at the smallest threshold, in a drawn order",
     "*.acdc.order_differs": "edges that one of the two orders keeps and the other cuts, at the "
     "threshold where they are most",
 }
@@ -54,12 +47,10 @@ def order_differs(edges: pd.DataFrame) -> list[float]:
 
 def of_truth(rows: pd.DataFrame) -> dict[str, float]:
     """Sizes of the known circuits of one task, and how the authors' agrees with the wired one."""
-    out = {"n.edges": float(len(rows))}
-    out |= {f"n.{name}": float(rows[name].sum()) for name in TRUTHS}
+    out = {f"n.{name}": float(rows[name].sum()) for name in TRUTHS}
     if rows["authors"].any():
         wired, authors = rows["wired"].to_numpy(bool), rows["authors"].to_numpy(bool)
         out["authors_wired"] = float((wired & authors).sum() / authors.sum())
-        out["wired_authors"] = float((wired & authors).sum() / wired.sum())
     return out
 
 
@@ -79,14 +70,11 @@ def metrics(tables: dict[str, Any]) -> dict[str, Any]:
     by_acdc = edges["threshold"].notna()
     for (*key, method), rows in edges[~by_acdc].groupby([*KEYS, "method"], sort=False):
         sizes = rows[["score", "exact"]].abs().groupby(rows["seed"], sort=False)
-        found = [agreement(some["score"], some["exact"]).correlations for _, some in sizes]
-        for name in found[0]:
-            out[f"{prefix(*key)}.{method}.{name}"] = [f[name] for f in found]
+        found = [correlation(some["score"], some["exact"]) for _, some in sizes]
+        out[f"{prefix(*key)}.{method}.correlation"] = found
     for key, rows in edges[by_acdc].groupby(KEYS, sort=False):
         out[f"{prefix(*key)}.acdc.order_differs"] = order_differs(rows)
-    left = sets[sets["method"].isin(["acdc", "acdc_canonical"])]
-    left = left.groupby([*KEYS, "method", "seed"], sort=False).last()
-    for (*key, method), rows in left.groupby([*KEYS, "method"], sort=False):
-        out[f"{prefix(*key)}.{method}.n_edges"] = rows["n_edges"].astype(float).tolist()
-        out[f"{prefix(*key)}.{method}.loss"] = rows["loss"].tolist()
+    left = sets[sets["method"] == "acdc"].groupby([*KEYS, "seed"], sort=False).last()
+    for key, rows in left.groupby(KEYS, sort=False):
+        out[f"{prefix(*key)}.acdc.loss"] = rows["loss"].tolist()
     return out

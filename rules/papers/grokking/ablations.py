@@ -99,22 +99,11 @@ def coefficients(logits: Tensor, p: int) -> Tensor:
     return 2 / p * cosines @ of_d
 
 
-def fit_quality(logits: Tensor, alpha: Tensor) -> dict[str, float]:
-    """Share of the logits' variance that Σ_k α_k cos(w_k (a + b − c)) explains.
-
-    Args:
-        alpha: [K], least squares coefficients, 0 for frequencies that are left out.
-
-    Returns:
-        explained: of the variance over all p³ logits; explained_centred: of the variance about
-        each input's mean over c, which the softmax does not see.
-    """
+def fit_quality(logits: Tensor, alpha: Tensor) -> float:
+    """Share of the variance over all p³ logits that Σ_k α_k cos(w_k (a + b − c)) explains; alpha
+    [K] are least squares coefficients, 0 for frequencies that are left out."""
     found = float((alpha**2).sum()) * logits.numel() / 2
-    centred = logits - logits.mean(1, keepdim=True)
-    return {
-        "explained": found / float(((logits - logits.mean()) ** 2).sum()),
-        "explained_centred": found / float((centred**2).sum()),
-    }
+    return found / float(((logits - logits.mean()) ** 2).sum())
 
 
 def formula(alpha: Tensor, p: int) -> Tensor:

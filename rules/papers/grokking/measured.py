@@ -40,8 +40,8 @@ def progress(c: circuit.Circuit, pairs: ablations.Pairs, key: Tensor) -> dict[st
     return {
         **{f"{s}_{what}": value for what, found in plain.items() for s, value in found.items()},
         **{f"{what}_{s}": value for what, found in edited.items() for s, value in found.items()},
-        **ablations.fit_quality(logits, alpha * key),
-        "explained_any": ablations.fit_quality(logits, alpha)["explained"],
+        "explained": ablations.fit_quality(logits, alpha * key),
+        "explained_any": ablations.fit_quality(logits, alpha),
         "single": float((share > ablations.SINGLE).double().mean()),
         "gini_W_E": waves.gini(waves.component_norms(c.W_E)),
         "gini_W_L": waves.gini(waves.component_norms(c.W_L)),

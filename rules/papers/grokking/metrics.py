@@ -19,12 +19,9 @@ from . import phases
 METRICS = {
     "accuracy.train": "share of the training pairs that are answered right, at the end",
     "accuracy.test": "share of the other pairs that are answered right, at the end",
-    "steps.fitted": "first evaluated step at which every training pair is answered right; NaN if "
-    "none",
-    "steps.generalised": "first evaluated step with a test accuracy above 0.99; NaN if none",
-    "steps.delay": "generalised - fitted, updates",
-    "steps.delay_share": "the same over the steps of the run, 0 where it never generalises; "
-    "0.025 is 1,000 of the paper's 40,000 steps",
+    "steps.delay_share": "steps from the first at which every training pair is answered right to "
+    "the first with a test accuracy above 0.99, over the steps of the run, 0 where it never "
+    "generalises; 0.025 is 1,000 of the paper's 40,000 steps",
     "phase.memorised": "step at which the excluded loss (training pairs) is least, before cleanup: "
     "the end of memorisation",
     "phase.cleanup": "first checkpoint after the largest test loss at which log test loss has gone "
@@ -36,19 +33,14 @@ METRICS = {
     "at the end",
     "key.other": "largest such ratio of a frequency that is not key",
     "embedding.frequencies": "frequencies whose norm in W_E is above a quarter of the largest",
-    "embedding.key_share": "share of the squared norm of W_E's non-constant components that lies "
-    "in key frequencies",
     "neurons.single": "share of the neurons of which one frequency (its eight components over a "
     "and b) explains more than 85 % of the variance, at the end",
-    "neurons.single_key": "share of these neurons whose frequency is key, last checkpoint",
     "logits.explained": "share of the variance of all p^3 logits that sum_k alpha_k cos(w_k (a + b "
     "- c)) over key k explains, at the end; alpha by least squares",
-    "logits.explained_centred": "the same about each input's mean over c, which softmax ignores",
     "readout.explained": "smallest share, over key k, of the variance of u_k MLP(a, b) that "
     "cos(w_k (a + b)) explains, and of v_k MLP(a, b) that sin does; u_k, v_k are W_L's rows at k",
     "readout.residual": "norm of W_L outside its key frequencies over the norm of W_L",
     "loss.test": "test loss at the end; all that begins with loss. is of the end",
-    "loss.train": "training loss",
     "loss.all": "loss over all pairs",
     "loss.uniform": "ln p, the loss of equal logits",
     "loss.restricted": "test loss with only the constant and the key frequencies' cos and sin of "
@@ -59,9 +51,8 @@ METRICS = {
     "loss.without_blocks": "loss over all pairs with the mean kept and these components removed",
     "loss.formula": "loss over all pairs with the logits replaced by the fitted sum_k alpha_k "
     "cos(w_k (a + b - c)); right for any positive alpha, so only its size says something",
-    "loss.polynomials": "loss over all pairs with every single-frequency neuron replaced by its "
-    "mean and the eight components of its frequency",
-    "loss.polynomials_ratio": "the same over loss.all",
+    "loss.polynomials_ratio": "loss over all pairs with every single-frequency neuron replaced by "
+    "its mean and the eight components of its frequency, over loss.all",
     "loss.neuron_waves": "loss over all pairs with every neuron reduced to its mean and the key "
     "frequencies' cos and sin of w_k (a + b)",
     "loss.directions": "loss over all pairs with the neurons projected on the span of u_k, v_k",
@@ -78,7 +69,6 @@ METRICS = {
     "null.accuracy.test": "arm without weight decay: largest test accuracy at any evaluation",
     "null.logits.explained_any": "arm without weight decay: share of the variance of the logits "
     "that the formula explains with all frequencies, key or not",
-    "untrained.logits.explained_any": "step 0: the same",
     "null.loss.sum_only": "arm without weight decay: test loss with the waves of a + b of all "
     "frequencies kept; it averages over the pairs of a sum, the trained ones among them",
     "null.*": "arm without weight decay: the same",
@@ -88,14 +78,12 @@ CHANGES = ("gini_W_E", "gini_W_L", "sum_squares")
 # Metric -> the number at the end that it is, most of them columns of the table progress.
 MEASURED = {
     "accuracy.train": "train_accuracy", "accuracy.test": "test_accuracy",
-    "logits.explained": "explained", "logits.explained_centred": "explained_centred",
-    "readout.residual": "residual", "loss.test": "test_loss", "loss.train": "train_loss",
+    "logits.explained": "explained", "readout.residual": "residual", "loss.test": "test_loss",
     "loss.all": "all_loss", "loss.uniform": "uniform", "loss.restricted": "restricted_test",
     "loss.excluded": "excluded_train", "neurons.single": "single",
     "loss.polynomials_ratio": "polynomials_ratio",
 }  # fmt: skip
-EDITS = ("blocks", "without_blocks", "formula", "polynomials", "neuron_waves", "directions")
-EDITS += ("nullspace",)
+EDITS = ("blocks", "without_blocks", "formula", "neuron_waves", "directions", "nullspace")
 
 
 def first(rows: Any, holds: Any) -> float:
@@ -104,32 +92,22 @@ def first(rows: Any, holds: Any) -> float:
 
 
 def curves(history: Any) -> dict[str, float]:
-    """When one model fits the training pairs, and when it generalises."""
+    """How much later one model generalises than it fits the training pairs."""
     train, test = where(history, set="train"), where(history, set="test")
-    fitted = first(train, train["accuracy"] >= 1)
-    generalised = first(test, test["accuracy"] > 0.99)
-    delay, steps = generalised - fitted, int(history["step"].max())
-    return {
-        "steps.fitted": fitted,
-        "steps.generalised": generalised,
-        "steps.delay": delay,
-        "steps.delay_share": float(np.nan_to_num(delay)) / steps,
-    }
+    delay = first(test, test["accuracy"] > 0.99) - first(train, train["accuracy"] >= 1)
+    return {"steps.delay_share": float(np.nan_to_num(delay)) / int(history["step"].max())}
 
 
-def structure(frequencies: Any, neurons: Any) -> dict[str, float]:
-    """Key frequencies, and how far embedding, neurons and readout keep to them."""
+def structure(frequencies: Any) -> dict[str, float]:
+    """Key frequencies, and how far embedding and readout keep to them."""
     key, rest = frequencies[frequencies["key"]], frequencies[~frequencies["key"]]
     norm, full = frequencies["norm_W_E"], frequencies["full_test"].iloc[0]
-    single = neurons[neurons["share"] > 0.85]
     readout = key[["readout_cos", "readout_sin"]].to_numpy()
     return {
         "key.count": len(key),
         "key.weakest": key["without_test"].min() / full,
         "key.other": rest["without_test"].max() / full,
         "embedding.frequencies": (norm > norm.max() / 4).sum(),
-        "embedding.key_share": (key["norm_W_E"] ** 2).sum() / (norm**2).sum(),
-        "neurons.single_key": single["frequency"].isin(key["frequency"]).mean(),
         "readout.explained": readout.min() if readout.size else np.nan,
     }
 
@@ -168,26 +146,20 @@ def during(progress: Any, phase: Any) -> dict[str, float]:
 
 def of_model(tables: dict[str, Any], arm: str, seed: int) -> dict[str, float]:
     """Every metric of one model, with the prefix of its arm."""
-    names = ("progress", "phases", "frequencies", "neurons", "edits")
+    names = ("progress", "phases", "frequencies", "edits")
     own = {name: where(tables[f"fourier/{name}"], arm=arm, seed=seed) for name in names}
     history, progress = where(tables[f"training/{arm}"], seed=seed), own["progress"]
     progress = progress.sort_values("step")
-    neurons, before, last = own["neurons"], progress.iloc[0], progress.iloc[-1]
-    found = (
-        endings(progress, own["edits"], 2 * len(own["frequencies"]) + 1)
-        | curves(history)
-        | structure(own["frequencies"], where(neurons, step=neurons["step"].max()))
-        | during(progress, own["phases"].iloc[0])
-    )
+    found = endings(progress, own["edits"], 2 * len(own["frequencies"]) + 1) | curves(history)
+    found |= structure(own["frequencies"]) | during(progress, own["phases"].iloc[0])
     if arm == "no_decay":
+        last = progress.iloc[-1]
         return {f"null.{name}": value for name, value in found.items()} | {
             "null.accuracy.test": where(history, set="test")["accuracy"].max(),
             "null.logits.explained_any": last["explained_any"],
             "null.loss.sum_only": last["sum_only_test"],
         }
-    untrained = {"neurons.single": "single", "logits.explained_any": "explained_any"}
-    untrained |= {"gini_W_E": "gini_W_E"}
-    return found | {f"untrained.{name}": before[c] for name, c in untrained.items()}
+    return found | {"untrained.neurons.single": progress["single"].iloc[0]}
 
 
 def metrics(tables: dict[str, Any]) -> dict[str, Any]:

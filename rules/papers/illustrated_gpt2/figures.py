@@ -1,17 +1,14 @@
 """Figures to look at a model with: what it says beside others, and where each head looks."""
 
-import textwrap
 from typing import Any
 
 import plotly.graph_objects as go
 
 from pipeline.figures import parts, theme
-from pipeline.figures.kinds_maps import MONO, beginning
-from pipeline.figures.parts import Drawn
+from pipeline.figures.kinds_maps import beginning
+from pipeline.figures.parts import Drawn, as_lines, side_by_side
 
-LINE, ROOM = 14.5, 66  # pixels of a line of text, and of what stands around the lines
-LETTER = 6.7  # pixels
-CELL = 26
+CELL = 26  # pixels
 DIGITS = 2  # of an attention weight
 
 
@@ -27,34 +24,8 @@ def says(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     for (prompt, temperature), rows in frame.groupby(["prompt", "temperature"], sort=False):
         texts = rows.set_index("writer")["text"]
         name = f"{beginning(prompt)} (temperature {temperature:g})"
-        shown[name] = [[as_lines(prompt, texts[w], width)] for w in writers]
-    longest = max(t.count("<br>") + 1 for texts in shown.values() for (t,) in texts)
-    plain = {"align": "left", "fill": {"color": "rgba(0,0,0,0)"}, "line": {"color": theme.GRID}}
-    look = {"font": {"family": MONO, "size": 11}, "height": 20, **plain}
-    header = {"values": [f"<b>{theme.literal(t)}</b>" for t in writers.values()], **plain}
-    first = next(iter(shown.values()))
-    figure = go.Figure(go.Table(header=header, cells={"values": first, **look}))
-    parts.chosen(figure, {name: [{"cells.values": [v]}, {}] for name, v in shown.items()})
-    figure.update_layout(
-        margin={"l": 4, "r": 4, "t": 8, "b": 4},
-        height=round(ROOM + LINE * longest),
-        meta={"min_width": round(len(writers) * (LETTER * width + 18))},  # a phone scrolls sideways
-    )
-    return figure, frame
-
-
-def as_lines(prompt: str, text: str, width: int) -> str:
-    """A bold prompt and what follows it, with its own line breaks, and nothing of it as markup."""
-    whole, bold = prompt + text, len(prompt)
-    out, at = [], 0
-    for line in whole.split("\n"):
-        for part in textwrap.wrap(line, width, drop_whitespace=False) or [""]:
-            cut = max(0, min(bold - at, len(part)))
-            head = f"<b>{theme.literal(part[:cut])}</b>" if cut else ""
-            out.append(head + theme.literal(part[cut:]))
-            at += len(part)
-        at += 1  # the line break
-    return "<br>".join(out)
+        shown[name] = [as_lines(prompt + texts[w], width, len(prompt)) for w in writers]
+    return side_by_side(list(writers.values()), shown, width), frame
 
 
 def attention(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
@@ -80,7 +51,7 @@ def attention(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     field = parts.heat(first["z"][0], hover=hover, zmin=0, zmax=1, colorscale=scale, colorbar=bar)
     figure = parts.chosen(go.Figure(field), {n: c[:2] for n, c in choices.items()})
     most = max(n for _, _, n, _ in choices.values())
-    bare = {"showgrid": False, "showline": False, "ticks": "", "tickfont": {"family": MONO}}
+    bare = {"showgrid": False, "showline": False, "ticks": "", "tickfont": {"family": theme.MONO}}
     figure.update_xaxes(title="token that is looked at", tickangle=-60, **bare, **ticks)
     figure.update_yaxes(title="token that looks", autorange="reversed", **bare, **ticks)
     figure.update_layout(

@@ -57,7 +57,6 @@ METRICS = {  # the first pattern that fits a name counts: those of more parts st
     "removed that is no induction head",
     "*.knockout.*": "the same with patterns free to change, so that a head's part in later heads' "
     "attention is lost with it",
-    "*.loss": "mean loss over all positions of held-out sequences at the last step, nats",
     "*.first_copy": "mean held-out loss on the first copy, nats; at least ln(n_tokens)",
     "*.second_copy": "mean held-out loss on the second copy without its first token, nats",
     "*.icl": "in-context learning score at the last step, nats: mean held-out loss at the early "
@@ -67,8 +66,6 @@ METRICS = {  # the first pattern that fits a name counts: those of more parts st
     "*.icl_after": "in-context learning score at the end of the window, nats",
     "*.prefix_matching": "best prefix matching of all heads at the last step: on a random segment "
     "several times over, mean attention of a token to all that followed it in earlier repeats",
-    "*.previous_token": "best mean attention of a head to the token before, held-out sequences",
-    "*.induction_heads": "number of heads with prefix matching above 0.5",
     "*.copying_heads": "number of heads that copy: Σλ / Σ|λ| > 0.5 over the eigenvalues of the OV "
     "circuit W_U W_OV W_E",
     "*.copying_share": "the same over all heads",
@@ -83,7 +80,7 @@ def end(frame: Any) -> Any:
 def training(rows: Any, window: Any) -> dict[str, float]:
     """Losses, the in-context learning score and the phase change of one model."""
     last = end(rows).iloc[0]
-    out = {k: last[k] for k in ("loss", "first_copy", "second_copy", "icl")}
+    out = {k: last[k] for k in ("first_copy", "second_copy", "icl")}
     out |= {k: window[k] for k in ("icl_before", "icl_after")}
     out |= {f"window.{k}": window[k] / 1e6 for k in ("start", "end")}
     out |= {f"window.{k}": window[k] for k in ("share", "bump")}
@@ -104,8 +101,6 @@ def heads(rows: Any) -> dict[str, float]:
     return {
         "prefix_matching": best["prefix_matching"],
         "untrained.prefix_matching": untrained["prefix_matching"].max(),
-        "previous_token": rows["previous_token"].max(),
-        "induction_heads": len(found),
         "copying_heads": copying.sum(),
         "copying_share": copying.mean(),
         "untrained.copying_share": (untrained["copying"] > COPIES).mean(),

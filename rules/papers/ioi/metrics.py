@@ -39,7 +39,6 @@ METRICS = {  # the first pattern that fits a name counts: those of more parts st
     "difference",
     "*.recovered": "1 - |F(M) - F(C)| / F(M), F the mean logit difference with all heads outside a "
     "circuit mean-ablated; random: mean over random circuits of the same layers and positions",
-    "*.gap": "|F(M) - F(C)|, logits",
     "*.incompleteness": "largest |F(M without K) - F(C without K)| over classes and random sets K, "
     "over F(M)",
     "*.searched": "the same for the set K of the greedy search, in logits",
@@ -48,7 +47,6 @@ METRICS = {  # the first pattern that fits a name counts: those of more parts st
     "/ F(M), the largest over the sets K that stand for v (judged.py, after the paper's App. K); "
     "as every share of a logit difference, undefined where that is not above zero",
     "*.minimality_of_class": "the same with the rest of the class of v for K",
-    "*.circuit_heads": "heads of the circuit",
     "*.logit_diff": "mean logit of IO minus logit of S at the last position",
     "*.io_gt_s": "share of prompts with a larger logit of IO than of S",
     "*.io_probability": "mean probability of IO",
@@ -116,9 +114,7 @@ def circuits(cases: Any, minimality: Any) -> dict[str, float]:
     def widest(some: Any, circuit: str) -> float:
         return (some["model"] - some[circuit]).abs().max() if circuit in some else np.nan
 
-    out = {"recovered": recovered(f["circuit"]), "gap": abs(whole - f["circuit"])}
-    out |= {"circuit_heads": plain.loc["circuit", "n_heads"]}
-    out |= {"naive.recovered": recovered(f["naive"])}
+    out = {"recovered": recovered(f["circuit"]), "naive.recovered": recovered(f["naive"])}
     at_random = f[f.index.str.startswith("random")]
     out |= {"random.recovered": np.mean([recovered(value) for value in at_random])}
     out |= {"incompleteness": share(widest(sets[~searched], "circuit"), whole)}

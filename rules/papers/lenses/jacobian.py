@@ -20,7 +20,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from pipeline.errors import RetraceError, nearest
+from pipeline.errors import need_among
 from pipeline.job import cli, own
 from pipeline.latents.stored import blocks
 from pipeline.models import lens, loader
@@ -60,12 +60,8 @@ class Options(own.Options):
 
     def check(self, known: list[str]) -> None:
         """RetraceError where an entry is neither a tuned lens's model nor a run."""
-        for name in self.models:
-            if name not in known:
-                raise RetraceError(
-                    f"own.jacobian.models: no model '{name}'{nearest(name, known)}; own.tuning."
-                    f"models and training have {', '.join(known)}"
-                )
+        there = "own.tuning.models and training have"
+        need_among(self.models, known, "own.jacobian.models: no model", there)
 
 
 def maps_of(
@@ -118,7 +114,7 @@ def recovery(
     """One row a lens and layer, and one of the best layer of each item (ANY).
 
     auc is the area below pass@k over log k, 1 where the wanted token is always first: pass@k is the
-    share of items with it among the k likeliest. top1 is pass@1.
+    share of items with it among the k likeliest.
 
     Args:
         tokens: [items pos], read at position `at`; wanted: [items].
@@ -130,9 +126,8 @@ def recovery(
         rank = (logits >= own_logit).sum(-1)  # from 1; of equal ones it is the last
         for layer, found in zip([*layers, ANY], [*rank, rank.amin(0)], strict=True):
             area = 1 - found.double().log().mean() / torch.tensor(d_vocab).double().log()
-            top1 = (found == 1).double().mean()
-            rows.append({"lens": name, "layer": layer, "auc": float(area), "top1": float(top1)})
-    return pd.DataFrame(rows).assign(n_items=len(wanted))
+            rows.append({"lens": name, "layer": layer, "auc": float(area)})
+    return pd.DataFrame(rows)
 
 
 def named(frame: pd.DataFrame) -> pd.DataFrame:

@@ -10,7 +10,6 @@ Each seed has its own translators, and its own share of the held-out blocks.
 """
 
 from collections.abc import Iterable
-from functools import partial
 from typing import Any
 
 import pandas as pd
@@ -18,7 +17,7 @@ import torch
 from pydantic import Field
 from torch import Tensor, nn
 
-from pipeline.errors import RetraceError, nearest
+from pipeline.errors import RetraceError, need_among
 from pipeline.job import cli, own
 from pipeline.latents.stored import blocks as blocks_of
 from pipeline.models import lens, loader
@@ -28,7 +27,8 @@ from pipeline.tuning import tuned_lens
 
 from . import basis, tuning
 
-PLAIN = -1  # the logit lens among translators
+PLAIN = "logit"  # the lens without a translator
+NUMBERS = ["loss", "kl", "bias"]  # of a lens on a stream, nats
 TABLES = ("layers", "transfer", "trajectories", "attribution", "basis")
 READS = {"translators": "what stage tuning wrote"}
 
@@ -53,12 +53,8 @@ class Options(own.Options):
         """RetraceError where an option names a model that has no lens."""
         named = {"n_tokens": self.n_tokens, "n_transfer_tokens": self.n_transfer_tokens,
                  "texts": self.texts, "basis.models": self.basis.models}  # fmt: skip
-        for key, name in ((k, n) for k, names in named.items() for n in names):
-            if name not in models:
-                raise RetraceError(
-                    f"own.lenses.{key}: no model '{name}'{nearest(name, models)}; "
-                    f"own.tuning.models has {', '.join(models)}"
-                )
+        for key, names in named.items():
+            need_among(names, models, f"own.lenses.{key}: no model", "own.tuning.models has")
 
 
 class Moments:
@@ -91,42 +87,25 @@ def transfer(
     Args:
         tokens, targets: [windows pos]; positions below `first` do not count.
     """
-    read, plain = lens.tuned_lens(hf, translators), lens.logit_lens(hf)
-    layers, prediction = translators.layers, lens.Sums()
-    readers = {a: partial(read, a) for a in layers} | {PLAIN: partial(plain, 0)}
-    sums = {(a, b): lens.Sums() for a in readers for b in layers}
+    read, layers = lens.tuned_lens(hf, translators), translators.layers
+    readers = {str(a): lambda _, x, a=a: read(a, x) for a in layers}
+    found = lens.measure(hf, tokens, targets, readers | {PLAIN: lens.logit_lens(hf)}, layers, first)
+    found = found[found["layer"].isin(layers)].set_index("layer")
+    plain = found.loc[found["lens"] == PLAIN, NUMBERS].add_suffix("_logit")
+    found = found.loc[found["lens"] != PLAIN, ["lens", *NUMBERS, "n_tokens"]].join(plain)
+    frame = found.reset_index().rename(columns={"lens": "translator"}).astype({"translator": int})
     moments = {layer: Moments() for layer in layers}
-    for windows in lens.passes(hf, tokens, targets):
-        x, logits = lens.streams(hf, windows[0])
-        seen, wanted, logits = (t[:, first:].flatten(0, 1) for t in (*windows, logits))
-        log_p = logits.log_softmax(-1)
-        prediction.add(log_p, log_p, seen, wanted)
-        for b in layers:
-            stream = x[b][:, first:].flatten(0, 1)
-            moments[b].add(stream)
-            for a, reader in readers.items():
-                sums[a, b].add(log_p, reader(stream).log_softmax(-1), seen, wanted)
+    for (windows,) in lens.passes(hf, tokens):
+        for layer, x in enumerate(lens.streams(hf, windows)[0]):
+            if layer in moments:
+                moments[layer].add(x[:, first:].flatten(0, 1))
     cov = {layer: m.covariance() for layer, m in moments.items()}
     cov = {layer: c / c.norm() for layer, c in cov.items()}
-    numbers = {pair: distances(s, prediction) for pair, s in sums.items()}
-    rows = [
-        {"translator": a, "layer": b, **numbers[a, b]}
-        | {f"{k}_logit": v for k, v in numbers[PLAIN, b].items()}
-        | {"similarity": float((cov[a] * cov[b]).sum())}
-        for a in layers
-        for b in layers
-    ]
-    frame = pd.DataFrame(rows)
+    pairs = zip(frame["translator"], frame["layer"], strict=True)
     own_loss = frame[frame["translator"] == frame["layer"]].set_index("layer")["loss"]
     penalty = frame["loss"] - frame["layer"].map(own_loss)
-    return frame.assign(penalty=penalty, n_tokens=prediction.n)
-
-
-def distances(found: lens.Sums, prediction: lens.Sums) -> dict[str, float]:
-    """loss, kl and bias of a lens in nats, of sums over the same tokens as the prediction's."""
-    means = dict(zip(lens.MEASURES, (found.means / found.n).tolist(), strict=True))
-    bias = lens.kl_of(prediction.marginal / prediction.n, found.marginal / found.n)
-    return {"loss": means["loss"], "kl": means["kl"], "bias": bias}
+    similarity = [float((cov[a] * cov[b]).sum()) for a, b in pairs]
+    return frame.assign(similarity=similarity, penalty=penalty)
 
 
 def examples(loaded: Any, texts: list[str], blocks: Tensor, n: int, shown: int) -> list[Tensor]:

@@ -23,10 +23,7 @@ METRICS = {
     "nats; above 0: lower perplexity at every layer",
     "*.bias_gain": "least over the layers of the logit lens's bias less the tuned lens's, nats; "
     "bias is the KL between the mean prediction over all tokens and the mean of the lens",
-    "*.tuned.kl": "KL(p_n || tuned lens), nats, mean over layers and held-out tokens",
-    "*.logit.kl": "the same of the logit lens",
-    "*.tuned.bias_bits": "median over the layers of the tuned lens's bias, bits",
-    "*.logit.bias_bits": "the same of the logit lens",
+    "*.logit.bias_bits": "median over the layers of the logit lens's bias, bits",
     "*.tuned.smallest_fall": "least fall of KL(p_n || tuned lens) from one layer read to the next, "
     "nats; above 0: it falls at every layer",
     "*.logit.smallest_fall": "the same of the logit lens",
@@ -52,8 +49,6 @@ METRICS = {
     "basis.*.sensitivity": "influence on the model over influence on the tuned lens, geometric "
     "mean over the directions of the causal basis, at the layer three quarters up (Figure 8 of the "
     "source is of layer 18 of 24; over all layers, the embeddings' alone decided)",
-    "basis.*.sensitivity_least": "the same, least over the layers",
-    "basis.*.sensitivity_most": "the same, largest over the layers",
     "basis.*.alignment_gain": "stimulus-response alignment of the tuned lens's causal basis less "
     "that of the logit lens's, least over the layers",
     "basis.*.alignment_first": "stimulus-response alignment of the tuned lens, first layer",
@@ -110,10 +105,8 @@ def layers(table: Any) -> dict[str, float]:
     inner = {name: rows.iloc[:-1].set_index("layer") for name, rows in both.items()}
     gains = {f"{m}_gain": (inner["logit"][m] - inner["tuned"][m]).min() for m in GAINS}
     out = gains | {"unread": unread(inner["tuned"].iloc[0])}
-    for name, rows in inner.items():
-        out[f"{name}.kl"] = rows["kl"].mean()
-        out[f"{name}.bias_bits"] = rows["bias"].median() * BITS
-        out[f"{name}.smallest_fall"] = falls(both[name]["kl"])
+    out |= {f"{name}.smallest_fall": falls(rows["kl"]) for name, rows in both.items()}
+    out["logit.bias_bits"] = inner["logit"]["bias"].median() * BITS
     return out | {"logit.echo_layers": (inner["logit"]["echo"] > 0.5).mean()}
 
 
@@ -164,11 +157,7 @@ def basis(table: Any) -> dict[str, float]:
     """Numbers of one model's causal bases."""
     kinds = {kind: directions(rows) for kind, rows in table.groupby("kind")}
     causal, chance = kinds["causal"], kinds["random"]
-    out = {
-        "used": np.exp(causal["model"] - chance["model"]).min(),
-        "sensitivity_least": np.exp(causal["ratio"].min()),
-        "sensitivity_most": np.exp(causal["ratio"].max()),
-    }
+    out = {"used": np.exp(causal["model"] - chance["model"]).min()}
     for end, at in (("", causal), ("_random", chance)):
         out |= {
             f"rho{end}": at["rho"].mean(),

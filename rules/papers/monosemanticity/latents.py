@@ -18,7 +18,7 @@ from pydantic import Field
 from torch import Tensor
 
 from pipeline.activations.rows import to_tensor
-from pipeline.errors import RetraceError
+from pipeline.errors import RetraceError, need_among
 from pipeline.job import cli, own
 from pipeline.latents.stored import load_saes
 from pipeline.models import loader, splice
@@ -58,11 +58,7 @@ class Arm:
         self.activations, self.device = activations, device
         self.hook = tables.read_json(saes)["hook"]
         trained = tables.read_json(saes)["saes"]
-        if missing := [n for n in names if n not in trained]:
-            raise RetraceError(
-                f"own.latents: {saes} has no dictionary '{missing[0]}'; it has "
-                f"{', '.join(trained)}; name it, or train it on this arm"
-            )
+        need_among(names, trained, f"own.latents: {saes} has no dictionary", "it has")
         self.saes = load_saes(saes, device, names)
 
     def rows(self, splits: tuple[str, ...], n: int) -> Iterator[tuple[Tensor, Tensor, Tensor]]:
@@ -210,10 +206,7 @@ def work(job: cli.Job, options: Options) -> own.Tables:
     nulls = [options.untrained] if options.untrained else []
     wanted = {arm: list(dict.fromkeys([*options.widths, *main])) for arm in options.arms}
     wanted |= dict.fromkeys(nulls, main)
-    if unknown := wanted.keys() - paths.keys():
-        raise RetraceError(
-            f"own.latents: no arm '{min(unknown)}'; paper.yaml has {', '.join(paths)}"
-        )
+    need_among(wanted, paths, "own.latents: no arm", "paper.yaml has")
     arms = {arm: Arm(*paths[arm][:2], saes, device) for arm, saes in wanted.items()}
     tokenizer = load_tokenizer(job.args.models[0])
     alone = Texts(tokenizer).alone

@@ -11,26 +11,17 @@ from pipeline.claims.seeds import evaluations
 
 ULTRALOW = 1e-5  # share of rows; the border is ours, the paper draws it between two clusters
 METRICS = {
-    "model.loss": "mean next-token cross-entropy of model a, nats, held-out blocks",
-    "model.mlp_nats": "by how much it rises when the MLP's activations are zero",
     "main.width": "latents of the main dictionary, the one that all arms train",
     "main.loss_recovered": "(loss_zero - loss_spliced) / (loss_zero - loss_model) of the main "
     "dictionary of model a: the MLP's activations after its nonlinearity replaced by the "
     "reconstruction, against replaced by zero",
-    "main.l0": "mean number of its latents that are active on a held-out token",
     "main.dead": "latents of it that fire on no scanned row",
     "main.ultralow": "latents of it that fire on some, but fewer than 1e-5 of the scanned rows",
-    "main.dead_share": "dead over all its latents",
-    "main.ultralow_share": "ultralow over all its latents",
-    "widest.width": "latents of the widest dictionary with the main dictionary's L1 coefficient",
-    "widest.loss_recovered": "its loss recovered, as main.loss_recovered",
-    "widest.l0": "its L0",
+    "widest.loss_recovered": "the same of the widest dictionary with its L1 coefficient",
     "widths.smallest_rise": "smallest increase of loss recovered from one width to the next, equal "
     "L1 coefficient",
     "resampling.dead_share": "dead share of the main dictionary when its training ended",
     "resampling.dead_share_without": "the same of its twin that was never resampled",
-    "resampling.loss_recovered": "loss recovered of the main dictionary",
-    "resampling.loss_recovered_without": "the same of its twin",
     "null.loss_recovered": "loss recovered of a dictionary whose decoder keeps its random "
     "directions",
     "null.matched": "the same of the learned dictionary of its width and L1 coefficient",
@@ -40,16 +31,11 @@ METRICS = {
     "universality.neurons": "the same over the two models' neurons",
     "universality.null_latents": "universality.latents with the rows of model b shifted",
     "universality.null_neurons": "universality.neurons with the rows of model b shifted",
-    "universality.n_latents": "latents of model a that were matched",
-    "universality.n_neurons": "neurons of model a that were matched",
-    "splitting.near_first": "mean number of latents of the second narrowest dictionary near a "
-    "latent of the narrowest: a cosine of decoder rows above the narrow latent's largest with "
-    "another of its own dictionary",
-    "splitting.near_null": "splitting.near_last with the entries of each wide row permuted",
-    "splitting.near_last": "the same of the widest",
+    "splitting.near_last": "mean number of latents of the widest dictionary near a latent of the "
+    "narrowest: a cosine of decoder rows above the narrow latent's largest with another of its own "
+    "dictionary",
+    "splitting.near_null": "the same with the entries of each wide row permuted",
     "splitting.smallest_rise": "smallest increase of that number from one width to the next",
-    "splitting.split_share": "share of the narrowest dictionary's latents with two or more near "
-    "ones in the widest",
     "purity.*": "median over units of H(q0) - H(q) in bits: q the tokens weighted by a unit's "
     "activation, q0 the same with the tokens of other rows; by how much a unit narrows down which "
     "token was read, higher: fewer different tokens. latents, neurons and random directions of a "
@@ -57,9 +43,6 @@ METRICS = {
     "said.*": "median over units of E_r[rank] - E_r0[rank]: r the next tokens weighted by a unit's "
     "activation, r0 those of other rows, rank from 0 to 1 in what the unit adds to the logits; "
     "whether what a unit says of the next token is what comes. The same groups as purity",
-    "top_entropy.*": "median entropy (bits) of the tokens of a unit's 20 largest activations "
-    "(own.latents.n_top); at its floor of 0 for most latents. The same groups as purity",
-    "token_share.*": "median share of a unit's summed activation on its foremost token",
     "splice_check.max": "largest splice check of any dictionary, nats",
 }
 
@@ -89,59 +72,44 @@ def of_units(units: Any, main: str) -> dict[str, float]:
     groups = dict(iter(units.groupby("group")))
     density = groups[main]["density"]
     low = (density > 0) & (density < ULTRALOW)
-    out = {"main.dead": (density == 0).sum(), "main.ultralow": low.sum()}
-    out |= {"main.dead_share": (density == 0).mean(), "main.ultralow_share": low.mean()}
     named = {"latents": groups[main], "neurons": groups["neurons"], "random": groups["random"]}
+    out = {"main.dead": (density == 0).sum(), "main.ultralow": low.sum()}
     return out | single_minded(named)
 
 
 def single_minded(named: dict[str, Any]) -> dict[str, float]:
     """The medians of the measures of groups of units."""
-    columns = {"purity": "narrowing", "said": "said", "top_entropy": "top_entropy"}
-    out = {f"{measure}.{name}": group[column].median()
-           for measure, column in columns.items() for name, group in named.items()}  # fmt: skip
-    return out | {f"token_share.{n}": g["token_share"].median() for n, g in named.items()
-                  if n != "random"}  # fmt: skip
+    columns = {"purity": "narrowing", "said": "said"}
+    return {f"{measure}.{name}": group[column].median()
+            for measure, column in columns.items() for name, group in named.items()}  # fmt: skip
 
 
 def of_arm(tables: dict[str, Any], arm: str, main: str) -> dict[str, float]:
     """The numbers of one trained model and its dictionaries."""
     table = tables[f"evaluation/{arm}"]
     named, steps = table.set_index("sae"), ladder(table, main)
-    of_main, widest = named.loc[main], steps.iloc[-1]
-    without, null = named.loc["unresampled"], named.loc["random_directions"]
+    of_main, without, null = (named.loc[n] for n in (main, "unresampled", "random_directions"))
     matched = steps[steps["d_sae"] == null["d_sae"]].iloc[0]
     recovered = "loss_recovered_zero"
     out = {
-        "model.loss": of_main["loss_model"],
-        "model.mlp_nats": of_main["loss_zero"] - of_main["loss_model"],
         "main.width": of_main["d_sae"],
         "main.loss_recovered": of_main[recovered],
-        "main.l0": of_main["l0"],
-        "widest.width": widest["d_sae"],
-        "widest.loss_recovered": widest[recovered],
-        "widest.l0": widest["l0"],
+        "widest.loss_recovered": steps.iloc[-1][recovered],
         "widths.smallest_rise": np.diff(steps[recovered]).min(),
         "resampling.dead_share": of_main["dead_share"],
         "resampling.dead_share_without": without["dead_share"],
-        "resampling.loss_recovered": of_main[recovered],
-        "resampling.loss_recovered_without": without[recovered],
         "null.loss_recovered": null[recovered],
         "null.matched": matched[recovered],
     }
     own = {n: t[t["arm"] == arm] for n, t in tables.items() if n.startswith("latents/")}
     for kind, found in own["latents/matches"].groupby("kind"):
         out[f"universality.{kind}"] = found["correlation"].median()
-        if not kind.startswith("null"):
-            out[f"universality.n_{kind}"] = len(found)
     near = own["latents/splitting"].groupby("wide", sort=False)
     counts, last = near["n_near"].mean().to_numpy(), list(near)[-1][1]
     return out | of_units(own["latents/units"], main) | {
-        "splitting.near_first": counts[0],
         "splitting.near_last": counts[-1],
         "splitting.smallest_rise": np.diff(counts).min(),
         "splitting.near_null": last["n_null"].mean(),
-        "splitting.split_share": (last["n_near"] >= 2).mean(),
     }  # fmt: skip
 
 

@@ -1,13 +1,8 @@
 """The figure of the nanoGPT paper that is no core kind: what its models write."""
 
-import textwrap
 from typing import Any
 
-import plotly.graph_objects as go
-
-from pipeline.figures.kinds_maps import MONO
-from pipeline.figures.parts import Drawn, chosen
-from pipeline.figures.theme import GRID, literal
+from pipeline.figures.parts import Drawn, as_lines, side_by_side
 
 
 def samples(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
@@ -24,30 +19,7 @@ def samples(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     frame = frame.sort_values("writer", key=rank, kind="stable")
     n, width = options.get("characters", 500), options.get("width", 40)
     shown = {
-        int(i): [[as_lines(t[:n], width)] for t in rows["text"]]
+        f"sample {i + 1}": [as_lines(text[:n].strip("\n"), width) for text in rows["text"]]
         for i, rows in frame.groupby("sample")
     }
-    longest = max(t.count("<br>") + 1 for texts in shown.values() for (t,) in texts)
-    writers = list(dict.fromkeys(frame["writer"]))
-    cell = {"align": "left", "fill": {"color": "rgba(0,0,0,0)"}, "line": {"color": GRID}}
-    look = {"font": {"family": MONO, "size": 11}, "height": 20, **cell}
-    header = {"values": [f"<b>{literal(w)}</b>" for w in writers], **cell}
-    cells = {"values": next(iter(shown.values())), **look}
-    figure = go.Figure(go.Table(header=header, cells=cells))
-    chosen(figure, {f"sample {i + 1}": [{"cells.values": [v]}, {}] for i, v in shown.items()})
-    figure.update_layout(
-        margin={"l": 4, "r": 4, "t": 8, "b": 4},
-        height=round(60 + 14.5 * longest),
-        meta={"min_width": round(len(writers) * (6.7 * width + 18))},  # a phone scrolls sideways
-    )
-    return figure, frame
-
-
-def as_lines(text: str, width: int) -> str:
-    """Text with its own line breaks, long lines broken, and nothing of it read as markup."""
-    lines = [
-        part
-        for line in text.strip("\n").split("\n")
-        for part in textwrap.wrap(line, width, drop_whitespace=False) or [""]
-    ]
-    return "<br>".join(literal(line) for line in lines)
+    return side_by_side(list(frame["writer"].unique()), shown, width), frame

@@ -7,7 +7,6 @@ import numpy as np
 METRICS = {
     "*.val_best": "least loss on the held-out text over all evaluations, nats a character; one "
     "value a seed",
-    "*.val_best_step": "the step of that evaluation",
     "*.val_first": "loss on the held-out text before training, nats a character",
     "*.val_last": "loss on the held-out text after the last step, nats a character",
     "*.val_rise": "val_last - val_best, nats: by how much the loss rises again",
@@ -15,15 +14,10 @@ METRICS = {
     "character",
     "text.published": "1 where the text is the published one, of the pinned sha256, else 0",
     "text.d_vocab": "different characters in the text",
-    "text.ln_vocab": "ln d_vocab: the loss of a uniform guess, nats",
     "samples.*.known_words": "share of the words of three letters or more in all samples of an arm "
     "(samples.held_out: in as much held-out text) that stand in the training text",
-    "lens.*.kl_first": "KL(p_n || p_0) in nats: how far the lens on the embeddings is from the "
-    "prediction, mean over held-out tokens",
-    "lens.*.smallest_fall": "smallest fall of KL(p_n || p_l) from one layer to the next, nats; "
-    "above 0: it falls at every layer",
-    "lens.*.accuracy_first": "share of held-out tokens that the lens on the embeddings has right",
-    "lens.*.accuracy_last": "share of held-out tokens that the prediction has right",
+    "lens.*.smallest_fall": "smallest fall of KL(prediction || logit lens) from one layer to the "
+    "next, nats; above 0: it falls at every layer",
 }
 
 
@@ -35,7 +29,6 @@ def recipe(history: Any) -> dict[str, np.ndarray]:
     val = grid["val"]
     out = {
         "val_best": val.min(axis=1),
-        "val_best_step": val.idxmin(axis=1),
         "val_first": val.iloc[:, 0],
         "val_last": val.iloc[:, -1],
         "val_rise": val.iloc[:, -1] - val.min(axis=1),
@@ -51,25 +44,16 @@ def known_words(samples: Any) -> float:
     return float((counted["known_words"] * counted["n_words"]).sum() / n) if n else float("nan")
 
 
-def lens(table: Any) -> dict[str, float]:
-    """Numbers of the logit lens; the last row of the table is the prediction itself."""
-    rows = table.sort_values("layer")
-    return {
-        "kl_first": rows["kl"].iloc[0],
-        "smallest_fall": -np.diff(rows["kl"]).max(),
-        "accuracy_first": rows["accuracy"].iloc[0],
-        "accuracy_last": rows["accuracy"].iloc[-1],
-    }
+def smallest_fall(lens: Any) -> float:
+    """Of the logit lens; the last row of the table is the prediction itself."""
+    return -np.diff(lens.sort_values("layer")["kl"]).max()
 
 
 def metrics(tables: dict[str, Any]) -> dict[str, Any]:
     """See METRICS."""
     text = tables["language/text"].iloc[0]
-    out: dict[str, Any] = {
-        "text.published": float(text["published"]),
-        "text.d_vocab": text["d_vocab"],
-        "text.ln_vocab": text["ln_vocab"],
-    }
+    out: dict[str, Any] = {"text.published": float(text["published"])}
+    out["text.d_vocab"] = text["d_vocab"]
     for name, table in tables.items():
         if name.startswith("training/"):
             out |= {f"{name.split('/')[1]}.{k}": v for k, v in recipe(table).items()}
@@ -77,5 +61,5 @@ def metrics(tables: dict[str, Any]) -> dict[str, Any]:
         place = arm if writer == "model" else "held_out"  # the same text in every arm
         out[f"samples.{place}.known_words"] = known_words(texts)
     for arm, table in tables["language/lens"].groupby("arm"):
-        out |= {f"lens.{arm}.{k}": v for k, v in lens(table).items()}
+        out[f"lens.{arm}.smallest_fall"] = smallest_fall(table)
     return out

@@ -14,7 +14,7 @@ method is in spd.py.
 5. curves      MMCS, ML2R, alive and kept of W through training.
 6. one_hot     importance of each part for each feature alone, parts in the order of features.
 7. vectors     W's columns and the parts' vectors in the plane, where there are two dimensions.
-8. ablations   change of x̂ when one part of W is removed, on rows with its feature and without.
+8. ablations   change of x̂ when one part of W is removed, on rows with its feature and on all.
 """
 
 from dataclasses import replace
@@ -124,9 +124,8 @@ def part_norms(part: dict[str, Tensor], W: Tensor) -> Tensor:
 def one_hot(toy: spd.Toy, parts: spd.Parts) -> dict[str, Tensor]:
     """matrix -> importance of every part for each feature alone, [models, features, C]."""
     x = SHOWN * torch.eye(toy.W.shape[2]).to(toy.W).expand(len(toy.W), -1, -1)
-    return {
-        n: spd.raw_importance(parts[n], a).clamp(0, 1) for n, a in spd.inputs_of(toy, x).items()
-    }
+    read = spd.inputs_of(toy, x).items()
+    return {name: spd.raw_importance(parts[name], a).clamp(0, 1) for name, a in read}
 
 
 def aligned(importance: np.ndarray) -> np.ndarray:
@@ -247,9 +246,8 @@ class Judge:
             on = ((x * serves[:, None]).sum(-1) > 0).float()
             every = change.sum(-1)
             own = (every * on).sum(1) / on.sum(1)
-            off = (every * (1 - on)).sum(1) / (1 - on).sum(1)
             alive = largest["embed"][:, c] > self.options.alive
-            frames.append(self.frame(part=c, alive=alive, own=own, off=off, mean=every.mean(1)))
+            frames.append(self.frame(part=c, alive=alive, own=own, mean=every.mean(1)))
         return pd.concat(frames)
 
 

@@ -16,14 +16,9 @@ METRICS = {
     "*.identity_*": "the same of the identity's parts",
     "*.unembed_*": "the same of the parts of Wᵀ",
     "*.ml2r_when_aligned": "ML2R at the first evaluation where MMCS is at least 0.99",
-    "*.importance_range": "decades of the threshold of importance at which as many parts are "
-    "above it as there are features",
-    "*.norm_range": "the same for the norm",
     "*.ablation_gap": "least change of the output without a part that is alive, on rows with its "
     "feature, over the largest without one that is not, on all rows",
     "*.ablation_gap_permuted": "the same where parts are called alive in the reverse order",
-    "*.ablation_selectivity": "median over parts that are alive of the change on rows with their "
-    "feature over that on other rows",
 }
 LEAST = 1e-12  # a change of the output below it counts as that
 
@@ -44,12 +39,6 @@ def aligned_length(curve: Any) -> float:
     return float(found.iloc[0]) if len(found) else np.nan
 
 
-def decades(rows: Any, features: int) -> float:
-    """Decades of thresholds, of those given, at which exactly so many parts are above."""
-    at = rows.loc[rows["parts"] == features, "threshold"]
-    return float(np.log10(at.max() / at.min())) if len(at) else 0.0
-
-
 def gap(rows: Any, alive: Any) -> float:
     """Least change on their own rows of the parts that are alive, over the largest of the rest."""
     own, rest = rows.loc[alive, "own"].dropna(), rows.loc[~alive, "mean"]
@@ -61,13 +50,7 @@ def gap(rows: Any, alive: Any) -> float:
 def of_ablations(rows: Any) -> dict[str, float]:
     """The metrics of one model's parts."""
     alive = rows["alive"].to_numpy()
-    live = rows[alive].dropna()
-    ratio = live["own"].clip(lower=LEAST) / live["off"].clip(lower=LEAST)
-    return {
-        "ablation_gap": gap(rows, alive),
-        "ablation_gap_permuted": gap(rows, alive[::-1]),
-        "ablation_selectivity": float(ratio.median()),
-    }
+    return {"ablation_gap": gap(rows, alive), "ablation_gap_permuted": gap(rows, alive[::-1])}
 
 
 def metrics(tables: dict[str, Any]) -> dict[str, Any]:
@@ -78,11 +61,6 @@ def metrics(tables: dict[str, Any]) -> dict[str, Any]:
     for (target, arm, _), curve in of["curves"].groupby(each, sort=False):
         value = aligned_length(curve.sort_values("step"))
         out.setdefault(f"{target}.{arm}.ml2r_when_aligned", []).append(value)
-    features = of["one_hot"].groupby("target")["feature"].max()
-    counts = of["thresholds"][of["thresholds"]["matrix"] == "embed"]
-    for (target, arm, _, measure), rows in counts.groupby([*each, "measure"], sort=False):
-        value = decades(rows, features[target])
-        out.setdefault(f"{target}.{arm}.{measure}_range", []).append(value)
     for (target, arm, _), rows in of["ablations"].groupby(each, sort=False):
         for name, value in of_ablations(rows.reset_index(drop=True)).items():
             out.setdefault(f"{target}.{arm}.{name}", []).append(value)

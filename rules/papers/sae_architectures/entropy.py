@@ -19,7 +19,7 @@ import numpy as np
 import pandas as pd
 from pydantic import Field
 
-from pipeline.errors import RetraceError, nearest
+from pipeline.errors import need_among
 from pipeline.job import cli, own
 from pipeline.latents import features
 from pipeline.latents.stored import load_saes
@@ -86,16 +86,11 @@ def summary(bits: np.ndarray, trained: np.ndarray) -> dict[str, Any]:
     from scipy.stats import mannwhitneyu
 
     found, others = bits[~np.isnan(bits)], trained[~np.isnan(trained)]
-    out = {"n_latents": len(bits), "n_counted": len(found)}
     if len(found) == 0:
-        names = ("mean", "median", "q25", "q75", "single", "auroc")
-        return out | dict.fromkeys(names, np.nan)
+        return dict.fromkeys(("mean", "single", "auroc"), np.nan)
     n = len(others) * len(found)
-    return out | {
+    return {
         "mean": found.mean(),
-        "median": np.median(found),
-        "q25": np.quantile(found, 0.25),
-        "q75": np.quantile(found, 0.75),
         "single": (found < SINGLE).mean(),
         "auroc": mannwhitneyu(others, found, method="asymptotic").statistic / n if n else np.nan,
     }
@@ -108,21 +103,12 @@ def histogram(bits: np.ndarray, top: float) -> pd.DataFrame:
     return pd.DataFrame({"low": edges[:-1], "high": edges[1:], "latents": counts})
 
 
-def check(options: Options, trained: dict) -> None:
-    """Raise where the manifest entries of the trained arm have no dictionary of a name."""
-    for name in options.dictionaries:
-        if name not in trained:
-            raise RetraceError(
-                f"own.entropy.dictionaries: the arm trained has no dictionary '{name}'"
-                f"{nearest(name, trained)}; it has {', '.join(trained)}"
-            )
-
-
 def work(job: cli.Job, options: Options) -> own.Tables:
     """Rows of both tables, of every dictionary of every arm that has it."""
     args, device, out = job.args, job.device(), own.Tables(TABLES)
     manifests = own.by_arm(job, [tables.read_json(file) for file in args.saes])
-    check(options, manifests["trained"]["saes"])
+    where = "own.entropy.dictionaries: the arm trained has no dictionary"
+    need_among(options.dictionaries, manifests["trained"]["saes"], where, "it has")
     files = own.by_arm(job, list(zip(args.saes, args.activations, strict=True)))
     found: dict[tuple[str, str], np.ndarray] = {}
     for arm, (file, activations) in files.items():

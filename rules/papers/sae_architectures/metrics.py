@@ -13,10 +13,8 @@ METRICS = {
     "each dictionary of b that lies in the range of a's L0, a interpolated linearly in log L0; "
     "equal width and one seed, one value a seed whose grids are whole; the smallest",
     "gap.*.explained_variance_max": "the largest such difference",
-    "gap.*.delta_loss_min": "the smallest such difference in delta_loss, nats",
-    "gap.*.delta_loss_max": "the largest (negative: a loses less everywhere)",
+    "gap.*.delta_loss_max": "the largest in delta_loss, nats (negative: a loses less everywhere)",
     "gap.*.loss_recovered_mean_min": "the smallest such difference in loss_recovered_mean",
-    "gap.*.loss_recovered_mean_max": "the largest",
     "gap.*.shrinkage_max": "the largest such difference in |relative_bias - 1|",
     "gap.*.delta_loss_densest": "the difference in delta_loss at b's densest matched dictionary",
     "gap.*.n": "dictionaries of b whose L0 lies in the range of a's",
@@ -24,15 +22,11 @@ METRICS = {
     "interpolated linearly, mean over L1's dictionaries in its range",
     "bias.*": "relative_bias of an architecture's densest and sparsest dictionary, as "
     "bias.<architecture>_dense and _sparse",
-    "dead.*": "dead_share of an architecture, mean over its grid",
     "grid.*.dead_share": "the largest dead_share in the grid of an architecture",
     "overlap.*.shared": "share of one-to-one matched decoder rows with a cosine of 0.7 or more "
     "between two seeds of an architecture, one value a pair of seeds",
     "overlap.*.cosine": "mean cosine of these matched rows",
     "overlap.*.random": "mean cosine of as many random directions matched with the dictionary's",
-    "across.shared": "the same share between two architectures of different seeds, mean over all "
-    "pairs",
-    "across.standard_topk": "the same share between L1 and TopK",
     "entropy.reinit.*": "mean token-distribution entropy, bits, on the model as first initialised; "
     "one value a seed, under the name of the first, as in the other arms",
     "entropy_auroc.reinit.*": "probability that a latent of the trained model's dictionary has the "
@@ -46,7 +40,6 @@ METRICS = {
     "null.*": "explained variance: null.learned of TopK (k of the nulls) on the trained model, "
     "null.frozen with decoder directions as drawn, null.reinit and null.shuffled on those arms",
     "settings.rows": "training rows a dictionary was shown",
-    "settings.d_sae": "latents of the dictionaries of the grid",
     "splice_check.max": "largest splice check of any dictionary of any arm, nats",
 }
 PAIRS = (
@@ -55,7 +48,10 @@ PAIRS = (
     ("matching_pursuit", "topk"), ("topk", "matching_pursuit"),
 )  # fmt: skip
 SETTINGS = ("architecture_y", "d_sae", "k", "l1_coefficient", "l0_coefficient", "frozen_decoder")
-GAPS = ("explained_variance", "delta_loss", "loss_recovered_mean", "shrinkage")
+GAPS = {  # which of the differences at equal L0 are told of a metric
+    "explained_variance": ("min", "max"), "delta_loss": ("max", "densest"),
+    "loss_recovered_mean": ("min",), "shrinkage": ("max",),
+}  # fmt: skip
 
 
 def curves(trained: pd.DataFrame, seed: int = 0) -> dict[str, pd.DataFrame]:
@@ -93,14 +89,11 @@ def _at_equal_l0(by: dict[str, pd.DataFrame]) -> dict[str, float]:
         if one not in by or other not in by:
             continue
         name = f"gap.{one}_{other}"
-        for metric in GAPS:
+        for metric, ends in GAPS.items():
             found = gap(by[one], by[other], metric)
             found = found if len(found) else np.array([np.nan])
-            out[f"{name}.{metric}_max"] = found.max()
-            if metric != "shrinkage":
-                out[f"{name}.{metric}_min"] = found.min()
-            if metric == "delta_loss":
-                out[f"{name}.{metric}_densest"] = found[-1]
+            values = {"min": found.min(), "max": found.max(), "densest": found[-1]}
+            out |= {f"{name}.{metric}_{end}": values[end] for end in ends}
         out[f"{name}.n"] = len(gap(by[one], by[other], "l0"))
     return out
 
@@ -113,13 +106,7 @@ def _overlaps(pairs: pd.DataFrame) -> dict[str, Any]:
             for column in columns:
                 name = "random" if kind == "random" else column
                 out[f"overlap.{architecture}.{name}"] = group[column].to_numpy()
-    across = pairs[pairs["kind"] == "architectures"]
-    both = [{"standard", "topk"} == {r.architecture_a, r.architecture_b}
-            for r in across.itertuples()]  # fmt: skip
-    return out | {
-        "across.shared": across["shared"].mean(),
-        "across.standard_topk": across.loc[both, "shared"].mean(),
-    }
+    return out
 
 
 def of_grids(by: dict[str, pd.DataFrame]) -> dict[str, float]:
@@ -129,7 +116,6 @@ def of_grids(by: dict[str, pd.DataFrame]) -> dict[str, float]:
         out["saving.gated_standard"] = saving(by["gated"], by["standard"])
     for name, rows in by.items():
         out[f"bias.{name}_sparse"], out[f"bias.{name}_dense"] = rows["relative_bias"].iloc[[0, -1]]
-        out[f"dead.{name}"] = rows["dead_share"].mean()
         out[f"grid.{name}.dead_share"] = rows["dead_share"].max()
     return out
 
@@ -161,7 +147,6 @@ def metrics(tables: dict[str, pd.DataFrame]) -> dict[str, Any]:
     """See METRICS."""
     arms = evaluations(tables)
     trained = arms["trained"]
-    by = curves(trained)
     seeds = [of_grids(grids) for grids in of_seeds(trained)]
     out: dict[str, Any] = {
         name: np.array([found[name] for found in seeds if name in found]) for name in seeds[0]
@@ -174,6 +159,5 @@ def metrics(tables: dict[str, pd.DataFrame]) -> dict[str, Any]:
     for arm, values in alike.items():
         out[f"null.{'learned' if arm == 'trained' else arm}"] = values[shared].to_numpy()
     out["settings.rows"] = tables["evaluation/trained_history"]["rows"].max()
-    out["settings.d_sae"] = by["topk"]["d_sae"].max()
     out["splice_check.max"] = max(t["splice_check"].max() for t in arms.values())
     return out

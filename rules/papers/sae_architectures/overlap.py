@@ -24,7 +24,7 @@ import pandas as pd
 from pydantic import Field
 from safetensors.numpy import load_file
 
-from pipeline.errors import RetraceError, nearest
+from pipeline.errors import RetraceError, need_among
 from pipeline.job import cli, own
 from pipeline.latents.fidelity import one_to_one, unit
 from pipeline.store import tables
@@ -76,13 +76,8 @@ def twins(dictionaries: dict[str, tuple[dict, np.ndarray]]) -> list[list[str]]:
 def chosen(groups: list[list[str]], wanted: list[str]) -> list[list[str]]:
     """The groups of twins whose first dictionary is wanted, all where none is named; RetraceError
     where a dictionary of that name has no twin."""
-    firsts = [g[0] for g in groups]
-    for name in wanted:
-        if name not in firsts:
-            raise RetraceError(
-                f"own.overlap.dictionaries: no dictionary '{name}' that has a twin of another seed"
-                f"{nearest(name, firsts)}; these have: {', '.join(firsts)}"
-            )
+    where = "own.overlap.dictionaries: no dictionary that has a twin of another seed is called"
+    need_among(wanted, [g[0] for g in groups], where, "these have one:")
     return [g for g in groups if g[0] in wanted or not wanted]
 
 

@@ -34,12 +34,8 @@ METRICS = {  # the first pattern that fits a name counts
     "spearman.*": "the same as correlation, of ranks",
     "correlation_without_largest.*": "the same as correlation, without the one latent of each site "
     "and structure whose leaving out changes it the most",
-    "largest_share": "share of the sum of squares of exact effects that the largest latent of a "
-    "site and structure has, mean over both",
     "gap.*": "|sum of estimates over all nodes of a site - exact effect of patching the site| over "
     "|exact|, mean over sites and structures",
-    "error_share": "share of the sum of latent_ig over a site that is its error terms', mean over "
-    "sites and structures",
     "none_spread": "largest difference of m(none) between kinds of nodes, over m(all) - m(none)",
 }
 HALF = 0.5
@@ -116,9 +112,6 @@ def of_estimates(nodes: Any, sites: Any) -> dict[str, float]:
             out[f"{name}.{method}.late"] = by_site[order[-1]]
         gap = (sites[method] - sites["whole"]).abs() / sites["whole"].abs()
         out[f"gap.{method}"] = float(gap.mean())
-    squares = [rows["exact"] ** 2 for _, rows in nodes.groupby(["hook", "structure"])]
-    out["largest_share"] = float(np.mean([s.max() / s.sum() for s in squares if s.sum() > 0]))
-    out["error_share"] = float((sites["errors"] / sites["ig"]).mean())
     return out
 
 

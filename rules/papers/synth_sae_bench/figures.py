@@ -59,17 +59,18 @@ def pareto(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
 
     L0 is relative to that of as many features, the most frequent, as there are latents, so that
     ground truths of different sizes can be compared.
-    Options: published, architecture -> {l0: [...], measure: [...], measure_sd: [...]}, and
-    published_true_l0, what their L0 is divided by.
+    Options: published, rows of sae, l0 and measures, each [mean, sd, ...]; and published_true_l0,
+    what their L0 is divided by.
     """
     ours = finished(tables["recovery/dictionaries"]).assign(source="ours")
-    ours["architecture"] = ours["dictionary"].map(architecture)
-    theirs = pd.concat([pd.DataFrame({"architecture": []})] + [
-        pd.DataFrame(v).assign(architecture=k, source="published")
-        for k, v in options.get("published", {}).items()
-    ])  # fmt: skip
-    if len(theirs):
-        theirs["relative_l0"] = theirs["l0"] / options["published_true_l0"]
+    ours["architecture"], theirs = ours["dictionary"].map(architecture), []
+    for given in options["published"]:
+        about = {"l0": given["l0"], "relative_l0": given["l0"] / options["published_true_l0"]}
+        both = {m: given[m][:2] for m in PANELS if m in given}
+        about |= {m: mean for m, (mean, _) in both.items()}
+        about |= {f"{m}_sd": sd for m, (_, sd) in both.items()}
+        theirs.append(about | {"architecture": given["sae"], "source": "published"})
+    theirs = pd.DataFrame(theirs)
     panels = Panels(list(PANELS.values()), 3, gap=(0.09, 0.12), shared_xaxes=True)
     for rows, name, look in styled(ours.sort_values("l0"), "architecture", LOOK):
         given = theirs[theirs["architecture"] == name].dropna(axis="columns", how="all")
@@ -77,8 +78,7 @@ def pareto(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
             panels.add(i, _ours(rows, measure, name, *look))
             if measure in given and len(given):
                 panels.add(i, _published(given, measure, name, *look))
-    if len(theirs):
-        panels.add(0, key("published ± sd", INK, "circle-open", size=11))
+    panels.add(0, key("published ± sd", INK, "circle-open", size=11))
     panels.axes("L0 ÷ true L0")
     frame = pd.concat([ours, theirs], ignore_index=True)
     return panels.finish(600, legend=40, top=104), frame

@@ -20,15 +20,11 @@ METRICS = {
     "topk_minus_l1.n_matched": "L1 dictionaries whose L0 lies in the range of TopK's",
     "auxk.dead_share": "dead share of the TopK dictionary that is trained with AuxK",
     "auxk.dead_share_without": "dead share of its twin that is trained without",
-    "auxk.explained_variance": "explained variance of the TopK dictionary trained with AuxK",
-    "auxk.explained_variance_without": "explained variance of its twin without",
     "null.matched": "explained variance of the learned TopK dictionary with the nulls' k and width",
     "null.random_dictionary": "explained variance with decoder directions kept as drawn; the "
     "encoder is trained",
     "null.random_weights": "explained variance of a TopK dictionary of the same k and width on the "
     "model with random weights, of that model's own activations",
-    "null.matched_loss_recovered": "loss recovered against mean ablation, learned dictionary",
-    "null.random_dictionary_loss_recovered": "the same, random dictionary",
     "splice_check.max": "largest splice check of any dictionary of any arm, nats",
 }
 
@@ -69,13 +65,9 @@ def of_seed(trained: pd.DataFrame, null: pd.Series) -> dict[str, float]:
     return out | {
         "auxk.dead_share": twin["dead_share"],
         "auxk.dead_share_without": without["dead_share"],
-        "auxk.explained_variance": twin["explained_variance"],
-        "auxk.explained_variance_without": without["explained_variance"],
         "null.matched": matched["explained_variance"],
         "null.random_dictionary": frozen["explained_variance"],
         "null.random_weights": null["explained_variance"],
-        "null.matched_loss_recovered": matched["loss_recovered_mean"],
-        "null.random_dictionary_loss_recovered": frozen["loss_recovered_mean"],
     }
 
 
