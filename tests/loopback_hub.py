@@ -156,11 +156,16 @@ def serving(repos: dict[str, dict[str, bytes]], home: Path, monkeypatch) -> Iter
         server.shutdown()
 
 
-FETCH = (  # 'kind owner/name revision pattern ...' -> folder, licence, files; or a sentence
-    "import sys, pathlib\n"
+# 'kind owner/name revision pattern ...' -> folder, licence, files; or a sentence. 'HF_TOKEN=token'
+# holds from there on.
+FETCH = (
+    "import os, sys, pathlib\n"
     "from pipeline.downloads import hub\nfrom pipeline.weights import model\n"
     "from pipeline.errors import RetraceError\n"
     "for arg in sys.argv[1:]:\n"
+    "    if arg.startswith('HF_TOKEN='):\n"
+    "        os.environ['HF_TOKEN'] = arg[9:]\n"
+    "        continue\n"
     "    kind, repo, revision, *patterns = arg.split(' ')\n"
     "    choose = hub.matching(patterns) if patterns else model.hub_files\n"
     "    try:\n"

@@ -22,7 +22,6 @@ from pipeline.store import tables
 TINY = f"model owner/tiny {COMMIT}"
 
 
-@pytest.mark.workflow
 @pytest.fixture
 def served(tiny_model, tmp_path, monkeypatch):
     """A hub with the tiny model as owner/tiny and three shards of text as datasets/owner/text."""
@@ -40,6 +39,7 @@ def gets(served, name: str) -> int:
 # --- the cache -----------------------------------------------------------------------------
 
 
+@pytest.mark.workflow
 def test_what_the_cache_holds_is_not_asked_for_again(served, tmp_path, monkeypatch):
     fetched(TINY, cwd=tmp_path)
     calls = served.calls
@@ -172,12 +172,10 @@ def test_each_refusal_has_a_sentence_of_its_own(served, tmp_path, monkeypatch):
                     "not its commit dddd", "no such file"],
         "expired": [r"does not accept your token \(Invalid credentials.*unset HF_TOKEN"] * 4,
     }  # fmt: skip
-    for token, patterns in said.items():
-        monkeypatch.setenv("HF_TOKEN", token)
-        for pattern, sentence in zip(
-            patterns, fetched(*asked[: len(patterns)], cwd=tmp_path), strict=True
-        ):
-            assert re.search(f"^hub (model|dataset) owner/.*: .*{pattern}", sentence), sentence
+    wanted = [w for t, some in said.items() for w in (f"HF_TOKEN={t}", *asked[: len(some)])]
+    patterns = [pattern for some in said.values() for pattern in some]
+    for pattern, sentence in zip(patterns, fetched(*wanted, cwd=tmp_path), strict=True):
+        assert re.search(f"^hub (model|dataset) owner/.*: .*{pattern}", sentence), sentence
     assert not [a for a in served.asked if a.endswith((".safetensors", ".jsonl"))]
     monkeypatch.setenv("HF_TOKEN", "mine")
     for line in fetched(*asked[:2], cwd=tmp_path):
