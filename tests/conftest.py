@@ -100,8 +100,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
         config.hook.pytest_deselected(items=slow)
         items[:] = [item for item in items if item not in slow]
     for item in items:
-        named = {n for name in item.fixturenames for n in (name, f"{item.path.stem}.{name}")}
-        if not named.isdisjoint(COSTLY):
+        names = getattr(item, "fixturenames", ())
+        if not {n for name in names for n in (name, f"{item.path.stem}.{name}")}.isdisjoint(COSTLY):
             item.add_marker("workflow")
     rank = {name: i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(LONGEST)))

@@ -389,3 +389,20 @@ def test_minutes_of_random_input_are_left_out_unless_asked_for(asked, there):
     assert {i.name for i in items} == ({"long", "short"} if there else {"short"})
     assert [i.name for i in left_out] == ([] if there else ["long"])
     assert SIZES[1].marks[0].name == "slow"
+
+
+def test_costly_fixtures_are_there_and_mark_their_tests():
+    for name in conftest.COSTLY:
+        file, _, fixture = f"conftest.{name}".removeprefix("conftest.test_").rpartition(".")
+        stem = "conftest" if file == "conftest" else f"test_{file}"
+        (found,) = Path(conftest.__file__).parent.rglob(f"{stem}.py")
+        assert f"\ndef {fixture}(" in found.read_text(), name
+    marks: list[str] = []
+    item = SimpleNamespace(path=Path("test_sae.py"), get_closest_marker={}.get, name="one",
+                           fixturenames=["made"], add_marker=marks.append)  # fmt: skip
+    other = SimpleNamespace(**vars(item) | {"path": Path("test_spread.py")})
+    config = SimpleNamespace(getoption={"markexpr": "slow"}.get)
+    conftest.pytest_collection_modifyitems(config, [other])
+    assert marks == []
+    conftest.pytest_collection_modifyitems(config, [item])
+    assert marks == ["workflow"]
