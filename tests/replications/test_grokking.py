@@ -419,6 +419,7 @@ def test_metrics_have_definitions_and_one_value_a_seed(tables):
 
     found = metrics.metrics(tables)
     assert all(definition(name, metrics.METRICS) for name in found)
+    assert found["steps.fitted"] == [10, 10] and found["steps.generalised"] == [60, 60]
     assert found["steps.delay_share"] == [0.5, 0.5]
     assert found["key.count"] == [2, 2] and found["null.accuracy.test"] == [0]
     assert found["phase.cleanup"] == [42, 42]

@@ -380,9 +380,8 @@ def test_random_circuits_are_one_bar_from_the_least_to_the_most():
 def test_metrics_claims_and_figures(made, every_figure):
     paper, frames = made
     found = compute(frames, known(parts(paper)), FOLDER / "metrics.py")
-    assert {
-        f"gpt2.{m}" for m in ("demo.logit_diff", "published.recovered", "look.s2")
-    } <= found.keys()
+    wanted = ("demo.logit_diff", "published.searched", "look.s2")
+    assert {f"gpt2.{m}" for m in wanted} <= found.keys()
     assert all(v["n"] == 2 for v in found.values())
     values = found["circuits.smollm2.attribution_patching.correlation"]["values"]
     assert len(set(values)) == 2  # other prompts

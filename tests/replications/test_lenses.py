@@ -23,7 +23,6 @@ from pipeline.store import tables
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "rules/papers/lenses"
-translators = import_file(FOLDER / "translators.py")
 tuning = import_file(FOLDER / "tuning.py")
 lenses = import_file(FOLDER / "lenses.py")
 metrics = import_file(FOLDER / "metrics.py")
@@ -317,7 +316,7 @@ def test_a_model_that_cannot_be_lent_is_told(project, change, sentence):
 
 def test_the_scale_paper_has_the_packages_settings():
     paper, laptop, smoke = (papers.load(FOLDER, s).spec for s in ("paper", "laptop", "smoke"))
-    models = {n: translators.Tuning(**m) for n, m in paper.own["tuning"]["models"].items()}
+    models = {n: tuning.Tuning(**m) for n, m in paper.own["tuning"]["models"].items()}
     assert list(models) == ["smollm2", "nanogpt", "nanogpt_untrained", "smollm2_random"]
     for how in models.values():
         assert (how.steps, how.optimiser, how.momentum, how.weight_decay, how.clip, how.head) == (

@@ -213,7 +213,8 @@ def lens_table(kl: list[float]) -> pd.DataFrame:
     "kl, fall", [([3, 1, 0.5, 0], 0.5), ([3, 1, 1.25, 0], -0.25), ([1, 1, 0], 0)]
 )
 def test_the_smallest_fall_of_the_lens(kl, fall):
-    assert metrics.smallest_fall(lens_table(kl).iloc[::-1]) == fall
+    got = metrics.lens(lens_table(kl).iloc[::-1])
+    assert got["smallest_fall"] == fall and got["kl_first"] == kl[0]
 
 
 WRITTEN = pd.DataFrame(

@@ -252,14 +252,15 @@ def test_members_are_regular_and_near_their_fraction():
     rows["represented_dimensionality"] = np.repeat([0.667, 0.72, 0.667], 3)
     found = metrics.sweep_metrics(rows)
     assert found["groups.triangle"] == 9 and found["members.triangle"] == 3
+    assert found["near.triangle"] == 6  # D_i alone, for the line
 
 
 def test_a_line_needs_features_and_clear_flanks():
     at = np.full(12, 0.5)
-    assert metrics.line(at, 0.5) == 1
-    assert metrics.line(at[:9], 0.5) == 0
-    assert metrics.line(np.concatenate([at, np.full(7, 0.5125)]), 0.5) == 0
-    assert metrics.line(np.linspace(0.4, 0.6, 2000), 0.5) == 0
+    assert metrics.line(at, 0.5)["line"] == 1
+    assert metrics.line(at[:9], 0.5)["line"] == 0
+    assert metrics.line(np.concatenate([at, np.full(7, 0.5125)]), 0.5)["line"] == 0
+    assert metrics.line(np.linspace(0.4, 0.6, 2000), 0.5)["line"] == 0
 
 
 def test_the_null_arm_keeps_norms_only():

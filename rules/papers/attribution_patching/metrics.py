@@ -26,18 +26,22 @@ METRICS = {  # the first pattern that fits a name counts
     "the absolute value of the mean",
     "*.effort": "share of the nodes or edges that must be patched exactly, in the order of the "
     "estimate, until 90 % of what matters most is found",
-    "*.missed": "share of nodes or edges that matter whose estimated size is below a fifth of the "
-    "exact one: false negatives",
+    "*.matter": "nodes or edges whose exact effect is at least 1 % of the task's change of logit "
+    "difference",
+    "*.missed": "share of those whose estimated size is below a fifth of the exact one: false "
+    "negatives",
     "*.completeness_gap": "(sum of estimates of all edges into the logits - total) / |total|",
     "*.seconds": "seconds that the method took for all nodes, or for edges; the two runs on the "
     "prompts and their activations not counted",
     "*.total": "mean over prompts of m(corrupt) - m(clean), m the logit of the right answer minus "
     "that of the wrong one",
+    "*.clean": "mean of m on the clean prompts; where it is not above zero, its share kept is "
+    "undefined",
     "*.corrupt": "mean of m on the corrupt prompts",
     "*.right": "share of clean prompts with m > 0",
-    "*.kept": "m on the corrupt prompts over m on the clean ones, where that is above zero",
+    "*.kept": "m on the corrupt prompts over m on the clean ones",
 }
-COLUMNS = "correlation correlation_without_largest sign error recall effort missed".split()
+COLUMNS = "correlation correlation_without_largest sign error recall effort matter missed".split()
 
 
 def of_seed(tables: dict[str, Any]) -> dict[str, float]:
@@ -45,7 +49,7 @@ def of_seed(tables: dict[str, Any]) -> dict[str, float]:
     out: dict[str, float] = {}
     for row in tables["totals"].to_dict("records"):
         key, total = f"{row['arm']}.{row['task']}", row["total"]
-        out |= {f"{key}.{name}": row[name] for name in ("total", "corrupt", "right")}
+        out |= {f"{key}.{name}": row[name] for name in ("total", "clean", "corrupt", "right")}
         out[f"{key}.kept"] = share(row["corrupt"], row["clean"])
         for method in ("eap", "eap_ig"):
             gap = share(row[f"into_logits_{method}"] - total, abs(total))

@@ -21,8 +21,8 @@ METRICS = {  # the first pattern that fits a name counts
     "(behaviour), with a part of the program swapped (interchange), with anything else (strict)",
     "*.correlation": "Pearson correlation of |score| and |rise of the loss when the edge alone is "
     "cut| over all edges",
-    "*.acdc.loss": "squared distance of the outputs to the model's, of the circuit that ACDC keeps "
-    "at the smallest threshold, in a drawn order",
+    "*.acdc.n_edges": "edges that ACDC keeps at the smallest threshold, in a drawn order",
+    "*.acdc.loss": "squared distance of that circuit's outputs to the model's",
     "*.acdc.order_differs": "edges that one of the two orders keeps and the other cuts, at the "
     "threshold where they are most",
 }
@@ -76,5 +76,6 @@ def metrics(tables: dict[str, Any]) -> dict[str, Any]:
         out[f"{prefix(*key)}.acdc.order_differs"] = order_differs(rows)
     left = sets[sets["method"] == "acdc"].groupby([*KEYS, "seed"], sort=False).last()
     for key, rows in left.groupby(KEYS, sort=False):
-        out[f"{prefix(*key)}.acdc.loss"] = rows["loss"].tolist()
+        for name in ("n_edges", "loss"):
+            out[f"{prefix(*key)}.acdc.{name}"] = rows[name].astype(float).tolist()
     return out

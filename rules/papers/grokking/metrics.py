@@ -19,9 +19,12 @@ from . import phases
 METRICS = {
     "accuracy.train": "share of the training pairs that are answered right, at the end",
     "accuracy.test": "share of the other pairs that are answered right, at the end",
-    "steps.delay_share": "steps from the first at which every training pair is answered right to "
-    "the first with a test accuracy above 0.99, over the steps of the run, 0 where it never "
-    "generalises; 0.025 is 1,000 of the paper's 40,000 steps",
+    "steps.fitted": "first evaluated step at which every training pair is answered right; NaN if "
+    "none",
+    "steps.generalised": "first evaluated step with a test accuracy above 0.99; NaN if none",
+    "steps.delay": "generalised - fitted, updates",
+    "steps.delay_share": "the same over the steps of the run, 0 where it never generalises; "
+    "0.025 is 1,000 of the paper's 40,000 steps",
     "phase.memorised": "step at which the excluded loss (training pairs) is least, before cleanup: "
     "the end of memorisation",
     "phase.cleanup": "first checkpoint after the largest test loss at which log test loss has gone "
@@ -51,8 +54,9 @@ METRICS = {
     "loss.without_blocks": "loss over all pairs with the mean kept and these components removed",
     "loss.formula": "loss over all pairs with the logits replaced by the fitted sum_k alpha_k "
     "cos(w_k (a + b - c)); right for any positive alpha, so only its size says something",
-    "loss.polynomials_ratio": "loss over all pairs with every single-frequency neuron replaced by "
-    "its mean and the eight components of its frequency, over loss.all",
+    "loss.polynomials": "loss over all pairs with every single-frequency neuron replaced by its "
+    "mean and the eight components of its frequency",
+    "loss.polynomials_ratio": "the same over loss.all",
     "loss.neuron_waves": "loss over all pairs with every neuron reduced to its mean and the key "
     "frequencies' cos and sin of w_k (a + b)",
     "loss.directions": "loss over all pairs with the neurons projected on the span of u_k, v_k",
@@ -83,7 +87,8 @@ MEASURED = {
     "loss.excluded": "excluded_train", "neurons.single": "single",
     "loss.polynomials_ratio": "polynomials_ratio",
 }  # fmt: skip
-EDITS = ("blocks", "without_blocks", "formula", "neuron_waves", "directions", "nullspace")
+EDITS = ("blocks", "without_blocks", "formula", "polynomials", "neuron_waves", "directions")
+EDITS += ("nullspace",)
 
 
 def first(rows: Any, holds: Any) -> float:
@@ -92,10 +97,17 @@ def first(rows: Any, holds: Any) -> float:
 
 
 def curves(history: Any) -> dict[str, float]:
-    """How much later one model generalises than it fits the training pairs."""
+    """When one model fits the training pairs, and when it generalises."""
     train, test = where(history, set="train"), where(history, set="test")
-    delay = first(test, test["accuracy"] > 0.99) - first(train, train["accuracy"] >= 1)
-    return {"steps.delay_share": float(np.nan_to_num(delay)) / int(history["step"].max())}
+    fitted = first(train, train["accuracy"] >= 1)
+    generalised = first(test, test["accuracy"] > 0.99)
+    delay, steps = generalised - fitted, int(history["step"].max())
+    return {
+        "steps.fitted": fitted,
+        "steps.generalised": generalised,
+        "steps.delay": delay,
+        "steps.delay_share": float(np.nan_to_num(delay)) / steps,
+    }
 
 
 def structure(frequencies: Any) -> dict[str, float]:

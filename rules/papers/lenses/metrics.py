@@ -23,7 +23,8 @@ METRICS = {
     "nats; above 0: lower perplexity at every layer",
     "*.bias_gain": "least over the layers of the logit lens's bias less the tuned lens's, nats; "
     "bias is the KL between the mean prediction over all tokens and the mean of the lens",
-    "*.logit.bias_bits": "median over the layers of the logit lens's bias, bits",
+    "*.tuned.bias_bits": "median over the layers of the tuned lens's bias, bits",
+    "*.logit.bias_bits": "the same of the logit lens",
     "*.tuned.smallest_fall": "least fall of KL(p_n || tuned lens) from one layer read to the next, "
     "nats; above 0: it falls at every layer",
     "*.logit.smallest_fall": "the same of the logit lens",
@@ -106,7 +107,7 @@ def layers(table: Any) -> dict[str, float]:
     gains = {f"{m}_gain": (inner["logit"][m] - inner["tuned"][m]).min() for m in GAINS}
     out = gains | {"unread": unread(inner["tuned"].iloc[0])}
     out |= {f"{name}.smallest_fall": falls(rows["kl"]) for name, rows in both.items()}
-    out["logit.bias_bits"] = inner["logit"]["bias"].median() * BITS
+    out |= {f"{name}.bias_bits": rows["bias"].median() * BITS for name, rows in inner.items()}
     return out | {"logit.echo_layers": (inner["logit"]["echo"] > 0.5).mean()}
 
 

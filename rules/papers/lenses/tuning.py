@@ -14,10 +14,15 @@ from pipeline.store import provenance, tables
 from pipeline.store.checkpoints import Checkpoints, write_tensors
 from pipeline.tuning import tuned_lens
 
-from .translators import Tuning
-
 TABLES = ("history",)
 WRITES = {"translators": "safetensors"}
+
+
+class Tuning(tuned_lens.TunedLensSpec):
+    """One entry of own.tuning.models: whose tuned lens is trained, and how."""
+
+    paper: str = Field(default="", description="whose model; default: this paper's")
+    arm: str = Field(default="trained", description="of that paper")
 
 
 class Options(own.Options):
@@ -25,9 +30,7 @@ class Options(own.Options):
 
     models: dict[Name, Tuning] = Field(min_length=1)
     seeds: list[int] = Field(
-        default=[0],
-        min_length=1,
-        description="a lens each, of other batches and judged on other text",
+        default=[0], min_length=1, description="a lens each, of other batches and other text"
     )
 
     def of(self, name: str, seed: int) -> tuned_lens.TunedLensSpec:

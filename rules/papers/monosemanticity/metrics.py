@@ -17,7 +17,8 @@ METRICS = {
     "reconstruction, against replaced by zero",
     "main.dead": "latents of it that fire on no scanned row",
     "main.ultralow": "latents of it that fire on some, but fewer than 1e-5 of the scanned rows",
-    "widest.loss_recovered": "the same of the widest dictionary with its L1 coefficient",
+    "widest.width": "latents of the widest dictionary with the main dictionary's L1 coefficient",
+    "widest.loss_recovered": "its loss recovered, as main.loss_recovered",
     "widths.smallest_rise": "smallest increase of loss recovered from one width to the next, equal "
     "L1 coefficient",
     "resampling.dead_share": "dead share of the main dictionary when its training ended",
@@ -31,10 +32,11 @@ METRICS = {
     "universality.neurons": "the same over the two models' neurons",
     "universality.null_latents": "universality.latents with the rows of model b shifted",
     "universality.null_neurons": "universality.neurons with the rows of model b shifted",
-    "splitting.near_last": "mean number of latents of the widest dictionary near a latent of the "
-    "narrowest: a cosine of decoder rows above the narrow latent's largest with another of its own "
-    "dictionary",
-    "splitting.near_null": "the same with the entries of each wide row permuted",
+    "splitting.near_first": "mean number of latents of the second narrowest dictionary near a "
+    "latent of the narrowest: a cosine of decoder rows above the narrow latent's largest with "
+    "another of its own dictionary",
+    "splitting.near_null": "splitting.near_last with the entries of each wide row permuted",
+    "splitting.near_last": "the same of the widest",
     "splitting.smallest_rise": "smallest increase of that number from one width to the next",
     "purity.*": "median over units of H(q0) - H(q) in bits: q the tokens weighted by a unit's "
     "activation, q0 the same with the tokens of other rows; by how much a unit narrows down which "
@@ -94,6 +96,7 @@ def of_arm(tables: dict[str, Any], arm: str, main: str) -> dict[str, float]:
     out = {
         "main.width": of_main["d_sae"],
         "main.loss_recovered": of_main[recovered],
+        "widest.width": steps.iloc[-1]["d_sae"],
         "widest.loss_recovered": steps.iloc[-1][recovered],
         "widths.smallest_rise": np.diff(steps[recovered]).min(),
         "resampling.dead_share": of_main["dead_share"],
@@ -107,6 +110,7 @@ def of_arm(tables: dict[str, Any], arm: str, main: str) -> dict[str, float]:
     near = own["latents/splitting"].groupby("wide", sort=False)
     counts, last = near["n_near"].mean().to_numpy(), list(near)[-1][1]
     return out | of_units(own["latents/units"], main) | {
+        "splitting.near_first": counts[0],
         "splitting.near_last": counts[-1],
         "splitting.smallest_rise": np.diff(counts).min(),
         "splitting.near_null": last["n_null"].mean(),

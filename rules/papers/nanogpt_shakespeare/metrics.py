@@ -16,8 +16,10 @@ METRICS = {
     "text.d_vocab": "different characters in the text",
     "samples.*.known_words": "share of the words of three letters or more in all samples of an arm "
     "(samples.held_out: in as much held-out text) that stand in the training text",
-    "lens.*.smallest_fall": "smallest fall of KL(prediction || logit lens) from one layer to the "
-    "next, nats; above 0: it falls at every layer",
+    "lens.*.kl_first": "KL(p_n || p_0) in nats: how far the lens on the embeddings is from the "
+    "prediction, mean over held-out tokens",
+    "lens.*.smallest_fall": "smallest fall of KL(p_n || p_l) from one layer to the next, nats; "
+    "above 0: it falls at every layer",
 }
 
 
@@ -44,9 +46,10 @@ def known_words(samples: Any) -> float:
     return float((counted["known_words"] * counted["n_words"]).sum() / n) if n else float("nan")
 
 
-def smallest_fall(lens: Any) -> float:
-    """Of the logit lens; the last row of the table is the prediction itself."""
-    return -np.diff(lens.sort_values("layer")["kl"]).max()
+def lens(table: Any) -> dict[str, float]:
+    """Numbers of the logit lens; the last row of the table is the prediction itself."""
+    kl = table.sort_values("layer")["kl"]
+    return {"kl_first": kl.iloc[0], "smallest_fall": -np.diff(kl).max()}
 
 
 def metrics(tables: dict[str, Any]) -> dict[str, Any]:
@@ -61,5 +64,5 @@ def metrics(tables: dict[str, Any]) -> dict[str, Any]:
         place = arm if writer == "model" else "held_out"  # the same text in every arm
         out[f"samples.{place}.known_words"] = known_words(texts)
     for arm, table in tables["language/lens"].groupby("arm"):
-        out[f"lens.{arm}.smallest_fall"] = smallest_fall(table)
+        out |= {f"lens.{arm}.{k}": v for k, v in lens(table).items()}
     return out

@@ -13,7 +13,8 @@ METRICS = {
     "each dictionary of b that lies in the range of a's L0, a interpolated linearly in log L0; "
     "equal width and one seed, one value a seed whose grids are whole; the smallest",
     "gap.*.explained_variance_max": "the largest such difference",
-    "gap.*.delta_loss_max": "the largest in delta_loss, nats (negative: a loses less everywhere)",
+    "gap.*.delta_loss_min": "the smallest such difference in delta_loss, nats",
+    "gap.*.delta_loss_max": "the largest (negative: a loses less everywhere)",
     "gap.*.loss_recovered_mean_min": "the smallest such difference in loss_recovered_mean",
     "gap.*.shrinkage_max": "the largest such difference in |relative_bias - 1|",
     "gap.*.delta_loss_densest": "the difference in delta_loss at b's densest matched dictionary",
@@ -49,7 +50,7 @@ PAIRS = (
 )  # fmt: skip
 SETTINGS = ("architecture_y", "d_sae", "k", "l1_coefficient", "l0_coefficient", "frozen_decoder")
 GAPS = {  # which of the differences at equal L0 are told of a metric
-    "explained_variance": ("min", "max"), "delta_loss": ("max", "densest"),
+    "explained_variance": ("min", "max"), "delta_loss": ("min", "max", "densest"),
     "loss_recovered_mean": ("min",), "shrinkage": ("max",),
 }  # fmt: skip
 

@@ -48,9 +48,11 @@ METRICS = {
     "geometry.*.dense_dims": "D* = m / ‖W‖_F² of the model at density 1",
     "geometry.*.sticky_half": "number of levels with |D* − 1/2| <= 0.03",
     "geometry.*.sparse_dims": "D* of the model at the lowest density",
-    "geometry.*.line.*": "1 where there is a line, else 0: at least 10 features of all levels with "
-    "|D_i − fraction| <= 0.005, D_i among represented features alone, and twice as many as so near "
-    "to fraction − 0.0125 and to fraction + 0.0125",
+    "geometry.*.near.*": "features of all levels with |D_i − fraction| <= 0.005, D_i among "
+    "represented features alone",
+    "geometry.*.contrast.*": "near, divided by the larger of the counts within 0.005 of fraction − "
+    "0.0125 and fraction + 0.0125 (at least 1)",
+    "geometry.*.line.*": "1 where there is a line: near >= 10 and contrast >= 2, else 0",
     "geometry.*.other_lines": "number of lines at 3/4, 2/3, 2/5 and 3/8",
     "geometry.*.antipodal_half": "share of the features within 0.005 of 1/2 whose group is two "
     "features in one dimension",
@@ -158,11 +160,12 @@ def phase(table: Any, theory: Any) -> dict[str, float]:
     return out
 
 
-def line(dimensionality: np.ndarray, fraction: float) -> float:
-    """Whether there is a line of features at a fraction, by the corrected rule."""
+def line(dimensionality: np.ndarray, fraction: float) -> dict[str, float]:
+    """The corrected rule for a line of features at a fraction: near, contrast and the verdict."""
     centres = (fraction, fraction - 0.0125, fraction + 0.0125)
     near, *beside = (int((np.abs(dimensionality - c) <= 0.005).sum()) for c in centres)
-    return float(near >= 10 and near >= 2 * max(*beside, 1))
+    contrast = near / max(*beside, 1)
+    return {"near": near, "contrast": contrast, "line": float(near >= 10 and contrast >= 2)}
 
 
 def sweep_metrics(rows: Any) -> dict[str, float]:
@@ -184,7 +187,7 @@ def sweep_metrics(rows: Any) -> dict[str, float]:
         "packing": (packed["total"] / packed["m"]).mean(),
     }
     for name, (size, rank) in ((n, vertices.shape) for n, vertices in POLYTOPES.items()):
-        out[f"line.{name}"] = line(D, rank / size)
+        out |= {f"{k}.{name}": v for k, v in line(D, rank / size).items()}
         out[f"groups.{name}"] = (groups == (size, rank)).all(1).sum()
         near = np.abs(D - rank / size) <= 0.03
         out[f"members.{name}"] = ((rows["polytope"].to_numpy() == name) & near).sum()
