@@ -91,7 +91,7 @@ def test_a_causal_basis_is_the_same_bytes_each_time_on_two_threads():
     torch.set_num_threads(2)
     try:
         read = lambda t: (t / t.norm(dim=-1, keepdim=True)) @ out  # noqa: E731
-        first, again = (basis.causal_basis(read, x, 2, 2, 1) for _ in range(2))
+        first, again = (basis.causal_basis(read, x, 2, 8, 2) for _ in range(2))
     finally:
         torch.set_num_threads(had)
     assert torch.equal(first, again)

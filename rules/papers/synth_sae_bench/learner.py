@@ -2,7 +2,9 @@
 
 1. `Learner` is a `Dictionary` (pipeline/sae/train.py) whose state lies on its device, the
    coefficient and its controller included, so that a step of STEPS (steps.py) can be a CUDA graph.
-2. `Tuner` moves the coefficient of standard, gated and jumprelu until L0 is what is asked for, as
+2. Dictionaries may have CUDA streams of their own: a step's kernels are short, so those of several
+   dictionaries fill the GPU better than those of one. Their numbers do not depend on it.
+3. `Tuner` moves the coefficient of standard, gated and jumprelu until L0 is what is asked for, as
    the authors' released code does (synth-sae-bench-experiments, coefficient_autotuner).
 """
 
@@ -98,9 +100,20 @@ class Learner(Dictionary):
         super().__init__(name, sae, training, n_steps, step)
         self.scale, self.tuner = scale, Tuner(target, device) if target else None
         self.target_l0 = 0.0  # what the recipe asks for
+        self.stream: Any = None  # a CUDA stream of its own; None: the current one
+        self.scratch = Scratch()  # not the others': on several streams graphs run at the same time
         if step:
             self.graphs = StepGraphs(name)
             self.graphs.recording = device.type == "cuda"
+
+    def step(self, x: Tensor, step: int, scratch: Scratch) -> Outcome:
+        """Train on one batch [batch d_in]; `step` counts from 0."""
+        if self.stream is None:
+            return super().step(x, step, self.scratch)
+        self.stream.wait_stream(torch.cuda.current_stream())
+        x.record_stream(self.stream)  # its memory is not given away before it was read
+        with torch.cuda.stream(self.stream):
+            return super().step(x, step, self.scratch)
 
     def dead_capacity(self, step: int, batch_size: int) -> int:
         """For how many latents AuxK keeps a place; 0 where there is no AuxK."""
@@ -125,7 +138,9 @@ class Learner(Dictionary):
         return outcome
 
     def check(self) -> None:
-        """Raise where a loss was NaN or infinite."""
+        """Wait for the steps that were launched; raise where a loss was NaN or infinite."""
+        if self.stream is not None:
+            self.stream.synchronize()
         try:
             super().check()
         except RetraceError as e:  # the key is another one here
@@ -133,6 +148,8 @@ class Learner(Dictionary):
 
     def record(self, outcome: Outcome, x: Tensor, step: int, scale: float) -> None:
         """Add the batch of a step to the history; mse in the unit of the samples."""
+        if self.stream is not None:
+            torch.cuda.current_stream().wait_stream(self.stream)
         super().record(outcome, x * self.scale, step, self.scale)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -144,3 +161,11 @@ class Learner(Dictionary):
         super().restore(tensors)
         if self.tuner:
             self.tuner.state.copy_(tensors["tuner"])
+
+
+def overlap(some: list[Learner], n: int) -> None:
+    """Give dictionaries on a GPU one of n CUDA streams each, in turn; 1: they share the current."""
+    if n > 1 and some[0].sae.W_dec.is_cuda:
+        streams = [torch.cuda.Stream() for _ in range(n)]
+        for i, one in enumerate(some):
+            one.stream = streams[i % n]
