@@ -8,7 +8,7 @@
 3. A step computes the gradients of a batch (FAST), clips them, and takes a step of Adam
    (sae/optimiser.py).
 4. The step counts for each latent the rows since it last fired (sae/dead.py); AuxK trains the dead
-   latents, and at `resample_steps` they get new directions (sae/resample.py).
+   latents, and at `resample_steps` they get new directions (sae/dead.py).
 5. On a GPU, steps that never wait for it run as CUDA graphs (sae/graphs.py).
 6. A frozen decoder (null arm) keeps its random directions, at norm 1; the rest trains.
 """
@@ -27,9 +27,8 @@ from torch import Tensor
 
 from pipeline.errors import RetraceError
 from pipeline.job import cli
-from pipeline.sae import resample as sae_resample
+from pipeline.sae import dead as dead_latents
 from pipeline.sae import steps, steps_batch, steps_gates, steps_pursuit
-from pipeline.sae.dead import DeadLatents
 from pipeline.sae.fused import FusedStep, suits
 from pipeline.sae.graphs import Lanes, StepGraphs
 from pipeline.sae.optimiser import Optimiser, coefficients, learning_rate, with_prefix
@@ -148,7 +147,7 @@ class Dictionary:
         self.optimiser = Optimiser(sae, training)
         fused = on_gpu and step is None and suits(sae, training)
         self.fused = FusedStep(sae, self.optimiser, training) if fused else None
-        self.dead = DeadLatents(sae.cfg.d_sae, training, n_steps, device)
+        self.dead = dead_latents.DeadLatents(sae.cfg.d_sae, training, n_steps, device)
         kind = (self.gradients, repr(sae.cfg), self.fused is None)
         self.graphs = StepGraphs(name, kind) if on_gpu and self.gradients in STATIC else None
         self._history: list[list[float]] = []
@@ -216,7 +215,7 @@ class Dictionary:
         cli.log.info("%s: step %d, %d latents resampled", self.name, done, int(dead.sum()))
         l1 = coefficients(self.sae, done)["l1"]
         rng = np.random.default_rng([self.spec.seed, done])
-        sae_resample.resample(self.sae, self.optimiser.adam, dead, x, l1, rng)
+        dead_latents.resample(self.sae, self.optimiser.adam, dead, x, l1, rng)
         self.dead.rows_since_fired[dead] = 0
 
     def check(self) -> None:

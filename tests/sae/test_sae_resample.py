@@ -5,7 +5,7 @@ import pytest
 import torch
 from test_sae import planted, stream_of
 
-from pipeline.sae import resample as sae_resample
+from pipeline.sae import dead as dead_latents
 from pipeline.sae.sparse import Scratch
 from pipeline.sae.train import Dictionary, build, resample, train
 from pipeline.spec.sae import SaeSpec, SaeTraining
@@ -97,7 +97,7 @@ def test_rows_are_drawn_in_proportion_to_the_squared_loss(share):
         adam.state[p] = {k: torch.zeros_like(p) for k in ("exp_avg", "exp_avg_sq")}
     x = torch.tensor([[1.0, 0.0], [0.0, 2.0**0.5]])
     dead = torch.rand(4096, generator=torch.Generator().manual_seed(0)) >= share
-    sae_resample.resample(sae, adam, dead, x, 0.0, np.random.default_rng(0))
+    dead_latents.resample(sae, adam, dead, x, 0.0, np.random.default_rng(0))
     second = sae.W_dec[dead][:, 1] == 1
     n = int(dead.sum())
     assert second.double().mean().item() == pytest.approx(0.8, abs=4 * (0.16 / n) ** 0.5)
@@ -135,7 +135,7 @@ def test_nothing_is_drawn_where_nothing_is_dead():
     made = dictionary(0)
     before = {n: t.clone() for n, t in made.sae.state_dict().items()}
     none = torch.zeros(D_SAE, dtype=torch.bool)
-    sae_resample.resample(
+    dead_latents.resample(
         made.sae, made.optimiser.adam, none, torch.ones(3, D_IN), 1.0, np.random.default_rng(0)
     )
     assert all(torch.equal(t, before[n]) for n, t in made.sae.state_dict().items())
