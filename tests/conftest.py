@@ -15,7 +15,6 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from unittest import mock
 
 import jaxtyping
 import pytest
@@ -170,14 +169,6 @@ def stage(name: str, spec: dict, cwd: Path = ROOT, check: bool = True, **paths):
     return done
 
 
-def stage_here(name: str, spec: dict, **paths) -> None:
-    """`stage` in this process, which the tests have had import most of what a stage imports."""
-    from synthetic import call, inside
-
-    with mock.patch.dict(os.environ, environment()), inside(ROOT):
-        call(name, spec, **paths)
-
-
 def rewrite(path: Path, to: Path | None = None, **changes) -> Path:
     """Write a JSON file with other values as its stage would have: its certificate fits."""
     from pipeline.store import tables
@@ -239,7 +230,7 @@ def tiny_model_json(tiny_model, tmp_path_factory) -> Path:
     spec = {"model": {"name": "tiny", "source": "folder", "path": str(tiny_model)}}
 
     def make(out: Path) -> None:
-        stage_here("model", spec, out=out / "model.json", checkpoint=out / "checkpoint")
+        stage("model", spec, out=out / "model.json", checkpoint=out / "checkpoint")
 
     return shared(tmp_path_factory, "model", make) / "model.json"
 
@@ -288,7 +279,7 @@ def tiny_corpus(tiny_model_json, tiny_text, tmp_path_factory) -> Path:
     }
 
     def make(out: Path) -> None:
-        stage_here(
+        stage(
             "corpus",
             {"corpus": spec},
             tokenizer=tiny_model_json,
@@ -310,7 +301,7 @@ def tiny_activations(tiny_model_json, tiny_corpus, tmp_path_factory) -> Path:
     }
 
     def make(out: Path) -> None:
-        stage_here(
+        stage(
             "activations",
             {"activations": spec},
             model=tiny_model_json,

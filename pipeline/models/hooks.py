@@ -53,7 +53,7 @@ def _refused(hf: nn.Module) -> dict[str, str]:
 
 
 def require(hf: nn.Module, what: str) -> None:
-    """RetraceError where the model failed a part of its proof: resume, unembed or heads."""
+    """RetraceError where the model failed a part of its proof: resume, unembed, heads, behind."""
     if what in getattr(hf, "retrace_fails", {}):
         raise RetraceError(f"{hf.retrace_fails[what]}; activations of its hooks can be stored")
 

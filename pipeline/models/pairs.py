@@ -366,6 +366,7 @@ class Task:
             RetraceError: a model without heads, without an MLP, or whose logits its own proof could
                 not reproduce (proof.py).
         """
+        hooks.require(hf, "behind")  # a patched run starts at the position that is patched
         heads, metric = Heads(hf), LogitDifference.of(hf, pairs)
         base, source = (Run.of(heads, tokens) for tokens in (pairs.base, pairs.source))
         before, after = (metric(pairs.at_end(run.post[-1])) for run in (base, source))

@@ -32,6 +32,7 @@ from pipeline.job import cli
 from pipeline.models import hooks, inner, modules, places, rerun, splice
 from pipeline.models.heads import Heads
 from pipeline.models.pairs import Pairs, Run, Task
+from pipeline.spec.families import NATIVE_TYPE
 
 N_TOKENS = 5
 ROUNDING = 4  # units in the last place of each summand: a sum of three has one or two roundings
@@ -392,9 +393,12 @@ def _of_inputs(hf: nn.Module, tokens: Tensor, acts: dict[str, Tensor]) -> tuple[
 
 
 def last_faults(hf: nn.Module, tokens: Tensor, acts: dict[str, Tensor]) -> dict[str, str]:
-    """unembed or heads -> what the stream behind the last layer shows against them.
+    """unembed, heads or behind -> what the stream behind the last layer shows against them.
 
     RWKV halves that stream before the final norm, which an epsilon alone tells from the logits.
+
+    Of our own models that look ahead, whole passes are right, as ACDC makes them; of others nothing
+    is known of the mask.
     """
     last, out = f"blocks.{len(modules.layers_of(hf)) - 1}.hook_resid_post", {}
     final = acts.get("ln_final.hook_normalized")
@@ -411,7 +415,8 @@ def last_faults(hf: nn.Module, tokens: Tensor, acts: dict[str, Tensor]) -> dict[
     other = tokens.clone()
     other[:, -1] = (other[:, -1] + 1) % hf.config.vocab_size
     if not alike(hooks.run_to(hf, other, [last])[last][:, :-1], x[:, :-1], x.dtype):
-        out["heads"] = (
+        what = "behind" if hf.config.model_type == NATIVE_TYPE else "heads"
+        out[what] = (
             f"{kind} looks at later tokens, too, and circuits need attention that looks back only"
         )
     return out

@@ -107,6 +107,7 @@ TOOLS = {  # command -> its arguments, and the function of its that fails
     "aliases": ([], "of_transformer_lens"),
     "compare": (["a", "b"], "opened"),
     "crate": (["release.zip", "--out", "crate.zip"], "unpack"),
+    "examples": (["page.html"], "example"),
     "figures_js": (["--draw", "a.js", "--out", "b.js"], "write"),
     "lint_paper": (["paper"], "lint"),
     "preview": (["labels", "paper"], "lines"),

@@ -15,7 +15,7 @@ import pandas as pd
 import pytest
 import torch
 import warm
-from conftest import HOOK, ROOT, environment, stage_here
+from conftest import HOOK, ROOT, environment, stage
 
 from pipeline.activations import ahead, plan
 from pipeline.errors import RetraceError
@@ -45,7 +45,7 @@ def training(**more) -> dict:
 def held(tiny_model_json, tiny_corpus, tmp_path_factory) -> Path:
     """manifest.json of the held-out rows."""
     out = tmp_path_factory.mktemp("window")
-    stage_here(
+    stage(
         "activations", {"activations": SPEC}, model=tiny_model_json, corpus=tiny_corpus,
         out=out / "manifest.json", shards=out / "shards", device="cpu",
     )  # fmt: skip

@@ -16,6 +16,7 @@ METRICS = {  # the first pattern that fits a name counts
     "*random.*.total": "as total, of a null arm: a model as training begins",
     "*.correlation": "Pearson correlation of estimate and exact effect, mean over prompts; of "
     "atp_star and the mean absolute effect",
+    "*.spearman": "the same of ranks",
     "*.correlation_without_largest": "Pearson's without the one node or edge whose leaving out "
     "changes it the most; the column largest of the table quality names it",
     "*.sign": "share of nodes or edges that matter (exact effect at least 1 % of the task's change "
@@ -41,7 +42,8 @@ METRICS = {  # the first pattern that fits a name counts
     "*.right": "share of clean prompts with m > 0",
     "*.kept": "m on the corrupt prompts over m on the clean ones",
 }
-COLUMNS = "correlation correlation_without_largest sign error recall effort matter missed".split()
+COLUMNS = "correlation spearman correlation_without_largest sign error recall effort".split()
+COLUMNS += ["matter", "missed"]
 
 
 def of_seed(tables: dict[str, Any]) -> dict[str, float]:
