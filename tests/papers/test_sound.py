@@ -17,6 +17,7 @@ def validated(toy, monkeypatch) -> list[str]:
     seen, load = [], papers.load
     monkeypatch.setattr(papers, "load", lambda *a: seen.append(a[1]) or load(*a))
     (toy / "results/store").mkdir(parents=True)
+    forget_code()  # the note of an earlier test's folder
     return seen
 
 
