@@ -13,7 +13,7 @@ One short pass on a few tokens, any family:
     z is a function of q, k and v alone                     edges: no gate reads the stream (AFMoE)
     the end of a prompt, run on the keys and values of its  else patched runs compute all positions
     beginning, gives its last stream
-    another last token leaves the positions before it       circuits: they compute what lies behind
+    another last token leaves the positions before it       patching and graphs: they go on from one
 
 Hooks that fail are refused by name, each in a sentence, and nothing is computed on them; all others
 go on. Where resuming, the unembedding, the parts of heads or edges fail, what needs them is too.
@@ -32,7 +32,6 @@ from pipeline.job import cli
 from pipeline.models import hooks, inner, modules, places, rerun, splice
 from pipeline.models.heads import Heads
 from pipeline.models.pairs import Pairs, Run, Task
-from pipeline.spec.families import NATIVE_TYPE
 
 N_TOKENS = 5
 ROUNDING = 4  # units in the last place of each summand: a sum of three has one or two roundings
@@ -393,12 +392,11 @@ def _of_inputs(hf: nn.Module, tokens: Tensor, acts: dict[str, Tensor]) -> tuple[
 
 
 def last_faults(hf: nn.Module, tokens: Tensor, acts: dict[str, Tensor]) -> dict[str, str]:
-    """unembed, heads or behind -> what the stream behind the last layer shows against them.
+    """unembed or behind -> what the stream behind the last layer shows against it.
 
     RWKV halves that stream before the final norm, which an epsilon alone tells from the logits.
-
-    Of our own models that look ahead, whole passes are right, as ACDC makes them; of others nothing
-    is known of the mask.
+    Where attention looks ahead, whole passes with cut edges are right (edge_graph.py), and what
+    computes from a position on alone is refused.
     """
     last, out = f"blocks.{len(modules.layers_of(hf)) - 1}.hook_resid_post", {}
     final = acts.get("ln_final.hook_normalized")
@@ -415,8 +413,7 @@ def last_faults(hf: nn.Module, tokens: Tensor, acts: dict[str, Tensor]) -> dict[
     other = tokens.clone()
     other[:, -1] = (other[:, -1] + 1) % hf.config.vocab_size
     if not alike(hooks.run_to(hf, other, [last])[last][:, :-1], x[:, :-1], x.dtype):
-        what = "behind" if hf.config.model_type == NATIVE_TYPE else "heads"
-        out[what] = (
+        out["behind"] = (
             f"{kind} looks at later tokens, too, and circuits need attention that looks back only"
         )
     return out

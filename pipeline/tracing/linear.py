@@ -207,8 +207,9 @@ class Linear:
             reads: the hook that each layer's dictionary reads.
 
         Raises:
-            RetraceError: attention of this type is not pattern times values.
+            RetraceError: attention of this type is not pattern times values, or looks ahead.
         """
+        hooks.require(hf, "behind")  # what lies behind a target is left out
         heads = Heads(hf)
         at = ["hook_resid_pre", "attn.hook_pattern", "attn.hook_v", "attn.hook_z",
               "hook_attn_out", "hook_mlp_out", "hook_resid_post"]  # fmt: skip

@@ -10,12 +10,14 @@ import torch
 from torch import Tensor, nn
 
 from pipeline.circuits import head_inputs
+from pipeline.circuits.edge_graph import EdgeGraph
 from pipeline.circuits.patching import activation_patching
 from pipeline.errors import RetraceError
 from pipeline.families import tiny_models
 from pipeline.models import hooks, inner, modules, proof, splice
 from pipeline.models.pairs import Node, Pairs, Task
 from pipeline.spec import families
+from pipeline.tracing.linear import Linear
 
 TOKENS = torch.randint(3, 40, (3, 13), generator=torch.Generator().manual_seed(1))
 # Two pairs of unequal length; the third token of each differs, and one of the later ones.
@@ -302,6 +304,19 @@ def test_circuits_of_attention_that_looks_ahead_are_refused():
     with pytest.raises(RetraceError, match="looks at later tokens, too") as e:
         Task.of(hf, Pairs.of(PROMPTS, 0, "cpu"))
     assert "\n" not in str(e.value)
+    with pytest.raises(RetraceError, match="looks at later tokens, too"):
+        Linear.of(hf, torch.tensor(PROMPTS["clean"][0]), ["blocks.0.mlp.hook_in"])
+
+
+def test_edges_of_attention_that_looks_ahead_are_cut_in_whole_passes():
+    """With no edge cut the model's own logits, with all cut those on the other prompt."""
+    hf = made("gemma3_text", {"use_bidirectional_attention": True})
+    clean, corrupt = (torch.tensor(PROMPTS[k][:1]) for k in ("clean", "corrupt"))
+    graph = EdgeGraph(hf, clean, corrupt)
+    with torch.no_grad():
+        nothing = graph.run(graph.everything() * 0)[0]
+        for got, tokens in ((graph.clean, clean), (nothing, corrupt)):
+            torch.testing.assert_close(got, hf(tokens).logits, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("kind", ["granite_swa", "mimo_v2_flash"])
