@@ -28,7 +28,7 @@ from torch import Tensor
 from pipeline.errors import RetraceError
 from pipeline.job import cli
 from pipeline.sae import dead as dead_latents
-from pipeline.sae import steps, steps_batch, steps_gates, steps_pursuit
+from pipeline.sae import steps, steps_batch, steps_gates
 from pipeline.sae.fused import FusedStep, suits
 from pipeline.sae.graphs import Lanes, StepGraphs
 from pipeline.sae.optimiser import Optimiser, coefficients, learning_rate, with_prefix
@@ -39,7 +39,7 @@ from pipeline.spec.sae import SaeSpec, SaeTraining
 HISTORY = ("step", "rows", "lr", "mse", "explained_variance", "l0", "dead_share", "loss")
 N_RECORDS = 100  # entries of a history, about
 STATIC = steps.STATIC | steps_batch.STATIC
-FAST = steps.FAST | steps_batch.FAST | steps_gates.FAST | steps_pursuit.FAST
+FAST = steps.FAST | steps_batch.FAST | steps_gates.FAST
 
 
 @runtime_checkable
@@ -234,6 +234,11 @@ class Dictionary:
                 )
         self._unchecked.clear()
 
+    @property
+    def d_out(self) -> int:
+        """Width of the rows that are reconstructed."""
+        return self.sae.W_dec.shape[1]
+
     def record(
         self, outcome: steps.Outcome, x: Float[Tensor, "batch d"], step: int, scale: float
     ) -> None:
@@ -244,7 +249,7 @@ class Dictionary:
         Args:
             scale: factor by which the rows that are reconstructed were multiplied.
         """
-        variance = x[:, -self.sae.W_dec.shape[1] :].var(0, correction=0).sum()
+        variance = x[:, -self.d_out :].var(0, correction=0).sum()
         dead = self.dead.mask.double().mean()
         found = (outcome.mse, outcome.mse / variance, outcome.l0, dead, outcome.loss)
         about = [step + 1, (step + 1) * len(x), learning_rate(step, self.n_steps, self.training)]
