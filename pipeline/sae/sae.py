@@ -12,7 +12,8 @@
    manifest lists the digest of every shard, though the shards are gone (store/window.py).
 6. Dictionaries with an output_hook are transcoders (sae/transcoder.py); those of one job share both
    hooks.
-7. Until the job is done, all files lie in `<saes>.partial/`, its checkpoints included
+7. A TopK dictionary too large for a GPU has its latents divided among several (sae/split.py).
+8. Until the job is done, all files lie in `<saes>.partial/`, its checkpoints included
    (store/checkpoints.py).
 
 `history.parquet` has about a hundred rows per dictionary, one for the batch of a step: `mse` is in
@@ -27,9 +28,11 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
 
+import torch
+
 from pipeline.errors import RetraceError
 from pipeline.job import cli, kills
-from pipeline.sae import outputs, steps
+from pipeline.sae import outputs, split, steps
 from pipeline.sae.stream import Stream, WindowStream
 from pipeline.sae.train import Dictionary, build, summary, train
 from pipeline.sae.transcoder import inference_config
@@ -131,14 +134,20 @@ def save(
     tables.write_json(folder / "cfg.json", json.loads(provenance.canonical(config)), certificate)
 
 
-def prepare(job: SaeJob, stream: Stream, activations: dict) -> list[Dictionary]:
+def prepare(
+    job: SaeJob, stream: Stream, activations: dict, divided: list[torch.device] | None = None
+) -> list[Dictionary]:
     """Every dictionary of a job, with its initial weights, on the stream's device.
+
+    One that is too large for a GPU is divided among as many as hold it (sae/split.py).
 
     Args:
         activations: manifest.json of the activations.
+        divided: devices among which every dictionary is divided; None: as they need.
     """
     b_dec = stream.median(MEDIAN_ROWS)
     out = []
+    shared = split.shared(job.dictionaries, job.training, stream.d_in, stream.device)
     for name, spec in job.dictionaries.items():
         sae = build(
             spec,
@@ -146,9 +155,15 @@ def prepare(job: SaeJob, stream: Stream, activations: dict) -> list[Dictionary]:
             d_out=stream.d_out,
             normalize=job.training.normalize,
             metadata=metadata(activations, job.hook, job.output_hook),
-        ).to(stream.device)
+        )
         sae.b_dec.data.copy_(b_dec)
+        where = divided or shared.get(name)
+        if where:
+            args = sae, job.training, job.n_steps, where, spec
+            out.append(split.SplitDictionary(name, *args))
+            continue
         step = steps.reference if job.output_hook else None
+        sae = sae.to(stream.device)
         out.append(Dictionary(name, sae, job.training, job.n_steps, step, spec))
     return out
 

@@ -95,6 +95,25 @@ def devices(first: torch.device, need: int, what: str, remedy: str) -> list[torc
     return found
 
 
+def shared(
+    specs: dict[str, SaeSpec], training: SaeTraining, d_in: int, first: torch.device
+) -> dict[str, list[torch.device]]:
+    """The devices of each dictionary of a job that does not fit its GPU, by name.
+
+    Dictionaries that fit are to lie on the first GPU alone; those that do not lie on the same ones.
+    """
+    if first.type != "cuda":
+        return {}
+    need = {name: n_bytes(spec, training, d_in) for name, spec in specs.items()}
+    room = ROOM * torch.cuda.get_device_properties(first).total_memory
+    large = [name for name in need if need[name] > room]
+    if not large:
+        return {}
+    what = f"dictionary {large[0]} takes" if len(need) == 1 else f"{len(need)} dictionaries take"
+    where = devices(first, sum(need.values()), what, "train fewer dictionaries in one paper")
+    return dict.fromkeys(large, where)
+
+
 def bounds_of(d_sae: int, n: int) -> list[int]:
     """Where each of n shards begins, then d_sae: nearly equal ones, of widths that kernels like."""
     unit = 1

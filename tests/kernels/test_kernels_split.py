@@ -3,6 +3,7 @@ is not: FusedStep, and gradients and Adam of PyTorch."""
 
 import importlib.util
 import os
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -15,13 +16,15 @@ os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else 
 from pipeline.errors import RetraceError
 from pipeline.kernels import choice, gradients
 from pipeline.sae import fused, split
+from pipeline.sae import sae as stage
 from pipeline.sae.optimiser import Optimiser, learning_rate
 from pipeline.sae.sparse import Scratch
-from pipeline.sae.train import FAST, Dictionary
+from pipeline.sae.stream import Stream
+from pipeline.sae.train import FAST, Dictionary, summary
 from pipeline.spec.sae import SaeSpec, SaeTraining
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-ROWS, D_IN, D_SAE, STEPS = 18, 12, 30, 4
+ROWS, D_IN, D_SAE, STEPS = 18, 12, 30, 3
 TRAINING = SaeTraining(
     n_rows=ROWS * 100, batch_size=ROWS, lr=1e-2, warmup_steps=0, precision="bfloat16"
 )
@@ -76,14 +79,19 @@ def plain(kind: str, **options):
     return sae, optimiser, train
 
 
-@pytest.mark.parametrize("n", [1, 2, 3])
-@pytest.mark.parametrize("kind", ["fused", "torch"])
 @pytest.mark.parametrize(
-    "options, size",
-    [({}, 1.0), ({"rescale_acts_by_decoder_norm": False}, 1.0), ({"k": 9}, 1.0), ({}, 1e-2)],
+    "n, kind, options, size",
+    [
+        (1, "torch", {}, 1.0),
+        (2, "torch", {}, 1.0),
+        (3, "torch", {}, 1.0),
+        (2, "fused", {}, 1.0),
+        (3, "fused", {"rescale_acts_by_decoder_norm": False}, 1.0),
+        (3, "torch", {"k": 9}, 1.0),  # of 10 latents a shard
+        (2, "torch", {}, 1e-2),
+    ],
 )
 def test_a_divided_dictionary_is_trained_as_one(n, kind, options, size, monkeypatch):
-    """With k = 9 of 10 latents a shard; with short rows no gradient is clipped but the first."""
     monkeypatch.setattr(gradients, "LONG", 8)
     monkeypatch.setattr(choice, "WIDTH", 2)
     sae, optimiser, train = plain(kind, **options)
@@ -111,7 +119,7 @@ def test_a_divided_dictionary_is_trained_as_one(n, kind, options, size, monkeypa
 
 @pytest.mark.parametrize("first, second", [(2, 3), (3, 1)])
 def test_a_checkpoint_goes_over_to_another_number_of_devices(first, second):
-    xs, scratch = batches(), Scratch()
+    xs, scratch = batches(4), Scratch()
     undisturbed, before, after = divided(first), divided(first), divided(second)
     for i, x in enumerate(xs):
         outcome = undisturbed.step(x, i, scratch)
@@ -128,7 +136,7 @@ def test_a_checkpoint_goes_over_to_another_number_of_devices(first, second):
 
 def test_a_checkpoint_is_that_of_an_undivided_dictionary():
     """Either takes up the other's."""
-    xs, scratch = batches(), Scratch()
+    xs, scratch = batches(4), Scratch()
     one = Dictionary("d", dictionary().to(DEVICE), TRAINING, N_STEPS)
     ours = divided(2)
     for trained in (one, ours):
@@ -150,6 +158,7 @@ def same_tensors(got: dict, want: dict) -> None:
     assert got.keys() == want.keys()
     for name, value in want.items():
         tight = {"rtol": 1e-4, "atol": 1e-8} if name.startswith("adam") else {}
+        tight = {"rtol": 1e-5, "atol": 1e-6} if name == "history" else tight  # of float32
         tight = {"rtol": 0, "atol": 4e-6} if name.startswith("sae") else tight
         assert got[name].dtype == value.dtype
         torch.testing.assert_close(got[name], value, msg=name, **tight)
@@ -176,7 +185,9 @@ def test_shards_are_of_nearly_equal_widths():
 def test_what_is_not_divided_says_what_to_change(architecture, options, training, remedy):
     sae = dictionary_at(architecture, D_IN, D_SAE, "float32", 0.0, **options)
     given = TRAINING.model_copy(update=training)
-    with pytest.raises(RetraceError, match=rf"sae\.d: 30 latents .* set .*{remedy}, or lower d_sae"):
+    with pytest.raises(
+        RetraceError, match=rf"sae\.d: 30 latents .* set .*{remedy}, or lower d_sae"
+    ):
         split.SplitDictionary("d", sae, given, N_STEPS, devices_of(2))
 
 
@@ -192,3 +203,57 @@ def test_bytes_of_a_dictionary():
     spec = SaeSpec(architecture="topk", d_sae=262_144, k=32)
     training = TRAINING.model_copy(update={"batch_size": 4096})
     assert split.n_bytes(spec, training, 768) == 26 * 2 * 262_144 * 768 + 2 * 4096 * 262_144
+
+
+def test_a_dictionary_too_large_for_a_gpu_is_divided_among_as_many_as_hold_it(monkeypatch):
+    small = SaeSpec(architecture="topk", d_sae=64, k=4, aux_loss_coefficient=0.0)
+    specs = {"small": small, "large": small.model_copy(update={"d_sae": 1024})}
+    need = {name: split.n_bytes(spec, TRAINING, D_IN) for name, spec in specs.items()}
+    gpu = SimpleNamespace(total_memory=(need["large"] - 1) / split.ROOM)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 4)
+    monkeypatch.setattr(
+        torch.cuda, "get_device_properties", lambda n: SimpleNamespace(uuid=n, **vars(gpu))
+    )
+    held = []
+    monkeypatch.setattr(split.gpus, "hold", lambda name: name != "1" and not held.append(name))
+    first = torch.device("cuda", 0)
+    found = split.shared(specs, TRAINING, D_IN, first)
+    assert found == {"large": [first, torch.device("cuda", 2)]} and held == ["2"]
+    assert split.shared({"small": small}, TRAINING, D_IN, first) == {}
+    assert split.shared(specs, TRAINING, D_IN, torch.device("cpu")) == {}
+    many = {f"d{i}": specs["large"] for i in range(4)}
+    said = "4 dictionaries take .* the 3 free GPUs .* or train fewer dictionaries in one paper"
+    with pytest.raises(RetraceError, match=said):
+        split.shared(many, TRAINING, D_IN, first)
+
+
+class Made(Stream):
+    """What `prepare` asks of a stream."""
+
+    def __init__(self) -> None:
+        self.d_in = self.d_out = D_IN
+        self.device = torch.device(DEVICE)
+
+    def median(self, n_rows: int) -> torch.Tensor:
+        return torch.cat(batches(2)).median(0).values
+
+
+def test_a_job_divides_its_dictionaries():
+    """As saved folders need it: b_dec begins at the median, and `sae` has all weights."""
+    spec = SaeSpec(architecture="topk", d_sae=32, k=4, aux_loss_coefficient=0.0)
+    hook = "blocks.0.hook_resid_post"
+    job = stage.SaeJob(training=TRAINING, dictionaries={"one": spec}, hook=hook)
+    stream = Made()
+    about = {"model": "m/model.json", "corpus": "c/tokens.parquet", "n_ctx": 8, "skip_first": 1,
+             "prepend_bos": True}  # fmt: skip
+    given = devices_of(2)
+    (one,) = stage.prepare(job, stream, about)
+    (ours,) = stage.prepare(job, stream, about, divided=given)
+    assert [shard.device for shard in ours.shards] == given and type(one) is Dictionary
+    for i, x in enumerate(batches(2)):
+        for trained in (one, ours):
+            trained.step(x, i, Scratch())
+    for name, value in one.sae.state_dict().items():
+        same = {"rtol": 0, "atol": 4e-6, "msg": name}
+        torch.testing.assert_close(ours.sae.state_dict()[name], value.cpu(), **same)
+    assert summary(ours, spec) == summary(one, spec)
