@@ -138,10 +138,10 @@ def devices(first: torch.device, need: int) -> list[torch.device]:
     own = first.index if first.index is not None else torch.cuda.current_device()
     about = [torch.cuda.get_device_properties(n) for n in range(torch.cuda.device_count())]
     found, room = [torch.device("cuda", own)], ROOM * about[own].total_memory
-    for n, gpu in enumerate(about):
-        if room < need and n != own and gpus.hold(str(gpu.uuid)):
-            found.append(torch.device("cuda", n))
-            room += ROOM * gpu.total_memory
+    others = gpus.others([str(gpu.uuid) for gpu in about], own)
+    while room < need and (n := next(others, None)) is not None:
+        found.append(torch.device("cuda", n))
+        room += ROOM * about[n].total_memory
     if room < need:
         raise RetraceError(
             f"sae: transcoders of all layers take {need / 1e9:.0f} GB in training, and the "
