@@ -489,8 +489,9 @@ def test_memory_of_the_stream_does_not_grow_with_the_store(tmp_path, monkeypatch
 
 def test_the_widest_dictionaries_are_shared_out_first():
     wide = {f"d{n}": specs("topk")["topk"].model_copy(update={"d_sae": n}) for n in (10, 40, 30)}
-    assert shared_out(wide, ["a", "b"]) == {"d40": "a", "d30": "b", "d10": "b"}
-    assert set(shared_out(wide, ["a"]).values()) == {"a"}
+    a, b = (torch.device("cuda", n) for n in range(2))
+    assert shared_out(wide, [a, b]) == {"d40": a, "d30": b, "d10": b}
+    assert set(shared_out(wide, [a]).values()) == {a}
 
 
 class Groups(list):
