@@ -133,7 +133,7 @@ def devices(first: torch.device, need: int) -> list[torch.device]:
         RetraceError: too few GPUs are free.
     """
     what, remedy = "transcoders of all layers take", "train fewer sets in one paper"
-    return split.devices(first, need, what, remedy)
+    return split.devices([first], need, what, remedy)
 
 
 def check(job: TranscodersJob, rows: list[Rows]) -> None:

@@ -41,7 +41,7 @@ from pipeline.sae.train import Dictionary
 from pipeline.spec.sae import SaeSpec, SaeTraining
 
 ROOM = 0.7  # share of a GPU's memory for dictionaries; the rest is for batches and the stream
-WEIGHT_BYTES = 26  # of a weight: itself, two moments and a gradient's room or copies, at most
+WEIGHT_BYTES = 26  # a weight, its gradient, two moments, an operand, and room to make them
 MOMENTS = ("exp_avg", "exp_avg_sq")
 SIDES = {"W_enc": 1, "W_dec": 0, "b_enc": 0}  # the dimension of latents
 
@@ -67,25 +67,27 @@ def unfit(sae: Any, training: SaeTraining, spec: SaeSpec | None = None) -> str:
     return "" if suits(sae, training) else "no output_hook"
 
 
-def devices(first: torch.device, need: int, what: str, remedy: str) -> list[torch.device]:
-    """As many GPUs as hold `need` bytes, the first among them; where it is none, the CPU.
+def devices(given: list[torch.device], need: int, what: str, remedy: str) -> list[torch.device]:
+    """A job's GPUs, and as many more as it takes to hold `need` bytes; where it has none, the CPU.
 
     Args:
+        given: what the job has.
         what: that needs the bytes, for the message.
         remedy: beside a lower d_sae.
 
     Raises:
         RetraceError: too few GPUs are free.
     """
-    if first.type != "cuda":
-        return [first]
-    own = first.index if first.index is not None else torch.cuda.current_device()
+    if given[0].type != "cuda":
+        return given[:1]
+    indices = [torch.cuda.current_device() if d.index is None else d.index for d in given]
     about = [torch.cuda.get_device_properties(n) for n in range(torch.cuda.device_count())]
-    found, room = [torch.device("cuda", own)], ROOM * about[own].total_memory
-    for n, gpu in enumerate(about):
-        if room < need and n != own and gpus.hold(str(gpu.uuid)):
-            found.append(torch.device("cuda", n))
-            room += ROOM * gpu.total_memory
+    found = [torch.device("cuda", n) for n in indices]
+    room = sum(ROOM * about[n].total_memory for n in indices)
+    others = gpus.others([str(gpu.uuid) for gpu in about], indices[0])
+    while room < need and (n := next(others, None)) is not None:
+        found.append(torch.device("cuda", n))
+        room += ROOM * about[n].total_memory
     if room < need:
         raise RetraceError(
             f"sae: {what} {need / 1e9:.0f} GB in training, and the "
@@ -96,21 +98,22 @@ def devices(first: torch.device, need: int, what: str, remedy: str) -> list[torc
 
 
 def shared(
-    specs: dict[str, SaeSpec], training: SaeTraining, d_in: int, first: torch.device
+    specs: dict[str, SaeSpec], training: SaeTraining, d_in: int, given: list[torch.device]
 ) -> dict[str, list[torch.device]]:
     """The devices of each dictionary of a job that does not fit its GPU, by name.
 
-    Dictionaries that fit are to lie on the first GPU alone; those that do not lie on the same ones.
+    Args:
+        given: the job's devices, to which the dictionaries that fit one are shared out.
     """
-    if first.type != "cuda":
+    if given[0].type != "cuda":
         return {}
     need = {name: n_bytes(spec, training, d_in) for name, spec in specs.items()}
-    room = ROOM * torch.cuda.get_device_properties(first).total_memory
+    room = ROOM * torch.cuda.get_device_properties(given[0]).total_memory
     large = [name for name in need if need[name] > room]
     if not large:
         return {}
     what = f"dictionary {large[0]} takes" if len(need) == 1 else f"{len(need)} dictionaries take"
-    where = devices(first, sum(need.values()), what, "train fewer dictionaries in one paper")
+    where = devices(given, sum(need.values()), what, "train fewer dictionaries in one paper")
     return dict.fromkeys(large, where)
 
 
@@ -204,6 +207,7 @@ class Shard:
         from pipeline.kernels.bags import bags
 
         self.acts.mul_(self.mask)
+        self.latents.masked_fill_(self.acts <= 0, 0)  # whose weights then come out of the cache
         given = self.latents.flatten(), self.rows, self.acts.flatten(), self.operands.dec
         self.part = bags(*given, most=self.cfg.k)
         self.active = (self.acts > 0).sum(dtype=torch.float32).view(1)

@@ -195,7 +195,7 @@ def test_a_job_takes_as_many_gpus_as_hold_its_weights(monkeypatch):
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda n: SimpleNamespace(uuid=n, **vars(gpu))
     )
-    monkeypatch.setattr(split.gpus, "hold", lambda name: name != "1")  # another job has 1
+    monkeypatch.setattr(split.gpus, "hold", lambda name, _: name != "1")  # another job has 1
     first = torch.device("cuda", 0)
     assert transcoders.devices(first, 900) == [first]
     assert transcoders.devices(first, 1900) == [first, torch.device("cuda", 2)]

@@ -215,16 +215,18 @@ def test_a_dictionary_too_large_for_a_gpu_is_divided_among_as_many_as_hold_it(mo
         torch.cuda, "get_device_properties", lambda n: SimpleNamespace(uuid=n, **vars(gpu))
     )
     held = []
-    monkeypatch.setattr(split.gpus, "hold", lambda name: name != "1" and not held.append(name))
+    monkeypatch.setattr(split.gpus, "hold", lambda name, _: name != "1" and not held.append(name))
     first = torch.device("cuda", 0)
-    found = split.shared(specs, TRAINING, D_IN, first)
+    found = split.shared(specs, TRAINING, D_IN, [first])
     assert found == {"large": [first, torch.device("cuda", 2)]} and held == ["2"]
-    assert split.shared({"small": small}, TRAINING, D_IN, first) == {}
-    assert split.shared(specs, TRAINING, D_IN, torch.device("cpu")) == {}
+    assert split.shared({"small": small}, TRAINING, D_IN, [first]) == {}
+    assert split.shared(specs, TRAINING, D_IN, [torch.device("cpu")]) == {}
+    both = [torch.device("cuda", 1), first]  # the job's, so that no other is taken
+    assert split.shared(specs, TRAINING, D_IN, both) == {"large": both} and held == ["2"]
     many = {f"d{i}": specs["large"] for i in range(4)}
     said = "4 dictionaries take .* the 3 free GPUs .* or train fewer dictionaries in one paper"
     with pytest.raises(RetraceError, match=said):
-        split.shared(many, TRAINING, D_IN, first)
+        split.shared(many, TRAINING, D_IN, [first])
 
 
 class Made(Stream):
