@@ -7,9 +7,10 @@ many      pipeline.sae.train.train on a pool of batches, dictionary i on GPU i %
 one       steps of Dictionary on one GPU, and of SplitDictionary on all: TopK without AuxK
 
 Peer is the same work on one GPU. Rows lie in a pool on the first. Before the clock starts, steps of
-a small dictionary have to leave the same moments and the same loss, divided or not, within the
-rounding of bfloat16: two steps, and eight, of which the last run as CUDA graphs. On a CPU the
-kernels run in Triton's interpreter, which needs Triton.
+a small dictionary have to leave the same moments and the same loss, divided or not: two steps, and
+eight, of which the last run as CUDA graphs. They are in float32: in bfloat16 two scores at the k-th
+place are often equal, and either may be kept. On a CPU the kernels run in Triton's interpreter,
+which needs Triton.
 """
 
 import copy
@@ -106,16 +107,19 @@ def one_of(sae, devices: list[torch.device], batch_size: int, n_steps: int):
     return Dictionary("one", sae.to(devices[0]), how, n_steps)
 
 
-def scratch_of(devices: list[torch.device]):
+def scratch_of(half: bool):
     from pipeline.sae.sparse import Scratch
 
-    return Scratch(devices[0].type == "cuda")
+    return Scratch(half)
 
 
 def one(args, sae, devices: list[torch.device]) -> list[float]:
     """Rows a second of every run."""
     n_steps = args.warm_up + args.repeats * args.steps
-    dictionary, scratch = one_of(sae, devices, args.batch_size, n_steps), scratch_of(devices)
+    dictionary, scratch = (
+        one_of(sae, devices, args.batch_size, n_steps),
+        scratch_of(on_gpu(devices)),
+    )
     stream, out = Pool(args.batch_size, args.d_in, devices[0]), []
     edges = [0, *range(args.warm_up, n_steps + 1, args.steps)]
     for first, last in pairwise(edges):
@@ -129,6 +133,10 @@ def one(args, sae, devices: list[torch.device]) -> list[float]:
     return out[1:]
 
 
+def on_gpu(devices: list[torch.device]) -> bool:
+    return devices[0].type == "cuda"
+
+
 def same_results(args, devices: list[torch.device]) -> None:
     """Moments and loss of a small dictionary, divided and not, after a few steps."""
     batch_size, d_in, d_sae = (16, 8, 64) if args.tiny else (1024, 256, 16_384)
@@ -136,7 +144,7 @@ def same_results(args, devices: list[torch.device]) -> None:
     for last, bound in CLOSE.items():
         left = []
         for where in (devices[:1], devices):
-            dictionary, scratch = one_of(sae, where, batch_size, 100), scratch_of(devices)
+            dictionary, scratch = one_of(sae, where, batch_size, 100), scratch_of(False)
             for i, x in enumerate(stream.batches(0, last)):
                 dictionary.record(dictionary.step(x, i, scratch), x, i, 1.0)
             left.append(dictionary.tensors())
@@ -172,10 +180,10 @@ def main() -> None:
     if args.tiny:
         args.d_in, args.d_sae, args.d_sae_one, args.k, args.count = 8, 64, 128, 4, 3
         args.batch_size, args.steps, args.warm_up, args.repeats = 16, 2, 2, 2
-    on_gpu = args.device == "cuda"
-    n = args.devices or (torch.cuda.device_count() if on_gpu else 2)
-    devices = [torch.device("cuda", i) if on_gpu else torch.device("cpu") for i in range(n)]
-    where = "GPU" if on_gpu else "CPU"
+    cuda = args.device == "cuda"
+    n = args.devices or (torch.cuda.device_count() if cuda else 2)
+    devices = [torch.device("cuda", i) if cuda else torch.device("cpu") for i in range(n)]
+    where = "GPU" if cuda else "CPU"
     same_results(args, devices)
     rows = []
     if args.only != "one":
@@ -190,7 +198,7 @@ def main() -> None:
         found = {len(some): one(args, sae, some) for some in (devices[:1], devices)}
         shape = f"one of {args.d_sae_one:,} latents, d_in {args.d_in}, k {args.k}"
         rows.append(row(shape, found, n, where, 0.8))
-    report("two_gpus", rows, args.out, torch.cuda.get_device_name() if on_gpu else "cpu")
+    report("two_gpus", rows, args.out, torch.cuda.get_device_name() if cuda else "cpu")
 
 
 def row(shape: str, found: dict[int, list[float]], n: int, where: str, share: float) -> Row:
