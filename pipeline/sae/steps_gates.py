@@ -28,10 +28,10 @@ from pipeline.sae.sparse import Dense, Scratch, Sparse, product
 from pipeline.sae.steps import DENSE_SHARE, SAMPLE_ROWS, Outcome, laid_out
 
 
-def _is_dense(on: Tensor) -> bool:
-    """Whether a bool matrix is on in many places."""
+def _is_dense(on: Tensor, scratch: Scratch) -> bool:
+    """Whether a bool matrix is on in many places, or counts as such."""
     some = on[:SAMPLE_ROWS]
-    return bool(some.count_nonzero() > DENSE_SHARE * some.numel())
+    return scratch.dense or bool(some.count_nonzero() > DENSE_SHARE * some.numel())
 
 
 def support_of(on: Tensor, scratch: Scratch, dtype: torch.dtype) -> tuple[Any, Any]:
@@ -45,7 +45,7 @@ def support_of(on: Tensor, scratch: Scratch, dtype: torch.dtype) -> tuple[Any, A
         The support, and a function that takes the values on it from a matrix [batch d_sae]; a Dense
         takes all of them.
     """
-    if _is_dense(on):
+    if _is_dense(on, scratch):
         return Dense(scratch), lambda matrix: matrix
     flat = on.view(-1).nonzero()[:, 0]
     rows = torch.div(flat, on.shape[1], rounding_mode="floor")
@@ -107,7 +107,7 @@ def jumprelu(
     theta = sae.threshold.data.clamp_(min=0).to(x.dtype)  # projected as SAELens does it
     width = sae.bandwidth
     p = scratch.encode(xc, sae.W_enc, sae.b_enc)
-    if scratch.half and _is_dense(p[:SAMPLE_ROWS] > theta - width / 2):
+    if scratch.half and _is_dense(p[:SAMPLE_ROWS] > theta - width / 2, scratch):
         return _jumprelu_dense(sae, xc, p, theta.float(), coefficients["l0"], scratch)
     support, pick = support_of(p > theta - width / 2, scratch, x.dtype)
     p = pick(p)

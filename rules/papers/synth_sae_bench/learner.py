@@ -1,7 +1,8 @@
 """A dictionary in training whose every step is one launch, and the controller of its L0.
 
 1. `Learner` is a `Dictionary` (pipeline/sae/train.py) whose state lies on its device, the
-   coefficient and its controller included, so that a step of STEPS (steps.py) can be a CUDA graph.
+   coefficient and its controller included, and whose products are dense on a GPU, so that a step of
+   any architecture can be a CUDA graph.
 2. Dictionaries may have CUDA streams of their own: a step's kernels are short, so those of several
    dictionaries fill the GPU better than those of one. Their numbers do not depend on it.
 3. `Tuner` moves the coefficient of standard, gated and jumprelu until L0 is what is asked for, as
@@ -9,7 +10,6 @@
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,16 +17,13 @@ from pydantic import Field
 from torch import Tensor
 
 from pipeline.errors import RetraceError
-from pipeline.job.source import import_file
 from pipeline.sae.graphs import StepGraphs
 from pipeline.sae.optimiser import coefficients
 from pipeline.sae.sparse import Scratch
 from pipeline.sae.steps import Outcome
-from pipeline.sae.train import Dictionary
+from pipeline.sae.train import FAST, Dictionary
 from pipeline.spec.base import Section
 from pipeline.spec.sae import SaeTraining
-
-steps = import_file(Path(__file__).with_name("steps.py"))
 
 
 class Control(Section):
@@ -96,15 +93,13 @@ class Learner(Dictionary):
     ) -> None:
         self.about, name = about, f"{about['dictionary']}_seed{about['seed']}"
         n_steps, device = training.n_rows // training.batch_size, sae.W_dec.device
-        step = steps.STEPS.get(sae.cfg.architecture())
-        super().__init__(name, sae, training, n_steps, step)
+        super().__init__(name, sae, training, n_steps, FAST[sae.cfg.architecture()])
         self.scale, self.tuner = scale, Tuner(target, device) if target else None
         self.target_l0 = 0.0  # what the recipe asks for
         self.stream: Any = None  # a CUDA stream of its own; None: the current one
         self.scratch = Scratch()  # not the others': on several streams graphs run at the same time
-        if step:
-            self.graphs = StepGraphs(name)
-            self.graphs.recording = device.type == "cuda"
+        self.graphs = StepGraphs(name)
+        self.graphs.recording = self.scratch.dense = device.type == "cuda"
 
     def step(self, x: Tensor, step: int, scratch: Scratch) -> Outcome:
         """Train on one batch [batch d_in]; `step` counts from 0."""

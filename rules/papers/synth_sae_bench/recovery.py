@@ -33,7 +33,7 @@ from pipeline.errors import nearest
 from pipeline.job import cli, own
 from pipeline.job.source import import_file
 from pipeline.sae.sae import save
-from pipeline.sae.train import HISTORY, build, train
+from pipeline.sae.train import build, history, train
 from pipeline.spec.base import Name, Section
 from pipeline.spec.sae import SaeSpec, SaeTraining
 from pipeline.store import provenance, tables
@@ -210,13 +210,6 @@ def measured(some: list[Any], stream: Any, n: int, step: int) -> dict[str, pd.Da
     made = dict(out.frames())
     small = {"level": "int8", "cosine": "float32", "probability": "float32"}
     return made | {"features": made["features"].astype(small)}
-
-
-def history(some: list[Any]) -> pd.DataFrame:
-    """The batches that were recorded in training."""
-    frames = [pd.DataFrame(o.history, columns=HISTORY).assign(sae=o.name) for o in some]
-    frame = pd.concat(frames, ignore_index=True)[["sae", *HISTORY]]
-    return frame.astype({"step": "int64", "rows": "int64"})
 
 
 def key_of(options: Options, job: cli.Job) -> str:
