@@ -219,6 +219,13 @@ def test_kinds_are_those_of_the_published_delta():
     assert ((d >= 0.4) & (d <= 0.6)).tolist() == [False, False, True, False, False, False]
 
 
+def test_the_borders_of_kinds_are_those_of_the_published_delta():
+    """Shared from 0.4 to 0.6 with both ends; exclusive below 0.1 or above 0.9 without them."""
+    norms = np.array([[1, 1, 0.8, 0.2], [0.8, 0.2, 1, 1]])
+    np.testing.assert_allclose(scaling.delta(norms), [0.4, 0.1, 0.6, 0.9])
+    assert scaling.kinds(norms).tolist() == ["shared", "between", "shared", "between"]
+
+
 def test_shrinkage_is_seen_and_not_confirmed():
     """A direction that the other source has, but its decoder lost, stands in its error."""
     f = torch.rand(200, 1)
