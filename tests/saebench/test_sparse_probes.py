@@ -128,3 +128,15 @@ def test_metrics_of_perturbation_are_means_over_labels_one_a_seed():
     parts = {"own": [], "saes": {"trained": ["x"]}, "prompts": [], "circuits": {}, "training": []}
     assert set(found) <= set(scalars.known(parts | {"ks": [], "tpp": [5]}))
     assert not any("tpp" in name for name in scalars.known(parts | {"ks": [1]}))
+
+
+def test_a_balanced_probe_is_where_the_classes_pull_alike():
+    """Texts of a label that a fifth has weigh 5 / 2 each, the others 5 / 8: SAEBench's balanced."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(200, 4)), np.arange(200) % 5 == 0
+    x[y] += 0.7
+    w = probes.fitted(x, y.astype(int), balanced=True)
+    p = 1 / (1 + np.exp(-(x @ w[:-1] + w[-1])))
+    pull = np.where(y, 5 / 2, 5 / 8) * (y - p)  # of the log likelihood, in the margin
+    np.testing.assert_allclose(pull @ x, w[:-1], atol=1e-4)  # against that of |w|^2 / 2
+    assert pull.sum() == pytest.approx(0, abs=1e-4)
