@@ -100,9 +100,6 @@ class Options(own.Options):
         default=[], description="in the order of their worth; default: one with all dictionaries"
     )
     checkpoint_seconds: float = Field(default=45.0, gt=0, exclude=True)
-    cuda_streams: int = Field(
-        default=1, ge=1, exclude=True, description="dictionaries whose steps may overlap on a GPU"
-    )
 
     @model_validator(mode="after")
     def _ends_in_order(self) -> "Options":
@@ -226,7 +223,6 @@ def run(options: Options, job: cli.Job, partial: Path) -> tuple[list[Any], list[
     stream = ground.Stream(sampler, **how)
     fresh = ground.Stream(sampler, **how, kind=ground.EVALUATION)
     some = learners(options, stream, options.world.d_model)
-    learning.overlap(some, options.cuda_streams)
     key, ends, out = key_of(options, job), options.ends(), []
     checkpoints = Checkpoints(partial, key)
     done, rows = checkpoints.load(some), options.batch_size
