@@ -11,7 +11,7 @@ if not importlib.util.find_spec("triton"):
     pytest.skip("Triton is not installed", allow_module_level=True)
 os.environ.setdefault("TRITON_INTERPRET", "0" if torch.cuda.is_available() else "1")
 
-from pipeline.sae import steps, steps_pursuit
+from pipeline.sae import steps, steps_gates
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 
@@ -26,7 +26,7 @@ def test_a_row_goes_through_all_steps_at_once(k):
     want, grads, _ = one_step(steps.reference, sae, x, torch.zeros(40, dtype=torch.bool))
     sae.zero_grad(set_to_none=True)
     with torch.no_grad():
-        got = steps_pursuit._at_once(sae, x - sae.b_dec)
+        got = steps_gates._at_once(sae, x - sae.b_dec)
     torch.testing.assert_close(got.loss, want.loss)
     torch.testing.assert_close(got.mse, want.mse)
     assert got.l0.item() == pytest.approx(want.l0.item()) and torch.equal(got.fired, want.fired)
