@@ -100,6 +100,10 @@ def test_rank_of_a_change_is_the_number_of_equal_directions():
     u, v = torch.arange(1.0, 4.0), torch.arange(1.0, 6.0)
     assert change.spectrum(torch.outer(u, v)) == pytest.approx({"top": 1, "rank": 1})
     assert change.spectrum(torch.zeros(2, 3)) == {"top": 0, "rank": 0}
+    # singular values of 3 and 1: nine tenths of the squared norm, and (9 + 1)² / (9² + 1²)
+    assert change.spectrum(torch.diag(torch.tensor([1.0, 3.0]))) == pytest.approx(
+        {"top": 0.9, "rank": 100 / 82}
+    )
 
 
 def test_changes_name_the_matrices_of_the_layers():
