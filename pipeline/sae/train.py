@@ -127,6 +127,8 @@ class Dictionary:
         graphs: CUDA graphs of the step; None if a step may wait for the device.
     """
 
+    LR_KEY = "sae.training.lr"  # of paper.yaml
+
     def __init__(
         self,
         name: str,
@@ -180,7 +182,7 @@ class Dictionary:
 
     def dead_capacity(self, step: int, batch_size: int) -> int:
         """For how many latents AuxK keeps a place at a step; 0 where the loss has no AuxK."""
-        if not self.sae.cfg.aux_loss_coefficient:
+        if not getattr(self.sae.cfg, "aux_loss_coefficient", 0):
             return 0
         return self.dead.capacity_at(step, batch_size)
 
@@ -230,7 +232,7 @@ class Dictionary:
             if not math.isfinite(loss):
                 raise RetraceError(
                     f"dictionary '{self.name}': the loss is {loss} at step {step + 1} of "
-                    f"{self.n_steps}; lower sae.training.lr, or look for extreme activations"
+                    f"{self.n_steps}; lower {self.LR_KEY}, or look for extreme activations"
                 )
         self._unchecked.clear()
 
