@@ -45,7 +45,7 @@ def dictionary_learning(files: Files) -> tuple[Original, list[int], list[float]]
         RetraceError: the file is damaged, or of another class.
     """
     found = {k.removeprefix("_orig_mod."): t for k, t in tensors(files.weights).items()}
-    W, b_enc, W_d, b_dec = take(found, files, "dictionary_learning", *NAMES)
+    W, b_enc, W_d, b_dec = take(found, files, "dictionary_learning", *NAMES, deep=True)
     only(found, files, "dictionary_learning", *NAMES, "threshold", *NORMALIZER)
     if W.ndim != 3 or W_d.shape != (W.shape[0], W.shape[2], W.shape[1]):
         raise RetraceError(

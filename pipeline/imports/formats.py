@@ -34,6 +34,7 @@ from pipeline.imports.original import (
     Files,
     Original,
     decoded,
+    fitting,
     jump,
     linear,
     only,
@@ -65,6 +66,7 @@ def llama_scope(files: Files) -> Original:
     found = tensors(files.weights)
     W, W_d, b_enc, b_dec = take(found, files, "llama_scope", *names)
     only(found, files, "llama_scope", *names)
+    fitting(files, W, W_d, b_enc, b_dec)
     point, out = config.get("hook_point_in"), config.get("hook_point_out")
     if out not in (None, point):
         raise RetraceError(
@@ -130,14 +132,17 @@ def sparsify(files: Files) -> Original:
             f"{files.beside[name]}: activation {'signed ' * bool(config.get('signed'))}{activation}"
             f" is none of SAELens's; take a dictionary with topk"
         )
+    # Coders of before February 2025 say nothing of it; theirs took b_dec off x, as this key's lack
+    # has the library do today.
     transcode = bool(config.get("transcode"))
+    writes = transcode if "transcode" in config else True if W_skip is not None else None
     place = re.search(r"(?:layers|h)[._](\d+)(?:[._](\w+))?$", files.weights.parent.name)
     about: dict[str, Any] = {}
     if files.weights.parent.name == "embed_tokens":
         about["hook_name"] = "hook_embed"
     elif place and (not place[2] or place[2] in PARTS):
         at = f"blocks.{place[1]}." + PARTS.get(place[2], "hook_resid_post")
-        about = {"hook_name_out": at} if transcode else {"hook_name": at}
+        about = {"hook_name_out": at} if writes or files.transcoder else {"hook_name": at}
     return Original(
         "topk",
         {"W_enc": W.T, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec}
@@ -147,7 +152,7 @@ def sparsify(files: Files) -> Original:
         about,
         k=k,
         apply_b_dec_to_input=not transcode,
-        writes=transcode,
+        writes=writes,
         **skipping(W_skip),
     )
 

@@ -9,6 +9,8 @@ place in transcoders of all layers.
 import re
 from typing import Any
 
+import torch
+
 from pipeline.errors import RetraceError
 from pipeline.imports.original import (
     Files,
@@ -25,13 +27,19 @@ from pipeline.imports.original import (
     tensors,
 )
 
+ONE = torch.ones(())
+
 
 def gemma_scope(files: Files) -> Original:
-    """params.npz of Gemma Scope: SAELens's own names."""
+    """params.npz of Gemma Scope: SAELens's own names, or those in lower case.
+
+    A scaling_factor of ones, which SAELens's reader expects in some, scales nothing.
+    """
     names = ["W_enc", "W_dec", "b_enc", "b_dec", "threshold"]
-    W_enc, W_dec, b_enc, b_dec, threshold = values = take(
-        found := tensors(files.weights), files, "gemma_scope", *names
-    )
+    found = {re.sub("^w_", "W_", name): t for name, t in tensors(files.weights).items()}
+    if torch.equal(scaling := found.get("scaling_factor", ONE), torch.ones_like(scaling)):
+        found.pop("scaling_factor", None)
+    W_enc, W_dec, b_enc, b_dec, threshold = values = take(found, files, "gemma_scope", *names)
     only(found, files, "gemma_scope", *names)
     if "embedding" in files.weights.as_posix():
         raise RetraceError(
@@ -85,7 +93,7 @@ def gemma_scope_2(files: Files) -> Original:
     """params.safetensors of Gemma Scope 2; config.json says where it lies."""
     found, config = tensors(files.weights), read_config(files, "config.json")
     names = ["w_enc", "w_dec", "b_enc", "b_dec", "threshold"]
-    W_enc, W_dec, b_enc, b_dec, threshold = take(found, files, "gemma_scope_2", *names)
+    W_enc, W_dec, b_enc, b_dec, threshold = take(found, files, "gemma_scope_2", *names, deep=True)
     if (kind := config.get("architecture", "jump_relu")) != "jump_relu":
         raise RetraceError(
             f"{files.beside['config.json']}: architecture '{kind}' is not read; take one with "

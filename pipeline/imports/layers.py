@@ -117,7 +117,7 @@ def _of_set(files: Files, number: int) -> Layer:
     """layer_<l>.safetensors."""
     found = tensors(files.weights)
     names = ("W_enc", "b_enc", "W_dec", "b_dec")
-    W_enc, b_enc, W_dec, b_dec = take(found, files, "circuit_tracer", *names)
+    W_enc, b_enc, W_dec, b_dec = take(found, files, "circuit_tracer", *names, deep=True)
     at = "activation_function.threshold"
     _no_log_thresholds(found, files)
     only(found, files, "circuit_tracer", *names, "W_skip", at)
@@ -144,7 +144,7 @@ def _of_clt(files: Files, number: int, n_layers: int) -> Layer:
     found, decoder = tensors(files.weights), f"W_dec_{number}"
     both = found | tensors(files.beside[f"{decoder}.safetensors"])
     names = [f"{name}_{number}" for name in ("W_enc", "b_enc", "b_dec", "W_dec")]
-    W_enc, b_enc, b_dec, W_dec = take(both, files, "circuit_tracer", *names)
+    W_enc, b_enc, b_dec, W_dec = take(both, files, "circuit_tracer", *names, deep=True)
     at = f"threshold_{number}"
     only(both, files, "circuit_tracer", *names, at)
     threshold = take(both, files, "circuit_tracer", at)[0] if at in both else None
@@ -256,12 +256,15 @@ def _about(files: Files, number: int) -> dict[str, Any]:
 def of_original(original: Original, files: Files) -> Layer:
     """A layer out of a dictionary of its own."""
     kind = ACTIVATIONS.get(original.architecture)
-    if kind is None or original.writes is False or original.apply_b_dec_to_input:
+    if kind is None or original.writes is False:
         raise RetraceError(
             f"{files.weights}: is a dictionary of kind {original.architecture} that writes what it "
             f"reads, and no transcoder; name it without layers, under a name of its own"
         )
     own = original.weights
+    if original.apply_b_dec_to_input:  # (x - b_dec) W = x W - b_dec W
+        off = (own["b_dec"].double() @ own["W_enc"].double()).float()
+        own = own | {"b_enc": own["b_enc"] - off}
     weights = {"W_enc": own["W_enc"].T, "b_enc": own["b_enc"], "W_dec": own["W_dec"][:, None]}
     weights |= {n: own[n] for n in ("b_dec", "threshold", "W_skip") if n in own}
 

@@ -28,6 +28,7 @@ from pipeline.imports.original import (
     setting,
     skip_of,
     skipping,
+    take,
     tensors,
 )
 
@@ -82,7 +83,13 @@ def listed(release: str, id: str) -> Listed:
             f"those that are: {', '.join(filter(None, CONVERSIONS))}, and SAELens's own folders"
         )
     about = {"model_name": found[release]["model"], "sae_lens_list": version}
-    about |= found[release].get("config_overrides") or {}
+    over = found[release].get("config_overrides") or {}
+    if other := sorted(set(over) - set(ABOUT)):
+        raise RetraceError(
+            f"release '{release}': the list of sae-lens {version} sets {other[0]}: "
+            f"{over[other[0]]}, which is no part of f W_dec + b_dec; take another release"
+        )
+    about |= over
     entry = entries[id]
     return Listed(
         found[release]["repo_id"],
@@ -115,6 +122,14 @@ def saelens(files: Files) -> Original:
         ) from e
     check_config(files, raw, config)
     found = tensors(files.weights)
+    for part in found:
+        take(found, files, "saelens", part, deep=True)
+    scaling = found.get("scaling_factor")
+    if scaling is not None and not torch.allclose(scaling, torch.ones_like(scaling)):
+        raise RetraceError(
+            f"{files.weights}: its scaling_factor is not 1, and is no part of SAELens 6; take one "
+            f"without"
+        )
     W_skip = skip_of(files, found, "W_skip")
     for part in ("W_dec", "b_dec"):
         if part not in found:
@@ -125,7 +140,7 @@ def saelens(files: Files) -> Original:
     sae = load(files)
     plain = fold(copy.deepcopy(sae), scale) if scale != 1 or rescaled(sae) else sae
     weights = {k: v for k, v in plain.state_dict().items() if k != "W_skip" or W_skip is not None}
-    meta = config.get("metadata") or {}
+    meta = _metadata(raw, config)
     return Original(
         plain.cfg.architecture().replace("skip_", ""),
         weights,
@@ -141,6 +156,15 @@ def saelens(files: Files) -> Original:
     )
 
 
+def _metadata(raw: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+    """What is said of the stream; a hook of SAELens 3 may leave its layer to another key."""
+    meta = dict(config.get("metadata") or {})
+    layer = raw.get("hook_point_layer", raw.get("hook_layer"))
+    if isinstance(layer, int) and isinstance(meta.get("hook_name"), str):
+        meta["hook_name"] = meta["hook_name"].replace("{layer}", str(layer))
+    return meta
+
+
 def check_config(files: Files, raw: dict[str, Any], config: dict[str, Any]) -> None:
     """Raise for what the weights alone, in SAELens 6, would not say."""
     where, kind = files.beside["cfg.json"], config["architecture"]
@@ -149,7 +173,8 @@ def check_config(files: Files, raw: dict[str, Any], config: dict[str, Any]) -> N
             f"{where}: architecture '{kind}'{nearest(kind, KNOWN)} is not read; those that are: "
             f"{', '.join(KNOWN)}"
         )
-    if kind == "topk" and not config.get("k"):
+    activation = raw.get("activation_fn") or raw.get("activation_fn_str") or "relu"
+    if "topk" in (kind, activation) and not config.get("k"):
         raise RetraceError(
             f"{where}: has no k, and SAELens would take a default; take a folder that is whole"
         )
@@ -169,7 +194,6 @@ def check_config(files: Files, raw: dict[str, Any], config: dict[str, Any]) -> N
             f"{where}: normalize_activations: {normalize} of a transcoder says nothing of the rows "
             f"that it writes; take one with none"
         )
-    activation = raw.get("activation_fn") or raw.get("activation_fn_str") or "relu"
     if activation not in ("relu", "topk") or (raw.get("activation_fn_kwargs") or {}).get("signed"):
         raise RetraceError(
             f"{where}: activation_fn '{activation}' is none of SAELens 6's, which would take ReLU; "
@@ -193,8 +217,12 @@ def load(files: Files) -> Any:
     try:
         sae = SAE.load_from_disk(str(folder), device="cpu", dtype="float32")
     except Exception as e:  # SAELens raises what its readers raise
-        said = (str(e).splitlines() or [type(e).__name__])[0][:160]
-        raise RetraceError(f"{folder}: SAELens cannot read it ({said}); fetch it again") from e
+        lines = [line.strip() for line in str(e).splitlines() if line.strip()]
+        said = (lines[1:] or lines or [type(e).__name__])[0][:200]  # the first names a class alone
+        raise RetraceError(
+            f"{folder}: SAELens cannot read it ({said.rstrip('.')}); correct format, or fetch it "
+            f"again"
+        ) from e
     sae.turn_off_forward_pass_hook_z_reshaping()
     return sae.eval().requires_grad_(False)
 

@@ -228,6 +228,9 @@ def test_every_release_of_the_list_is_read_or_refused_by_name():
         try:
             saelens.listed(release, str(about["saes"][0]["id"]))
         except RetraceError as e:
+            if "converts it by" not in str(e):
+                assert release == "mistral-7b-res-wg"  # for what the list sets
+                continue
             refused.add(str(e).split("converts it by '")[1].split("'")[0])
     assert refused == {
         "connor_rob_hook_z", "goodfire", "deepseek_r1", "llama_scope_r1_distill", "qwen_scope",

@@ -1,0 +1,257 @@
+"""Files as publishers have them, beside the tidy ones of the other tests: configurations of real
+repositories of the hub, keys of old releases, and files that a download leaves damaged."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import published
+import pytest
+import torch
+from published import CODER, IN, OUT, RESID, D, K, N, bring, brought, draw, refused
+from safetensors.torch import load_file, save_file
+
+from pipeline.errors import RetraceError
+from pipeline.imports import saelens
+from pipeline.store import tables
+
+CLOSE = {"rtol": 1e-5, "atol": 1e-5}
+X = torch.randn(64, D, generator=torch.Generator().manual_seed(3)) * 2
+RELU = {k: v for k, v in draw().items() if k != "threshold"}
+
+
+@pytest.fixture
+def model(tiny_gpt2_json) -> Path:
+    return tiny_gpt2_json
+
+
+def of_saelens_3(folder: Path, more: dict | None = None, **config) -> Path:
+    """As SAELens 3 wrote it; the keys of jbloom/GPT2-Small-SAEs-Reformatted."""
+    folder.mkdir(parents=True, exist_ok=True)
+    save_file(published.lengths(**RELU | (more or {})), folder / "sae_weights.safetensors")
+    about = {
+        "model_name": "gpt2-small", "hook_point": RESID, "hook_point_layer": 1,
+        "hook_point_head_index": None, "dataset_path": "Skylion007/openwebtext",
+        "context_size": 128, "d_in": D, "d_sae": N, "device": "mps", "dtype": "torch.float32",
+        "l1_coefficient": 8e-05, "prepend_bos": True, "use_ghost_grads": False,
+    }  # fmt: skip
+    published.write_json(folder / "cfg.json", about | config)
+    return folder
+
+
+def test_a_folder_of_saelens_3(model, tmp_path):
+    manifest = bring(model, tmp_path / "item", of_saelens_3(tmp_path / "s"), "saelens")
+    f = torch.relu((X - RELU["b_dec"]) @ RELU["W_enc"] + RELU["b_enc"])
+    torch.testing.assert_close(brought(manifest).encode(X), f, **CLOSE)
+    said = tables.read_json(manifest)["original"]
+    assert said["hook_name"] == RESID and said["context_size"] == 128 and said["prepend_bos"]
+
+
+@pytest.mark.parametrize(
+    ("more", "config"),
+    [({"scaling_factor": torch.ones(N)}, {}), ({}, {"normalize_activations": False}),
+     ({}, {"hook_point": "blocks.{layer}.hook_resid_post"})],
+    ids=["a scaling_factor of ones", "normalized: false", "a layer of its own"],
+)  # fmt: skip
+def test_keys_of_saelens_3_that_change_nothing(more, config, model, tmp_path):
+    plain = bring(model, tmp_path / "a", of_saelens_3(tmp_path / "s"), "saelens")
+    other = bring(model, tmp_path / "b", of_saelens_3(tmp_path / "t", more, **config), "saelens")
+    assert torch.equal(brought(plain).encode(X), brought(other).encode(X))
+    assert tables.read_json(other)["original"]["hook_name"] == RESID
+
+
+def test_gemma_scope_in_lower_case(model, tmp_path):
+    """SAELens's reader (gemma_2) takes w_enc for W_enc, and a scaling_factor of ones for none."""
+    (tmp_path / "g").mkdir()
+    found = {k.replace("W_", "w_"): v.numpy() for k, v in draw().items()}
+    np.savez(tmp_path / "g/params.npz", scaling_factor=np.ones(N, np.float32), **found)
+    lower = brought(bring(model, tmp_path / "a", tmp_path / "g", "gemma_scope"))
+    upper = published.gemma_scope(tmp_path / "h")
+    upper = brought(bring(model, tmp_path / "b", upper, "gemma_scope"))
+    assert torch.equal(lower.encode(X), upper.encode(X)) and (upper.encode(X) > 0).any()
+
+
+def test_tensors_of_torch_compile(model, tmp_path):
+    folder = published.dictionary_learning(tmp_path / "t", "BatchTopKSAE")
+    plain = brought(bring(model, tmp_path / "a", folder, "dictionary_learning"))
+    state = torch.load(folder / "ae.pt", weights_only=True)
+    torch.save({f"_orig_mod.{k}": v for k, v in state.items()}, folder / "ae.pt")
+    other = brought(bring(model, tmp_path / "b", folder, "dictionary_learning"))
+    assert torch.equal(plain.encode(X), other.encode(X))
+
+
+# --- EleutherAI/skip-transcoder-Llama-3.2-1B-131k, layers.5.mlp/cfg.json --------------------
+
+SKIP_TRANSCODER = {"expansion_factor": 32, "normalize_decoder": True, "num_latents": N, "k": K,
+                   "multi_topk": False, "skip_connection": True, "d_in": D}  # fmt: skip
+
+
+def of_sparsify(folder: Path, w: dict, about: dict) -> Path:
+    published.sparsify(folder, w)
+    (folder / "cfg.json").write_text(json.dumps(about))
+    return folder
+
+
+def test_a_skip_transcoder_that_does_not_say_that_it_is_one(model, tmp_path):
+    """Of before `transcode` was a key: the library takes b_dec off x (SparseCoder.encode)."""
+    folders = []
+    for layer in range(2):
+        w = draw(layer) | {"W_skip": torch.randn(D, D, generator=torch.Generator().manual_seed(8))}
+        folders.append(of_sparsify(tmp_path / f"layers.{layer}.mlp", w, SKIP_TRANSCODER))
+    manifest = published.bring_layers(model, tmp_path / "item", folders, "sparsify")
+    ours, x = published.brought_layers(manifest), X[:, None].expand(-1, 2, -1)
+    for layer in range(2):
+        w = draw(layer)
+        h = torch.relu((X - w["b_dec"]) @ w["W_enc"] + w["b_enc"])
+        f = h * (h >= h.topk(K).values[:, -1:])
+        torch.testing.assert_close(ours.encode(layer, X), f, rtol=1e-5, atol=3e-5)
+        skip = load_file(folders[layer] / "sae.safetensors")["W_skip"]
+        y = f @ w["W_dec"] + w["b_dec"] + X @ skip.T
+        size = float(y.abs().max())
+        torch.testing.assert_close(ours.forward(x)[:, layer], y, rtol=1e-5, atol=1e-5 * size)
+
+
+def test_an_old_coder_of_an_mlp_is_what_paper_yaml_says(model, tmp_path):
+    """Without transcode and W_skip nothing tells the two apart: autoencoder, or transcoder."""
+    about = {k: v for k, v in SKIP_TRANSCODER.items() if k != "skip_connection"}
+    folder = of_sparsify(tmp_path / "layers.1.mlp", draw(), about)
+    coder = tables.read_json(bring(model, tmp_path / "a", folder, "sparsify", **CODER))
+    auto = tables.read_json(bring(model, tmp_path / "b", folder, "sparsify", hook=OUT))
+    assert (coder["hook"], coder["output_hook"]) == (IN, OUT)
+    assert auto["hook"] == auto["original"]["hook_name"] == OUT
+
+
+# --- SAELens's list ------------------------------------------------------------------------
+
+
+def test_what_the_list_sets_is_not_left_out():
+    """mistral-7b-res-wg: its folders say nothing of a norm, and the list does."""
+    with pytest.raises(RetraceError, match="sets normalize_activations: constant_norm_rescale"):
+        saelens.listed("mistral-7b-res-wg", "blocks.8.hook_resid_pre")
+    overs = [about.get("config_overrides") or {} for about in saelens._list().values()]
+    assert {key for over in overs for key in over} - set(saelens.ABOUT) == {"normalize_activations"}
+
+
+# --- damaged, in one sentence --------------------------------------------------------------
+
+
+def holding(path: Path, text: str) -> Path:
+    path.write_text(text)
+    return path
+
+
+POINTER = f"version https://git-lfs.github.com/spec/v1\noid sha256:{'a' * 64}\nsize 302000000\n"
+PAGE = "<!DOCTYPE html><html>Access to this model is restricted</html>"
+
+
+def saved(path: Path, **tensors: torch.Tensor) -> Path:
+    """A file of weights with other tensors than it had."""
+    match path.suffix:
+        case ".npz":
+            with np.load(path) as found:
+                kept = {k: found[k] for k in found.files}
+            np.savez(path, **kept | {k: v.numpy() for k, v in tensors.items()})
+        case ".safetensors":
+            save_file(published.lengths(**load_file(path) | tensors), path)
+        case _:
+            torch.save(torch.load(path, weights_only=True) | tensors, path)
+    return path.parent
+
+
+def learnt(at: Path, dict_class: str, **tensors: torch.Tensor) -> Path:
+    return saved(published.dictionary_learning(at, dict_class) / "ae.pt", **tensors)
+
+
+def module(path: Path) -> Path:
+    torch.save(torch.nn.Linear(2, 2), path)
+    return path
+
+
+def flat(name: str) -> torch.Tensor:
+    return draw()[name].reshape(-1)
+
+
+DAMAGED = {  # what is wrong -> the files, the format that is said, the sentence
+    "a pointer of Git LFS": (
+        lambda at: holding(published.gemma_scope(at) / "params.npz", POINTER).parent, "gemma_scope",
+        "params.npz: is a pointer of Git LFS and not the weights; run git lfs pull",
+    ),
+    "a page": (
+        lambda at: holding(published.dictionary_learning(at) / "ae.pt", PAGE).parent,
+        "dictionary_learning", "ae.pt: is no file of torch's, but begins with b'<!DOCTYP'",
+    ),
+    "safetensors under another name": (
+        lambda at: published.sparsify(at).joinpath("sae.safetensors").rename(at / "1.pt"), "openai",
+        "1.pt: is no file of torch's",
+    ),
+    "a module": (
+        lambda at: module(published.openai(at / "1.pt")),
+        "openai", "would run pickled code (torch.nn.modules.linear.Linear), and only tensors",
+    ),
+    "NaN of SAELens": (
+        lambda at: of_saelens_3(at, {"b_enc": torch.full((N,), torch.nan)}), "saelens",
+        "'b_enc' holds no finite numbers",
+    ),
+    "whole numbers of SAELens": (
+        lambda at: of_saelens_3(at, {"W_enc": torch.ones(D, N, dtype=torch.int8)}), "saelens",
+        "'W_enc' holds no finite numbers",
+    ),
+    "SAELens's, on its side": (
+        lambda at: of_saelens_3(at, {"W_dec": RELU["W_dec"].T}), "saelens",
+        "SAELens cannot read it (size mismatch for W_dec",
+    ),
+    "a weight of another class": (
+        lambda at: of_saelens_3(at, {"r_mag": torch.ones(N)}), "saelens",
+        'SAELens cannot read it (Unexpected key(s) in state_dict: "r_mag")',
+    ),
+    "a scaling_factor": (
+        lambda at: of_saelens_3(at, {"scaling_factor": torch.full((N,), 2.0)}), "saelens",
+        "its scaling_factor is not 1",
+    ),
+    "SAELens 3's TopK without k": (
+        lambda at: of_saelens_3(at, activation_fn_str="topk"), "saelens", "cfg.json: has no k",
+    ),
+    "no matrix in .npz": (
+        lambda at: saved(published.gemma_scope(at) / "params.npz", W_enc=flat("W_enc")),
+        "gemma_scope", "'W_enc' is (640,), and a matrix is wanted",
+    ),
+    "no matrix in Gemma Scope 2": (
+        lambda at: saved(published.gemma_scope_2(at) / "params.safetensors", w_dec=flat("W_dec")),
+        "gemma_scope_2", "W_dec is (640,), and a matrix is wanted",
+    ),
+    "a layer too many": (
+        lambda at: saved(published.sparsify(at) / "sae.safetensors", W_dec=draw()["W_dec"][None]),
+        "sparsify", "'W_dec' is (1, 40, 16), and a matrix is wanted",
+    ),
+    "Llama Scope of two sizes": (
+        lambda at: saved(
+            published.llama_scope(at, sparsity_include_decoder_norm=True)
+            / "checkpoints/final.safetensors", **{"decoder.weight": torch.ones(D, N - 1)}
+        ).parent,
+        "llama_scope", "decoder, encoder bias and decoder bias are [(16, 39), (40,), (16,)] beside",
+    ),
+    "AutoEncoder of two sizes": (
+        lambda at: learnt(at, "AutoEncoder", **{"encoder.bias": torch.ones(N - 1)}),
+        "dictionary_learning", "[(16, 40), (39,), (16,)] beside an encoder of (40, 16)",
+    ),
+    "k of another run": (
+        lambda at: published.dictionary_learning(at, "AutoEncoderTopK", k=K + 1),
+        "dictionary_learning", "holds k 5, and config.json says 6; the two are of different runs",
+    ),
+    "k that is text": (
+        lambda at: learnt(at, "AutoEncoderTopK", k="many"), "dictionary_learning",
+        "its k is 'many', and no number above 0",
+    ),
+    "groups of another size": (
+        lambda at: learnt(at, "MatryoshkaBatchTopKSAE", group_sizes=torch.tensor([N // 4])),
+        "dictionary_learning", "group_sizes sum to 10, and it has 40 latents",
+    ),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("what", DAMAGED)
+def test_a_damaged_file_is_told_by_its_cause(what, model, tmp_path, capsys):
+    make, format, sentence = DAMAGED[what]
+    said = refused(capsys, model, tmp_path / "item", make(tmp_path / "at"), format)
+    assert sentence in said
+    assert not (tmp_path / "item/manifest.json").exists()
