@@ -35,11 +35,11 @@ from pipeline.imports.original import Files
 from pipeline.job import cli
 from pipeline.models import hooks
 from pipeline.spec.base import Section
-from pipeline.spec.imports import LayersFormat, layer_listing
+from pipeline.spec.imports import LayersFormat, in_one_folder, layer_listing
 from pipeline.spec.paper import Hook
 from pipeline.store import placed, provenance, tables
 
-ONE_OF_A_SET = re.compile(r"(?:layer_|W_enc_)(\d+)\.safetensors")
+ONE_OF_A_SET = re.compile(r"(?:(?:params_)?layer_|W_enc_)(\d+)\.safetensors")
 
 
 class LayersJob(Section):
@@ -107,7 +107,7 @@ def check_layers(job: LayersJob, wanted: list[tuple], names: list[str], where: s
                     f"{where}{name}: is not there, and format {job.format} needs it of layer "
                     f"{number} of {len(wanted)}; correct path, or format, or fetch what is missing"
                 )
-    if job.format != "circuit_tracer" or job.numbers != list(range(len(wanted))):
+    if not in_one_folder(job.format, job.layers) or job.numbers != list(range(len(wanted))):
         return
     folder = os.path.dirname(wanted[0][0])
     beside = [n for n in names if os.path.dirname(n) == folder]

@@ -15,7 +15,8 @@ act is JumpReLU where the file holds a threshold, else ReLU; in the layout `each
 say TopK and its k. Its JumpReLU is h [h > threshold] and its TopK keeps the k largest h, both
 without a ReLU, so that features can be below 0.
 
-In the other formats each layer is a folder of its own, which formats.py, gemma_scope.py and
+Gemma Scope 2 has cross-layer transcoders as well, with a ReLU (gemma_scope.py). In the other
+formats each layer is a folder of its own, which formats.py, gemma_scope.py and
 saelens.py read; here they may have a skip connection.
 """
 
@@ -35,9 +36,11 @@ from pipeline.imports.original import (
     Original,
     check_shapes,
     decoded,
+    jump,
     linear,
     only,
     per_latent,
+    product,
     read_config,
     take,
     tensors,
@@ -96,6 +99,8 @@ def read(files: Files, format: str, layers: str, number: int, n_layers: int) -> 
     Raises:
         RetraceError: a file is damaged, or of another format than said.
     """
+    if format == "gemma_scope_2" and layers == "cross":
+        return _of_gemma_scope_2(files, number, n_layers)
     if format != "circuit_tracer":
         return of_original(check_shapes(files, OF_A_LAYER[format](files)), files)
     kind = read_config(files, CONFIG).get("model_kind", KINDS[layers])
@@ -167,6 +172,44 @@ def _of_clt(files: Files, number: int, n_layers: int) -> Layer:
         return torch.cat([y[:, :1] + b_dec.to(y), y[:, 1:]], 1)
 
     return _layer(files, weights, threshold, "relu" if threshold is None else "jumprelu", 0, write)
+
+
+BACK = 1e-6  # of a decoder's largest number, below which it writes nothing to a layer
+
+
+def _of_gemma_scope_2(files: Files, number: int, n_layers: int) -> Layer:
+    """params_layer_<l>.safetensors; w_dec is over all layers, zero over those before its own."""
+    found = gemma_scope.several(files, files.weights, n_layers, "clt")
+    W_dec, b_dec, W = found["w_dec"], found["b_dec"], found["w_enc"]
+    size = W_dec.abs().max()
+    if bool((W_dec[:, :number].abs() > BACK * size).any()):
+        raise RetraceError(
+            f"{files.weights}: w_dec of layer {number} writes to layers before its own, and a "
+            f"cross-layer transcoder writes to later ones alone; it is of another layer, or fetch "
+            f"it again"
+        )
+    W_dec = W_dec[:, number:].contiguous()
+    weights = {"W_enc": W.T, "b_enc": found["b_enc"], "W_dec": W_dec, "b_dec": b_dec,
+               "threshold": found["threshold"]}  # fmt: skip
+    affine = found.get("affine_skip_connection")
+    weights |= {} if affine is None else {"W_skip": affine.T}
+
+    def write(f: Tensor, x: Tensor) -> Tensor:
+        y = decoded(f, W_dec.flatten(1), torch.zeros(W_dec[0].numel())).unflatten(
+            -1, W_dec.shape[1:]
+        )
+        own = y[:, :1] + b_dec.to(y)
+        own = own if affine is None else own + (x @ affine.to(x))[:, None]
+        return torch.cat([own, y[:, 1:]], 1)
+
+    _check(files, weights, 0)
+    config = read_config(files, "config.json")
+    ends = {"hook_name": "hf_hook_point_in", "hook_name_out": "hf_hook_point_out"}
+    about = {ours: gemma_scope.hook(config, key, number) for ours, key in ends.items()}
+    return Layer(
+        weights, "jumprelu", lambda x: jump(product(x, W, found["b_enc"]), found["threshold"]),
+        write, about=about | {"model_name": config.get("model_name")},
+    )  # fmt: skip
 
 
 def _activation(files: Files, found: dict, threshold: Tensor | None) -> tuple[str, int]:

@@ -442,8 +442,10 @@ class Run:
         if section.source == "folder":
             path = resolve(section.path, paper.folder, self.roots)
             job["path"] = in_spec(path)
-            weights, _, optional = crosscoder_listing(path.as_posix())
-            files = [Path(f) for f in (weights, *optional)]
+            weights, beside, optional = crosscoder_listing(
+                section.format, path.as_posix(), len(read_by)
+            )
+            files = [Path(f) for f in (weights, *beside, *optional)]
             identity["path"] = [[f.name, path_digest(f)] for f in files if f.is_file()]
         inputs = {f"model_{i}": f"model/{id}" for i, id in enumerate(every)}
         inputs |= {f"activations_{i}": f"activations/{id}" for i, id in enumerate(ids)}

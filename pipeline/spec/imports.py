@@ -169,8 +169,13 @@ class ImportSpec(Section):
 
 # --- transcoders of all layers -------------------------------------------------------------
 
-IN_ONE_FOLDER = "circuit_tracer"  # the format whose layers lie side by side
+CROSS = ("circuit_tracer", "gemma_scope_2")  # formats that cross-layer transcoders have
 LayersFormat = Literal["circuit_tracer", "saelens", "gemma_scope", "gemma_scope_2", "sparsify"]
+
+
+def in_one_folder(format: str, layers: str | list[int]) -> bool:
+    """Whether the files of all layers lie side by side."""
+    return format == "circuit_tracer" or layers == "cross"
 
 
 def layer_listing(
@@ -180,11 +185,14 @@ def layer_listing(
 
     Args:
         layers: each, or cross.
-        paths: of the folder of all layers (circuit_tracer), or of each layer.
+        paths: of the folder of all layers, or of each layer (`in_one_folder`).
     """
-    if format != IN_ONE_FOLDER:
+    if not in_one_folder(format, layers):
         return [listing(format, path) for path in paths]
     at = PurePosixPath(paths[0])
+    if format == "gemma_scope_2":
+        about = str(at / "config.json")
+        return [(str(at / f"params_layer_{n}.safetensors"), [], [about]) for n in numbers]
     about = str(at / "config.yaml")
     if layers == "each":
         return [(str(at / f"layer_{n}.safetensors"), [about], []) for n in numbers]
@@ -201,6 +209,8 @@ class ImportedLayers(Section):
       dictionaries:
         plt: {source: hub, format: circuit_tracer, layers: each, repo: owner/name, revision: …}
         clt: {source: folder, format: circuit_tracer, layers: cross, path: clts/426k}
+        theirs: {source: hub, format: gemma_scope_2, layers: cross, repo: …, revision: …,
+                 path: clt/width_262k_l0_medium_affine}
         affine: {source: hub, format: gemma_scope_2, layers: each, repo: …, revision: …,
                  path: "transcoder_all/layer_{layer}_width_16k_l0_small_affine"}
         one: {source: folder, format: sparsify, layers: [3], path: "layers.{layer}.mlp"}
@@ -216,8 +226,8 @@ class ImportedLayers(Section):
     revision: str = Field(default="", description="hub: a full commit, 40 hex digits")
     path: str = Field(
         default="",
-        description="circuit_tracer: the folder of all layers; other formats: that of a layer, "
-        "with {layer} in the place of its number",
+        description="circuit_tracer, and layers: cross: the folder of all layers; other formats: "
+        "that of a layer, with {layer} in the place of its number",
     )
     paths: list[str] = Field(
         default=[], description="of each layer, in order, where no {layer} in path names them"
@@ -232,10 +242,10 @@ class ImportedLayers(Section):
             raise ValueError(f"layers: {self.layers} do not rise; name each layer once, in order")
         if self.layers == []:
             raise ValueError("layers: [] names none; write each, cross, or numbers")
-        if self.layers == "cross" and self.format != IN_ONE_FOLDER:
+        if self.layers == "cross" and self.format not in CROSS:
             raise ValueError(
-                f"layers: cross is read in format {IN_ONE_FOLDER} alone; correct format, or write "
-                f"layers: each"
+                f"layers: cross is read in formats {' and '.join(CROSS)} alone; correct format, or "
+                f"write layers: each"
             )
         if self.source == "hub":
             if not self.repo:
@@ -254,10 +264,10 @@ class ImportedLayers(Section):
         """Raise where paths name no folder, or not one of each layer."""
         if self.path and self.paths:
             raise ValueError("paths: path names the folders already; remove one of the two")
-        if self.format == IN_ONE_FOLDER:
+        if in_one_folder(self.format, self.layers):
             if self.paths or "{layer}" in self.path:
                 raise ValueError(
-                    f"path: format {IN_ONE_FOLDER} has all layers in one folder; name that folder"
+                    f"path: format {self.format} has all layers in one folder; name that folder"
                 )
             if self.source == "folder" and not self.path:
                 raise ValueError("source: folder needs path")
@@ -293,7 +303,7 @@ class ImportedLayers(Section):
 
     def folders(self, numbers: list[int]) -> list[str]:
         """Paths: of the folder of all layers, or of each layer's."""
-        if self.format == IN_ONE_FOLDER:
+        if in_one_folder(self.format, self.layers):
             return [self.path or "."]
         return self.paths or [self.path.replace("{layer}", str(n)) for n in numbers]
 
@@ -305,11 +315,15 @@ class ImportedLayers(Section):
 # --- crosscoders ---------------------------------------------------------------------------
 
 CROSSCODER_WEIGHTS = "model_final.pt"
+CrosscoderFormat = Literal["dictionary_learning", "gemma_scope_2"]
 
 
-def crosscoder_listing(path: str) -> tuple[str, list[str], list[str]]:
+def crosscoder_listing(format: str, path: str, n_sources: int) -> tuple[str, list[str], list[str]]:
     """As `listing`, of a crosscoder: its folder, or its file of weights."""
     at = PurePosixPath(path)
+    if format == "gemma_scope_2":  # a file of each source
+        first, *rest = (str(at / f"params_layer_{n}.safetensors") for n in range(n_sources))
+        return first, rest, [str(at / "config.json")]
     at = at if at.suffix in (".pt", ".safetensors") else at / CROSSCODER_WEIGHTS
     return str(at), [], [str(at.parent / "config.json")]
 
@@ -321,16 +335,22 @@ class ImportedCrosscoder(Section, OverSources):
       dictionaries:
         theirs: {source: hub, format: dictionary_learning, repo: owner/name, revision: …,
                  path: model.safetensors, models: [base, tuned], hook: blocks.13.hook_resid_post}
+        gemma: {source: hub, format: gemma_scope_2, repo: …, revision: …,
+                path: crosscoder/layer_5_9_12_15_width_65k_l0_medium,
+                hooks: [blocks.5.hook_resid_post, blocks.9.hook_resid_post, …]}
     """
 
     source: Literal["hub", "folder"]
-    format: Literal["dictionary_learning"] = Field(
-        description="CrossCoder and BatchTopKCrossCoder of the forks of Minder et al. 2025"
+    format: CrosscoderFormat = Field(
+        description="dictionary_learning: CrossCoder and BatchTopKCrossCoder of the forks of "
+        "Minder et al. 2025; gemma_scope_2: its weakly causal crosscoders"
     )
     repo: str = Field(default="", description="hub: owner/name of a model repository")
     revision: str = Field(default="", description="hub: a full commit, 40 hex digits")
     path: str = Field(
-        default="", description="its folder, with model_final.pt, or its file of weights"
+        default="",
+        description="its folder, with model_final.pt or the params of each source, or (of "
+        "dictionary_learning) its file of weights",
     )
     hooks: list[str] = Field(default=[], description="hooks of one model, in its order")
     models: list[Name] = Field(default=[], description="arms, in the order of its sources")

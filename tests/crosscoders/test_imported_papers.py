@@ -135,7 +135,7 @@ HUB = {"source": "hub", "format": "circuit_tracer", "layers": "each", "repo": "a
         (HUB | {"repo": "", "revision": COMMIT}, "source: hub needs repo"),
         (HUB | {"revision": COMMIT, "format": "sparsify"}, "has no {layer} in it, and format spar"),
         (HUB | {"revision": COMMIT, "format": "sparsify", "layers": "cross", "path": "{layer}"},
-         "layers: cross is read in format circuit_tracer alone"),
+         "layers: cross is read in formats circuit_tracer and gemma_scope_2 alone"),
         (HUB | {"revision": COMMIT, "path": "l{layer}"}, "has all layers in one folder"),
         (HUB | {"revision": COMMIT, "path": "a", "paths": ["b"]}, "remove one of the two"),
         (HUB | {"source": "folder", "path": "a"}, "source: folder takes no repo"),
