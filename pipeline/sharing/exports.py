@@ -339,6 +339,11 @@ def check_kind(manifest: str, export: Export) -> None:
             f"{manifest}: '{export.sae}' is a set of transcoders of all layers, which "
             f"{export.format} has no place for; export it as circuit_tracer"
         )
+    if entry.get("layers") == "cross" and entry["spec"].get("skip"):
+        raise RetraceError(
+            f"{manifest}: '{export.sae}' is a cross-layer transcoder with a skip connection, and "
+            f"circuit-tracer's files of one hold no W_skip; read the store's folder as it is"
+        )
     if sources and export.format != "crosscoder":
         raise RetraceError(
             f"{manifest}: '{export.sae}' is a crosscoder of {len(sources)} sources, which "

@@ -228,6 +228,23 @@ def test_bad_input_is_one_sentence_and_leaves_nothing(
     assert not list((tmp_path / "item").glob("**/*.safetensors"))
 
 
+def test_a_skip_connection_does_not_leave_without_a_word(tiny_gpt2_json, tmp_path):
+    """circuit-tracer's load_clt reads no W_skip, so that its reconstruction would lack it."""
+    from pipeline.errors import RetraceError
+    from pipeline.sharing.exports import Export, check_kind
+
+    for skip in (False, True):
+        at = tmp_path / str(skip)
+        folder = written(at / "clt", "clt", skip=skip)
+        manifest = bring_layers(tiny_gpt2_json, at / "item", [folder], **CLT)
+        out = Export(paper="p", arm="a", sae="x", format="circuit_tracer")
+        if skip:
+            with pytest.raises(RetraceError, match="hold no W_skip"):
+                check_kind(str(manifest), out)
+        else:
+            check_kind(str(manifest), out)
+
+
 # --- the section ---------------------------------------------------------------------------
 
 
