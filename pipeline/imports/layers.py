@@ -110,9 +110,34 @@ def read(files: Files, format: str, layers: str, number: int, n_layers: int) -> 
             f"{files.beside[CONFIG]}: model_kind is {kind}, and layers says {layers}; write "
             f"layers: {said}"
         )
-    found = _of_set(files, number) if layers == "each" else _of_clt(files, number, n_layers)
-    found.about = _about(files, number)
+    about = {k: v for k, v in _about(files, number).items() if v}
+    found = _listed(files, layers, number, n_layers)
+    if found is None and layers == "cross":
+        found = _of_clt(files, number, n_layers)
+    elif found is None:
+        found = _of_set(files, number)
+    found.about = about | {k: v for k, v in found.about.items() if v}
     return found
+
+
+def _listed(files: Files, layers: str, number: int, n_layers: int) -> Layer | None:
+    """A layer whose file config.yaml lists, where it is of Gemma Scope; else None."""
+    if not read_config(files, CONFIG).get("transcoders"):
+        return None
+    if files.weights.suffix == ".npz":
+        kind = "gemma_scope"
+    elif "w_enc" in tensors(files.weights):
+        kind = "gemma_scope_2"
+    elif layers == "cross":
+        raise RetraceError(
+            f"{files.weights}: is listed as a layer of a cross-layer transcoder and holds no w_enc "
+            f"of Gemma Scope 2; name the folder that has W_enc_{number}.safetensors"
+        )
+    else:
+        return None
+    if layers == "cross":
+        return _of_gemma_scope_2(files, number, n_layers)
+    return of_original(check_shapes(files, OF_A_LAYER[kind](files)), files)
 
 
 # --- circuit-tracer ------------------------------------------------------------------------

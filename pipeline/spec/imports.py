@@ -13,12 +13,14 @@ crosscoder, `ImportedCrosscoder`.
 """
 
 import re
-from pathlib import PurePosixPath
-from typing import Annotated, Literal, get_args
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Literal, NamedTuple, get_args
 
 from pydantic import Field, model_validator
 
+from pipeline.errors import RetraceError
 from pipeline.spec.base import Name, OverSources, Section, inside, pairs_of_layers
+from pipeline.spec.yaml_files import load_yaml
 
 Format = Literal[
     "", "saelens", "gemma_scope", "gemma_scope_2", "llama_scope", "sparsify", "dictionary_learning",
@@ -173,6 +175,43 @@ CROSS = ("circuit_tracer", "gemma_scope_2")  # formats that cross-layer transcod
 LayersFormat = Literal["circuit_tracer", "saelens", "gemma_scope", "gemma_scope_2", "sparsify"]
 
 
+CONFIG = "config.yaml"  # of circuit-tracer
+
+
+class Entry(NamedTuple):
+    """A file that a config.yaml lists; repo is empty where it lies beside it."""
+
+    repo: str
+    path: str
+    revision: str
+
+
+def entries_of(config: Path) -> list[Entry]:
+    """The files that a config.yaml of circuit-tracer lists under `transcoders`, in their order.
+
+    Raises:
+        RetraceError: it is no YAML, or an entry is no name of a file.
+    """
+    if (listed := load_yaml(config).get("transcoders")) is None:
+        return []
+    if not isinstance(listed, list) or not listed:
+        raise RetraceError(f"{config}: transcoders is no list of files; fetch it again")
+    return [_entry(str(text), config) for text in listed]
+
+
+def _entry(text: str, config: Path) -> Entry:
+    """hf://owner/name/path?revision=main, or the name of a file beside config.yaml."""
+    hub = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)/([^?]+)(?:\?revision=([\w./-]+))?", text)
+    try:
+        if hub:
+            return Entry(hub[1], inside(hub[2]), hub[3] or "")
+        if "://" in text:
+            raise ValueError(f"'{text}' is no hf://owner/name/file")
+        return Entry("", inside(text), "")
+    except ValueError as e:
+        raise RetraceError(f"{config}: lists what cannot be fetched: {e}") from e
+
+
 def in_one_folder(format: str, layers: str | list[int]) -> bool:
     """Whether the files of all layers lie side by side."""
     return format == "circuit_tracer" or layers == "cross"
@@ -193,7 +232,7 @@ def layer_listing(
     if format == "gemma_scope_2":
         about = str(at / "config.json")
         return [(str(at / f"params_layer_{n}.safetensors"), [], [about]) for n in numbers]
-    about = str(at / "config.yaml")
+    about = str(at / CONFIG)
     if layers == "each":
         return [(str(at / f"layer_{n}.safetensors"), [about], []) for n in numbers]
     return [
@@ -232,6 +271,12 @@ class ImportedLayers(Section):
     paths: list[str] = Field(
         default=[], description="of each layer, in order, where no {layer} in path names them"
     )
+    revisions: dict[str, str] = Field(
+        default={},
+        exclude_if=lambda value: not value,
+        description="circuit_tracer: a full commit of each other repository whose files its "
+        "config.yaml lists without one: {google/gemma-scope-2b-pt-transcoders: <40 hex digits>}",
+    )
     reads: str = Field(default="mlp.hook_in", description="the hook of a layer that is read")
     writes: str = Field(default="hook_mlp_out", description="the hook that is reconstructed")
     arms: list[Name] = Field(default=[], description="default: all arms")
@@ -257,6 +302,10 @@ class ImportedLayers(Section):
             raise ValueError(
                 f"source: folder takes no {'repo' if self.repo else 'revision'}; remove it"
             )
+        if self.revisions and self.format != "circuit_tracer":
+            raise ValueError("revisions: is for format circuit_tracer alone; remove it")
+        for revision in self.revisions.values():
+            pinned(revision)
         self._check_paths()
         return self
 

@@ -101,6 +101,26 @@ def test_its_files_decide_which_item_it_is(folder):
     assert id_of() != before
 
 
+def test_files_that_config_yaml_lists_decide_as_well(folder):
+    """Those beside it by their digests, those of other repositories by their commits."""
+    home = folder / "papers/theirs/set"
+
+    def id_of(**over) -> str:
+        plt = sets()["plt"] | over
+        return run(folder, {"plt": plt}).sae_item("theirs", "smoke", "late", "plt").id
+
+    (home / "layer_0.safetensors").rename(home / "first.safetensors")
+    config = home / "config.yaml"
+    about = yaml.safe_load(config.read_text())
+    entries = ["first.safetensors", "hf://a/b/layer_1.safetensors"]
+    config.write_text(yaml.safe_dump(about | {"transcoders": entries}))
+    before = id_of(revisions={"a/b": COMMIT})
+    assert id_of(revisions={"a/b": COMMIT}) == before
+    assert id_of(revisions={"a/b": "b" * 40}) != before
+    (home / "first.safetensors").write_bytes(b"another")
+    assert id_of(revisions={"a/b": COMMIT}) != before
+
+
 def test_a_folder_of_each_layer_and_some_layers(folder):
     for n in range(2):
         published.sparsify(folder / f"papers/theirs/h.{n}.mlp", transcode=True)
