@@ -18,6 +18,7 @@ from pipeline.errors import RetraceError, nearest
 from pipeline.imports.original import (
     Files,
     Original,
+    agrees,
     decoded,
     fitting,
     jump,
@@ -40,7 +41,11 @@ def dictionary_learning(files: Files) -> Original:
     name = "config.json"  # of torch.compile is the prefix
     config = read_config(files, name)
     kind = setting(config, files, name, "trainer", "dict_class")
-    if "CrossCoder" in str(kind):
+    if not isinstance(kind, str) or not isinstance(config.get("buffer") or {}, dict):
+        raise RetraceError(
+            f"{files.beside[name]}: dict_class is no name, or buffer no mapping; fetch it again"
+        )
+    if "CrossCoder" in kind:
         raise RetraceError(
             f"{files.beside[name]}: dict_class '{kind}' reads several sources, and a dictionary "
             f"that is brought in has one hook; take one of one source"
@@ -51,6 +56,8 @@ def dictionary_learning(files: Files) -> Original:
             f"that are: {', '.join(CLASSES)}"
         )
     out = CLASSES[kind](files, found, config)
+    d_in, d_sae = out.shape
+    agrees(config["trainer"], files, name, activation_dim=d_in, dict_size=d_sae)
     trainer, buffer = config["trainer"], config.get("buffer") or {}
     part = str(trainer.get("submodule_name") or "resid")
     sites = {"resid": "hook_resid_post", "mlp": "hook_mlp_out", "att": "hook_attn_out"}

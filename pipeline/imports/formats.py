@@ -33,6 +33,7 @@ from pipeline.errors import RetraceError
 from pipeline.imports.original import (
     Files,
     Original,
+    agrees,
     decoded,
     fitting,
     jump,
@@ -67,6 +68,7 @@ def llama_scope(files: Files) -> Original:
     W, W_d, b_enc, b_dec = take(found, files, "llama_scope", *names)
     only(found, files, "llama_scope", *names)
     fitting(files, W, W_d, b_enc, b_dec)
+    agrees(config, files, name, d_model=W.shape[1], d_sae=len(W))
     point, out = config.get("hook_point_in"), config.get("hook_point_out")
     if out not in (None, point):
         raise RetraceError(
@@ -125,6 +127,7 @@ def sparsify(files: Files) -> Original:
     config = read_config(files, name)
     W, b_enc, W_dec, b_dec = take(found, files, "sparsify", *NAMES)
     only(found, files, "sparsify", *NAMES, "W_skip")
+    agrees(config, files, name, d_in=W.shape[1], num_latents=len(W))
     W_skip = skip_of(files, found, "W_skip", said=config.get("skip_connection"))
     k, activation = whole(config, files, name, "k"), config.get("activation", "topk")
     if activation != "topk" or config.get("signed"):

@@ -112,6 +112,14 @@ def hook(config: dict[str, Any], key: str, layer: int | str = "") -> str | None:
 NAMES = ("w_enc", "w_dec", "b_enc", "b_dec", "threshold")
 
 
+def _check_kind(config: dict[str, Any], files: Files) -> None:
+    if (kind := config.get("architecture", "jump_relu")) != "jump_relu":
+        raise RetraceError(
+            f"{files.beside['config.json']}: architecture '{kind}' is not read; take one with "
+            f"jump_relu, which all of Gemma Scope 2 has"
+        )
+
+
 def several(files: Files, weights: Path, n_layers: int, kind: str) -> dict[str, Tensor]:
     """One of the files params_layer_<i> of a crosscoder or of a cross-layer transcoder.
 
@@ -130,6 +138,7 @@ def several(files: Files, weights: Path, n_layers: int, kind: str) -> dict[str, 
             f"{files.beside['config.json']}: is of type {said}, and a {kind} is wanted; correct "
             f"path, or bring it in as what it is"
         )
+    _check_kind(config, files)
     found = tensors(weights)
     out = dict(zip(NAMES, take(found, own, "gemma_scope_2", *NAMES, deep=True), strict=True))
     only(found, own, "gemma_scope_2", *NAMES, "affine_skip_connection")
@@ -150,11 +159,7 @@ def gemma_scope_2(files: Files) -> Original:
     """params.safetensors of Gemma Scope 2; config.json says where it lies."""
     found, config = tensors(files.weights), read_config(files, "config.json")
     W_enc, W_dec, b_enc, b_dec, threshold = take(found, files, "gemma_scope_2", *NAMES, deep=True)
-    if (kind := config.get("architecture", "jump_relu")) != "jump_relu":
-        raise RetraceError(
-            f"{files.beside['config.json']}: architecture '{kind}' is not read; take one with "
-            f"jump_relu, which all of Gemma Scope 2 has"
-        )
+    _check_kind(config, files)
     if W_enc.ndim == 3:
         raise RetraceError(
             f"{files.weights}: reads {W_enc.shape[0]} layers (a crosscoder), and a dictionary has "

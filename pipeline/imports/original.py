@@ -31,6 +31,7 @@ from pipeline.spec.yaml_files import load_yaml
 Map = Callable[[Tensor], Tensor]
 SHOWN = 8  # names of tensors in a sentence
 MATRIX = re.compile(r"(^[Ww]_(enc|dec|skip)|weight|connection)(_\d+)?$")  # names of matrices
+BIAS = re.compile(r"(^b_|bias)")
 BLOCK = 2048  # latents that a product takes at a time
 
 
@@ -263,6 +264,22 @@ def whole(config: dict[str, Any], files: Files, name: str, *keys: str) -> int:
     return int(value)
 
 
+def agrees(config: dict[str, Any], files: Files, name: str, **sizes: int) -> None:
+    """Raise where a configuration says other sizes than the weights have: its k or its thresholds
+    would be another dictionary's.
+
+    Args:
+        sizes: by the configuration's keys; a key that it lacks, or 0, says nothing.
+    """
+    for key, size in sizes.items():
+        said = config.get(key)
+        if isinstance(said, int) and not isinstance(said, bool) and said and said != size:
+            raise RetraceError(
+                f"{files.beside[name]}: says {key} {said}, and the weights have {size}; the two "
+                f"are of different dictionaries, so fetch both again"
+            )
+
+
 def only(found: dict[str, Any], files: Files, format: str, *names: str) -> None:
     """Raise where a file holds weights that the format has no place for: they would be left out.
 
@@ -298,9 +315,11 @@ def take(
         # one pass without a copy; where a number is NaN, so is the least
         if not tensor.is_floating_point() or not all(map(math.isfinite, _ends(tensor))):
             raise RetraceError(f"{files.weights}: '{name}' holds no finite numbers")
-        if not deep and MATRIX.search(name) and tensor.ndim != 2:
+        wanted = "matrix" if MATRIX.search(name) else "row" if BIAS.search(name) else ""
+        flat = wanted == "matrix" and tensor.ndim != 2 and not deep
+        if flat or (wanted and not tensor.ndim):
             raise RetraceError(
-                f"{files.weights}: '{name}' is {tuple(tensor.shape)}, and a matrix is wanted; "
+                f"{files.weights}: '{name}' is {tuple(tensor.shape)}, and a {wanted} is wanted; "
                 f"correct format, or fetch it again"
             )
         out.append(tensor.float())

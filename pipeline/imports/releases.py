@@ -24,6 +24,7 @@ from pipeline.errors import RetraceError
 from pipeline.imports.original import (
     Files,
     Original,
+    agrees,
     decoded,
     fitting,
     jump,
@@ -49,6 +50,7 @@ def qwen_scope(files: Files) -> Original:
     only(found, files, "qwen_scope", *names)
     fitting(files, W, W_d, b_enc, b_dec)
     config = read_config(files, "config.json")
+    agrees(config, files, "config.json", d_model=W.shape[1], d_sae=len(W))
     named = re.search(r"-L0_(\d+)", files.repo)
     if "k" not in config and not named:
         raise RetraceError(
@@ -97,6 +99,7 @@ def llama_scope_r1_distill(files: Files) -> Original:
     W, W_d, b_enc, b_dec, log_threshold = take(found, files, kind, *names)
     only(found, files, kind, *names, f"{NORM}{point}")
     fitting(files, W, W_d, b_enc, b_dec)
+    agrees(config, files, name, d_model=W.shape[1])
     s = files.factor or _of_mean_norm(found, files, point, W.shape[1])
     thresholds = log_threshold.exp()
     if config.get("sparsity_include_decoder_norm", True):
@@ -170,7 +173,9 @@ def connor_rob_hook_z(files: Files) -> Original:
     )
     only(found, files, "connor_rob_hook_z", *names)
     name = f"{files.weights.stem}_cfg.json"
-    point = setting(read_config(files, name), files, name, "act_name")
+    config = read_config(files, name)
+    agrees(config, files, name, act_size=W_enc.shape[0], dict_size=W_enc.shape[1])
+    point = setting(config, files, name, "act_name")
     return Original(
         "standard",
         dict(zip(names, values, strict=True)),

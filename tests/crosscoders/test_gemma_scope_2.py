@@ -173,6 +173,9 @@ BAD = {  # what is wrong -> kind, the files, the sentence
         "clt", lambda at: written(at, "clt", affine_connection=True),
         "its configuration says that it has a skip connection",
     ),
+    "another architecture": (
+        "clt", lambda at: written(at, "clt", architecture="topk"), "architecture 'topk' is not rea",
+    ),
     "one more weight": (
         "clt", lambda at: changed(written(at, "clt"), gate=torch.ones(N)),
         "'gate', which format gemma_scope_2 has no place for",

@@ -158,6 +158,12 @@ def saved(path: Path, **tensors: torch.Tensor) -> Path:
     return path.parent
 
 
+def written(path: Path, **values) -> Path:
+    """The folder of a JSON file that was given other values."""
+    path.write_text(json.dumps(json.loads(path.read_text()) | values))
+    return path.parent
+
+
 def learnt(at: Path, dict_class: str, **tensors: torch.Tensor) -> Path:
     return saved(published.dictionary_learning(at, dict_class) / "ae.pt", **tensors)
 
@@ -233,6 +239,43 @@ DAMAGED = {  # what is wrong -> the files, the format that is said, the sentence
     "AutoEncoder of two sizes": (
         lambda at: learnt(at, "AutoEncoder", **{"encoder.bias": torch.ones(N - 1)}),
         "dictionary_learning", "[(16, 40), (39,), (16,)] beside an encoder of (40, 16)",
+    ),
+    "k of SAELens that is text": (
+        lambda at: written(published.saelens(at, "topk", k=K) / "cfg.json", k="32"), "saelens",
+        "k is '32', and not a whole number above 0",
+    ),
+    "k of SAELens below zero": (
+        lambda at: written(published.saelens(at, "topk", k=K) / "cfg.json", k=-1), "saelens",
+        "k is -1, and not a whole number above 0",
+    ),
+    "b_dec, or not": (
+        lambda at: written(published.saelens(at) / "cfg.json", apply_b_dec_to_input="no"),
+        "saelens", "apply_b_dec_to_input is 'no', and true or false is meant",
+    ),
+    "a hook that is a number": (
+        lambda at: published.saelens(at, meta={"hook_name": 8}), "saelens",
+        "reads 8, which is no hook",
+    ),
+    "a class that is a list": (
+        lambda at: published.dictionary_learning(at, named=["a"]), "dictionary_learning",
+        "dict_class is no name",
+    ),
+    "another sparsify's configuration": (
+        lambda at: published.sparsify(at, num_latents=64), "sparsify",
+        "cfg.json: says num_latents 64, and the weights have 40",
+    ),
+    "another trainer's configuration": (
+        lambda at: published.dictionary_learning(at, activation_dim=512), "dictionary_learning",
+        "config.json: says activation_dim 512, and the weights have 16",
+    ),
+    "another Llama Scope's configuration": (
+        lambda at: published.llama_scope(at, d_sae=32768), "llama_scope",
+        "hyperparams.json: says d_sae 32768, and the weights have 40",
+    ),
+    "a bias that is a number": (
+        lambda at: saved(published.sparsify(at) / "sae.safetensors",
+                         **{"encoder.bias": torch.tensor(0.0)}), "sparsify",
+        "'encoder.bias' is (), and a row is wanted",
     ),
     "k of another run": (
         lambda at: published.dictionary_learning(at, "AutoEncoderTopK", k=K + 1),
