@@ -253,7 +253,8 @@ DAMAGED = {  # what is wrong -> the files, the format that is said, the sentence
         "saelens", "apply_b_dec_to_input is 'no', and true or false is meant",
     ),
     "a hook that is a number": (
-        lambda at: published.saelens(at, meta={"hook_name": 8}), "saelens",
+        lambda at: written(published.saelens(at) / "cfg.json",
+                           metadata={"hook_name": 8, "sae_lens_version": "6.0.0"}), "saelens",
         "reads 8, which is no hook",
     ),
     "a class that is a list": (
