@@ -37,10 +37,6 @@ def check_hook(
         folded: whether the gains of the model's norms lie in the weights behind them.
     """
     hooks.check(hf, given)
-    if said and not isinstance(said, str):
-        raise RetraceError(
-            f"{where}: says that it reads {said!r}, which is no hook; fetch it again"
-        )
     if not said or (ours := translated(said, hf, folded)) == given:
         return
     layer_norm = f"; of a model with RMS norms, {said} lies before the norm's gain"

@@ -33,6 +33,7 @@ from pipeline.errors import RetraceError
 from pipeline.imports.original import (
     Files,
     Original,
+    a_hook,
     agrees,
     decoded,
     fitting,
@@ -70,6 +71,7 @@ def llama_scope(files: Files) -> Original:
     fitting(files, W, W_d, b_enc, b_dec)
     agrees(config, files, name, d_model=W.shape[1], d_sae=len(W))
     point, out = config.get("hook_point_in"), config.get("hook_point_out")
+    point = point and a_hook(point, files, name)
     if out not in (None, point):
         raise RetraceError(
             f"{files.beside[name]}: reads {point} and writes {out}, whose scales differ; take an "

@@ -264,6 +264,15 @@ def whole(config: dict[str, Any], files: Files, name: str, *keys: str) -> int:
     return int(value)
 
 
+def a_hook(said: Any, files: Files, name: str) -> str:
+    """The name of a hook; one sentence where it is another value."""
+    if not isinstance(said, str):
+        raise RetraceError(
+            f"{files.beside[name]}: says that it reads {said!r}, which is no hook; fetch it again"
+        )
+    return said
+
+
 def agrees(config: dict[str, Any], files: Files, name: str, **sizes: int) -> None:
     """Raise where a configuration says other sizes than the weights have: its k or its thresholds
     would be another dictionary's.

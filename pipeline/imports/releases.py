@@ -24,6 +24,7 @@ from pipeline.errors import RetraceError
 from pipeline.imports.original import (
     Files,
     Original,
+    a_hook,
     agrees,
     decoded,
     fitting,
@@ -83,7 +84,7 @@ def llama_scope_r1_distill(files: Files) -> Original:
     """config.json and sae_weights.safetensors of Language-Model-SAEs in 2025."""
     name, kind = "config.json", "llama_scope_r1_distill"
     config, found = read_config(files, name), tensors(files.weights)
-    point = setting(config, files, name, "hook_point_in")
+    point = a_hook(setting(config, files, name, "hook_point_in"), files, name)
     about = {k: config.get(k) for k in ("act_fn", "norm_activation", "use_glu_encoder")}
     about["hook_point_out"] = config.get("hook_point_out", point)
     known = {"act_fn": "jumprelu", "norm_activation": "dataset-wise", "hook_point_out": point}
@@ -175,7 +176,7 @@ def connor_rob_hook_z(files: Files) -> Original:
     name = f"{files.weights.stem}_cfg.json"
     config = read_config(files, name)
     agrees(config, files, name, act_size=W_enc.shape[0], dict_size=W_enc.shape[1])
-    point = setting(config, files, name, "act_name")
+    point = a_hook(setting(config, files, name, "act_name"), files, name)
     return Original(
         "standard",
         dict(zip(names, values, strict=True)),

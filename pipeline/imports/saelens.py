@@ -24,6 +24,7 @@ from pipeline.errors import RetraceError, nearest
 from pipeline.imports.original import (
     Files,
     Original,
+    a_hook,
     read_config,
     setting,
     skip_of,
@@ -152,7 +153,7 @@ def saelens(files: Files) -> Original:
     sae = load(files)
     plain = fold(copy.deepcopy(sae), scale) if scale != 1 or rescaled(sae) else sae
     weights = {k: v for k, v in plain.state_dict().items() if k != "W_skip" or W_skip is not None}
-    meta = _metadata(raw, config)
+    meta = _metadata(raw, config, files)
     return Original(
         plain.cfg.architecture().replace("skip_", ""),
         weights,
@@ -168,12 +169,14 @@ def saelens(files: Files) -> Original:
     )
 
 
-def _metadata(raw: dict[str, Any], config: dict[str, Any]) -> dict[str, Any]:
+def _metadata(raw: dict[str, Any], config: dict[str, Any], files: Files) -> dict[str, Any]:
     """What is said of the stream; a hook of SAELens 3 may leave its layer to another key."""
     meta = dict(config.get("metadata") or {})
     layer = raw.get("hook_point_layer", raw.get("hook_layer"))
-    if isinstance(layer, int) and isinstance(meta.get("hook_name"), str):
-        meta["hook_name"] = meta["hook_name"].replace("{layer}", str(layer))
+    for key in ("hook_name", "hook_name_out"):
+        if meta.get(key) is not None:
+            said = a_hook(meta[key], files, "cfg.json")
+            meta[key] = said.replace("{layer}", str(layer)) if isinstance(layer, int) else said
     return meta
 
 
