@@ -148,6 +148,8 @@ def sparsify(files: Files) -> Original:
     elif place and (not place[2] or place[2] in PARTS):
         at = f"blocks.{place[1]}." + PARTS.get(place[2], "hook_resid_post")
         about = {"hook_name_out": at} if writes or files.transcoder else {"hook_name": at}
+    at = files.weights.parent.name
+    notes = [f"reads {at}, for which no hook is known here: compare it with yours"]
     return Original(
         "topk",
         {"W_enc": W.T, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec}
@@ -158,6 +160,7 @@ def sparsify(files: Files) -> Original:
         k=k,
         apply_b_dec_to_input=not transcode,
         writes=writes,
+        notes=notes if place and place[2] and place[2] not in PARTS else [],
         **skipping(W_skip),
     )
 
@@ -230,6 +233,12 @@ def circuit_tracer(files: Files) -> Original:
     )  # fmt: skip
     weights = {"W_enc": W.T, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec}
     threshold = found.get("activation_function.threshold")
+    own, said = "relu" if threshold is None else "jumprelu", config.get("activation")
+    if said in ("relu", "jumprelu") and said != own:
+        raise RetraceError(
+            f"{files.weights}: is {own} by its tensors, and config.yaml says {said}; correct "
+            f"activation there"
+        )
     if threshold is not None:
         (threshold,) = take(found, files, "circuit_tracer", "activation_function.threshold")
         weights["threshold"] = per_latent(threshold, len(W))

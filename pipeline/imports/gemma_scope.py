@@ -41,7 +41,9 @@ ONE = torch.ones(())
 def gemma_scope(files: Files) -> Original:
     """params.npz of Gemma Scope: SAELens's own names, or those in lower case.
 
-    A scaling_factor of ones, which SAELens's reader expects in some, scales nothing.
+    A scaling_factor of ones, which SAELens's reader expects in some, scales nothing. Those of the
+    embedding read it before Gemma scales it by sqrt(d_model), and hook_embed shows it behind, so
+    that the factor is folded; into b_dec as well, which SAELens's reader leaves as it is.
     """
     names = ["W_enc", "W_dec", "b_enc", "b_dec", "threshold"]
     found = {re.sub("^w_", "W_", name): t for name, t in tensors(files.weights).items()}
@@ -49,17 +51,16 @@ def gemma_scope(files: Files) -> Original:
         found.pop("scaling_factor", None)
     W_enc, W_dec, b_enc, b_dec, threshold = values = take(found, files, "gemma_scope", *names)
     only(found, files, "gemma_scope", *names)
-    if "embedding" in files.weights.as_posix():
-        raise RetraceError(
-            f"{files.weights}: reads embeddings before they are scaled by sqrt(d_model), which is "
-            f"no hook here; take one of a layer"
-        )
     about, writes = _of_gemma_scope(files)
+    weights, s = dict(zip(names, values, strict=True)), 1.0
+    if "embedding" in files.weights.parts[-4:-1]:
+        about, writes, s = {"hook_name": "hook_embed"}, False, W_enc.shape[0] ** -0.5
+        weights |= {"W_enc": W_enc * s, "W_dec": W_dec / s, "b_dec": b_dec / s}
     return Original(
         kind_of(files, True),
-        dict(zip(names, values, strict=True)),
-        lambda x: jump(product(x, W_enc, b_enc), threshold),
-        lambda f: decoded(f, W_dec, b_dec),
+        weights,
+        lambda x: jump(product(x * s, W_enc, b_enc), threshold),
+        lambda f: decoded(f, W_dec, b_dec) / s,
         about,
         writes=writes,
     )
@@ -112,6 +113,24 @@ def hook(config: dict[str, Any], key: str, layer: int | str = "") -> str | None:
 NAMES = ("w_enc", "w_dec", "b_enc", "b_dec", "threshold")
 
 
+PLACES = {  # folders of a repository of Gemma Scope 2 -> where its dictionaries read, and write
+    "resid_post": ("output", "output"),
+    "attn_out": ("self_attn.o_proj.input", "self_attn.o_proj.input"),
+    "mlp_out": ("post_feedforward_layernorm.output", "post_feedforward_layernorm.output"),
+    "transcoder": ("pre_feedforward_layernorm.output", "post_feedforward_layernorm.output"),
+}
+
+
+def _by_names(files: Files) -> dict[str, Any]:
+    """What config.json would say, by the names of folders: resid_post_all/layer_3_width_16k_…"""
+    *_, kind, folder, _ = ("", "", *files.weights.parts)
+    layer, place = re.match(r"layer_(\d+)_width", folder), PLACES.get(kind.removesuffix("_all"))
+    if not layer or not place:
+        return {}
+    ends = zip(("hf_hook_point_in", "hf_hook_point_out"), place, strict=True)
+    return {key: f"model.layers.{layer[1]}.{at}" for key, at in ends}
+
+
 def _check_kind(config: dict[str, Any], files: Files) -> None:
     if (kind := config.get("architecture", "jump_relu")) != "jump_relu":
         raise RetraceError(
@@ -160,6 +179,7 @@ def gemma_scope_2(files: Files) -> Original:
     found, config = tensors(files.weights), read_config(files, "config.json")
     W_enc, W_dec, b_enc, b_dec, threshold = take(found, files, "gemma_scope_2", *NAMES, deep=True)
     _check_kind(config, files)
+    config = config or _by_names(files)
     if W_enc.ndim == 3:
         raise RetraceError(
             f"{files.weights}: reads {W_enc.shape[0]} layers (a crosscoder), and a dictionary has "

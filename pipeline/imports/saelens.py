@@ -36,6 +36,7 @@ from pipeline.imports.original import (
 KNOWN = ("standard", "gated", "topk", "jumprelu", "matching_pursuit", "transcoder",
          "jumprelu_transcoder", "skip_transcoder", "jumprelu_skip_transcoder")  # fmt: skip
 PURSUIT = ("residual_threshold", "max_iterations", "stop_on_duplicate_support")
+BY_ROW = ("layer_norm", "constant_norm_rescale")
 FOLDED = ("none", "expected_average_only_in")
 # SAELens's readers of other formats, by the names of its list -> ours.
 CONVERSIONS = {
@@ -202,9 +203,16 @@ def check_config(files: Files, raw: dict[str, Any], config: dict[str, Any]) -> N
         )
     normalize = config.get("normalize_activations", "none")
     if normalize not in FOLDED:
+        by_row = "scales every row by itself, which no f W_dec + b_dec gives back"
+        why = by_row if normalize in BY_ROW else "needs what its folder does not hold"
         raise RetraceError(
-            f"{where}: normalize_activations: {normalize} scales every row by itself, which no "
-            f"f W_dec + b_dec gives back; take a dictionary with one of {', '.join(FOLDED)}"
+            f"{where}: normalize_activations: {normalize} {why}; take a dictionary with one of "
+            f"{', '.join(FOLDED)}"
+        )
+    if normalize != "none" and kind == "matching_pursuit":
+        raise RetraceError(
+            f"{where}: normalize_activations: {normalize} of matching pursuit, whose latents are "
+            f"chosen by W_dec itself, which cannot take the factor up; take one with none"
         )
     if normalize != "none" and not files.factor:
         raise RetraceError(

