@@ -11,6 +11,7 @@ from published import RESID, D, K, N, Z, bring, brought, draw, refused
 from safetensors.torch import load_file, save_file
 from test_sae_import import X, check_equal, offline, theirs  # noqa: F401
 
+from pipeline.imports import saelens
 from pipeline.store import tables
 
 CLOSE = {"rtol": 1e-5, "atol": 1e-5}
@@ -202,3 +203,23 @@ def test_a_name_and_its_configuration_agree(model, tmp_path):
     assert read(Files(file, repo=QWEN)).k == K
     with pytest.raises(RetraceError, match="k is 6, and the repository's name says 5"):
         read(Files(file, {"config.json": file.with_name("config.json")}, repo=QWEN))
+
+
+def test_an_entry_of_the_list_brings_what_lies_beside_it(model, tmp_path, monkeypatch):
+    """The hub's cache holds the commit: a name of the list with dots in it, and its _cfg.json."""
+    from huggingface_hub import constants
+    from synthetic import call
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    commit, entry = "a" * 40, {"release": "gpt2-small-hook-z-kk", "id": "blocks.1.hook_z"}
+    found = saelens.listed(**entry)
+    at = tmp_path / "hub" / f"models--{found.repo.replace('/', '--')}/snapshots" / commit
+    hook_z(at).rename(at / found.path)
+    (config,) = at.glob("*_cfg.json")
+    config.rename(at / f"{found.path.removesuffix('.pt')}_cfg.json")
+    out, job = tmp_path / "item", {"name": "x", "source": "saelens", "hook": Z, "revision": commit}
+    call("sae_import", {"import": job | entry}, model=model, out=out / "manifest.json",
+         saes=out / "saes")  # fmt: skip
+    said = tables.read_json(out / "manifest.json")["original"]
+    assert said["format"] == "connor_rob_hook_z" and said["repo"] == found.repo
+    assert set(said["files"]) == {p.name for p in at.iterdir()} and said["hook_name"] == Z
