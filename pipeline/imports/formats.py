@@ -55,8 +55,9 @@ LEAST = 1e-30  # of a decoder row's length, so that a threshold over it is a num
 
 
 def llama_scope(files: Files) -> Original:
-    """final.safetensors and hyperparams.json of Llama Scope.
+    """final.safetensors and hyperparams.json of Llama Scope, an SAE or a transcoder (LXTC).
 
+    What a transcoder writes has a scale of its own, by the mean norm of its hook.
     Rows are scaled to a mean norm of sqrt(d); SAELens scales the threshold by the same factor, so
     that f is that of scaled rows. Where `sparsity_include_decoder_norm` says so, h_j |W_dec_j| is
     held against the threshold (Language-Model-SAEs, `SparseAutoEncoder.from_config`, which gives
@@ -72,34 +73,38 @@ def llama_scope(files: Files) -> Original:
     agrees(config, files, name, d_model=W.shape[1], d_sae=len(W))
     point, out = config.get("hook_point_in"), config.get("hook_point_out")
     point = point and a_hook(point, files, name)
-    if out not in (None, point):
-        raise RetraceError(
-            f"{files.beside[name]}: reads {point} and writes {out}, whose scales differ; take an "
-            f"SAE of one hook"
-        )
+    writes = out not in (None, point)
     scale = _llama_scale(files, config, W.shape[1])
     threshold = positive(config, files, name, "jump_relu_threshold") * scale
     s = files.factor or scale
+    to = _llama_scale(files, config, len(b_dec), "out") if writes else s
     thresholds = torch.full((len(W),), threshold)
     if config.get("sparsity_include_decoder_norm"):
         thresholds /= W_d.norm(dim=0).clamp_min(LEAST)
     shift = bool(config.get("apply_decoder_bias_to_pre_encoder"))
+    if shift and writes:
+        raise RetraceError(
+            f"{files.beside[name]}: apply_decoder_bias_to_pre_encoder of a transcoder takes what "
+            f"it writes off what it reads; take one without"
+        )
+    about = {"hook_name": point, "norm_scaling_factor": s}
     return Original(
-        "jumprelu",
+        "jumprelu_transcoder" if writes else "jumprelu",
         {
-            "W_enc": (W * s).T, "W_dec": (W_d / s).T, "b_enc": b_enc, "b_dec": b_dec / s,
+            "W_enc": (W * s).T, "W_dec": (W_d / to).T, "b_enc": b_enc, "b_dec": b_dec / to,
             "threshold": thresholds,
         },
         lambda x: jump(linear(x * s - b_dec.to(x) * shift, W, b_enc), thresholds),
-        lambda f: decoded(f, W_d.T, b_dec) / s,
-        {"hook_name": point, "norm_scaling_factor": s},
+        lambda f: decoded(f, W_d.T, b_dec) / to,
+        about | ({"hook_name_out": a_hook(out, files, name)} if writes else {}),
         apply_b_dec_to_input=shift,
+        writes=writes if out else None,
     )  # fmt: skip
 
 
-def _llama_scale(files: Files, config: dict[str, Any], d: int) -> float:
-    """What rows are multiplied with; one sentence where it differs from row to row, or f is not
-    JumpReLU."""
+def _llama_scale(files: Files, config: dict[str, Any], d: int, end: str = "in") -> float:
+    """What rows are multiplied with, at an end; one sentence where it differs from row to row, or f
+    is not JumpReLU."""
     name = "hyperparams.json"
     where, norm = files.beside[name], config.get("norm_activation", "dataset-wise")
     if norm not in ("dataset-wise", "inference"):
@@ -113,7 +118,7 @@ def _llama_scale(files: Files, config: dict[str, Any], d: int) -> float:
         raise RetraceError(f"{where}: {said} is not read; take a dictionary with jumprelu")
     if norm == "inference":
         return 1.0
-    return math.sqrt(d) / positive(config, files, name, "dataset_average_activation_norm", "in")
+    return math.sqrt(d) / positive(config, files, name, "dataset_average_activation_norm", end)
 
 
 PARTS = {"mlp": "hook_mlp_out", "attention": "hook_attn_out", "self_attn": "hook_attn_out",

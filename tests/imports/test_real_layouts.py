@@ -133,6 +133,28 @@ def test_a_hookpoint_of_sparsify_that_is_not_known_is_noted(model, tmp_path):
     assert "reads layers.1.post_attention_layernorm, for which no hook is known here" in note
 
 
+@pytest.mark.parametrize("d_norm", [False, True])
+def test_a_transcoder_of_llama_scope(d_norm, model, tmp_path, capsys):
+    """fnlp/Llama3_1-8B-Base-LXTC-*: Language-Model-SAEs scales what it reads and what it writes
+    to sqrt(d), by the mean norm of each hook (normalize_activations, compute_norm_factor)."""
+    w, s, t = draw(), D**0.5 / 2.5, D**0.5 / 8.0
+    path = published.llama_scope(
+        tmp_path / "L1TC", w, hook_point_in=IN, hook_point_out=OUT, jump_relu_threshold=0.4,
+        dataset_average_activation_norm={"in": 2.5, "out": 8.0},
+        sparsity_include_decoder_norm=d_norm,
+    )  # fmt: skip
+    manifest = bring(model, tmp_path / "item", path, "llama_scope", **CODER)
+    ours, h = brought(manifest), X * s @ w["W_enc"] + w["b_enc"]
+    scores = h * (w["W_dec"].norm(dim=1) if d_norm else 1)
+    f = h * (scores > 0.4 * s)
+    assert (f > 0).any() and (f == 0).any()
+    torch.testing.assert_close(ours.encode(X), f, rtol=1e-5, atol=3e-5)
+    y = (f @ w["W_dec"] + w["b_dec"]) / t
+    torch.testing.assert_close(ours(X), y, rtol=1e-5, atol=1e-5 * float(y.abs().max()))
+    said = refused(capsys, model, tmp_path / "other", path, "llama_scope", hook=IN)
+    assert "is a transcoder; name its output_hook" in said
+
+
 # --- EleutherAI/skip-transcoder-Llama-3.2-1B-131k, layers.5.mlp/cfg.json --------------------
 
 SKIP_TRANSCODER = {"expansion_factor": 32, "normalize_decoder": True, "num_latents": N, "k": K,
