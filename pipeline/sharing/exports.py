@@ -266,7 +266,7 @@ def layout(job: cli.Job, export: Export) -> None:
     made = job.certificate([job.args.sae, *sorted(folder.iterdir())])
     with _whole(job.args.out) as out:
         if sources := tables.read_json(job.args.sae).get("sources"):
-            crosscoder(out, config, weights, sources, int(entry["spec"].get("k") or 0))
+            crosscoder(out, config, weights, sources, entry["spec"])
         else:
             LAYOUTS[export.format](out, config, weights)
         files = {file.name: provenance.sha256_file(file) for file in sorted(out.iterdir())}

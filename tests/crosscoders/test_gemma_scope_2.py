@@ -8,6 +8,7 @@ import torch
 from published import D, N, bring_crosscoder, bring_layers, brought, brought_layers, lengths
 from pydantic import ValidationError
 from safetensors.torch import load_file, save_file
+from synthetic import call
 from test_transcoders_import import no_pass, stored  # noqa: F401
 
 from pipeline.spec.imports import ImportedCrosscoder, ImportedLayers, layer_listing
@@ -130,6 +131,24 @@ def test_a_crosscoder_is_the_tutorials(tiny_gpt2_json, tmp_path):
     assert said["saes"]["x"]["spec"] == {"architecture": "jumprelu", "d_sae": 2 * N, "k": 0}
     assert set(said["original"]["files"]) == {f.name for f in folder.iterdir()}
     assert "hooks" not in said["original"]
+
+
+def test_a_crosscoder_leaves_with_its_thresholds(tiny_gpt2_json, tmp_path):
+    """Under the names of Minder et al.; their BatchTopKCrossCoder has one threshold, and no place
+    for one of each latent, so that no model_final.pt says otherwise."""
+    folder = written(tmp_path / "cc", "crosscoder")
+    manifest = bring_crosscoder([tiny_gpt2_json], tmp_path / "item", folder, format="gemma_scope_2")
+    spec = {"export": {"format": "crosscoder", "arm": "trained", "sae": "x", "paper": "toy"}}
+    call("exports", spec, sae=manifest, out=tmp_path / "out")
+    out = {f.name for f in (tmp_path / "out").iterdir()}
+    assert out == {"crosscoder.safetensors", "config.json", "provenance.json"}
+    w, theirs = load_file(tmp_path / "out/crosscoder.safetensors"), JumpReLUMultiLayerSAE(folder)
+    h = torch.einsum("bld,ldf->bf", X, w["encoder.weight"]) + w["encoder.bias"]
+    f = torch.relu(h) * (h > w["threshold"])
+    torch.testing.assert_close(f, theirs.encode(X).flatten(1), **CLOSE)
+    x_hat = torch.einsum("bf,lfd->bld", f, w["decoder.weight"]) + w["decoder.bias"]
+    torch.testing.assert_close(x_hat, theirs.forward(X), **CLOSE)
+    assert "trainer" not in tables.read_json(tmp_path / "out/config.json")
 
 
 # --- refused -------------------------------------------------------------------------------
