@@ -267,6 +267,28 @@ def test_a_skip_connection_does_not_leave_without_a_word(tiny_gpt2_json, tmp_pat
             check_kind(str(manifest), out)
 
 
+def test_both_come_from_a_hub(tiny_gpt2_json, tmp_path, monkeypatch):
+    """The hub's cache holds the commit; a layer more than is asked for is told by its names."""
+    from huggingface_hub import constants
+
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    repo = "google/gemma-scope-2-270m-pt"
+    at = tmp_path / "hub" / f"models--{repo.replace('/', '--')}/snapshots" / COMMIT
+    clt = written(at / "clt/width_262k_l0_big", "clt")
+    cc = written(at / "crosscoder/layer_0_1_width_1m_l0_big", "crosscoder")
+    hub = {"source": "hub", "repo": repo, "revision": COMMIT}
+    manifest = bring_layers(tiny_gpt2_json, tmp_path / "a", ["clt/width_262k_l0_big"], **CLT | hub)
+    theirs = JumpReLUMultiLayerSAE(clt).forward(X)
+    torch.testing.assert_close(brought_layers(manifest).forward(X), theirs, **CLOSE)
+    assert tables.read_json(manifest)["original"]["revision"] == COMMIT
+    path = "crosscoder/layer_0_1_width_1m_l0_big"
+    manifest = bring_crosscoder(
+        [tiny_gpt2_json], tmp_path / "b", path, **hub, format="gemma_scope_2"
+    )
+    x_hat = brought(manifest)(X.flatten(1)).unflatten(1, (2, D))
+    torch.testing.assert_close(x_hat, JumpReLUMultiLayerSAE(cc).forward(X), **CLOSE)
+
+
 # --- the section ---------------------------------------------------------------------------
 
 
