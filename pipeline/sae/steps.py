@@ -2,7 +2,7 @@
 
 `reference` calls SAELens's `training_forward_pass` and autograd. It works for every architecture,
 and the tests compare the fast steps with it. `topk` and `standard` write the gradients by hand;
-sae/steps_batch.py, sae/steps_gates.py and sae/steps_pursuit.py do so for the other architectures.
+sae/steps_batch.py and sae/steps_gates.py do so for the other architectures.
 With B rows x, x_c = x - b_dec, p = x_c W_enc + b_enc, activations a = relu(p) where a latent is
 active and 0 elsewhere, and r = a W_dec + b_dec - x:
 
