@@ -126,7 +126,7 @@ def _listed(files: Files, layers: str, number: int, n_layers: int) -> Layer | No
         return None
     if files.weights.suffix == ".npz":
         kind = "gemma_scope"
-    elif "w_enc" in tensors(files.weights):
+    elif "w_enc" in _names(files):
         kind = "gemma_scope_2"
     elif layers == "cross":
         raise RetraceError(
@@ -138,6 +138,17 @@ def _listed(files: Files, layers: str, number: int, n_layers: int) -> Layer | No
     if layers == "cross":
         return _of_gemma_scope_2(files, number, n_layers)
     return of_original(check_shapes(files, OF_A_LAYER[kind](files)), files)
+
+
+def _names(files: Files) -> set[str]:
+    """Names of the tensors in a safetensors file, by its header alone."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(files.weights, "pt") as file:
+            return set(file.keys())
+    except (OSError, SafetensorError):
+        return set(tensors(files.weights))  # which says what is wrong
 
 
 # --- circuit-tracer ------------------------------------------------------------------------

@@ -194,7 +194,7 @@ def check_config(files: Files, raw: dict[str, Any], config: dict[str, Any]) -> N
         raise RetraceError(
             f"{where}: has no k, and SAELens would take a default; take a folder that is whole"
         )
-    if (k := config.get("k")) is not None and (type(k) is not int or k < 1):
+    if kind == "topk" and (type(k := config["k"]) is not int or k < 1):
         raise RetraceError(f"{where}: k is {k!r}, and not a whole number above 0; fetch it again")
     if not isinstance(taken := config.get("apply_b_dec_to_input", True), bool):
         raise RetraceError(

@@ -116,6 +116,8 @@ BAD = {  # what is wrong -> entries, more of the section, the sentence
                          "lists 3 transcoders, and layers 0 to 1"),
     "a file that is not there": ([ONE, "layer_1.safetensors"], {"revisions": {SCOPE: COMMIT}},
                                  "layer_1.safetensors: is not there, and"),
+    "a damaged file": ([ONE, "layer_1.safetensors"], {"revisions": {SCOPE: COMMIT}},
+                       "layer_1.safetensors: cannot be read"),
     "layers in another order": (["layer_1.safetensors", ONE], {"revisions": {SCOPE: COMMIT}},
                                 "was made for blocks.0."),
     "another way to fetch": (["https://a/b", ONE], {}, "'https://a/b' is no hf://owner/name/file"),
@@ -130,6 +132,8 @@ def test_a_list_that_cannot_be_is_one_sentence(what, cached, tiny_gpt2_json, tmp
     over, found = dict(over), both(cached)
     raw = {"transcoders": over.pop("raw")} if "raw" in over else {}
     folder = listing(tmp_path / "set", *entries, **raw)
+    if what == "a damaged file":
+        (folder / "layer_1.safetensors").write_bytes(b"short")
     if what == "layers in another order":
         published.transcoder_set(tmp_path / "more", found)
         shutil.copy(tmp_path / "more/layer_1.safetensors", folder)
