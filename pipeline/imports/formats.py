@@ -31,6 +31,7 @@ from torch import Tensor
 
 from pipeline.errors import RetraceError
 from pipeline.imports.original import (
+    PARTS,
     Files,
     Original,
     a_hook,
@@ -119,10 +120,6 @@ def _llama_scale(files: Files, config: dict[str, Any], d: int, end: str = "in") 
     if norm == "inference":
         return 1.0
     return math.sqrt(d) / positive(config, files, name, "dataset_average_activation_norm", end)
-
-
-PARTS = {"mlp": "hook_mlp_out", "attention": "hook_attn_out", "self_attn": "hook_attn_out",
-         "attn": "hook_attn_out"}  # fmt: skip
 
 
 NAMES = ("encoder.weight", "encoder.bias", "W_dec", "b_dec")  # of sparsify

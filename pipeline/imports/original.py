@@ -273,6 +273,20 @@ def a_hook(said: Any, files: Files, name: str) -> str:
     return said
 
 
+PARTS = {"mlp": "hook_mlp_out", "attention": "hook_attn_out", "self_attn": "hook_attn_out",
+         "attn": "hook_attn_out"}  # fmt: skip  # modules of a layer -> what they write
+
+
+def of_module(path: str) -> str | None:
+    """Our name of what a module writes, by its path in transformers; None where it is not known.
+
+    model.layers.12 -> blocks.12.hook_resid_post; transformer.h.3.mlp -> blocks.3.hook_mlp_out.
+    """
+    found = re.fullmatch(r"(?:\w+\.)*(?:layers|h)[._](\d+)(?:[._](\w+))?", path)
+    part = PARTS.get(found[2], "" if found[2] else "hook_resid_post") if found else ""
+    return f"blocks.{found[1]}.{part}" if part else None
+
+
 def agrees(config: dict[str, Any], files: Files, name: str, **sizes: int) -> None:
     """Raise where a configuration says other sizes than the weights have: its k or its thresholds
     would be another dictionary's.

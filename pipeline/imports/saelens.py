@@ -25,6 +25,7 @@ from pipeline.imports.original import (
     Files,
     Original,
     a_hook,
+    of_module,
     read_config,
     setting,
     skip_of,
@@ -36,6 +37,7 @@ from pipeline.imports.original import (
 KNOWN = ("standard", "gated", "topk", "jumprelu", "matching_pursuit", "transcoder",
          "jumprelu_transcoder", "skip_transcoder", "jumprelu_skip_transcoder")  # fmt: skip
 PURSUIT = ("residual_threshold", "max_iterations", "stop_on_duplicate_support")
+HOOKS = ("hook_name", "hook_name_out")
 BY_ROW = ("layer_norm", "constant_norm_rescale")
 FOLDED = ("none", "expected_average_only_in")
 # SAELens's readers of other formats, by the names of its list -> ours.
@@ -155,6 +157,9 @@ def saelens(files: Files) -> Original:
     plain = fold(copy.deepcopy(sae), scale) if scale != 1 or rescaled(sae) else sae
     weights = {k: v for k, v in plain.state_dict().items() if k != "W_skip" or W_skip is not None}
     meta = _metadata(raw, config, files)
+    ends = {key: meta[key] for key in HOOKS if meta.get(key)}
+    named = {key: hook if "hook_" in hook else of_module(hook) for key, hook in ends.items()}
+    meta |= named
     return Original(
         plain.cfg.architecture().replace("skip_", ""),
         weights,
@@ -166,6 +171,11 @@ def saelens(files: Files) -> Original:
         settings={key: getattr(plain.cfg, key) for key in PURSUIT if hasattr(plain.cfg, key)},
         apply_b_dec_to_input=bool(plain.cfg.apply_b_dec_to_input),
         writes="transcoder" in plain.cfg.architecture() if meta.get("hook_name") else None,
+        notes=[
+            f"reads {ends[key]}, for which no hook is known here: compare it with yours"
+            for key, hook in named.items()
+            if hook is None
+        ],
         **skipping(W_skip),
     )
 
@@ -174,7 +184,7 @@ def _metadata(raw: dict[str, Any], config: dict[str, Any], files: Files) -> dict
     """What is said of the stream; a hook of SAELens 3 may leave its layer to another key."""
     meta = dict(config.get("metadata") or {})
     layer = raw.get("hook_point_layer", raw.get("hook_layer"))
-    for key in ("hook_name", "hook_name_out"):
+    for key in HOOKS:
         if meta.get(key) is not None:
             said = a_hook(meta[key], files, "cfg.json")
             meta[key] = said.replace("{layer}", str(layer)) if isinstance(layer, int) else said

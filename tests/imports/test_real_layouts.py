@@ -62,6 +62,29 @@ def test_keys_of_saelens_3_that_change_nothing(more, config, model, tmp_path):
     assert tables.read_json(other)["original"]["hook_name"] == RESID
 
 
+@pytest.mark.parametrize(
+    ("path", "over"),
+    [("model.layers.1", {}), ("transformer.h.1", {}), ("model.layers.1.mlp", {"hook": OUT}),
+     ("gpt_neox.layers.1.attention", {"hook": "blocks.1.hook_attn_out"})],
+)  # fmt: skip
+def test_a_hook_that_is_a_module_of_transformers(path, over, model, tmp_path, capsys):
+    """SAELens's runner takes AutoModelForCausalLM, too; bew/qwen2.5-lmsys-fft-sae is of such."""
+    folder = published.saelens(tmp_path / "s", meta={"hook_name": path})
+    said = tables.read_json(bring(model, tmp_path / "item", folder, "saelens", **over))["original"]
+    assert said["hook_name"] == over.get("hook", RESID) and not said["notes"]
+    other = published.saelens(tmp_path / "t", meta={"hook_name": path.replace("1", "0")})
+    line = refused(capsys, model, tmp_path / "other", other, "saelens", **over)
+    assert "was made for blocks.0." in line
+
+
+def test_a_module_that_is_not_known_is_noted(model, tmp_path):
+    meta = {"hook_name": "model.layers.1.input_layernorm"}
+    folder = published.saelens(tmp_path / "s", meta=meta)
+    said = tables.read_json(bring(model, tmp_path / "item", folder, "saelens"))["original"]
+    assert said["notes"] == ["reads model.layers.1.input_layernorm, for which no hook is known "
+                             "here: compare it with yours"]  # fmt: skip
+
+
 def test_gemma_scope_in_lower_case(model, tmp_path):
     """SAELens's reader (gemma_2) takes w_enc for W_enc, and a scaling_factor of ones for none."""
     (tmp_path / "g").mkdir()
