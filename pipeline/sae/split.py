@@ -67,6 +67,13 @@ def unfit(sae: Any, training: SaeTraining, spec: SaeSpec | None = None) -> str:
     return "" if suits(sae, training) else "no output_hook"
 
 
+def divisible(spec: SaeSpec, training: SaeTraining) -> bool:
+    """Whether `unfit` will say nothing of a dictionary that is not built yet."""
+    other = spec.aux_loss_coefficient or spec.resample_steps or spec.frozen_decoder
+    half = training.precision == "bfloat16"
+    return spec.architecture == "topk" and half and not other and not spec.output_hook
+
+
 def devices(given: list[torch.device], need: int, what: str, remedy: str) -> list[torch.device]:
     """A job's GPUs, and as many more as it takes to hold `need` bytes; where it has none, the CPU.
 
@@ -102,6 +109,8 @@ def shared(
 ) -> dict[str, list[torch.device]]:
     """The devices of each dictionary of a job that does not fit its GPU, by name.
 
+    One that cannot be divided, and takes more than ROOM of a GPU, is tried there.
+
     Args:
         given: the job's devices, to which the dictionaries that fit one are shared out.
     """
@@ -109,7 +118,10 @@ def shared(
         return {}
     need = {name: n_bytes(spec, training, d_in) for name, spec in specs.items()}
     room = ROOM * torch.cuda.get_device_properties(given[0]).total_memory
-    large = [name for name in need if need[name] > room]
+    large = [
+        name for name in need
+        if need[name] > (room if divisible(specs[name], training) else room / ROOM)
+    ]  # fmt: skip
     if not large:
         return {}
     what = f"dictionary {large[0]} takes" if len(need) == 1 else f"{len(need)} dictionaries take"

@@ -8,7 +8,7 @@
 ours     stages corpus, activations and sae, one process after the other, start-up, digests and
          the writing of all files included; with --window once more, the rows made a window ahead
 peer     one process that runs the runner on the same checkpoint, the same blocks of tokens and
-         the same rows in number, dictionary, batch, learning rate and schedule; on a GPU with
+         the same rows in number, dictionary, batch, learning rate, schedule and age of the dead; on a GPU with
          autocast of both. Its tokens are given, so that it need not tokenise
 floor    the model's forward passes alone, in a process that has started
 
@@ -30,6 +30,7 @@ from activations import HOOK, prepare, stage
 from harness import Row, arguments, median, report, waits
 
 BOS, VOCAB = 0, 50_000  # of random tokens
+DEAD_STEPS = 1000  # silent for so long a latent is dead: the runner's dead_feature_window
 PEER = ("corpus", "checkpoint", "layer", "n_ctx", "device", "half", "batch_size", "train_batch",
         "d_sae", "k", "lr", "n_rows", "out", "threads", "seed")  # fmt: skip
 
@@ -85,6 +86,7 @@ def given(args, model_json: Path) -> tuple[dict, dict]:
     training = {
         "n_rows": args.n_rows, "batch_size": args.train_batch, "lr": args.lr, "seed": args.seed,
         "precision": "bfloat16" if args.half else "float32",
+        "dead_rows": DEAD_STEPS * args.train_batch,
     }  # fmt: skip
     one = {"architecture": "topk", "d_sae": args.d_sae, "k": args.k, "seed": args.seed}
     return stored, {"hook": hook, "training": training, "dictionaries": {"topk": one}}

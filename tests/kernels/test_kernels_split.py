@@ -227,6 +227,9 @@ def test_a_dictionary_too_large_for_a_gpu_is_divided_among_as_many_as_hold_it(mo
     said = "4 dictionaries take .* the 3 free GPUs .* or train fewer dictionaries in one paper"
     with pytest.raises(RetraceError, match=said):
         split.shared(many, TRAINING, D_IN, [first])
+    auxk = specs["large"].model_copy(update={"aux_loss_coefficient": 1.0})
+    assert split.shared({"auxk": auxk}, TRAINING, D_IN, [first]) == {}  # may fit after all
+    assert split.shared({"auxk": auxk.model_copy(update={"d_sae": 2048})}, TRAINING, D_IN, [first])
 
 
 class Made(Stream):
