@@ -8,8 +8,8 @@
 ours     stages corpus, activations and sae, one process after the other, start-up, digests and
          the writing of all files included; with --window once more, the rows made a window ahead
 peer     one process that runs the runner on the same checkpoint, the same blocks of tokens and
-         the same rows in number, dictionary, batch, learning rate, schedule and age of the dead; on a GPU with
-         autocast of both. Its tokens are given, so that it need not tokenise
+         the same rows in number, dictionary, batch, learning rate, schedule and age of the dead; on
+         a GPU with autocast of both. Its tokens are given, so that it need not tokenise
 floor    the model's forward passes alone, in a process that has started
 
 A row is a training row: positions behind the first of a block. All are tokens a second. Both
