@@ -115,7 +115,7 @@ class Panels:
     Args:
         titles: of the panels, left to right and then down; "" where a panel needs none.
         columns: panels side by side; default: all.
-        gap: between columns and between rows, in shares of the figure.
+        gap: between columns and between rows, in shares of the figure; of rows, of one with two.
         more: for plotly's make_subplots.
 
     Attributes:
@@ -129,9 +129,10 @@ class Panels:
     ) -> None:  # fmt: skip
         self.columns = columns or len(titles)
         self.rows = -(-len(titles) // self.columns)
+        down = gap[1] * min(1, 2 / self.rows)  # as many pixels in a taller figure
         self.figure = make_subplots(
             self.rows, self.columns, subplot_titles=list(titles),
-            horizontal_spacing=gap[0], vertical_spacing=gap[1], **more,
+            horizontal_spacing=gap[0], vertical_spacing=down, **more,
         )  # fmt: skip
         self.figure.update_annotations(font_size=TITLE)
         self.cases: list[int] = []
