@@ -24,6 +24,26 @@ COLUMNS = {
     "falcon": "FalconAttention._split_heads groups by key head where new_decoder_architecture is "
     "set; TransformerLens 3.9 splits in three blocks there",
 }
+# Norms of which the adapter names another one, or none: of these paths, the one that a model has.
+NORMS = {
+    "falcon": {
+        "ln1": ("ln_attn", "input_layernorm"),
+        "ln2": ("ln_mlp", "post_attention_layernorm"),
+    },
+}
+# MLPs that an adapter leaves out, since experts may stand beside them: where a model has none.
+ALONE = {
+    "granitemoehybrid": {
+        "hooks": {
+            "mlp.hook_in": "shared_mlp in",
+            "mlp.hook_pre": "shared_mlp.input_linear first half",
+            "mlp.hook_pre_linear": "shared_mlp.input_linear second half",
+            "mlp.hook_post": "shared_mlp.output_linear in",
+            "hook_mlp_out": "shared_mlp out times residual_multiplier",
+        },
+        "parts": {"mlp": "shared_mlp"},
+    },
+}
 
 
 def completed(layout: dict[str, Any], hf: nn.Module, adapter: Any) -> dict[str, Any]:
@@ -37,11 +57,16 @@ def completed(layout: dict[str, Any], hf: nn.Module, adapter: Any) -> dict[str, 
     def path_of(place: str) -> str:
         return families.PLACE.fullmatch(place)[1] or ""
 
+    kind = hf.config.model_type
+    norms = NORMS.get(kind, {}).items()
+    alone = {} if getattr(hf.config, "num_local_experts", 0) else ALONE.get(kind, {})
+    hooks_of, parts = (layout[k] | alone.get(k, {}) for k in ("hooks", "parts"))
+    parts |= {n: p for n, paths in norms for p in paths if has(p)}
     layout = layout | {
-        "hooks": {h: p for h, p in layout["hooks"].items() if has(path_of(p))},
-        "parts": {n: p for n, p in layout["parts"].items() if has(p)},
+        "hooks": {h: p for h, p in hooks_of.items() if has(path_of(p))},
+        "parts": {n: parts[n] for n in families.PARTS if n in parts and has(parts[n])},
     }
-    experts, dropped = expert_hooks(layout, found), DROPPED.get(hf.config.model_type, ())
+    experts, dropped = expert_hooks(layout, found), DROPPED.get(kind, ())
     layout["hooks"] |= {h: p for h, p in experts.items() if h not in dropped}
     layout["hooks"] = ordered(layout["hooks"])
     if _reach(hf, layout["final_norm"]) is None or not _once_at_the_end(hf, layout["final_norm"]):

@@ -256,6 +256,8 @@ def head_faults(hf: nn.Module, i: int, at: dict[str, Tensor | None]) -> dict[str
     n_heads = hf.config.num_attention_heads
     by_head = v[:, 0].unflatten(-1, (-1, z.shape[-1] // n_heads))
     there = by_head.repeat_interleave(n_heads // by_head.shape[1], 1).flatten(1)
+    clip = getattr(getattr(hf.config, "attn_config", None), "clip_qkv", None)  # MPT's, behind v
+    there = there if clip is None else there.clamp(-clip, clip)
     if alike(z[:, 0], there, z.dtype):
         return {}
     why = "z at the first position is not v there, so that the columns of q, k and v lie elsewhere"

@@ -88,11 +88,19 @@ def open_source(spec: ModelSpec, folder: Path, args: Any) -> tuple[Any, Any, str
 
 def _from_folder(folder: Path) -> Any:
     """The model of a folder; of one with an image tower the language model alone."""
+    from pipeline.models import native, stored
     from pipeline.weights import towers
 
     if towers.has_tower(folder):
         return towers.language_model(folder)
-    return loader.from_folder(folder, "auto")
+    if native.is_native(folder):
+        return loader.from_folder(folder, "auto")
+    loader.check_index(folder)
+    with loader.told(folder):
+        dtype = stored.dtype_of(folder)
+    model = loader.from_folder(folder, dtype)
+    stored.restore(model, folder)
+    return model
 
 
 def licence_of(folder: Path) -> str:

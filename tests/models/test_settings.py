@@ -37,10 +37,15 @@ def rope(kind: str, **more: object) -> dict:
 
 ORIGINAL = {"original_max_position_embeddings": 8}
 LONG = {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "factor": 4.0} | ORIGINAL
-# GPT-Neo: a window of layer 0 was counted over stored keys (the proof looked at the upper half).
 FOUND = [
+    # A window of layer 0 was counted over stored keys (the proof looked at the upper half).
     ("gpt_neo", {"attention_types": [[["local", "global"], 1]], "window_size": 4}),
     ("gpt_neo", {"attention_types": [[["local", "global"], 1]], "window_size": 10}),
+    # Falcon 40B's norm of the MLP was not known, nor the one norm of Falcon 2.
+    ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 1, "num_ln_in_parallel_attn": 1}),
+    # Llama 4 counts positions over stored keys, and scales queries of far ones.
+    ("llama4_text", {"num_hidden_layers": 4, "floor_scale": 4, "interleave_moe_layer_step": 2}),
 ]
 SETTINGS = [
     ("llama", rope("linear", factor=3.0)),
@@ -75,6 +80,13 @@ SETTINGS = [
     ("phi", {"partial_rotary_factor": 1.0, "num_key_value_heads": 2}),
     ("falcon", {"multi_query": True, "alibi": True, "parallel_attn": False, "bias": True}),
     ("falcon", {"multi_query": False, "alibi": True, "num_kv_heads": 4}),
+    ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": True}),
+    ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "alibi": True}),
+    ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 4, "multi_query": False,
+                "num_ln_in_parallel_attn": 2, "num_hidden_layers": 3}),
+    ("granitemoehybrid", {"layer_types": ["attention"] * 2, "num_local_experts": 0,
+                          "position_embedding_type": "rope", "shared_intermediate_size": 20}),
+    ("mpt", {"attn_config": {"alibi": True, "clip_qkv": 0.5}}),
     ("bloom", {"n_head": 3, "hidden_size": 24}),
     ("mpt", {"attn_config": {"alibi": False, "softmax_scale": 0.3}, "n_heads": 3, "d_model": 24}),
     ("gpt2", {"scale_attn_weights": False, "activation_function": "relu", "n_inner": 20}),
@@ -116,7 +128,7 @@ STORED = [
     ("gemma4_text", {"hidden_size_per_layer_input": 0}), ("mamba2", {"n_groups": 2}),
     ("recurrent_gemma", {"block_types": ["recurrent", "attention"], "logits_soft_cap": 3.0}),
     ("modernbert-decoder", {"local_attention": 4, "global_attn_every_n_layers": 2}),
-    ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 2}),
+    ("granitemoehybrid", {"layer_types": ["mamba", "attention"], "num_local_experts": 0}),
 ]  # fmt: skip
 
 

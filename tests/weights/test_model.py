@@ -466,6 +466,48 @@ def test_weights_in_two_files_are_read(copied):
     assert all(torch.equal(found[n], want[n]) for n in want)
 
 
+HALF, WHOLE = torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize(
+    "said, files",
+    [
+        ({"dtype": "bfloat16"}, {}),  # rounded by transformers, which takes the config's word
+        ({"torch_dtype": "float16"}, {}),
+        ({"dtype": "float32"}, {"": HALF}),
+        ({}, {"": HALF}),
+        ({}, {"": HALF, "norm": WHOLE}),
+        ({"dtype": "bfloat16"}, {"": HALF, "norm": WHOLE, "q_proj": torch.float16}),
+        ({"dtype": "bfloat16"}, {"embed_tokens": HALF}),
+    ],
+)
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_weights_are_stored_as_the_files_have_them(copied, said, files, prefix, tmp_path):
+    """In whatever dtype each lies; later stages take all of them in the section's."""
+    folder, change = copied
+    config = json.loads((folder / "config.json").read_text())
+    config = {k: v for k, v in config.items() if k not in ("dtype", "torch_dtype")} | said
+    (folder / "config.json").write_text(json.dumps(config))
+
+    def in_dtypes(weights: dict) -> dict:
+        out = {}
+        for name, w in weights.items():
+            dtype = next((d for part, d in reversed(files.items()) if part in name), WHOLE)
+            out[name.removeprefix(prefix)] = w.to(dtype)
+        return out
+
+    change(in_dtypes)
+    want = load_file(folder / "model.safetensors")
+    assert {w.dtype for w in want.values()} == ({WHOLE, *files.values()} if "" not in files
+                                                else set(files.values()))  # fmt: skip
+    spec = ModelSpec(source="folder", path=str(folder))
+    opened, *_ = model.open_source(spec, tmp_path / "none", None)
+    model.save(opened, None, tmp_path / "stored", {"stage": "model"})
+    stored = loader.from_folder(tmp_path / "stored", WHOLE).state_dict()
+    for name, w in want.items():
+        assert torch.equal(stored[name if name in stored else prefix + name], w.float()), name
+
+
 def test_a_native_model_that_lacks_a_tensor_is_told(tmp_path):
 
     from pipeline.spec.training import Architecture
