@@ -160,13 +160,13 @@ def _see_answers(hf: nn.Module) -> None:
 def rows_of(layer: nn.Module) -> list[tuple[int, int]]:
     """(batch, pos) of the last input of a layer, in a list that each forward pass renews."""
     if "_retrace_rows" not in layer.__dict__:
-        rows: list[tuple[int, int]] = []
 
-        def before(_: nn.Module, args: tuple, kwargs: dict) -> None:
-            rows[:] = [tuple(places.stream_of(args, kwargs).shape[:2])]
+        def before(layer: nn.Module, args: tuple, kwargs: dict) -> None:
+            # of a copied layer, too, whose hooks are those of the one that it was copied from
+            layer.__dict__["_retrace_rows"][:] = [tuple(places.stream_of(args, kwargs).shape[:2])]
 
         layer.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
-        layer.__dict__["_retrace_rows"] = rows
+        layer.__dict__["_retrace_rows"] = []
     return layer.__dict__["_retrace_rows"]
 
 
