@@ -21,6 +21,7 @@ from conftest import ROOT, byte_tokenizer, environment, stage
 from loopback_hub import COMMIT, serving
 from pydantic import ValidationError
 from synthetic import call, inside
+from transformers import PreTrainedTokenizerFast
 
 from pipeline.errors import RetraceError
 from pipeline.papers import papers
@@ -29,7 +30,7 @@ from pipeline.spec.base import sentence
 from pipeline.spec.paper import Config, PaperSpec
 from pipeline.spec.sources import CorpusSpec
 from pipeline.store import provenance, tables
-from pipeline.text import chat, corpus, documents, sources, spool, streams
+from pipeline.text import chat, corpus, documents, sources, spool, streams, tokens
 from pipeline.text.documents import BLANK_LINE, Document, Fields
 
 RECORDS = [
@@ -433,6 +434,32 @@ def test_a_chat_is_tokenised_as_transformers_does(form, tmp_path):
     joined = blocks[:, 1:].ravel().tolist()
     start = next(i for i in range(16) if want[i : i + len(joined)] == joined)
     assert start < 16 and len(joined) > len(want) - 32
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {},
+        {"eos_token": "<|im_end|>"},
+        {"bos_token": "<|unused|>", "eos_token": "<|im_end|>"},
+    ],
+)
+@pytest.mark.parametrize("named", [False, True])
+def test_a_template_writes_the_tokens_that_its_tokenizer_came_with(own, named, tmp_path):
+    """Those between documents are others: SmolLM2-Instruct ends turns with <|im_end|>."""
+    form = (
+        "\n{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.content }}{{ eos_token }}\n"
+        "{% endfor %}"
+    )
+    made = PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer().backend_tokenizer, **own)
+    made.chat_template = {"default": form, "tool_use": "no"} if named else form
+    said = [{"role": "user", "content": "Hello"}]
+    want = made.apply_chat_template(said, tokenize=True, return_dict=False)
+    assert tokens.set_document_token(made) == 0 == made.eos_token_id
+    made.save_pretrained(tmp_path)
+    stored = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    (ids,) = chat.encoder(stored, None, "x")([json.dumps(said)])
+    assert ids.tolist() == want
 
 
 def test_a_template_sees_the_same_day_always(tmp_path):

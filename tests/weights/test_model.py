@@ -618,6 +618,32 @@ def test_the_token_between_documents(vocab, bos, eos, id_, eos_after):
     assert tokenizer.eos_token == eos_after
 
 
+@pytest.mark.parametrize(
+    ("form", "own", "id_", "eos_after"),
+    [
+        ("</s> $A", {"bos_token": "</s>", "eos_token": "</s>"}, 2, "</s>"),  # OPT
+        ("<s> $A", {"bos_token": "<s>", "eos_token": "<|endoftext|>"}, 1, "<|endoftext|>"),  # Phi 3
+        ("[CLS] $A [SEP]", {"cls_token": "[CLS]", "sep_token": "[SEP]"}, 3, "[SEP]"),  # ModernBERT
+        ("$A </s>", {"eos_token": "</s>"}, 0, "<|endoftext|>"),  # what stands behind a text is none
+        ("$A", {"bos_token": "<s>", "eos_token": "</s>"}, 0, "<|endoftext|>"),
+    ],
+)
+def test_the_token_that_a_tokenizer_puts_before_a_text_is_bos(form, own, id_, eos_after):
+    """Also where the vocabulary holds <|endoftext|>, which the model may never have met."""
+    from tokenizers import Tokenizer, models, normalizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = ["<|endoftext|>", "<s>", "</s>", "[CLS]", "[SEP]", " ", "a"]
+    words = Tokenizer(models.WordLevel({t: i for i, t in enumerate(vocab)}, unk_token="a"))
+    words.normalizer = normalizers.Strip()  # of the first token of the vocabulary nothing is left
+    words.add_special_tokens(vocab[:5])
+    special = [(t, i) for i, t in enumerate(vocab) if t in form]
+    words.post_processor = processors.TemplateProcessing(single=form, special_tokens=special)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **own)
+    assert set_document_token(tokenizer) == tokenizer.bos_token_id == id_
+    assert tokenizer.eos_token == eos_after
+
+
 def test_no_token_between_documents():
     from tokenizers import Tokenizer, models
     from transformers import PreTrainedTokenizerFast
