@@ -376,6 +376,7 @@ def test_windows_with_bos_are_the_blocks_themselves(tokenizer, tmp_path):
         (["a"], "must be a list of token ids"),
         ([[5]], "must be a list of token ids"),
         ("text", "must be a list of token ids"),
+        ({"a": 5}, "must be a list of token ids"),
     ],
 )
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
@@ -386,7 +387,7 @@ def test_what_is_no_token_of_the_model_is_refused(row, says, suffix, tmp_path):
     else:
         try:
             pq.write_table(
-                pa.table({"ids": pa.array([row] if row == "text" else [[5], row])}), file
+                pa.table({"ids": pa.array([[5], row] if isinstance(row, list) else [row])}), file
             )
         except (pa.ArrowException, OverflowError, TypeError):
             pytest.skip("no column of Parquet holds these")
@@ -434,6 +435,21 @@ def test_a_chat_is_tokenised_as_transformers_does(form, tmp_path):
     joined = blocks[:, 1:].ravel().tolist()
     start = next(i for i in range(16) if want[i : i + len(joined)] == joined)
     assert start < 16 and len(joined) > len(want) - 32
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_column_may_hold_chats_of_both_forms(suffix, tmp_path):
+    """A Parquet file gives every message the keys of both, null where it has them not."""
+    said = [{"role": "user", "content": "Hello"}]
+    both = [[m | {"from": None, "value": None} for m in said],
+            [{"role": None, "content": None, "from": "human", "value": "Hello"}]]  # fmt: skip
+    file = tmp_path / f"a.{suffix}"
+    if suffix == "parquet":
+        pq.write_table(pa.table({"messages": pa.array(both)}), file)
+    else:
+        file.write_text("".join(json.dumps({"messages": chat_}) + "\n" for chat_ in both))
+    found = documents.read(file, Fields("messages", kind="chat"))
+    assert [json.loads(document.text) for document in found] == [said, said]
 
 
 @pytest.mark.parametrize(
