@@ -147,10 +147,11 @@ def test_keys_behind_a_query_stay_unseen_whatever_a_mask_writes(kind, dtype):
     later = torch.ones(8, 8).triu(1).bool()
     assert (inner.by_head(acts[scores], 4)[..., later] == 0).all()
     assert (inner.by_head(acts[pattern], 4)[..., later] == 0).all()
-    alike = (1 / torch.arange(1, 9)[:, None] * ~later).repeat(1, 4).to(dtype)
+    alike = (1 / torch.arange(1, 9)[:, None] * ~later).repeat(1, 4)
     with hooks.edited(hf, scores, torch.zeros_like), hooks.capture(hf, [pattern]) as seen:
         with_scores = hf(check.TOKENS).logits
-    torch.testing.assert_close(seen[pattern], alike.expand_as(seen[pattern]), atol=4e-3, rtol=1e-2)
+    found = seen[pattern].float()
+    torch.testing.assert_close(found, alike.expand_as(found), atol=4e-3, rtol=1e-2)
     with hooks.edited(hf, pattern, lambda x: seen[pattern] + (x == 0).to(x.dtype)):
         assert torch.equal(hf(check.TOKENS).logits, with_scores)  # no edit shows a hidden key
 
