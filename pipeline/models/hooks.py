@@ -54,8 +54,9 @@ def _refused(hf: nn.Module) -> dict[str, str]:
 
 def require(hf: nn.Module, what: str) -> None:
     """RetraceError where the model failed a part of its proof: resume, unembed, heads, behind."""
-    if what in getattr(hf, "retrace_fails", {}):
-        raise RetraceError(f"{hf.retrace_fails[what]}; activations of its hooks can be stored")
+    if why := getattr(hf, "retrace_fails", {}).get(what):
+        can = "" if why.endswith("can be stored") else "; activations of its hooks can be stored"
+        raise RetraceError(f"{why}{can}")
 
 
 def check(hf: nn.Module, hook: str) -> None:

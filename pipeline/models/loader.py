@@ -301,9 +301,11 @@ def check_loaded(folder: Path, found: dict[str, Any]) -> None:
         if some
     )
     if faults:
+        fits = not names["missing"] and not names["of another shape"]
+        remedy = "leave these tensors out" if fits else "give all weights of the model"
         raise RetraceError(
             f"{folder}: its weights do not fit its config.json ({faults}); correct config.json, or "
-            f"give all weights of the model"
+            f"{remedy}"
         )
 
 

@@ -135,9 +135,15 @@ def hub_files(names: list[str], read: Callable[[str], Path], own: bool = False) 
         weights = [INDEX, *_shards(read(INDEX), top)]
     else:
         others = [n for n in top if n.endswith((".bin", ".pt", ".pth", ".safetensors", ".gguf"))]
+        safe = [n for n in others if n.endswith(".safetensors")]
+        why = (
+            f"without {INDEX} it is not known what they are"
+            if safe
+            else ("pickled weights are never read")
+        )
         raise RetraceError(
-            f"holds no {WEIGHTS}, only {', '.join(others) or 'no weights at all'}; pickled weights "
-            f"are never read: take a commit with safetensors, or convert it to a folder"
+            f"holds no {WEIGHTS}, only {', '.join(others) or 'no weights at all'}; {why}: take a "
+            f"commit with safetensors, or convert it to a folder"
         )
     if kind != "retrace_native" and not any(n in top for n in TOKENIZERS):
         raise RetraceError(
