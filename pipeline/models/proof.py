@@ -268,7 +268,8 @@ def head_faults(hf: nn.Module, i: int, at: dict[str, Tensor | None]) -> dict[str
 def prove_patterns(hf: nn.Module, names: list[str]) -> None:
     """Prove that attention patterns are what attention uses: pattern times v is z.
 
-    `prove` leaves this out, since fused attention forms no pattern.
+    `prove` leaves this out, since fused attention forms no pattern. Eager attention, which does, is
+    held to that of the model (of Falcon with ALiBi it adds the bias twice).
 
     Args:
         names: hooks that are about to be read; their layers are tried.
@@ -282,6 +283,12 @@ def prove_patterns(hf: nn.Module, names: list[str]) -> None:
         if not known.issuperset(at[1:]):
             continue
         acts = hooks.run_to(hf, few_tokens(hf), at)
+        z, own = acts[at[2]], hooks.run_to(hf, few_tokens(hf), at[2:])[at[2]]
+        if not alike(z, own, z.dtype):
+            raise RetraceError(
+                f"hook '{at[0]}': eager attention, which forms patterns, is not the attention of "
+                f"this model, whose attn.hook_z is another; store attn.hook_z"
+            )
         if not _is_pattern(*(acts[h] for h in at)):
             raise RetraceError(
                 f"hook '{at[0]}': times attn.hook_v it is not attn.hook_z in this model, so that "

@@ -339,6 +339,22 @@ def test_patterns_are_refused_where_a_sink_scales_what_the_softmax_gave(kind):
         proof.prove_patterns(hf, ["blocks.0.attn.hook_pattern"])
 
 
+def test_patterns_are_refused_where_eager_attention_is_another():
+    """transformers' eager Falcon adds ALiBi's bias twice, its fused one, which is loaded, once."""
+    hf = made("falcon", {"alibi": True})
+    name = "blocks.1.attn.hook_pattern"
+    proof.prove_patterns(hf, [name])
+    inner._set_attention(hf, "sdpa")
+    proof.prove(hf)
+    with pytest.raises(RetraceError, match="is not the attention of this model") as e:
+        proof.prove_patterns(hf, [name])
+    assert "\n" not in str(e.value)
+    check_values_and_edits(hf)
+    plain_falcon = made("falcon", {})
+    inner._set_attention(plain_falcon, "sdpa")
+    proof.prove_patterns(plain_falcon, [name])
+
+
 def test_logits_of_a_stream_that_is_halved_behind_the_last_layer_are_refused():
     """RWKV's: an epsilon alone tells them from those of its last stream."""
     hf = made("rwkv", {"rescale_every": 1})
