@@ -307,7 +307,7 @@ def describe(model: Any, bos_id: int | None, spec: ModelSpec, licence: str) -> d
         "architecture": type(model).__name__,
         "d_model": cfg.hidden_size,
         "n_layers": cfg.num_hidden_layers,
-        "n_ctx": context_of(cfg),
+        "n_ctx": context_of(cfg) - unused_positions(model),
         "d_vocab": cfg.vocab_size,
         "bos_id": bos_id,
         "n_parameters": sum(p.numel() for p in model.parameters()),
@@ -321,6 +321,13 @@ def context_of(config: Any) -> int:
         if isinstance(value := getattr(config, name, None), int):
             return value
     return UNBOUNDED
+
+
+def unused_positions(model: Any) -> int:
+    """Rows of a table of positions that no token has: RoBERTa counts from behind its padding id."""
+    tables_of = [m for name, m in model.named_modules() if name.endswith("position_embeddings")]
+    ids = [getattr(m, "padding_idx", None) for m in tables_of]
+    return max((i + 1 for i in ids if i is not None), default=0)
 
 
 def _content(folder: Path) -> str:

@@ -143,6 +143,18 @@ def test_an_encoder_with_the_modules_of_bert_takes_its_layout(kind, tmp_path):
     torch.testing.assert_close(acts["blocks.1.mlp.hook_post"], seen["post"], **CLOSE)
 
 
+@pytest.mark.parametrize("kind", KINDS + FEWER)
+@torch.no_grad()
+def test_the_context_is_the_longest_that_runs(kind, tmp_path):
+    """RoBERTa's table of positions begins behind its padding id, which no token has."""
+    hf = brought(saved(kind, tmp_path), "bert")
+    n_ctx = model.describe(hf, 0, ModelSpec(source="folder", path=str(tmp_path)), "")["n_ctx"]
+    longest = TOKENS[0, 1:].repeat(5)[None, : n_ctx + 1]  # without the id of a padding
+    assert torch.isfinite(hf(longest[:, :n_ctx])[0]).all()
+    with pytest.raises((RuntimeError, IndexError)):
+        hf(longest)
+
+
 @pytest.mark.parametrize(
     ("kind", "family", "says"),
     [
