@@ -325,6 +325,32 @@ def test_a_model_of_a_hub_is_downloaded_once_at_its_commit(
     assert len(served.asked) == len(wanted)
 
 
+@pytest.mark.workflow
+def test_large_files_come_from_where_the_hub_sends_us(served, tmp_path, monkeypatch):
+    """A signed address of another host, which changes; cut off, it goes on, and sees no token."""
+    large = os.urandom(9 << 20)
+    served.repos["owner/gated"] = served.repos["owner/tiny"] | {"model.safetensors": large}
+    served.gated["owner/gated"] = served.users = {"mine"}
+    served.elsewhere = {"model.safetensors"}
+    monkeypatch.setenv("HF_TOKEN", "mine")
+    served.cut = {"model.safetensors": 5 << 20}
+    (said,) = fetched(f"model owner/gated {COMMIT}", cwd=tmp_path)
+    folder = Path(said.split()[0])
+    assert (folder / "model.safetensors").read_bytes() == large
+    (begun,) = served.ranges
+    assert 0 < int(begun.removeprefix("bytes=").rstrip("-")) <= 5 << 20
+    assert served.asked.count("owner/gated/model.safetensors") == 2
+    assert set(served.shown_elsewhere) == {""} and served.tokens == {"mine"}
+
+
+@pytest.mark.workflow
+def test_a_repository_that_was_renamed_is_found(served, tmp_path):
+    served.moved = {"owner/before": "owner/tiny"}
+    served.repos["owner/tiny"]["model.safetensors"] = large = os.urandom(9 << 20)
+    (said,) = fetched(f"model owner/before {COMMIT}", cwd=tmp_path)
+    assert (Path(said.split()[0]) / "model.safetensors").read_bytes() == large
+
+
 def of_type(kind: str) -> bytes:
     return json.dumps({"model_type": kind, "text_config": {}}).encode()
 
