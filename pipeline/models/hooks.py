@@ -135,7 +135,7 @@ def _site(hf: nn.Module, hook: str) -> Place | InnerPlace:
     inside = _in_bridge(layer, hook)
     rows = modules.rows_of(layer) if modules.family(hf).flat and layer is not hf else []
     if what in ("attn_scores", "pattern", "result", "probabilities"):
-        n_heads = getattr(hf.config, "num_attention_heads", None) or hf.config.n_heads
+        n_heads = modules.n_heads_of(hf, int(hook.split(".")[1]))
         if inside is not None and what == "result":
             raise RetraceError(
                 f"hook '{hook}': in a model with processing: compatibility weights are folded, and "
@@ -156,7 +156,7 @@ def _site(hf: nn.Module, hook: str) -> Place | InnerPlace:
     if what in ("in", "out"):
         return Place(module, "input" if what == "in" else "output", rows=rows, kept=kept)
     end = modules.reached(layer, (modules.family(hf).place("attn.hook_z") or ("", ""))[0])
-    columns = places.columns_of(module, what, end, hf.config.num_attention_heads)
+    columns = places.columns_of(module, what, end, modules.n_heads_of(hf, int(hook.split(".")[1])))
     return Place(module, "output", columns=columns, rows=rows, kept=kept)
 
 

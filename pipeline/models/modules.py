@@ -82,6 +82,13 @@ def reached(module: nn.Module, path: str) -> nn.Module | None:
     return module
 
 
+def n_heads_of(hf: nn.Module, number: int) -> int:
+    """The query heads of a layer; Laguna's layers may have more or fewer of them."""
+    config = hf.config
+    each = getattr(config, "num_attention_heads_per_layer", None)
+    return each[number] if each else getattr(config, "num_attention_heads", None) or config.n_heads
+
+
 def alike(hf: nn.Module) -> str:
     """The type of the table whose layout names most of a model's modules; '' where none fits.
 

@@ -253,7 +253,7 @@ def head_faults(hf: nn.Module, i: int, at: dict[str, Tensor | None]) -> dict[str
     place = modules.family(hf).place("attn.hook_v")
     if z is None or v is None or " of " not in place[1]:
         return {}
-    n_heads = hf.config.num_attention_heads
+    n_heads = modules.n_heads_of(hf, i)
     by_head = v[:, 0].unflatten(-1, (-1, z.shape[-1] // n_heads))
     there = by_head.repeat_interleave(n_heads // by_head.shape[1], 1).flatten(1)
     clip = getattr(getattr(hf.config, "attn_config", None), "clip_qkv", None)  # MPT's, behind v

@@ -339,6 +339,36 @@ def test_patterns_are_refused_where_a_sink_scales_what_the_softmax_gave(kind):
         proof.prove_patterns(hf, ["blocks.0.attn.hook_pattern"])
 
 
+@pytest.mark.parametrize(
+    ("kind", "settings", "n_heads"),
+    [
+        ("mimo_v2_flash", {}, 4),  # other keys where attention is local
+        ("laguna", {"num_attention_heads_per_layer": [4, 2]}, 2),
+        ("gemma4_text", {"global_head_dim": 16, "num_kv_shared_layers": 0, "layer_types": LOCAL,
+                         "hidden_size_per_layer_input": 0}, 4),
+    ],
+)  # fmt: skip
+@torch.no_grad()
+def test_layers_with_other_heads_are_stored_and_have_no_circuits(kind, settings, n_heads):
+    """Edges were cut as if all layers had the heads of the first one."""
+    hf = made(kind, settings)
+    check_values_and_edits(hf)
+    with pytest.raises(RetraceError, match=r"its layer 1 has queries, keys and values of") as e:
+        EdgeGraph(hf, TOKENS)
+    assert "\n" not in str(e.value)
+    z, result = (f"blocks.1.attn.hook_{h}" for h in ("z", "result"))
+
+    def first(x: Tensor) -> Tensor:
+        """The first head alone."""
+        return x * (torch.arange(x.shape[-1]) < x.shape[-1] // n_heads)
+
+    logits = []
+    for name in (z, result):
+        with hooks.edited(hf, name, first):
+            logits.append(hf(input_ids=TOKENS, use_cache=False).logits)
+    assert off(*logits) <= CLOSE
+
+
 def test_patterns_are_refused_where_eager_attention_is_another():
     """transformers' eager Falcon adds ALiBi's bias twice, its fused one, which is loaded, once."""
     hf = made("falcon", {"alibi": True})
