@@ -8,6 +8,7 @@ One short pass on a few tokens, any family:
     the unembedding of the last stream gives the logits     final norm, scale, soft cap, bias
     sum_h z_h W_O[h] + b_O gives what attention writes      the parts of a head
     z at the first position = v there                       the columns of a joint projection
+    q, k and v are projections of resid_pre and one norm    what edges into them change
     g n + b gives what a norm writes                        hook_normalized and hook_scale
     pattern times v gives z                                 where patterns are stored
     z is a function of q, k and v alone                     edges: no gate reads the stream (AFMoE)
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 from pipeline.errors import RetraceError
 from pipeline.job import cli
 from pipeline.models import hooks, inner, modules, places, rerun, splice
-from pipeline.models.heads import Heads
+from pipeline.models.heads import SLOTS, Heads
 from pipeline.models.pairs import Pairs, Run, Task
 
 N_TOKENS = 5
@@ -375,6 +376,14 @@ def _heads(hf: nn.Module, acts: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     heads = Heads(hf)
     ours, theirs = [], []
     for i in range(heads.n_layers):
+        pre = acts[f"blocks.{i}.hook_resid_pre"]
+        for slot in SLOTS:
+            there = acts[f"blocks.{i}.attn.hook_{slot}"]
+            if not alike(heads.read(i, slot, pre), there, there.dtype):
+                raise RetraceError(
+                    f"model type '{hf.config.model_type}': attn.hook_{slot} of its layer {i} is "
+                    f"not its projection of the stream before the layer and one norm"
+                )
         z, mlp_out = acts[f"blocks.{i}.attn.hook_z"], acts.get(f"blocks.{i}.hook_mlp_out")
         ours.append(heads.written(z, i).sum(-2) + heads.rest(z, i))
         theirs.append(acts[f"blocks.{i}.hook_attn_out"])

@@ -7,6 +7,7 @@ import pandas as pd
 import pytest
 import torch
 
+from pipeline.circuits.edge_graph import EdgeGraph
 from pipeline.errors import RetraceError
 from pipeline.families import adapters
 from pipeline.models import hooks, modules, proof, splice
@@ -97,6 +98,20 @@ def test_a_hook_that_stands_elsewhere_is_refused_and_the_others_go_on(kind, chan
     for name in ("blocks.1.hook_resid_pre", "blocks.1.hook_resid_post"):
         ours = hooks.run_to(hf, check.TOKENS, [name])[name]
         assert torch.equal(ours, hooks.run_to(plain, check.TOKENS, [name])[name])
+
+
+@pytest.mark.parametrize("ln1", [{}, {"ln1": "post_attention_layernorm"}])
+def test_heads_are_refused_where_their_inputs_are_read_behind_another_norm(ln1):
+    """Edges into queries, keys and values would be cut in another stream than the model's."""
+    hf = spoiled("llama", parts=ln1)
+    if not ln1:
+        del hf.retrace_layout.parts["ln1"]
+    assert not {h for h in proof.prove(hf) if not h.split(".", 2)[-1].startswith("ln1.")}
+    with pytest.raises(RetraceError, match=r"attn\.hook_q of its layer 0 is not its projection"):
+        EdgeGraph(hf, check.TOKENS)
+    x = hooks.run_to(hf, check.TOKENS, ["blocks.1.attn.hook_q"])["blocks.1.attn.hook_q"]
+    resumed = splice.resume(hf, "blocks.1.attn.hook_q", check.TOKENS, x)
+    torch.testing.assert_close(resumed, hf(check.TOKENS).logits)
 
 
 def test_a_wrong_final_norm_refuses_logits_and_nothing_else():
