@@ -388,25 +388,45 @@ def _heads(hf: nn.Module, acts: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
         ours.append(heads.written(z, i).sum(-2) + heads.rest(z, i))
         theirs.append(acts[f"blocks.{i}.hook_attn_out"])
         if mlp_out is not None:
-            read = "hook_resid_pre" if heads.parallel else "hook_resid_mid"
-            ours.append(heads.mlp_writes(i, acts[f"blocks.{i}.{read}"]))
+            read = acts[f"blocks.{i}.{'hook_resid_pre' if heads.parallel else 'hook_resid_mid'}"]
+            given = acts.get(f"blocks.{i}.mlp.hook_in")
+            if given is not None and not alike(heads.mlp_reads(i, read), given, given.dtype):
+                raise RetraceError(
+                    f"model type '{hf.config.model_type}': mlp.hook_in of its layer {i} is not one "
+                    f"norm of the stream before it"
+                )
+            ours.append(heads.mlp_writes(i, read))
             theirs.append(mlp_out)
     return torch.stack(ours), torch.stack(theirs)
 
 
 def _of_inputs(hf: nn.Module, tokens: Tensor, acts: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """(z with q, k and v as they were and the streams of the prompts exchanged, z), all layers."""
+    """(z with q, k and v as they were and the streams of the prompts exchanged, z), all layers.
+
+    Raises:
+        RetraceError: what MLPs write changes so, with what they read as it was.
+    """
     layers = [f"blocks.{i}." for i in range(len(modules.layers_of(hf)))]
-    names = [f"{at}attn.hook_z" for at in layers]
+    kept = [
+        f"{at}{h}" for at in layers for h in (*(f"attn.hook_{s}" for s in SLOTS), "mlp.hook_in")
+    ]
+    names = [f"{at}{h}" for h in ("attn.hook_z", "hook_mlp_out") for at in layers]
+    names = [name for name in names if name in acts]
     with ExitStack() as stack:
         seen = stack.enter_context(hooks.capture(hf, names))
         for at in layers:
             stack.enter_context(hooks.edited(hf, f"{at}hook_resid_pre", lambda x: x.flip(0)))
-            for slot in ("q", "k", "v"):
-                was = acts[f"{at}attn.hook_{slot}"]
-                stack.enter_context(hooks.edited(hf, f"{at}attn.hook_{slot}", lambda _, x=was: x))
+        for name in kept:
+            if name in acts:
+                stack.enter_context(hooks.edited(hf, name, lambda _, x=acts[name]: x))
         hf.base_model(input_ids=tokens, use_cache=False)
-    return torch.stack([seen[n] for n in names]), torch.stack([acts[n] for n in names])
+    for name in names[len(layers) :]:
+        if not alike(seen[name], acts[name], acts[name].dtype):
+            raise RetraceError(
+                f"model type '{hf.config.model_type}': its MLPs read more of the stream than "
+                f"mlp.hook_in, so that edges into them are not all that there are; patch nodes"
+            )
+    return tuple(torch.stack([x[n] for n in names[: len(layers)]]) for x in (seen, acts))
 
 
 def last_faults(hf: nn.Module, tokens: Tensor, acts: dict[str, Tensor]) -> dict[str, str]:

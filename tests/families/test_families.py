@@ -114,6 +114,21 @@ def test_heads_are_refused_where_their_inputs_are_read_behind_another_norm(ln1):
     torch.testing.assert_close(resumed, hf(check.TOKENS).logits)
 
 
+@pytest.mark.parametrize(
+    ("place", "says"),
+    [
+        ("post_attention_layernorm in", "mlp.hook_in of its layer 0 is not one norm of the stream"),
+        ("mlp.up_proj in", "its MLPs read more of the stream than mlp.hook_in"),  # so does the gate
+    ],
+)
+def test_edges_are_refused_where_an_mlp_does_not_read_its_hook_in(place, says):
+    hf = spoiled("llama", hooks={"mlp.hook_in": place})
+    assert proof.prove(hf) == {}
+    with pytest.raises(RetraceError, match=says) as e:
+        EdgeGraph(hf, check.TOKENS)
+    assert "\n" not in str(e.value)
+
+
 def test_a_wrong_final_norm_refuses_logits_and_nothing_else():
     hf = spoiled("llama", final_norm="model.layers.0.input_layernorm")
     proof.prove(hf)
