@@ -12,6 +12,7 @@ Nothing here knows a hook; hooks.py has those.
 """
 
 import functools
+import re
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -43,9 +44,11 @@ def _inside(hf: nn.Module, names: Layout) -> Layout:
     RoBERTa's inner module has another name than BERT's, and the same modules in it.
     """
     prefix, _, _ = names.layers.partition(".")
-    if getattr(hf, "base_model", None) is not hf or hasattr(hf, prefix):
+    base = getattr(hf, "base_model", None)
+    if base is None or hasattr(hf, prefix):
         return names
-    paths = {k: getattr(names, k).removeprefix(f"{prefix}.")
+    own = "" if base is hf else f"{hf.base_model_prefix}."
+    paths = {k: re.sub(rf"^{prefix}\.", own, getattr(names, k))
              for k in ("embed", "layers", "final_norm")}  # fmt: skip
     return names.model_copy(update=paths)
 
@@ -107,9 +110,12 @@ def alike(hf: nn.Module) -> str:
     return "llama" if "llama" in best else "".join(best[:1])
 
 
-def _fit(hf: nn.Module, names: Layout) -> tuple[int, int] | None:
-    """(hooks and parts, multipliers) of a layout; None where the model lacks what one names."""
-    names = _inside(hf, names)
+def _fit(hf: nn.Module, names: Layout) -> tuple[int, int, bool] | None:
+    """(hooks and parts, multipliers, whether the inner module has the name that it has there).
+
+    None where the model lacks what the layout names.
+    """
+    given, names = names, _inside(hf, names)
     layers = reached(hf, names.layers)
     ends = [reached(hf, path) for path in (names.embed, names.final_norm)]
     if not isinstance(layers, nn.ModuleList) or None in ends:
@@ -121,7 +127,7 @@ def _fit(hf: nn.Module, names: Layout) -> tuple[int, int] | None:
         return None
     if not all(hasattr(hf.config, name) for name in times):
         return None
-    return len(names.hooks) + len(names.parts), len(times)
+    return len(names.hooks) + len(names.parts), len(times), names is given
 
 
 def norm_paths(names: Layout) -> list[str]:
