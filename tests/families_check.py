@@ -39,7 +39,7 @@ ALSO = ("nemotron mpt mixtral olmoe gpt_oss qwen2 qwen3_moe cohere cohere2 starc
         "bitnet llama4_text").split()  # fmt: skip
 TESTED = [*CIRCUITS, ("llama", 0), ("gpt2", 0), ("mistral", 0), *((kind, 0) for kind in ALSO)]
 # By test_settings.py and test_any_family.py.
-TESTED += [*(("falcon", i) for i in (0, 1, 2, 4, 5, 6))]
+TESTED += [*(("falcon", i) for i in (0, 1, 2, 4, 5, 6)), ("nanochat", 0)]
 # Bridges of TransformerLens 3.9 whose own logits are not those of the Hugging Face model: what
 # they read before attention mixes positions, in the first layer, is still compared.
 FIRST = ("hook_embed", *(f"blocks.0.{h}" for h in ("hook_resid_pre", "ln1.hook_scale",

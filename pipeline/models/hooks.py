@@ -97,7 +97,7 @@ def _find(hf: nn.Module, hook: str) -> tuple[nn.Module, nn.Module, str] | None:
         return hf, modules.submodule(hf, names.embed), "out"
     part, _, kind = hook.partition(".")
     if part == "ln_final" and kind in families.NORM_HOOKS and names.final_norm:
-        norm = modules.reached(hf, names.final_norm)
+        norm = None if names.norm_again else modules.reached(hf, names.final_norm)
         return None if norm is None else (hf, norm, kind.removeprefix("hook_"))
     found = re.fullmatch(r"blocks\.(\d+)\.(.+)", hook)
     layers = modules.layers_of(hf)

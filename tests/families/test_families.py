@@ -129,6 +129,16 @@ def test_edges_are_refused_where_an_mlp_does_not_read_its_hook_in(place, says):
     assert "\n" not in str(e.value)
 
 
+def test_a_final_norm_that_runs_before_the_layers_too_has_logits_and_no_hooks():
+    hf = check.model_of("nanochat", 0)
+    assert proof.prove(hf) == hf.retrace_fails == {}
+    last = "blocks.1.hook_resid_post"
+    x = hooks.run_to(hf, check.TOKENS, [last])[last]
+    torch.testing.assert_close(splice.unembed(hf, x), hf(check.TOKENS).logits)
+    with pytest.raises(RetraceError, match=r"^hook 'ln_final\.hook_scale': the model has not"):
+        hooks.run_to(hf, check.TOKENS, ["ln_final.hook_scale"])
+
+
 def test_a_wrong_final_norm_refuses_logits_and_nothing_else():
     hf = spoiled("llama", final_norm="model.layers.0.input_layernorm")
     proof.prove(hf)
