@@ -1,6 +1,6 @@
-# All dictionaries that share a stream of activations, trained in one job. With activations.window
-# it makes their training rows itself, on its own GPU in turn, or with --set-resources sae:gpu=2 on
-# a second one.
+# All dictionaries that share a stream of activations, trained in one job; with --set-resources
+# sae:gpu=4 on four GPUs of one machine. With activations.window it makes their training rows itself,
+# on its own GPU in turn, or on one of several.
 rule sae:
     input:
         activations=item_input_of("sae", "activations", "manifest.json"),

@@ -20,12 +20,12 @@ from pydantic import Field
 from pipeline.downloads import hub
 from pipeline.errors import RetraceError
 from pipeline.imports import brought, crosscoders, saelens, sealed_tensors
-from pipeline.imports.compared import check_same, expected, skeleton
+from pipeline.imports.compared import check_hook, check_same, expected, skeleton
 from pipeline.imports.original import Files, Original
 from pipeline.job import cli
 from pipeline.models import hooks
 from pipeline.spec.base import Section
-from pipeline.spec.imports import crosscoder_listing
+from pipeline.spec.imports import CrosscoderFormat, crosscoder_listing
 from pipeline.spec.paper import Hook
 from pipeline.store import placed, provenance, tables
 
@@ -46,7 +46,7 @@ class CrosscoderJob(Section):
 
     name: str
     source: Literal["hub", "folder"]
-    format: Literal["dictionary_learning"]
+    format: CrosscoderFormat
     repo: str = ""
     revision: str = ""
     path: str = ""
@@ -60,42 +60,50 @@ def located(job: CrosscoderJob, folder: Path) -> tuple[Files, dict[str, Any]]:
         folder: for downloads.
 
     Raises:
-        RetraceError: the file of weights is missing.
+        RetraceError: a file of weights is missing.
     """
-    weights, _, optional = crosscoder_listing(job.path)
+    weights, beside, optional = crosscoder_listing(job.format, job.path, len(job.sources))
     root, about = Path(), {}
     if job.source == "hub":
 
         def choose(names: list[str], _: Any) -> list[str]:
-            if weights not in names:
-                raise RetraceError(f"the repository holds no {weights}; correct path")
-            return [weights, *(n for n in optional if n in names)]
+            for name in (weights, *beside):
+                if name not in names:
+                    raise RetraceError(f"the repository holds no {name}; correct path")
+            return [weights, *beside, *(n for n in optional if n in names)]
 
         found = hub.from_hub(job.repo, job.revision, choose, folder, "model")
         root, about = found.folder, {"licence": found.licence}
-    if not (root / weights).is_file():
-        raise RetraceError(
-            f"{root / weights}: is not there, and format {job.format} needs it; correct path, or "
-            f"format"
-        )
-    beside = {Path(n).name: root / n for n in optional if (root / n).is_file()}
+    for name in (weights, *beside):
+        if not (root / name).is_file():
+            raise RetraceError(
+                f"{root / name}: is not there, and format {job.format} needs it; correct path, or "
+                f"format, or name as many sources as it has"
+            )
+    beside = {Path(n).name: root / n for n in (*beside, *optional) if (root / n).is_file()}
     source = job.model_dump(include={"source", "format", "repo", "revision"})
     return Files(root / weights, beside, repo=job.repo), {
         k: v for k, v in source.items() if v
     } | about
 
 
-def check_fits(job: CrosscoderJob, widths: list[int], files: Files, models: list[str]) -> None:
-    """Raise where it has other sources than are named, or their hooks other widths."""
+def check_fits(
+    job: CrosscoderJob, widths: list[int], said: list[str], files: Files, models: list[str]
+) -> None:
+    """Raise where it has other sources than are named, or their hooks other widths.
+
+    Args:
+        said: the hook of each source, where it says them.
+    """
     if len(widths) != len(job.sources):
         raise RetraceError(
             f"{files.weights}: has {len(widths)} sources, and hooks and models name "
             f"{len(job.sources)}; name one of each, in its order"
         )
     found = [skeleton(path) for path in models]
-    for source, width in zip(job.sources, widths, strict=True):
+    for i, (source, width) in enumerate(zip(job.sources, widths, strict=True)):
         hf = found[source.model]
-        hooks.check(hf, source.hook)
+        check_hook(source.hook, said[i] if said else None, hf, files.weights, f"source {i + 1}")
         if width != (wide := hooks.width(hf, source.hook)):
             raise RetraceError(
                 f"{files.weights}: reads rows of {width}, and {source.hook} of the model of "
@@ -130,8 +138,9 @@ def work(job: cli.Job) -> None:
     models = job.args.models
     with placed.anew(saes) as partial:
         files, origin = located(section, partial / "download")
-        original, widths, scales = crosscoders.dictionary_learning(files)
-        check_fits(section, widths, files, models)
+        read = crosscoders.READERS[section.format]
+        original, widths, scales = read(files)
+        check_fits(section, widths, original.about.pop("hooks", []), files, models)
         origin["files"] = {p.name: provenance.sha256_file(p) for p in files.all()}
         made = job.certificate(models, source=origin)
         folder = partial / "saes" / section.name
@@ -140,7 +149,7 @@ def work(job: cli.Job) -> None:
         sae = saelens.load(Files(folder / WEIGHTS))
 
         def again() -> Original:
-            return crosscoders.dictionary_learning(files)[0]
+            return read(files)[0]
 
         off = check_same(wanted, sae, files.weights, again)
     about = {"notes": original.notes, "differs_by": off}
@@ -159,12 +168,13 @@ def work(job: cli.Job) -> None:
 
 def entry_of(original: Original, job: CrosscoderJob) -> dict[str, Any]:
     """The manifest's entry, as of a crosscoder that was trained here."""
-    kind = {"standard": "standard", "jumprelu": "batchtopk"}[original.architecture]
+    jumps = "jumprelu" if job.format == "gemma_scope_2" else "batchtopk"
+    kind = {"standard": "standard", "jumprelu": jumps}[original.architecture]
     spec = {"architecture": kind, "d_sae": original.shape[1]}
     return {
         "folder": f"saes/{job.name}",
         "dead_share": None,
-        "spec": spec | {"k": original.about["trained_k"] or 0},
+        "spec": spec | {"k": original.about.get("trained_k") or 0},
     }
 
 

@@ -23,8 +23,8 @@ from pipeline.crosscoders import layered_files, layered_steps
 from pipeline.crosscoders.layered import Layered, LayeredOptimiser
 from pipeline.crosscoders.model import SourceStream
 from pipeline.errors import RetraceError
-from pipeline.job import cli, gpus
-from pipeline.sae import outputs
+from pipeline.job import cli
+from pipeline.sae import outputs, split
 from pipeline.sae.dead import DeadLatents
 from pipeline.sae.optimiser import learning_rate
 from pipeline.sae.train import Dictionary, train
@@ -37,7 +37,6 @@ from pipeline.store.checkpoints import Checkpoints
 from pipeline.store.shards import Rows
 
 MEDIAN_ROWS = 32_768  # in the sample for b_dec, as in stage sae
-ROOM = 0.7  # share of a GPU's memory for weights and Adam; the rest is for batches and the stream
 
 
 class TranscodersJob(Section):
@@ -133,22 +132,8 @@ def devices(first: torch.device, need: int) -> list[torch.device]:
     Raises:
         RetraceError: too few GPUs are free.
     """
-    if first.type != "cuda":
-        return [first]
-    own = first.index if first.index is not None else torch.cuda.current_device()
-    about = [torch.cuda.get_device_properties(n) for n in range(torch.cuda.device_count())]
-    found, room = [torch.device("cuda", own)], ROOM * about[own].total_memory
-    for n, gpu in enumerate(about):
-        if room < need and n != own and gpus.hold(str(gpu.uuid)):
-            found.append(torch.device("cuda", n))
-            room += ROOM * gpu.total_memory
-    if room < need:
-        raise RetraceError(
-            f"sae: transcoders of all layers take {need / 1e9:.0f} GB in training, and the "
-            f"{len(found)} free GPUs leave {room / 1e9:.0f} GB for them; lower d_sae to "
-            f"{room / need:.0%} of it, or train fewer sets in one paper"
-        )
-    return found
+    what, remedy = "transcoders of all layers take", "train fewer sets in one paper"
+    return split.devices([first], need, what, remedy)
 
 
 def check(job: TranscodersJob, rows: list[Rows]) -> None:

@@ -1,7 +1,7 @@
 """Bring in transcoders of all layers that others have published, as if trained here. [torch]
 
-1. The files of all layers come from a hub or a folder; a layer that is missing, or one too many, is
-   told before any is read.
+1. The files of all layers come from a hub or a folder, or from where config.yaml lists them
+   (listed.py); a layer that is missing, or one too many, is told before any is read.
 2. Layer by layer (imports/layers.py), hooks and widths are compared with the model, and the weights
    written in circuit-tracer's layout, so that one layer is in memory at a time.
 3. What was written is read as every stage reads it (layered_files.py) and compared with the
@@ -16,8 +16,8 @@ hooks, and digests of the files.
 import dataclasses
 import os
 import re
-from collections.abc import Iterator
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from pathlib import Path, PurePosixPath
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -25,7 +25,7 @@ from jaxtyping import Float
 from pydantic import Field
 from torch import Tensor
 
-from pipeline.crosscoders import layered_files
+from pipeline.crosscoders import layered_files, listed
 from pipeline.crosscoders.layered_files import LayerWeights, read_layers
 from pipeline.downloads import hub
 from pipeline.errors import RetraceError
@@ -35,11 +35,18 @@ from pipeline.imports.original import Files
 from pipeline.job import cli
 from pipeline.models import hooks
 from pipeline.spec.base import Section
-from pipeline.spec.imports import LayersFormat, layer_listing
+from pipeline.spec.imports import (
+    CONFIG,
+    Entry,
+    LayersFormat,
+    entries_of,
+    in_one_folder,
+    layer_listing,
+)
 from pipeline.spec.paper import Hook
 from pipeline.store import placed, provenance, tables
 
-ONE_OF_A_SET = re.compile(r"(?:layer_|W_enc_)(\d+)\.safetensors")
+ONE_OF_A_SET = re.compile(r"(?:(?:params_)?layer_|W_enc_)(\d+)\.safetensors")
 
 
 class LayersJob(Section):
@@ -51,6 +58,7 @@ class LayersJob(Section):
     layers: Literal["each", "cross"]
     repo: str = ""
     revision: str = ""
+    revisions: dict[str, str] = Field(default={})
     paths: list[str] = Field(min_length=1, description="of all layers, or of each")
     pairs: list[tuple[Hook, Hook]] = Field(min_length=1, description="read, written by each layer")
 
@@ -63,8 +71,16 @@ class LayersJob(Section):
 # --- finding the files ---------------------------------------------------------------------
 
 
-def located(job: LayersJob, folder: Path) -> tuple[list[Files], dict[str, Any]]:
-    """The files of each layer, and where they come from.
+class Located(NamedTuple):
+    """Files of each layer, in order; what each is called; and where they come from."""
+
+    layers: list[Files]
+    names: dict[Path, str]
+    source: dict[str, Any]
+
+
+def located(job: LayersJob, folder: Path) -> Located:
+    """The files of each layer.
 
     Args:
         folder: for downloads.
@@ -73,28 +89,44 @@ def located(job: LayersJob, folder: Path) -> tuple[list[Files], dict[str, Any]]:
         RetraceError: a file is missing, or there is one of a layer that is not asked for.
     """
     wanted = layer_listing(job.format, job.layers, job.paths, job.numbers)
+    own = str(PurePosixPath(job.paths[0]) / CONFIG)  # may list files that lie elsewhere
     root, about = Path(), {}
+
+    def listing(config: Path) -> list[Entry]:
+        return entries_of(config) if job.format == "circuit_tracer" and config.is_file() else []
+
     if job.source == "folder":
         at = Path(job.paths[0])
         there = [str(at / name) for name in os.listdir(at)] if at.is_dir() else []
         whole = {n for files in wanted for n in [files[0], *files[1]] if Path(n).is_file()}
-        check_layers(job, wanted, [*there, *whole], "")
+        if not listing(Path(own)):
+            check_layers(job, wanted, [*there, *whole], "")
     else:
 
-        def choose(names: list[str], _: Any) -> list[str]:
+        def choose(names: list[str], read: Callable[[str], Path]) -> list[str]:
+            lists = job.format == "circuit_tracer" and own in names
+            if lists and (entries := listing(read(own))):
+                beside = {str(PurePosixPath(own).parent / e.path) for e in entries if not e.repo}
+                return sorted({own} | (beside & set(names)))
             check_layers(job, wanted, names, "the repository: ")
             chosen = {n for weights, beside, _ in wanted for n in (weights, *beside)}
             return sorted(chosen | {n for *_, some in wanted for n in some if n in names})
 
         found = hub.from_hub(job.repo, job.revision, choose, folder, "model")
         root, about = found.folder, {"licence": found.licence}
+    source = job.model_dump(include={"source", "format", "layers", "repo", "revision"})
+    source = {k: v for k, v in source.items() if v} | about
+    if entries := listing(root / own):
+        files, called, more = listed.found(job, entries, root / own, folder)
+        return Located(files, called, source | more)
     out = []
     for weights, beside, optional in wanted:
         names = [*beside, *(n for n in optional if (root / n).is_file())]
         at = {Path(n).name: root / n for n in names}
         out.append(Files(root / weights, at, 0, True, job.repo, skips=True))
-    source = job.model_dump(include={"source", "format", "layers", "repo", "revision"})
-    return out, {k: v for k, v in source.items() if v} | about
+    every = dict.fromkeys(path for files in out for path in files.all())
+    common = os.path.commonpath([path.parent for path in every])
+    return Located(out, {path: os.path.relpath(path, common) for path in every}, source)
 
 
 def check_layers(job: LayersJob, wanted: list[tuple], names: list[str], where: str) -> None:
@@ -107,7 +139,7 @@ def check_layers(job: LayersJob, wanted: list[tuple], names: list[str], where: s
                     f"{where}{name}: is not there, and format {job.format} needs it of layer "
                     f"{number} of {len(wanted)}; correct path, or format, or fetch what is missing"
                 )
-    if job.format != "circuit_tracer" or job.numbers != list(range(len(wanted))):
+    if not in_one_folder(job.format, job.layers) or job.numbers != list(range(len(wanted))):
         return
     folder = os.path.dirname(wanted[0][0])
     beside = [n for n in names if os.path.dirname(n) == folder]
@@ -239,20 +271,17 @@ class Brought(NamedTuple):
     made: dict[str, Any]  # their certificate
 
 
-def bring(
-    job: cli.Job, section: LayersJob, found: list[Files], source: dict[str, Any], folder: Path
-) -> Brought:
+def bring(job: cli.Job, section: LayersJob, at: Located, folder: Path) -> Brought:
     """Read, compare with the model, and write, a layer at a time.
 
     Args:
-        source: where they come from; takes the digests of their files.
+        at: its source takes the digests of the files.
     """
+    found, source = at.layers, at.source
     info, hf = tables.read_json(job.args.model), skeleton(job.args.model)
     folded = info.get("processing") == "compatibility"
     folder.mkdir(parents=True)
-    every = dict.fromkeys(path for files in found for path in files.all())
-    root = os.path.commonpath([path.parent for path in every])
-    source["files"] = {os.path.relpath(p, root): provenance.sha256_file(p) for p in every}
+    source["files"] = {name: provenance.sha256_file(path) for path, name in at.names.items()}
     made = job.certificate([job.args.model], source=source)
     forms, abouts, notes, signed = [], [], [], False
     for number, pair, files, layer in zip(
@@ -305,9 +334,10 @@ def work(job: cli.Job) -> None:
     paths = [provenance.opened(path) for path in section.paths]
     section = section.model_copy(update={"paths": paths})
     with placed.anew(saes) as partial:
-        found, source = located(section, partial / "download")
+        at = located(section, partial / "download")
+        found, source = at.layers, at.source
         folder = partial / "saes" / section.name
-        written = bring(job, section, found, source, folder)
+        written = bring(job, section, at, folder)
         weights = read_layers(folder)
         off = 0.0
         for n, (files, layer) in enumerate(zip(found, read_all(section, found), strict=True)):

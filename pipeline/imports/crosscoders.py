@@ -12,8 +12,12 @@ BatchTopK keeps f_j where f_j w_j is above its threshold; w_j is the code normal
 |decoder.weight^s_j| (CROSSCODER), the norm of all sources together (SAE), or 1 (NONE).
 
 Mean and scale are folded, so that rows are taken as they are, and latents are theirs.
+
+Crosscoders of Gemma Scope 2 are weakly causal: a latent reads one source and writes to all
+(gemma_scope.py). Here their latents stand side by side, W_enc block by block, zero elsewhere.
 """
 
+import re
 from typing import Any
 
 import torch
@@ -21,11 +25,15 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pipeline.errors import RetraceError
+from pipeline.imports import gemma_scope
 from pipeline.imports.original import (
     Files,
     Original,
     check_shapes,
+    decoded,
+    jump,
     only,
+    product,
     read_config,
     take,
     tensors,
@@ -45,7 +53,7 @@ def dictionary_learning(files: Files) -> tuple[Original, list[int], list[float]]
         RetraceError: the file is damaged, or of another class.
     """
     found = {k.removeprefix("_orig_mod."): t for k, t in tensors(files.weights).items()}
-    W, b_enc, W_d, b_dec = take(found, files, "dictionary_learning", *NAMES)
+    W, b_enc, W_d, b_dec = take(found, files, "dictionary_learning", *NAMES, deep=True)
     only(found, files, "dictionary_learning", *NAMES, "threshold", *NORMALIZER)
     if W.ndim != 3 or W_d.shape != (W.shape[0], W.shape[2], W.shape[1]):
         raise RetraceError(
@@ -172,3 +180,54 @@ def _weighs(W_d: Float[Tensor, "n d_sae d"], code: str) -> Float[Tensor, " d_sae
     if code == "CROSSCODER":
         return W_d.norm(dim=2).sum(0)
     return W_d.norm(dim=(0, 2)) if code == "SAE" else torch.ones(W_d.shape[1])
+
+
+# --- Gemma Scope 2 -------------------------------------------------------------------------
+
+
+def gemma_scope_2(files: Files) -> tuple[Original, list[int], list[float]]:
+    """params_layer_<i>.safetensors of each source, and config.json.
+
+    Raises:
+        RetraceError: a file is damaged, or of another layer or kind.
+    """
+    every = [files.weights, *(p for n, p in files.beside.items() if n.startswith("params_layer_"))]
+    n = len(every)
+    parts = [gemma_scope.several(files, path, n, "crosscoder") for path in every]
+    d, per = len(parts[0]["b_dec"]), [len(part["b_enc"]) for part in parts]
+    if any(len(part["b_dec"]) != d for part in parts):
+        raise RetraceError(
+            f"{files.weights}: reads rows of {d}, and another layer's file of "
+            f"{[len(p['b_dec']) for p in parts]}; the files are of different crosscoders"
+        )
+
+    def encode(x: Float[Tensor, "rows d_in"]) -> Float[Tensor, "rows d_sae"]:
+        own = x.unflatten(-1, (n, d)).unbind(-2)
+        return torch.cat(
+            [jump(product(x, p["w_enc"], p["b_enc"]), p["threshold"])
+             for x, p in zip(own, parts, strict=True)], -1
+        )  # fmt: skip
+
+    def decode(f: Float[Tensor, "rows d_sae"]) -> Float[Tensor, "rows d_in"]:
+        wide = [decoded(f, p["w_dec"].flatten(1), torch.zeros(n * d))
+                for f, p in zip(f.split(per, -1), parts, strict=True)]  # fmt: skip
+        return torch.stack(wide).sum(0) + torch.cat([p["b_dec"] for p in parts]).to(f)
+
+    weights = {
+        "W_enc": torch.block_diag(*(p["w_enc"] for p in parts)),
+        "W_dec": torch.cat([p["w_dec"].flatten(1) for p in parts]),
+        **{name: torch.cat([p[name] for p in parts]) for name in ("b_enc", "b_dec", "threshold")},
+    }
+    config = read_config(files, "config.json")
+    said = re.search(r"\{([\d,]+)\}", str(config.get("hf_hook_point_in")))
+    hooks = (
+        [gemma_scope.hook(config, "hf_hook_point_in", i) for i in said[1].split(",")]
+        if said
+        else []
+    )
+    about = {"model_name": config.get("model_name"), "hooks": hooks}
+    original = Original("jumprelu", weights, encode, decode, about)
+    return check_shapes(files, original), [d] * n, [1.0] * n
+
+
+READERS = {"dictionary_learning": dictionary_learning, "gemma_scope_2": gemma_scope_2}

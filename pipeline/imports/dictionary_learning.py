@@ -9,6 +9,8 @@ x -> (x - mean) scale, which is folded:
     ((x - mean) scale - b_dec) W = (x - (mean + b_dec / scale)) (scale W)
 """
 
+import math
+
 import torch
 from torch import Tensor
 
@@ -16,7 +18,9 @@ from pipeline.errors import RetraceError, nearest
 from pipeline.imports.original import (
     Files,
     Original,
+    agrees,
     decoded,
+    fitting,
     jump,
     linear,
     only,
@@ -33,10 +37,15 @@ from pipeline.imports.original import (
 
 def dictionary_learning(files: Files) -> Original:
     """ae.pt and config.json of dictionary_learning, by the class that config.json names."""
-    found, name = tensors(files.weights), "config.json"
+    found = {k.removeprefix("_orig_mod."): t for k, t in tensors(files.weights).items()}
+    name = "config.json"  # of torch.compile is the prefix
     config = read_config(files, name)
     kind = setting(config, files, name, "trainer", "dict_class")
-    if "CrossCoder" in str(kind):
+    if not isinstance(kind, str) or not isinstance(config.get("buffer") or {}, dict):
+        raise RetraceError(
+            f"{files.beside[name]}: dict_class is no name, or buffer no mapping; fetch it again"
+        )
+    if "CrossCoder" in kind:
         raise RetraceError(
             f"{files.beside[name]}: dict_class '{kind}' reads several sources, and a dictionary "
             f"that is brought in has one hook; take one of one source"
@@ -47,6 +56,8 @@ def dictionary_learning(files: Files) -> Original:
             f"that are: {', '.join(CLASSES)}"
         )
     out = CLASSES[kind](files, found, config)
+    d_in, d_sae = out.shape
+    agrees(config["trainer"], files, name, activation_dim=d_in, dict_size=d_sae)
     trainer, buffer = config["trainer"], config.get("buffer") or {}
     part = str(trainer.get("submodule_name") or "resid")
     sites = {"resid": "hook_resid_post", "mlp": "hook_mlp_out", "att": "hook_attn_out"}
@@ -72,6 +83,7 @@ def _auto_encoder(files: Files, found: dict, config: dict) -> Original:
     W, b_enc, W_d, bias = _take(
         found, files, "encoder.weight", "encoder.bias", "decoder.weight", "bias"
     )
+    fitting(files, W, W_d, b_enc, bias)
     norm = W_d.norm(dim=0)
     if torch.allclose(norm, torch.ones_like(norm)):
         norm = torch.ones_like(norm)
@@ -123,7 +135,7 @@ def _top_k(files: Files, found: dict, config: dict) -> Original:
         {k: v for k, v in found.items() if k != "threshold"},  # which its encode does not ask for
         files, "encoder.weight", "encoder.bias", "decoder.weight", "b_dec",
     )  # fmt: skip
-    k = int(found["k"]) if "k" in found else whole(config, files, "config.json", "trainer", "k")
+    k = _k(found, files, config)
     return Original(
         "topk",
         {"W_enc": W.T, "W_dec": W_d.T, "b_enc": b_enc, "b_dec": b_dec},
@@ -132,6 +144,22 @@ def _top_k(files: Files, found: dict, config: dict) -> Original:
         k=k,
         apply_b_dec_to_input=True,
     )
+
+
+def _k(found: dict, files: Files, config: dict) -> int:
+    """TopK's k; the library raises as well where file and config.json differ."""
+    kept, said = found.get("k"), config["trainer"].get("k")
+    if kept is None:
+        return whole(config, files, "config.json", "trainer", "k")
+    plain = isinstance(kept, Tensor) and kept.numel() == 1 and not kept.is_complex()
+    if not plain or not 0 < kept.item() < math.inf:
+        raise RetraceError(f"{files.weights}: its k is {kept!r:.60}, and no number above 0")
+    if said is not None and said != kept.item():
+        raise RetraceError(
+            f"{files.weights}: holds k {kept.item()}, and config.json says {said}; the two are of "
+            f"different runs, so fetch both again"
+        )
+    return int(kept)
 
 
 NORMALIZER = ("activation_mean", "activation_global_scale", "activation_std", "target_rms")
@@ -147,6 +175,12 @@ def _batch_top_k(files: Files, found: dict, config: dict) -> Original:
     )
     if "W_enc" not in found:
         W, W_dec = W.T, W_dec.T
+    groups = found.get("group_sizes")
+    if isinstance(groups, Tensor) and int(groups.sum()) != W.shape[1]:
+        raise RetraceError(
+            f"{files.weights}: group_sizes sum to {int(groups.sum())}, and it has {W.shape[1]} "
+            f"latents; fetch it again"
+        )
     mean, scale = _normalizer(found, files, len(b_dec))
     notes = ["threshold is as before training: f is ReLU, and its L0 not k"] * bool(threshold < 0)
     thresholds = per_latent(threshold, W.shape[1])

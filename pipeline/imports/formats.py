@@ -31,9 +31,13 @@ from torch import Tensor
 
 from pipeline.errors import RetraceError
 from pipeline.imports.original import (
+    PARTS,
     Files,
     Original,
+    a_hook,
+    agrees,
     decoded,
+    fitting,
     jump,
     linear,
     only,
@@ -52,8 +56,9 @@ LEAST = 1e-30  # of a decoder row's length, so that a threshold over it is a num
 
 
 def llama_scope(files: Files) -> Original:
-    """final.safetensors and hyperparams.json of Llama Scope.
+    """final.safetensors and hyperparams.json of Llama Scope, an SAE or a transcoder (LXTC).
 
+    What a transcoder writes has a scale of its own, by the mean norm of its hook.
     Rows are scaled to a mean norm of sqrt(d); SAELens scales the threshold by the same factor, so
     that f is that of scaled rows. Where `sparsity_include_decoder_norm` says so, h_j |W_dec_j| is
     held against the threshold (Language-Model-SAEs, `SparseAutoEncoder.from_config`, which gives
@@ -65,35 +70,42 @@ def llama_scope(files: Files) -> Original:
     found = tensors(files.weights)
     W, W_d, b_enc, b_dec = take(found, files, "llama_scope", *names)
     only(found, files, "llama_scope", *names)
+    fitting(files, W, W_d, b_enc, b_dec)
+    agrees(config, files, name, d_model=W.shape[1], d_sae=len(W))
     point, out = config.get("hook_point_in"), config.get("hook_point_out")
-    if out not in (None, point):
-        raise RetraceError(
-            f"{files.beside[name]}: reads {point} and writes {out}, whose scales differ; take an "
-            f"SAE of one hook"
-        )
+    point = point and a_hook(point, files, name)
+    writes = out not in (None, point)
     scale = _llama_scale(files, config, W.shape[1])
     threshold = positive(config, files, name, "jump_relu_threshold") * scale
     s = files.factor or scale
+    to = _llama_scale(files, config, len(b_dec), "out") if writes else s
     thresholds = torch.full((len(W),), threshold)
     if config.get("sparsity_include_decoder_norm"):
         thresholds /= W_d.norm(dim=0).clamp_min(LEAST)
     shift = bool(config.get("apply_decoder_bias_to_pre_encoder"))
+    if shift and writes:
+        raise RetraceError(
+            f"{files.beside[name]}: apply_decoder_bias_to_pre_encoder of a transcoder takes what "
+            f"it writes off what it reads; take one without"
+        )
+    about = {"hook_name": point, "norm_scaling_factor": s}
     return Original(
-        "jumprelu",
+        "jumprelu_transcoder" if writes else "jumprelu",
         {
-            "W_enc": (W * s).T, "W_dec": (W_d / s).T, "b_enc": b_enc, "b_dec": b_dec / s,
+            "W_enc": (W * s).T, "W_dec": (W_d / to).T, "b_enc": b_enc, "b_dec": b_dec / to,
             "threshold": thresholds,
         },
         lambda x: jump(linear(x * s - b_dec.to(x) * shift, W, b_enc), thresholds),
-        lambda f: decoded(f, W_d.T, b_dec) / s,
-        {"hook_name": point, "norm_scaling_factor": s},
+        lambda f: decoded(f, W_d.T, b_dec) / to,
+        about | ({"hook_name_out": a_hook(out, files, name)} if writes else {}),
         apply_b_dec_to_input=shift,
+        writes=writes if out else None,
     )  # fmt: skip
 
 
-def _llama_scale(files: Files, config: dict[str, Any], d: int) -> float:
-    """What rows are multiplied with; one sentence where it differs from row to row, or f is not
-    JumpReLU."""
+def _llama_scale(files: Files, config: dict[str, Any], d: int, end: str = "in") -> float:
+    """What rows are multiplied with, at an end; one sentence where it differs from row to row, or f
+    is not JumpReLU."""
     name = "hyperparams.json"
     where, norm = files.beside[name], config.get("norm_activation", "dataset-wise")
     if norm not in ("dataset-wise", "inference"):
@@ -107,11 +119,7 @@ def _llama_scale(files: Files, config: dict[str, Any], d: int) -> float:
         raise RetraceError(f"{where}: {said} is not read; take a dictionary with jumprelu")
     if norm == "inference":
         return 1.0
-    return math.sqrt(d) / positive(config, files, name, "dataset_average_activation_norm", "in")
-
-
-PARTS = {"mlp": "hook_mlp_out", "attention": "hook_attn_out", "self_attn": "hook_attn_out",
-         "attn": "hook_attn_out"}  # fmt: skip
+    return math.sqrt(d) / positive(config, files, name, "dataset_average_activation_norm", end)
 
 
 NAMES = ("encoder.weight", "encoder.bias", "W_dec", "b_dec")  # of sparsify
@@ -123,6 +131,7 @@ def sparsify(files: Files) -> Original:
     config = read_config(files, name)
     W, b_enc, W_dec, b_dec = take(found, files, "sparsify", *NAMES)
     only(found, files, "sparsify", *NAMES, "W_skip")
+    agrees(config, files, name, d_in=W.shape[1], num_latents=len(W))
     W_skip = skip_of(files, found, "W_skip", said=config.get("skip_connection"))
     k, activation = whole(config, files, name, "k"), config.get("activation", "topk")
     if activation != "topk" or config.get("signed"):
@@ -130,14 +139,19 @@ def sparsify(files: Files) -> Original:
             f"{files.beside[name]}: activation {'signed ' * bool(config.get('signed'))}{activation}"
             f" is none of SAELens's; take a dictionary with topk"
         )
+    # Coders of before February 2025 say nothing of it; theirs took b_dec off x, as this key's lack
+    # has the library do today.
     transcode = bool(config.get("transcode"))
+    writes = transcode if "transcode" in config else True if W_skip is not None else None
     place = re.search(r"(?:layers|h)[._](\d+)(?:[._](\w+))?$", files.weights.parent.name)
     about: dict[str, Any] = {}
     if files.weights.parent.name == "embed_tokens":
         about["hook_name"] = "hook_embed"
     elif place and (not place[2] or place[2] in PARTS):
         at = f"blocks.{place[1]}." + PARTS.get(place[2], "hook_resid_post")
-        about = {"hook_name_out": at} if transcode else {"hook_name": at}
+        about = {"hook_name_out": at} if writes or files.transcoder else {"hook_name": at}
+    at = files.weights.parent.name
+    notes = [f"reads {at}, for which no hook is known here: compare it with yours"]
     return Original(
         "topk",
         {"W_enc": W.T, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec}
@@ -147,7 +161,8 @@ def sparsify(files: Files) -> Original:
         about,
         k=k,
         apply_b_dec_to_input=not transcode,
-        writes=transcode,
+        writes=writes,
+        notes=notes if place and place[2] and place[2] not in PARTS else [],
         **skipping(W_skip),
     )
 
@@ -220,6 +235,12 @@ def circuit_tracer(files: Files) -> Original:
     )  # fmt: skip
     weights = {"W_enc": W.T, "W_dec": W_dec, "b_enc": b_enc, "b_dec": b_dec}
     threshold = found.get("activation_function.threshold")
+    own, said = "relu" if threshold is None else "jumprelu", config.get("activation")
+    if said in ("relu", "jumprelu") and said != own:
+        raise RetraceError(
+            f"{files.weights}: is {own} by its tensors, and config.yaml says {said}; correct "
+            f"activation there"
+        )
     if threshold is not None:
         (threshold,) = take(found, files, "circuit_tracer", "activation_function.threshold")
         weights["threshold"] = per_latent(threshold, len(W))

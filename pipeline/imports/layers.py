@@ -15,7 +15,8 @@ act is JumpReLU where the file holds a threshold, else ReLU; in the layout `each
 say TopK and its k. Its JumpReLU is h [h > threshold] and its TopK keeps the k largest h, both
 without a ReLU, so that features can be below 0.
 
-In the other formats each layer is a folder of its own, which formats.py, gemma_scope.py and
+Gemma Scope 2 has cross-layer transcoders as well, with a ReLU (gemma_scope.py). In the other
+formats each layer is a folder of its own, which formats.py, gemma_scope.py and
 saelens.py read; here they may have a skip connection.
 """
 
@@ -35,9 +36,11 @@ from pipeline.imports.original import (
     Original,
     check_shapes,
     decoded,
+    jump,
     linear,
     only,
     per_latent,
+    product,
     read_config,
     take,
     tensors,
@@ -96,6 +99,8 @@ def read(files: Files, format: str, layers: str, number: int, n_layers: int) -> 
     Raises:
         RetraceError: a file is damaged, or of another format than said.
     """
+    if format == "gemma_scope_2" and layers == "cross":
+        return _of_gemma_scope_2(files, number, n_layers)
     if format != "circuit_tracer":
         return of_original(check_shapes(files, OF_A_LAYER[format](files)), files)
     kind = read_config(files, CONFIG).get("model_kind", KINDS[layers])
@@ -105,9 +110,45 @@ def read(files: Files, format: str, layers: str, number: int, n_layers: int) -> 
             f"{files.beside[CONFIG]}: model_kind is {kind}, and layers says {layers}; write "
             f"layers: {said}"
         )
-    found = _of_set(files, number) if layers == "each" else _of_clt(files, number, n_layers)
-    found.about = _about(files, number)
+    about = {k: v for k, v in _about(files, number).items() if v}
+    found = _listed(files, layers, number, n_layers)
+    if found is None and layers == "cross":
+        found = _of_clt(files, number, n_layers)
+    elif found is None:
+        found = _of_set(files, number)
+    found.about = about | {k: v for k, v in found.about.items() if v}
     return found
+
+
+def _listed(files: Files, layers: str, number: int, n_layers: int) -> Layer | None:
+    """A layer whose file config.yaml lists, where it is of Gemma Scope; else None."""
+    if not read_config(files, CONFIG).get("transcoders"):
+        return None
+    if files.weights.suffix == ".npz":
+        kind = "gemma_scope"
+    elif "w_enc" in _names(files):
+        kind = "gemma_scope_2"
+    elif layers == "cross":
+        raise RetraceError(
+            f"{files.weights}: is listed as a layer of a cross-layer transcoder and holds no w_enc "
+            f"of Gemma Scope 2; name the folder that has W_enc_{number}.safetensors"
+        )
+    else:
+        return None
+    if layers == "cross":
+        return _of_gemma_scope_2(files, number, n_layers)
+    return of_original(check_shapes(files, OF_A_LAYER[kind](files)), files)
+
+
+def _names(files: Files) -> set[str]:
+    """Names of the tensors in a safetensors file, by its header alone."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(files.weights, "pt") as file:
+            return set(file.keys())
+    except (OSError, SafetensorError):
+        return set(tensors(files.weights))  # which says what is wrong
 
 
 # --- circuit-tracer ------------------------------------------------------------------------
@@ -117,7 +158,7 @@ def _of_set(files: Files, number: int) -> Layer:
     """layer_<l>.safetensors."""
     found = tensors(files.weights)
     names = ("W_enc", "b_enc", "W_dec", "b_dec")
-    W_enc, b_enc, W_dec, b_dec = take(found, files, "circuit_tracer", *names)
+    W_enc, b_enc, W_dec, b_dec = take(found, files, "circuit_tracer", *names, deep=True)
     at = "activation_function.threshold"
     _no_log_thresholds(found, files)
     only(found, files, "circuit_tracer", *names, "W_skip", at)
@@ -144,7 +185,7 @@ def _of_clt(files: Files, number: int, n_layers: int) -> Layer:
     found, decoder = tensors(files.weights), f"W_dec_{number}"
     both = found | tensors(files.beside[f"{decoder}.safetensors"])
     names = [f"{name}_{number}" for name in ("W_enc", "b_enc", "b_dec", "W_dec")]
-    W_enc, b_enc, b_dec, W_dec = take(both, files, "circuit_tracer", *names)
+    W_enc, b_enc, b_dec, W_dec = take(both, files, "circuit_tracer", *names, deep=True)
     at = f"threshold_{number}"
     only(both, files, "circuit_tracer", *names, at)
     threshold = take(both, files, "circuit_tracer", at)[0] if at in both else None
@@ -167,6 +208,44 @@ def _of_clt(files: Files, number: int, n_layers: int) -> Layer:
         return torch.cat([y[:, :1] + b_dec.to(y), y[:, 1:]], 1)
 
     return _layer(files, weights, threshold, "relu" if threshold is None else "jumprelu", 0, write)
+
+
+BACK = 1e-6  # of a decoder's largest number, below which it writes nothing to a layer
+
+
+def _of_gemma_scope_2(files: Files, number: int, n_layers: int) -> Layer:
+    """params_layer_<l>.safetensors; w_dec is over all layers, zero over those before its own."""
+    found = gemma_scope.several(files, files.weights, n_layers, "clt")
+    W_dec, b_dec, W = found["w_dec"], found["b_dec"], found["w_enc"]
+    size = W_dec.abs().max()
+    if bool((W_dec[:, :number].abs() > BACK * size).any()):
+        raise RetraceError(
+            f"{files.weights}: w_dec of layer {number} writes to layers before its own, and a "
+            f"cross-layer transcoder writes to later ones alone; it is of another layer, or fetch "
+            f"it again"
+        )
+    W_dec = W_dec[:, number:].contiguous()
+    weights = {"W_enc": W.T, "b_enc": found["b_enc"], "W_dec": W_dec, "b_dec": b_dec,
+               "threshold": found["threshold"]}  # fmt: skip
+    affine = found.get("affine_skip_connection")
+    weights |= {} if affine is None else {"W_skip": affine.T}
+
+    def write(f: Tensor, x: Tensor) -> Tensor:
+        y = decoded(f, W_dec.flatten(1), torch.zeros(W_dec[0].numel())).unflatten(
+            -1, W_dec.shape[1:]
+        )
+        own = y[:, :1] + b_dec.to(y)
+        own = own if affine is None else own + (x @ affine.to(x))[:, None]
+        return torch.cat([own, y[:, 1:]], 1)
+
+    _check(files, weights, 0)
+    config = read_config(files, "config.json")
+    ends = {"hook_name": "hf_hook_point_in", "hook_name_out": "hf_hook_point_out"}
+    about = {ours: gemma_scope.hook(config, key, number) for ours, key in ends.items()}
+    return Layer(
+        weights, "jumprelu", lambda x: jump(product(x, W, found["b_enc"]), found["threshold"]),
+        write, about=about | {"model_name": config.get("model_name")},
+    )  # fmt: skip
 
 
 def _activation(files: Files, found: dict, threshold: Tensor | None) -> tuple[str, int]:
@@ -256,12 +335,15 @@ def _about(files: Files, number: int) -> dict[str, Any]:
 def of_original(original: Original, files: Files) -> Layer:
     """A layer out of a dictionary of its own."""
     kind = ACTIVATIONS.get(original.architecture)
-    if kind is None or original.writes is False or original.apply_b_dec_to_input:
+    if kind is None or original.writes is False:
         raise RetraceError(
             f"{files.weights}: is a dictionary of kind {original.architecture} that writes what it "
             f"reads, and no transcoder; name it without layers, under a name of its own"
         )
     own = original.weights
+    if original.apply_b_dec_to_input:  # (x - b_dec) W = x W - b_dec W
+        off = (own["b_dec"].double() @ own["W_enc"].double()).float()
+        own = own | {"b_enc": own["b_enc"] - off}
     weights = {"W_enc": own["W_enc"].T, "b_enc": own["b_enc"], "W_dec": own["W_dec"][:, None]}
     weights |= {n: own[n] for n in ("b_dec", "threshold", "W_skip") if n in own}
 

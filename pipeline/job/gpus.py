@@ -8,6 +8,7 @@ not.
 import fcntl
 import os
 import tempfile
+from collections.abc import Iterator
 from pathlib import Path
 from typing import IO
 
@@ -51,3 +52,13 @@ def hold(name: str, folder: Path | None = None) -> bool:
         return False
     _held.append(lock)
     return True
+
+
+def others(names: list[str], own: int, folder: Path | None = None) -> Iterator[int]:
+    """Indices of further GPUs that no job holds, each held once it is asked for.
+
+    Args:
+        names: as of `take`.
+        own: the GPU that this job has.
+    """
+    return (i for i, name in enumerate(names) if i != own and hold(name, folder))

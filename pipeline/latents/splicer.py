@@ -145,7 +145,10 @@ class Splicer:
         spliced = x[..., -self.d_out :].clone()
         spliced[where] = replace(x[where])
         logits = self._logits(tokens, spliced)[:, self.skip_first :]
-        return logits.float().log_softmax(-1).expand(len(tokens), -1, -1)
+        log_q = torch.empty(logits.shape, device=logits.device)
+        for one, out in zip(logits, log_q, strict=True):  # a copy of one block's logits at a time
+            torch.log_softmax(one, -1, torch.float32, out=out)
+        return log_q.expand(len(tokens), -1, -1)
 
     def _logits(
         self, tokens: Int64[Tensor, "blocks pos"], x: Float[Tensor, "blocks pos d_out"]

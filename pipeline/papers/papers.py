@@ -21,10 +21,12 @@ from pipeline.papers.paths import in_spec, near, path_digest, resolve, resolve_m
 from pipeline.spec import families
 from pipeline.spec.base import SCALES
 from pipeline.spec.imports import (
+    CONFIG,
     ImportedCrosscoder,
     ImportedLayers,
     ImportSpec,
     crosscoder_listing,
+    entries_of,
     layer_listing,
     listing,
 )
@@ -404,6 +406,7 @@ class Run:
         kept = {"source", "format", "repo", "revision"}
         layers = "cross" if section.cross else "each"
         job = section.model_dump(include=kept) | {"name": name, "layers": layers, "pairs": pairs}
+        job |= {"revisions": section.revisions} if section.revisions else {}
         job["paths"] = section.folders(numbers)
         identity = dict(job)
         if section.source == "folder":
@@ -417,6 +420,10 @@ class Run:
                 )
                 for file in (weights, *beside, *optional)
             ]
+            config = Path(paths[0]) / CONFIG
+            if section.format == "circuit_tracer" and config.is_file():
+                files += [config.parent / e.path for e in entries_of(config) if not e.repo]
+            files = list(dict.fromkeys(files))
             identity["paths"] = [[f.name, path_digest(f)] for f in files if f.is_file()]
         return self._item(
             "transcoders_import", f"{_slug(model)}-{name}", {"import": job}, {"model": model},
@@ -442,8 +449,10 @@ class Run:
         if section.source == "folder":
             path = resolve(section.path, paper.folder, self.roots)
             job["path"] = in_spec(path)
-            weights, _, optional = crosscoder_listing(path.as_posix())
-            files = [Path(f) for f in (weights, *optional)]
+            weights, beside, optional = crosscoder_listing(
+                section.format, path.as_posix(), len(read_by)
+            )
+            files = [Path(f) for f in (weights, *beside, *optional)]
             identity["path"] = [[f.name, path_digest(f)] for f in files if f.is_file()]
         inputs = {f"model_{i}": f"model/{id}" for i, id in enumerate(every)}
         inputs |= {f"activations_{i}": f"activations/{id}" for i, id in enumerate(ids)}

@@ -3,7 +3,8 @@
 1. `share` is an accuracy with Wilson's interval (Wilson 1927).
 2. `bins` group answers by the probability that they were given, in bins of equal width, or of
    equally many answers (adaptive; Nixon et al. 2019): confidence and accuracy of each bin are the
-   axes of a reliability diagram.
+   axes of a reliability diagram. A probability on a border belongs to the bin below it (Guo et al.
+   2017).
 3. `calibration_error` is the mean distance of the two, weighted by answers: ECE (Guo et al. 2017).
    Over few answers it is above 0 for calibrated probabilities, too: `floor` says how far.
 """
@@ -42,7 +43,7 @@ def parts(
         found = np.array_split(order, n_bins)
     else:
         inner = np.linspace(0, 1, n_bins + 1)[1:-1]
-        found = np.split(order, np.searchsorted(p[order], inner))
+        found = np.split(order, np.searchsorted(p[order], inner, side="right"))
     return [rows for rows in found if len(rows)]
 
 

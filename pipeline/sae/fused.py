@@ -27,10 +27,13 @@ ARCHITECTURES = {"topk", "batchtopk", "matryoshka_batchtopk"}
 def suits(sae: Any, training: SaeTraining) -> bool:
     """Whether a dictionary can be trained by a FusedStep: in bfloat16, all of it trained.
 
-    Crosscoders, whose rows have several norms, and transcoders cannot.
+    Crosscoders, whose rows have several norms, and transcoders cannot, nor those whose AuxK goes
+    level by level.
     """
     architecture = sae.cfg.architecture()
     if architecture not in ARCHITECTURES or training.precision != "bfloat16":
+        return False
+    if getattr(sae.cfg, "use_matryoshka_aux_loss", False):
         return False
     if architecture != "topk":
         from pipeline.kernels import batch

@@ -10,7 +10,7 @@ Many kernels of a step are too short to fill a GPU. So dictionaries take turns o
 """
 
 from collections.abc import Callable, Hashable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import torch
 from torch import Tensor
@@ -115,13 +115,18 @@ class Lanes:
         self.streams = [torch.cuda.Stream(device) for _ in range(n)] if n > 1 else []
 
     @contextmanager
-    def batch(self) -> Iterator[None]:
-        """What is launched inside comes after all before it, and before all behind it."""
-        for stream in self.streams:
-            stream.wait_stream(torch.cuda.current_stream(self.device))
-        yield
-        for stream in self.streams:
-            torch.cuda.current_stream(self.device).wait_stream(stream)
+    def batch(self, x: Tensor) -> Iterator[Tensor]:
+        """A batch on this device, which is the current one inside.
+
+        What is launched inside comes after all before it, and before all behind it.
+        """
+        with torch.cuda.device(self.device) if self.device.type == "cuda" else nullcontext():
+            shown = x.to(self.device, non_blocking=True)
+            for stream in self.streams:
+                stream.wait_stream(torch.cuda.current_stream(self.device))
+            yield shown
+            for stream in self.streams:
+                torch.cuda.current_stream(self.device).wait_stream(stream)
 
     @contextmanager
     def of(self, i: int) -> Iterator[Scratch]:

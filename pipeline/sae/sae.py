@@ -7,12 +7,15 @@
    active (sae/steps.py and its siblings); sae/train.py is the loop.
 4. Rows are scaled for training; when a dictionary is saved, the scale is folded into its weights,
    so that it takes activations as they are.
-5. With `activations.window` the rows are made while the dictionaries are trained, in a process of
-   stage activations that this one starts: on the same GPU, or with --gpus 2 on another. The
-   manifest lists the digest of every shard, though the shards are gone (store/window.py).
+5. With --gpus N the dictionaries divide over N GPUs, which are shown the same batches: each row is
+   read once. With `activations.window` the rows are made while the dictionaries are trained, in a
+   process of stage activations that this one starts: on the same GPU, or with --gpus 2 and more on
+   one of them. The manifest lists the digest of every shard, though the shards are gone
+   (store/window.py).
 6. Dictionaries with an output_hook are transcoders (sae/transcoder.py); those of one job share both
    hooks.
-7. Until the job is done, all files lie in `<saes>.partial/`, its checkpoints included
+7. A TopK dictionary too large for a GPU has its latents divided among several (sae/split.py).
+8. Until the job is done, all files lie in `<saes>.partial/`, its checkpoints included
    (store/checkpoints.py).
 
 `history.parquet` has about a hundred rows per dictionary, one for the batch of a step: `mse` is in
@@ -27,11 +30,13 @@ from contextlib import ExitStack
 from pathlib import Path
 from typing import IO, Any
 
+import torch
+
 from pipeline.errors import RetraceError
 from pipeline.job import cli, kills
-from pipeline.sae import outputs, steps
+from pipeline.sae import outputs, split, steps
 from pipeline.sae.stream import Stream, WindowStream
-from pipeline.sae.train import Dictionary, build, summary, train
+from pipeline.sae.train import Dictionary, build, shared_out, summary, train
 from pipeline.sae.transcoder import inference_config
 from pipeline.spec import families
 from pipeline.spec.base import Section
@@ -131,14 +136,24 @@ def save(
     tables.write_json(folder / "cfg.json", json.loads(provenance.canonical(config)), certificate)
 
 
-def prepare(job: SaeJob, stream: Stream, activations: dict) -> list[Dictionary]:
-    """Every dictionary of a job, with its initial weights, on the stream's device.
+def prepare(
+    job: SaeJob,
+    stream: Stream,
+    activations: dict,
+    devices: list[torch.device] | None = None,
+    divided: list[torch.device] | None = None,
+) -> list[Dictionary]:
+    """Every dictionary of a job, with its initial weights.
 
     Args:
         activations: manifest.json of the activations.
+        devices: that the dictionaries are shared out to; default: the stream's.
+        divided: devices among which the latents of every dictionary are divided; default: those of
+            the ones that are too large for a GPU, among as many as hold them.
     """
-    b_dec = stream.median(MEDIAN_ROWS)
-    out = []
+    b_dec, devices = stream.median(MEDIAN_ROWS), devices or [stream.device]
+    out, where = [], shared_out(job.dictionaries, devices)
+    large = split.shared(job.dictionaries, job.training, stream.d_in, devices)
     for name, spec in job.dictionaries.items():
         sae = build(
             spec,
@@ -146,9 +161,15 @@ def prepare(job: SaeJob, stream: Stream, activations: dict) -> list[Dictionary]:
             d_out=stream.d_out,
             normalize=job.training.normalize,
             metadata=metadata(activations, job.hook, job.output_hook),
-        ).to(stream.device)
+        )
         sae.b_dec.data.copy_(b_dec)
+        among = divided or large.get(name)
+        if among:
+            how = (job.training, job.n_steps, among, spec)
+            out.append(split.SplitDictionary(name, sae, *how))
+            continue
         step = steps.reference if job.output_hook else None
+        sae = sae.to(where[name])
         out.append(Dictionary(name, sae, job.training, job.n_steps, step, spec))
     return out
 
@@ -156,7 +177,9 @@ def prepare(job: SaeJob, stream: Stream, activations: dict) -> list[Dictionary]:
 def work(job: cli.Job) -> None:
     """Train, or go on with an interrupted training, and write the outputs."""
     args, section = job.args, job.section("sae", SaeJob)
-    device, training = job.device(), section.training
+    training, making = section.training, "activations" in job.spec
+    devices = job.devices(args.gpus - (making and args.gpus > 1))
+    device = devices[0]
     stored = tables.read_json(args.activations)
     how = {
         "batch_size": training.batch_size,
@@ -166,7 +189,7 @@ def work(job: cli.Job) -> None:
         "device": device,
     }
     with ExitStack() as stack:
-        if "activations" in job.spec:
+        if making:
             stream = windowed(job, section, stored, how)
             stack.callback(stream.window.stop)
         else:
@@ -174,7 +197,7 @@ def work(job: cli.Job) -> None:
             output = section.output_hook
             stream = Stream(rows, target=Rows(args.activations, output) if output else None, **how)
         check(section, stream.n_rows, args.activations)
-        dictionaries = prepare(section, stream, stored)
+        dictionaries = prepare(section, stream, stored, devices)
         learn(job, section, dictionaries, stream)
         stack.close()
         write(job, section, dictionaries, stream)
@@ -296,5 +319,7 @@ def main() -> None:
         model="model.json, where training rows are made a window ahead*",
         corpus="tokens.parquet, where training rows are made a window ahead*",
     )
-    parser.add_argument("--gpus", type=int, default=1, help="2: they are made on another GPU")
+    parser.add_argument(
+        "--gpus", type=int, default=1, help="that the job may take, where so many are free"
+    )
     cli.run("sae", parser.parse_args(), work)

@@ -33,12 +33,14 @@ class Scratch:
         half: use bfloat16 for the operands of products; only on a GPU. Sums are float32.
 
     Attributes:
+        dense: take dense products however few latents are active, since their number would have to
+            be read from a GPU; default: the faster ones.
         recordings: CUDA graphs of the dictionaries' steps, which share their memory.
         eager_steps: kind of step -> how often one ran without a graph (sae/graphs.py).
     """
 
     def __init__(self, half: bool = False) -> None:
-        self.half = half
+        self.half, self.dense = half, False
         self.blocks: dict[str, Tensor] = {}
         self.recordings: list[torch.cuda.CUDAGraph] = []
         self.eager_steps: Counter[Hashable] = Counter()

@@ -2,7 +2,7 @@
 
 `reference` calls SAELens's `training_forward_pass` and autograd. It works for every architecture,
 and the tests compare the fast steps with it. `topk` and `standard` write the gradients by hand;
-sae/steps_batch.py, sae/steps_gates.py and sae/steps_pursuit.py do so for the other architectures.
+sae/steps_batch.py and sae/steps_gates.py do so for the other architectures.
 With B rows x, x_c = x - b_dec, p = x_c W_enc + b_enc, activations a = relu(p) where a latent is
 active and 0 elsewhere, and r = a W_dec + b_dec - x:
 
@@ -217,6 +217,7 @@ def auxk(
     dead: Bool[Tensor, " d_sae"] | None,
     scratch: Scratch,
     capacity: int | None = None,
+    r: Float[Tensor, "batch d_in"] | None = None,
 ) -> Float[Tensor, ""] | float:
     """The loss of AuxK; its gradients are added to `grads`. Its products are dense.
 
@@ -226,6 +227,7 @@ def auxk(
         capacity: number of latents that take part, at least that of the dead ones; the living
             ones among them have a value of zero. No shape then depends on `dead`, so that the step
             does not wait for a GPU. None: the dead latents alone.
+        r: x_hat - x of what they are to mend; default: of the whole dictionary.
     """
     if dead is None:
         return 0.0
@@ -236,7 +238,8 @@ def auxk(
     )
     if len(at) == 0:
         return 0.0
-    sae, cast, k_aux = grads.sae, scratch.cast, grads.r.shape[1] // 2
+    r = grads.r if r is None else r
+    sae, cast, k_aux = grads.sae, scratch.cast, r.shape[1] // 2
     on = None if capacity is None else dead[at]
     n_dead = scores.new_tensor(len(at), dtype=norm.dtype) if on is None else on.sum().to(norm.dtype)
     coefficient = sae.cfg.aux_loss_coefficient * (n_dead / k_aux).clamp(max=1.0) / len(scores)
@@ -249,7 +252,7 @@ def auxk(
         acts *= kept
     acts /= norm[at]
     W_dec = cast(sae.W_dec[at])
-    error = grads.r + product(cast(acts), W_dec)  # reconstruction of -r, minus -r
+    error = r + product(cast(acts), W_dec)  # reconstruction of -r, minus -r
     d = error * (2 * coefficient)
     g = product(cast(d), W_dec.T)
     grads.add_latents(at, acts, g if kept is None else g.mul_(kept), d, scratch)
@@ -272,7 +275,7 @@ def standard(
     norm = sum(norms[1:], norms[0])
     pre = scratch.encode(x - sae.b_dec, sae.W_enc, sae.b_enc).relu_()
     some = pre[:SAMPLE_ROWS]  # counting all rows takes half as long as the encoder's product
-    if some.count_nonzero() > DENSE_SHARE * some.numel():
+    if scratch.dense or some.count_nonzero() > DENSE_SHARE * some.numel():
         support, acts = Dense(scratch), pre
     else:
         flat = pre.view(-1).nonzero()[:, 0]

@@ -1,6 +1,6 @@
 """The fast steps of BatchTopK and Matryoshka: SAELens's loss and gradients without dense products.
 
-They differ from TopK's step (sae/steps.py) in two points.
+They differ from TopK's step (sae/steps.py) in three points.
 
 1. BatchTopK (Bussmann et al. 2024, 2412.06410, Sec. 3) keeps the k B largest of all scores of a
    batch of B rows. At inference a threshold takes the place of this choice; each step moves it
@@ -10,12 +10,16 @@ They differ from TopK's step (sae/steps.py) in two points.
    A latent between m_(j-1) and m_j takes part in r_j to r_n, so with d_j = 2 r_j / B its pull and
    its decoder's gradient come from D_j = d_j + ... + d_n. Each active latent still takes part in
    one product of each kind.
+3. With SAELens's `use_matryoshka_aux_loss` the dead latents between m_(j-1) and m_j mend r_j, where
+   else all mend r_n.
 
 A step always keeps k B entries; those that are not above zero get the value zero. So no shape
 depends on the batch and nothing waits for a GPU: a step can be captured as a CUDA graph.
 """
 
 import math
+from collections.abc import Iterator
+from itertools import pairwise, starmap
 from typing import Any
 
 import torch
@@ -62,8 +66,8 @@ class Nested(Gradients):
         acts: activations on the support.
         widths: nested widths, rising to d_sae.
 
-    `r` and `mse` are those of the whole dictionary; `inner` is the sum of the errors of the
-    narrower ones.
+    `r` and `mse` are those of the whole dictionary, `nested` holds r of each width, [batch widths
+    d_in]; `inner` is the sum of the errors of the narrower ones.
     """
 
     def __init__(
@@ -86,6 +90,7 @@ class Nested(Gradients):
             r[:, j] += r[:, j - 1]
         errors = r.pow(2).sum((0, 2)) / batch
         self.r, self.mse, self.inner = r[:, -1], errors[-1], errors[:-1].sum()
+        self.nested = r
         d = r * (2 / batch)
         for j in reversed(range(n - 1)):
             d[:, j] += d[:, j + 1]
@@ -119,11 +124,25 @@ def _batch(
     grads = Nested(sae, support, acts, x, widths)
     loss = grads.mse + grads.inner
     if sae.cfg.aux_loss_coefficient:
-        loss = loss + auxk(grads, scores, norm, dead, scratch, capacity)
+        for some, r in mended(grads, dead, widths):
+            loss = loss + auxk(grads, scores, norm, some, scratch, capacity, r)
     grads.store()
     move_threshold(sae, kept)
     fired = support.fired(acts)
     return Outcome(loss, grads.mse, support.l0_(acts), fired)
+
+
+def mended(
+    grads: Nested, dead: Bool[Tensor, " d_sae"] | None, widths: list[int]
+) -> Iterator[tuple[Bool[Tensor, " d_sae"] | None, Float[Tensor, "batch d_in"]]]:
+    """The dead latents, and x_hat - x that they are to mend; level by level where SAELens does."""
+    if dead is None or not getattr(grads.sae.cfg, "use_matryoshka_aux_loss", False):
+        yield dead, grads.r
+        return
+    for j, level in enumerate(starmap(slice, pairwise([0, *widths]))):
+        some = torch.zeros_like(dead)
+        some[level] = dead[level]
+        yield some, grads.nested[:, j]
 
 
 def move_threshold(sae: Any, kept: Tensor) -> None:

@@ -28,7 +28,7 @@ from torch import Tensor
 from pipeline.errors import RetraceError
 from pipeline.job import cli
 from pipeline.sae import dead as dead_latents
-from pipeline.sae import steps, steps_batch, steps_gates, steps_pursuit
+from pipeline.sae import steps, steps_batch, steps_gates
 from pipeline.sae.fused import FusedStep, suits
 from pipeline.sae.graphs import Lanes, StepGraphs
 from pipeline.sae.optimiser import Optimiser, coefficients, learning_rate, with_prefix
@@ -39,7 +39,7 @@ from pipeline.spec.sae import SaeSpec, SaeTraining
 HISTORY = ("step", "rows", "lr", "mse", "explained_variance", "l0", "dead_share", "loss")
 N_RECORDS = 100  # entries of a history, about
 STATIC = steps.STATIC | steps_batch.STATIC
-FAST = steps.FAST | steps_batch.FAST | steps_gates.FAST | steps_pursuit.FAST
+FAST = steps.FAST | steps_batch.FAST | steps_gates.FAST
 
 
 @runtime_checkable
@@ -127,6 +127,8 @@ class Dictionary:
         graphs: CUDA graphs of the step; None if a step may wait for the device.
     """
 
+    LR_KEY = "sae.training.lr"  # of paper.yaml
+
     def __init__(
         self,
         name: str,
@@ -180,7 +182,7 @@ class Dictionary:
 
     def dead_capacity(self, step: int, batch_size: int) -> int:
         """For how many latents AuxK keeps a place at a step; 0 where the loss has no AuxK."""
-        if not self.sae.cfg.aux_loss_coefficient:
+        if not getattr(self.sae.cfg, "aux_loss_coefficient", 0):
             return 0
         return self.dead.capacity_at(step, batch_size)
 
@@ -230,9 +232,14 @@ class Dictionary:
             if not math.isfinite(loss):
                 raise RetraceError(
                     f"dictionary '{self.name}': the loss is {loss} at step {step + 1} of "
-                    f"{self.n_steps}; lower sae.training.lr, or look for extreme activations"
+                    f"{self.n_steps}; lower {self.LR_KEY}, or look for extreme activations"
                 )
         self._unchecked.clear()
+
+    @property
+    def d_out(self) -> int:
+        """Width of the rows that are reconstructed."""
+        return self.sae.W_dec.shape[1]
 
     def record(
         self, outcome: steps.Outcome, x: Float[Tensor, "batch d"], step: int, scale: float
@@ -244,7 +251,7 @@ class Dictionary:
         Args:
             scale: factor by which the rows that are reconstructed were multiplied.
         """
-        variance = x[:, -self.sae.W_dec.shape[1] :].var(0, correction=0).sum()
+        variance = x[:, -self.d_out :].var(0, correction=0).sum()
         dead = self.dead.mask.double().mean()
         found = (outcome.mse, outcome.mse / variance, outcome.l0, dead, outcome.loss)
         about = [step + 1, (step + 1) * len(x), learning_rate(step, self.n_steps, self.training)]
@@ -311,6 +318,8 @@ def train(
 ) -> None:
     """Train every dictionary on the batches first to n_steps - 1.
 
+    A batch is read once, and copied to the other devices on which dictionaries lie.
+
     Args:
         first: number of steps that are already done.
         seconds: time between two calls of `save`.
@@ -319,20 +328,21 @@ def train(
     """
     one = dictionaries[0]
     half = one.optimiser.on_gpu and one.training.precision == "bfloat16"
-    counts = [d.dead.rows_since_fired for d in dictionaries]
-    n_scores = stream.batch_size * max(map(len, counts))
-    lanes = Lanes(half, len(dictionaries), n_scores, counts[0].device)
+    n_scores = stream.batch_size * max(len(d.dead.rows_since_fired) for d in dictionaries)
+    groups = [(own, Lanes(half, len(own), n_scores, device))
+              for device, own in by_device(dictionaries).items()]  # fmt: skip
     every, saved = max(1, n_steps // N_RECORDS), time.monotonic()
     for step, x in enumerate(stream.batches(first, n_steps), first):
         done = step + 1
         due = time.monotonic() - saved >= seconds
         recorded = done % every == 0 or done == n_steps
-        with lanes.batch():
-            for i, dictionary in enumerate(dictionaries):
-                with lanes.of(i) as scratch:
-                    outcome = dictionary.step(x, step, scratch)
-                    if recorded:
-                        dictionary.record(outcome, x, step, stream.target_scale)
+        for own, lanes in groups:
+            with lanes.batch(x) as shown:
+                for i, dictionary in enumerate(own):
+                    with lanes.of(i) as scratch:
+                        outcome = dictionary.step(shown, step, scratch)
+                        if recorded:
+                            dictionary.record(outcome, shown, step, stream.target_scale)
         if recorded or due:
             for dictionary in dictionaries:
                 dictionary.check()
@@ -341,6 +351,26 @@ def train(
             save(done)
             saved = time.monotonic()
         progress(done * stream.batch_size)
+
+
+def by_device(dictionaries: list[Dictionary]) -> dict[torch.device, list[Dictionary]]:
+    """The dictionaries of each device."""
+    out: dict[torch.device, list[Dictionary]] = {}
+    for dictionary in dictionaries:
+        out.setdefault(dictionary.dead.rows_since_fired.device, []).append(dictionary)
+    return out
+
+
+def shared_out(
+    dictionaries: dict[str, SaeSpec], devices: list[torch.device]
+) -> dict[str, torch.device]:
+    """The device of each dictionary: the widest first, each to the one with the fewest latents."""
+    load = dict.fromkeys(devices, 0)
+    out = {}
+    for name in sorted(dictionaries, key=lambda n: -dictionaries[n].d_sae):
+        out[name] = min(devices, key=lambda device: load[device])
+        load[out[name]] += dictionaries[name].d_sae
+    return out
 
 
 def resample(dictionaries: list[Dictionary], stream: Batches, done: int) -> None:
@@ -352,4 +382,5 @@ def resample(dictionaries: list[Dictionary], stream: Batches, done: int) -> None
     n = math.ceil(n_rows / stream.batch_size)
     x = torch.cat(list(stream.batches(done, done + n)))
     for dictionary in wanted:
-        dictionary.resample(x[: dictionary.spec.resample_rows], done)
+        some = x[: dictionary.spec.resample_rows]
+        dictionary.resample(some.to(dictionary.dead.rows_since_fired.device), done)

@@ -18,10 +18,11 @@ width d:
 
 * crosscoder.safetensors, on rows as they are. act is ReLU; with threshold [d_sae] (BatchTopK) a
   latent is zero where it is not above its own.
-* model_final.pt, which `from_pretrained` of CrossCoder or, of BatchTopK, BatchTopKCrossCoder reads:
-  their library is a fork of dictionary_learning (science-of-finetuning, commit 173f7fa) and on no
-  package index. Its weights are those on scaled rows, the scales stand in its normalizer, and its
-  threshold is one number, of f_j sum_s |W_dec^s_j|. Decoder norms and latents are then ours.
+* model_final.pt, which `from_pretrained` of CrossCoder or, of BatchTopK, BatchTopKCrossCoder reads
+  (of JumpReLU, with a threshold of each latent, there is none): their library is a fork of
+  dictionary_learning (science-of-finetuning, commit 173f7fa) and on no package index. Its weights
+  are those on scaled rows, the scales stand in its normalizer, and its threshold is one number, of
+  f_j sum_s |W_dec^s_j|. Decoder norms and latents are then ours.
 
 Whether b_dec is subtracted from x is fixed by each library's class; where a dictionary has it the
 other way, the biases of the encoder take it up:
@@ -147,16 +148,22 @@ def circuit_tracer(folder: Path, config: SaeLensConfig, weights: Weights) -> Non
 
 
 def crosscoder(
-    folder: Path, config: SaeLensConfig, weights: Weights, sources: list[dict[str, Any]], k: int
-) -> None:
+    folder: Path, config: SaeLensConfig, weights: Weights, sources: list[dict[str, Any]],
+    spec: dict[str, Any],
+) -> None:  # fmt: skip
     """crosscoder.safetensors, model_final.pt, and config.json, which names the sources in order.
+
+    JumpReLU has a threshold of each latent, for which their library has no class: model_final.pt is
+    left out.
 
     Args:
         weights: of wide rows, the sources side by side.
         sources: of the manifest.
-        k: of BatchTopK; else 0.
+        spec: of the manifest's entry: its architecture, and k of BatchTopK.
     """
     import torch
+
+    k, own = int(spec.get("k") or 0), spec["architecture"] == "jumprelu"
 
     widths = [source["d_in"] for source in sources]
     if len(set(widths)) > 1:
@@ -175,10 +182,13 @@ def crosscoder(
     state = on_scaled_rows(found, np.array([s["scale"] for s in sources]))
     if "threshold" in w:
         found["threshold"] = w["threshold"]
-        state |= {"k": np.int32(k), "threshold": one_threshold(w["threshold"], state, folder)}
+        if not own:
+            over = one_threshold(w["threshold"], state, folder)
+            state |= {"k": np.int32(k), "threshold": over}
     save_tensors(folder / "crosscoder.safetensors", found)
-    tensors = {name: torch.tensor(np.asarray(value)) for name, value in state.items()}
-    torch.save(tensors, folder / "model_final.pt")
+    if not own:
+        tensors = {name: torch.tensor(np.asarray(value)) for name, value in state.items()}
+        torch.save(tensors, folder / "model_final.pt")
     jumps, hooks = "threshold" in w, [s["hook"] for s in sources]
     trainer = {
         "dict_class": "BatchTopKCrossCoder" if jumps else "CrossCoder", "activation_dim": d,
@@ -190,8 +200,7 @@ def crosscoder(
         "sources": [s["name"] for s in sources], "hooks": hooks,
         "scales": [s["scale"] for s in sources], "activation_dim": d, "num_layers": n,
         "dict_size": config.d_sae, "activation": "jumprelu" if jumps else "relu",
-        "trainer": trainer,
-    }  # fmt: skip
+    } | ({} if own else {"trainer": trainer})  # fmt: skip
     write_json(folder / "config.json", about)
 
 

@@ -266,7 +266,7 @@ def layout(job: cli.Job, export: Export) -> None:
     made = job.certificate([job.args.sae, *sorted(folder.iterdir())])
     with _whole(job.args.out) as out:
         if sources := tables.read_json(job.args.sae).get("sources"):
-            crosscoder(out, config, weights, sources, int(entry["spec"].get("k") or 0))
+            crosscoder(out, config, weights, sources, entry["spec"])
         else:
             LAYOUTS[export.format](out, config, weights)
         files = {file.name: provenance.sha256_file(file) for file in sorted(out.iterdir())}
@@ -338,6 +338,11 @@ def check_kind(manifest: str, export: Export) -> None:
         raise RetraceError(
             f"{manifest}: '{export.sae}' is a set of transcoders of all layers, which "
             f"{export.format} has no place for; export it as circuit_tracer"
+        )
+    if entry.get("layers") == "cross" and entry["spec"].get("skip"):
+        raise RetraceError(
+            f"{manifest}: '{export.sae}' is a cross-layer transcoder with a skip connection, and "
+            f"circuit-tracer's files of one hold no W_skip; read the store's folder as it is"
         )
     if sources and export.format != "crosscoder":
         raise RetraceError(

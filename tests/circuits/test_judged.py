@@ -67,3 +67,16 @@ def test_the_search_takes_the_head_that_widens_the_gap_and_ends_with_the_circuit
     assert [len(gone) for gone, *_ in found] == [1, 2, 3]
     (first, m, c), *_ = found
     assert first == {(0, 0, "")} and m - c == pytest.approx(5)
+
+
+def test_the_search_takes_the_widest_gap_whichever_side_is_above():
+    class Rising(Counted):
+        """Without head 0.1 the circuit is worth nine more, the model one less."""
+
+        def metric(self, circuits, on_progress=lambda _: None):
+            more = [9.0 * (kept != WHOLE and (0, 1, "") in gone) for kept, gone in circuits]
+            return super().metric(circuits) + torch.tensor(more)[:, None]
+
+    circuit = frozenset({(0, 0, ""), (0, 1, ""), (1, 2, "")})
+    ((first, m, c),) = judged.greedy(circuit, Rising(), 1, 9, np.random.default_rng(0))
+    assert first == {(0, 1, "")} and (m, c) == (5, 11)

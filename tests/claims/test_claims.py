@@ -213,6 +213,9 @@ NEEDED = {"x.ev": metric(0.9), "y.ev": metric(0.5), "x.dead_share": metric(0.02,
         ("x.ev > 0", {"unread": 1}, None),
         ("y.ev > 0", {"unread": 1},
          "asks for a lens that beats a constant (unread below 1), and y leaves 1.2"),
+        ("x.ev > 0", {"unread": 0.4},  # as good is no better
+         "asks for a lens that beats a constant (unread below 0.4), and x leaves 0.4"),
+        ("x.ev > 0", {"dead_share": 0.04}, None),  # at most
         ("x.ev > 0", {"past_minimum": 0.01}, None),
         ("y.ev > 0", {"past_minimum": 0.01},
          "asks for a validation loss at most 1 % above its minimum, and y ended 35 % above"),
@@ -239,6 +242,12 @@ def test_a_need_that_is_not_met_is_said_in_numbers(kind, holds, needs, why):
     row = judge(claim, NEEDED, "laptop", BUDGETS)
     assert row["verdict"] == ("not comparable" if why else "reproduced")
     assert row["why"] == why and row["ours"] is not None  # shown all the same
+
+
+@pytest.mark.parametrize("n, verdict", [(2, "reproduced"), (3, "not comparable")])
+def test_as_many_seeds_as_a_need_asks_for_are_enough(n, verdict):
+    two = {"a": metric(1, 2), "b": metric(3, 4)}
+    assert judge(order_claim("a < b", needs={"seeds": n}), two, "laptop")["verdict"] == verdict
 
 
 BUDGETS = {"b": {"unit": "samples", "paper": 2e8, "ours": "seen"}}

@@ -28,6 +28,16 @@ def test_halves_are_by_norm_by_scaling_and_by_chance():
         assert len(found[f"random_{i}"]) == 2 and set(found[f"random_{i}"]) < set(found["top"])
 
 
+def test_a_latent_without_scaling_counts_as_of_the_highest():
+    """Its nu is unknown where it is divided by 0, so that nothing says it belongs to one model."""
+    frame = pd.DataFrame({
+        "latent": range(4), "density": [0.1] * 4, "delta": [0.9, 0.8, 0.7, 0.6],
+        "nu_r": [np.nan, 0.3, 0.1, 0.2], "nu_e": [np.nan, 0.3, 0.1, 0.2],
+    })  # fmt: skip
+    found = causal.halves(frame, 4, 1, 0)
+    assert found["lower_nu"].tolist() == [2, 3] and found["higher_nu"].tolist() == [1, 0]
+
+
 class Exact:
     """A dictionary of both streams that codes them without loss, a latent a sign and dimension."""
 

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from test_sae import contents, one_thread  # noqa: F401
 from test_sae_jobs import store
 
 from pipeline.crosscoders import scaling
+from pipeline.crosscoders.crosscoder_evaluation import Judged
 from pipeline.crosscoders.model import SourceStream, columns, crosscoder, inference_state
 from pipeline.errors import RetraceError
 from pipeline.sae import steps, steps_batch
@@ -219,6 +221,13 @@ def test_kinds_are_those_of_the_published_delta():
     assert ((d >= 0.4) & (d <= 0.6)).tolist() == [False, False, True, False, False, False]
 
 
+def test_the_borders_of_kinds_are_those_of_the_published_delta():
+    """Shared from 0.4 to 0.6 with both ends; exclusive below 0.1 or above 0.9 without them."""
+    norms = np.array([[1, 1, 0.8, 0.2], [0.8, 0.2, 1, 1]])
+    np.testing.assert_allclose(scaling.delta(norms), [0.4, 0.1, 0.6, 0.9])
+    assert scaling.kinds(norms).tolist() == ["shared", "between", "shared", "between"]
+
+
 def test_shrinkage_is_seen_and_not_confirmed():
     """A direction that the other source has, but its decoder lost, stands in its error."""
     f = torch.rand(200, 1)
@@ -231,6 +240,43 @@ def test_shrinkage_is_seen_and_not_confirmed():
     kind = scaling.kinds(np.array([[1.0], [0.0]]))
     assert kind[0] == "exclusive"
     assert not scaling.confirmed(kind, np.array([0]), nu_r, nu_e)[0]
+
+
+class Scaled:
+    """A crosscoder of two sources of two columns, whose weights read rows as they are."""
+
+    def __init__(self) -> None:
+        draw = torch.Generator().manual_seed(0)
+        self.W_dec, self.cfg = torch.randn(3, 4, generator=draw), SimpleNamespace(d_sae=3)
+
+    def encode(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.relu(x @ self.W_dec.T)
+
+    def decode(self, f: torch.Tensor) -> torch.Tensor:
+        return f @ self.W_dec
+
+
+def test_latents_are_scaled_on_rows_of_one_unit():
+    """Sources of other sizes: rows, reconstructions and directions times the sources' scales."""
+    sae, x = Scaled(), torch.randn(50, 4, generator=torch.Generator().manual_seed(1))
+    sources = [{"name": n, "d_in": 2, "scale": s} for n, s in (("a", 3.0), ("b", 0.5))]
+    sums = Judged(sae, sources)
+    sums.add(x[:20])
+    sums.add(x[20:])
+    table = sums.latents("x").set_index(["source", "latent"])
+    f = sae.encode(x).double()
+    recon, W = sae.decode(sae.encode(x)).double(), sae.W_dec.double()
+    d = {"a": 3 * W[:, :2], "b": 0.5 * W[:, 2:]}
+    y = {"a": 3 * recon[:, :2], "b": 0.5 * recon[:, 2:]}
+    for j in range(3):
+        norms = {s: d[s][j].norm().item() for s in d}
+        own = max(norms, key=norms.get)
+        fit = {s: torch.linalg.lstsq((f[:, j, None] * d[own][j]).reshape(-1, 1),
+                                     y[s].reshape(-1, 1)).solution.item() for s in d}  # fmt: skip
+        for s in d:
+            assert table.loc[(s, j), "norm"] == pytest.approx(norms[s])
+            assert table.loc[(s, j), "nu_r"] == pytest.approx(fit[s] / fit[own], rel=1e-4)
+            assert table.loc[(s, j), "own"] == own
 
 
 # --- the stages ----------------------------------------------------------------------------

@@ -101,6 +101,26 @@ def test_its_files_decide_which_item_it_is(folder):
     assert id_of() != before
 
 
+def test_files_that_config_yaml_lists_decide_as_well(folder):
+    """Those beside it by their digests, those of other repositories by their commits."""
+    home = folder / "papers/theirs/set"
+
+    def id_of(**over) -> str:
+        plt = sets()["plt"] | over
+        return run(folder, {"plt": plt}).sae_item("theirs", "smoke", "late", "plt").id
+
+    (home / "layer_0.safetensors").rename(home / "first.safetensors")
+    config = home / "config.yaml"
+    about = yaml.safe_load(config.read_text())
+    entries = ["first.safetensors", "hf://a/b/layer_1.safetensors"]
+    config.write_text(yaml.safe_dump(about | {"transcoders": entries}))
+    before = id_of(revisions={"a/b": COMMIT})
+    assert id_of(revisions={"a/b": COMMIT}) == before
+    assert id_of(revisions={"a/b": "b" * 40}) != before
+    (home / "first.safetensors").write_bytes(b"another")
+    assert id_of(revisions={"a/b": COMMIT}) != before
+
+
 def test_a_folder_of_each_layer_and_some_layers(folder):
     for n in range(2):
         published.sparsify(folder / f"papers/theirs/h.{n}.mlp", transcode=True)
@@ -135,7 +155,7 @@ HUB = {"source": "hub", "format": "circuit_tracer", "layers": "each", "repo": "a
         (HUB | {"repo": "", "revision": COMMIT}, "source: hub needs repo"),
         (HUB | {"revision": COMMIT, "format": "sparsify"}, "has no {layer} in it, and format spar"),
         (HUB | {"revision": COMMIT, "format": "sparsify", "layers": "cross", "path": "{layer}"},
-         "layers: cross is read in format circuit_tracer alone"),
+         "layers: cross is read in formats circuit_tracer and gemma_scope_2 alone"),
         (HUB | {"revision": COMMIT, "path": "l{layer}"}, "has all layers in one folder"),
         (HUB | {"revision": COMMIT, "path": "a", "paths": ["b"]}, "remove one of the two"),
         (HUB | {"source": "folder", "path": "a"}, "source: folder takes no repo"),

@@ -16,7 +16,7 @@ from pipeline.crosscoders.layered import Layered, divided
 from pipeline.crosscoders.layered_files import read_clt, read_layers
 from pipeline.crosscoders.transcoders import LayeredDictionary
 from pipeline.errors import RetraceError
-from pipeline.sae import steps, transcoder
+from pipeline.sae import split, steps, transcoder
 from pipeline.sae.train import build, train
 from pipeline.spec.sae import SaeSpec, SaeTraining, TranscodersSpec
 from pipeline.store import tables
@@ -190,12 +190,12 @@ def test_a_job_takes_as_many_gpus_as_hold_its_weights(monkeypatch):
     job = transcoders.TranscodersJob(pairs=pairs, training={}, dictionaries=made)
     # of each set two encoders and three decoders of 10 x 4; Adam has two states of what is trained
     assert transcoders.n_bytes(job, 4) == 4 * (3 * 200 + 3 * 80 + 120 + 200)
-    gpu = SimpleNamespace(total_memory=1000 / transcoders.ROOM)
+    gpu = SimpleNamespace(total_memory=1000 / split.ROOM)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 3)
     monkeypatch.setattr(
         torch.cuda, "get_device_properties", lambda n: SimpleNamespace(uuid=n, **vars(gpu))
     )
-    monkeypatch.setattr(transcoders.gpus, "hold", lambda name: name != "1")  # another job has 1
+    monkeypatch.setattr(split.gpus, "hold", lambda name, _: name != "1")  # another job has 1
     first = torch.device("cuda", 0)
     assert transcoders.devices(first, 900) == [first]
     assert transcoders.devices(first, 1900) == [first, torch.device("cuda", 2)]

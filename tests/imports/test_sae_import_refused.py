@@ -222,17 +222,33 @@ def test_what_the_list_does_not_hold(release, id, sentence):
 
 
 def test_every_release_of_the_list_is_read_or_refused_by_name():
-    """Six of SAELens's readers have no counterpart here; they are refused before any download."""
-    refused = set()
+    """Two of SAELens's readers have no counterpart here; they are refused before any download."""
+    refused = {}
     for release, about in saelens._list().items():
         try:
             saelens.listed(release, str(about["saes"][0]["id"]))
         except RetraceError as e:
-            refused.add(str(e).split("converts it by '")[1].split("'")[0])
-    assert refused == {
-        "connor_rob_hook_z", "goodfire", "deepseek_r1", "llama_scope_r1_distill", "qwen_scope",
-        "temporal", "mntss_clt_layer_transcoder",
+            refused[release] = str(e).split(": ", 1)[1]
+    assert set(refused) == {
+        "mistral-7b-res-wg", "temporal-sae-gemma-2-2b", "temporal-sae-llama-3.1-8b",
+        "mntss-gemma-2-2b-2.5m-clt-as-per-layer",
     }  # fmt: skip
+    assert "a latent of a token depends on the tokens before" in refused["temporal-sae-gemma-2-2b"]
+    assert "layers: cross" in refused["mntss-gemma-2-2b-2.5m-clt-as-per-layer"]
+
+
+def test_every_entry_of_the_list_has_files_of_its_format():
+    """Of all paths of the list: the file of weights has a suffix that is read."""
+    from pipeline.imports.sae_import import FORMATS
+
+    for release, about in saelens._list().items():
+        format = saelens.CONVERSIONS.get(about.get("conversion_func"))
+        if format is None:
+            continue
+        assert format in FORMATS, release
+        for entry in about["saes"]:
+            weights, *_ = listing(format, str(entry["path"]))
+            assert weights.endswith((".safetensors", ".npz", ".pt", ".pth")), (release, weights)
 
 
 def test_a_repository_of_the_hub_gives_what_the_format_needs(model, tmp_path, monkeypatch):

@@ -193,3 +193,78 @@ def test_a_transcoder_set_comes_in_and_leaves_again(jumps, model, tmp_path):
             torch.testing.assert_close(ours[layer](X), theirs[layer](X), **CLOSE)
             torch.testing.assert_close(again[layer](X), theirs[layer](X), **CLOSE)
     assert tables.read_json(tmp_path / "item1/manifest.json")["original"]["files"]
+
+
+# --- sets whose layers are of other kinds ---------------------------------------------------
+
+
+def test_a_skip_transcoder_of_before_transcode_was_a_key(model, tmp_path):
+    """EleutherAI/skip-transcoder-Llama-3.2-1B-131k: the library takes b_dec off x."""
+    from sparsify import SparseCoder
+
+    about = {"expansion_factor": 32, "normalize_decoder": True, "num_latents": N, "k": K,
+             "multi_topk": False, "skip_connection": True, "d_in": D}  # fmt: skip
+    folders = []
+    for layer in range(2):
+        skip = {"W_skip": 0.3 * torch.randn(D, D, generator=torch.Generator().manual_seed(layer))}
+        folders.append(published.sparsify(tmp_path / f"layers.{layer}.mlp",
+                                          published.draw(layer) | skip))  # fmt: skip
+        (folders[-1] / "cfg.json").write_text(json.dumps(about))
+    manifest = published.bring_layers(model, tmp_path / "item", folders, "sparsify")
+    ours = published.brought_layers(manifest).forward(torch.stack([X, X], 1))
+    for layer, folder in enumerate(folders):
+        with torch.no_grad():
+            y = SparseCoder.load_from_disk(folder)(X).sae_out
+        torch.testing.assert_close(ours[:, layer], y, rtol=1e-5, atol=1e-5 * float(y.abs().max()))
+
+
+@pytest.mark.parametrize("kind", ["gemma-scope", "gemma-scope-2"])
+def test_a_list_of_gemma_scopes_transcoders(kind, model, tmp_path):
+    """config.yaml lists their files; circuit-tracer reads the same ones."""
+    from circuit_tracer.transcoder.single_layer_transcoder import load_transcoder_set
+
+    names = {"gemma-scope": "params.npz", "gemma-scope-2": "params.safetensors"}
+    make = {"gemma-scope": published.gemma_scope, "gemma-scope-2": published.gemma_scope_2}[kind]
+    entries = [f"l{layer}/{names[kind]}" for layer in range(2)]
+    for layer in range(2):
+        make(tmp_path / f"set/l{layer}", published.draw(layer))
+    folder = published.about_set(tmp_path / "set", "transcoder_set", transcoders=entries)
+    manifest = published.bring_layers(model, tmp_path / "item", [folder])
+    theirs = load_transcoder_set(
+        {n: str(folder / entry) for n, entry in enumerate(entries)}, "tiny", "mlp.hook_in",
+        "hook_mlp_out", torch.device("cpu"), torch.float32, kind,
+        lazy_encoder=False, lazy_decoder=False,
+    )  # fmt: skip
+    ours, x = published.brought_layers(manifest), torch.stack([X, X])
+    with torch.no_grad():
+        f = theirs.encode(x)
+        assert (f > 0).any() and (f == 0).any()
+        for layer in range(2):
+            torch.testing.assert_close(ours.encode(layer, X), f[layer], **CLOSE)
+        y = theirs.decode(f, x).transpose(0, 1)
+        torch.testing.assert_close(ours.forward(x.transpose(0, 1)), y, rtol=1e-5, atol=1e-4)
+
+
+@pytest.mark.parametrize("skip", [False, True])
+def test_a_cross_layer_transcoder_of_gemma_scope_2(skip, model, tmp_path, monkeypatch):
+    """circuit-tracer 0.5.0 leaves the last layer out (range(max(paths))), so that it is given one
+    more path than there are layers."""
+    from circuit_tracer.transcoder.cross_layer_transcoder import load_gemma_scope_2_clt
+
+    monkeypatch.syspath_prepend(str(Path(__file__).parents[1] / "crosscoders"))
+    from test_gemma_scope_2 import written
+
+    folder = written(tmp_path / "clt", "clt", skip=skip)
+    manifest = published.bring_layers(
+        model, tmp_path / "item", [folder], "gemma_scope_2", layers="cross"
+    )
+    paths = {n: str(folder / f"params_layer_{n}.safetensors") for n in range(3)}
+    theirs = load_gemma_scope_2_clt(
+        paths, "mlp.hook_in", "hook_mlp_out", "tiny", torch.device("cpu"), torch.float32
+    )
+    ours, x = published.brought_layers(manifest), torch.stack([X, X])
+    with torch.no_grad():
+        f = theirs.encode(x)
+        assert (f > 0).any() and (f == 0).any()
+        y = theirs.decode(f, x).transpose(0, 1)
+        torch.testing.assert_close(ours.forward(x.transpose(0, 1)), y, rtol=1e-5, atol=1e-4)

@@ -43,6 +43,18 @@ def test_each_job_takes_another_and_a_killed_one_gives_its_own_back(tmp_path):
     second.wait()
 
 
+def test_a_job_holds_as_many_more_as_it_asks_for_and_are_free(tmp_path):
+    process, one = holder(tmp_path)
+    assert one == 0
+    assert gpus.take(["a", "b", "c"], tmp_path) == 1
+    more = gpus.others(["a", "b", "c", "d"], 1, tmp_path)
+    assert next(more) == 2
+    assert gpus.take(["a", "b", "c", "d"], tmp_path) == 3  # not held before it is asked for
+    assert list(more) == []
+    process.kill()
+    process.wait()
+
+
 def test_gpus_are_counted_without_torch(tmp_path, monkeypatch):
     monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
     assert gpus.count(tmp_path / "none") == 1

@@ -52,6 +52,22 @@ def test_the_quadratic_form_is_the_influence_of_a_weak_reader():
     assert float((v @ G @ v) * (v @ S @ v) / 2) == pytest.approx(float(exact), rel=1e-2)
 
 
+def test_the_quadratic_form_is_the_curvature_of_the_kl_where_predictions_are_far_from_even():
+    generator = torch.Generator().manual_seed(5)
+    x, W, b = (torch.randn(*shape, generator=generator, dtype=torch.float64)
+               for shape in ((40, 5), (5, 7), (7,)))  # fmt: skip
+    read = lambda t: torch.tanh(t @ W) * 2 + 3 * b  # noqa: E731
+    log_p = read(x.mean(0)).log_softmax(-1)
+
+    def kl(change):
+        return (log_p.exp() * (log_p - read(x.mean(0) + change).log_softmax(-1))).sum()
+
+    G, S = basis.quadratic(read, x)
+    want = torch.autograd.functional.hessian(kl, torch.zeros(5, dtype=torch.float64))
+    torch.testing.assert_close(G, want)
+    torch.testing.assert_close(S, torch.from_numpy(np.cov(x.T.numpy(), bias=True)))
+
+
 def sphere(n: int) -> torch.Tensor:
     """n directions of three dimensions, spread evenly (a spiral): [n 3]."""
     i = torch.arange(n, dtype=torch.float64)

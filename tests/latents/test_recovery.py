@@ -72,3 +72,11 @@ def test_explained_variance_is_that_of_all_samples_at_once():
     want = 1 - residual.pow(2).sum() / centred.pow(2).sum()
     assert found["explained_variance"] == pytest.approx(float(want), abs=1e-6)
     assert found["l0"] == pytest.approx(float((x > 3).sum() / 40))
+
+
+def test_shrinkage_is_the_mean_over_samples_that_have_a_length():
+    """Two of three samples are shorter in the reconstruction; the third is zero."""
+    x = torch.tensor([[3.0, 4.0], [0.0, 0.0], [0.0, 2.0]])
+    sums = recovery.Reconstruction()
+    sums.add(x, x * torch.tensor([0.5, 1.0, 0.75])[:, None], x > 0)
+    assert sums.summary()["shrinkage"] == pytest.approx((0.5 + 0.75) / 2)

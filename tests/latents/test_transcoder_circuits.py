@@ -37,6 +37,17 @@ def sites(request):
         yield Sites(task, HOOKS, reads_of(all_units()))
 
 
+def test_a_token_is_known_by_what_is_read():
+    lengths = torch.tensor([[1.0, 9.0, 1.0], [9.0, 1.0, 9.0]])[..., None]  # bound: 2
+    read, written = lengths * torch.nn.functional.normalize(torch.randn(2, 1, 3, D), dim=-1)[:, 0]
+    coder = TranscoderLatents(TopK(5, k=20), READ, max_norm=2.0)
+    f, e = coder.split(torch.cat([read, written], -1)[None])
+    want = coder.sae.encode(read)
+    want[1] = 0
+    assert torch.equal(f[0], want) and want[[0, 2]].any(-1).all()
+    torch.testing.assert_close(e[0], written - coder.sae.decode(want))
+
+
 def test_what_is_read_stands_beside_what_is_written(sites):
     assert sites.base[WRITTEN].shape[-1] == 2 * D and sites.base[BELOW].shape[-1] == D
     unit = all_units()[WRITTEN]

@@ -66,7 +66,7 @@ def test_a_job_is_handed_its_options_and_the_arms_and_nothing_of_how_it_is_calle
 def test_the_code_is_the_script_and_all_that_it_loads(asked):
     w = wildcards(paper="synth_sae_bench")
     files = [f.rpartition("/")[2] for f in asked.code_files(w, "recovery")]
-    assert files == sorted(files) and {"recovery.py", "world.py", "steps.py"} <= set(files)
+    assert files == sorted(files) and {"recovery.py", "world.py", "learner.py"} <= set(files)
     assert asked.script(w, "recovery")[0] in asked.code_files(w, "recovery")
 
 

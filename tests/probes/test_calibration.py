@@ -26,6 +26,14 @@ def test_bins_by_hand():
     assert [(r["n"], r["share"]) for r in rows] == [(2, 0.5), (2, 0.5), (2, 1.0)]
 
 
+def test_bins_are_closed_above_as_in_guo_et_al():
+    """I_m = ((m - 1) / M, m / M]; probabilities of quarters lie on the borders of four bins."""
+    p = np.array([1.0, 0.5, 0.25, 0.75, 0.26, 0.5])
+    by_sentence = [[i for i in range(6) if m / 4 < p[i] <= (m + 1) / 4] for m in range(4)]
+    assert [sorted(rows.tolist()) for rows in calibration.parts(p, 4)] == by_sentence
+    assert calibration.parts(np.zeros(2), 4)[0].tolist() == [0, 1]  # and 0 lies in the first
+
+
 @pytest.mark.parametrize("adaptive", [False, True])
 def test_error_is_a_plain_sum_over_bins(adaptive):
     rng = np.random.default_rng(0)

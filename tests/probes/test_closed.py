@@ -70,6 +70,21 @@ def test_the_mass_mean_whitens_what_differs_within_classes(rows):
     torch.testing.assert_close(covariance @ found, centres[1] - centres[0], atol=1e-4, rtol=1e-3)
 
 
+def test_the_mass_mean_says_the_posterior_of_normal_classes_that_are_not_equally_frequent():
+    X = made(n=900)[:1]
+    y = torch.arange(900).remainder(9).clamp(max=2)  # shares of 1/9, 1/9 and 7/9
+    x = X[0] + 0.7 * torch.randn(3, 12, generator=torch.Generator().manual_seed(4))[y]
+    z = logits(x[None], closed.mass_mean(x[None], Tasks(y[None], [3])), [3])[0, :, 0].double()
+    x = x.double()
+    centres = torch.stack([x[y == c].mean(0) for c in range(3)])
+    left = x - centres[y]
+    covariance = left.T @ left / len(x)
+    covariance += closed.FLOOR * covariance.diagonal().mean() * torch.eye(12)
+    normal = torch.distributions.MultivariateNormal(centres, covariance)
+    log_p = normal.log_prob(x[:, None]) + torch.bincount(y).double().log()
+    torch.testing.assert_close(z.log_softmax(-1), log_p.log_softmax(-1), atol=1e-3, rtol=1e-3)
+
+
 def test_weights_for_rows_as_they_are_give_the_same_logits():
     raw = 3 + 2 * made()
     mean, sd = moments(raw)

@@ -1,5 +1,6 @@
 """Logistic probes against another solver of the same objective, and the code that rests on them."""
 
+import math
 from itertools import pairwise
 
 import numpy as np
@@ -134,6 +135,21 @@ def test_the_code_of_one_portion_is_uniform():
     X = made(n=20)
     tasks = Tasks(torch.arange(20)[None] % 4, [4])
     assert codelength.online(X, tasks, 1.0).tolist() == [[40.0], [40.0]]
+
+
+def test_what_activations_say_nothing_of_costs_the_bits_of_the_frequencies_so_far():
+    """Of activations that are all alike a probe knows how often each class came, and no more."""
+    n, n_classes = 300, 3
+    codes = torch.randint(0, n_classes, (n,), generator=torch.Generator().manual_seed(2)) // 2 * 2
+    codes[5] = 1
+    stops = codelength.ends(n)
+    want = stops[0] * math.log2(n_classes)
+    for start, stop in pairwise(stops):
+        count = torch.bincount(codes[:start], minlength=n_classes).double()
+        p = (count + 1 / n_classes) / (start + 1)  # start times the frequency, and 1 / C once
+        want -= float(p[codes[start:stop]].log2().sum())
+    found = codelength.online(torch.zeros(1, n, 4), Tasks(codes[None], [n_classes]), 1.0)
+    assert found.item() == pytest.approx(want, rel=1e-3)
 
 
 def test_rows_without_a_label_are_not_sent():

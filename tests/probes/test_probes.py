@@ -217,6 +217,16 @@ def test_a_control_task_needs_a_word_type_for_each_class():
         controls.control("x", np.array([0, 1, 2, 0]), np.array([7, 7, 8, 8]), 3, 0)
 
 
+def test_an_id_that_a_class_never_had_speaks_against_it_and_does_not_rule_it_out():
+    """Each class lacks an id of the last document; 3 of its 4 are those of the second class."""
+    documents = [[1, 1, 1, 2], [3, 3, 3, 2], [3, 3, 3, 1]]
+    row, ids = np.repeat(np.arange(3), 4), np.concatenate(documents)
+    codes, test = np.array([0, 1, 1]), np.array([False, False, True])
+    # ids 1, 2, 3 with one added: 4, 2, 1 of 7 in the first class, 1, 2, 4 in the second
+    scores = [3 * np.log(1 / 7) + np.log(4 / 7), 3 * np.log(4 / 7) + np.log(1 / 7)]
+    assert controls.bag_of_ids(codes, test, 2, row, ids).tolist() == [int(np.argmax(scores))] == [1]
+
+
 def test_the_bag_of_ids_of_documents_is_naive_bayes():
     """Two documents a class; by hand."""
     row = np.array([0, 0, 1, 1, 2, 2, 3, 3])

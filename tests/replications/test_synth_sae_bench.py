@@ -1,4 +1,4 @@
-"""SynthSAEBench: the sampler against SAELens's, and the steps against its autograd."""
+"""SynthSAEBench: the sampler against SAELens's, and the recipes of the dictionaries."""
 
 from pathlib import Path
 
@@ -7,8 +7,6 @@ import torch
 from test_sae import one_thread  # noqa: F401
 
 from pipeline.job.source import import_file
-from pipeline.sae import steps as sae_steps
-from pipeline.sae.sparse import Scratch
 from pipeline.sae.train import build
 
 ROOT = Path(__file__).parents[2]
@@ -17,7 +15,6 @@ world = import_file(FOLDER / "world.py")
 learner = import_file(FOLDER / "learner.py")
 recovery = import_file(FOLDER / "recovery.py")
 sweep = import_file(FOLDER / "sweep.py")
-steps = learner.steps
 
 SMALL = world.World(
     n_features=64, d_model=16, roots=2, branching=3, depth=2, correlation_rank=5,
@@ -118,7 +115,7 @@ def test_trees_that_do_not_fit_are_refused():
         world.World(n_features=100, roots=2)
 
 
-# --- steps ---------------------------------------------------------------------------------
+# --- recipes -------------------------------------------------------------------------------
 
 RECIPES = {
     "batchtopk": {"architecture": "batchtopk", "k": 3},
@@ -144,32 +141,6 @@ def made(name: str, seed: int = 0, **more):
         for p in sae.parameters():
             p += 0.2 * torch.randn(p.shape, generator=random)
     return sae
-
-
-def rows(n: int = 40) -> torch.Tensor:
-    return 2 * torch.randn(n, 16, generator=torch.Generator().manual_seed(9))
-
-
-@pytest.mark.parametrize("n_dead", [0, 3, 20])
-@pytest.mark.parametrize("name", RECIPES)
-def test_a_step_has_saelenss_loss_and_gradients(name, n_dead):
-    """20 dead of 32 latents are more than d_in / 2, the most that AuxK takes a row."""
-    ours, theirs = made(name), made(name)
-    dead = torch.zeros(32, dtype=torch.bool)
-    dead[5 : 5 + n_dead] = True
-    given = {"l1": 0.7, "l0": 0.4}
-    common = {"coefficients": given, "step": 0, "scratch": Scratch()}
-    want = sae_steps.reference(theirs, rows(), dead=dead, **common)
-    step = steps.STEPS[ours.cfg.architecture()]
-    got = step(ours, rows(), dead=dead if n_dead else None, **common)
-    torch.testing.assert_close(got.loss, want.loss)
-    torch.testing.assert_close(got.mse, want.mse)
-    torch.testing.assert_close(got.l0, want.l0)
-    assert torch.equal(got.fired, want.fired)
-    for (key, p), q in zip(ours.named_parameters(), theirs.parameters(), strict=True):
-        torch.testing.assert_close(p.grad, q.grad, rtol=1e-4, atol=1e-5, msg=key)
-    for a, b in zip(ours.buffers(), theirs.buffers(), strict=True):
-        torch.testing.assert_close(a, b)
 
 
 # --- the ground truth ----------------------------------------------------------------------

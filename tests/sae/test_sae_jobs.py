@@ -13,15 +13,18 @@ import pytest
 import torch
 from conftest import ROOT, environment, stage
 from pydantic import ValidationError
+from safetensors.torch import load_file
 from synthetic import call
 from test_sae import contents, one_thread, planted, stream_of, zip_first  # noqa: F401
 
 from pipeline.errors import RetraceError
+from pipeline.job import cli
 from pipeline.sae import sae as stage_sae
 from pipeline.sae import steps, transcoder
 from pipeline.sae import stream as sae_stream
+from pipeline.sae import train as sae_train
 from pipeline.sae.stream import CHUNKS, Stream, geometric_median
-from pipeline.sae.train import Dictionary, build, train
+from pipeline.sae.train import Dictionary, build, shared_out, train
 from pipeline.spec.sae import SaeSpec, SaeTraining
 from pipeline.store import provenance, tables
 from pipeline.store.shards import PairedRows, Rows
@@ -479,3 +482,49 @@ def test_memory_of_the_stream_does_not_grow_with_the_store(tmp_path, monkeypatch
         gc.set_threshold(*seldom)
         assert 1280 <= most <= 2 * 1280 and len(buffers) == math.ceil(n_rows / 1280)
     assert peaks[1] - peaks[0] < 0.02 * 12_000 * 64 * 4
+
+
+# --- several devices -----------------------------------------------------------------------
+
+
+def test_the_widest_dictionaries_are_shared_out_first():
+    wide = {f"d{n}": specs("topk")["topk"].model_copy(update={"d_sae": n}) for n in (10, 40, 30)}
+    a, b = (torch.device("cuda", n) for n in range(2))
+    assert shared_out(wide, [a, b]) == {"d40": a, "d30": b, "d10": b}
+    assert set(shared_out(wide, [a]).values()) == {a}
+
+
+class Groups(list):
+    """Groups of dictionaries, as a dict's items."""
+
+    def items(self):
+        return self
+
+
+def one_each(dictionaries: list[Dictionary]) -> Groups:
+    return Groups((d.sae.W_dec.device, [d]) for d in dictionaries)
+
+
+def test_dictionaries_of_several_devices_see_the_batches_of_one(activations, tmp_path, monkeypatch):
+    """Each on a device of its own as `train` has it: the same bytes, and no row read twice."""
+    call("sae", job(specs()), **paths(tmp_path / "one", activations))
+    asked = []
+    monkeypatch.setattr(cli.Job, "devices", lambda self, n: asked.append(n) or [self.device()])
+    monkeypatch.setattr(sae_train, "by_device", one_each)
+    call("sae", job(specs()), **paths(tmp_path / "apart", activations), gpus=3)
+    assert asked == [3]
+    for name in SPARSITY:
+        a, b = (tmp_path / f / "saes" / name / "sae_weights.safetensors" for f in ("one", "apart"))
+        for key, value in load_file(a).items():
+            assert torch.equal(value, load_file(b)[key]), (name, key)
+
+
+@pytest.mark.skipif(torch.cuda.device_count() < 2, reason="needs two GPUs")
+def test_two_gpus_train_what_one_does(activations, tmp_path):
+    for n in (1, 2):
+        given = paths(tmp_path / str(n), activations) | {"device": "cuda"}
+        call("sae", job(specs()), **given, gpus=n)
+    for name in SPARSITY:
+        a, b = (load_file(tmp_path / n / "saes" / name / "sae_weights.safetensors") for n in "12")
+        for key, value in a.items():
+            torch.testing.assert_close(value, b[key], rtol=1e-3, atol=1e-4)

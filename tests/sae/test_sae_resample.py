@@ -119,6 +119,19 @@ def test_a_resumed_training_is_the_undisturbed_one_across_a_resampling():
         assert all(torch.equal(t, want[n]) for n, t in rest.tensors().items() if n != "history")
 
 
+def test_a_latent_is_resampled_once_it_was_silent_for_the_whole_window():
+    made, window = dictionary(0), SPEC.resample_window * BATCH
+    (x,) = stream_of(planted(2000)[0], BATCH, normalize=True)[0].batches(0, 1)
+    made.step(x, 0, Scratch())
+    made.dead.rows_since_fired[:] = 0
+    made.dead.rows_since_fired[:3] = torch.tensor([window - 1, window, window + 1])
+    before = made.sae.W_dec.detach().clone()
+    made.resample(x, 20)
+    moved = (made.sae.W_dec != before).any(1)
+    assert moved[:3].tolist() == [False, True, True] and not moved[3:].any()
+    assert made.dead.rows_since_fired[:3].tolist() == [window - 1, 0, 0]
+
+
 def test_resampled_latents_live():
     x = planted(4000)[0]
     stream, _ = stream_of(x, BATCH, normalize=True)

@@ -12,6 +12,7 @@ from pipeline.sae.train import FAST
 WIDTHS = {30: [5, 12, 30], 512: [16, 48, 112, 240, 512], 1024: [512, 1024]}
 SHAPES = [(64, 32, 512), (7, 5, 30), (33, 16, 1024)]  # batch, d_in, d_sae
 BATCH = {"k": 4, "aux_loss_coefficient": 1 / 32}
+ENDLESS = {"residual_threshold": 0.0, "stop_on_duplicate_support": False}
 # An architecture, its options, and what is added to the bias that opens latents.
 STEPS = [
     ("batchtopk", BATCH, 0.0),
@@ -22,6 +23,7 @@ STEPS = [
     ("matryoshka_batchtopk", BATCH, 0.0),
     ("matryoshka_batchtopk", BATCH | {"rescale_acts_by_decoder_norm": False}, 0.0),
     ("matryoshka_batchtopk", BATCH, -0.8),
+    ("matryoshka_batchtopk", BATCH | {"use_matryoshka_aux_loss": True}, 0.0),
     ("gated", {}, 0.0),  # half of all active: dense products
     ("gated", {}, -0.9),  # few active: sparse products
     ("gated", {}, -50.0),  # none active
@@ -34,6 +36,7 @@ STEPS = [
     ("matching_pursuit", {"max_iterations": 1}, 0.0),
     ("matching_pursuit", {"max_iterations": 6}, 0.0),
     ("matching_pursuit", {"max_iterations": 60}, 0.0),  # rows finish before
+    ("matching_pursuit", {"max_iterations": 8, **ENDLESS}, 0.0),  # latents are picked again
 ]
 
 
@@ -59,13 +62,13 @@ def dictionary_at(architecture: str, d_in: int, d_sae: int, dtype: str, shift: f
     return sae
 
 
-def one_step(step, sae, x, dead):
+def one_step(step, sae, x, dead, scratch=None):
     """Outcome of a step, the gradients that it left, and the running threshold."""
     sae.zero_grad(set_to_none=True)
     if hasattr(sae, "topk_threshold"):
         sae.topk_threshold = torch.tensor(0.3, dtype=torch.float64)
     coefficients = {"l1": 1.5, "l0": 0.7}
-    out = step(sae, x, dead=dead, coefficients=coefficients, step=0, scratch=Scratch())
+    out = step(sae, x, dead=dead, coefficients=coefficients, step=0, scratch=scratch or Scratch())
     grads = {n: p.grad for n, p in sae.named_parameters() if p.grad is not None}
     return out, grads, getattr(sae, "topk_threshold", torch.zeros(()))
 
@@ -112,6 +115,25 @@ def test_steps_of_the_table_cover_sparse_and_dense(architecture):
             active.append(out.l0.item() / 512)
     assert max(active) > 2 * steps.DENSE_SHARE
     assert 0 < sorted(active)[1] < steps.DENSE_SHARE / 2
+
+
+@pytest.mark.parametrize("dead_share", [0.0, 0.7])
+@pytest.mark.parametrize("architecture", ["standard", "gated", "jumprelu"])
+def test_products_that_are_dense_whatever_is_active_change_nothing(architecture, dead_share):
+    """Few latents are active here, so that the step would take sparse products by itself."""
+    options = {"jumprelu_init_threshold": 0.2} if architecture == "jumprelu" else {}
+    sae = dictionary_at(architecture, 32, 512, "float64", -0.9, **options)
+    x, dead = torch.randn(64, 32, dtype=torch.float64), torch.rand(512) < dead_share
+    want, want_grads, _ = one_step(steps.reference, sae, x, dead)
+    scratch = Scratch()
+    scratch.dense = True
+    got, got_grads, _ = one_step(FAST[architecture], sae, x, dead, scratch)
+    assert 0 < want.l0 / 512 < steps.DENSE_SHARE
+    torch.testing.assert_close(got.loss, want.loss)
+    assert got.l0 == want.l0 and torch.equal(got.fired, want.fired)
+    for name, grad in want_grads.items():
+        tolerance = {"rtol": 1e-6, "atol": 1e-8} if name == "threshold" else {}
+        torch.testing.assert_close(got_grads[name], grad, **tolerance)
 
 
 @pytest.mark.parametrize("architecture", FAST)

@@ -26,13 +26,18 @@ def test_these_are_the_steps_that_wait_for_nothing():
     assert {FAST[name] for name in NAMES} == STATIC
 
 
-@pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize(
+    "name, by_level", [*((name, False) for name in NAMES), ("matryoshka_batchtopk", True)]
+)
 @pytest.mark.parametrize("shape", SHAPES)
 @pytest.mark.parametrize("dead_share", [0.0, 0.02, 0.3, 1.0])
 @pytest.mark.parametrize("share", [0.3, 0.6, 1.0])
-def test_capacity_for_more_latents_than_are_dead_changes_nothing(name, shape, dead_share, share):
+def test_capacity_for_more_latents_than_are_dead_changes_nothing(
+    name, shape, dead_share, share, by_level
+):
     batch, d_in, d_sae = shape
-    sae = dictionary_at(name, d_in, d_sae, "float64", 0.0, **BATCH)
+    options = BATCH | ({"use_matryoshka_aux_loss": True} if by_level else {})
+    sae = dictionary_at(name, d_in, d_sae, "float64", 0.0, **options)
     x = torch.randn(batch, d_in, dtype=torch.float64)
     dead = torch.zeros(d_sae, dtype=torch.bool)
     dead[torch.randperm(d_sae)[: int(dead_share * d_sae)]] = True

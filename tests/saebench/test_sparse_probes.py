@@ -128,3 +128,43 @@ def test_metrics_of_perturbation_are_means_over_labels_one_a_seed():
     parts = {"own": [], "saes": {"trained": ["x"]}, "prompts": [], "circuits": {}, "training": []}
     assert set(found) <= set(scalars.known(parts | {"ks": [], "tpp": [5]}))
     assert not any("tpp" in name for name in scalars.known(parts | {"ks": [1]}))
+
+
+def test_a_balanced_probe_is_where_the_classes_pull_alike():
+    """Texts of a label that a fifth has weigh 5 / 2 each, the others 5 / 8: SAEBench's balanced."""
+    rng = np.random.default_rng(0)
+    x, y = rng.normal(size=(200, 4)), np.arange(200) % 5 == 0
+    x[y] += 0.7
+    w = probes.fitted(x, y.astype(int), balanced=True)
+    p = 1 / (1 + np.exp(-(x @ w[:-1] + w[-1])))
+    pull = np.where(y, 5 / 2, 5 / 8) * (y - p)  # of the log likelihood, in the margin
+    np.testing.assert_allclose(pull @ x, w[:-1], atol=1e-4)  # against that of |w|^2 / 2
+    assert pull.sum() == pytest.approx(0, abs=1e-4)
+
+
+def test_a_latent_that_is_less_active_on_a_label_has_no_effect_on_its_probe():
+    acts = {"a": torch.tensor([[3.0, 0.0], [1.0, 0.0]]), "b": torch.tensor([[0.0, 5.0]] * 2)}
+    draw = torch.Generator().manual_seed(0)
+    found = perturbation.effect(acts, "a", torch.tensor([1.0, -1.0]), torch.eye(2), draw)
+    assert found.tolist() == [2, 0]
+
+
+def test_what_is_unintended_is_what_the_other_probes_lose_alone():
+    acts, draw, eye = drawn_acts(seed=1), torch.Generator().manual_seed(0), torch.eye(12)
+    weights = perturbation.probes_of(acts, draw)
+    begun = draw.get_state()
+    found = perturbation.perturbed(weights, acts, (acts, acts), eye, [3], draw)
+    draw.set_state(begun)  # the same texts once more
+    clean = perturbation.accuracies(weights, acts, draw)
+    effects = {name: perturbation.effect(acts, name, torch.from_numpy(w[:-1]).float(), eye, draw)
+               for name, w in weights.items()}  # fmt: skip
+    for row in found:
+        gone = effects[row["label"]].topk(3).indices
+        kept = {name: x.index_fill(1, gone, 0) for name, x in acts.items()}
+        after = perturbation.accuracies(weights, kept, draw)
+        others = [clean[name] - after[name] for name in "abc" if name != row["label"]]
+        assert row["unintended"] == pytest.approx(sum(others) / 2)
+        assert row["tpp"] == pytest.approx(
+            clean[row["label"]] - after[row["label"]] - sum(others) / 2
+        )
+    assert any(row["tpp"] > 0.1 for row in found)

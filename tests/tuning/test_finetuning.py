@@ -2,6 +2,7 @@
 
 import math
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -99,6 +100,10 @@ def test_rank_of_a_change_is_the_number_of_equal_directions():
     u, v = torch.arange(1.0, 4.0), torch.arange(1.0, 6.0)
     assert change.spectrum(torch.outer(u, v)) == pytest.approx({"top": 1, "rank": 1})
     assert change.spectrum(torch.zeros(2, 3)) == {"top": 0, "rank": 0}
+    # singular values of 3 and 1: nine tenths of the squared norm, and (9 + 1)² / (9² + 1²)
+    assert change.spectrum(torch.diag(torch.tensor([1.0, 3.0]))) == pytest.approx(
+        {"top": 0.9, "rank": 100 / 82}
+    )
 
 
 def test_changes_name_the_matrices_of_the_layers():
@@ -115,3 +120,17 @@ def test_changes_name_the_matrices_of_the_layers():
                                                          ("layers.1.weight", 1)]  # fmt: skip
     assert rows[0]["size"] == pytest.approx(1.5 / math.sqrt(3))
     assert rows[0]["rank"] == pytest.approx(1, abs=1e-5) and rows[0]["random_rank"] > 1.2
+
+
+def test_the_learning_rate_rises_to_its_peak_and_falls_along_a_line_to_nothing():
+    """Of a gradient that never changes Adam's step is the learning rate itself."""
+    model, seen = nn.Linear(1, 1, bias=False).double(), []
+
+    def loss(tuned, step):
+        seen.append(float(tuned.weight.detach()))
+        return 0.5 * tuned.weight.sum()
+
+    tuned = finetuning.finetune(model, loss, 8, 0.1, warmup_steps=2)
+    moved = -np.diff([*seen, float(tuned.weight)])
+    want = [0.05, *(0.1 * (1 - step / 8) for step in range(1, 8))]
+    np.testing.assert_allclose(moved, want, rtol=1e-6)

@@ -38,6 +38,24 @@ def test_the_rank_makes_nine_tenths_of_the_squared_norm(singular, want):
     assert lora.rank_of(matrix(singular)[0]) == want
 
 
+def test_one_value_that_makes_just_nine_tenths_is_enough():
+    assert lora.rank_of(torch.diag(torch.tensor([3.0, 1.0]))) == 1  # 9 of 10
+
+
+def test_a_member_of_lower_rank_has_its_own_scale_and_no_more_components():
+    """Hu et al. 2021: W_0 + (alpha / r) B A; A is drawn as a linear layer is, over its inputs."""
+    W, shapes = torch.randn(300, 40), [torch.Size([4]), torch.Size([4, 40]), torch.Size([300, 4])]
+    names = ["scale", "w.A", "w.B"]
+    layout = lora.LowRank(names, shapes, [s.numel() for s in shapes], {"w": W}, False, 4)
+    row = layout.drawn(rank=2, alpha=8.0, seed=0)
+    torch.testing.assert_close(layout.named(row)["w"], W)  # B begins at 0
+    A = row[4:164].view(4, 40)
+    assert 0.95 < A.abs().max() * 40**0.5 <= 1 and abs(A.mean()) < 0.05
+    B = torch.randn(300, 4)
+    row[164:] = B.flatten()
+    torch.testing.assert_close(layout.named(row)["w"], W + 8.0 / 2 * B[:, :2] @ A[:2])
+
+
 def test_scaling_changes_one_singular_value_and_no_vector():
     W, U, V = matrix([5.0, 3.0, 2.0, 1.0])
     want = (U * torch.tensor([5.0, 1.5, 2.0, 0.5], dtype=torch.float64)) @ V.T

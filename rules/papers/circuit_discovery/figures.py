@@ -7,10 +7,11 @@ import numpy as np
 import pandas as pd
 
 from pipeline.claims import roc as curves
-from pipeline.figures.parts import Drawn, Panels, line, points, styled
+from pipeline.figures.parts import Drawn, Panels, first, line, points, styled
 from pipeline.figures.theme import PALETTE, rgba
+from pipeline.store.tables import where
 
-from .figures_graph import ABLATIONS, TASKS, TRUTHS, ends_of, first, graph, known_of, of
+from .figures_graph import ABLATIONS, TASKS, TRUTHS, ends_of, graph, known_of
 
 __all__ = ["graph", "roc", "scores"]
 
@@ -30,14 +31,16 @@ def multiples(
 ) -> tuple[Panels, pd.DataFrame]:
     """A panel for each task (across) and ablation (down); a list chooses the known circuit. drawn:
     edges, and which are known -> traces, each with its numbers."""
-    edges, truth = first(tables["discovery/edges"]), tables["discovery/truth"]
+    edges = first(where(tables["discovery/edges"], weights="trained"))
+    truth = tables["discovery/truth"]
     tasks = [t for t in TASKS if t in set(edges["task"])]
     pairs = [(t, a) for a in ABLATIONS if a in set(edges["ablation"]) for t in tasks]
     titles = [f"{TASKS[t]}<br>{ABLATIONS[a]}" for t, a in pairs]
     panels, frames = Panels(titles, len(tasks), gap=(0.04, 0.2), shared_yaxes=True), []
     for case, name in enumerate(TRUTHS):
         for panel, (task, ablation) in enumerate(pairs):
-            for trace, frame in drawn(of(edges, task, ablation), known_of(truth, task, name)):
+            own = where(edges, task=task, ablation=ablation)
+            for trace, frame in drawn(own, known_of(truth, task, name)):
                 panels.add(panel, *([trace] if trace else []), case=case)
                 frames.append(frame.assign(truth=name, task=task, ablation=ablation))
     return panels, pd.concat(frames, ignore_index=True)

@@ -8,8 +8,9 @@ import pandas as pd
 import plotly.graph_objects as go
 
 from pipeline.claims import roc
-from pipeline.figures.parts import Drawn, Panels, line, points
+from pipeline.figures.parts import Drawn, Panels, first, line, points
 from pipeline.figures.theme import INK, PAGE, PALETTE, selector
+from pipeline.store.tables import where
 
 TASKS = {
     "reverse": "reverse",
@@ -61,19 +62,9 @@ def bent(a: SPOT, b: SPOT) -> tuple[list[float], list[float]]:
     return [*x.tolist(), None], [*y.tolist(), None]
 
 
-def first(frame: pd.DataFrame) -> pd.DataFrame:
-    """The rows of the trained weights and the first seed."""
-    return frame[(frame["weights"] == "trained") & (frame["seed"] == frame["seed"].min())]
-
-
-def of(edges: pd.DataFrame, task: str, ablation: str) -> pd.DataFrame:
-    """The rows of one task and ablation."""
-    return edges[(edges["task"] == task) & (edges["ablation"] == ablation)]
-
-
 def known_of(truth: pd.DataFrame, task: str, name: str) -> np.ndarray:
     """Which edges of a task are in a known circuit. [edges]"""
-    return truth[truth["task"] == task][name].to_numpy(bool)
+    return where(truth, task=task)[name].to_numpy(bool)
 
 
 def ends_of(edges: pd.DataFrame) -> list[tuple[str, str]]:
@@ -85,7 +76,7 @@ def drawn(edges: pd.DataFrame, place: dict[str, SPOT]) -> list[go.Scatter]:
     """The edges of each class, a trace each."""
     out = []
     for (known, found), (label, shade, dash) in CLASSES.items():
-        some = edges[(edges["known"] == known) & (edges["found"] == found)]
+        some = where(edges, known=known, found=found)
         ends = zip(some["source"], some["target"], strict=True)
         curves = [bent(place[s], place[t]) for s, t in ends]
         x, y = ([v for curve in curves for v in curve[k]] or [None] for k in (0, 1))
@@ -129,10 +120,11 @@ def edge_table(rows: pd.DataFrame, known: np.ndarray) -> pd.DataFrame:
 def graph(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     """A list chooses the task, the ablation and the known circuit; ACDC is in the authors' order,
     where it ran in that."""
-    edges, truth = first(tables["discovery/edges"]), tables["discovery/truth"]
+    edges = first(where(tables["discovery/edges"], weights="trained"))
+    truth = tables["discovery/truth"]
     panels, ends, frames, heights = Panels(), {}, [], []
     for task, ablation, name in product(TASKS, ABLATIONS, TRUTHS):
-        rows, known = of(edges, task, ablation), known_of(truth, task, name)
+        rows, known = where(edges, task=task, ablation=ablation), known_of(truth, task, name)
         if rows.empty or not known.any():
             continue
         by_method = dict(iter(rows.groupby("method")))

@@ -39,10 +39,8 @@ def curves(frame: pd.DataFrame, x: str, ys: dict[str, str], title: str) -> Drawn
         look = {"marker": {"size": 7}, "customdata": said}
         hover = "%{customdata}: %{y:.3~g} at %{x:.3~g}"
         panels.add(0, line(rows[x], rows[first], name, colour, hover=hover, **look))
-    if len(ys) > 1:
-        chosen(panels.figure, {
-            text: [{"y": values[y]}, {"yaxis.title.text": text}] for y, text in ys.items()
-        })  # fmt: skip
+    menu = {text: [{"y": values[y]}, {"yaxis.title.text": text}] for y, text in ys.items()}
+    chosen(panels.figure, menu)
     panels.axes(title, ys[first])
     return panels.finish(420, top=48), frame
 
@@ -96,9 +94,8 @@ def tuned(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
         rows = frame[frame["objective"] == objective]
         values = {m: [*found, rows[m].tolist()] for m, found in values.items()}
         families = [NAMES[f][0] for f in rows["family"]]
-        panels.add(
-            0, bars(families, rows["kl"], name, colour, hover=f"%{{x}}, {name}: %{{y:.3~g}}")
-        )
+        hover = f"%{{x}}, {name}: %{{y:.3~g}}"
+        panels.add(0, bars(families, rows["kl"], name, colour, hover=hover))
     menu = {text: [{"y": values[m]}, {"yaxis.title.text": text}] for m, text in TUNED.items()}
     chosen(panels.figure, menu)
     panels.axes("", TUNED["kl"])

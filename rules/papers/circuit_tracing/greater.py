@@ -4,7 +4,6 @@ After Dunefsky et al. 2024 (2406.11944), "greater-than" in GPT-2, on the prompts
 2023 (2305.00586): "The war lasted from the year 1742 to the year 17". Where a tokenizer splits
 digits the next token is the tens digit, and
 
-
     difference = p(digits above the first year's) - p(digits below it)
 
 1. `effects` sets the MLP of one layer, at the last position, to its mean over prompts; the layer of

@@ -61,11 +61,8 @@ def equal(a: pd.DataFrame, b: pd.DataFrame) -> dict[str, float]:
     a, b = (of.assign(l0=of["pruned_l0"]).dropna(subset=["l0"]) for of in (a, b))
     if a.empty or b.empty:
         return {}
-    out = {}
-    for measure in GRAPH[:-1]:
-        found = at_equal_l0(a, b, measure)
-        out[measure] = float(found.mean()) if len(found) else np.nan
-    return out
+    found = {measure: at_equal_l0(a, b, measure) for measure in GRAPH[:-1]}
+    return {m: float(gaps.mean()) if len(gaps) else np.nan for m, gaps in found.items()}
 
 
 def same_k(a: pd.DataFrame, b: pd.DataFrame) -> dict[str, float]:
@@ -79,7 +76,7 @@ def metrics(tables: dict[str, Any]) -> dict[str, Any]:
     """The numbers of METRICS."""
     out: dict[str, list[float]] = {}
     for _, rows in by_dictionary(tables).groupby("seed"):
-        for name, value in of_seed(dict(list(rows.groupby("family")))).items():
+        for name, value in of_seed(rows).items():
             out.setdefault(name, []).append(float(value))
     out |= finetuned(tables.get("finetuning/tuned"))
     out |= greater(tables.get("greater/effects"), tables.get("greater/kept"))
@@ -92,13 +89,14 @@ def finetuned(table: pd.DataFrame | None) -> dict[str, list[float]]:
     """Measures by family and objective, one value a seed."""
     if table is None:
         return {}
-    table, out = named(table, "dictionary"), {}
+    table = named(table, "dictionary")
     measures = [c for c in table if c not in ("dictionary", "objective", "family", "k", "seed")]
     means = table.groupby(["family", "objective", "seed"])[measures].mean()
-    for (family, objective), rows in means.groupby(level=[0, 1]):
-        for measure in measures:
-            out[f"finetuned.{family}.{objective}.{measure}"] = rows[measure].tolist()
-    return out
+    return {
+        f"finetuned.{family}.{objective}.{measure}": rows[measure].tolist()
+        for (family, objective), rows in means.groupby(level=[0, 1])
+        for measure in measures
+    }
 
 
 FEWER = 24  # latents below which neurons do worse, in Dunefsky et al.
@@ -132,9 +130,9 @@ def of_prompts(scores: pd.DataFrame | None) -> dict[str, float]:
     return out
 
 
-def of_seed(family: dict[str, pd.DataFrame]) -> dict[str, float]:
-    """The numbers of one seed."""
-    out = {}
+def of_seed(table: pd.DataFrame) -> dict[str, float]:
+    """The numbers of one seed, of its rows of `by_dictionary`."""
+    family, out = dict(list(table.groupby("family"))), {}
     for name, rows in family.items():
         means = rows.drop(columns=["family", "k", "seed"]).mean().dropna()
         out |= {f"family.{name}.{m}": v for m, v in means.items()}

@@ -28,8 +28,7 @@ def shares(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
             panels.add(0, drawn, case=case)
     panels.choose(cases.values())
     panels.figure.update_yaxes(range=[0, 1], tickformat=".0%")
-    figure = panels.finish(440, legend=30, top=100).update_layout(barmode="group")
-    return figure, table
+    return panels.finish(440, legend=30, top=100, barmode="group"), table
 
 
 def reliability(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:

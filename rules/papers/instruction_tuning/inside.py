@@ -18,7 +18,7 @@ import torch
 from pydantic import Field
 from torch import Tensor
 
-from pipeline.errors import RetraceError
+from pipeline.errors import RetraceError, need_among
 from pipeline.job import cli, own
 from pipeline.models import hooks, loader
 from pipeline.probes import calibration, controls
@@ -153,11 +153,9 @@ def work(job: cli.Job, options: Options) -> own.Tables:
 
     args, device, out = job.args, job.device(), own.Tables(TABLES)
     weights = load_file(args.weights)
-    known = {name.split("/")[0] for name in weights}
-    for name in (*options.arms, *options.changes, *options.changes.values(), *options.steered):
-        if name not in known:
-            raise RetraceError(f"own.inside: '{name}' was not tuned; own.tuning has "
-                               f"{', '.join(sorted(known))}")  # fmt: skip
+    wanted = (*options.arms, *options.changes, *options.changes.values(), *options.steered)
+    known = sorted({name.split("/")[0] for name in weights})
+    need_among(wanted, known, "own.inside: no tuned model", "own.tuning has")
     progress = cli.Progress("inside", len(args.models), "seeds")
     for seed, file in enumerate(own.by_arm(job, args.models).values()):
         base = loader.load(file, device).hf

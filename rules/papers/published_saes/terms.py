@@ -18,13 +18,15 @@ from pydantic import Field
 from torch import Tensor
 
 from pipeline.downloads import fetch
-from pipeline.imports import e5, encoders
+from pipeline.imports import encoders
 from pipeline.imports.original import Files
 from pipeline.job import cli, own
 from pipeline.latents.features import entropy_bits, top_rows
 from pipeline.latents.stored import eval_tokens
 from pipeline.spec.base import Section
 from pipeline.text.tokens import load_tokenizer
+
+from . import e5
 
 TABLES = ("published", "random")
 AROUND = 5  # tokens of a context on each side

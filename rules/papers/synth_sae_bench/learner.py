@@ -1,32 +1,26 @@
 """A dictionary in training whose every step is one launch, and the controller of its L0.
 
 1. `Learner` is a `Dictionary` (pipeline/sae/train.py) whose state lies on its device, the
-   coefficient and its controller included, so that a step of STEPS (steps.py) can be a CUDA graph.
-2. Dictionaries may have CUDA streams of their own: a step's kernels are short, so those of several
-   dictionaries fill the GPU better than those of one. Their numbers do not depend on it.
-3. `Tuner` moves the coefficient of standard, gated and jumprelu until L0 is what is asked for, as
+   coefficient and its controller included, and whose products are dense on a GPU, so that a step of
+   any architecture can be a CUDA graph.
+2. `Tuner` moves the coefficient of standard, gated and jumprelu until L0 is what is asked for, as
    the authors' released code does (synth-sae-bench-experiments, coefficient_autotuner).
 """
 
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from pydantic import Field
 from torch import Tensor
 
-from pipeline.errors import RetraceError
-from pipeline.job.source import import_file
 from pipeline.sae.graphs import StepGraphs
 from pipeline.sae.optimiser import coefficients
 from pipeline.sae.sparse import Scratch
 from pipeline.sae.steps import Outcome
-from pipeline.sae.train import Dictionary
+from pipeline.sae.train import FAST, Dictionary
 from pipeline.spec.base import Section
 from pipeline.spec.sae import SaeTraining
-
-steps = import_file(Path(__file__).with_name("steps.py"))
 
 
 class Control(Section):
@@ -91,34 +85,23 @@ class Learner(Dictionary):
         target: of L0, where a coefficient decides it.
     """
 
+    LR_KEY = "own.recovery.lr"
+
     def __init__(
         self, about: dict, sae: Any, training: SaeTraining, *, scale: float, target: Target | None
     ) -> None:
         self.about, name = about, f"{about['dictionary']}_seed{about['seed']}"
         n_steps, device = training.n_rows // training.batch_size, sae.W_dec.device
-        step = steps.STEPS.get(sae.cfg.architecture())
-        super().__init__(name, sae, training, n_steps, step)
+        super().__init__(name, sae, training, n_steps, FAST[sae.cfg.architecture()])
         self.scale, self.tuner = scale, Tuner(target, device) if target else None
         self.target_l0 = 0.0  # what the recipe asks for
-        self.stream: Any = None  # a CUDA stream of its own; None: the current one
-        self.scratch = Scratch()  # not the others': on several streams graphs run at the same time
-        if step:
-            self.graphs = StepGraphs(name)
-            self.graphs.recording = device.type == "cuda"
+        self.scratch = Scratch()  # its own, since graphs are kept from one milestone to the next
+        self.graphs = StepGraphs(name)
+        self.graphs.recording = self.scratch.dense = device.type == "cuda"
 
     def step(self, x: Tensor, step: int, scratch: Scratch) -> Outcome:
         """Train on one batch [batch d_in]; `step` counts from 0."""
-        if self.stream is None:
-            return super().step(x, step, self.scratch)
-        self.stream.wait_stream(torch.cuda.current_stream())
-        x.record_stream(self.stream)  # its memory is not given away before it was read
-        with torch.cuda.stream(self.stream):
-            return super().step(x, step, self.scratch)
-
-    def dead_capacity(self, step: int, batch_size: int) -> int:
-        """For how many latents AuxK keeps a place; 0 where there is no AuxK."""
-        has_auxk = hasattr(self.sae.cfg, "aux_loss_coefficient")
-        return super().dead_capacity(step, batch_size) if has_auxk else 0
+        return super().step(x, step, self.scratch)
 
     def _update(
         self, x: Tensor, step: int, dead: Tensor | None, scratch: Scratch, **more: Any
@@ -137,19 +120,8 @@ class Learner(Dictionary):
             self.tuner.update(outcome.l0)
         return outcome
 
-    def check(self) -> None:
-        """Wait for the steps that were launched; raise where a loss was NaN or infinite."""
-        if self.stream is not None:
-            self.stream.synchronize()
-        try:
-            super().check()
-        except RetraceError as e:  # the key is another one here
-            raise RetraceError(str(e).replace("sae.training.lr", "own.recovery.lr")) from e
-
     def record(self, outcome: Outcome, x: Tensor, step: int, scale: float) -> None:
         """Add the batch of a step to the history; mse in the unit of the samples."""
-        if self.stream is not None:
-            torch.cuda.current_stream().wait_stream(self.stream)
         super().record(outcome, x * self.scale, step, self.scale)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -161,11 +133,3 @@ class Learner(Dictionary):
         super().restore(tensors)
         if self.tuner:
             self.tuner.state.copy_(tensors["tuner"])
-
-
-def overlap(some: list[Learner], n: int) -> None:
-    """Give dictionaries on a GPU one of n CUDA streams each, in turn; 1: they share the current."""
-    if n > 1 and some[0].sae.W_dec.is_cuda:
-        streams = [torch.cuda.Stream() for _ in range(n)]
-        for i, one in enumerate(some):
-            one.stream = streams[i % n]

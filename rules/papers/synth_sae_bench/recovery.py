@@ -33,7 +33,7 @@ from pipeline.errors import nearest
 from pipeline.job import cli, own
 from pipeline.job.source import import_file
 from pipeline.sae.sae import save
-from pipeline.sae.train import HISTORY, build, train
+from pipeline.sae.train import build, history, train
 from pipeline.spec.base import Name, Section
 from pipeline.spec.sae import SaeSpec, SaeTraining
 from pipeline.store import provenance, tables
@@ -100,9 +100,6 @@ class Options(own.Options):
         default=[], description="in the order of their worth; default: one with all dictionaries"
     )
     checkpoint_seconds: float = Field(default=45.0, gt=0, exclude=True)
-    cuda_streams: int = Field(
-        default=1, ge=1, exclude=True, description="dictionaries whose steps may overlap on a GPU"
-    )
 
     @model_validator(mode="after")
     def _ends_in_order(self) -> "Options":
@@ -212,13 +209,6 @@ def measured(some: list[Any], stream: Any, n: int, step: int) -> dict[str, pd.Da
     return made | {"features": made["features"].astype(small)}
 
 
-def history(some: list[Any]) -> pd.DataFrame:
-    """The batches that were recorded in training."""
-    frames = [pd.DataFrame(o.history, columns=HISTORY).assign(sae=o.name) for o in some]
-    frame = pd.concat(frames, ignore_index=True)[["sae", *HISTORY]]
-    return frame.astype({"step": "int64", "rows": "int64"})
-
-
 def key_of(options: Options, job: cli.Job) -> str:
     """Digest of all that decides the result of a part."""
     made_by = [job.code, job.hardware, provenance.versions()]
@@ -233,7 +223,6 @@ def run(options: Options, job: cli.Job, partial: Path) -> tuple[list[Any], list[
     stream = ground.Stream(sampler, **how)
     fresh = ground.Stream(sampler, **how, kind=ground.EVALUATION)
     some = learners(options, stream, options.world.d_model)
-    learning.overlap(some, options.cuda_streams)
     key, ends, out = key_of(options, job), options.ends(), []
     checkpoints = Checkpoints(partial, key)
     done, rows = checkpoints.load(some), options.batch_size

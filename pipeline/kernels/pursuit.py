@@ -6,7 +6,7 @@ product with the whole dictionary. Here one program takes a row of the batch thr
 1. `_choose`   keeps the scores p = W r of its row in registers; after latent i was taken with the
                value v, they are p - v (W W')_i, a row of the Gram matrix.
 2. `_subtract` takes the chosen latents' values out of the residual itself, v = relu(w . r), and
-               walks back for the gradients (steps.matching_pursuit has the formulas).
+               walks back for the gradients (sae/steps_gates.py has the formulas).
 
 The tests run both in Triton's interpreter where Triton is installed.
 """

@@ -10,9 +10,10 @@ from gguf import GGMLQuantizationType, quants
 from transformers import BertConfig, BertModel
 
 from pipeline.errors import RetraceError
-from pipeline.imports import e5
+from pipeline.job.source import import_file
 from pipeline.weights import nano_e5
 
+e5 = import_file(Path(__file__).parents[2] / "rules/papers/published_saes/e5.py")
 Q4 = GGMLQuantizationType.Q4_0
 PIECES = {"<s>": 0, "<pad>": 0, "</s>": 0, "<unk>": 0, "▁": -3.0, "▁a": -1.0, "a": -2.0, "b": -2.0,
           "ab": -1.5, "▁b": -1.0, "▁ab": -9.0}  # fmt: skip
