@@ -18,6 +18,7 @@ else:  # a module of a git reference, whose library is the one that is installed
 from pipeline.claims import summary
 from pipeline.job import kills
 from pipeline.papers import own, papers, rule_helpers
+from pipeline.papers.paths import in_spec
 from pipeline.papers.rule_helpers import or_exit
 from pipeline.papers.rule_params import Params
 from pipeline.papers.workflow import CROSSED, DICTIONARIES, LAYERED, Inputs
@@ -60,8 +61,10 @@ def remake_incomplete():
 
 def dated(files):
     """Files of the checkout. They come with the workflow's sources, never through an object storage;
-    and unlike `local` this ties no job to this machine."""
-    return [sourcecache_entry(f, f) if STORAGE else f for f in files]
+    and unlike `local` this ties no job to this machine. Snakemake notes them from the checkout on,
+    so that another clone with the same results reruns nothing."""
+    far = {f: in_spec(Path(f)) for f in files if STORAGE or os.path.isabs(f)}
+    return [sourcecache_entry(f, far[f]) if f in far else f for f in files]
 
 
 def undated(files):
@@ -110,7 +113,7 @@ training_of = ask(INPUTS.training)
 arm_input_of, circuit_input_of = ask(INPUTS.arm_input), ask(INPUTS.circuit_input)
 arms_of = ask(INPUTS.arms)
 sae_input_of, tables_of = ask(INPUTS.sae_input), ask(INPUTS.tables)
-label_files_of, probed_of = ask(INPUTS.label_files), ask(INPUTS.probed)
+label_files_of, probed_of = ask(INPUTS.label_files, dated), ask(INPUTS.probed)
 steering_input_of = ask(INPUTS.steering_input)
 item_source_of, own_file_of = ask(INPUTS.item_source, undated), ask(INPUTS.own_files, undated)
 report_input, upstream_of = ask(INPUTS.report), ask(INPUTS.upstream)()

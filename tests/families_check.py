@@ -38,18 +38,22 @@ ALSO = ("nemotron mpt mixtral olmoe gpt_oss qwen2 qwen3_moe cohere cohere2 starc
         "flex_olmo minimax_m2 apertus hunyuan_v1_dense olmo3 ministral3 vaultgemma internlm3 "
         "bitnet llama4_text").split()  # fmt: skip
 TESTED = [*CIRCUITS, ("llama", 0), ("gpt2", 0), ("mistral", 0), *((kind, 0) for kind in ALSO)]
+# By test_settings.py and test_any_family.py.
+TESTED += [*(("falcon", i) for i in (0, 1, 2, 4, 5, 6)), ("nanochat", 0)]
 # Bridges of TransformerLens 3.9 whose own logits are not those of the Hugging Face model: what
 # they read before attention mixes positions, in the first layer, is still compared.
 FIRST = ("hook_embed", *(f"blocks.0.{h}" for h in ("hook_resid_pre", "ln1.hook_scale",
          "ln1.hook_normalized", "attn.hook_q", "attn.hook_k", "attn.hook_v")))  # fmt: skip
 ANOTHER_MODEL = {
     ("cohere", 0): FIRST, ("cohere2", 0): FIRST, ("hunyuan_v1_dense", 0): FIRST,
-    ("falcon", 6): FIRST[:4],
 }  # fmt: skip
 # Those that it cannot build, or run, around a model of the type.
 NO_BRIDGE = {
     ("falcon", 4): "RuntimeError: split_with_sizes",
+    ("falcon", 5): "AttributeError: no attribute 'ln_attn'",
+    ("falcon", 6): "RuntimeError: split_with_sizes",
     ("granitemoehybrid", 0): "RuntimeError: Original component not set",
+    ("granitemoehybrid", 1): "RuntimeError: Original component not set",
     ("recurrent_gemma", 0): "ValueError: `get_seq_length`",
 }
 

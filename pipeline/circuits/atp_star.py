@@ -28,7 +28,7 @@ from torch import Tensor
 
 from pipeline.circuits import eap
 from pipeline.circuits.eap import OF_NODES, Taps
-from pipeline.models import hooks
+from pipeline.models import hooks, proof
 from pipeline.models.heads import Slot
 from pipeline.models.pairs import Node, Task
 
@@ -53,8 +53,16 @@ def inputs_of_source(task: Task, slot: Slot) -> Iterator[None]:
         yield
 
 
-def turned(task: Task) -> Turns:
-    """A' - A of every head with its queries, or keys, patched."""
+def turned(task: Task, nodes: list[Node]) -> Turns:
+    """A' - A of every head with its queries, or keys, patched; {} where no node is one of these.
+
+    Raises:
+        RetraceError: attention is more than its pattern times v, so that this says nothing.
+    """
+    if not any(node.kind in ("q", "k") for node in nodes):
+        return {}
+    names = [f"blocks.{i}.attn.hook_pattern" for i in range(task.heads.n_layers)]
+    proof.prove_patterns(task.hf, names)
     base, out = task.heads.patterns(task.pairs.base), {}
     for slot in ("q", "k"):
         with inputs_of_source(task, slot):
@@ -88,7 +96,7 @@ def with_fix(
 ) -> Float[Tensor, "nodes batch"]:
     """Estimates of nodes out of these gradients; queries and keys with the QK fix."""
     scores = eap.scored(task, nodes, eap.by_part(task, grads, eap.has_patterns(nodes)))
-    better = fixed(task, grads, turns)
+    better = fixed(task, grads, turns) if turns else {}
     for j, node in enumerate(nodes):
         if (node.kind, node.layer) in better:
             scores[j] = better[node.kind, node.layer][:, node.head]
@@ -102,7 +110,7 @@ def qk_fix(task: Task, nodes: list[Node]) -> Float[Tensor, "nodes batch"]:
         nodes: queries and keys are those of all positions.
     """
     _, grads = eap.gradients(task, [0.0])
-    return with_fix(task, nodes, grads, turned(task))
+    return with_fix(task, nodes, grads, turned(task, nodes))
 
 
 def dropped(task: Task) -> Iterator[Taps]:
@@ -134,7 +142,7 @@ def dropped(task: Task) -> Iterator[Taps]:
 
 def atp_star(task: Task, nodes: list[Node]) -> Float[Tensor, "nodes batch"]:
     """How much each node matters, never below 0: both remedies."""
-    turns = turned(task)
+    turns = turned(task, nodes)
     total = sum(with_fix(task, nodes, grads, turns).abs() for grads in dropped(task))
     n_layers = task.heads.n_layers
     passes = [n_layers if n.kind == "resid" else max(n_layers - 1, 1) for n in nodes]

@@ -28,8 +28,19 @@ from pipeline.families.layouts import layout_of
 from pipeline.families.tiny_models import tiny_config, tiny_model, with_architecture
 from pipeline.spec import families
 
-# Settings that are no booleans and change a layout.
-VALUES = {"num_ln_in_parallel_attn": (None, 1, 2)}
+# The settings of a type where one of them decides whether another is looked at. Falcon's new
+# decoder takes no heed of multi_query, and does not run without parallel_attn.
+SETTINGS = {
+    "falcon": [
+        *(
+            {"new_decoder_architecture": False, "multi_query": one, "parallel_attn": beside}
+            for one in (True, False)
+            for beside in (True, False)
+        ),
+        *({"new_decoder_architecture": True, "num_ln_in_parallel_attn": n} for n in (None, 1, 2)),
+    ],
+    "granitemoehybrid": [{"num_local_experts": 0}, {}],
+}
 # Types that are left out, and why.
 LEFT_OUT = {
     "llama4": "an image tower; llama4_text is the language model",
@@ -68,15 +79,8 @@ def causal_types() -> list[str]:
 
 def variants(kind: str) -> list[dict[str, Any]]:
     """Layouts of a type: {'when': settings, 'layout': one}, the settings that matter only."""
-    plain = with_architecture(tiny_config(kind))
-    first = layout_of(adapter_of(plain))
-    switches = {k: (v, not v) for k, v in plain.to_dict().items() if isinstance(v, bool)}
-    switches |= {k: v for k, v in VALUES.items() if k in plain.to_dict()}
-    others = {k: [x for x in v if x != getattr(plain, k)] for k, v in switches.items()}
-    matter = {k: v for k, v in switches.items() if _matters(kind, k, others[k], first)}
     out = []
-    for chosen in itertools.product(*matter.values()):
-        when = dict(zip(matter, chosen, strict=True))
+    for when in SETTINGS.get(kind) or _settings(kind):
         entry: dict[str, Any] = {"when": when} if when else {}
         try:
             config = with_architecture(tiny_config(kind, **when))
@@ -90,16 +94,22 @@ def variants(kind: str) -> list[dict[str, Any]]:
     return out
 
 
-def _matters(kind: str, key: str, values: list, first: dict[str, Any]) -> bool:
-    """Whether other values of a setting change the layout, or the columns of a joint projection."""
-    for value in values:
-        try:
-            adapter = adapter_of(with_architecture(tiny_config(kind, **{key: value})))
-            if layout_of(adapter) != first:
-                return True
-        except Exception:  # a setting that the config or the adapter does not take
-            continue
-    return key in ("multi_query", "new_decoder_architecture")
+def _settings(kind: str) -> list[dict[str, Any]]:
+    """All values together of the switches of a config that change the layout."""
+    plain = with_architecture(tiny_config(kind))
+    first = layout_of(adapter_of(plain))
+    switches = {k: (v, not v) for k, v in plain.to_dict().items() if isinstance(v, bool)}
+    matter = {k: v for k, v in switches.items() if _matters(kind, k, v[1], first)}
+    return [dict(zip(matter, v, strict=True)) for v in itertools.product(*matter.values())]
+
+
+def _matters(kind: str, key: str, value: bool, first: dict[str, Any]) -> bool:
+    """Whether a setting changes the layout, or the columns of a joint projection."""
+    try:
+        adapter = adapter_of(with_architecture(tiny_config(kind, **{key: value})))
+        return layout_of(adapter) != first or key == "multi_query"
+    except Exception:  # a setting that the config or the adapter does not take
+        return key == "multi_query"
 
 
 def table() -> tuple[dict[str, Any], dict[str, str]]:

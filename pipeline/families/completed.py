@@ -1,7 +1,7 @@
 """A layout held against a tiny random model of its type. [torch]
 
 1. Only hooks and parts whose modules the model has are kept; a router and its experts are found.
-2. A final norm counts if it runs once, at the end of the base model.
+2. A final norm counts if it runs in the base model; if it runs more than once, without hooks.
 3. The columns of a joint projection are read off by letting the adapter split a matrix of row
    numbers.
 4. A forward pass shows flattened sequences, and tensors that are overwritten later.
@@ -24,6 +24,26 @@ COLUMNS = {
     "falcon": "FalconAttention._split_heads groups by key head where new_decoder_architecture is "
     "set; TransformerLens 3.9 splits in three blocks there",
 }
+# Norms of which the adapter names another one, or none: of these paths, the one that a model has.
+NORMS = {
+    "falcon": {
+        "ln1": ("ln_attn", "input_layernorm"),
+        "ln2": ("ln_mlp", "post_attention_layernorm"),
+    },
+}
+# MLPs that an adapter leaves out, since experts may stand beside them: where a model has none.
+ALONE = {
+    "granitemoehybrid": {
+        "hooks": {
+            "mlp.hook_in": "shared_mlp in",
+            "mlp.hook_pre": "shared_mlp.input_linear first half",
+            "mlp.hook_pre_linear": "shared_mlp.input_linear second half",
+            "mlp.hook_post": "shared_mlp.output_linear in",
+            "hook_mlp_out": "shared_mlp out times residual_multiplier",
+        },
+        "parts": {"mlp": "shared_mlp"},
+    },
+}
 
 
 def completed(layout: dict[str, Any], hf: nn.Module, adapter: Any) -> dict[str, Any]:
@@ -37,14 +57,21 @@ def completed(layout: dict[str, Any], hf: nn.Module, adapter: Any) -> dict[str, 
     def path_of(place: str) -> str:
         return families.PLACE.fullmatch(place)[1] or ""
 
+    kind = hf.config.model_type
+    norms = NORMS.get(kind, {}).items()
+    alone = {} if getattr(hf.config, "num_local_experts", 0) else ALONE.get(kind, {})
+    hooks_of, parts = (layout[k] | alone.get(k, {}) for k in ("hooks", "parts"))
+    parts |= {n: p for n, paths in norms for p in paths if has(p)}
     layout = layout | {
-        "hooks": {h: p for h, p in layout["hooks"].items() if has(path_of(p))},
-        "parts": {n: p for n, p in layout["parts"].items() if has(p)},
+        "hooks": {h: p for h, p in hooks_of.items() if has(path_of(p))},
+        "parts": {n: parts[n] for n in families.PARTS if n in parts and has(parts[n])},
     }
-    experts, dropped = expert_hooks(layout, found), DROPPED.get(hf.config.model_type, ())
+    experts, dropped = expert_hooks(layout, found), DROPPED.get(kind, ())
     layout["hooks"] |= {h: p for h, p in experts.items() if h not in dropped}
     layout["hooks"] = ordered(layout["hooks"])
-    if _reach(hf, layout["final_norm"]) is None or not _once_at_the_end(hf, layout["final_norm"]):
+    n_calls = _calls_of(hf, layout["final_norm"])
+    layout["norm_again"] = n_calls > 1
+    if not n_calls:
         layout["final_norm"] = ""
     base = "" if hf.base_model is hf else f"{hf.base_model_prefix}."  # Llama 4 has no base model
     if not layout["final_norm"].startswith(base):  # a part of the head (BERT)
@@ -82,14 +109,16 @@ def seen_in(hf: nn.Module) -> tuple[bool, list[str]]:
     return any(x.dim() == 2 for x in acts.values()), sorted(late)
 
 
-def _once_at_the_end(hf: nn.Module, path: str) -> bool:
-    """Whether the final norm runs once in a pass of the base model (nanochat's runs twice)."""
+def _calls_of(hf: nn.Module, path: str) -> int:
+    """How often the final norm runs in a pass of the base model; nanochat's runs twice."""
+    if not path or (norm := _reach(hf, path)) is None:
+        return 0
     calls: list[int] = []
-    handle = hf.get_submodule(path).register_forward_pre_hook(lambda *_: calls.append(1))
+    handle = norm.register_forward_pre_hook(lambda *_: calls.append(1))
     with torch.no_grad():
         hf.base_model(input_ids=torch.tensor([[1, 3, 4]]), use_cache=False)
     handle.remove()
-    return len(calls) == 1
+    return len(calls)
 
 
 def _reach(module: nn.Module, path: str) -> nn.Module | None:

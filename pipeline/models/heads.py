@@ -63,16 +63,27 @@ class Heads:
         self.home = modules.home(hf)
         cfg = hf.config
         self.n_layers, self.d_model = len(self.layers), cfg.hidden_size
-        self.n_heads = getattr(cfg, "num_attention_heads", None) or cfg.n_heads
+        self.n_heads = modules.n_heads_of(hf, 0)
         self.parallel = "blocks.0.hook_resid_mid" not in known and "blocks.0.hook_mlp_out" in known
-        self.d_head = self.W_O(0).shape[1]
-        widths = [len(self.columns(0, slot)) // self.d_head for slot in SLOTS]
-        self.n_key_heads = widths[1]
-        if widths[0] != self.n_heads or widths[1] != widths[2] or self.n_heads % widths[1]:
-            raise RetraceError(
-                f"model type '{kind}' has no heads here, since its layer 0 has queries, keys and "
-                f"values of {', '.join(map(str, widths))} heads, where z has {self.n_heads}"
-            )
+        self.d_head = places.weight_of(self.out(0)).shape[1] // self.n_heads
+        self.n_key_heads = max(len(self.columns(0, "k")) // self.d_head, 1)
+        for i in range(self.n_layers):
+            self._check(i)
+
+    def _check(self, layer: int) -> None:
+        """RetraceError where a layer has not as many heads of one size as the first layer has."""
+        d_z, n = places.weight_of(self.out(layer)).shape[1], modules.n_heads_of(self.hf, layer)
+        widths = [len(self.columns(layer, slot)) / self.d_head for slot in SLOTS]
+        if self.n_heads % self.n_key_heads == 0 and [n, d_z, *widths] == [
+            self.n_heads, self.n_heads * self.d_head, *map(self.count, SLOTS)
+        ]:  # fmt: skip
+            return
+        raise RetraceError(
+            f"model type '{self.hf.config.model_type}' has no heads here, since its layer {layer} "
+            f"has queries, keys and values of {', '.join(f'{w:g}' for w in widths)} heads of "
+            f"{self.d_head}, where z has {d_z / self.d_head:g} and layer 0 {self.n_heads} and "
+            f"{self.n_key_heads}; activations of its other hooks can be stored"
+        )
 
     # --- modules -----------------------------------------------------------------------------
 

@@ -54,8 +54,9 @@ def _refused(hf: nn.Module) -> dict[str, str]:
 
 def require(hf: nn.Module, what: str) -> None:
     """RetraceError where the model failed a part of its proof: resume, unembed, heads, behind."""
-    if what in getattr(hf, "retrace_fails", {}):
-        raise RetraceError(f"{hf.retrace_fails[what]}; activations of its hooks can be stored")
+    if why := getattr(hf, "retrace_fails", {}).get(what):
+        can = "" if why.endswith("can be stored") else "; activations of its hooks can be stored"
+        raise RetraceError(f"{why}{can}")
 
 
 def check(hf: nn.Module, hook: str) -> None:
@@ -96,7 +97,7 @@ def _find(hf: nn.Module, hook: str) -> tuple[nn.Module, nn.Module, str] | None:
         return hf, modules.submodule(hf, names.embed), "out"
     part, _, kind = hook.partition(".")
     if part == "ln_final" and kind in families.NORM_HOOKS and names.final_norm:
-        norm = modules.reached(hf, names.final_norm)
+        norm = None if names.norm_again else modules.reached(hf, names.final_norm)
         return None if norm is None else (hf, norm, kind.removeprefix("hook_"))
     found = re.fullmatch(r"blocks\.(\d+)\.(.+)", hook)
     layers = modules.layers_of(hf)
@@ -134,7 +135,7 @@ def _site(hf: nn.Module, hook: str) -> Place | InnerPlace:
     inside = _in_bridge(layer, hook)
     rows = modules.rows_of(layer) if modules.family(hf).flat and layer is not hf else []
     if what in ("attn_scores", "pattern", "result", "probabilities"):
-        n_heads = getattr(hf.config, "num_attention_heads", None) or hf.config.n_heads
+        n_heads = modules.n_heads_of(hf, int(hook.split(".")[1]))
         if inside is not None and what == "result":
             raise RetraceError(
                 f"hook '{hook}': in a model with processing: compatibility weights are folded, and "
@@ -155,7 +156,7 @@ def _site(hf: nn.Module, hook: str) -> Place | InnerPlace:
     if what in ("in", "out"):
         return Place(module, "input" if what == "in" else "output", rows=rows, kept=kept)
     end = modules.reached(layer, (modules.family(hf).place("attn.hook_z") or ("", ""))[0])
-    columns = places.columns_of(module, what, end, hf.config.num_attention_heads)
+    columns = places.columns_of(module, what, end, modules.n_heads_of(hf, int(hook.split(".")[1])))
     return Place(module, "output", columns=columns, rows=rows, kept=kept)
 
 

@@ -182,9 +182,10 @@ def unseen(
 ) -> Bool[Tensor, "batch n_heads pos keys"]:
     """Keys that a mask hides: their scores are -inf or near the least that the dtype holds.
 
-    CodeGen divides masked scores by sqrt(d_head).
+    CodeGen divides masked scores by sqrt(d_head), and GPT-1 puts -10,000 in their place.
     """
-    return scores < torch.finfo(scores.dtype).min / 32
+    least, of_gpt1 = torch.finfo(scores.dtype).min, scores.new_tensor(-1e4)
+    return (scores < least / 32) | (scores == of_gpt1)
 
 
 class Router(Calls):

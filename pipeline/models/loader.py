@@ -7,6 +7,7 @@ layers are divided among the GPUs that no other job of this user holds.
 
 import itertools
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +21,7 @@ from pipeline.spec import families
 from pipeline.store import tables
 from pipeline.text.tokens import checkpoint_of, load_tokenizer
 
+OF_SENTENCES = re.compile(r"(^|\.)(pooler\.dense|cls\.seq_relationship)\.(weight|bias)$")
 ROOM = 0.85  # share of a GPU's free memory that weights may take; the rest is for activations
 
 
@@ -282,7 +284,9 @@ def is_encoder(folder: Path) -> bool:
 def check_loaded(folder: Path, found: dict[str, Any]) -> None:
     """Every tensor of the model came from the files, and every tensor of the files is used.
 
-    transformers draws what is missing at random and leaves out what is not expected.
+    transformers draws what is missing at random and leaves out what is not expected. Of the heads
+    that BERT was trained with, that of the next sentence and the pooler below it are no part of a
+    model of tokens.
 
     Args:
         found: the loading info of `from_pretrained`.
@@ -292,7 +296,7 @@ def check_loaded(folder: Path, found: dict[str, Any]) -> None:
     """
     names = {
         "missing": sorted(found["missing_keys"]),
-        "unexpected": sorted(found["unexpected_keys"]),
+        "unexpected": sorted(n for n in found["unexpected_keys"] if not OF_SENTENCES.search(n)),
         "of another shape": sorted(str(key[0]) for key in found["mismatched_keys"]),
     }
     faults = "; ".join(
@@ -301,9 +305,11 @@ def check_loaded(folder: Path, found: dict[str, Any]) -> None:
         if some
     )
     if faults:
+        fits = not names["missing"] and not names["of another shape"]
+        remedy = "leave these tensors out" if fits else "give all weights of the model"
         raise RetraceError(
             f"{folder}: its weights do not fit its config.json ({faults}); correct config.json, or "
-            f"give all weights of the model"
+            f"{remedy}"
         )
 
 

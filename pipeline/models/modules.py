@@ -12,6 +12,7 @@ Nothing here knows a hook; hooks.py has those.
 """
 
 import functools
+import re
 from collections.abc import Callable
 from contextlib import ExitStack, contextmanager
 from typing import Any
@@ -43,9 +44,11 @@ def _inside(hf: nn.Module, names: Layout) -> Layout:
     RoBERTa's inner module has another name than BERT's, and the same modules in it.
     """
     prefix, _, _ = names.layers.partition(".")
-    if getattr(hf, "base_model", None) is not hf or hasattr(hf, prefix):
+    base = getattr(hf, "base_model", None)
+    if base is None or hasattr(hf, prefix):
         return names
-    paths = {k: getattr(names, k).removeprefix(f"{prefix}.")
+    own = "" if base is hf else f"{hf.base_model_prefix}."
+    paths = {k: re.sub(rf"^{prefix}\.", own, getattr(names, k))
              for k in ("embed", "layers", "final_norm")}  # fmt: skip
     return names.model_copy(update=paths)
 
@@ -82,6 +85,13 @@ def reached(module: nn.Module, path: str) -> nn.Module | None:
     return module
 
 
+def n_heads_of(hf: nn.Module, number: int) -> int:
+    """The query heads of a layer; Laguna's layers may have more or fewer of them."""
+    config = hf.config
+    each = getattr(config, "num_attention_heads_per_layer", None)
+    return each[number] if each else getattr(config, "num_attention_heads", None) or config.n_heads
+
+
 def alike(hf: nn.Module) -> str:
     """The type of the table whose layout names most of a model's modules; '' where none fits.
 
@@ -100,9 +110,12 @@ def alike(hf: nn.Module) -> str:
     return "llama" if "llama" in best else "".join(best[:1])
 
 
-def _fit(hf: nn.Module, names: Layout) -> tuple[int, int] | None:
-    """(hooks and parts, multipliers) of a layout; None where the model lacks what one names."""
-    names = _inside(hf, names)
+def _fit(hf: nn.Module, names: Layout) -> tuple[int, int, bool] | None:
+    """(hooks and parts, multipliers, whether the inner module has the name that it has there).
+
+    None where the model lacks what the layout names.
+    """
+    given, names = names, _inside(hf, names)
     layers = reached(hf, names.layers)
     ends = [reached(hf, path) for path in (names.embed, names.final_norm)]
     if not isinstance(layers, nn.ModuleList) or None in ends:
@@ -114,7 +127,7 @@ def _fit(hf: nn.Module, names: Layout) -> tuple[int, int] | None:
         return None
     if not all(hasattr(hf.config, name) for name in times):
         return None
-    return len(names.hooks) + len(names.parts), len(times)
+    return len(names.hooks) + len(names.parts), len(times), names is given
 
 
 def norm_paths(names: Layout) -> list[str]:
@@ -160,13 +173,13 @@ def _see_answers(hf: nn.Module) -> None:
 def rows_of(layer: nn.Module) -> list[tuple[int, int]]:
     """(batch, pos) of the last input of a layer, in a list that each forward pass renews."""
     if "_retrace_rows" not in layer.__dict__:
-        rows: list[tuple[int, int]] = []
 
-        def before(_: nn.Module, args: tuple, kwargs: dict) -> None:
-            rows[:] = [tuple(places.stream_of(args, kwargs).shape[:2])]
+        def before(layer: nn.Module, args: tuple, kwargs: dict) -> None:
+            # of a copied layer, too, whose hooks are those of the one that it was copied from
+            layer.__dict__["_retrace_rows"][:] = [tuple(places.stream_of(args, kwargs).shape[:2])]
 
         layer.register_forward_pre_hook(before, with_kwargs=True, prepend=True)
-        layer.__dict__["_retrace_rows"] = rows
+        layer.__dict__["_retrace_rows"] = []
     return layer.__dict__["_retrace_rows"]
 
 

@@ -230,6 +230,9 @@ class Run:
         local = "local" in getattr(config, "attention_layers", ())
         if local and 2 * tokens.shape[1] > config.window_size:
             past = []  # GPT-Neo counts its window over stored keys, those behind a patch among them
+        tuned = getattr(config, "attn_temperature_tuning", False)
+        if tuned and 2 * tokens.shape[1] >= config.floor_scale:
+            past = []  # Llama 4 counts positions over stored keys, and scales queries by them
         if any(keys.shape[-2] != tokens.shape[1] for keys, _ in past):
             past = []
         return cls(**kept, past=past, parallel=heads.parallel)

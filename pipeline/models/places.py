@@ -64,11 +64,11 @@ def as_slice(columns: Tensor) -> Columns:
     return slice(first, last + 1) if last - first + 1 == len(columns) else columns
 
 
-def columns_of(module: nn.Module, what: str, end: nn.Module, n_heads: int) -> Columns:
+def columns_of(module: nn.Module, what: str, end: nn.Module | None, n_heads: int) -> Columns:
     """The columns of a joint projection that 'q of qkv' or 'first half' means.
 
     Args:
-        end: the output projection, whose width is that of all heads.
+        end: the output projection, whose width is that of all heads; halves need none.
 
     Raises:
         RetraceError: the projection does not hold these heads in this form.

@@ -8,6 +8,7 @@ One short pass on a few tokens, any family:
     the unembedding of the last stream gives the logits     final norm, scale, soft cap, bias
     sum_h z_h W_O[h] + b_O gives what attention writes      the parts of a head
     z at the first position = v there                       the columns of a joint projection
+    q, k and v are projections of resid_pre and one norm    what edges into them change
     g n + b gives what a norm writes                        hook_normalized and hook_scale
     pattern times v gives z                                 where patterns are stored
     z is a function of q, k and v alone                     edges: no gate reads the stream (AFMoE)
@@ -30,7 +31,7 @@ from torch import Tensor, nn
 from pipeline.errors import RetraceError
 from pipeline.job import cli
 from pipeline.models import hooks, inner, modules, places, rerun, splice
-from pipeline.models.heads import Heads
+from pipeline.models.heads import SLOTS, Heads
 from pipeline.models.pairs import Pairs, Run, Task
 
 N_TOKENS = 5
@@ -253,9 +254,11 @@ def head_faults(hf: nn.Module, i: int, at: dict[str, Tensor | None]) -> dict[str
     place = modules.family(hf).place("attn.hook_v")
     if z is None or v is None or " of " not in place[1]:
         return {}
-    n_heads = hf.config.num_attention_heads
+    n_heads = modules.n_heads_of(hf, i)
     by_head = v[:, 0].unflatten(-1, (-1, z.shape[-1] // n_heads))
     there = by_head.repeat_interleave(n_heads // by_head.shape[1], 1).flatten(1)
+    clip = getattr(getattr(hf.config, "attn_config", None), "clip_qkv", None)  # MPT's, behind v
+    there = there if clip is None else there.clamp(-clip, clip)
     if alike(z[:, 0], there, z.dtype):
         return {}
     why = "z at the first position is not v there, so that the columns of q, k and v lie elsewhere"
@@ -266,7 +269,8 @@ def head_faults(hf: nn.Module, i: int, at: dict[str, Tensor | None]) -> dict[str
 def prove_patterns(hf: nn.Module, names: list[str]) -> None:
     """Prove that attention patterns are what attention uses: pattern times v is z.
 
-    `prove` leaves this out, since fused attention forms no pattern.
+    `prove` leaves this out, since fused attention forms no pattern. Eager attention, which does, is
+    held to that of the model (of Falcon with ALiBi it adds the bias twice).
 
     Args:
         names: hooks that are about to be read; their layers are tried.
@@ -280,6 +284,12 @@ def prove_patterns(hf: nn.Module, names: list[str]) -> None:
         if not known.issuperset(at[1:]):
             continue
         acts = hooks.run_to(hf, few_tokens(hf), at)
+        z, own = acts[at[2]], hooks.run_to(hf, few_tokens(hf), at[2:])[at[2]]
+        if not alike(z, own, z.dtype):
+            raise RetraceError(
+                f"hook '{at[0]}': eager attention, which forms patterns, is not the attention of "
+                f"this model, whose attn.hook_z is another; store attn.hook_z"
+            )
         if not _is_pattern(*(acts[h] for h in at)):
             raise RetraceError(
                 f"hook '{at[0]}': times attn.hook_v it is not attn.hook_z in this model, so that "
@@ -366,29 +376,57 @@ def _heads(hf: nn.Module, acts: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
     heads = Heads(hf)
     ours, theirs = [], []
     for i in range(heads.n_layers):
+        pre = acts[f"blocks.{i}.hook_resid_pre"]
+        for slot in SLOTS:
+            there = acts[f"blocks.{i}.attn.hook_{slot}"]
+            if not alike(heads.read(i, slot, pre), there, there.dtype):
+                raise RetraceError(
+                    f"model type '{hf.config.model_type}': attn.hook_{slot} of its layer {i} is "
+                    f"not its projection of the stream before the layer and one norm"
+                )
         z, mlp_out = acts[f"blocks.{i}.attn.hook_z"], acts.get(f"blocks.{i}.hook_mlp_out")
         ours.append(heads.written(z, i).sum(-2) + heads.rest(z, i))
         theirs.append(acts[f"blocks.{i}.hook_attn_out"])
         if mlp_out is not None:
-            read = "hook_resid_pre" if heads.parallel else "hook_resid_mid"
-            ours.append(heads.mlp_writes(i, acts[f"blocks.{i}.{read}"]))
+            read = acts[f"blocks.{i}.{'hook_resid_pre' if heads.parallel else 'hook_resid_mid'}"]
+            given = acts.get(f"blocks.{i}.mlp.hook_in")
+            if given is not None and not alike(heads.mlp_reads(i, read), given, given.dtype):
+                raise RetraceError(
+                    f"model type '{hf.config.model_type}': mlp.hook_in of its layer {i} is not one "
+                    f"norm of the stream before it"
+                )
+            ours.append(heads.mlp_writes(i, read))
             theirs.append(mlp_out)
     return torch.stack(ours), torch.stack(theirs)
 
 
 def _of_inputs(hf: nn.Module, tokens: Tensor, acts: dict[str, Tensor]) -> tuple[Tensor, Tensor]:
-    """(z with q, k and v as they were and the streams of the prompts exchanged, z), all layers."""
+    """(z with q, k and v as they were and the streams of the prompts exchanged, z), all layers.
+
+    Raises:
+        RetraceError: what MLPs write changes so, with what they read as it was.
+    """
     layers = [f"blocks.{i}." for i in range(len(modules.layers_of(hf)))]
-    names = [f"{at}attn.hook_z" for at in layers]
+    kept = [
+        f"{at}{h}" for at in layers for h in (*(f"attn.hook_{s}" for s in SLOTS), "mlp.hook_in")
+    ]
+    names = [f"{at}{h}" for h in ("attn.hook_z", "hook_mlp_out") for at in layers]
+    names = [name for name in names if name in acts]
     with ExitStack() as stack:
         seen = stack.enter_context(hooks.capture(hf, names))
         for at in layers:
             stack.enter_context(hooks.edited(hf, f"{at}hook_resid_pre", lambda x: x.flip(0)))
-            for slot in ("q", "k", "v"):
-                was = acts[f"{at}attn.hook_{slot}"]
-                stack.enter_context(hooks.edited(hf, f"{at}attn.hook_{slot}", lambda _, x=was: x))
+        for name in kept:
+            if name in acts:
+                stack.enter_context(hooks.edited(hf, name, lambda _, x=acts[name]: x))
         hf.base_model(input_ids=tokens, use_cache=False)
-    return torch.stack([seen[n] for n in names]), torch.stack([acts[n] for n in names])
+    for name in names[len(layers) :]:
+        if not alike(seen[name], acts[name], acts[name].dtype):
+            raise RetraceError(
+                f"model type '{hf.config.model_type}': its MLPs read more of the stream than "
+                f"mlp.hook_in, so that edges into them are not all that there are; patch nodes"
+            )
+    return tuple(torch.stack([x[n] for n in names[: len(layers)]]) for x in (seen, acts))
 
 
 def last_faults(hf: nn.Module, tokens: Tensor, acts: dict[str, Tensor]) -> dict[str, str]:

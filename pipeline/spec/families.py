@@ -83,6 +83,10 @@ class Layout(Section):
     final_norm: ModulePath = Field(
         default="", description="the norm before the unembedding, if any"
     )
+    norm_again: bool = Field(
+        default=False,
+        description="the final norm runs elsewhere, too (nanochat), so that ln_final has no hooks",
+    )
     parts: dict[str, ModulePath] = Field(
         default={}, description=f"modules of a layer by name: {', '.join(PARTS)}"
     )

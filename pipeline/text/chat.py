@@ -82,4 +82,4 @@ def dated(template: str) -> str:
     if "strftime_now" not in template:
         return template
     fixed = "".join(f" | replace('{code}', '{DAY.strftime(code)}')" for code in CODES)
-    return f"{{% macro strftime_now(form) %}}{{{{ form{fixed} }}}}{{% endmacro %}}{template}"
+    return f"{{% macro strftime_now(form) %}}{{{{ form{fixed} }}}}{{% endmacro +%}}{template}"

@@ -44,7 +44,8 @@ def conversation(value: Any, where: str) -> str:
     messages = []
     for message in value if isinstance(value, list) else [None]:
         keys = message.keys() if isinstance(message, dict) else ()
-        role, content = ("from", "value") if {"from", "value"} <= set(keys) else ("role", "content")
+        # a column of both forms has the keys of both in every row
+        role, content = ("from", "value") if keys and message.get("from") else ("role", "content")
         pair = [message.get(role), message.get(content)] if keys else [None, None]
         if not all(isinstance(part, str) for part in pair):
             raise RetraceError(

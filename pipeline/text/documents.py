@@ -308,8 +308,8 @@ def _rows(batch: Any, fields: Fields) -> Iterator[dict[str, Any]]:
 
 def _array(cell: Any) -> Any:
     """A cell of a Parquet file: a list of numbers as an array, all else as it is."""
-    values = getattr(cell, "values", None)
-    return cell.as_py() if values is None else values.to_numpy(zero_copy_only=False)
+    values = getattr(cell, "values", None)  # of a struct a method
+    return values.to_numpy(zero_copy_only=False) if hasattr(values, "to_numpy") else cell.as_py()
 
 
 def _documents(

@@ -12,6 +12,7 @@ the texts of a context are the text that the tokenizer decodes from all its ids 
 """
 
 import codecs
+import json
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -187,13 +188,16 @@ def document_token(tokenizer: Any, spec: ModelSpec) -> int | None:
 def set_document_token(tokenizer: Any, folder: Any = "") -> int:
     """Make the token that separated documents in pretraining BOS and EOS; return its id.
 
-    That is <|endoftext|> where the vocabulary has it (GPT-2, Pythia, SmolLM2, Qwen; chat models
-    declare others), else the tokenizer's own BOS, else its EOS, else its CLS (BERT, MiniLM), whose
-    segments end with SEP (Devlin et al. 2019, section 3.1).
+    That is the one that the tokenizer itself puts before a text (Llama's <s>, OPT's </s>, BERT's
+    CLS), else <|endoftext|> where the vocabulary has it (GPT-2, Pythia, SmolLM2, Qwen; chat models
+    declare others), else the tokenizer's own BOS, else its EOS, else its CLS, whose segments end
+    with SEP (Devlin et al. 2019, section 3.1). A chat template goes on writing the tokens that the
+    tokenizer came with.
     """
     known = tokenizer.get_vocab()
-    own = (tokenizer.bos_token, tokenizer.eos_token, tokenizer.cls_token)
-    for token in ("<|endoftext|>", *own):
+    before = {"bos_token": tokenizer.bos_token, "eos_token": tokenizer.eos_token}
+    own = (*before.values(), tokenizer.cls_token)
+    for token in (leading(tokenizer), "<|endoftext|>", *own):
         if token in known:
             break
     else:
@@ -204,4 +208,34 @@ def set_document_token(tokenizer: Any, folder: Any = "") -> int:
     if tokenizer.eos_token not in known or token == "<|endoftext|>":
         closes = token == tokenizer.cls_token and tokenizer.sep_token in known
         tokenizer.eos_token = tokenizer.sep_token if closes else token
+    changed = {k: v or "" for k, v in before.items() if v != getattr(tokenizer, k)}
+    tokenizer.chat_template = _with_tokens(tokenizer.chat_template, changed)
     return known[token]
+
+
+def leading(tokenizer: Any) -> str | None:
+    """The token that a tokenizer puts before a text, if it puts one there."""
+    backend = tokenizer.backend_tokenizer
+    if backend.post_processor is None:
+        return None
+    seen: set[int] = set()
+    for sample in sorted(backend.get_vocab(with_added_tokens=False)):
+        plainly = backend.encode(sample, add_special_tokens=False).ids
+        if not plainly or plainly[0] in seen:  # of white space a normalizer may leave nothing
+            continue
+        first = backend.encode(sample, add_special_tokens=True).ids[0]
+        if first != plainly[0]:
+            return backend.id_to_token(first)
+        seen.add(first)
+        if len(seen) == 2:  # one alone may be the token itself
+            break
+    return None
+
+
+def _with_tokens(template: Any, tokens: dict[str, str]) -> Any:
+    """A chat template, or a mapping of them, that names these tokens itself, where it uses them."""
+    if isinstance(template, dict):
+        return {name: _with_tokens(one, tokens) for name, one in template.items()}
+    used = {k: v for k, v in tokens.items() if template and k in template}
+    named = "".join(f"{{% set {k} = {json.dumps(v)} +%}}" for k, v in used.items())
+    return f"{named}{template}" if named else template

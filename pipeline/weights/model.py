@@ -88,11 +88,19 @@ def open_source(spec: ModelSpec, folder: Path, args: Any) -> tuple[Any, Any, str
 
 def _from_folder(folder: Path) -> Any:
     """The model of a folder; of one with an image tower the language model alone."""
+    from pipeline.models import native, stored
     from pipeline.weights import towers
 
     if towers.has_tower(folder):
         return towers.language_model(folder)
-    return loader.from_folder(folder, "auto")
+    if native.is_native(folder):
+        return loader.from_folder(folder, "auto")
+    loader.check_index(folder)
+    with loader.told(folder):
+        dtype = stored.dtype_of(folder)
+    model = loader.from_folder(folder, dtype)
+    stored.restore(model, folder)
+    return model
 
 
 def licence_of(folder: Path) -> str:
@@ -127,9 +135,15 @@ def hub_files(names: list[str], read: Callable[[str], Path], own: bool = False) 
         weights = [INDEX, *_shards(read(INDEX), top)]
     else:
         others = [n for n in top if n.endswith((".bin", ".pt", ".pth", ".safetensors", ".gguf"))]
+        safe = [n for n in others if n.endswith(".safetensors")]
+        why = (
+            f"without {INDEX} it is not known what they are"
+            if safe
+            else ("pickled weights are never read")
+        )
         raise RetraceError(
-            f"holds no {WEIGHTS}, only {', '.join(others) or 'no weights at all'}; pickled weights "
-            f"are never read: take a commit with safetensors, or convert it to a folder"
+            f"holds no {WEIGHTS}, only {', '.join(others) or 'no weights at all'}; {why}: take a "
+            f"commit with safetensors, or convert it to a folder"
         )
     if kind != "retrace_native" and not any(n in top for n in TOKENIZERS):
         raise RetraceError(
@@ -293,7 +307,7 @@ def describe(model: Any, bos_id: int | None, spec: ModelSpec, licence: str) -> d
         "architecture": type(model).__name__,
         "d_model": cfg.hidden_size,
         "n_layers": cfg.num_hidden_layers,
-        "n_ctx": context_of(cfg),
+        "n_ctx": context_of(cfg) - unused_positions(model),
         "d_vocab": cfg.vocab_size,
         "bos_id": bos_id,
         "n_parameters": sum(p.numel() for p in model.parameters()),
@@ -307,6 +321,13 @@ def context_of(config: Any) -> int:
         if isinstance(value := getattr(config, name, None), int):
             return value
     return UNBOUNDED
+
+
+def unused_positions(model: Any) -> int:
+    """Rows of a table of positions that no token has: RoBERTa counts from behind its padding id."""
+    tables_of = [m for name, m in model.named_modules() if name.endswith("position_embeddings")]
+    ids = [getattr(m, "padding_idx", None) for m in tables_of]
+    return max((i + 1 for i in ids if i is not None), default=0)
 
 
 def _content(folder: Path) -> str:

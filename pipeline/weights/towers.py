@@ -14,7 +14,7 @@ import re
 from pathlib import Path
 from typing import Any
 
-from pipeline.models import loader
+from pipeline.models import loader, stored
 from pipeline.spec import families
 from pipeline.store import tables
 
@@ -60,9 +60,18 @@ def language_model(folder: Path) -> Any:
         config = config.get_text_config()
         # said of the whole model in one release and of its text_config in another
         config.tie_word_embeddings = not any("lm_head." in name for name in names)
+        dtype = stored.dtype_of(folder)
     model, found = loader.read(
-        AutoModelForCausalLM, folder, dtype="auto", config=config, key_mapping=PREFIXES
+        AutoModelForCausalLM, folder, dtype=dtype, config=config, key_mapping=PREFIXES
     )
     towers = {name for name in names if not LANGUAGE.match(name)}
     loader.check_loaded(folder, {**found, "unexpected_keys": {*found["unexpected_keys"]} - towers})
+    stored.restore(model, folder, renamed)
     return model
+
+
+def renamed(name: str) -> str:
+    """The name in a causal LM of a tensor of the checkpoint."""
+    for pattern, new in PREFIXES.items():
+        name = re.sub(pattern, new, name)
+    return name

@@ -2,6 +2,7 @@
 
 from contextlib import ExitStack
 
+import families_check as check
 import pytest
 import torch
 from test_patching import CLOSE, KINDS, PROMPTS, logit_diff, small_step, tiny
@@ -10,7 +11,8 @@ from transformers.models.llama.modeling_llama import LlamaRMSNorm
 from pipeline.circuits import atp_star, eap, methods, table
 from pipeline.circuits.head_inputs import input_nodes, input_patching, many_edges
 from pipeline.circuits.patching import activation_patching, changed_by, edge_patching
-from pipeline.models import hooks
+from pipeline.errors import RetraceError
+from pipeline.models import hooks, proof
 from pipeline.models.native import NativeForCausalLM
 from pipeline.models.pairs import Node, Pairs, Task, mean_rows
 from pipeline.spec.measured import CircuitsSpec
@@ -83,7 +85,7 @@ def test_nodes_become_complete_with_points(task):
 
 def test_turned_patterns_are_those_of_patched_inputs(task):
     """The patched pattern of a head times its base values is its z: by the plain way."""
-    turns, heads = atp_star.turned(task), task.heads
+    turns, heads = atp_star.turned(task, [Node("q", 1, 1), Node("k", 1, 1)]), task.heads
     share = heads.n_heads // heads.n_key_heads
     for slot in ("q", "k"):
         node = Node(slot, 1, 1)
@@ -97,6 +99,35 @@ def test_turned_patterns_are_those_of_patched_inputs(task):
             at = slice(h * heads.d_head, (h + 1) * heads.d_head)
             change = (seen[0] - task.base.z[1])[..., at]
             torch.testing.assert_close(turns[slot][1][:, h] @ v, change, **CLOSE)
+
+
+def test_patterns_are_asked_for_where_queries_or_keys_are_scored_alone(task, monkeypatch):
+    """Models that form no pattern (XGLM) have scores of heads and MLPs all the same."""
+    heads = [Node("head", 1, 2), Node("mlp", 0), Node("v", 0, 0)]
+    both = atp_star.atp_star(task, [*heads, Node("q", 0, 1)])
+
+    def none(*_):
+        raise AssertionError("patterns were asked for")
+
+    monkeypatch.setattr(type(task.heads), "patterns", none)
+    torch.testing.assert_close(atp_star.atp_star(task, heads), both[:3], rtol=0, atol=0)
+
+
+@pytest.mark.parametrize("kind", ["afmoe", "bitnet"])
+def test_the_fix_is_refused_where_a_pattern_times_v_is_not_z(kind):
+    """A gate or a norm stands between them, so that a turned pattern says another effect."""
+    hf = check.model_of(kind, 0)
+    with torch.no_grad():
+        proof.prove(hf)
+        prompts = PROMPTS | {k: [[t % 40 for t in ids] for ids in PROMPTS[k]]
+                             for k in ("clean", "corrupt")}  # fmt: skip
+        task = Task.of(hf, Pairs.of(prompts, 0, "cpu"))
+    with pytest.raises(RetraceError, match=r"times attn\.hook_v it is not attn\.hook_z"):
+        atp_star.qk_fix(task, [Node("k", 0, 0)])
+    others = [Node("head", 0, 1), Node("mlp", 1), Node("v", 0, 0)]
+    torch.testing.assert_close(
+        atp_star.qk_fix(task, others), eap.attribution_patching(task, others)
+    )
 
 
 def detached(task: Task, layer: int, nodes: list[Node]) -> torch.Tensor:

@@ -15,16 +15,17 @@ from torch import Tensor, nn
 ATTENTION = r"(self_attn|attn|attention|self_attention|attn\.attention)\."
 WITHIN = {  # hook -> (pattern of a module's path within a layer, in or out)
     "attn.hook_z": (ATTENTION + r"(o_proj|out_proj|c_proj|dense|Wo)", "in"),
-    "mlp.hook_in": (r"mlp|feed_forward|block_sparse_moe|ffn|moe|fc1", "in"),
-    "mlp.hook_post": (r"(mlp\.|ffn\.|feed_forward\.|)"
+    "mlp.hook_in": (r"mlp|shared_mlp|feed_forward|block_sparse_moe|ffn|moe|fc1", "in"),
+    "mlp.hook_post": (r"(mlp\.|ffn\.|feed_forward\.|shared_mlp\.|)"
                       r"(down_proj|c_proj|dense_4h_to_h|fc2|fc_out|w2|output_linear|Wo)", "in"),
     "mlp.hook_pre": (r"(mlp\.|ffn\.|feed_forward\.|)"
                      r"(gate_proj|c_fc|dense_h_to_4h|fc1|fc_in|w1|up_proj|Wi)", "out"),
     "mlp.hook_pre_linear": (r"(mlp|feed_forward)\.(up_proj|w3)", "out"),
     "mlp.hook_experts_out": (r"(mlp|block_sparse_moe|feed_forward)\.experts", "out"),
     "hook_attn_out": (ATTENTION[:-2] + r"|self_attention\.dense|\w*norm\w*|\w*ln\w*", "out"),
-    "hook_mlp_out": (r"mlp|feed_forward|block_sparse_moe|ffn|moe|fc2|\w*norm\w*|\w*ln\w*|"
-                     r"mlp\.dense_4h_to_h|ffn\.down_proj", "out"),  # Bloom and MPT add the stream
+    # Bloom and MPT add the stream
+    "hook_mlp_out": (r"mlp|shared_mlp|feed_forward|block_sparse_moe|ffn|moe|fc2|\w*norm\w*|"
+                     r"\w*ln\w*|mlp\.dense_4h_to_h|ffn\.down_proj", "out"),
     "hook_resid_mid": (r"\w*norm\w*|\w*ln\w*|norm_\d|mlp|feed_forward", "in"),
 }  # fmt: skip
 SLOTS = {"q": "(q_proj|query)", "k": "(k_proj|key)", "v": "(v_proj|value)"}
@@ -128,7 +129,7 @@ def spots(hf: nn.Module, number: int, hook: str) -> list[Spot]:
     out = [Spot(m, side, None, s) for m in found for s in scales]
     if hook in ("mlp.hook_pre", "mlp.hook_pre_linear"):
         for name, m in named.items():
-            if name.endswith("gate_up_proj") and isinstance(m, nn.Linear):
+            if name.endswith(("gate_up_proj", "input_linear")) and isinstance(m, nn.Linear):
                 half = torch.arange(len(weight(m))).chunk(2)
                 out.append(Spot(m, side, half[hook.endswith("linear")]))
     return out

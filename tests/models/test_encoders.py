@@ -1,10 +1,13 @@
 """Encoders without a head (BertModel, as MiniLM is): activations, and what they cannot do."""
 
+import json
 from pathlib import Path
 
 import pytest
 import torch
+import transformers
 from conftest import byte_tokenizer
+from safetensors.torch import load_file, save_file
 from tokenizers import Tokenizer, models
 from transformers import (
     AutoConfig,
@@ -143,6 +146,18 @@ def test_an_encoder_with_the_modules_of_bert_takes_its_layout(kind, tmp_path):
     torch.testing.assert_close(acts["blocks.1.mlp.hook_post"], seen["post"], **CLOSE)
 
 
+@pytest.mark.parametrize("kind", KINDS + FEWER)
+@torch.no_grad()
+def test_the_context_is_the_longest_that_runs(kind, tmp_path):
+    """RoBERTa's table of positions begins behind its padding id, which no token has."""
+    hf = brought(saved(kind, tmp_path), "bert")
+    n_ctx = model.describe(hf, 0, ModelSpec(source="folder", path=str(tmp_path)), "")["n_ctx"]
+    longest = TOKENS[0, 1:].repeat(5)[None, : n_ctx + 1]  # without the id of a padding
+    assert torch.isfinite(hf(longest[:, :n_ctx])[0]).all()
+    with pytest.raises((RuntimeError, IndexError)):
+        hf(longest)
+
+
 @pytest.mark.parametrize(
     ("kind", "family", "says"),
     [
@@ -162,6 +177,42 @@ def test_streams_of_several_widths_are_refused(tmp_path):
     hf = brought(saved("mobilebert", tmp_path, embedding_size=16), "bert")
     with pytest.raises(RetraceError, match="of another width than hook_resid_pre"):
         hooks.run_to(hf, TOKENS, ["blocks.0.hook_resid_mid"])
+
+
+def as_published(name: str) -> str:
+    """bert-base-uncased's files have TensorFlow's names of a norm's gain and bias."""
+    return name.replace("LayerNorm.weight", "LayerNorm.gamma").replace(
+        "LayerNorm.bias", "LayerNorm.beta"
+    )
+
+
+@pytest.mark.parametrize(("kind", "trained"), [("bert", "ForPreTraining"), ("bert", "ForMaskedLM"),
+                                               ("roberta", "ForMaskedLM")])  # fmt: skip
+@torch.no_grad()
+def test_encoders_with_the_heads_that_they_were_trained_with(kind, trained, tmp_path):
+    """That of the next sentence, and the pooler below it, are left out of a model of tokens."""
+    config, name = AutoConfig.for_model(kind, **SIZE), {"bert": "Bert"}.get(kind, "Roberta")
+    torch.manual_seed(0)
+    hf = getattr(transformers, name + trained)(config).eval()
+    hf.save_pretrained(tmp_path)
+    byte_tokenizer().save_pretrained(tmp_path)
+    if kind == "bert":
+        file = tmp_path / "model.safetensors"
+        weights = {as_published(k): w for k, w in load_file(file).items()}
+        save_file(weights, file, {"format": "pt"})
+        assert any(k.endswith("gamma") for k in weights)
+        assert any("pooler" in k for k in weights) == (trained == "ForPreTraining")
+    file = tmp_path / "config.json"
+    config = json.loads(file.read_text()) | {"architectures": [f"{name}ForMaskedLM"]}
+    file.write_text(json.dumps(config))
+    states = hf(TOKENS, output_hidden_states=True).hidden_states
+    ours = brought(tmp_path, "bert")
+    names = ["hook_embed", *(f"blocks.{i}.hook_resid_post" for i in range(3))]
+    acts = hooks.run_to(ours, TOKENS, names)
+    for at, theirs in zip(names, states, strict=True):
+        torch.testing.assert_close(acts[at], theirs, **CLOSE)
+    with pytest.raises(RetraceError, match="looks at later tokens, too"):
+        hooks.require(ours, "behind")
 
 
 # --- what they cannot do -------------------------------------------------------------------

@@ -1,5 +1,7 @@
 """Every hook of every family against TransformerBridge, and what `edited` does to the stream."""
 
+import copy
+
 import numpy as np
 import pytest
 import torch
@@ -16,6 +18,7 @@ from transformers import (
 
 from pipeline.activations import rows
 from pipeline.errors import RetraceError
+from pipeline.families import tiny_models
 from pipeline.models import hooks, modules
 from pipeline.spec import families
 
@@ -254,3 +257,13 @@ def test_bfloat16_keeps_every_bit_pattern():
     patterns = np.arange(2**16, dtype=np.uint32).astype(np.uint16)[:, None]
     back = rows.to_numpy(rows.to_tensor(patterns, "bfloat16"), "bfloat16")
     assert np.array_equal(back, patterns)  # NaN payloads and signed zeros included
+
+
+def test_a_copied_model_counts_its_own_sequences():
+    """OPT's MLP sees sequences run together; a copy was read as those that the model saw last."""
+    hf = tiny_models.tiny_model(tiny_models.with_architecture(tiny_models.tiny_config("opt")))
+    name, tokens = "blocks.1.mlp.hook_post", torch.tensor([[1, 3, 4], [1, 5, 6]])
+    want = hooks.run_to(hf, tokens, [name])[name]
+    copied = copy.deepcopy(hf)
+    assert torch.equal(hooks.run_to(copied, tokens.repeat(2, 1), [name])[name][:2], want)
+    assert torch.equal(hooks.run_to(hf, tokens, [name])[name], want)

@@ -137,6 +137,25 @@ def test_a_replaced_pattern_by_hand():
     torch.testing.assert_close(seen[z], want)
 
 
+@pytest.mark.parametrize("kind", ["openai-gpt", "codegen", "llama"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_keys_behind_a_query_stay_unseen_whatever_a_mask_writes(kind, dtype):
+    """GPT-1 puts -10,000 in their place: scores of 0 for all keys attend to those seen alike."""
+    hf = fused(kind).to(dtype)
+    scores, pattern = (f"blocks.0.{at}" for at in BY_KEY)
+    acts = hooks.run_to(hf, check.TOKENS, [scores, pattern])
+    later = torch.ones(8, 8).triu(1).bool()
+    assert (inner.by_head(acts[scores], 4)[..., later] == 0).all()
+    assert (inner.by_head(acts[pattern], 4)[..., later] == 0).all()
+    alike = (1 / torch.arange(1, 9)[:, None] * ~later).repeat(1, 4)
+    with hooks.edited(hf, scores, torch.zeros_like), hooks.capture(hf, [pattern]) as seen:
+        with_scores = hf(check.TOKENS).logits
+    found = seen[pattern].float()
+    torch.testing.assert_close(found, alike.expand_as(found), atol=4e-3, rtol=1e-2)
+    with hooks.edited(hf, pattern, lambda x: seen[pattern] + (x == 0).to(x.dtype)):
+        assert torch.equal(hf(check.TOKENS).logits, with_scores)  # no edit shows a hidden key
+
+
 def test_a_head_patched_by_its_result_is_that_patched_by_z():
     hf = fused("gpt2")
     result, z = "blocks.0.attn.hook_result", "blocks.0.attn.hook_z"

@@ -37,10 +37,15 @@ def rope(kind: str, **more: object) -> dict:
 
 ORIGINAL = {"original_max_position_embeddings": 8}
 LONG = {"short_factor": [1.0] * 4, "long_factor": [3.0] * 4, "factor": 4.0} | ORIGINAL
-# GPT-Neo: a window of layer 0 was counted over stored keys (the proof looked at the upper half).
 FOUND = [
+    # A window of layer 0 was counted over stored keys (the proof looked at the upper half).
     ("gpt_neo", {"attention_types": [[["local", "global"], 1]], "window_size": 4}),
     ("gpt_neo", {"attention_types": [[["local", "global"], 1]], "window_size": 10}),
+    # Falcon 40B's norm of the MLP was not known, nor the one norm of Falcon 2.
+    ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2}),
+    ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 1, "num_ln_in_parallel_attn": 1}),
+    # Llama 4 counts positions over stored keys, and scales queries of far ones.
+    ("llama4_text", {"num_hidden_layers": 4, "floor_scale": 4, "interleave_moe_layer_step": 2}),
 ]
 SETTINGS = [
     ("llama", rope("linear", factor=3.0)),
@@ -75,6 +80,13 @@ SETTINGS = [
     ("phi", {"partial_rotary_factor": 1.0, "num_key_value_heads": 2}),
     ("falcon", {"multi_query": True, "alibi": True, "parallel_attn": False, "bias": True}),
     ("falcon", {"multi_query": False, "alibi": True, "num_kv_heads": 4}),
+    ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "bias": True}),
+    ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "alibi": True}),
+    ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 4, "multi_query": False,
+                "num_ln_in_parallel_attn": 2, "num_hidden_layers": 3}),
+    ("granitemoehybrid", {"layer_types": ["attention"] * 2, "num_local_experts": 0,
+                          "position_embedding_type": "rope", "shared_intermediate_size": 20}),
+    ("mpt", {"attn_config": {"alibi": True, "clip_qkv": 0.5}}),
     ("bloom", {"n_head": 3, "hidden_size": 24}),
     ("mpt", {"attn_config": {"alibi": False, "softmax_scale": 0.3}, "n_heads": 3, "d_model": 24}),
     ("gpt2", {"scale_attn_weights": False, "activation_function": "relu", "n_inner": 20}),
@@ -94,6 +106,9 @@ SETTINGS = [
     ("ernie4_5_moe", {"use_bias": True, "moe_layer_start_index": 1}),
     ("nemotron", {"attention_bias": True, "mlp_bias": True, "partial_rotary_factor": 1.0}),
     ("apertus", {"attention_bias": True, "mlp_bias": True, "num_key_value_heads": 1}),
+    ("nanochat", {"num_hidden_layers": 3, "final_logit_softcapping": 2.0}),
+    ("nanochat", {"attention_bias": True, "final_logit_softcapping": None,
+                  "num_key_value_heads": 1}),
     ("arcee", {"attention_bias": True, "mlp_bias": True}),
     ("gpt_oss", {"sliding_window": 4, "layer_types": LOCAL, "num_key_value_heads": 1}),
     ("llama4_text", {"no_rope_layers": [1, 0], "attention_chunk_size": 4,
@@ -116,7 +131,7 @@ STORED = [
     ("gemma4_text", {"hidden_size_per_layer_input": 0}), ("mamba2", {"n_groups": 2}),
     ("recurrent_gemma", {"block_types": ["recurrent", "attention"], "logits_soft_cap": 3.0}),
     ("modernbert-decoder", {"local_attention": 4, "global_attn_every_n_layers": 2}),
-    ("falcon", {"new_decoder_architecture": True, "num_kv_heads": 2, "num_ln_in_parallel_attn": 2}),
+    ("granitemoehybrid", {"layer_types": ["mamba", "attention"], "num_local_experts": 0}),
 ]  # fmt: skip
 
 
@@ -325,6 +340,52 @@ def test_patterns_are_refused_where_a_sink_scales_what_the_softmax_gave(kind):
     check_values_and_edits(hf)
     with pytest.raises(RetraceError, match=r"times attn\.hook_v it is not attn\.hook_z"):
         proof.prove_patterns(hf, ["blocks.0.attn.hook_pattern"])
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "n_heads"),
+    [
+        ("mimo_v2_flash", {}, 4),  # other keys where attention is local
+        ("laguna", {"num_attention_heads_per_layer": [4, 2]}, 2),
+        ("gemma4_text", {"global_head_dim": 16, "num_kv_shared_layers": 0, "layer_types": LOCAL,
+                         "hidden_size_per_layer_input": 0}, 4),
+    ],
+)  # fmt: skip
+@torch.no_grad()
+def test_layers_with_other_heads_are_stored_and_have_no_circuits(kind, settings, n_heads):
+    """Edges were cut as if all layers had the heads of the first one."""
+    hf = made(kind, settings)
+    check_values_and_edits(hf)
+    with pytest.raises(RetraceError, match=r"its layer 1 has queries, keys and values of") as e:
+        EdgeGraph(hf, TOKENS)
+    assert "\n" not in str(e.value)
+    z, result = (f"blocks.1.attn.hook_{h}" for h in ("z", "result"))
+
+    def first(x: Tensor) -> Tensor:
+        """The first head alone."""
+        return x * (torch.arange(x.shape[-1]) < x.shape[-1] // n_heads)
+
+    logits = []
+    for name in (z, result):
+        with hooks.edited(hf, name, first):
+            logits.append(hf(input_ids=TOKENS, use_cache=False).logits)
+    assert off(*logits) <= CLOSE
+
+
+def test_patterns_are_refused_where_eager_attention_is_another():
+    """transformers' eager Falcon adds ALiBi's bias twice, its fused one, which is loaded, once."""
+    hf = made("falcon", {"alibi": True})
+    name = "blocks.1.attn.hook_pattern"
+    proof.prove_patterns(hf, [name])
+    inner._set_attention(hf, "sdpa")
+    proof.prove(hf)
+    with pytest.raises(RetraceError, match="is not the attention of this model") as e:
+        proof.prove_patterns(hf, [name])
+    assert "\n" not in str(e.value)
+    check_values_and_edits(hf)
+    plain_falcon = made("falcon", {})
+    inner._set_attention(plain_falcon, "sdpa")
+    proof.prove_patterns(plain_falcon, [name])
 
 
 def test_logits_of_a_stream_that_is_halved_behind_the_last_layer_are_refused():

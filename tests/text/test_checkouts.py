@@ -1,4 +1,4 @@
-"""Text in a file of the checkout, where snakemake runs elsewhere: another clone reruns nothing.
+"""Files of the checkout, where snakemake runs elsewhere: another clone reruns nothing.
 
 Groups run so: `--directory`, or this workflow as a module of theirs. The spec of a job, and so its
 certificate, names such a file from the checkout on.
@@ -6,11 +6,12 @@ certificate, names such a file from the checkout on.
 
 import hashlib
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import yaml
-from snake import copy_repository, snakemake
+from snake import copy_repository, edit, snakemake, toy_project
 
 from pipeline.papers import paths
 from pipeline.papers.papers import Run
@@ -75,6 +76,23 @@ def test_a_second_clone_elsewhere_reruns_nothing(source, tmp_path, monkeypatch):
     (second / "data/text.txt").unlink()
     other = Run.load(config, [second]).store("mine", "laptop", "trained")["corpus"].id
     assert (other == store["corpus"].id) == (source == "url")
+
+
+@pytest.mark.workflow
+def test_a_second_clone_with_the_results_of_the_first_reruns_no_own_code(tmp_path):
+    """A paper's files are inputs; snakemake notes them as the checkout has them."""
+    first = toy_project(tmp_path / "first")
+    second = tmp_path / "group/deep/second"
+    shutil.copytree(first, second)
+    run = ["--directory", str(tmp_path / "run"), "results/smoke/toy/report.html"]
+    (tmp_path / "run").mkdir()
+    done = snakemake("-s", str(first / "Snakefile"), *run, cwd=tmp_path)
+    assert {"toy_measure", "metrics", "figures", "claims", "report_html"} <= set(done.jobs)
+    again = snakemake("-s", str(second / "Snakefile"), "-n", *run, cwd=tmp_path)
+    assert again.jobs == [], again.said
+    edit(second / "rules/papers/toy/measure.py", "sum(1)", "sum(-1)")  # its code still counts
+    edited = snakemake("-s", str(second / "Snakefile"), "-n", *run, cwd=tmp_path)
+    assert "toy_measure" in edited.jobs
 
 
 def test_what_a_spec_names_is_found_again(tmp_path, monkeypatch):

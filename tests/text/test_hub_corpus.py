@@ -21,6 +21,7 @@ from conftest import ROOT, byte_tokenizer, environment, stage
 from loopback_hub import COMMIT, serving
 from pydantic import ValidationError
 from synthetic import call, inside
+from transformers import PreTrainedTokenizerFast
 
 from pipeline.errors import RetraceError
 from pipeline.papers import papers
@@ -29,7 +30,7 @@ from pipeline.spec.base import sentence
 from pipeline.spec.paper import Config, PaperSpec
 from pipeline.spec.sources import CorpusSpec
 from pipeline.store import provenance, tables
-from pipeline.text import chat, corpus, documents, sources, spool, streams
+from pipeline.text import chat, corpus, documents, sources, spool, streams, tokens
 from pipeline.text.documents import BLANK_LINE, Document, Fields
 
 RECORDS = [
@@ -375,6 +376,7 @@ def test_windows_with_bos_are_the_blocks_themselves(tokenizer, tmp_path):
         (["a"], "must be a list of token ids"),
         ([[5]], "must be a list of token ids"),
         ("text", "must be a list of token ids"),
+        ({"a": 5}, "must be a list of token ids"),
     ],
 )
 @pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
@@ -385,7 +387,7 @@ def test_what_is_no_token_of_the_model_is_refused(row, says, suffix, tmp_path):
     else:
         try:
             pq.write_table(
-                pa.table({"ids": pa.array([row] if row == "text" else [[5], row])}), file
+                pa.table({"ids": pa.array([[5], row] if isinstance(row, list) else [row])}), file
             )
         except (pa.ArrowException, OverflowError, TypeError):
             pytest.skip("no column of Parquet holds these")
@@ -433,6 +435,47 @@ def test_a_chat_is_tokenised_as_transformers_does(form, tmp_path):
     joined = blocks[:, 1:].ravel().tolist()
     start = next(i for i in range(16) if want[i : i + len(joined)] == joined)
     assert start < 16 and len(joined) > len(want) - 32
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+def test_a_column_may_hold_chats_of_both_forms(suffix, tmp_path):
+    """A Parquet file gives every message the keys of both, null where it has them not."""
+    said = [{"role": "user", "content": "Hello"}]
+    both = [[m | {"from": None, "value": None} for m in said],
+            [{"role": None, "content": None, "from": "human", "value": "Hello"}]]  # fmt: skip
+    file = tmp_path / f"a.{suffix}"
+    if suffix == "parquet":
+        pq.write_table(pa.table({"messages": pa.array(both)}), file)
+    else:
+        file.write_text("".join(json.dumps({"messages": chat_}) + "\n" for chat_ in both))
+    found = documents.read(file, Fields("messages", kind="chat"))
+    assert [json.loads(document.text) for document in found] == [said, said]
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {},
+        {"eos_token": "<|im_end|>"},
+        {"bos_token": "<|unused|>", "eos_token": "<|im_end|>"},
+    ],
+)
+@pytest.mark.parametrize("named", [False, True])
+def test_a_template_writes_the_tokens_that_its_tokenizer_came_with(own, named, tmp_path):
+    """Those between documents are others: SmolLM2-Instruct ends turns with <|im_end|>."""
+    form = (
+        "\n{{ bos_token }}{% for m in messages %}<|im_start|>{{ m.content }}{{ eos_token }}\n"
+        "{% endfor %}"
+    )
+    made = PreTrainedTokenizerFast(tokenizer_object=byte_tokenizer().backend_tokenizer, **own)
+    made.chat_template = {"default": form, "tool_use": "no"} if named else form
+    said = [{"role": "user", "content": "Hello"}]
+    want = made.apply_chat_template(said, tokenize=True, return_dict=False)
+    assert tokens.set_document_token(made) == 0 == made.eos_token_id
+    made.save_pretrained(tmp_path)
+    stored = PreTrainedTokenizerFast.from_pretrained(tmp_path)
+    (ids,) = chat.encoder(stored, None, "x")([json.dumps(said)])
+    assert ids.tolist() == want
 
 
 def test_a_template_sees_the_same_day_always(tmp_path):

@@ -325,6 +325,32 @@ def test_a_model_of_a_hub_is_downloaded_once_at_its_commit(
     assert len(served.asked) == len(wanted)
 
 
+@pytest.mark.workflow
+def test_large_files_come_from_where_the_hub_sends_us(served, tmp_path, monkeypatch):
+    """A signed address of another host, which changes; cut off, it goes on, and sees no token."""
+    large = os.urandom(9 << 20)
+    served.repos["owner/gated"] = served.repos["owner/tiny"] | {"model.safetensors": large}
+    served.gated["owner/gated"] = served.users = {"mine"}
+    served.elsewhere = {"model.safetensors"}
+    monkeypatch.setenv("HF_TOKEN", "mine")
+    served.cut = {"model.safetensors": 5 << 20}
+    (said,) = fetched(f"model owner/gated {COMMIT}", cwd=tmp_path)
+    folder = Path(said.split()[0])
+    assert (folder / "model.safetensors").read_bytes() == large
+    (begun,) = served.ranges
+    assert 0 < int(begun.removeprefix("bytes=").rstrip("-")) <= 5 << 20
+    assert served.asked.count("owner/gated/model.safetensors") == 2
+    assert set(served.shown_elsewhere) == {""} and served.tokens == {"mine"}
+
+
+@pytest.mark.workflow
+def test_a_repository_that_was_renamed_is_found(served, tmp_path):
+    served.moved = {"owner/before": "owner/tiny"}
+    served.repos["owner/tiny"]["model.safetensors"] = large = os.urandom(9 << 20)
+    (said,) = fetched(f"model owner/before {COMMIT}", cwd=tmp_path)
+    assert (Path(said.split()[0]) / "model.safetensors").read_bytes() == large
+
+
 def of_type(kind: str) -> bytes:
     return json.dumps({"model_type": kind, "text_config": {}}).encode()
 
@@ -350,7 +376,7 @@ def test_what_a_hub_refuses_is_told_before_weights_are_fetched(served, tmp_path)
         }
     said = {
         "pickled": r"holds no model.safetensors, only pytorch_model.bin; pickled weights are never",
-        "adapter": r"holds no model.safetensors, only adapter_model.safetensors",
+        "adapter": r"holds no model.safetensors, only adapter_model.safetensors; without .*index",
         "bare": r"holds no tokenizer \(tokenizer.json",
         "torn": "its model.safetensors.index.json names model-00001-of-00002.safetensors, which",
         "data": "holds no config.json, so it is no model of transformers",
@@ -422,7 +448,11 @@ def copied(tiny_model, tmp_path):
         (lambda w: {k: v for k, v in w.items() if k != UP}, f"missing: {UP}"),
         (lambda w: w | {"model.layers.9.more": torch.ones(2)}, "unexpected: model.layers.9.more"),
         (lambda w: w | {UP: torch.ones(3, 3)}, f"of another shape: {UP}"),
-        (lambda w: {}, "missing: .* and [0-9]+ more"),
+        (lambda w: {}, "missing: .* and [0-9]+ more.*give all weights of the model$"),
+        (
+            lambda w: w | {"v_head.summary.weight": torch.ones(1, 32)},  # as TRL saves one
+            "unexpected: v_head.summary.weight.*or leave these tensors out$",
+        ),
     ],
 )
 def test_weights_that_do_not_fit_are_told_by_name(copied, change, said):
@@ -464,6 +494,48 @@ def test_weights_in_two_files_are_read(copied):
     (folder / "model.safetensors.index.json").write_text(json.dumps(index))
     found = loader.from_folder(folder, "auto").state_dict()
     assert all(torch.equal(found[n], want[n]) for n in want)
+
+
+HALF, WHOLE = torch.bfloat16, torch.float32
+
+
+@pytest.mark.parametrize(
+    "said, files",
+    [
+        ({"dtype": "bfloat16"}, {}),  # rounded by transformers, which takes the config's word
+        ({"torch_dtype": "float16"}, {}),
+        ({"dtype": "float32"}, {"": HALF}),
+        ({}, {"": HALF}),
+        ({}, {"": HALF, "norm": WHOLE}),
+        ({"dtype": "bfloat16"}, {"": HALF, "norm": WHOLE, "q_proj": torch.float16}),
+        ({"dtype": "bfloat16"}, {"embed_tokens": HALF}),
+    ],
+)
+@pytest.mark.parametrize("prefix", ["", "model."])
+def test_weights_are_stored_as_the_files_have_them(copied, said, files, prefix, tmp_path):
+    """In whatever dtype each lies; later stages take all of them in the section's."""
+    folder, change = copied
+    config = json.loads((folder / "config.json").read_text())
+    config = {k: v for k, v in config.items() if k not in ("dtype", "torch_dtype")} | said
+    (folder / "config.json").write_text(json.dumps(config))
+
+    def in_dtypes(weights: dict) -> dict:
+        out = {}
+        for name, w in weights.items():
+            dtype = next((d for part, d in reversed(files.items()) if part in name), WHOLE)
+            out[name.removeprefix(prefix)] = w.to(dtype)
+        return out
+
+    change(in_dtypes)
+    want = load_file(folder / "model.safetensors")
+    assert {w.dtype for w in want.values()} == ({WHOLE, *files.values()} if "" not in files
+                                                else set(files.values()))  # fmt: skip
+    spec = ModelSpec(source="folder", path=str(folder))
+    opened, *_ = model.open_source(spec, tmp_path / "none", None)
+    model.save(opened, None, tmp_path / "stored", {"stage": "model"})
+    stored = loader.from_folder(tmp_path / "stored", WHOLE).state_dict()
+    for name, w in want.items():
+        assert torch.equal(stored[name if name in stored else prefix + name], w.float()), name
 
 
 def test_a_native_model_that_lacks_a_tensor_is_told(tmp_path):
@@ -573,6 +645,32 @@ def test_the_token_between_documents(vocab, bos, eos, id_, eos_after):
     words = Tokenizer(models.WordLevel({t: i for i, t in enumerate(vocab)}, unk_token=vocab[-1]))
     tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, bos_token=bos, eos_token=eos)
     assert set_document_token(tokenizer) == id_
+    assert tokenizer.eos_token == eos_after
+
+
+@pytest.mark.parametrize(
+    ("form", "own", "id_", "eos_after"),
+    [
+        ("</s> $A", {"bos_token": "</s>", "eos_token": "</s>"}, 2, "</s>"),  # OPT
+        ("<s> $A", {"bos_token": "<s>", "eos_token": "<|endoftext|>"}, 1, "<|endoftext|>"),  # Phi 3
+        ("[CLS] $A [SEP]", {"cls_token": "[CLS]", "sep_token": "[SEP]"}, 3, "[SEP]"),  # ModernBERT
+        ("$A </s>", {"eos_token": "</s>"}, 0, "<|endoftext|>"),  # what stands behind a text is none
+        ("$A", {"bos_token": "<s>", "eos_token": "</s>"}, 0, "<|endoftext|>"),
+    ],
+)
+def test_the_token_that_a_tokenizer_puts_before_a_text_is_bos(form, own, id_, eos_after):
+    """Also where the vocabulary holds <|endoftext|>, which the model may never have met."""
+    from tokenizers import Tokenizer, models, normalizers, processors
+    from transformers import PreTrainedTokenizerFast
+
+    vocab = ["<|endoftext|>", "<s>", "</s>", "[CLS]", "[SEP]", " ", "a"]
+    words = Tokenizer(models.WordLevel({t: i for i, t in enumerate(vocab)}, unk_token="a"))
+    words.normalizer = normalizers.Strip()  # of the first token of the vocabulary nothing is left
+    words.add_special_tokens(vocab[:5])
+    special = [(t, i) for i, t in enumerate(vocab) if t in form]
+    words.post_processor = processors.TemplateProcessing(single=form, special_tokens=special)
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=words, **own)
+    assert set_document_token(tokenizer) == tokenizer.bos_token_id == id_
     assert tokenizer.eos_token == eos_after
 
 
