@@ -111,7 +111,7 @@ def compared(args, model_json: Path) -> list[Row]:
     ]
 
     def gradient() -> None:
-        eap.attribution_patching(Task.of(loaded.hf, pairs), every).cpu()
+        eap.attribution_patching(Task.of(loaded.hf, pairs, eap.OF_NODES), every).cpu()
 
     def forward() -> None:
         loaded.hf(input_ids=pairs.base, use_cache=False)
