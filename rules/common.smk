@@ -33,6 +33,7 @@ RUN = or_exit(papers.Run.load, config, BASES)
 # Where results lie in an object storage, a job has its inputs beside it and nothing else.
 STORAGE = workflow.storage_settings.default_storage_provider
 INPUTS = Inputs(RUN, ROOT, bool(STORAGE))
+FIRST_REPORT = f"results/{RUN.config.scale}/{INPUTS.asked(sys.argv)[0]}/report.html"
 PARAMS = Params(INPUTS, workflow.config_settings.overwrite_config)
 OWN = own.Own(INPUTS, PARAMS)
 DEVICE = RUN.config.device
@@ -53,10 +54,16 @@ workflow.modifier_stack[0].globals.update(PYTHON=PYTHON, DEVICE=DEVICE)
 workflow.global_wildcard_constraints(scale="|".join(RUN.scales()), **rule_helpers.WILDCARDS)
 
 
-def remake_incomplete():
-    """Have outputs that a killed run was writing made again, as `--rerun-incomplete` would."""
-    if workflow.dag_settings is not None:  # they come after the Snakefile
+def settle():
+    """What is settled when snakemake asks for the first input, since it comes after the Snakefile.
+
+    Outputs that a killed run was writing are made again, as `--rerun-incomplete` would; and the
+    first paper's report is made before the others'.
+    """
+    if workflow.dag_settings is not None:
         workflow.dag_settings.force_incomplete = True
+    if not STORAGE:
+        rule_helpers.first_report_first(workflow, FIRST_REPORT)
 
 
 def dated(files):
@@ -105,7 +112,7 @@ def print_claims():
 
 
 target = partial(rule_helpers.target, workflow.is_rule)
-ask = partial(rule_helpers.asked, remake_incomplete)
+ask = partial(rule_helpers.asked, settle)
 # Inputs, then params; where () follows, a rule names the helper without arguments.
 products_of, item_input_of = ask(INPUTS.products), ask(INPUTS.item_input)
 item_inputs_of, crossed_input_of = ask(INPUTS.item_inputs), ask(INPUTS.crossed_input)

@@ -27,10 +27,10 @@ from jaxtyping import Float
 from torch import Tensor
 
 from pipeline.circuits import eap
-from pipeline.circuits.eap import OF_NODES, Taps
 from pipeline.models import hooks, proof
 from pipeline.models.heads import Slot
 from pipeline.models.pairs import Node, Task
+from pipeline.models.taps import OF_NODES, Taps, tapped
 
 # Of every layer, how attention changes when the queries, or keys, of all its heads are patched.
 Turns = dict[Slot, list[Float[Tensor, "batch n_heads pos pos"]]]
@@ -128,7 +128,7 @@ def dropped(task: Task) -> Iterator[Taps]:
         out.register_hook(lambda g: torch.zeros_like(g) if i == layer else None)
         return out
 
-    with torch.enable_grad(), eap.tapped(task) as taps, ExitStack() as stack:
+    with torch.enable_grad(), tapped(task.heads) as taps, ExitStack() as stack:
         stack.enter_context(hooks.edited(task.hf, "hook_embed", lambda _: x))
         for i in range(n_layers):
             for part in ("attn", "mlp"):

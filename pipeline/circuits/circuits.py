@@ -34,6 +34,7 @@ from pipeline.job.source import import_file
 from pipeline.latents import sites as latents
 from pipeline.models import loader
 from pipeline.models.pairs import Pairs, Task
+from pipeline.models.taps import OF_EDGES, OF_NODES
 from pipeline.spec.measured import CircuitsSpec
 from pipeline.store import tables
 
@@ -49,6 +50,13 @@ def pairs_of(file: str, spec: CircuitsSpec, loaded: loader.Loaded, seed: int, de
     return Pairs.of(prompts, loaded.bos_id, device, spec.direction == "denoising")
 
 
+def slopes_of(methods: list[str]) -> tuple[str, ...]:
+    """By what the methods take gradients of m on the base run."""
+    if {"eap", "atp_star"}.intersection(methods):
+        return OF_NODES + OF_EDGES
+    return OF_NODES if "attribution_patching" in methods else ()
+
+
 def work(job: cli.Job) -> None:
     args, device = job.args, job.device()
     spec = job.section("circuits", CircuitsSpec)
@@ -57,7 +65,8 @@ def work(job: cli.Job) -> None:
         units = latents.load(args.saes, spec.saes, args.activations[0], device) if spec.saes else {}
         found = []
         for seed in spec.seeds:
-            task = Task.of(loaded.hf, pairs_of(args.prompts, spec, loaded, seed, device))
+            pairs = pairs_of(args.prompts, spec, loaded, seed, device)
+            task = Task.of(loaded.hf, pairs, slopes_of(spec.methods))
             found.append(measure(task, spec, seed, units))
     inputs = [args.model, *args.activations, *args.saes]
     certificate = job.certificate(inputs, seed=spec.seeds)

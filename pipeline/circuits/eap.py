@@ -10,7 +10,8 @@ after Syed, Rager & Conmy 2023 (2310.10348, Sec. 3) and Hanna, Pezzelle & Belink
 Sec. 3). The input of v is the stream before its norm; a head reads it as query, key and value.
 
 1. `gradients` runs the model once for all points of the path and takes dm/da at every z, MLP
-   output, stream, q, k, v and MLP input with one backward pass; weights need no gradient.
+   output, stream, q, k, v and MLP input with one backward pass; weights need no gradient. Of the
+   base run a task has them where it was made with them (models/pairs.py).
 2. `attribution_patching` multiplies; over several points it is integrated gradients of nodes.
 3. `edges` pulls the gradients of q, k, v and of the MLP's input back through the norm of their
    layer, and multiplies with what every earlier part writes.
@@ -19,11 +20,8 @@ TransformerLens's `tools.analysis.attribution_patching` has the nodes only ("gra
 and ig_steps above 1 are not implemented there); the tests hold ours equal to it.
 """
 
-from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from functools import partial
-from typing import Any
 
 import torch
 from jaxtyping import Float
@@ -31,72 +29,11 @@ from torch import Tensor
 
 from pipeline.circuits.patching import LOGITS, Edge, changed_by
 from pipeline.models import hooks, places
-from pipeline.models.heads import SLOTS, Slot
+from pipeline.models.heads import SLOTS
 from pipeline.models.pairs import Node, Task
+from pipeline.models.taps import OF_EDGES, OF_NODES, Taps, tapped
 
-OF_NODES = ("pre", "z", "mlp", "attn")  # what Taps holds for nodes
-OF_EDGES = ("normed", "end", "inputs")  # and for edges
 Dots = dict[tuple[str, int], Float[Tensor, "batch pos *heads"]]  # (kind, layer) -> (a' - a) . dm/da
-
-
-@dataclass
-class Taps:
-    """Tensors that a forward pass goes on with, by layer; or the gradient of m by each of them.
-
-    Attributes:
-        pre: the stream before each layer, [rows pos d_model], as in all of these.
-        z, mlp, attn: what the output projection reads; what MLP and attention write.
-        normed: what the MLP reads, behind its norm.
-        end: under 0, the stream that the final norm reads.
-        inputs: (layer, slot) -> what the input projections write.
-    """
-
-    pre: dict[int, Tensor] = field(default_factory=dict)
-    z: dict[int, Tensor] = field(default_factory=dict)
-    mlp: dict[int, Tensor] = field(default_factory=dict)
-    attn: dict[int, Tensor] = field(default_factory=dict)
-    normed: dict[int, Tensor] = field(default_factory=dict)
-    end: dict[int, Tensor] = field(default_factory=dict)
-    inputs: dict[tuple[int, Slot], Tensor] = field(default_factory=dict)
-
-    def gradients(self, m: Float[Tensor, ""], names: tuple[str, ...], **options: Any) -> "Taps":
-        """The gradient of m by every tensor under some names.
-
-        Args:
-            options: of torch.autograd.grad.
-        """
-        held = {name: getattr(self, name) for name in names}
-        tensors = [x for some in held.values() for x in some.values()]
-        found = iter(torch.autograd.grad(m, tensors, **options))
-        return Taps(**{name: {key: next(found) for key in some} for name, some in held.items()})
-
-
-@contextmanager
-def tapped(task: Task) -> Iterator[Taps]:
-    """Inside: a forward pass fills the taps with the tensors that it goes on with."""
-    heads, taps = task.heads, Taps()
-    with ExitStack() as stack:
-
-        def tap(hook: str, into: dict, key: Any, copied: bool = False) -> None:
-            """Keep what the forward pass goes on with; a copy is read by nothing else."""
-
-            def see(x: Tensor) -> Tensor:
-                into[key] = x.clone() if copied else x
-                return into[key]
-
-            stack.enter_context(hooks.edited(task.hf, hook, see))
-
-        for i in range(heads.n_layers):
-            at = f"blocks.{i}."
-            tap(f"{at}hook_resid_pre", taps.pre, i)
-            tap(f"{at}attn.hook_z", taps.z, i)
-            tap(f"{at}mlp.hook_in", taps.normed, i, copied=True)
-            tap(f"{at}hook_mlp_out", taps.mlp, i)
-            tap(f"{at}hook_attn_out", taps.attn, i)
-            for slot in SLOTS:
-                tap(f"{at}attn.hook_{slot}", taps.inputs, (i, slot))
-        tap(f"blocks.{heads.n_layers - 1}.hook_resid_post", taps.end, 0)
-        yield taps
 
 
 def gradients(task: Task, alphas: list[float], edges: bool = True) -> tuple[Taps, Taps]:
@@ -105,9 +42,12 @@ def gradients(task: Task, alphas: list[float], edges: bool = True) -> tuple[Taps
     The path is between the embeddings of the prompts; points are rows of one batch.
 
     Args:
-        alphas: [0.0] is the base run.
+        alphas: [0.0] is the base run, of which a task may have them already.
         edges: take the gradients that `edges` needs, too.
     """
+    names = OF_NODES + OF_EDGES if edges else OF_NODES
+    if alphas == [0.0] and task.slopes and all(getattr(task.slopes[1], n) for n in names):
+        return task.slopes
     pairs, points = task.pairs, len(alphas)
     embed = hooks.run_to(task.hf, torch.cat([pairs.base, pairs.source]), ["hook_embed"])
     base, source = embed["hook_embed"].chunk(2)
@@ -116,13 +56,13 @@ def gradients(task: Task, alphas: list[float], edges: bool = True) -> tuple[Taps
     tokens = pairs.base.repeat(points, 1)
     with (
         torch.enable_grad(),
-        tapped(task) as taps,
+        tapped(task.heads) as taps,
         hooks.edited(task.hf, "hook_embed", lambda _: x),
     ):
         task.hf.base_model(input_ids=tokens, use_cache=False)
         end = taps.end[0].unflatten(0, (points, -1))
         m = task.metric(pairs.at_end(end)).sum() / points
-        return taps, taps.gradients(m, OF_NODES + OF_EDGES if edges else OF_NODES)
+        return taps, taps.gradients(m, names)
 
 
 def by_part(task: Task, grads: Taps, patterns: bool = False) -> Dots:

@@ -26,6 +26,7 @@ from torch import Tensor, nn
 from pipeline.errors import RetraceError, nearest
 from pipeline.models import hooks, inner, places, splice
 from pipeline.models.heads import Heads
+from pipeline.models.taps import Taps, tapped
 
 Stream = Float[Tensor, "batch pos d_model"]
 # What a Run keeps of each layer, and the hook where it is read.
@@ -237,6 +238,35 @@ class Run:
             past = []
         return cls(**kept, past=past, parallel=heads.parallel)
 
+    @classmethod
+    def with_slopes(
+        cls,
+        heads: Heads,
+        tokens: Int[Tensor, "batch pos"],
+        m_of: Callable[[Stream], Float[Tensor, ""]],
+        names: tuple[str, ...],
+    ) -> tuple["Run", Taps, Taps]:
+        """`of`, what that forward pass goes on with, and the gradient of m by each of them.
+
+        Args:
+            m_of: m of the stream that the final norm reads.
+            names: of Taps.
+        """
+        with (
+            torch.enable_grad(),
+            tapped(heads) as taps,
+            hooks.edited(heads.hf, "hook_embed", lambda x: x.detach().requires_grad_(True)),
+        ):
+            run = cls.of(heads, tokens)
+            grads = taps.gradients(m_of(taps.end[0]), names)
+        return run.detached(), taps.detached(), grads
+
+    def detached(self) -> "Run":
+        """The same numbers without the graph that made them."""
+        kept = {name: [x.detach() for x in getattr(self, name)] for name in KEPT}
+        past = [(keys.detach(), values.detach()) for keys, values in self.past]
+        return Run(**kept, past=past, parallel=self.parallel)
+
     def at(self, hook: str) -> Stream:
         """The stream at a hook such as blocks.3.hook_resid_mid."""
         _, layer, name = hook.split(".")
@@ -335,6 +365,8 @@ class Task:
         base, source: the runs on the prompts.
         before: m of the base run.
         total: m(source) - m(base), the effect of patching everything.
+        slopes: values of the base run and gradients of m, summed over prompts, by them; None where
+            the task was made without.
     """
 
     hf: nn.Module
@@ -345,6 +377,7 @@ class Task:
     source: Run
     before: Float[Tensor, " batch"]
     total: Float[Tensor, " batch"]
+    slopes: tuple[Taps, Taps] | None = None
 
     @cached_property
     def turned(self) -> list[Float[Tensor, "batch pos d_z"]]:
@@ -362,8 +395,12 @@ class Task:
         return out
 
     @classmethod
-    def of(cls, hf: nn.Module, pairs: Pairs) -> "Task":
+    def of(cls, hf: nn.Module, pairs: Pairs, slopes: tuple[str, ...] = ()) -> "Task":
         """Run the model on both prompts of every pair.
+
+        Args:
+            slopes: names of Taps by which to take the gradient of m on the base run. With them
+                attribution patching needs no forward pass of its own.
 
         Raises:
             RetraceError: a model without heads, without an MLP, or whose logits its own proof could
@@ -371,6 +408,12 @@ class Task:
         """
         hooks.require(hf, "behind")  # a patched run starts at the position that is patched
         heads, metric = Heads(hf), LogitDifference.of(hf, pairs)
-        base, source = (Run.of(heads, tokens) for tokens in (pairs.base, pairs.source))
+        source, found = Run.of(heads, pairs.source), None
+        if slopes:
+            m_of = lambda x: metric(pairs.at_end(x)).sum()  # noqa: E731
+            base, *found = Run.with_slopes(heads, pairs.base, m_of, slopes)
+        else:
+            base = Run.of(heads, pairs.base)
         before, after = (metric(pairs.at_end(run.post[-1])) for run in (base, source))
-        return cls(hf, heads, pairs, metric, base, source, before, after - before)
+        kept = tuple(found) if found else None
+        return cls(hf, heads, pairs, metric, base, source, before, after - before, kept)

@@ -58,15 +58,14 @@ def rerun_by_length(
     The rows of a pass are not those of the task: it is not for runs whose hooks count them.
     """
     pairs = task.pairs
-    last = pairs.end - places[:, 0]
-    groups = alike(last + 1, len(x), WORTH_A_PASS.get(x.device.type, 32_768))
-    if not task.base.past or len(groups) == 1:
+    if not task.base.past:
         return rerun(task, hook, x, places)
+    last = pairs.end - places[:, 0]
     ends = torch.empty_like(x[:, :, 0])
-    for some in groups:
+    for some in alike(last + 1, len(x), WORTH_A_PASS.get(x.device.type, 32_768)):
         length = int(last[some].max()) + 1
-        end = on_past(task, hook, x[:, some, :length], places[some, :length], some)
-        ends[:, some] = end[:, torch.arange(len(some), device=some.device), last[some]].to(x.dtype)
+        args = x[:, some, :length], places[some, :length], some
+        ends[:, some] = ends_on_past(task, hook, *args, last[some]).to(x.dtype)
     return task.metric(ends)
 
 
@@ -109,36 +108,72 @@ def on_past(
     Args:
         rows: which prompts of the task these are.
     """
+    end = splice.resume_stream(
+        task.hf, hook, x.to(task.base.at(hook).dtype).flatten(0, 1),
+        **_on_past(task, hook, len(x), places, rows),
+    )  # fmt: skip
+    return end.unflatten(0, x.shape[:2])
+
+
+def ends_on_past(
+    task: Task,
+    hook: str,
+    x: Float[Tensor, "runs batch suffix d_model"],
+    places: Int[Tensor, "batch suffix"],
+    rows: Int[Tensor, " batch"],
+    last: Int[Tensor, " batch"],
+) -> Float[Tensor, "runs batch d_model"]:
+    """`on_past` at one place of each prompt, for which alone the last MLP is computed.
+
+    Args:
+        last: which of `places`.
+    """
+    each, final = torch.arange(len(last), device=last.device), task.heads.n_layers - 1
+    mid = f"blocks.{final}.hook_resid_mid"
+    if task.heads.parallel or hook == f"blocks.{final}.hook_resid_post":
+        return on_past(task, hook, x, places, rows)[:, each, last]
+    x = x.to(task.base.at(hook).dtype)
+    if hook != mid:
+        given = _on_past(task, hook, len(x), places, rows)
+        x = splice.resume_stream(task.hf, hook, x.flatten(0, 1), to=mid, **given).unflatten(
+            0, x.shape[:2]
+        )
+    x = x[:, each, last]
+    return x + task.heads.mlp_writes(final, x)
+
+
+def _on_past(
+    task: Task, hook: str, k: int, places: Int[Tensor, "batch suffix"], rows: Int[Tensor, " batch"]
+) -> dict[str, Any]:
+    """What the model takes beside the stream to go on from `places`, k times over.
+
+    Of the base run's keys and values, those before the last of the first places are enough.
+    """
     from transformers import DynamicCache
 
-    k, n = x.shape[:2]
     cache, first = DynamicCache(), int(hook.split(".")[1])
-    x = x.to(task.base.at(hook).dtype)
+    length = max(1, int(places[:, 0].max()))
     for i, past in enumerate(task.base.past):  # layers below the hook do not run and need no copy
-        past = [t[rows] for t in past]
+        past = [t[rows, :, :length] for t in past]
         cache.update(*(t.repeat(k, 1, 1, 1) if i >= first else t for t in past), i)
     last_position = task.pairs.base.shape[1] - 1  # rotary angles may depend on the largest
-    end = splice.resume_stream(
-        task.hf,
-        hook,
-        x.flatten(0, 1),
-        past_key_values=cache,
-        use_cache=True,
-        position_ids=places.clamp(max=last_position).repeat(k, 1),
-        attention_mask=_attention_mask(task.pairs, places, x.dtype).repeat(k, 1, 1, 1),
-    )
-    return end.unflatten(0, (k, n))
+    mask = _attention_mask(length, places, task.base.at(hook).dtype)
+    return {
+        "past_key_values": cache,
+        "use_cache": True,
+        "position_ids": places.clamp(max=last_position).repeat(k, 1),
+        "attention_mask": mask.repeat(k, 1, 1, 1),
+    }
 
 
 def _attention_mask(
-    pairs: Pairs, places: Int[Tensor, "batch suffix"], dtype: torch.dtype
+    length: int, places: Int[Tensor, "batch suffix"], dtype: torch.dtype
 ) -> Float[Tensor, "batch 1 suffix keys"]:
-    """Additive mask over pos + suffix keys: those of base before the suffix, and the suffix's own.
+    """Additive mask over length + suffix keys: those of base before the suffix, and the suffix's.
 
     Keys of base inside the suffix are replaced by the suffix's own, and so are masked out.
     """
     n, s = places.shape
-    length = pairs.base.shape[1]
     index = torch.arange(length, device=places.device)
     before = (index < places[:, :1])[:, None, :].expand(n, s, length)
     own = torch.ones(s, s, dtype=torch.bool, device=places.device).tril().expand(n, s, s)

@@ -65,13 +65,14 @@ def _reads_below(hf: nn.Module) -> bool:
 
 
 def resume_stream(
-    hf: nn.Module, hook: str, x: Float[Tensor, "batch pos d"], **given: Any
+    hf: nn.Module, hook: str, x: Float[Tensor, "batch pos d"], *, to: str = "", **given: Any
 ) -> Float[Tensor, "batch pos d"]:
     """The stream that the final norm reads, with the stream at `hook` set to x.
 
     Args:
         hook: resid_pre, resid_mid or resid_post of a layer. From resid_mid the attention of the
             layer does not run either: x enters before it, and it writes nothing.
+        to: a hook above, at which to stop and whose stream to give in place of the last.
         given: what else the model takes, such as the keys and values of earlier positions.
     """
     hooks.require(hf, "resume")
@@ -86,7 +87,7 @@ def resume_stream(
             hook = hook.replace("resid_mid", "resid_pre")
         stack.enter_context(skipped_below(hf, hook))
         stack.enter_context(hooks.edited(hf, hook, lambda _: x))
-        last = f"blocks.{len(modules.layers_of(hf)) - 1}.hook_resid_post"
+        last = to or f"blocks.{len(modules.layers_of(hf)) - 1}.hook_resid_post"
         end = stack.enter_context(hooks.capture(hf, [last]))
         stack.enter_context(hooks.stop_after(hf, [last]))
         tokens = torch.zeros(x.shape[:2], dtype=torch.long, device=x.device)

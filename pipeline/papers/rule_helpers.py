@@ -151,6 +151,21 @@ def target(is_rule: Callable[[str], bool], name: str) -> str:
     return name
 
 
+def first_report_first(workflow: Any, report: str) -> None:
+    """Have the jobs that a report needs chosen before all others that could run.
+
+    Nothing else is made for it, and `--prioritize` has the last word. It is for a moment at which
+    snakemake has its graph and has not yet counted priorities, as when it asks for an input.
+
+    Args:
+        workflow: snakemake's.
+        report: of the first paper.
+    """
+    dag = workflow.dag
+    if dag is not None and not (dag.priorityfiles or dag.priorityrules):
+        dag.priorityfiles = {report}
+
+
 def show_progress(workflow: Any, run: Any) -> None:
     """Show what runs in lines of ours (pipeline/claims/terminal.py).
 

@@ -26,7 +26,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from jaxtyping import Float
+from jaxtyping import Float, Int, Shaped
 from torch import Tensor
 
 from pipeline.errors import RetraceError
@@ -42,6 +42,11 @@ READERS = {"cuda": 4}  # threads that read one buffer each; one thread on a CPU
 # Variance, as a share of the mean square, below which rows are constant: rounding leaves constant
 # float32 rows 1e-14.
 CONSTANT = 1e-10
+
+
+def picked(rows: Shaped[Tensor, "rows d"], at: Int[Tensor, " some"]) -> Shaped[Tensor, "some d"]:
+    """rows[at]. On a CPU index_select copies whole rows, in a quarter of an index's time."""
+    return rows.index_select(0, at) if rows.device.type == "cpu" else rows[at]
 
 
 class Stream:
@@ -110,7 +115,7 @@ class Stream:
             at = 0
             while at < len(order) and left:
                 taken = order[at : at + need]
-                parts.append(buffer[taken])
+                parts.append(picked(buffer, taken))
                 at, need = at + len(taken), need - len(taken)
                 if need == 0:
                     x = parts[0] if len(parts) == 1 else torch.cat(parts)

@@ -13,6 +13,7 @@ from pipeline.errors import RetraceError
 from pipeline.families import tiny_models
 from pipeline.models import hooks, proof, splice
 from pipeline.models.pairs import Pairs, Task
+from pipeline.models.taps import OF_EDGES, OF_NODES
 
 DYNAMIC = {"rope_theta": 10000.0, "rope_type": "dynamic", "factor": 4.0}
 LONG = {"rope_theta": 10000.0, "rope_type": "longrope", "original_max_position_embeddings": 4,
@@ -78,7 +79,7 @@ def test_circuits_are_those_of_whole_passes(kind, settings):
     with torch.no_grad():
         hf = made(kind, settings)
         assert hf.retrace_refused == {} and hf.retrace_fails == {}
-        task = Task.of(hf, Pairs.of(exact.PROMPTS, 0, "cpu"))
+        task = Task.of(hf, Pairs.of(exact.PROMPTS, 0, "cpu"), OF_NODES + OF_EDGES)
         exact.test_the_metric_is_that_of_the_logits(task)
         exact.test_patched_nodes_are_whole_forward_passes(task, "")
         exact.test_patched_nodes_are_whole_forward_passes(task, "name")

@@ -26,7 +26,7 @@ from pipeline.families.tiny_models import tiny_config, tiny_model
 from pipeline.models import hooks, rerun
 from pipeline.models.heads import Heads
 from pipeline.models.native import NativeForCausalLM
-from pipeline.models.pairs import Node, Pairs, Task
+from pipeline.models.pairs import KEPT, Node, Pairs, Task
 from pipeline.spec.training import Architecture
 
 CLOSE = {"atol": 1e-4, "rtol": 1e-4}
@@ -222,6 +222,52 @@ def test_estimates_are_exact_for_small_changes(task):
     ):
         want = edge_patching(near, edge).mean()
         torch.testing.assert_close(scores[some[edge]], want, atol=2e-4, rtol=0.1)
+
+
+def test_slopes_of_a_task_are_those_of_a_pass_of_their_own(task, monkeypatch):
+    """The base run's own pass gives the same gradients, and attribution needs no other."""
+    names = eap.OF_NODES + eap.OF_EDGES
+    own = Task.of(task.hf, task.pairs, names)
+    for kept, found in zip(own.slopes, eap.gradients(task, [0.0]), strict=True):
+        for name in names:
+            both = getattr(kept, name), getattr(found, name)
+            assert both[0].keys() == both[1].keys() and both[0]
+            for key, x in both[0].items():
+                assert not x.requires_grad
+                torch.testing.assert_close(x, both[1][key], **CLOSE)
+    for name in (*KEPT, "past"):
+        for x, y in zip(getattr(own.base, name), getattr(task.base, name), strict=True):
+            torch.testing.assert_close(x, y, **CLOSE)
+    nodes = [Node("head", i, h) for i in range(3) for h in range(4)] + [Node("mlp", 1)]
+    want, want_edges = eap.attribution_patching(task, nodes), eap.edges(task, [0.0])[1]
+    half = eap.gradients(own, [0.5])[1].pre[0]  # elsewhere on the path they are computed
+    torch.testing.assert_close(half, eap.gradients(task, [0.5])[1].pre[0], **CLOSE)
+    with monkeypatch.context() as patched:
+        patched.setattr(type(task.hf.base_model), "forward", None)
+        torch.testing.assert_close(eap.attribution_patching(own, nodes), want, **CLOSE)
+        torch.testing.assert_close(eap.edges(own, [0.0])[1], want_edges, **CLOSE)
+    few = Task.of(task.hf, task.pairs, eap.OF_NODES)  # edges need more, and take a pass
+    torch.testing.assert_close(eap.edges(few, [0.0])[1], want_edges, **CLOSE)
+
+
+def test_the_last_mlp_of_a_patched_run_sees_last_positions_alone():
+    """Attention of the last layer sees the suffix, the keys of what stands before it, no more."""
+    with torch.no_grad():
+        task = Task.of(tiny("llama"), Pairs.of(PROMPTS, 0, "cpu"))
+        layer, seen = task.hf.model.layers[2], {}
+        for name in ("mlp", "self_attn"):
+            getattr(layer, name).register_forward_hook(
+                lambda module, given, kwargs, out, name=name: seen.setdefault(name, []).append(
+                    (given or (kwargs["hidden_states"],))[0].shape
+                ),
+                with_kwargs=True,
+            )
+        start = task.pairs.place("name")
+        activation_patching(task, [Node("head", 1, h, "name") for h in range(4)])
+        rows = 4 * len(task.pairs.end)
+        length = int((task.pairs.end - start).max()) + 1
+        assert sum(x.numel() for x in map(torch.empty, seen["mlp"])) == rows * 16
+        assert seen["self_attn"] == [(rows, length, 16)] and length > 1
 
 
 def test_midpoints_halve_equal_parts():

@@ -37,7 +37,7 @@ def helpers_of(inputs: Inputs) -> dict:
     """The helpers of rules/common.smk, by its own lines, with nothing that snakemake adds."""
     text = (ROOT / "rules/common.smk").read_text()
     given = {"partial": partial, "rule_helpers": rule_helpers, "INPUTS": inputs}
-    given |= {"PARAMS": Params(inputs, {}), "remake_incomplete": lambda: None}
+    given |= {"PARAMS": Params(inputs, {}), "settle": lambda: None}
     given |= {"OWN": own.Own(inputs, given["PARAMS"])}
     given |= {"dated": list, "undated": list, "version": lambda name: "1"}
     exec(text[text.index("ask = partial") :], given)

@@ -2,9 +2,13 @@
 
 import json
 import re
+import subprocess
+import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+from snake import ROOT
 
 from pipeline.errors import RetraceError
 from pipeline.papers import rule_helpers
@@ -118,3 +122,42 @@ def test_a_model_that_is_not_made_yet_is_asked_for_again(tmp_path):
     with pytest.raises(FileNotFoundError) as e:
         rule_helpers.memory_mb(str(tmp_path / "model.json"), 6000)
     assert e.value.filename == str(tmp_path / "model.json")
+
+
+def test_priorities_are_left_where_somebody_chose():
+    for files, rules, found in [
+        (set(), set(), {"report.html"}),
+        ({"other.html"}, set(), {"other.html"}),  # --prioritize says otherwise
+        (set(), {"topk"}, set()),
+    ]:
+        dag = SimpleNamespace(priorityfiles=files, priorityrules=rules)
+        rule_helpers.first_report_first(SimpleNamespace(dag=dag), "report.html")
+        assert dag.priorityfiles == found
+    rule_helpers.first_report_first(SimpleNamespace(dag=None), "report.html")
+
+
+@pytest.mark.parametrize(
+    ("first", "order"), [("a", ["a", "measured", "b"]), ("b", ["measured", "b", "a"])]
+)
+def test_snakemake_makes_all_that_the_first_report_needs_before_others(first, order, tmp_path):
+    """Of two papers whose jobs could all run, on one core."""
+    (tmp_path / "Snakefile").write_text(f"""import sys
+sys.path.insert(0, {str(ROOT)!r})
+from pipeline.papers.rule_helpers import asked, first_report_first
+settle = lambda: first_report_first(workflow, "{first}/report.html")
+rule all:
+    input: asked(settle, lambda wildcards: ["a/report.html", "b/report.html"])()
+rule other:
+    output: touch("a/report.html")
+    shell: "echo a >> order"
+rule report:
+    input: "measured"
+    output: touch("b/report.html")
+    shell: "echo b >> order"
+rule measure:
+    output: touch("measured")
+    shell: "echo measured >> order"
+""")
+    command = [sys.executable, "-m", "snakemake", "-c1", "--quiet", "--directory", str(tmp_path)]
+    subprocess.run([*command, "-s", str(tmp_path / "Snakefile")], check=True, capture_output=True)
+    assert (tmp_path / "order").read_text().split() == order

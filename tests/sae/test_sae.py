@@ -21,7 +21,7 @@ from pipeline.errors import RetraceError
 from pipeline.sae import steps
 from pipeline.sae.optimiser import coefficients, learning_rate
 from pipeline.sae.sparse import Dense, Scratch, Sparse, largest
-from pipeline.sae.stream import CHUNKS, Stream, geometric_median
+from pipeline.sae.stream import CHUNKS, Stream, geometric_median, picked
 from pipeline.sae.train import Dictionary, build, train
 from pipeline.sharing import verify
 from pipeline.spec.sae import SaeSpec, SaeTraining
@@ -787,3 +787,12 @@ def test_a_checkpoint_that_has_changed_is_not_used(tmp_path, name, damage):
     if damage != "deleted":
         file.write_bytes(changed[damage])
     assert Checkpoints(tmp_path / "p", "key", beside).load([Thing()]) == 0
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32])
+def test_picked_rows_are_those_of_an_index(dtype):
+    """Bit for bit, NaN and denormal numbers too; an empty choice has no rows."""
+    bits = torch.randint(0, 256, (50, 8 * dtype.itemsize), dtype=torch.uint8)
+    rows, at = bits.view(dtype), torch.randperm(50)[:20]
+    assert torch.equal(picked(rows, at).view(torch.uint8), bits[at])
+    assert picked(rows, at[:0]).shape == (0, 8)
