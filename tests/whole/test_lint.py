@@ -81,6 +81,13 @@ def test_rules_as_python(tmp_path):
     assert done.returncode == 0, done.stdout
 
 
+def test_no_stage_that_is_run_as_a_script_has_a_package():
+    """pipeline/job/own_stage.py runs them by their path, where `from . import` fails."""
+    files = [f for f in (ROOT / "rules/papers").rglob("*.py") if '"__main__"' in f.read_text()]
+    assert files
+    assert not [f for f in files if re.search(r"^from \.", f.read_text(), re.M)]
+
+
 def test_every_helper_of_the_rules_is_used_and_named_once():
     """A second definition would silently take the first one's place."""
     text = (ROOT / "rules" / "common.smk").read_text("utf-8")

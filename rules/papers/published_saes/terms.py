@@ -23,7 +23,6 @@ from pipeline.imports.original import Files
 from pipeline.job import cli, own
 from pipeline.latents.features import entropy_bits, top_rows
 from pipeline.latents.stored import eval_tokens
-from pipeline.spec.base import Section
 from pipeline.text.tokens import load_tokenizer
 
 from . import e5
@@ -33,10 +32,9 @@ AROUND = 5  # tokens of a context on each side
 N_CONTEXTS = 3
 
 
-class Options(Section):
+class Options(own.Options):
     """Section own.terms of paper.yaml."""
 
-    tables: list[str]
     package: str
     encoder: dict[str, str]  # file, sha256
     model: dict[str, str]
@@ -117,12 +115,3 @@ def _context(strings: list[str], numbers: np.ndarray, at: int) -> str:
     near = [i for i in range(max(at - AROUND, 0), min(at + AROUND + 1, len(strings)))
             if numbers[i] == numbers[at]]  # fmt: skip
     return "".join(f"[{strings[i]}]" if i == at else strings[i] for i in near)
-
-
-def main() -> None:
-    own.main("terms", __doc__, Options, TABLES, work, models="model.json, for its tokenizer*",
-             corpora="tokens.parquet*")  # fmt: skip
-
-
-if __name__ == "__main__":
-    main()
