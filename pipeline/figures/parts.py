@@ -31,6 +31,7 @@ TITLE = 12  # pixels: panel titles
 WIDE = 3  # panels side by side that have room for an axis title each
 LINE, ROOM = 14.5, 66  # pixels of a line of text, and of what stands around the lines
 LETTER = 6.7  # pixels
+BLANK = 3  # empty lines in a row that a text may show
 PLAIN = {"showgrid": False, "zeroline": False}  # an axis of a heat map
 
 
@@ -238,12 +239,21 @@ def nothing(why: str) -> go.Figure:
 def as_lines(text: str, width: int, bold: int = 0) -> str:
     """Text with its own line breaks, long lines broken, and nothing of it read as markup.
 
+    Where more than BLANK lines in a row are empty, their number stands in their place.
+
     Args:
         width: of a line, characters.
         bold: so many characters at the beginning are bold.
     """
-    out, at = [], 0
-    for line in text.split("\n"):
+    out, at, blank = [], 0, 0
+    for line in [*text.split("\n"), None]:
+        if line == "":
+            blank, at = blank + 1, at + 1
+            continue
+        out += [""] * blank if blank <= BLANK else [f"↵ × {blank}"]
+        if line is None:
+            break
+        blank = 0
         for part in textwrap.wrap(line, width, drop_whitespace=False) or [""]:
             cut = max(0, min(bold - at, len(part)))
             head = f"<b>{literal(part[:cut])}</b>" if cut else ""

@@ -180,3 +180,6 @@ def test_a_text_keeps_its_lines_and_the_prompt_is_bold():
     assert figures.as_lines("abc\nd", 10, 2) == "<b>ab</b>c<br>d"
     assert figures.as_lines("a\nbc", 10, 3) == "<b>a</b><br><b>b</b>c"
     assert figures.as_lines("abcdefgh", 4, 6) == "<b>abcd</b><br><b>ef</b>gh"
+    assert figures.as_lines("a\n\n\n\nb", 10) == "a<br><br><br><br>b"
+    assert figures.as_lines("a\n\n\n\n\nb\n", 10, 7) == "<b>a</b><br>↵ × 4<br><b>b</b><br>"
+    assert figures.as_lines("a" + "\n" * 100, 10) == "a<br>↵ × 100"

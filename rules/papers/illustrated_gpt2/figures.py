@@ -37,12 +37,13 @@ def attention(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     frame = frame[frame["model"] == options["model"]]
     choices, several = {}, frame["text"].nunique() > 1
     for (_, layer, head), rows in frame.groupby(["text", "layer", "head"]):
-        tokens = rows[rows["key"] == 0].sort_values("query")["query_token"].map(visible).tolist()
+        read = rows[rows["key"] == 0].sort_values("query")["query_token"].map(visible).tolist()
+        tokens = [theme.literal(token) for token in read]
         weights = rows.pivot(index="query", columns="key", values="weight")
         z = [[None if v != v else round(v, DIGITS) for v in row] for row in weights.to_numpy()]
         ticks = {"tickvals": list(range(len(tokens))), "ticktext": tokens}
         change = {f"{axis}.{k}": v for axis in ("xaxis", "yaxis") for k, v in ticks.items()}
-        name = f"{beginning(''.join(tokens))}: " if several else ""
+        name = f"{beginning(''.join(read))}: " if several else ""
         choices[f"{name}layer {layer}, head {head}"] = [{"z": [z]}, change, len(tokens), ticks]
     (first, _, _, ticks), *_ = choices.values()
     bar = {"title": {"text": "attention", "side": "right"}, "thickness": 10}
@@ -61,5 +62,5 @@ def attention(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
 
 
 def visible(token: str) -> str:
-    """A token in a label: spaces and line breaks can be seen."""
-    return theme.literal(token.replace("\n", "↵").replace(" ", "·"))
+    """A token whose spaces and line breaks can be seen."""
+    return token.replace("\n", "↵").replace(" ", "·")
