@@ -14,7 +14,6 @@ the checks out: a launcher puts another function in their place, and changes not
 """
 
 import json
-import os
 import re
 import shlex
 import shutil
@@ -24,7 +23,7 @@ import tempfile
 import time
 from pathlib import Path
 
-from harness import ROOT, Row, arguments, median, report
+from harness import ROOT, Row, arguments, environment, median, report
 
 from pipeline.store import intact, provenance
 
@@ -145,7 +144,7 @@ def once(command: list[str], folder: Path, checks: str) -> dict[str, float]:
     for path in outputs(command, folder):
         shutil.rmtree(path) if path.is_dir() else path.unlink()
     with tempfile.NamedTemporaryFile(suffix=".json") as told:
-        env = {**os.environ, "CHECKS": checks, "CHECKED": told.name, "PYTHONPATH": str(ROOT)}
+        env = environment(CHECKS=checks, CHECKED=told.name)
         call = [command[0], "-c", LAUNCHER, *command[1:]]
         done = subprocess.run(call, cwd=folder, env=env, capture_output=True, text=True)
         if done.returncode:

@@ -22,7 +22,7 @@ import time
 from pathlib import Path
 
 import numpy as np
-from harness import ROOT, Row, arguments, report
+from harness import ROOT, Row, arguments, environment, report
 
 WORDS, SENTENCES, MEAN = 20_000, 20_000, 2000  # kinds of each; characters of a document, about
 
@@ -91,7 +91,7 @@ def run(work: Path, text: Path, model: Path, args) -> tuple[float, float]:
     command += ["--out", str(work / "tokens.parquet")]
     command += ["--documents", str(work / "documents.parquet")]
     started = time.perf_counter()
-    process = subprocess.Popen(command, env=os.environ | {"PYTHONPATH": str(ROOT)})
+    process = subprocess.Popen(command, env=environment())
     _, status, used = os.wait4(process.pid, 0)
     if status:
         sys.exit(f"stage corpus failed with {status}")

@@ -113,6 +113,12 @@ def interleaved(
     return seconds
 
 
+def environment(**more: str) -> dict[str, str]:
+    """This process's, in which Python finds our packages, and those that it finds here."""
+    path = os.pathsep.join(filter(None, [str(ROOT), os.environ.get("PYTHONPATH", "")]))
+    return {**os.environ, "PYTHONPATH": path, **more}
+
+
 def rates(seconds: dict[str, list[float]], amount: float) -> dict[str, list[float]]:
     """Units of work a second of every run."""
     return {name: [amount / s for s in runs] for name, runs in seconds.items()}

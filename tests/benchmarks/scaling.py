@@ -17,7 +17,6 @@ is random words, the model a random Llama. Papers are the calls of growth.py, in
 
 import json
 import math
-import os
 import random
 import re
 import subprocess
@@ -26,8 +25,10 @@ import tempfile
 from collections import defaultdict
 from pathlib import Path
 
-from harness import ROOT, Row, arguments, report
+from harness import ROOT, Row, arguments, environment, report
 from workflow import DONE, IMPORT
+
+from pipeline.store import tables
 
 sys.path.insert(0, str(ROOT / "tests"))
 
@@ -57,7 +58,7 @@ def model_of(folder: Path, n_layers: int) -> Path:
     LlamaForCausalLM(config).save_pretrained(folder / "checkpoint")
     byte_tokenizer().save_pretrained(folder / "checkpoint")
     info = {"name": "random", "processing": "raw", "bos_id": 0, "n_ctx": N_CTX, "files": {}}
-    (folder / "model.json").write_text(json.dumps(info))
+    tables.write_json(folder / "model.json", info, {"stage": "model"})
     return folder / "model.json"
 
 
@@ -77,7 +78,7 @@ def cost(stage: str, spec: dict, **paths: object) -> tuple[float, float]:
     """(seconds of its own work, peak GiB) of a stage."""
     command = [sys.executable, "-m", "pipeline", stage, "--spec", json.dumps(spec)]
     command += [part for name, path in paths.items() for part in (f"--{name}", str(path))]
-    env = os.environ | {"PYTHONPROFILEIMPORTTIME": "1", "PYTHONPATH": str(ROOT)}
+    env = environment(PYTHONPROFILEIMPORTTIME="1")
     done = subprocess.run(command, cwd=ROOT, env=env, capture_output=True, text=True)
     if done.returncode:
         sys.exit(done.stderr[-2000:])

@@ -16,13 +16,12 @@ a process of its own.
 """
 
 import json
-import os
 import subprocess
 import sys
 import tempfile
 from pathlib import Path
 
-from harness import ROOT, Row, arguments, report
+from harness import ROOT, Row, arguments, environment, report
 
 SHAPE = {  # of google/gemma-2-9b: its config.json
     "vocab_size": 256_000, "hidden_size": 3584, "intermediate_size": 14_336,
@@ -207,13 +206,11 @@ def main() -> None:
     if device == "cuda":
         torch.cuda.empty_cache()
     counts = args.gpus or sorted({1, max(1, torch.cuda.device_count()) if device == "cuda" else 2})
-    rows, behind = [], os.environ.get("PYTHONPATH", "")
-    path = os.pathsep.join(filter(None, [str(ROOT), behind]))
-    environment = os.environ | {"PYTHONPATH": path}
+    rows = []
     for n in counts:
         command = [sys.executable, __file__, "--one", str(n), "--work", str(args.work)]
         command += ["--batch-size", str(args.batch_size), "--n-ctx", str(args.n_ctx)]
-        subprocess.run(command, check=True, env=environment)
+        subprocess.run(command, check=True, env=environment())
         about = json.loads((args.work / f"{n}.json").read_text())
         print(f"{n}: { ({k: round(v / GIB, 3) for k, v in about.items()}) } GiB")
         if device == "cuda":

@@ -27,7 +27,9 @@ import torch
 from harness import Row, arguments, median, report
 
 POOL = 8  # batches
-CLOSE = {2: 1e-2, 8: 5e-2}  # steps -> share by which moments may be off
+# steps -> share by which moments may be off: in float32 the parts of a row are summed in another
+# order, and Adam divides by gradients near zero, which enlarges that from step to step
+CLOSE = {2: 1e-3, 8: 1e-2}
 
 
 class Pool:

@@ -23,7 +23,7 @@ import time
 from collections.abc import Iterable
 from pathlib import Path
 
-from harness import ROOT, Row, arguments, interleaved, median, report
+from harness import ROOT, Row, arguments, environment, interleaved, median, report
 
 DONE = re.compile(r"done: ([\d.]+) s of work, ([\d.]+) s to start")
 IMPORT = re.compile(r"^import time:\s+(\d+) \|", re.M)  # self time, microseconds
@@ -68,7 +68,8 @@ def figure(args) -> Row:
     runs = {}
     with tempfile.TemporaryDirectory() as behind:
         Path(behind, "torch.py").write_text("raise ImportError('a figure needs no torch')")
-        env = {**os.environ, "PYTHONPATH": behind}
+        env = environment()
+        env["PYTHONPATH"] = os.pathsep.join([behind, env["PYTHONPATH"]])
         for path in figures:
             target = str(path.relative_to(args.directory))
             started = time.perf_counter()
