@@ -404,7 +404,11 @@ def test_a_figure_that_goes_on_says_so(browser, tmp_path):
     figure = go.Figure(go.Scatter(x=[0, 1], y=[0, 1]), layout={"meta": {"min_width": 700}})
     told = "return document.querySelector('.retrace-wide')?.textContent ?? ''"
     assert "to the right" in opened(browser, tmp_path, figure, 390).js(told)
-    assert opened(browser, tmp_path, figure, 1280).js(told) == ""
+    here = opened(browser, tmp_path, figure, 1280)
+    assert here.js(told) == ""
+    size = {"width": 390, "height": 900, "deviceScaleFactor": 1, "mobile": True}
+    here.driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)  # the phone is turned
+    here.until("return document.querySelector('.retrace-wide') !== null")
 
 
 def test_a_long_list_fits_a_phone(browser, tmp_path):

@@ -377,6 +377,7 @@
   }
 
   dark.addEventListener("change", () => all(dark.matches));
+  addEventListener("resize", () => figures().filter((f) => f.dataset.drawn).forEach(told));  // a phone is turned
   addEventListener("beforeprint", () => figures().forEach((f) => draw(f, false)));
   addEventListener("afterprint", () => all(dark.matches));
   all(dark.matches);
