@@ -78,17 +78,32 @@ class Chunks:
         self._whole = whole
         self.left = np.ones(len(self._sha256) // SHA256, bool) if left is None else left
 
-    def fit(self, start: int, stop: int) -> bool:
-        """Whether the chunks that hold bytes start to stop are as they were written."""
+    def around(self, start: int, stop: int) -> tuple[int, int]:
+        """From which byte to which to read so that chunks still to be compared are read whole."""
+        first, last = start // self.size, -(-stop // self.size)
+        if not start < stop or last > len(self.left):
+            return start, stop
+        return (
+            first * self.size if self.left[first] else start,
+            min(last * self.size, self._end) if self.left[last - 1] else stop,
+        )
+
+    def fit(self, start: int, stop: int, given: np.ndarray | None = None, at: int = 0) -> bool:
+        """Whether the chunks that hold bytes start to stop are as they were written.
+
+        Args:
+            given: bytes of the file from `at` on, uint8, as far as `around` says; default: the map.
+        """
         first, last = start // self.size, -(-stop // self.size)
         if last > len(self.left):
             return False
-        for i in first + np.flatnonzero(self.left[first:last]):
-            at = int(i)
-            chunk = self._whole[at * self.size : min((at + 1) * self.size, self._end)]
-            if hashlib.sha256(chunk).digest() != self._sha256[at * SHA256 : (at + 1) * SHA256]:
+        whole, offset = (self._whole, 0) if given is None else (given, at)
+        for i in map(int, first + np.flatnonzero(self.left[first:last])):
+            end = min((i + 1) * self.size, self._end)
+            chunk = whole[i * self.size - offset : end - offset]
+            if hashlib.sha256(chunk).digest() != self._sha256[i * SHA256 : (i + 1) * SHA256]:
                 return False
-            self.left[at] = False
+            self.left[i] = False
         return True
 
     @property

@@ -6,9 +6,13 @@ A shard is opened when a row of it is first asked for. Then its footer is compar
 manifest's digest, and each chunk of rows with the footer's when it is first read, once a process
 (chunks.py), so that a truncated or altered shard never reaches a result. Of a shard that was made
 before there were chunks, the whole file is compared when it is first opened. The last few shards
-stay mapped; memory does not grow with the number of rows.
+stay mapped; memory does not grow with the number of rows. `read` gives parts of the map,
+`read_into` copies rows without it, as a stream of shuffled ones wants.
 """
 
+import contextlib
+import mmap
+import threading
 from bisect import bisect_right
 from collections import OrderedDict
 from collections.abc import Iterator
@@ -25,6 +29,8 @@ from pipeline.spec.base import Dtype, Inside, sentence
 from pipeline.store import chunks, flat_parquet, provenance, tables
 
 OPEN_SHARDS = 8  # at most this many stay mapped: those of the next few reads (`Rows.ahead`)
+MOST_FILES = 65_536  # that a process asks the system for
+FILES_A_SHARD = 2  # of an open one: its own, and the map's copy
 COLUMNS = ("document", "block", "position", "token")
 
 
@@ -178,16 +184,24 @@ class Rows:
     def _forget(self) -> None:
         """Nothing is open and nothing compared."""
         self._open: OrderedDict[int, Opened] = OrderedDict()
+        self.most_open = OPEN_SHARDS
+        self._lock = threading.RLock()  # of those that are open
+        self._room = np.empty(0, np.uint8)  # what is read of a file at a time
         self._verified: set[int] = set()  # shards compared as a whole
         self._left: dict[int, np.ndarray] = {}  # chunks of the others that are to be compared
 
     def __len__(self) -> int:
         return self.n_rows
 
+    @property
+    def parts(self) -> "tuple[Rows, ...]":
+        """The hooks that a row is put together from."""
+        return (self,)
+
     def again(self) -> "Rows":
-        """Another reader of the same rows, for a thread; a shard is verified once for all."""
+        """Another reader of the same rows, for a thread; a shard is opened and verified once."""
         out = copy(self)
-        out._open = OrderedDict()
+        out._room = np.empty(0, np.uint8)
         return out
 
     def read(self, start: int, stop: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
@@ -220,6 +234,44 @@ class Rows:
             c: np.concatenate([part[c] for part in columns]) for c in COLUMNS
         }
 
+    def read_into(self, start: int, stop: int, out: np.ndarray) -> dict[str, np.ndarray]:
+        """Copy rows start to stop to `out`, [stop - start, d_model] as `read` gives them.
+
+        Returns:
+            The columns, as `read` does.
+        """
+        columns, at = [], start
+        while at < stop:
+            i = bisect_right(self.starts, at) - 1
+            to = min(stop, self.starts[i + 1])
+            shard = self._shard(i)
+            part = slice(at - self.starts[i], to - self.starts[i])
+            self._copy(i, shard, part, out[at - start : to - start])
+            columns.append({c: shard.columns[c][part] for c in COLUMNS})
+            at = to
+        if len(columns) == 1:
+            return columns[0]
+        none = np.empty(0, np.int32)
+        return {c: np.concatenate([*(part[c] for part in columns), none]) for c in COLUMNS}
+
+    def _copy(self, i: int, shard: "Opened", part: slice, out: np.ndarray) -> None:
+        """Copy rows of shard i, compared before they are used."""
+        acts = shard.acts[part]
+        if shard.file is None:
+            self._check_rows(i, acts, shard)
+            out[:] = acts
+            return
+        start = flat_parquet.place_of(acts)
+        stop = start + acts.nbytes
+        first, last = shard.chunks.around(start, stop) if shard.chunks else (start, stop)
+        if len(self._room) < last - first:
+            self._room = np.empty(last - first, np.uint8)
+        raw = self._room[: last - first]
+        whole = shard.file.read_into(first, raw)
+        if not whole or (shard.chunks and not shard.chunks.fit(start, stop, raw, first)):
+            raise self._altered(self.manifest.parent / self.shards[i].file)
+        out[:] = raw[start - first : stop - first].view(acts.dtype).reshape(acts.shape)
+
     def iterate(self, batch_rows: int) -> Iterator[tuple[np.ndarray, dict[str, np.ndarray]]]:
         """`read` of consecutive batches; the last may be smaller."""
         for start in range(0, self.n_rows, batch_rows):
@@ -236,9 +288,16 @@ class Rows:
 
     def _shard(self, i: int) -> "Opened":
         """Shard i, opened; its rows are checked when they are read."""
-        if i in self._open:
+        with self._lock:
+            if i not in self._open:
+                self._open[i] = self._opened(i)
             self._open.move_to_end(i)
-            return self._open[i]
+            out = self._open[i]
+            if len(self._open) > self.most_open:
+                self._open.popitem(last=False)
+            return out
+
+    def _opened(self, i: int) -> "Opened":
         entry = self.shards[i]
         path = self.manifest.parent / entry.file
         self._check_file(i, path, entry)
@@ -251,11 +310,11 @@ class Rows:
                 f"{self.manifest} says {wanted[0]} of {wanted[1]} {wanted[2]} at {wanted[3]}; "
                 f"{_REMEDY}"
             )
-        self._open[i] = shard = Opened(raw, columns, self._chunks(i, path, entry, raw, said))
+        is_mapped = isinstance(flat_parquet.whole_of(raw)[0], mmap.mmap) and len(raw)
+        file = flat_parquet.File.of(path) if is_mapped else None
+        shard = Opened(raw, columns, self._chunks(i, path, entry, raw, said), file)
         for column in columns.values():  # a hundredth of the bytes, so at once
             self._check_rows(i, column, shard)
-        if len(self._open) > OPEN_SHARDS:
-            self._open.popitem(last=False)
         return shard
 
     def _check_file(self, i: int, path: Path, entry: ShardEntry) -> None:
@@ -299,12 +358,33 @@ class Rows:
         )
 
 
+def keep_open(rows: "Rows | PairedRows") -> None:
+    """Let all shards stay open that the system has files for: shuffled rows come from all of them.
+
+    A process may ask for more files than it starts with, up to a limit of the system's.
+    """
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    most = MOST_FILES if hard == resource.RLIM_INFINITY else min(hard, MOST_FILES)
+    if soft != resource.RLIM_INFINITY and soft < most:
+        with contextlib.suppress(ValueError, OSError):  # macOS has a lower limit of its own
+            resource.setrlimit(resource.RLIMIT_NOFILE, (most, hard))
+            soft = most
+    files = MOST_FILES if soft == resource.RLIM_INFINITY else soft
+    for part in rows.parts:  # half of the files are left to others
+        part.most_open = max(OPEN_SHARDS, files // (2 * FILES_A_SHARD * len(rows.parts)))
+
+
 class Opened(NamedTuple):
-    """A mapped shard: its rows, the columns beside them, and what they are compared with."""
+    """A mapped shard: its rows, the columns beside them, what they are compared with, its file."""
 
     acts: np.ndarray
     columns: dict[str, np.ndarray]
     chunks: chunks.Chunks | None
+    file: flat_parquet.File | None
 
 
 class PairedRows:
@@ -320,6 +400,7 @@ class PairedRows:
     def __init__(self, *parts: Rows) -> None:
         first = parts[0]
         self.parts, self.manifest = parts, first.manifest
+        self._alike: set[tuple[int, int, int]] = set()  # part, start, stop that were compared
         self.hook = " and ".join(part.hook for part in parts)
         self.n_rows, self.dtype = first.n_rows, first.dtype
         self.d_model = sum(part.d_model for part in parts)
@@ -343,15 +424,38 @@ class PairedRows:
 
     def again(self) -> "PairedRows":
         """As `Rows.again`."""
-        return PairedRows(*(part.again() for part in self.parts))
+        out = copy(self)
+        out.parts = tuple(part.again() for part in self.parts)
+        return out
+
+    def check_alike(
+        self, i: int, start: int, stop: int, first: dict[str, np.ndarray], found: dict
+    ) -> None:
+        """Compare the columns of part i with those of the first, once.
+
+        Raises:
+            RetraceError: they are of other tokens.
+        """
+        if (i, start, stop) in self._alike:
+            return
+        if any(not np.array_equal(first[c], found[c]) for c in ("block", "position", "token")):
+            raise self._differ(self.parts[i])
+        self._alike.add((i, start, stop))
 
     def read(self, start: int, stop: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
-        """As `Rows.read`."""
-        (x, at), *others = [part.read(start, stop) for part in self.parts]
-        for part, (_, found) in zip(self.parts[1:], others, strict=True):
-            if any(not np.array_equal(at[c], found[c]) for c in ("block", "position", "token")):
-                raise self._differ(part)
-        return np.concatenate([x, *(y for y, _ in others)], axis=1), at
+        """As `Rows.read`, but copied."""
+        start, stop, _ = slice(start, stop).indices(self.n_rows)
+        out = np.empty((max(stop - start, 0), self.d_model), tables.NUMPY[self.dtype])
+        return out, self.read_into(start, stop, out)
+
+    def read_into(self, start: int, stop: int, out: np.ndarray) -> dict[str, np.ndarray]:
+        """As `Rows.read_into`."""
+        first, column = None, 0
+        for i, part in enumerate(self.parts):
+            found = part.read_into(start, stop, out[:, column : column + part.d_model])
+            column, first = column + part.d_model, first or found
+            self.check_alike(i, start, stop, first, found)
+        return first
 
     def ahead(self, start: int, stop: int) -> None:
         """As `Rows.ahead`."""

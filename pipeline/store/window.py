@@ -24,6 +24,7 @@ import math
 import subprocess
 import sys
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from functools import cache
 from pathlib import Path
@@ -225,6 +226,12 @@ class WindowRows(Rows):
     @property
     def n_rows(self) -> int:
         return self.starts[-1]
+
+    def again(self) -> "WindowRows":
+        """As of `Rows`, with shards of its own open: the disk keeps those that stay so."""
+        out = super().again()
+        out._open = OrderedDict()
+        return out
 
     def add(self, entry: dict[str, Any]) -> None:
         """Take up the next shard."""

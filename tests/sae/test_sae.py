@@ -21,7 +21,7 @@ from pipeline.errors import RetraceError
 from pipeline.sae import steps
 from pipeline.sae.optimiser import coefficients, learning_rate
 from pipeline.sae.sparse import Dense, Scratch, Sparse, largest
-from pipeline.sae.stream import CHUNKS, Stream, geometric_median, picked
+from pipeline.sae.stream import CHUNKS, Held, Stream, geometric_median, picked
 from pipeline.sae.train import Dictionary, build, train
 from pipeline.sharing import verify
 from pipeline.spec.sae import SaeSpec, SaeTraining
@@ -111,9 +111,14 @@ class ArrayRows(Rows):
         norm = float(np.linalg.norm(x, axis=1).mean())
         self.shards = [SimpleNamespace(rows=len(x), mean_norm=norm)]
 
-    def read(self, start, stop):
+    def read_into(self, start, stop, out):
         self.reads.append((start, stop))
-        return self.x[start:stop], {}
+        out[:] = self.x[start:stop]
+        return {}
+
+    @property
+    def parts(self):
+        return (self,)
 
     def ahead(self, start, stop):
         """Nothing lies on a disk."""
@@ -303,6 +308,39 @@ def test_memory_is_a_buffer_not_the_store(tmp_path):
     stream = Stream(rows, batch_size=100, buffer_rows=800, seed=0, normalize=False)
     largest_buffer = max(len(b) for b, _ in zip_first(stream._buffers(0, 10**6), 20))
     assert largest_buffer <= 800
+
+
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
+def test_what_a_gpu_reads_hook_by_hook_are_the_same_rows(tmp_path, dtype):
+    """On the CPU, where the same lines put the hooks side by side."""
+    x = np.random.default_rng(0).normal(size=(900, 24)).astype(np.float32)
+    one, other = (Rows(store(tmp_path / n, x[:, at], 100, dtype), HOOK, "train")
+                  for n, at in (("a", slice(0, 16)), ("b", slice(16, 24))))  # fmt: skip
+    stream = Stream(one, batch_size=100, buffer_rows=400, seed=0, normalize=False, target=other)
+    for starts, stops, order, _ in zip_first(stream._plans(0, 2000), 5):
+        rows, _ = stream._load(starts, stops, order)
+        spans = list(zip(starts.tolist(), stops.tolist(), strict=True))
+        assert torch.equal(stream._on_gpu(spans), rows)
+        at = np.concatenate([np.arange(a, b) for a, b in spans])
+        assert torch.equal(rows, torch.from_numpy(x[at]).to(getattr(torch, dtype)))
+
+
+def test_rows_of_a_first_epoch_are_kept_for_the_next_ones(tmp_path):
+    """In place of reading them again; so are those of a job that goes on amid an epoch."""
+    x = np.random.default_rng(0).normal(size=(900, 24)).astype(np.float32)
+    rows = Rows(store(tmp_path, x, shard_rows=100), HOOK, "train")
+    stream = Stream(rows, batch_size=100, buffer_rows=400, seed=0, normalize=False)
+    plain, reads = stream._load, []
+    stream._load = lambda *plan: reads.append(0) or plain(*plan)
+    for position in (0, 450):
+        stream.held, reads[:] = Held(stream.rows, stream.chunk_rows, stream.device), []
+        plans = [plan[:3] for plan in stream._plans(position, 3600)]
+        for plan in plans:
+            found, wanted = stream._held_or_read(*plan), plain(*plan)
+            assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
+        epoch = len(list(stream._plans(0, 900)))
+        assert len(reads) == epoch if position == 0 else epoch <= len(reads) <= 2 * epoch
+        assert len(plans) > len(reads)
 
 
 def zip_first(iterator, n):

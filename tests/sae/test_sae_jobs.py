@@ -292,13 +292,13 @@ def test_rows_of_other_tokens_are_no_pairs(tmp_path, change):
     manifest = store(tmp_path, {HOOK: (x, x), OUT: (y[: 200 - 20 * (change == "fewer")], y)})
     rows, target = Rows(manifest, HOOK), Rows(manifest, OUT)
     if change == "others":
-        read = target.read
+        read = target.read_into
 
-        def shifted(start, stop):
-            y, at = read(start, stop)
-            return y, at | {"position": at["position"][::-1]}
+        def shifted(start, stop, out):
+            at = read(start, stop, out)
+            return at | {"position": at["position"][::-1]}
 
-        target.read = shifted
+        target.read_into = shifted
     with pytest.raises(RetraceError, match="do not hold the same tokens"):
         PairedRows(rows, target).read(0, 200)
 

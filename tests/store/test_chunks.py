@@ -65,6 +65,39 @@ def test_a_changed_bit_is_found_where_it_is_read_and_only_there(manifest):
     Rows(manifest, HOOK, verify=False).read(990, 1010)
 
 
+@pytest.mark.parametrize("start, stop", [(0, 400), (990, 1010), (2990, 3010), (0, 2 * ROWS)])
+@pytest.mark.parametrize("wide", [False, True])
+def test_rows_are_copied_as_they_are_read(manifest, start, stop, wide):
+    """Into rows of their own, or into columns of wider ones; with and without the map."""
+    raw, columns = Rows(manifest, HOOK).read(start, stop)
+    for file in (True, False):
+        rows = Rows(manifest, HOOK)
+        if not file:
+            for i in range(2):
+                rows._open[i] = rows._opened(i)._replace(file=None)
+        out = np.zeros((stop - start, D + 7 * wide), np.float16)
+        found = rows.read_into(start, stop, out[:, 7:] if wide else out)
+        assert np.array_equal(out[:, 7 * wide :], raw) and not out[:, : 7 * wide].any()
+        assert all(np.array_equal(found[c], columns[c]) for c in shards.COLUMNS)
+
+
+def test_a_change_is_found_before_rows_are_copied(manifest):
+    flip(manifest, 2 * D * 1000 + 700)
+    rows, out = Rows(manifest, HOOK), np.zeros((20, D), np.float16)
+    rows.read_into(100, 120, out)
+    with pytest.raises(RetraceError, match=r"part-00000\.parquet: truncated or altered"):
+        rows.read_into(990, 1010, out)
+
+
+def test_a_file_that_became_shorter_is_found_while_rows_are_copied(manifest):
+    rows, out = Rows(manifest, HOOK, verify=False), np.zeros((20, D), np.float16)
+    rows.read_into(100, 120, out)
+    with open(manifest.parent / f"shards/{HOOK}/part-00000.parquet", "r+b") as f:
+        f.truncate(2 * D * 1000)
+    with pytest.raises(RetraceError, match=r"part-00000\.parquet: truncated or altered"):
+        rows.read_into(2000, 2020, out)
+
+
 @pytest.mark.parametrize("at", [-20, -8, -1, -600, -(16 * ROWS)])
 def test_a_changed_footer_or_column_is_found_at_once(manifest, at):
     """The last lies in the columns beside the rows."""
@@ -73,7 +106,8 @@ def test_a_changed_footer_or_column_is_found_at_once(manifest, at):
         Rows(manifest, HOOK).read(0, 1)
 
 
-def test_every_byte_is_hashed_once_a_process(manifest, monkeypatch):
+@pytest.mark.parametrize("copied", [False, True])
+def test_every_byte_is_hashed_once_a_process(manifest, monkeypatch, copied):
     hashed = []
     real = hashlib.sha256
 
@@ -85,7 +119,10 @@ def test_every_byte_is_hashed_once_a_process(manifest, monkeypatch):
     rows = Rows(manifest, HOOK)
     for start in range(0, 2 * ROWS, 500):
         rows.ahead(start, start + 500)
-        rows.again().read(start, start + 500)
+        if copied:
+            rows.again().read_into(start, start + 500, np.empty((500, D), np.float16))
+        else:
+            rows.again().read(start, start + 500)
     body = sum(p.stat().st_size - chunks.tail_length(p) for p in manifest.parent.rglob("*.parquet"))
     large = [n for n in hashed if n > 2000]  # footers are shorter
     assert body == sum(large)
