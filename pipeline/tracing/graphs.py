@@ -36,6 +36,7 @@ from pipeline.tracing.influence import Pruned, prune, scores
 from pipeline.tracing.replacement import Replacement
 
 HEADS = 5  # named for an edge, at most
+BLOCKS = 8  # of held-out text, a forward pass
 PAIRS = 8  # sources of the query, and of the key, whose pairs are told
 
 
@@ -173,10 +174,14 @@ def node_rows(
             f"of nodes names those that are kept"
         )
     n, n_columns = graph.n_chosen, graph.edges.shape[1]
+    # Lists, since each number that is asked of a GPU waits for it.
+    features = list(zip(*(x[graph.chosen].tolist() for x in graph.features), strict=True))
+    explained, p = graph.logits.tokens.tolist(), graph.logits.probabilities.tolist()
+    influence, cumulative = pruned.influence.tolist(), pruned.cumulative.tolist()
     for i in pruned.nodes.nonzero()[:, 0].tolist():
         row = {"node": names[i], "activation": float("nan"), "probability": float("nan")}
         if i < n:
-            layer, at, number, a = (x[graph.chosen[i]].item() for x in graph.features)
+            layer, at, number, a = features[i]
             row |= {"kind": "feature", "layer": layer, "number": number, "activation": a}
         elif i < n_columns:
             layer, at = divmod(i - n, graph.n_pos)
@@ -184,15 +189,15 @@ def node_rows(
             row |= {"kind": "embed" if embed else "error", "layer": -1 if embed else layer}
             row |= {"number": ids[at] if embed else -1}
         else:
-            at, number = graph.n_pos - 1, int(graph.logits.tokens[i - n_columns])
+            at, number = graph.n_pos - 1, explained[i - n_columns]
             row |= {"kind": "logit", "layer": graph.n_layers, "number": number}
-            row |= {"probability": float(graph.logits.probabilities[i - n_columns])}
+            row |= {"probability": p[i - n_columns]}
         inner = i < n_columns
         row |= {
             "position": at,
             "token": texts[at] if inner else words[row["number"]],
-            "influence": float(pruned.influence[i]) if inner else float("nan"),
-            "cumulative": float(pruned.cumulative[i]) if inner else float("nan"),
+            "influence": influence[i] if inner else float("nan"),
+            "cumulative": cumulative[i] if inner else float("nan"),
             "supernode": of_group.get(names[i], ""),
         }
         out.append(row)
@@ -220,7 +225,7 @@ def head_rows(model: Replacement, graph: Graph, pruned: Pruned, n: int) -> list[
     targets = [*names[: graph.n_chosen], *names[graph.edges.shape[1] :]]
     found = heads.carried(model, graph, edges)
     for edge, by_head in zip(edges, found, strict=True):
-        flat = by_head.flatten()
+        flat = by_head.flatten().cpu()
         for i in flat.abs().topk(min(HEADS, len(flat))).indices.tolist():
             layer, head = divmod(i, by_head.shape[1])
             if flat[i] != 0:
@@ -253,12 +258,12 @@ def qk_rows(
             cli.log.info("%s", e)
             return []
         queries, keys = attention.strongest(model, found, PAIRS)
-        table = attention.pairs(model, found, queries, keys)
+        table = attention.pairs(model, found, queries, keys).tolist()
         named = [attention.names(model, at.layer, some) for some in (queries, keys)]
         for i, query in enumerate(named[0]):
             for j, key in enumerate(named[1]):
                 row = at._asdict() | {"score": found.score, "query_source": query}
-                out.append(row | {"key_source": key, "given": float(table[i, j])})
+                out.append(row | {"key_source": key, "given": table[i][j]})
     return out
 
 
@@ -272,17 +277,19 @@ def suppressed_rows(
         return []
     sources = features.topk(count).indices
     draw = torch.Generator().manual_seed(seed)
-    found = suppressed.compare(loaded.hf, model, graph, sources, draw)
-    names, n_logits = names_of(graph), len(graph.logits.tokens)
+    said, measured, null = (
+        x.tolist() for x in suppressed.compare(loaded.hf, model, graph, sources, draw)
+    )
+    names, n_logits, kept = names_of(graph), len(graph.logits.tokens), pruned.nodes.tolist()
     nodes = [*range(graph.n_chosen), *range(len(names) - n_logits, len(names))]
     out = []
     for i, source in enumerate(sources.tolist()):
         for j, node in enumerate(nodes):
-            said, measured, null = (float(x[i, j]) for x in found)
-            if pruned.nodes[node] and measured == measured:
+            if kept[node] and measured[i][j] == measured[i][j]:
                 row = {"source": names[source], "target": names[node]}
                 row |= {"kind": "feature" if j < graph.n_chosen else "logit"}
-                out.append(row | {"said": said, "measured": measured, "null": null})
+                found = {"said": said[i][j], "measured": measured[i][j], "null": null[i][j]}
+                out.append(row | found)
     return out
 
 
@@ -375,11 +382,12 @@ def _capped(logits: Tensor, cap: float) -> Tensor:
 @torch.no_grad()
 def replaced(loaded: loader.Loaded, d: Dictionaries, text: Tensor) -> dict[str, float]:
     """How near the replacement model's next tokens are on held-out blocks."""
-    found = []
-    for block in text:
-        ours = replacement.spliced(loaded.hf, block[None], d)[0]
-        theirs = loaded.hf(block[None]).logits[0]
-        found.append(replacement.fidelity(theirs[d.skip_first :], ours[d.skip_first :]))
+    found, first = [], d.skip_first
+    for some in text.split(BLOCKS):
+        ours = replacement.spliced(loaded.hf, some, d)
+        theirs = loaded.hf(some).logits
+        for one, other in zip(theirs, ours, strict=True):
+            found.append(replacement.fidelity(one[first:], other[first:]))
     kl, agreement = (sum(x) / len(found) for x in zip(*found, strict=True))
     return {"kl": kl, "agreement": agreement, "n_blocks": len(found)}
 
