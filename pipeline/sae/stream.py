@@ -43,7 +43,7 @@ CHUNKS = 64  # in a buffer; by default a chunk is a thousand rows, about a megab
 AHEAD = 4  # chunks that the disk is asked for before they are read
 READERS = {"cuda": 4}  # threads that read one buffer each; one thread on a CPU
 TURN = 1e-4  # seconds that a thread of Python holds the interpreter while others wait
-HELD = 0.125  # of a GPU's free memory, at most, for rows that are read again
+HELD = 0.2  # of a GPU's free memory, at most, for rows that are read again
 # Variance, as a share of the mean square, below which rows are constant: rounding leaves constant
 # float32 rows 1e-14.
 CONSTANT = 1e-10
