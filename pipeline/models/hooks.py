@@ -243,18 +243,19 @@ def stop_after(hf: nn.Module, hooks: list[str]) -> Iterator[None]:
 
 
 def run_to(
-    hf: nn.Module, tokens: Int[Tensor, "batch pos"], hooks: list[str]
+    hf: nn.Module, tokens: Int[Tensor, "batch pos"], hooks: list[str], **given: Any
 ) -> dict[str, Float[Tensor, "batch pos _"]]:
     """The stream at `hooks`, from a forward pass that stops behind the last of them.
 
     Args:
         tokens: on the model's device.
+        given: more arguments of the model's forward pass, such as past_key_values.
 
     Returns:
         hook -> the stream there.
     """
     with capture(hf, hooks) as acts, stop_after(hf, hooks):
-        hf.base_model(input_ids=tokens, use_cache=False)
+        hf.base_model(input_ids=tokens, **{"use_cache": False} | given)
     for hook in hooks:
         if hook not in acts:
             raise RetraceError(f"hook '{hook}': never runs in a forward pass of this model")

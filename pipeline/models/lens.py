@@ -27,6 +27,7 @@ from pipeline.errors import RetraceError
 from pipeline.models import hooks, modules, places, splice
 
 PASS_LOGITS = 1 << 25  # numbers in the logits of a forward pass, about
+GPU_LOGITS = 1 << 27  # on a GPU, which waits for the next launch where passes are small
 PASS_TOKENS = 1 << 14
 MEASURES = ("kl", "loss", "accuracy", "agreement", "echo")
 Lens = Callable[[int, Tensor], Tensor]  # (layer, x [… d_model]) -> logits [… d_vocab]
@@ -123,8 +124,8 @@ class Sums:
 
 def passes(hf: nn.Module, tokens: Tensor, *others: Tensor) -> Iterable[tuple[Tensor, ...]]:
     """tokens [windows pos], and what goes with them, in pieces for a forward pass each."""
-    width = max(tokens.shape[1], 1)
-    at_once = min(PASS_LOGITS // (width * hf.config.vocab_size), PASS_TOKENS // width)
+    width, most = max(tokens.shape[1], 1), PASS_LOGITS if tokens.is_cpu else GPU_LOGITS
+    at_once = min(most // (width * hf.config.vocab_size), PASS_TOKENS // width)
     return zip(*(t.split(max(at_once, 1)) for t in (tokens, *others)), strict=True)
 
 

@@ -300,6 +300,16 @@ class PaperSpec(Section):
             for need in needs:
                 if getattr(self, section) is not None and getattr(self, need) is None:
                     raise ValueError(f"section {section} needs a section {need}")
+        training = [(f"training.{n}", run, "resume_seconds") for n, run in self.training.items()]
+        if self.sae is not None:
+            training.append(("sae.training", self.sae.training, "checkpoint_seconds"))
+        for where, section, key in training:
+            if key in section.model_fields_set:
+                raise ValueError(
+                    f"{where}.{key}: is no setting of a paper, since it changes no result: a "
+                    f"checkpoint is kept each minute, or less often where writing it takes more "
+                    f"than a tenth of the time; remove it"
+                )
         for stage, own in self.own.items():
             named = own.get("tables")
             if not isinstance(named, list) or not named:

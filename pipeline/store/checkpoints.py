@@ -5,10 +5,14 @@ a run) and checkpoint.json: the job's key, the step, and the sha256 of each file
 written under another name and renamed when all of it is on disk; the previous one is removed after
 that. The key is a digest of all that decides the result: spec, code, input, device and versions.
 A checkpoint with another key, or with a file that has changed, is never used.
+
+Writing takes at most a tenth of a job's time: what is asked for sooner is left out. So is a
+checkpoint that the disk has no room for beside the one before.
 """
 
 import logging
 import shutil
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
@@ -20,6 +24,10 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 log = logging.getLogger("retrace")
+
+SHARE = 0.1  # of a job's time, at most, that is spent on writing
+QUICK = 1.0  # seconds: what takes less is always written
+RATE = 500e6  # bytes a second, assumed of the first one
 
 
 class Trained(Protocol):
@@ -58,9 +66,35 @@ class Checkpoints:
 
     def __init__(self, folder: Path, key: str, beside: Path | None = None) -> None:
         self.folder, self.key, self.beside = folder, key, beside
+        self._last, self._took, self._size = time.monotonic(), 0.0, 0
 
     def save(self, step: int, things: Sequence[Trained]) -> None:
-        """Keep the state after `step` steps, and drop the one before."""
+        """Keep the state after `step` steps, and drop the one before; or keep the one before, where
+        writing another so soon would take too much of the time, or has no room."""
+        if not self._size:
+            self._size = len(things) * sum(t.nbytes for t in things[0].tensors().values())
+            self._took = self._size / RATE
+        begun = time.monotonic()
+        soon = self._took > QUICK and begun - self._last < self._took / SHARE
+        if soon or not self._has_room():
+            return
+        self._write(step, things)
+        self._last = time.monotonic()
+        self._took = self._last - begun
+
+    def _has_room(self) -> bool:
+        """Whether the disk has room for one more checkpoint; said in the log where it has not."""
+        there = next(p for p in (self.folder, *self.folder.absolute().parents) if p.exists())
+        free = shutil.disk_usage(there).free
+        if self._size > free:
+            log.warning(
+                "%s: a checkpoint of %.1f GB does not fit into the %.1f GB that the disk has left, "
+                "so that a killed job goes on from the one before, or begins anew; free space",
+                self.folder, self._size / 1e9, free / 1e9,
+            )  # fmt: skip
+        return self._size <= free
+
+    def _write(self, step: int, things: Sequence[Trained]) -> None:
         old = self._kept()
         writing = self.folder / "writing"
         shutil.rmtree(writing, ignore_errors=True)

@@ -11,17 +11,23 @@ stream x_l after l blocks and x_n, which the final norm N reads,
    cotangent e_i at all of V; as later positions cannot change earlier ones, the gradient at t is
    the sum over t' >= t. One backward pass gives so many rows of all layers.
 2. With the cotangent at one position alone, and the gradient read there, t' = t is all that counts
-   (the paper's self-only variant): a position then costs as much as a whole prompt before.
+   (the paper's self-only variant). What lies before that position does not depend on it, so its
+   keys and values are kept, and a pass is of one token: a few milliseconds a position on a GPU,
+   where passes of whole prompts cost as much as a prompt of all positions (`of_prompt`, which a
+   model without a cache of keys and values still takes).
 3. Gradients are the model's own, exact, and averaged in float32. J = I is the logit lens.
 """
 
+import copy
 from collections.abc import Iterable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from jaxtyping import Bool, Float, Int
 from pydantic import Field
 from torch import Tensor, nn
+from transformers import DynamicCache, PreTrainedModel
 
 from pipeline.errors import RetraceError
 from pipeline.job import cli
@@ -63,14 +69,14 @@ def groups(n: int, how: JacobianLensSpec) -> Bool[Tensor, "groups pos"]:
 
 
 def traced(
-    hf: nn.Module, tokens: Int[Tensor, "batch pos"], layers: list[int]
+    hf: nn.Module, tokens: Int[Tensor, "batch pos"], layers: list[int], **given: Any
 ) -> tuple[list[Tensor], Tensor]:
     """x_l of each layer and x_n, [batch pos d_model], with the graph between them."""
     names = [f"blocks.{layer}.hook_resid_pre" for layer in layers]
     end = f"blocks.{lens.n_layers(hf) - 1}.hook_resid_post"
     root = names[layers.index(min(layers))]
     with torch.enable_grad(), hooks.edited(hf, root, lambda x: x.detach().requires_grad_()):
-        seen = hooks.run_to(hf, tokens, [*names, end])
+        seen = hooks.run_to(hf, tokens, [*names, end], **given)
     return [seen[name] for name in names], seen[end]
 
 
@@ -95,9 +101,45 @@ def of_prompt(
         cotangent[:n] = where * F.one_hot(row, d)[:, None]
         grads = torch.autograd.grad(end, x, cotangent, retain_graph=number + 1 < len(passes))
         for J, grad in zip(out, grads, strict=True):
-            found = places.full(grad[:n]).to(J.device) * where
+            found = places.full(grad[:n]).to(J.device).float() * where
             J.index_add_(0, row, found.sum(1) / n_positions)
     return out
+
+
+def alone(
+    hf: nn.Module, tokens: Int[Tensor, " pos"], layers: list[int], at: Bool[Tensor, "groups pos"]
+) -> Float[Tensor, "layers d_model d_model"]:
+    """`of_prompt` of groups of one position each, from the keys and values of those before it."""
+    d, places_ = hf.config.hidden_size, at.nonzero()[:, 1].tolist()
+    kept, first, out = DynamicCache(config=hf.config), 0, 0.0
+    for t in places_:
+        if t > first:
+            with torch.no_grad():
+                hf.base_model(input_ids=tokens[None, first:t], past_key_values=kept, use_cache=True)
+            first = t
+        before = copy.deepcopy(kept)
+        if t:
+            before.batch_repeat_interleave(d)
+        one = tokens[t].expand(d, 1)
+        x, end = traced(hf, one, layers, past_key_values=before, use_cache=True)
+        cotangent = torch.eye(d, device=end.device, dtype=end.dtype)[:, None]
+        grads = torch.autograd.grad(end, x, cotangent)
+        out = out + torch.stack([places.full(g)[:, 0].to(tokens.device).float() for g in grads])
+    return out / len(places_)
+
+
+def has_cache(hf: nn.Module) -> bool:
+    """Whether the model keeps keys and values of earlier tokens in transformers' plain cache."""
+    if not isinstance(hf, PreTrainedModel):  # one of ours
+        return False
+    kept = DynamicCache(config=hf.config)
+    token = torch.zeros(1, 1, dtype=torch.long, device=next(hf.parameters()).device)
+    try:
+        with torch.no_grad():
+            hf.base_model(input_ids=token, past_key_values=kept, use_cache=True)
+    except (TypeError, ValueError, AttributeError):
+        return False
+    return kept.get_seq_length() == 1 and not kept.is_sliding[0]
 
 
 def fit(
@@ -121,9 +163,10 @@ def fit(
         )
     prompts = blocks[: how.n_prompts, : how.n_tokens]
     at, total, out = groups(prompts.shape[1], how), torch.zeros(()), {}
+    of = alone if how.n_alone and has_cache(hf) else of_prompt
     progress = cli.Progress(f"Jacobian lens of {name}", how.n_prompts, "prompts")
     for done, tokens in enumerate(prompts, 1):
-        total = total.to(tokens.device) + of_prompt(hf, tokens, layers, at)
+        total = total.to(tokens.device) + of(hf, tokens, layers, at)
         if done in {*counts, how.n_prompts}:
             out[done] = dict(zip(layers, total / done, strict=True))
         progress.at(done)

@@ -62,6 +62,30 @@ def test_alone_a_position_counts_by_its_own_later_stream(hf, n, places):
         torch.testing.assert_close(J, want, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+def test_from_kept_keys_and_values_it_is_the_same(kind):
+    """The pass of one token, against passes of whole prompts."""
+    hf = tiny(kind).double()
+    assert jacobian_lens.has_cache(hf)
+    at = jacobian_lens.groups(TOKENS.shape[1], spec(n_alone=3, skip_first=0))
+    assert at[0, 0]  # a first position has nothing before it
+    for tokens in TOKENS[:2]:
+        got = jacobian_lens.alone(hf, tokens, EVERY, at)
+        torch.testing.assert_close(got, jacobian_lens.of_prompt(hf, tokens, EVERY, at))
+
+
+def test_our_own_models_have_no_such_cache():
+    assert not jacobian_lens.has_cache(tiny("native"))
+
+
+def test_a_model_without_such_a_cache_takes_whole_prompts(gpt2, monkeypatch):
+    want = jacobian_lens.fit("m", gpt2, TOKENS, EVERY, spec(n_alone=2))
+    monkeypatch.setattr(jacobian_lens, "has_cache", lambda hf: False)
+    got = jacobian_lens.fit("m", gpt2, TOKENS, EVERY, spec(n_alone=2))
+    for layer in EVERY:
+        torch.testing.assert_close(got[len(TOKENS)][layer], want[len(TOKENS)][layer])
+
+
 def test_the_positions_that_count():
     """The released code's: behind skip_first, without the last."""
     (at,) = jacobian_lens.groups(20, JacobianLensSpec())
@@ -137,3 +161,12 @@ def test_a_lens_that_is_not_finite_is_told(gpt2):
         gpt2.transformer.h[1].mlp.c_proj.weight.fill_(torch.inf)
     with pytest.raises(RetraceError, match="Jacobian lens of m: not finite after 1 prompts"):
         jacobian_lens.fit("m", gpt2, TOKENS, [0], spec(n_prompts=1))
+
+
+@pytest.mark.parametrize("n_alone", [0, 2])
+def test_a_half_precision_model_has_a_j_in_float32(gpt2, n_alone):
+    wanted = jacobian_lens.fit("m", gpt2, TOKENS, [1], spec(n_alone=n_alone))[len(TOKENS)][1]
+    half = jacobian_lens.fit("m", gpt2.bfloat16(), TOKENS, [1], spec(n_alone=n_alone))
+    found = half[len(TOKENS)][1]
+    assert found.dtype == torch.float32
+    assert (found - wanted).norm() < 0.02 * wanted.norm()
