@@ -294,11 +294,11 @@ class Samples(torch.nn.Module):
 
 
 def recipe_of(name):
-    """A dictionary of the paper's scale with 64 latents, and without a controller."""
+    """A dictionary of the paper's scale with 64 latents, one seed, and no controller."""
     own = papers.load(FOLDER, "paper").spec.model_dump(mode="json")["own"]["recovery"]
     small = {"d_sae": 64} | ({"k": 4} if "k" in own["dictionaries"][name] else {})
     still = {n: 0 for n in ("target_l0", "start_share") if n in own["dictionaries"][name]}
-    return own["dictionaries"][name] | small | still
+    return own["dictionaries"][name] | small | still | {"seeds": []}
 
 
 def ran_by_saelens(name, batches, scaled_by, window):
@@ -372,63 +372,37 @@ def test_the_schedule_is_that_of_saelenss_runner():
         assert own[name] == ours[name].default
 
 
-# --- parts ---------------------------------------------------------------------------------
+# --- the whole stage -------------------------------------------------------------------------
 
 
-def few(**more):
-    """Three short dictionaries of two architectures, one of them with two seeds."""
-    some = {n: options().dictionaries[n] for n in ("batchtopk_true", "standard_true")}
-    parts = [
-        {"dictionaries": ["standard_true"], "seeds": [0]},
-        {"dictionaries": ["batchtopk_true"], "seeds": [0, 1]},
-    ]
-    given = {"n_samples": 320, "milestones": [], "dictionaries": some, "parts": parts} | more
-    return options(**{k: v if k != "dictionaries" else dict(v) for k, v in given.items()})
-
-
-def job_in(folder, given, train_only=False):
-    """A job of the stage with outputs in `folder`."""
-    paths = {t: str(folder / f"{t}.parquet") for t in recovery.TABLES}
-    args = SimpleNamespace(saes=str(folder / "saes"), train_only=train_only, **paths)
-    return SimpleNamespace(
+def worked(folder, **more):
+    """The tables and dictionaries of two short dictionaries, one of which has seeds of its own."""
+    some = {n: options().dictionaries[n].model_dump() for n in ("batchtopk_true", "standard_true")}
+    some["batchtopk_true"]["seeds"] = [0, 1]
+    given = options(n_samples=320, milestones=[], dictionaries=some, **more)
+    args = SimpleNamespace(saes=str(folder / "saes"))
+    job = SimpleNamespace(
         args=args, code="code", hardware="cpu", device=lambda: torch.device("cpu"),
-        section=lambda *_: given, certificate=lambda *_, **more: {"stage": "recovery"} | more,
+        certificate=lambda *_, **more: {"stage": "recovery"} | more,
     )  # fmt: skip
+    return dict(recovery.work(job, given).frames())
 
 
-def test_parts_joined_are_the_whole(tmp_path):
-    """Divided over two processes, of which one stops: the numbers of one job, seed by seed."""
-    both, seeds = few(), few(parts=[], seeds=[0, 1])
-    helper = job_in(tmp_path / "parts", both, train_only=True)
-    recovery.work(helper)
-    folder = tmp_path / "parts/saes.partial"
-    assert len(list(folder.glob("*/done"))) == 2 and not (tmp_path / "parts/saes").exists()
-    recovery.work(job_in(tmp_path / "parts", both))
-    recovery.work(job_in(tmp_path / "whole", seeds))
-    assert not folder.exists()
-    found, want = (
-        pd.read_parquet(tmp_path / n / "dictionaries.parquet") for n in ("parts", "whole")
+def test_a_dictionary_may_have_seeds_of_its_own(tmp_path):
+    """Each seed has the numbers that it has beside others."""
+    found, alone = worked(tmp_path), worked(tmp_path / "alone", seeds=[1])
+    key = ["dictionary", "seed"]
+    seen = sorted(map(tuple, found["dictionaries"][key].to_numpy().tolist()))
+    assert seen == [("batchtopk_true", 0), ("batchtopk_true", 1), ("standard_true", 0)]
+    saes = sorted(p.name for p in (tmp_path / "saes").iterdir())
+    assert saes == [f"{name}_seed{seed}" for name, seed in seen]
+    one, other = (
+        t["dictionaries"].set_index(key).loc[("batchtopk_true", 1)] for t in (found, alone)
     )
-    order = ["dictionary", "seed"]
-    want = want[(want["dictionary"] != "standard_true") | (want["seed"] == 0)]
-    found, want = (t.sort_values(order).reset_index(drop=True) for t in (found, want))
-    pd.testing.assert_frame_equal(found, want)
-    saes = sorted(p.name for p in (tmp_path / "parts/saes").iterdir())
-    assert saes == ["batchtopk_true_seed0", "batchtopk_true_seed1", "standard_true_seed0"]
-
-
-def test_a_part_that_another_process_holds_is_left_alone(tmp_path):
-    import fcntl
-
-    given = few()
-    job = job_in(tmp_path, given, train_only=True)
-    first = tmp_path / "saes.partial" / recovery.key_of(given.divided()[0], job)[:12]
-    first.mkdir(parents=True)
-    with open(first / "lock", "w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        recovery.work(job)
-    done = [p.parent for p in (tmp_path / "saes.partial").glob("*/done")]
-    assert len(done) == 1 and done[0] != first
+    assert one.equals(other)
+    lengths = {name: len(frame) for name, frame in found.items() if name != "history"}
+    assert lengths == {"dictionaries": 3, "latents": 3 * 32, "features": 3 * SMALL.n_features}
+    assert set(found["history"]["sae"]) == set(saes)
 
 
 # --- the card ------------------------------------------------------------------------------
@@ -441,12 +415,6 @@ def test_a_part_that_another_process_holds_is_left_alone(tmp_path):
         ({"dictionaries": {"a": {"architecture": "topk", "k": 2, "d_sae": 8, "target_l0": 3}}},
          "topk takes its L0 from k"),
         ({"wrold": {}}, "did you mean 'world'"),
-        ({"parts": [{"dictionaries": ["gated_tru"]}]}, "did you mean 'gated_true'"),
-        ({"parts": [{"dictionaries": ["topk_true"]}]}, "none has dictionary"),
-        ({"parts": [{"dictionaries": ["topk_true"]}] * 2}, "none has dictionary"),
-        ({"dictionaries": {"a": {"architecture": "topk", "k": 2, "d_sae": 8}},
-          "parts": [{"dictionaries": ["a"]}, {"dictionaries": ["a"], "seeds": [1, 0]}]},
-         "'a' with seed 0 is in two"),
     ],
 )  # fmt: skip
 def test_bad_options_are_told_in_a_sentence(given, said):
@@ -487,18 +455,13 @@ def test_metrics_are_those_of_the_end_a_value_a_seed():
 
 
 def test_the_paper_scale_gives_every_dictionary_the_papers_samples():
-    """And three seeds to those that the paper is about, whose parts come first."""
+    """And three seeds to those that the paper is about."""
     own = papers.load(FOLDER, "paper").spec.model_dump(mode="json")["own"]["recovery"]
     given = recovery.Options.model_validate(own)
     assert {given.steps_of(r) for r in given.dictionaries.values()} == {200_000_000 // 1024}
-    seeds = {}
-    for part in given.parts:
-        for name in part.dictionaries:
-            seeds.setdefault(name, []).extend(part.seeds)
-    assert set(seeds) == set(given.dictionaries)
-    several = {n for n in seeds if sorted(seeds[n]) == [0, 1, 2]}
-    assert several >= {f"{n}_{l0}" for n in ("batchtopk", "matryoshka") for l0 in ("true", "low")}
-    assert set(given.parts[0].dictionaries) == {"batchtopk_true", "matryoshka_true"}
+    assert given.seeds == [0]
+    several = {name for name, recipe in given.dictionaries.items() if recipe.seeds == [0, 1, 2]}
+    assert several == {f"{n}_{l0}" for n in ("batchtopk", "matryoshka") for l0 in ("true", "low")}
 
 
 def test_figure_and_claims_show_the_same_published_numbers():

@@ -10,7 +10,6 @@ Table `worlds` has a row for each world, dictionary and seed, with the settings 
 killed job goes on in `<worlds>.partial/`, a folder for each world.
 """
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,11 @@ import torch
 from pydantic import Field
 
 from pipeline.job import cli, own
-from pipeline.job.source import import_file
 from pipeline.spec.base import Name, Section
 
-HERE = Path(__file__).parent
-recovery = import_file(HERE / "recovery.py")
-ground = recovery.ground
+from . import recovery
+from . import world as ground
+
 TABLES = ("worlds",)
 POWER = 0.6  # of samples to convergence over dimensions, as the authors read Gao et al. (2024)
 
@@ -92,5 +90,4 @@ def work(job: cli.Job, options: Options) -> own.Tables:
     for name, change in options.worlds.items():
         cli.log.info("world %s", name)
         out.add({"worlds": measured(options.of(change), job, partial / name)}, world=name)
-    shutil.rmtree(partial, ignore_errors=True)
     return out
