@@ -13,7 +13,7 @@ import pandas as pd
 import pytest
 import torch
 from safetensors.numpy import load_file
-from test_acdc import on_paper, small
+from test_acdc import small
 
 from pipeline.circuits import acdc
 from pipeline.circuits.edge_graph import EdgeGraph
@@ -133,9 +133,10 @@ def test_the_published_sizes_are_those_without_permuted_positions(task, publishe
 
 
 def test_an_edge_that_the_graph_has_not_is_an_error():
-    graph = EdgeGraph(on_paper(), torch.tensor([[0, 1]]), positions=True)
-    with pytest.raises(KeyError):
-        truth.listed(graph, "0.0 > mlp0")
+    edges = [("head 0.0", "logits"), ("0.0.v input", "0.0.v")]
+    assert truth.listed(edges, "0.0.v").tolist() == [False, True]
+    with pytest.raises(KeyError, match="mlp 0"):
+        truth.listed(edges, "0.0.v; head 0.0 > mlp 0")
 
 
 # --- sequences and reset networks ------------------------------------------------------------
@@ -188,7 +189,7 @@ def test_a_replaced_node_is_that_of_the_source():
     for p in hf.parameters():
         torch.nn.init.normal_(p, std=0.3)
     hf.requires_grad_(False)
-    every = siit.every_sequence()
+    every = sequences.all_letters()
     base, source = every[3:40], every[100:137]
     last = [siit.IS_X, siit.SHARE, *siit.outside(hf)]
     with hooks.capture(hf, list({siit.hook_of(node) for node in last})) as acts:

@@ -32,6 +32,8 @@ from pipeline.spec.base import Seeds
 from pipeline.spec.training import Architecture
 from pipeline.store import provenance, tables
 
+from . import sequences
+
 X = 3  # the id of x, as in the compiled vocabulary
 IS_X, SHARE = Node("mlp", 0), Node("head", 1, 0)
 CHECKS = "behaviour interchange strict".split()
@@ -47,11 +49,6 @@ class Options(own.Options):
     batch_size: int = Field(ge=2, description="pairs of sequences a step")
     lr: float = Field(gt=0, description="Adam; falls to 0 along a cosine")
     seeds: Seeds = Field(description="a network each: of its weights and of its training pairs")
-
-
-def every_sequence() -> Tensor:
-    """BOS and four of w, x, y, z, [256 5]."""
-    return torch.tensor([[0, *some] for some in product(range(2, 6), repeat=4)])
 
 
 def is_x(tokens: Tensor) -> Tensor:
@@ -121,7 +118,7 @@ def train(
     rng = np.random.default_rng(seed)
     config = {"d_vocab": 6, **options.architecture.model_dump()}
     hf = NativeForCausalLM(config).to(device)
-    every, others, n = every_sequence().to(device), outside(hf), options.batch_size
+    every, others, n = sequences.all_letters().to(device), outside(hf), options.batch_size
     optimiser = torch.optim.Adam(hf.parameters(), lr=options.lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, options.steps)
     progress, rows = cli.Progress("training", options.steps, "steps"), []
@@ -143,7 +140,7 @@ def train(
 def checks(hf: NativeForCausalLM, seed: int) -> pd.DataFrame:
     """The error of each node on all sequences; that of behaviour is of no node."""
     device, rng, rows = next(hf.parameters()).device, np.random.default_rng(seed), []
-    base = every_sequence().to(device)
+    base = sequences.all_letters().to(device)
     source = base[rng.permutation(len(base))]
     where = torch.tensor(rng.random(tuple(base.shape)) < 0.5, device=device)
     others = outside(hf)
