@@ -15,7 +15,7 @@ start from the same decoder rows, and in a short run they would share these.
 """
 
 import json
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 from pathlib import Path
 
@@ -123,21 +123,9 @@ def work(job: cli.Job, options: Options) -> own.Tables:
         drawn = unit(rng.standard_normal(rows.shape, dtype=np.float32))
         names = ("", "random", "random"), ("trained", name, spec["architecture"])
         wanted.append(("random", *names, (drawn, rows)))
-    with ProcessPoolExecutor(job.args.threads) as pool:  # the matching holds Python's lock
+    with ThreadPoolExecutor(job.args.threads) as pool:  # a matching runs without Python's lock
         made = list(pool.map(compare, *zip(*wanted, strict=True)))
     cli.log.info("%d pairs of dictionaries matched", len(made))
     out = own.Tables(TABLES)
     out.add({"pairs": [row for row, _ in made], "cosines": pd.concat([bins for _, bins in made])})
     return out
-
-
-def main() -> None:
-    # a script, since processes beside it look its functions up in the main module
-    own.main(
-        "overlap", __doc__, Options, TABLES, work,
-        saes="manifest.json of every arm's dictionaries, arms sorted by name*",
-    )  # fmt: skip
-
-
-if __name__ == "__main__":
-    main()
