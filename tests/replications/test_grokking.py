@@ -454,7 +454,7 @@ def test_figures_are_drawn(tables, every_figure):
 
 
 def test_a_model_without_key_frequencies_is_told_not_drawn(tables):
-    figures = import_file(FOLDER / "figures.py")
+    figures = import_file(FOLDER / "figures_waves.py")
     none = tables["fourier/frequencies"].assign(key=False)
     drawn, _ = figures.circle({**tables, "fourier/frequencies": none}, {})
     assert "no key frequency" in drawn.layout.annotations[0].text
