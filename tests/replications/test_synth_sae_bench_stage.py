@@ -146,12 +146,11 @@ def options(**more):
     dictionaries["gated_true"] = {"architecture": "gated", "d_sae": 32, "l1_coefficient": 0.5}
     for name in ("standard", "jumprelu", "gated"):
         dictionaries[f"{name}_true"] |= {"target_l0": 4, "start_share": 0.2}
-    dictionaries["matching_pursuit_true"]["n_samples"] = 640
     return recovery.Options.model_validate(
         {
-            "tables": [], "world": SMALL.model_dump(), "n_samples": 1280, "milestones": [320],
-            "batch_size": 32, "bulk": 3, "lr": 1e-2, "dead_steps": 10, "control": control,
-            "n_eval_samples": 100, "dictionaries": dictionaries,
+            "tables": [], "world": SMALL.model_dump(), "n_samples": 1280, "batch_size": 32,
+            "bulk": 3, "lr": 1e-2, "dead_steps": 10, "control": control, "n_eval_samples": 100,
+            "dictionaries": dictionaries,
         }
         | more
     )  # fmt: skip
@@ -171,7 +170,7 @@ def whole(tmp_path_factory):
 def test_a_killed_run_ends_with_the_numbers_of_an_undisturbed_one(
     whole, tmp_path, monkeypatch, killed_at
 ):
-    """Milestones at 10, 20 and 40 steps, a checkpoint after each step."""
+    """A checkpoint after each of the forty steps."""
     step = recovery.learning.Learner.step
 
     def dies(self, x, at, scratch):
@@ -183,29 +182,25 @@ def test_a_killed_run_ends_with_the_numbers_of_an_undisturbed_one(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(recovery.learning.Learner, "step", dies)
         recovery.run(given, JOB, tmp_path)
-    some, parts = recovery.run(given, JOB, tmp_path)
+    some, found = recovery.run(given, JOB, tmp_path)
     for one, other in zip(some, whole[0], strict=True):
         for key, value in one.tensors().items():
             assert torch.equal(value, other.tensors()[key]), (one.name, key)
-    for part, other in zip(parts, whole[1], strict=True):
-        for name, table in part.items():
-            assert table.equals(other[name]), name
+    for name, table in found.items():
+        assert table.equals(whole[1][name]), name
 
 
-def test_milestones_measure_those_that_stand_there(whole):
-    _, parts = whole
-    seen = [sorted(set(p["dictionaries"]["dictionary"])) for p in parts]
+def test_every_dictionary_is_measured_at_the_end(whole):
     names = sorted(options().dictionaries)
-    without = [n for n in names if n != "matching_pursuit_true"]
-    assert seen == [names, names, without]
-    assert [p["dictionaries"]["n_samples"].iloc[0] for p in parts] == [320, 640, 1280]
-    last = recovery.finished(parts, "latents")
-    assert sorted(set(last["dictionary"])) == names and len(last) == 32 * len(names)
+    for table, rows in {"dictionaries": 1, "latents": 32, "features": SMALL.n_features}.items():
+        counts = whole[1][table]["dictionary"].value_counts()
+        assert sorted(counts.index) == names and set(counts) == {rows}
+    assert set(whole[1]["dictionaries"]["n_samples"]) == {1280}
 
 
 def test_targets_of_l0_are_approached(whole):
     """Forty steps: the coefficient has left its first value, in the direction of the target."""
-    rows = whole[1][-1]["dictionaries"].set_index("dictionary")
+    rows = whole[1]["dictionaries"].set_index("dictionary")
     for name in ("standard_true", "jumprelu_true", "gated_true"):
         first = options().dictionaries[name]
         first = first.l0_coefficient or first.l1_coefficient
@@ -379,7 +374,7 @@ def worked(folder, **more):
     """The tables and dictionaries of two short dictionaries, one of which has seeds of its own."""
     some = {n: options().dictionaries[n].model_dump() for n in ("batchtopk_true", "standard_true")}
     some["batchtopk_true"]["seeds"] = [0, 1]
-    given = options(n_samples=320, milestones=[], dictionaries=some, **more)
+    given = options(n_samples=320, dictionaries=some, **more)
     args = SimpleNamespace(saes=str(folder / "saes"))
     job = SimpleNamespace(
         args=args, code="code", hardware="cpu", device=lambda: torch.device("cpu"),
@@ -411,7 +406,6 @@ def test_a_dictionary_may_have_seeds_of_its_own(tmp_path):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"milestones": [2000]}, "2000 samples are more than the stream's 1280"),
         ({"dictionaries": {"a": {"architecture": "topk", "k": 2, "d_sae": 8, "target_l0": 3}}},
          "topk takes its L0 from k"),
         ({"wrold": {}}, "did you mean 'world'"),
@@ -428,12 +422,11 @@ def frame(rows):
     return pd.DataFrame([base | dict(zip(columns, row, strict=True)) for row in rows])
 
 
-def test_metrics_are_those_of_the_end_a_value_a_seed():
+def test_metrics_have_a_value_a_seed():
     nan = float("nan")
     table = frame(
         [
             ("batchtopk_true", 1, 200, nan, 0.4, 25.0, 25.0),
-            ("batchtopk_true", 0, 20, nan, 0.2, 25.0, 25.0),
             ("batchtopk_true", 0, 200, nan, 0.3, 25.0, 25.0),
             ("standard_true", 0, 200, 2.0, 0.6, 27.2, 20.0),
         ]
@@ -458,7 +451,7 @@ def test_the_paper_scale_gives_every_dictionary_the_papers_samples():
     """And three seeds to those that the paper is about."""
     own = papers.load(FOLDER, "paper").spec.model_dump(mode="json")["own"]["recovery"]
     given = recovery.Options.model_validate(own)
-    assert {given.steps_of(r) for r in given.dictionaries.values()} == {200_000_000 // 1024}
+    assert given.n_samples // given.batch_size == 200_000_000 // 1024
     assert given.seeds == [0]
     several = {name for name, recipe in given.dictionaries.items() if recipe.seeds == [0, 1, 2]}
     assert several == {f"{n}_{l0}" for n in ("batchtopk", "matryoshka") for l0 in ("true", "low")}

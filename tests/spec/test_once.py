@@ -75,7 +75,10 @@ def test_a_null_arm_may_put_names_in_the_place_of_others():
 
 
 def test_a_null_arm_may_stand_before_every_metric():
-    claim = CLAIM | {"id": "a", "holds": "a.test > 0.99 and max(b.x, a_1.y.z) < 2 * abs(a.test - 1.5e-3)"}
+    claim = CLAIM | {
+        "id": "a",
+        "holds": "a.test > 0.99 and max(b.x, a_1.y.z) < 2 * abs(a.test - 1.5e-3)",
+    }
     (found,) = claims(claim | {"null_arm": {"*": "null.*"}})
     want = "null.a.test > 0.99 and max(null.b.x, null.a_1.y.z) < 2 * abs(null.a.test - 1.5e-3)"
     assert found["null_arm"] == want

@@ -37,7 +37,7 @@ from . import sequences
 X = 3  # the id of x, as in the compiled vocabulary
 IS_X, SHARE = Node("mlp", 0), Node("head", 1, 0)
 CHECKS = "behaviour interchange strict".split()
-TABLES = ("history", "checks")
+TABLES = ("checks",)
 WRITES = {"checkpoint": "folder of the networks"}
 
 
@@ -110,10 +110,8 @@ def errors(
     return {name: (error**2).mean() for name, error in out.items()}
 
 
-def train(
-    options: Options, seed: int, device: torch.device
-) -> tuple[NativeForCausalLM, pd.DataFrame]:
-    """The model, and the three errors by step."""
+def train(options: Options, seed: int, device: torch.device) -> NativeForCausalLM:
+    """The model of a seed."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     config = {"d_vocab": 6, **options.architecture.model_dump()}
@@ -121,7 +119,7 @@ def train(
     every, others, n = sequences.all_letters().to(device), outside(hf), options.batch_size
     optimiser = torch.optim.Adam(hf.parameters(), lr=options.lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, options.steps)
-    progress, rows = cli.Progress("training", options.steps, "steps"), []
+    progress = cli.Progress("training", options.steps, "steps")
     for step in range(1, options.steps + 1):
         base, source = every[rng.integers(len(every), size=(2, n))]
         where = torch.tensor(rng.random((n, every.shape[1])) < 0.5, device=device)
@@ -131,10 +129,8 @@ def train(
         sum(found.values()).backward()
         optimiser.step()
         schedule.step()
-        if step % 10 == 0 or step == options.steps:
-            rows.append({"step": step} | {k: float(v.detach()) for k, v in found.items()})
         progress.at(step)
-    return hf.eval().requires_grad_(False), pd.DataFrame(rows)
+    return hf.eval().requires_grad_(False)
 
 
 def checks(hf: NativeForCausalLM, seed: int) -> pd.DataFrame:
@@ -157,12 +153,12 @@ def checks(hf: NativeForCausalLM, seed: int) -> pd.DataFrame:
 
 
 def work(job: cli.Job, options: Options) -> own.Tables:
-    """The network of each seed, in a folder of its own, and the rows of both tables."""
+    """The network of each seed, in a folder of its own, and the rows of the table."""
     out, root, files = own.Tables(TABLES), Path(job.args.checkpoint), {}
     for seed in options.seeds:
-        hf, history = train(options, seed, job.device())
+        hf = train(options, seed, job.device())
         with torch.no_grad():
-            out.add({"checks": checks(hf, seed + 1), "history": history}, seed=seed)
+            out.add({"checks": checks(hf, seed + 1)}, seed=seed)
         folder = root / str(seed)
         hf.cpu().save_pretrained(folder)
         certificate = job.certificate([], seed=seed)

@@ -2,16 +2,14 @@
 each recovers the true features (Chanin & Garriga-Alonso 2026).
 
 1. The ground truth is built from its config (world.py).
-2. All dictionaries are trained on the same batches (pipeline/sae/train.py, learner.py). One with
-   fewer samples than the others leaves early.
-3. At every milestone the dictionaries that have come so far are measured on fresh samples
-   (measures.py), so that those of equal training can be compared.
-4. Until all is done checkpoints and the tables of passed milestones lie in `<saes>.partial/`: a
-   killed job goes on there and ends with the same numbers.
+2. All dictionaries are trained on the same batches (pipeline/sae/train.py, learner.py).
+3. Each is measured on fresh samples (measures.py).
+4. Until all is done checkpoints lie in `<saes>.partial/`: a killed job goes on there and ends with
+   the same numbers.
 
-Tables: `dictionaries` has a row for each dictionary, seed and milestone; `latents` one for each
-latent of a finished dictionary, `features` one for each true feature, `history` one for about every
-hundredth step. The folders in `saes` are SAELens's.
+Tables: `dictionaries` has a row for each dictionary and seed; `latents` one for each latent,
+`features` one for each true feature, `history` one for about every hundredth step. The folders in
+`saes` are SAELens's.
 """
 
 import shutil
@@ -30,7 +28,7 @@ from pipeline.sae.sae import save
 from pipeline.sae.train import build, history, train
 from pipeline.spec.base import Name
 from pipeline.spec.sae import SaeSpec, SaeTraining
-from pipeline.store import provenance, tables
+from pipeline.store import provenance
 from pipeline.store.checkpoints import Checkpoints
 
 from . import learner as learning
@@ -48,7 +46,6 @@ class Recipe(SaeSpec):
     """One dictionary. The last are options of SAELens that the paper sets."""
 
     seeds: list[int] = Field(default=[], description="of initial weights; none: the stage's")
-    n_samples: int = Field(default=0, ge=0, description="0: as many as the stream has")
     target_l0: float = Field(
         default=0, ge=0, description="standard, gated, jumprelu: the coefficient moves until L0 is "
         "this; 0: it stays",
@@ -76,7 +73,6 @@ class Options(own.Options):
 
     world: ground.World = ground.World()
     n_samples: int = Field(ge=1, description="of the stream")
-    milestones: list[int] = Field(default=[], description="samples after which to measure, too")
     batch_size: int = Field(default=1024, ge=1)
     bulk: int = Field(default=64, ge=1, description="batches drawn at a time")
     lr: float = Field(default=3e-4, gt=0, description="constant, without warm-up")
@@ -88,28 +84,12 @@ class Options(own.Options):
     dictionaries: dict[Name, Recipe] = Field(min_length=1)
     checkpoint_seconds: float = Field(default=45.0, gt=0, exclude=True)
 
-    @model_validator(mode="after")
-    def _ends_in_order(self) -> "Options":
-        for at in [*self.milestones, *(r.n_samples for r in self.dictionaries.values())]:
-            if at > self.n_samples:
-                raise ValueError(f"{at} samples are more than the stream's {self.n_samples}")
-        return self
-
-    def steps_of(self, recipe: Recipe) -> int:
-        """Steps of a dictionary's whole training."""
-        return (recipe.n_samples or self.n_samples) // self.batch_size
-
-    def ends(self) -> list[int]:
-        """The steps at which something is measured, ascending."""
-        steps = [m // self.batch_size for m in self.milestones]
-        return sorted({*steps, *map(self.steps_of, self.dictionaries.values())} - {0})
-
 
 def learners(options: Options, stream: Any, d_in: int) -> list[Any]:
     """Every dictionary and seed with its initial weights, on the stream's device."""
-    scale, out = stream.norm_scale(), []
+    scale, n_steps, out = stream.norm_scale(), options.n_samples // options.batch_size, []
     for name, recipe in options.dictionaries.items():
-        n_steps, target = options.steps_of(recipe), None
+        target = None
         if recipe.target_l0:
             coefficient = getattr(recipe, TUNED[recipe.architecture])
             start = round(recipe.start_share * n_steps)
@@ -144,8 +124,8 @@ def batches(stream: Any, n: int) -> Iterator[tuple[Any, Any]]:
         left, i = left - len(pairs), i + 1
 
 
-def measured(some: list[Any], stream: Any, n: int, step: int) -> dict[str, pd.DataFrame]:
-    """The tables `dictionaries`, `latents` and `features` of some learners after `step` steps."""
+def measured(some: list[Any], stream: Any, n: int) -> dict[str, pd.DataFrame]:
+    """The tables `dictionaries`, `latents` and `features` of trained learners."""
     sampler, out = stream.sampler, own.Tables(TABLES[:3])
     start = lambda one: measures.Recovery(one.sae, one.scale, sampler.directions)  # noqa: E731
     with ThreadPoolExecutor(AT_ONCE) as pool:  # a matching takes seconds without the GIL
@@ -159,16 +139,16 @@ def measured(some: list[Any], stream: Any, n: int, step: int) -> dict[str, pd.Da
     table = {"feature": np.arange(len(rate)), "level": sampler.level.cpu().numpy()}
     features = pd.DataFrame(table).assign(probability=rate)
     for one, recovery in zip(some, found, strict=True):
-        key = {**one.about, "n_samples": step * stream.batch_size}
-        d_sae = len(recovery.matched)
-        row = {"ended": one.n_steps == step, "target_l0": float(one.target_l0)}
+        n_samples, d_sae = one.n_steps * stream.batch_size, len(recovery.matched)
+        row = {"n_samples": n_samples, "target_l0": float(one.target_l0)}
         row["coefficient"] = float(one.tuner.coefficient()) if one.tuner else np.nan
         row |= recovery.summary() | {"true_l0": rate.sum(), "true_l0_first": rate[:d_sae].sum()}
-        out.add({"dictionaries": [row | {"d_sae": d_sae}]}, key)
+        out.add({"dictionaries": [row | {"d_sae": d_sae}]}, one.about)
         of_features = features.assign(cosine=recovery.feature_cosine)
-        out.add({"latents": recovery.latents(), "features": of_features}, **key)
+        which = {name: one.about[name] for name in ("dictionary", "seed")}
+        out.add({"latents": recovery.latents(), "features": of_features}, **which)
         said = ", ".join(f"{name} {row[name]:.4f}" for name in SHORT)
-        cli.log.info("%s after %d samples: %s", one.name, key["n_samples"], said)
+        cli.log.info("%s after %d samples: %s", one.name, n_samples, said)
     made = dict(out.frames())
     small = {"level": "int8", "cosine": "float32", "probability": "float32"}
     return made | {"features": made["features"].astype(small)}
@@ -180,52 +160,33 @@ def key_of(options: Options, job: cli.Job) -> str:
     return provenance.digest([options.model_dump(mode="json"), made_by])
 
 
-def run(options: Options, job: cli.Job, partial: Path) -> tuple[list[Any], list[dict]]:
-    """Train, or go on training, and measure: the learners, and the tables of every milestone."""
+def run(options: Options, job: cli.Job, partial: Path) -> tuple[list[Any], dict]:
+    """Train, or go on training, and measure: the learners, and their tables."""
     torch.set_float32_matmul_precision("high")  # TF32, where the paper computes in bfloat16
     sampler = ground.Sampler(ground.build(options.world, job.torch_device))
     how = {"batch_size": options.batch_size, "bulk": options.bulk, "seed": options.data_seed}
     stream = ground.Stream(sampler, **how)
     fresh = ground.Stream(sampler, **how, kind=ground.EVALUATION)
     some = learners(options, stream, options.world.d_model)
-    key, ends, out = key_of(options, job), options.ends(), []
-    checkpoints = Checkpoints(partial, key)
-    done, rows = checkpoints.load(some), options.batch_size
-    progress = cli.Progress("recovery", ends[-1] * rows, "samples", done * rows)
-    for end in ends:
-        kept = {n: partial / f"{key[:12]}-{end}-{n}.parquet" for n in TABLES[:3]}
-        standing = [one for one in some if one.n_steps >= end]
-        if done < end:
-            train(
-                standing, stream, end, first=done, seconds=options.checkpoint_seconds,
-                save=lambda step: checkpoints.save(step, some), progress=progress.at,
-            )  # fmt: skip
-            done = end
-            checkpoints.save(done, some)
-        if not all(path.exists() for path in kept.values()):
-            for name, frame in measured(standing, fresh, options.n_eval_samples, end).items():
-                tables.write_table(kept[name], frame, {})
-        out.append({name: tables.read_table(path) for name, path in kept.items()})
-    return some, out
-
-
-def finished(parts: list[dict], table: str) -> pd.DataFrame:
-    """The rows of the last milestone of each dictionary."""
-    frame = pd.concat([part[table] for part in parts], ignore_index=True)
-    last = frame.groupby(["dictionary", "seed"])["n_samples"].transform("max")
-    return frame[frame["n_samples"] == last].drop(columns=["n_samples", "architecture"])
+    checkpoints, rows = Checkpoints(partial, key_of(options, job)), options.batch_size
+    done, n_steps = checkpoints.load(some), options.n_samples // rows
+    progress = cli.Progress("recovery", n_steps * rows, "samples", done * rows)
+    train(
+        some, stream, n_steps, first=done, seconds=options.checkpoint_seconds,
+        save=lambda step: checkpoints.save(step, some), progress=progress.at,
+    )  # fmt: skip
+    checkpoints.save(n_steps, some)
+    return some, measured(some, fresh, options.n_eval_samples)
 
 
 def work(job: cli.Job, options: Options) -> own.Tables:
     """The stage: the dictionaries in the folder `saes`, and the rows of all tables."""
     job.torch_device = job.device()
-    some, parts = run(options, job, Path(f"{job.args.saes}.partial"))
+    some, found = run(options, job, Path(f"{job.args.saes}.partial"))
     made = job.certificate([], seed=options.data_seed)
     shutil.rmtree(job.args.saes, ignore_errors=True)
     for one in some:
         save(one, Path(job.args.saes) / one.name, one.scale, made)
     out = own.Tables(TABLES)
-    out.add({name: finished(parts, name) for name in ("latents", "features")})
-    out.add({"dictionaries": pd.concat([part["dictionaries"] for part in parts])})
-    out.add({"history": history(some)})
+    out.add(found | {"history": history(some)})
     return out

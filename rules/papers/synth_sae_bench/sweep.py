@@ -71,10 +71,10 @@ def overlap(directions: torch.Tensor) -> float:
 
 def measured(options: Any, job: cli.Job, folder: Path) -> pd.DataFrame:
     """The rows that stage recovery has of one world, with the settings of the world."""
-    _, parts = recovery.run(options, job, folder)
+    _, found = recovery.run(options, job, folder)
     world = options.world
     made = ground.build(world, job.torch_device)
-    return pd.concat([part["dictionaries"] for part in parts]).assign(
+    return found["dictionaries"].assign(
         d_model=world.d_model,
         roots=world.roots,
         correlation_scale=world.correlation_scale,
