@@ -18,6 +18,7 @@ import torch
 from pydantic import Field
 
 from pipeline.job import cli, own
+from pipeline.latents.recovery import cosine
 from pipeline.spec.base import Name, Section
 
 from . import recovery
@@ -58,15 +59,7 @@ class Options(recovery.Options):
 @torch.no_grad()
 def overlap(directions: torch.Tensor) -> float:
     """Mean over features of the largest |cos| with another one (rho_mm of the paper)."""
-    largest = [
-        (block @ directions.T).abs().scatter_(1, at[:, None], 0).amax(1)
-        for block, at in zip(
-            directions.split(ground.BLOCK),
-            torch.arange(len(directions), device=directions.device).split(ground.BLOCK),
-            strict=True,
-        )
-    ]
-    return float(torch.cat(largest).mean())
+    return float(cosine(directions, directions).fill_diagonal_(0).amax(1).mean())
 
 
 def measured(options: Any, job: cli.Job, folder: Path) -> pd.DataFrame:
