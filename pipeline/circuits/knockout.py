@@ -6,7 +6,8 @@ position means the same in all prompts of a template). MLPs and embeddings alway
 a set of (layer, head, position); a head may count at one position and be ablated at the others.
 """
 
-from contextlib import ExitStack
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
 
 import torch
 from jaxtyping import Bool, Float, Int
@@ -46,7 +47,7 @@ class Knockout:
     """Circuits of a model, run on the base prompts of a task.
 
     Args:
-        means: see `group_means`.
+        means: see `group_means`; of prompts that may be longer.
         groups: the template of each prompt.
     """
 
@@ -57,7 +58,7 @@ class Knockout:
         groups: Int[Tensor, " batch"],
     ) -> None:
         self.task, self.heads = task, task.heads
-        self.means = [m[groups] for m in means]
+        self.means = [m[groups, : task.pairs.base.shape[1]] for m in means]
         self.masks: dict[str, Tensor] = {}
 
     def whole(self) -> Circuit:
@@ -98,10 +99,14 @@ class Knockout:
             on_done(n_done)
         return torch.cat(out)
 
-    def _run(
-        self, kept: Bool[Tensor, "n_layers runs batch pos n_heads"]
-    ) -> Float[Tensor, "runs batch"]:
-        """m of base runs in which the heads that are not kept write their mean."""
+    def run(self, circuit: Circuit, removed: Circuit = frozenset()) -> Run:
+        """The base run of a circuit without `removed`."""
+        with self._ablated(self.kept(circuit, removed)[:, None]):
+            return Run.of(self.heads, self.task.pairs.base)
+
+    @contextmanager
+    def _ablated(self, kept: Bool[Tensor, "n_layers runs batch pos n_heads"]) -> Iterator[None]:
+        """Inside: in base runs side by side the heads that are not kept write their mean."""
         k = kept.shape[1]
         with ExitStack() as stack:
             for layer in range(self.heads.n_layers):
@@ -113,6 +118,14 @@ class Knockout:
                     return torch.where(keep[..., None], by_head, other).flatten(-2)
 
                 stack.enter_context(self.heads.z_edited(layer, ablate))
+            yield
+
+    def _run(
+        self, kept: Bool[Tensor, "n_layers runs batch pos n_heads"]
+    ) -> Float[Tensor, "runs batch"]:
+        """m of base runs in which the heads that are not kept write their mean."""
+        k = kept.shape[1]
+        with self._ablated(kept):
             x = self.task.base.pre[0].repeat(k, 1, 1)
             end = splice.resume_stream(self.task.hf, "blocks.0.hook_resid_pre", x)
         return self.task.metric(self.task.pairs.at_end(end.unflatten(0, (k, -1))))

@@ -57,9 +57,15 @@ ABOUT = """\
 """
 
 
+def own_functions(file: Path) -> dict[str, Path]:
+    """Name of a function -> its file: figures.py, or one that it is split into, figures_*.py."""
+    files = sorted(file.parent.glob(f"{file.stem}*.py"))
+    return {name: path for path in files for name in functions(path)}
+
+
 def faults(paper: Any) -> Iterator[str]:
     """A sentence for every figure without a function or table: the value and the nearest one."""
-    own = functions(paper.folder / "figures.py")
+    own = own_functions(paper.folder / "figures.py")
     tables = [*paper.tables(), "metrics", "claims"]
     metrics = known(parts(paper))
     for name, figure in paper.spec.figures.items():
@@ -252,8 +258,10 @@ def make(name: str, spec: dict, frames: dict[str, Any], own: Path | None) -> tup
     import plotly.graph_objects as go
 
     wanted = spec["kind"] or name
-    function = getattr(import_file(own), wanted, None) if own else None
-    function = function or KINDS.get(wanted)
+    there = own_functions(own) if own else {}
+    function = KINDS.get(wanted)
+    if wanted in there:
+        function = getattr(import_file(there[wanted]), wanted)
     if function is None:
         raise RetraceError(f"figure {name}: no function '{wanted}' in {own or 'the core kinds'}")
     try:

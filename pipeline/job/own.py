@@ -19,6 +19,7 @@ table, and one for each of its needs (NEEDS). READS and WRITES of a module name 
 help.
 """
 
+import shutil
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import ModuleType
@@ -114,7 +115,7 @@ def main(
     Args:
         options: the class of the section own.<stage>; its `seeds`, or `seed`, is certified.
         names: of the tables.
-        writes: option -> help of what `work` writes itself.
+        writes: option -> help of what `work` writes itself; `<it>.partial` goes in the end.
         reads: option -> help of what it reads, as `cli.parser` takes them; of a folder the weights
             are certified.
     """
@@ -129,6 +130,8 @@ def main(
         certificate = job.certificate(list(_read(job, reads)), **more)
         for name, frame in made.frames():
             tables.write_table(getattr(job.args, name), frame, certificate)
+        for name in (*files, *(writes or {})):  # what a killed job would have gone on with
+            shutil.rmtree(f"{getattr(job.args, name)}.partial", ignore_errors=True)
 
     cli.run(stage, parser.parse_args(), whole)
 

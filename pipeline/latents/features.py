@@ -70,12 +70,15 @@ class Scan:
         return self.acts.indices[start:stop], self.acts.data[start:stop]
 
 
-def scan(sae: Any, manifest: str | Path, hook: str, n_rows: int, device: torch.device) -> Scan:
-    """Encode the first `n_rows` stored rows: training rows first, then held-out rows."""
+def scan(
+    sae: Any, manifest: str | Path, hook: str, n_rows: int, device: torch.device,
+    splits: tuple[str, ...] = ("train", "eval"),
+) -> Scan:  # fmt: skip
+    """Encode the first `n_rows` stored rows of `splits`, one behind the other."""
     parts, at = [], {c: [] for c in COLUMNS}
     left = n_rows
     with torch.no_grad():
-        for split in ("train", "eval"):
+        for split in splits:
             rows = shards.Rows(manifest, hook, split)
             progress = cli.Progress(f"features, {split} rows", min(rows.n_rows, left), "rows")
             for raw, columns in rows.iterate(4096):

@@ -104,12 +104,12 @@ def by_text(frame: Any, numbers: list[str]) -> dict[tuple, Any]:
 def ways(name: str, shown: dict[str, Any], folder: Path, scale: str) -> list[dict[str, Any]]:
     """A figure as published, and with the kind and options of this checkout's paper.yaml: what
     was a function of the paper may be a core kind by now, of the same name or another."""
+    from pipeline.figures.drawing import own_functions
     from pipeline.figures.kinds import KINDS
-    from pipeline.job import source
     from pipeline.papers import folders
 
     found = []
-    if (shown["kind"] or name) in {*KINDS, *source.functions(folder / "figures.py")}:
+    if (shown["kind"] or name) in {*KINDS, *own_functions(folder / "figures.py")}:
         found = [shown]
     if (folder / "paper.yaml").is_file():
         figure = folders.load(folder, scale).spec.figures.get(name)

@@ -9,7 +9,7 @@ claim, dictionary and hook whole, as if it had been written out.
    `with: {name: value}` of a claim or of these defaults puts values where a claim says `{name}`,
    and `- {each: [{…}, {…}], claims: […]}` makes its claims for each row of such values.
 3. In an expression `{a,b}.x > 0` is `a.x > 0 and b.x > 0`, and `max({a,b}.x)` is `max(a.x, b.x)`.
-   A null arm `{a: b}` is the claim with b for the name a.
+   A null arm `{a: b}` is the claim with b for the name a, `{"*": b.*}` with b. before every metric.
 4. `sae.defaults` lies under every dictionary that is trained here.
 5. `{layer}` in a hook stands for each layer of `activations.layers` or of a dictionary's grid.
 """
@@ -26,6 +26,7 @@ LAYER = "{layer}"
 INSTEAD = {"null_arm": "no_null_arm", "no_null_arm": "null_arm"}  # a claim has one of the two
 NAMED = re.compile(r"\{(\w+)((?:\[\d+\])?(?::[^{}]*)?)\}")  # {name}, {name[0]}, {name:.2f}
 SEVERAL = re.compile(r"\{([\w.]+(?:, ?[\w.]+)+)\}")  # {a,b}
+METRIC = re.compile(r"(?<![\w.])[A-Za-z_]\w*(?:\.\w+)+")  # a.b, which no number or function is
 CALL = re.compile(r"\b(min|max)\(([^()]*)\)")
 ROWS = {"each", "claims"}
 KEYS = {*Claim.model_fields, "with", *ROWS, "defaults"}  # of an entry among the claims
@@ -96,7 +97,7 @@ def _claim(claim: Any, above: dict, row: dict) -> Any:
     if not isinstance(claim, dict):
         return claim
     claim = _named(claim)
-    said = {INSTEAD[key] for key in INSTEAD if claim.get(key) is not None}
+    said = {key for pair in INSTEAD.items() if claim.get(pair[0]) is not None for key in pair}
     whole = overlay({k: v for k, v in above.items() if k not in said}, claim)
     if values := row | (whole.pop("with", None) or {}):
         whole = {key: v for key, v in filled(whole, values).items() if v is not None}
@@ -179,6 +180,8 @@ def _exchanged(claim: dict) -> str:
     if not isinstance(said, str):
         raise ValueError(f"claim '{claim.get('id')}': null_arm: it has no holds: to put names into")
     others = claim["null_arm"]
+    if others.keys() == {"*"}:
+        return METRIC.sub(lambda found: str(others["*"]).replace("*", found[0]), said)
     names = re.compile(rf"(?<![\w.])({'|'.join(map(re.escape, others))})\b")
     if missing := others.keys() - set(names.findall(said)):
         raise ValueError(f"claim '{claim.get('id')}': null_arm: no '{min(missing)}' in '{said}'")

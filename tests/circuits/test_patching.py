@@ -442,6 +442,12 @@ def test_a_circuit_of_all_heads_is_the_model_and_one_without_them_is_the_mean(ta
     assert knockout.kept(one, one).sum() == 0
     again = knockout.metric([(whole, whole)])
     torch.testing.assert_close(again[0], found[1], **CLOSE)
+    run = knockout.run(whole, one)
+    torch.testing.assert_close(task.metric(task.pairs.at_end(run.post[-1])), found[2], **CLOSE)
+    mean = means[1][groups].unflatten(-1, (4, -1))[:, 5, 2]
+    torch.testing.assert_close(run.z[1].unflatten(-1, (4, -1))[:, 5, 2], mean, **CLOSE)
+    longer = [torch.nn.functional.pad(m, (0, 0, 0, 3)) for m in means]  # of longer prompts
+    assert torch.equal(Knockout(task, longer, groups).metric([(whole, one)])[0], found[2])
 
 
 # --- faults --------------------------------------------------------------------------------

@@ -366,6 +366,20 @@ def test_a_paper_may_replace_a_kind(tmp_path):
     assert frame.columns.tolist() == ["mine"]
 
 
+def test_a_figure_may_stand_in_a_file_that_figures_py_is_split_into(tmp_path):
+    made = "import pandas as pd, plotly.graph_objects as go\nN = 3\n"
+    made += "def shape(tables, options): return go.Figure(), pd.DataFrame({'n': [N]})\n"
+    (tmp_path / "figures_more.py").write_text(made)
+    (tmp_path / "figures.py").write_text("from .figures_more import N\ndef other(): return N\n")
+    found = drawing.own_functions(tmp_path / "figures.py")
+    assert {n: f.name for n, f in found.items()} == {
+        "other": "figures.py", "shape": "figures_more.py"
+    }  # fmt: skip
+    spec = {"kind": "", "options": {}}
+    _, frame = drawing.make("shape", spec, {}, tmp_path / "figures.py")
+    assert frame["n"].tolist() == [3]
+
+
 def test_a_function_that_returns_no_pair_is_one_sentence(tmp_path):
     own = tmp_path / "figures.py"
     own.write_text("def shape(tables, options): return 7\n")

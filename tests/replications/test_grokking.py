@@ -1,5 +1,6 @@
 """Progress Measures for Grokking: closed forms, fast against naive, the rule of the phases."""
 
+import copy
 import functools
 import json
 import random
@@ -104,7 +105,7 @@ def test_the_circuit_computes_what_the_model_computes(model):
         lambda _, inputs, __: seen.update(neurons=inputs[0][:, -1])
     )
     want = model(tokens).logits[:, -1, :P]
-    found = measured.circuit.run(model.state_dict(), ARCHITECTURE.n_heads)
+    found = measured.circuit.run(model)
     torch.testing.assert_close(found.logits, want, atol=1e-12, rtol=0)
     torch.testing.assert_close(found.neurons, seen["neurons"], atol=1e-12, rtol=0)
     squares = sum(float((p**2).sum()) for p in model.parameters())
@@ -236,7 +237,7 @@ def test_a_table_that_knows_pairs_by_heart_has_no_key_frequency(pairs):
 
 
 def test_edits_agree_with_the_measures(model, pairs):
-    circuit = measured.circuit.run(model.state_dict(), ARCHITECTURE.n_heads)
+    circuit = measured.circuit.run(model)
     for key in (torch.tensor([True, False, True, False, False, False]), torch.zeros(6) > 0):
         edits = ablations.edits(circuit, pairs, key)
         loss = {name: ablations.losses(logits, pairs) for name, logits in edits.items()}
@@ -264,14 +265,14 @@ def test_readout_is_explained_where_the_neurons_are_waves():
 @pytest.mark.parametrize(("embedding", "is_circle"), [("waves", True), ("random", False)])
 def test_only_waves_make_a_circle(model, pairs, embedding, is_circle):
     """n is left out of the directions that it is held against, so noise stays noise."""
-    k, state = 2, dict(model.state_dict())
+    k, drawn = 2, copy.deepcopy(model)
     generator = torch.Generator().manual_seed(0)
     table = torch.randn(P + 1, 24, generator=generator, dtype=torch.float64)
     if embedding == "waves":
         turned = torch.stack([(turn(k) * GRID).cos(), (turn(k) * GRID).sin()], 1)
         table[:P] = turned @ table[:2]
-    state["model.tok_embed.weight"] = table
-    circuit = measured.circuit.run(state, ARCHITECTURE.n_heads)
+    drawn.model.tok_embed.weight.copy_(table)
+    circuit = measured.circuit.run(drawn)
     key = torch.arange(1, 7) == k
     points = measured.circle(circuit, pairs, key)
     points = points[points["part"] == "number"]
@@ -372,7 +373,7 @@ def made_up_tables(model) -> dict[str, pd.DataFrame]:
     stage = import_file(FOLDER / "fourier.py")
     frames = {t: [] for t in stage.TABLES}
     histories = {}
-    circuit = measured.circuit.run(model.state_dict(), ARCHITECTURE.n_heads)
+    circuit = measured.circuit.run(model)
     key = torch.tensor([True, False, True, False, False, False])
     for arm, seeds in (("decay", (0, 1)), ("no_decay", (0,))):
         rows = []
@@ -453,7 +454,7 @@ def test_figures_are_drawn(tables, every_figure):
 
 
 def test_a_model_without_key_frequencies_is_told_not_drawn(tables):
-    figures = import_file(FOLDER / "figures.py")
+    figures = import_file(FOLDER / "figures_waves.py")
     none = tables["fourier/frequencies"].assign(key=False)
     drawn, _ = figures.circle({**tables, "fourier/frequencies": none}, {})
     assert "no key frequency" in drawn.layout.annotations[0].text

@@ -395,6 +395,7 @@ def two_seeds() -> dict[str, pd.DataFrame]:
             who
             | dict.fromkeys(("start", "end", "share", "bump", "icl_before", "icl_after"), 1.0)
             | {"prefix_matching_formed": np.nan if seed else 5.0, "previous_token_formed": 4.0}
+            | {"corpus_tokens": np.nan, "document_length": 49.0}
         )
         for step, layer in itertools.product((0, 9), (0, 1)):
             match = step and layer and not seed

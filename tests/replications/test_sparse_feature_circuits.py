@@ -19,10 +19,11 @@ from pipeline.figures import drawing
 from pipeline.job import own as own_stages
 from pipeline.job.source import import_file
 from pipeline.latents import sites as latents
+from pipeline.latents.features import COLUMNS
 from pipeline.latents.units import ERROR, Latents
 from pipeline.papers import papers
 from pipeline.sharing import attribution_graph
-from pipeline.store import provenance, tables
+from pipeline.store import provenance, shards, tables
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "rules/papers/sparse_feature_circuits"
@@ -312,24 +313,23 @@ class Stored:
         assert split == "eval"
         draw = np.random.default_rng(0)
         self.x = draw.standard_normal((300, 16), np.float32)
-        self.token = draw.integers(0, 40, 300)
+        self.token, self.n_rows = draw.integers(0, 40, 300), 300
 
     def iterate(self, rows: int):
         for at in range(0, len(self.x), rows):
-            yield self.x[at : at + rows], {"token": self.token[at : at + rows]}
+            yield self.x[at : at + rows], dict.fromkeys(COLUMNS, self.token[at : at + rows])
 
 
 def test_top_tokens_are_those_of_all_rows(monkeypatch):
-    monkeypatch.setattr(graph.shards, "Rows", Stored)
-    monkeypatch.setattr(graph, "ROWS_A_PASS", 100)
+    monkeypatch.setattr(shards, "Rows", Stored)
     units, rows = Latents(TopK(3)), Stored("", "", "eval")
-    found = graph.top_tokens("", units, "", [0, 4, 9], 10**6, "cpu")
+    found = graph.top_tokens("", units, "", [0, 4, 9], 10**6, torch.device("cpu"))
     acts = units.sae.encode(torch.tensor(rows.x))
     for number, ids in found.items():
         best = pd.Series(acts[:, number].numpy()).groupby(rows.token).max()
         best = best[best > 0].sort_values(ascending=False)
         assert ids == best.index[: graph.N_LABEL].tolist()
-    first = graph.top_tokens("", units, "", [0], 100, "cpu")[0]
+    first = graph.top_tokens("", units, "", [0], 100, torch.device("cpu"))[0]
     assert set(first) <= set(rows.token[:100])
 
 

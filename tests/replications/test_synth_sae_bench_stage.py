@@ -146,12 +146,11 @@ def options(**more):
     dictionaries["gated_true"] = {"architecture": "gated", "d_sae": 32, "l1_coefficient": 0.5}
     for name in ("standard", "jumprelu", "gated"):
         dictionaries[f"{name}_true"] |= {"target_l0": 4, "start_share": 0.2}
-    dictionaries["matching_pursuit_true"]["n_samples"] = 640
     return recovery.Options.model_validate(
         {
-            "tables": [], "world": SMALL.model_dump(), "n_samples": 1280, "milestones": [320],
-            "batch_size": 32, "bulk": 3, "lr": 1e-2, "dead_steps": 10, "control": control,
-            "n_eval_samples": 100, "dictionaries": dictionaries,
+            "tables": [], "world": SMALL.model_dump(), "n_samples": 1280, "batch_size": 32,
+            "bulk": 3, "lr": 1e-2, "dead_steps": 10, "control": control, "n_eval_samples": 100,
+            "dictionaries": dictionaries,
         }
         | more
     )  # fmt: skip
@@ -171,7 +170,7 @@ def whole(tmp_path_factory):
 def test_a_killed_run_ends_with_the_numbers_of_an_undisturbed_one(
     whole, tmp_path, monkeypatch, killed_at
 ):
-    """Milestones at 10, 20 and 40 steps, a checkpoint after each step."""
+    """A checkpoint after each of the forty steps."""
     step = recovery.learning.Learner.step
 
     def dies(self, x, at, scratch):
@@ -183,29 +182,25 @@ def test_a_killed_run_ends_with_the_numbers_of_an_undisturbed_one(
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(recovery.learning.Learner, "step", dies)
         recovery.run(given, JOB, tmp_path)
-    some, parts = recovery.run(given, JOB, tmp_path)
+    some, found = recovery.run(given, JOB, tmp_path)
     for one, other in zip(some, whole[0], strict=True):
         for key, value in one.tensors().items():
             assert torch.equal(value, other.tensors()[key]), (one.name, key)
-    for part, other in zip(parts, whole[1], strict=True):
-        for name, table in part.items():
-            assert table.equals(other[name]), name
+    for name, table in found.items():
+        assert table.equals(whole[1][name]), name
 
 
-def test_milestones_measure_those_that_stand_there(whole):
-    _, parts = whole
-    seen = [sorted(set(p["dictionaries"]["dictionary"])) for p in parts]
+def test_every_dictionary_is_measured_at_the_end(whole):
     names = sorted(options().dictionaries)
-    without = [n for n in names if n != "matching_pursuit_true"]
-    assert seen == [names, names, without]
-    assert [p["dictionaries"]["n_samples"].iloc[0] for p in parts] == [320, 640, 1280]
-    last = recovery.finished(parts, "latents")
-    assert sorted(set(last["dictionary"])) == names and len(last) == 32 * len(names)
+    for table, rows in {"dictionaries": 1, "latents": 32, "features": SMALL.n_features}.items():
+        counts = whole[1][table]["dictionary"].value_counts()
+        assert sorted(counts.index) == names and set(counts) == {rows}
+    assert set(whole[1]["dictionaries"]["n_samples"]) == {1280}
 
 
 def test_targets_of_l0_are_approached(whole):
     """Forty steps: the coefficient has left its first value, in the direction of the target."""
-    rows = whole[1][-1]["dictionaries"].set_index("dictionary")
+    rows = whole[1]["dictionaries"].set_index("dictionary")
     for name in ("standard_true", "jumprelu_true", "gated_true"):
         first = options().dictionaries[name]
         first = first.l0_coefficient or first.l1_coefficient
@@ -294,11 +289,11 @@ class Samples(torch.nn.Module):
 
 
 def recipe_of(name):
-    """A dictionary of the paper's scale with 64 latents, and without a controller."""
+    """A dictionary of the paper's scale with 64 latents, one seed, and no controller."""
     own = papers.load(FOLDER, "paper").spec.model_dump(mode="json")["own"]["recovery"]
     small = {"d_sae": 64} | ({"k": 4} if "k" in own["dictionaries"][name] else {})
     still = {n: 0 for n in ("target_l0", "start_share") if n in own["dictionaries"][name]}
-    return own["dictionaries"][name] | small | still
+    return own["dictionaries"][name] | small | still | {"seeds": []}
 
 
 def ran_by_saelens(name, batches, scaled_by, window):
@@ -372,63 +367,37 @@ def test_the_schedule_is_that_of_saelenss_runner():
         assert own[name] == ours[name].default
 
 
-# --- parts ---------------------------------------------------------------------------------
+# --- the whole stage -------------------------------------------------------------------------
 
 
-def few(**more):
-    """Three short dictionaries of two architectures, one of them with two seeds."""
-    some = {n: options().dictionaries[n] for n in ("batchtopk_true", "standard_true")}
-    parts = [
-        {"dictionaries": ["standard_true"], "seeds": [0]},
-        {"dictionaries": ["batchtopk_true"], "seeds": [0, 1]},
-    ]
-    given = {"n_samples": 320, "milestones": [], "dictionaries": some, "parts": parts} | more
-    return options(**{k: v if k != "dictionaries" else dict(v) for k, v in given.items()})
-
-
-def job_in(folder, given, train_only=False):
-    """A job of the stage with outputs in `folder`."""
-    paths = {t: str(folder / f"{t}.parquet") for t in recovery.TABLES}
-    args = SimpleNamespace(saes=str(folder / "saes"), train_only=train_only, **paths)
-    return SimpleNamespace(
+def worked(folder, **more):
+    """The tables and dictionaries of two short dictionaries, one of which has seeds of its own."""
+    some = {n: options().dictionaries[n].model_dump() for n in ("batchtopk_true", "standard_true")}
+    some["batchtopk_true"]["seeds"] = [0, 1]
+    given = options(n_samples=320, dictionaries=some, **more)
+    args = SimpleNamespace(saes=str(folder / "saes"))
+    job = SimpleNamespace(
         args=args, code="code", hardware="cpu", device=lambda: torch.device("cpu"),
-        section=lambda *_: given, certificate=lambda *_, **more: {"stage": "recovery"} | more,
+        certificate=lambda *_, **more: {"stage": "recovery"} | more,
     )  # fmt: skip
+    return dict(recovery.work(job, given).frames())
 
 
-def test_parts_joined_are_the_whole(tmp_path):
-    """Divided over two processes, of which one stops: the numbers of one job, seed by seed."""
-    both, seeds = few(), few(parts=[], seeds=[0, 1])
-    helper = job_in(tmp_path / "parts", both, train_only=True)
-    recovery.work(helper)
-    folder = tmp_path / "parts/saes.partial"
-    assert len(list(folder.glob("*/done"))) == 2 and not (tmp_path / "parts/saes").exists()
-    recovery.work(job_in(tmp_path / "parts", both))
-    recovery.work(job_in(tmp_path / "whole", seeds))
-    assert not folder.exists()
-    found, want = (
-        pd.read_parquet(tmp_path / n / "dictionaries.parquet") for n in ("parts", "whole")
+def test_a_dictionary_may_have_seeds_of_its_own(tmp_path):
+    """Each seed has the numbers that it has beside others."""
+    found, alone = worked(tmp_path), worked(tmp_path / "alone", seeds=[1])
+    key = ["dictionary", "seed"]
+    seen = sorted(map(tuple, found["dictionaries"][key].to_numpy().tolist()))
+    assert seen == [("batchtopk_true", 0), ("batchtopk_true", 1), ("standard_true", 0)]
+    saes = sorted(p.name for p in (tmp_path / "saes").iterdir())
+    assert saes == [f"{name}_seed{seed}" for name, seed in seen]
+    one, other = (
+        t["dictionaries"].set_index(key).loc[("batchtopk_true", 1)] for t in (found, alone)
     )
-    order = ["dictionary", "seed"]
-    want = want[(want["dictionary"] != "standard_true") | (want["seed"] == 0)]
-    found, want = (t.sort_values(order).reset_index(drop=True) for t in (found, want))
-    pd.testing.assert_frame_equal(found, want)
-    saes = sorted(p.name for p in (tmp_path / "parts/saes").iterdir())
-    assert saes == ["batchtopk_true_seed0", "batchtopk_true_seed1", "standard_true_seed0"]
-
-
-def test_a_part_that_another_process_holds_is_left_alone(tmp_path):
-    import fcntl
-
-    given = few()
-    job = job_in(tmp_path, given, train_only=True)
-    first = tmp_path / "saes.partial" / recovery.key_of(given.divided()[0], job)[:12]
-    first.mkdir(parents=True)
-    with open(first / "lock", "w") as held:
-        fcntl.flock(held, fcntl.LOCK_EX)
-        recovery.work(job)
-    done = [p.parent for p in (tmp_path / "saes.partial").glob("*/done")]
-    assert len(done) == 1 and done[0] != first
+    assert one.equals(other)
+    lengths = {name: len(frame) for name, frame in found.items() if name != "history"}
+    assert lengths == {"dictionaries": 3, "latents": 3 * 32, "features": 3 * SMALL.n_features}
+    assert set(found["history"]["sae"]) == set(saes)
 
 
 # --- the card ------------------------------------------------------------------------------
@@ -437,16 +406,9 @@ def test_a_part_that_another_process_holds_is_left_alone(tmp_path):
 @pytest.mark.parametrize(
     ("given", "said"),
     [
-        ({"milestones": [2000]}, "2000 samples are more than the stream's 1280"),
         ({"dictionaries": {"a": {"architecture": "topk", "k": 2, "d_sae": 8, "target_l0": 3}}},
          "topk takes its L0 from k"),
         ({"wrold": {}}, "did you mean 'world'"),
-        ({"parts": [{"dictionaries": ["gated_tru"]}]}, "did you mean 'gated_true'"),
-        ({"parts": [{"dictionaries": ["topk_true"]}]}, "none has dictionary"),
-        ({"parts": [{"dictionaries": ["topk_true"]}] * 2}, "none has dictionary"),
-        ({"dictionaries": {"a": {"architecture": "topk", "k": 2, "d_sae": 8}},
-          "parts": [{"dictionaries": ["a"]}, {"dictionaries": ["a"], "seeds": [1, 0]}]},
-         "'a' with seed 0 is in two"),
     ],
 )  # fmt: skip
 def test_bad_options_are_told_in_a_sentence(given, said):
@@ -460,12 +422,11 @@ def frame(rows):
     return pd.DataFrame([base | dict(zip(columns, row, strict=True)) for row in rows])
 
 
-def test_metrics_are_those_of_the_end_a_value_a_seed():
+def test_metrics_have_a_value_a_seed():
     nan = float("nan")
     table = frame(
         [
             ("batchtopk_true", 1, 200, nan, 0.4, 25.0, 25.0),
-            ("batchtopk_true", 0, 20, nan, 0.2, 25.0, 25.0),
             ("batchtopk_true", 0, 200, nan, 0.3, 25.0, 25.0),
             ("standard_true", 0, 200, 2.0, 0.6, 27.2, 20.0),
         ]
@@ -487,18 +448,13 @@ def test_metrics_are_those_of_the_end_a_value_a_seed():
 
 
 def test_the_paper_scale_gives_every_dictionary_the_papers_samples():
-    """And three seeds to those that the paper is about, whose parts come first."""
+    """And three seeds to those that the paper is about."""
     own = papers.load(FOLDER, "paper").spec.model_dump(mode="json")["own"]["recovery"]
     given = recovery.Options.model_validate(own)
-    assert {given.steps_of(r) for r in given.dictionaries.values()} == {200_000_000 // 1024}
-    seeds = {}
-    for part in given.parts:
-        for name in part.dictionaries:
-            seeds.setdefault(name, []).extend(part.seeds)
-    assert set(seeds) == set(given.dictionaries)
-    several = {n for n in seeds if sorted(seeds[n]) == [0, 1, 2]}
-    assert several >= {f"{n}_{l0}" for n in ("batchtopk", "matryoshka") for l0 in ("true", "low")}
-    assert set(given.parts[0].dictionaries) == {"batchtopk_true", "matryoshka_true"}
+    assert given.n_samples // given.batch_size == 200_000_000 // 1024
+    assert given.seeds == [0]
+    several = {name for name, recipe in given.dictionaries.items() if recipe.seeds == [0, 1, 2]}
+    assert several == {f"{n}_{l0}" for n in ("batchtopk", "matryoshka") for l0 in ("true", "low")}
 
 
 def test_figure_and_claims_show_the_same_published_numbers():

@@ -223,9 +223,8 @@ def test_seeds_and_models_differ():
 
 def test_features_are_active_with_their_density_and_uniform():
     models = family([0.7, 0.05])
-    weights = toymodel._Weights(toymodel.initial(models, 0))
-    scratch = torch.empty(4 * 6 * 300_000)
-    part = toymodel._Slice(models, 1, 50_000, (weights.V, weights.gradient), scratch)
+    V, scratch = toymodel.initial(models, 0), torch.empty(4 * 6 * 300_000)
+    part = toymodel._Slice(models, 1, 50_000, (V, torch.zeros_like(V)), scratch)
     part.forward(torch.rand(1, 6, 50_000, generator=toymodel.generator("cpu", 0)))
     for x, p in zip(part.x, (0.7, 0.05), strict=True):
         active = x[x > 0]

@@ -74,6 +74,32 @@ def test_a_null_arm_may_put_names_in_the_place_of_others():
     assert found["null_arm"] == "one.x > 1 and one.y < text_two.y and two.x > one.x.two"
 
 
+def test_a_null_arm_may_stand_before_every_metric():
+    claim = CLAIM | {
+        "id": "a",
+        "holds": "a.test > 0.99 and max(b.x, a_1.y.z) < 2 * abs(a.test - 1.5e-3)",
+    }
+    (found,) = claims(claim | {"null_arm": {"*": "null.*"}})
+    want = "null.a.test > 0.99 and max(null.b.x, null.a_1.y.z) < 2 * abs(null.a.test - 1.5e-3)"
+    assert found["null_arm"] == want
+    value = CLAIM | {"id": "b", "metric": "b.x", "paper": 0.5, "tolerance": 0.1, "reason": "r"}
+    (found,) = claims(value | {"null_arm": {"*": "null.*"}})
+    assert found["null_arm"] == "abs(null.b.x - 0.5) <= 0.1"
+
+
+def test_a_null_arm_of_the_defaults_is_left_to_a_claim_that_says_another():
+    above = {"defaults": {"null_arm": {"two": "one"}}}
+    rows = [
+        {"id": "a", "holds": "two.x > 1"},
+        {"id": "b", "holds": "three.x > 1", "null_arm": {"three": "one"}},
+        {"id": "c", "holds": "three.x > 1", "no_null_arm": "why"},
+        {"id": "d", "holds": "three.x > 1", "null_arm": None},
+    ]
+    a, b, c, d = claims(above, *(CLAIM | row for row in rows))
+    assert a["null_arm"] == "one.x > 1" and b["null_arm"] == "one.x > 1"
+    assert c["no_null_arm"] == "why" and not {"null_arm"} & {*c, *d}
+
+
 @pytest.mark.parametrize(
     "keys, kind",
     [({"holds": "x < y"}, "order"), ({"paper": 1, "comparable": False, "reason": "r"}, "value")],

@@ -42,12 +42,6 @@ def named(row: Any) -> str:
     return table.named(Edge(source, target, row["target_input"]))
 
 
-def missed(rows: pd.DataFrame, total: float) -> tuple[int, int]:
-    """(nodes that matter, those of them that the estimate misses)."""
-    matter = rows[rows["exact_size"] >= MATTERS * abs(total)]
-    return len(matter), int((matter["size"] < MISSED * matter["exact_size"]).sum())
-
-
 def checked(rows: pd.DataFrame) -> np.ndarray:
     """Share of what matters most among the 1, 2, … nodes of largest estimate."""
     wanted = top(rows["exact_size"], most(len(rows)))
@@ -66,15 +60,15 @@ def right(rows: pd.DataFrame, method: str, total: float) -> dict[str, Any]:
     """How right one estimate of some nodes, or edges, is; metrics.py says what the names mean."""
     column, k = "size" if method == UNSIGNED else "score", most(len(rows))
     made, exact = rows[column], rows[f"exact_{column}"]
-    n, lost = missed(rows, total)
     found = agreement(made, exact)
     out = {"n": float(len(rows))} | found.correlations
     out["largest"] = named(rows.iloc[found.largest]) if found.largest >= 0 else ""
     out["error"] = float((made - exact).abs().sum() / exact.abs().sum())
     out["recall"] = len(top(rows["size"], k) & top(rows["exact_size"], k)) / k
     out["effort"] = float((np.argmax(checked(rows) >= FOUND) + 1) / len(rows))
-    out |= {"matter": float(n), "missed": lost / n if n else float("nan")}
     large = rows[rows["exact_size"] >= MATTERS * abs(total)]
+    lost = large["size"] < MISSED * large["exact_size"]
+    out |= {"matter": float(len(large)), "missed": float(lost.mean())}
     same = np.sign(large["score"]) == np.sign(large["exact_score"])
     known = len(large) and method != UNSIGNED
     return out | {"sign": float(same.mean()) if known else float("nan")}

@@ -149,7 +149,8 @@ def truth_rows(graph: EdgeGraph, model: str) -> pd.DataFrame:
     """Rows of the table truth, with a column for each source."""
     nothing = torch.zeros(len(graph.edges))
     rows = edge_rows("", graph.edges, nothing, nothing)[roc.COLUMNS]
-    return rows.assign(**{k: v.numpy() for k, v in truth.truths(graph, model).items()})
+    ends = [roc.ends(edge) for edge in rows.itertuples(index=False, name=None)]
+    return rows.assign(**truth.truths(graph, ends, model))
 
 
 def measure(

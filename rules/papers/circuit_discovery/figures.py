@@ -11,9 +11,7 @@ from pipeline.figures.parts import Drawn, Panels, first, line, points, styled
 from pipeline.figures.theme import PALETTE, rgba
 from pipeline.store.tables import where
 
-from .figures_graph import ABLATIONS, TASKS, TRUTHS, ends_of, graph, known_of
-
-__all__ = ["graph", "roc", "scores"]
+from .figures_graph import ABLATIONS, TASKS, TRUTHS, ends_of, known_of
 
 METHODS = {  # name, colour, width, dash; thinner lines lie on wider ones, as curves often coincide
     "acdc": ("ACDC", PALETTE[0], 6, "solid"),  # in a drawn order of the edges

@@ -32,9 +32,14 @@ def xproportion(n: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
 
 def letters(n: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:
     """(clean, corrupt), [n 5] each: BOS, and four of w, x, y, z (ids 2 to 5)."""
-    every = torch.tensor([[0, *some] for some in product(range(2, 6), repeat=4)])
+    every = all_letters()
     clean = every[rng.choice(len(every), n, replace=False)]
     return clean, clean[rng.permutation(n)]
+
+
+def all_letters() -> Tensor:
+    """BOS and four of w, x, y, z, [256 5]."""
+    return torch.tensor([[0, *some] for some in product(range(2, 6), repeat=4)])
 
 
 def derangement(n: int, rng: np.random.Generator) -> list[int]:

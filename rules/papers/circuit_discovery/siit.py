@@ -32,10 +32,12 @@ from pipeline.spec.base import Seeds
 from pipeline.spec.training import Architecture
 from pipeline.store import provenance, tables
 
+from . import sequences
+
 X = 3  # the id of x, as in the compiled vocabulary
 IS_X, SHARE = Node("mlp", 0), Node("head", 1, 0)
 CHECKS = "behaviour interchange strict".split()
-TABLES = ("history", "checks")
+TABLES = ("checks",)
 WRITES = {"checkpoint": "folder of the networks"}
 
 
@@ -47,11 +49,6 @@ class Options(own.Options):
     batch_size: int = Field(ge=2, description="pairs of sequences a step")
     lr: float = Field(gt=0, description="Adam; falls to 0 along a cosine")
     seeds: Seeds = Field(description="a network each: of its weights and of its training pairs")
-
-
-def every_sequence() -> Tensor:
-    """BOS and four of w, x, y, z, [256 5]."""
-    return torch.tensor([[0, *some] for some in product(range(2, 6), repeat=4)])
 
 
 def is_x(tokens: Tensor) -> Tensor:
@@ -113,18 +110,16 @@ def errors(
     return {name: (error**2).mean() for name, error in out.items()}
 
 
-def train(
-    options: Options, seed: int, device: torch.device
-) -> tuple[NativeForCausalLM, pd.DataFrame]:
-    """The model, and the three errors by step."""
+def train(options: Options, seed: int, device: torch.device) -> NativeForCausalLM:
+    """The model of a seed."""
     torch.manual_seed(seed)
     rng = np.random.default_rng(seed)
     config = {"d_vocab": 6, **options.architecture.model_dump()}
     hf = NativeForCausalLM(config).to(device)
-    every, others, n = every_sequence().to(device), outside(hf), options.batch_size
+    every, others, n = sequences.all_letters().to(device), outside(hf), options.batch_size
     optimiser = torch.optim.Adam(hf.parameters(), lr=options.lr)
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimiser, options.steps)
-    progress, rows = cli.Progress("training", options.steps, "steps"), []
+    progress = cli.Progress("training", options.steps, "steps")
     for step in range(1, options.steps + 1):
         base, source = every[rng.integers(len(every), size=(2, n))]
         where = torch.tensor(rng.random((n, every.shape[1])) < 0.5, device=device)
@@ -134,16 +129,14 @@ def train(
         sum(found.values()).backward()
         optimiser.step()
         schedule.step()
-        if step % 10 == 0 or step == options.steps:
-            rows.append({"step": step} | {k: float(v.detach()) for k, v in found.items()})
         progress.at(step)
-    return hf.eval().requires_grad_(False), pd.DataFrame(rows)
+    return hf.eval().requires_grad_(False)
 
 
 def checks(hf: NativeForCausalLM, seed: int) -> pd.DataFrame:
     """The error of each node on all sequences; that of behaviour is of no node."""
     device, rng, rows = next(hf.parameters()).device, np.random.default_rng(seed), []
-    base = every_sequence().to(device)
+    base = sequences.all_letters().to(device)
     source = base[rng.permutation(len(base))]
     where = torch.tensor(rng.random(tuple(base.shape)) < 0.5, device=device)
     others = outside(hf)
@@ -160,12 +153,12 @@ def checks(hf: NativeForCausalLM, seed: int) -> pd.DataFrame:
 
 
 def work(job: cli.Job, options: Options) -> own.Tables:
-    """The network of each seed, in a folder of its own, and the rows of both tables."""
+    """The network of each seed, in a folder of its own, and the rows of the table."""
     out, root, files = own.Tables(TABLES), Path(job.args.checkpoint), {}
     for seed in options.seeds:
-        hf, history = train(options, seed, job.device())
+        hf = train(options, seed, job.device())
         with torch.no_grad():
-            out.add({"checks": checks(hf, seed + 1), "history": history}, seed=seed)
+            out.add({"checks": checks(hf, seed + 1)}, seed=seed)
         folder = root / str(seed)
         hf.cpu().save_pretrained(folder)
         certificate = job.certificate([], seed=seed)

@@ -8,64 +8,45 @@ swapped   what must stay for the output when tokens are swapped for others (Mill
           Saunders 2024, 2407.08734; official_circuits/circuits/tracr in their auto-circuit).
 """
 
-import torch
-from torch import Tensor
+import numpy as np
 
 from pipeline.circuits.edge_graph import EdgeGraph
-from pipeline.circuits.patching import Edge
 from pipeline.circuits.wired import wired
-from pipeline.models.pairs import Node
 
-# source > target; a query, key or value is layer.head.slot, and stands alone for its use.
+# source > target, as pipeline/claims/roc.py names them; 3.0.v alone is that value's use.
 AUTHORS = {
-    "reverse": "3.0 > logits; 3.0.v; 3.0.k; 3.0.q; embed > 3.0.v; pos > 3.0.k; mlp2 > 3.0.q; "
-    "mlp1 > mlp2; mlp0 > mlp1; embed > mlp1; pos > mlp1; 0.0 > mlp0; embed > mlp0; 0.0.v; "
-    "embed > 0.0.v",
-    "xproportion": "1.0 > logits; 1.0.v; 1.0.k; 1.0.q; mlp0 > 1.0.v; embed > 1.0.k; pos > 1.0.k; "
-    "embed > 1.0.q; pos > 1.0.q; embed > mlp0",
+    "reverse": "head 3.0 > logits; 3.0.v; 3.0.k; 3.0.q; embed > 3.0.v input; pos > 3.0.k input; "
+    "mlp 2 > 3.0.q input; mlp 1 > mlp 2; mlp 0 > mlp 1; embed > mlp 1; pos > mlp 1; "
+    "head 0.0 > mlp 0; embed > mlp 0; 0.0.v; embed > 0.0.v input",
+    "xproportion": "head 1.0 > logits; 1.0.v; 1.0.k; 1.0.q; mlp 0 > 1.0.v input; "
+    "embed > 1.0.k input; pos > 1.0.k input; embed > 1.0.q input; pos > 1.0.q input; embed > mlp 0",
 }
 SWAPPED = {
-    "reverse": "3.0 > logits; 3.0.v; embed > 3.0.v",
-    "xproportion": "1.0 > logits; 1.0.v; mlp0 > 1.0.v; embed > mlp0",
+    "reverse": "head 3.0 > logits; 3.0.v; embed > 3.0.v input",
+    "xproportion": "head 1.0 > logits; 1.0.v; mlp 0 > 1.0.v input; embed > mlp 0",
 }
 TRAINED = SWAPPED["xproportion"]  # the places that siit.py gives the program's parts
 
 SOURCES = ("wired", "authors", "swapped")
+Ends = tuple[str, str]
 
 
-def node(name: str) -> tuple[Node, str]:
-    """('3.0.k') -> (head 3.0, 'k'); ('mlp2') -> (MLP 2, '')."""
-    if name in ("embed", "pos", "logits"):
-        return Node(name, -1 if name == "logits" else 0), ""
-    if name.startswith("mlp"):
-        return Node("mlp", int(name[3:])), ""
-    layer, head, *slot = name.split(".")
-    return Node("head", int(layer), int(head)), "".join(slot)
+def listed(edges: list[Ends], text: str) -> np.ndarray:
+    """Which edges are in a list, bool [edges]; KeyError for one that there is not."""
+    parts = (part.split(" > ") for part in text.split("; "))
+    wanted = {(p[0], p[1]) if p[1:] else (f"{p[0]} input", p[0]) for p in parts}
+    if missing := wanted - {*edges}:
+        raise KeyError(min(missing))
+    return np.array([edge in wanted for edge in edges])
 
 
-def edge(text: str) -> Edge:
-    """One edge of the lists above."""
-    source, _, target = text.strip().partition(" > ")
-    if not target:
-        head, slot = node(source)
-        return Edge(Node("input", head.layer, head.head), head, slot)
-    return Edge(node(source)[0], *node(target))
-
-
-def listed(graph: EdgeGraph, text: str) -> Tensor:
-    """The edges of a list, bool [edges]; KeyError for one that the graph has not."""
-    out = torch.zeros(len(graph.edges), dtype=torch.bool)
-    out[[graph.at[edge(part)] for part in text.split(";")]] = True
-    return out
-
-
-def truths(graph: EdgeGraph, model: str) -> dict[str, Tensor]:
+def truths(graph: EdgeGraph, edges: list[Ends], model: str) -> dict[str, np.ndarray]:
     """Source -> its circuit, bool [edges]; no edges where a source does not speak of a model.
 
     In a trained model everything is wired with everything: it has the circuit of its training.
     """
-    out = {"wired": wired(graph) if model in AUTHORS else listed(graph, TRAINED)}
+    built = wired(graph).numpy() if model in AUTHORS else listed(edges, TRAINED)
+    out = {"wired": built}
     for name, lists in (("authors", AUTHORS), ("swapped", SWAPPED)):
-        none = torch.zeros_like(out["wired"])
-        out[name] = listed(graph, lists[model]) if model in lists else none
+        out[name] = listed(edges, lists[model]) if model in lists else np.zeros_like(built)
     return out

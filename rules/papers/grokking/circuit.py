@@ -1,18 +1,16 @@
-"""The one-layer transformer at its last position, for all p² inputs at once, in float64.
+"""The one-layer transformer at its last position, "=", for all p² inputs at once, in float64.
 
-The query at "=" sees three tokens: a, b and itself. A score depends on one of them alone, so the
-attention of all p² inputs follows from two tables of p scores. Row a·p + b of an activation is the
-input (a, b). Names are the paper's (Appendix A): x^(1) is the stream between attention and MLP,
-MLP(a, b) are the neurons, and W_L = W_U W_out leads from them to the logits.
+Row a·p + b of an activation is the input (a, b). Names are the paper's (Appendix A): x^(1) is the
+stream between attention and MLP, MLP(a, b) are the neurons, and W_L = W_U W_out leads from them to
+the logits.
 """
 
 from dataclasses import dataclass
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-LAYER = "model.layers.0"
+from pipeline.models import hooks
 
 
 @dataclass(frozen=True)
@@ -42,43 +40,23 @@ class Circuit:
         return (self.stream + neurons @ self.W_out.T + self.b_out) @ self.W_U.T
 
 
-def run(state: dict[str, Tensor], n_heads: int, device: Any = "cpu") -> Circuit:
-    """The circuit of a state dict of family native (pipeline.weights.trained) without layer norm,
-    of one layer and three positions; "=" is the last token."""
-    w = {name: t.to(device, torch.float64) for name, t in state.items()}
-    W_E, W_U = w["model.tok_embed.weight"], w["model.head.weight"]
-    p, d_model = len(W_E) - 1, W_E.shape[1]
-    x = W_E[:, None] + w["model.pos.weight"][:3]  # [token, position, d_model]
-    attention = linear(w, "attn.o", heads_out(w, x, n_heads).flatten(-2))
-    stream = (attention + x[p, 2]).reshape(p * p, d_model)
-    neurons = torch.relu(linear(w, "mlp.fc_in", stream))
-    W_out = w[f"{LAYER}.mlp.fc_out.weight"]
+def run(model: nn.Module) -> Circuit:
+    """The circuit of a model of family native without layer norm, of one layer; "=" is its last
+    token."""
+    body, at = model.double().model, ["blocks.0.hook_resid_mid", "blocks.0.mlp.hook_post"]
+    out, p = body.layers[0].mlp.fc_out, len(body.head.weight) - 1
+    W_E, W_U = body.tok_embed.weight[:p], body.head.weight[:p]
+    numbers = torch.arange(p, device=W_E.device)
+    tokens = torch.cartesian_prod(numbers, numbers, numbers.new_tensor([p]))
+    with hooks.capture(model, at) as seen:
+        model(tokens, logits_to_keep=1, trim=True)
     return Circuit(
-        W_E=W_E[:p],
-        W_L=W_U[:p] @ W_out,
-        W_out=W_out,
-        b_out=w.get(f"{LAYER}.mlp.fc_out.bias", W_out.new_zeros(d_model)),
-        W_U=W_U[:p],
-        stream=stream,
-        neurons=neurons,
-        sum_squares=sum(float((t**2).sum()) for t in w.values()),
+        W_E=W_E,
+        W_L=W_U @ out.weight,
+        W_out=out.weight,
+        b_out=torch.zeros_like(W_E[0]) if out.bias is None else out.bias,
+        W_U=W_U,
+        stream=seen[at[0]][:, -1],
+        neurons=seen[at[1]][:, -1],
+        sum_squares=sum(float((t**2).sum()) for t in model.state_dict().values()),
     )
-
-
-def linear(w: dict[str, Tensor], name: str, x: Tensor) -> Tensor:
-    """x [..., in] through one of the layer's linear maps."""
-    out = x @ w[f"{LAYER}.{name}.weight"].T
-    bias = w.get(f"{LAYER}.{name}.bias")
-    return out if bias is None else out + bias
-
-
-def heads_out(w: dict[str, Tensor], x: Tensor, n_heads: int) -> Tensor:
-    """What each head takes over at "=": [p, p, n_heads, d_head], first index a, second b. x [token,
-    position, d_model] is embedding plus position."""
-    p = len(x) - 1
-    q, k, v = (linear(w, f"attn.{n}", x).unflatten(-1, (n_heads, -1)) for n in "qkv")
-    scores = torch.einsum("nd,tpnd->tpn", q[p, 2], k) / q.shape[-1] ** 0.5
-    shape = (p, p, n_heads)
-    three = [scores[:p, 0, None], scores[None, :p, 1], scores[p, 2]]  # of a, of b, of "="
-    attend = torch.stack([t.expand(shape) for t in three]).softmax(0)[..., None]
-    return attend[0] * v[:p, 0, None] + attend[1] * v[None, :p, 1] + attend[2] * v[p, 2]

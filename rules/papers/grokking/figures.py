@@ -13,9 +13,7 @@ from pipeline.figures.parts import Drawn, Panels, bars, key, line, points, round
 from pipeline.figures.theme import INK, PALETTE, axis, rgba
 from pipeline.store.tables import where
 
-from .figures_waves import FREQUENCIES, circle, of_frequency, seeds, spectrum
-
-__all__ = ["ablation", "circle", "neurons", "progress", "spectrum"]
+from .figures_waves import FREQUENCIES, of_frequency, seeds
 
 PHASES = (("memorisation", PALETTE[6]), ("circuit formation", PALETTE[5]), ("cleanup", PALETTE[4]))
 ARMS = {"decay": "with weight decay", "no_decay": "without weight decay"}

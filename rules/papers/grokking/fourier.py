@@ -17,6 +17,7 @@ A run of paper.yaml's section training is an arm here; "model" is one seed of an
 """
 
 from collections.abc import Callable
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -51,10 +52,9 @@ class Model:
         tokens = run.batches(member, HERE / "data.py", device).evaluation["train"][0]
         self.pairs = measured.ablations.Pairs.of(tokens, run.info["d_vocab"] - 1)
 
-    def circuit(self, state: dict) -> Any:
-        """The circuit at a checkpoint, out of the stacked weights of the run."""
-        weights = {n: t[self.run.index(self.member)] for n, t in state.items()}
-        return measured.circuit.run(weights, self.run.spec.architecture.n_heads, self.device)
+    def circuit(self, step: int) -> Any:
+        """The circuit at a checkpoint."""
+        return measured.circuit.run(self.run.model(self.member, step).to(self.device))
 
 
 def medians(frames: list[pd.DataFrame]) -> pd.DataFrame:
@@ -65,9 +65,9 @@ def medians(frames: list[pd.DataFrame]) -> pd.DataFrame:
     return out
 
 
-def at_the_end(model: Model, states: list[dict], ratio: float) -> dict[str, pd.DataFrame]:
+def at_the_end(model: Model, ratio: float) -> dict[str, pd.DataFrame]:
     """The tables of the run's end for one model, whose key frequencies become known."""
-    circuits = [model.circuit(state) for state in states]
+    circuits = list(map(model.circuit, phases.ending(np.array(model.run.steps)).tolist()))
     model.key = measured.ablations.key_frequencies(circuits[-1].logits, model.pairs, ratio)
     per_circuit = {"frequencies": measured.frequencies, "edits": measured.edits}
     out = {name: medians([rows(c, model.pairs, model.key) for c in circuits])
@@ -88,28 +88,24 @@ def measure(
     """Add the rows of the models of one run, calling `done` after each checkpoint of a model;
     return those of `circle`, of its first model."""
     run, progress, circles = models[0].run, [], []
-    end = [run.stacked(int(step)) for step in phases.ending(np.array(run.steps))]
     for m in models:
-        out.add(at_the_end(m, end, options.key_ratio), **m.who)
-    for step in run.steps:
-        state = run.stacked(step)
-        for m in models:
-            circuit = m.circuit(state)
-            numbers = measured.progress(circuit, m.pairs, m.key)
-            progress.append({**m.who, "step": step, **numbers})
-            if step == run.steps[0]:
-                out.add({"neurons": measured.neurons(circuit)}, step=step, **m.who)
-            done()
+        out.add(at_the_end(m, options.key_ratio), **m.who)
+    for step, m in product(run.steps, models):
+        circuit = m.circuit(step)
+        numbers = measured.progress(circuit, m.pairs, m.key)
+        progress.append({**m.who, "step": step, **numbers})
+        if step == run.steps[0]:
+            out.add({"neurons": measured.neurons(circuit)}, step=step, **m.who)
+        done()
     ends = borders(models, pd.DataFrame(progress))
     rows = [m.who | found for m, found in zip(models, ends, strict=True)]
     out.add({"progress": progress, "phases": rows})
-    for step in phases.frames(np.array(run.steps), ends[0]["cleaned"], options.frames).tolist():
-        state = run.stacked(step)
-        for m in models:
-            circuit, at = m.circuit(state), m.who | {"step": step}
-            out.add({"spectrum": measured.spectrum(circuit)}, **at)
-            if m is models[0]:
-                circles.append(measured.circle(circuit, m.pairs, m.key).assign(**at))
+    shown = phases.frames(np.array(run.steps), ends[0]["cleaned"], options.frames).tolist()
+    for step, m in product(shown, models):
+        circuit, at = m.circuit(step), m.who | {"step": step}
+        out.add({"spectrum": measured.spectrum(circuit)}, **at)
+        if m is models[0]:
+            circles.append(measured.circle(circuit, m.pairs, m.key).assign(**at))
     return circles
 
 

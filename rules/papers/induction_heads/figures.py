@@ -12,10 +12,6 @@ from pipeline.figures.parts import PLAIN, Drawn, Panels, first, heat, line, squa
 from pipeline.figures.theme import PALETTE, axis, rgba
 from pipeline.store.tables import where
 
-from .figures_circuits import ablation, circuits
-
-__all__ = ["ablation", "circuits", "heads", "icl", "loss_by_index", "patterns", "text"]
-
 # Blue is two layers, green one layer with smeared keys, grey one layer; orange the phase change.
 RUNS = {
     "two_layer": ("two layers", PALETTE[0]),

@@ -96,15 +96,13 @@ class Held:
 
     def models(self, step: int) -> Iterator[tuple[dict[str, Any], Any, dict[str, np.ndarray]]]:
         """(columns that name it, the model, its weights) of every member after `step` updates."""
-        states, model = self.run.stacked(step), self.run.module().to(self.device)
-        spec = self.run.spec
-        per_step = spec.batch_size * spec.architecture.n_ctx
-        for i, member in enumerate(self.run.members):
-            state = {n: p[i] for n, p in states.items()}
-            model.load_state_dict(state)
+        per_step = self.run.spec.batch_size * self.run.spec.architecture.n_ctx
+        for member in self.run.members:
+            model = self.run.model(member, step)
+            state = {name: p.numpy() for name, p in model.state_dict().items()}
             columns = {"run": self.name, "member": member, "seed": self.run.seed(member)}
             columns |= {"step": step, "tokens": step * per_step}
-            yield columns, model, {n: p.numpy() for n, p in state.items()}
+            yield columns, model.to(self.device), state
 
     def summary(self, losses: np.ndarray) -> dict[str, float]:
         """Mean loss, loss on either copy and in-context learning score of losses [batch pos]."""

@@ -85,10 +85,9 @@ def training(rows: Any, window: Any) -> dict[str, float]:
     out |= {f"window.{k}": window[k] / 1e6 for k in ("start", "end")}
     out |= {f"window.{k}": window[k] for k in ("share", "bump")}
     out["tokens_seen"] = last["tokens"] / 1e6
-    if "corpus_tokens" in window:
-        there = window["corpus_tokens"]
-        out["passes"] = 1 if np.isnan(there) else last["tokens"] / there
-        out["document_length"] = window["document_length"]
+    there = window["corpus_tokens"]
+    out["passes"] = 1 if np.isnan(there) else last["tokens"] / there
+    out["document_length"] = window["document_length"]
     formed = ("prefix_matching", "previous_token")
     return out | {f"formed.{k}": window[f"{k}_formed"] / 1e6 for k in formed}
 
@@ -115,8 +114,6 @@ def heads(rows: Any) -> dict[str, float]:
 
 def places(rows: Any) -> dict[str, float]:
     """Which place the heads of the last layer look at, and those of the first."""
-    if "by_offset" not in rows:
-        return {}
     last, first = where(rows, layer=rows["layer"].max()), where(rows, layer=0)
     offset, lag = np.stack(last["by_offset"].to_list()), np.stack(first["by_lag"].to_list())[:, 1:]
     return {

@@ -121,8 +121,8 @@ class Arm:
         _, reference, templates = self.drawn(options.n_reference, 2)
         means = group_means(task.heads, reference.source, templates)
         if movers := search.roles["name_mover"]:
-            means_of = [m[groups] for m in shortened(means, task)]
-            search.find_backup(discovery.without(task, means_of, movers))
+            knockout, gone = Knockout(task, means, groups), frozenset((*h, "") for h in movers)
+            search.find_backup(knockout.run(knockout.whole(), gone))
         writers = (search.roles[role] for role in ("name_mover", "suppressor", "negative"))
         strongest = [head for heads in writers for head in heads[:2]]
         found = looks | head_circuits.copy_scores(looks_task, options.n_names)
@@ -138,7 +138,7 @@ class Arm:
         options, rng = self.options, np.random.default_rng(self.seed)
         _, pairs, groups = self.drawn(options.n_judged, 3)
         task = Task.of(self.loaded.hf, pairs)
-        knockout = Knockout(task, shortened(means, task), groups)
+        knockout = Knockout(task, means, groups)
         parts = discovery.placed(roles)
         others = {"naive": small.naive(parts, roles)}
         cases = judged.cases(parts, others, knockout, options.n_random, rng)
@@ -163,11 +163,6 @@ class Arm:
             for w, (a, b) in zip(worths, pairs, strict=True)
         ]
         return {"cases": rows, "minimality": less}
-
-
-def shortened(means: list[Tensor], task: Task) -> list[Tensor]:
-    """Mean z by template over as many positions as the task has; none is behind a prompt's end."""
-    return [m[:, : task.pairs.base.shape[1]] for m in means]
 
 
 def of_heads(search: Any, scores: dict[str, Tensor]) -> pd.DataFrame:

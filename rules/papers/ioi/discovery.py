@@ -18,7 +18,6 @@ patching takes p_ABC as the source, so an effect below 0 is work that is lost.
 """
 
 from collections.abc import Iterable
-from contextlib import ExitStack
 from itertools import product
 
 import torch
@@ -159,20 +158,6 @@ class Search:
         nodes = [Node("head", *h) for h in self.heads]
         self.effects["backup"] = torch.stack([after[n] - before[n] for n in nodes])
         self.roles["backup"] = self.counted("backup", 1)[: self.most]
-
-
-def without(task: Task, means: list[Tensor], heads: list[Head]) -> Run:
-    """The base run with some heads mean-ablated at all positions; means: mean z of each prompt's
-    template, [n pos n_heads*d_head], one for each layer."""
-    gone = torch.zeros(len(means), task.heads.n_heads, dtype=torch.bool, device=means[0].device)
-    for head in heads:
-        gone[head] = True
-    with ExitStack() as stack:
-        for layer, (lost, mean) in enumerate(zip(gone, means, strict=True)):
-            at = lost.repeat_interleave(task.heads.d_head)
-            ablate = lambda z, at=at, mean=mean: torch.where(at, mean, z)  # noqa: E731
-            stack.enter_context(task.heads.z_edited(layer, ablate))
-        return Run.of(task.heads, task.pairs.base)
 
 
 def placed(roles: dict[str, list[Head]]) -> dict[str, frozenset]:

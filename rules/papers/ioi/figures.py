@@ -14,9 +14,7 @@ from pipeline.figures.kinds_effects import bar_of, by_head, maps, tall
 from pipeline.figures.parts import Drawn, Panels, bars, first, nothing, points, styled, whiskers
 from pipeline.figures.theme import GRID, INK, PALETTE, axis, rgba
 
-from .figures_graph import ARMS, ROLES, by_arm, graph, pairs
-
-__all__ = ["graph", "judged", "minimality", "movers", "paths"]
+from .figures_graph import ARMS, ROLES, by_arm, pairs
 
 NAMES = {"IO": (PALETTE[0],), "S": (PALETTE[1],)}
 STEPS = {

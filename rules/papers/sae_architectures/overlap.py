@@ -9,13 +9,13 @@ alone share part of their latents.
 3. A pair of a cosine of SHARED or more is shared.
 4. The null of a dictionary: as many random directions, paired with it in the same way.
 
-Compared are an architecture's dictionaries that differ in their seed; architectures with each
-other; and equal dictionaries across arms. Two seeds are compared always: dictionaries of one seed
-start from the same decoder rows, and in a short run they would share these.
+Compared are an architecture's dictionaries that differ in their seed, and architectures with each
+other. Two seeds are compared always: dictionaries of one seed start from the same decoder rows, and
+in a short run they would share these.
 """
 
 import json
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from itertools import combinations
 from pathlib import Path
 
@@ -81,63 +81,36 @@ def chosen(groups: list[list[str]], wanted: list[str]) -> list[list[str]]:
     return [g for g in groups if g[0] in wanted or not wanted]
 
 
-def pairs(arms: dict[str, dict], groups: list[list[str]]) -> list[tuple]:
-    """(kind, arm a, name a, arm b, name b) of all that is compared; the first arm has the twins."""
-    first, *others = arms
-    out = [("seeds", first, a, first, b) for g in groups for a, b in combinations(g, 2)]
-    both = combinations(groups, 2)
-    out += [("architectures", first, one[0], first, other[1]) for one, other in both]
-    for arm in others:
-        out += [("arms", first, g[1], arm, g[0]) for g in groups if g[0] in arms[arm]]
-    return out
+def pairs(groups: list[list[str]]) -> list[tuple[str, str, str]]:
+    """(kind, name, name) of all that is compared."""
+    out = [("seeds", a, b) for g in groups for a, b in combinations(g, 2)]
+    return out + [("architectures", one[0], other[1]) for one, other in combinations(groups, 2)]
 
 
-def compare(kind: str, a: tuple, b: tuple, rows: tuple[np.ndarray, np.ndarray]) -> tuple:
+def compare(kind: str, a: tuple, b: tuple) -> tuple[dict, pd.DataFrame]:
     """A row of the table `pairs`, and the histogram of its cosines as rows of `cosines`; a and b
-    are (arm, name, architecture), rows the decoder rows of both."""
-    cosines = matched(*rows)
-    names = [f"{what}_{end}" for end in "ab" for what in ("arm", "name", "architecture")]
-    who = dict(zip(names, (*a, *b), strict=True))
-    row = {"kind": kind} | {k.replace("name_", ""): v for k, v in who.items()}
-    row |= {"n_a": len(rows[0]), "n_b": len(rows[1])}
+    are (name, architecture, decoder rows)."""
+    cosines = matched(a[2], b[2])
+    which = {"kind": kind, "a": a[0], "architecture_a": a[1], "b": b[0], "architecture_b": b[1]}
+    row = which | {"n_a": len(a[2]), "n_b": len(b[2])}
     row |= {"cosine": float(cosines.mean()), "shared": float((cosines >= SHARED).mean())}
     counts = np.histogram(cosines.clip(-1, 1), EDGES)[0]
     bins = pd.DataFrame({"low": EDGES[:-1], "high": EDGES[1:], "pairs": counts})
-    same = ("kind", "a", "architecture_a", "b", "architecture_b")
-    return row, bins.assign(**{name: row[name] for name in same})
+    return row, bins.assign(**which)
 
 
 def work(job: cli.Job, options: Options) -> own.Tables:
     """Rows of both tables: pairs of dictionaries, and each dictionary with random directions."""
-    found = own.by_arm(job, list(map(living, job.args.saes)))
-    arms = {arm: found[arm] for arm in sorted(found, key=lambda a: a != "trained")}
-    groups = chosen(twins(arms["trained"]), options.dictionaries)
-    wanted = []
-    for kind, *ends in pairs(arms, groups):
-        both = [(arm, name, *arms[arm][name]) for arm, name in (ends[:2], ends[2:])]
-        names = [(arm, name, spec["architecture"]) for arm, name, spec, _ in both]
-        wanted.append((kind, *names, tuple(rows for *_, rows in both)))
-    rng = np.random.default_rng(options.seed)
+    found = living(own.by_arm(job, job.args.saes)["trained"])
+    ends = {name: (name, spec["architecture"], rows) for name, (spec, rows) in found.items()}
+    groups, rng = chosen(twins(found), options.dictionaries), np.random.default_rng(options.seed)
+    wanted = [(kind, ends[a], ends[b]) for kind, a, b in pairs(groups)]
     for name, *_ in groups:
-        spec, rows = arms["trained"][name]
-        drawn = unit(rng.standard_normal(rows.shape, dtype=np.float32))
-        names = ("", "random", "random"), ("trained", name, spec["architecture"])
-        wanted.append(("random", *names, (drawn, rows)))
-    with ProcessPoolExecutor(job.args.threads) as pool:  # the matching holds Python's lock
+        drawn = unit(rng.standard_normal(found[name][1].shape, dtype=np.float32))
+        wanted.append(("random", ("random", "random", drawn), ends[name]))
+    with ThreadPoolExecutor(job.args.threads) as pool:  # a matching runs without Python's lock
         made = list(pool.map(compare, *zip(*wanted, strict=True)))
     cli.log.info("%d pairs of dictionaries matched", len(made))
     out = own.Tables(TABLES)
     out.add({"pairs": [row for row, _ in made], "cosines": pd.concat([bins for _, bins in made])})
     return out
-
-
-def main() -> None:
-    # a script, since processes beside it look its functions up in the main module
-    own.main(
-        "overlap", __doc__, Options, TABLES, work,
-        saes="manifest.json of every arm's dictionaries, arms sorted by name*",
-    )  # fmt: skip
-
-
-if __name__ == "__main__":
-    main()

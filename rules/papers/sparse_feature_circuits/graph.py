@@ -9,35 +9,24 @@ from typing import Any
 import pandas as pd
 import torch
 
-from pipeline.activations.rows import to_tensor
 from pipeline.latents import features, latent_circuits
 from pipeline.latents.sites import Sites
 from pipeline.latents.units import ERROR, Latent, Latents
-from pipeline.store import shards
 from pipeline.text.tokens import Texts
 
 N_LABEL = 5  # tokens and logits of a label
-ROWS_A_PASS = 4096
 
 
 def top_tokens(
     manifest: str, units: Latents, hook: str, numbers: list[int], n_rows: int, device: torch.device
 ) -> dict[int, list[int]]:
     """Number of a latent -> ids of the held-out tokens on which it is largest, each once."""
-    rows, best = shards.Rows(manifest, hook, "eval"), {i: {} for i in numbers}
-    for done, (raw, columns) in enumerate(rows.iterate(ROWS_A_PASS)):
-        if done * ROWS_A_PASS >= n_rows:
-            break
-        x = to_tensor(raw, rows.dtype, device).float()
-        acts = units.sae.encode(x)[:, numbers]
-        values, at = acts.topk(min(8 * N_LABEL, len(acts)), dim=0)
-        token = columns["token"]
-        for j, number in enumerate(numbers):
-            found = best[number]
-            for value, row in zip(values[:, j].tolist(), at[:, j].tolist(), strict=True):
-                if value > 0:
-                    found[int(token[row])] = max(value, found.get(int(token[row]), 0))
-    return {i: sorted(found, key=found.get, reverse=True)[:N_LABEL] for i, found in best.items()}
+    scanned, out = features.scan(units.sae, manifest, hook, n_rows, device, ("eval",)), {}
+    for number in numbers:
+        rows, acts = scanned.column(number)
+        best = pd.Series(acts).groupby(scanned.at["token"][rows]).max()
+        out[number] = best[best > 0].nlargest(N_LABEL).index.tolist()
+    return out
 
 
 def labels(

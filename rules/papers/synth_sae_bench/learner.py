@@ -95,7 +95,7 @@ class Learner(Dictionary):
         super().__init__(name, sae, training, n_steps, FAST[sae.cfg.architecture()])
         self.scale, self.tuner = scale, Tuner(target, device) if target else None
         self.target_l0 = 0.0  # what the recipe asks for
-        self.scratch = Scratch()  # its own, since graphs are kept from one milestone to the next
+        self.scratch = Scratch()  # its own, which its graphs keep
         self.graphs = StepGraphs(name)
         self.graphs.recording = self.scratch.dense = device.type == "cuda"
 

@@ -42,7 +42,7 @@ MEASURES = (
 
 
 def of_seeds(rows: Any) -> dict[str, np.ndarray]:
-    """Every measure of one dictionary at one milestone, one value a seed; unmeasured ones left out.
+    """Every measure of one dictionary, one value a seed; unmeasured ones left out.
 
     Args:
         rows: one a seed.
@@ -57,8 +57,7 @@ def metrics(tables: dict[str, Any]) -> dict[str, Any]:
     first = table.iloc[0]
     out = {f"world.{name}": first[name] for name in ("true_l0", "true_l0_first")}
     for name, rows in table.groupby("dictionary"):
-        last = rows[rows["n_samples"] == rows["n_samples"].max()]
-        out |= {f"{name}.{m}": v for m, v in of_seeds(last).items()}
+        out |= {f"{name}.{m}": v for m, v in of_seeds(rows).items()}
     for world, rows in tables["sweep/worlds"].groupby("world"):
         out |= {f"sweep.{world}.{name}": value for name, value in of_world(rows).items()}
     return out

@@ -10,7 +10,6 @@ Table `worlds` has a row for each world, dictionary and seed, with the settings 
 killed job goes on in `<worlds>.partial/`, a folder for each world.
 """
 
-import shutil
 from pathlib import Path
 from typing import Any
 
@@ -19,12 +18,12 @@ import torch
 from pydantic import Field
 
 from pipeline.job import cli, own
-from pipeline.job.source import import_file
+from pipeline.latents.recovery import cosine
 from pipeline.spec.base import Name, Section
 
-HERE = Path(__file__).parent
-recovery = import_file(HERE / "recovery.py")
-ground = recovery.ground
+from . import recovery
+from . import world as ground
+
 TABLES = ("worlds",)
 POWER = 0.6  # of samples to convergence over dimensions, as the authors read Gao et al. (2024)
 
@@ -60,23 +59,15 @@ class Options(recovery.Options):
 @torch.no_grad()
 def overlap(directions: torch.Tensor) -> float:
     """Mean over features of the largest |cos| with another one (rho_mm of the paper)."""
-    largest = [
-        (block @ directions.T).abs().scatter_(1, at[:, None], 0).amax(1)
-        for block, at in zip(
-            directions.split(ground.BLOCK),
-            torch.arange(len(directions), device=directions.device).split(ground.BLOCK),
-            strict=True,
-        )
-    ]
-    return float(torch.cat(largest).mean())
+    return float(cosine(directions, directions).fill_diagonal_(0).amax(1).mean())
 
 
 def measured(options: Any, job: cli.Job, folder: Path) -> pd.DataFrame:
     """The rows that stage recovery has of one world, with the settings of the world."""
-    _, parts = recovery.run(options, job, folder)
+    _, found = recovery.run(options, job, folder)
     world = options.world
     made = ground.build(world, job.torch_device)
-    return pd.concat([part["dictionaries"] for part in parts]).assign(
+    return found["dictionaries"].assign(
         d_model=world.d_model,
         roots=world.roots,
         correlation_scale=world.correlation_scale,
@@ -92,5 +83,4 @@ def work(job: cli.Job, options: Options) -> own.Tables:
     for name, change in options.worlds.items():
         cli.log.info("world %s", name)
         out.add({"worlds": measured(options.of(change), job, partial / name)}, world=name)
-    shutil.rmtree(partial, ignore_errors=True)
     return out

@@ -30,7 +30,6 @@ from torch import Tensor
 from pipeline.spec.base import Section
 
 TRAINING, EVALUATION = 0, 1  # streams of one seed
-BLOCK = 1024  # features whose products with all others are in memory at a time
 
 
 class World(Section):
@@ -112,18 +111,14 @@ def orthogonalised(vectors: Tensor, steps: int, lr: float) -> Tensor:
 
     The loss is SAELens's (`orthogonalize_embeddings`), sum over i != j of (e_i . e_j)^2 plus
     n sum (|e_i|^2 - 1)^2, and its gradient 4 (G - diag G + n (diag G - 1)) E is written out, with
-    G = E E', a block of rows at a time.
+    G = E E'.
     """
     E = F.normalize(vectors.detach(), dim=1)
     adam = torch.optim.Adam([E], lr=lr)
     for _ in range(steps):
-        grads = []
-        for i, block in enumerate(E.split(BLOCK)):
-            dots = block @ E.T
-            own = dots.diagonal(i * BLOCK)
-            own.sub_(1).mul_(len(E))
-            grads.append(4 * dots @ E)
-        E.grad = torch.cat(grads)
+        dots = E @ E.T
+        dots.diagonal().sub_(1).mul_(len(E))
+        E.grad = 4 * (dots @ E)
         adam.step()
     return F.normalize(E, dim=1)
 

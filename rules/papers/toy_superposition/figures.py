@@ -13,11 +13,6 @@ import plotly.graph_objects as go
 from pipeline.figures.parts import Drawn, Panels, line, points
 from pipeline.figures.theme import GRID, INK, PALETTE, axis, rgba
 
-from .figures_models import basic, intro
-from .figures_phase import pentagon, phase
-
-__all__ = ["basic", "dimensions", "geometry", "intro", "pentagon", "phase"]
-
 GROUPS = {  # polytope, as in measures.py -> the article's name, colour
     "antipodal": ("antipodal pair, 1/2", PALETTE[1]),
     "triangle": ("triangle, 2/3", PALETTE[5]),

@@ -23,7 +23,6 @@ from torch import Tensor
 
 from pipeline.spec.base import Section
 
-BETAS, EPS = (0.9, 0.999), 1e-8  # torch.optim.AdamW's defaults, as in the notebook
 WIDE = 64  # features, from which a product of few rows is faster than one of few columns
 SLICE_ELEMENTS = {"cpu": 1 << 17, "cuda": 1 << 26}  # of x; three such buffers fit a 2 MiB cache
 
@@ -92,25 +91,6 @@ def initial(family: Family, seed: int) -> Tensor:
         W = torch.randn(n, m, generator=generator("cpu", family.name, "init", seed, id))
         V[i, :, :m] = W * init_std(n, m, family.init_instances)
     return V
-
-
-class _Weights:
-    """V of all models that one thread trains, [models, n, m + 1], with AdamW's moments.
-
-    A step takes them together: of one model's few weights an operation's start would take longest.
-    """
-
-    def __init__(self, V: Tensor) -> None:
-        self.V, self.gradient = V, torch.zeros_like(V)
-        self.mean, self.square = torch.zeros_like(V), torch.zeros_like(V)
-
-    def adamw(self, step: int, how: Optimiser) -> None:
-        """One step of AdamW, as torch.optim.AdamW does it; `step` counts from 1."""
-        self.mean.lerp_(self.gradient, 1 - BETAS[0])
-        self.square.mul_(BETAS[1]).addcmul_(self.gradient, self.gradient, value=1 - BETAS[1])
-        scale = (self.square.sqrt() / math.sqrt(1 - BETAS[1] ** step)).add_(EPS)
-        self.V.mul_(1 - how.lr * how.weight_decay)
-        self.V.addcdiv_(self.mean, scale, value=-how.lr / (1 - BETAS[0] ** step))
 
 
 class _Slice:
@@ -187,22 +167,24 @@ def _train_block(
     width = min(models, max(1, elements // (rows * n)))
     scratch = torch.empty(width * rows * (3 * n + 2 * family.n_hidden + 2), device=device)
     parts = [family[i : i + width] for i in range(0, models, width)]
-    first = [initial(part, seed) for part in parts for seed in seeds]
-    weights = _Weights(torch.cat(first).to(device))
+    weights = torch.cat([initial(part, seed) for part in parts for seed in seeds]).to(device)
+    weights.grad = torch.zeros_like(weights)
+    # its defaults, as in the notebook; of one model's few weights a step's start would take longest
+    adamw = torch.optim.AdamW([weights], how.lr, weight_decay=how.weight_decay, foreach=False)
     sizes = [len(seeds) * len(part.ids) for part in parts]
-    cuts = zip(weights.V.split(sizes), weights.gradient.split(sizes), strict=True)
+    cuts = zip(weights.split(sizes), weights.grad.split(sizes), strict=True)
     slices = [
         _Slice(part, len(seeds), how.batch_size, cut, scratch)
         for part, cut in zip(parts, cuts, strict=True)
     ]
     u = torch.empty(len(seeds), n, how.batch_size, device=device)
     streams = [generator(device, family.name, "data", seed) for seed in seeds]
-    for step in range(1, how.steps + 1):
+    for _ in range(how.steps):
         for row, stream in zip(u, streams, strict=True):
             row.uniform_(generator=stream)
         for part in slices:
             part.gradient(u)
-        weights.adamw(step, how)
+        adamw.step()
         on_step(len(seeds) * models * n)
     held_out = generator(device, family.name, "held out")
     losses = torch.zeros(len(seeds) * models, dtype=torch.float64)
