@@ -39,7 +39,8 @@ READ = {
     "sae_lens": "",
 }
 SEED = "PYTHONHASHSEED"
-READ_LATER = ("PYTHONPATH", "PYTHONDONTWRITEBYTECODE")
+# The third is set by torch's compiler when another library imports it, as in a test's own process.
+READ_LATER = ("PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "TORCHINDUCTOR_CACHE_DIR")
 # Snakemake sets them to the threads of a rule, which at smoke scale is 1.
 THREADS = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 WITH = {  # command -> the libraries that it uses

@@ -1,5 +1,8 @@
 """Processes of the tests are forked off a Python that has their libraries: tests/warm.py."""
 
+import importlib
+import os
+
 import pytest
 import warm
 from conftest import TORCH_ROOMS
@@ -33,6 +36,16 @@ def test_a_command_line_has_the_libraries_that_it_uses(line, libraries, tmp_path
     (tmp_path / "torches.py").write_text("import torch\n")
     (tmp_path / "saes.py").write_text("from pipeline.latents.stored import load_saes\n")
     assert warm.needs(line.replace("{folder}", str(tmp_path)).split()) == libraries
+
+
+@pytest.mark.workflow
+def test_a_test_that_has_imported_the_libraries_still_has_their_python():
+    """What they set in the environment is no reason to start from one that has none of them."""
+    folder = os.path.dirname(warm.python())
+    for modules in warm.LIBRARIES.values():
+        for module in modules.split():
+            importlib.import_module(module)
+    assert [warm.richest(name, folder) for name in warm.LIBRARIES] == list(warm.LIBRARIES)
 
 
 def test_lines_of_the_docs_are_run_by_that_python(monkeypatch):
