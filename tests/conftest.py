@@ -26,6 +26,8 @@ import warm
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# As pipeline/weights/model.py does when a test imports it: warm.py compares environments.
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 # Two workers have two cores: threads beside them spin while they wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not Path("/proc/driver/nvidia/gpus").is_dir():

@@ -5,7 +5,7 @@ import os
 
 import pytest
 import warm
-from conftest import TORCH_ROOMS
+from conftest import TORCH_ROOMS, checked_modules
 
 from pipeline.job import commands
 
@@ -40,11 +40,11 @@ def test_a_command_line_has_the_libraries_that_it_uses(line, libraries, tmp_path
 
 @pytest.mark.workflow
 def test_a_test_that_has_imported_the_libraries_still_has_their_python():
-    """What they set in the environment is no reason to start from one that has none of them."""
+    """What they and our modules set in the environment is no reason to start from one without."""
     folder = os.path.dirname(warm.python())
-    for modules in warm.LIBRARIES.values():
-        for module in modules.split():
-            importlib.import_module(module)
+    libraries = [module for modules in warm.LIBRARIES.values() for module in modules.split()]
+    for module in [*libraries, *checked_modules()]:
+        importlib.import_module(module)
     assert [warm.richest(name, folder) for name in warm.LIBRARIES] == list(warm.LIBRARIES)
 
 
