@@ -58,8 +58,9 @@ def settle():
     """What is settled when snakemake asks for the first input, since it comes after the Snakefile.
 
     Outputs that a killed run was writing are made again, as `--rerun-incomplete` would; and the
-    first paper's report is made before the others'.
+    first paper's report is made before the others'. Jobs start whenever a core is free.
     """
+    rule_helpers.start_at_any_rate(workflow)
     if workflow.dag_settings is not None:
         workflow.dag_settings.force_incomplete = True
     if not STORAGE:

@@ -7,6 +7,7 @@ what it gets: copy it first. The tests of a file stay on one worker.
 
 import contextlib
 import fcntl
+import gc
 import json
 import os
 import shutil
@@ -26,11 +27,14 @@ import warm
 os.environ.pop("PYTHONDONTWRITEBYTECODE", None)
 sys.dont_write_bytecode = False
 os.environ.setdefault("HF_HUB_OFFLINE", "1")
+# As pipeline/weights/model.py does when a test imports it: warm.py compares environments.
+os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
 # Two workers have two cores: threads beside them spin while they wait for each other.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 if not Path("/proc/driver/nvidia/gpus").is_dir():
     # Read when triton is imported, which torch's other users do long before tests of kernels.
     os.environ.setdefault("TRITON_INTERPRET", "1")
+gc.set_threshold(20_000, 20, 20)  # 700, 10, 10 cost an eighth of the tests that start no process
 ROOT = Path(__file__).parent.parent
 WARM = pytest.StashKey[tempfile.TemporaryDirectory]()
 TORCH_ROOMS = (
@@ -104,6 +108,12 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
             item.add_marker("workflow")
     rank = {name: i for i, name in enumerate(LONGEST)}
     items.sort(key=lambda item: rank.get(item.path.stem, len(LONGEST)))
+
+
+def pytest_collection_finish(session: pytest.Session) -> None:
+    """What was imported and collected stays, so no search for garbage goes through it again."""
+    gc.collect()
+    gc.freeze()
 
 
 def pytest_runtest_setup(item: pytest.Item) -> None:

@@ -8,8 +8,11 @@ processes that the tests start. `python()` is a command that takes what `python`
    folder and open files, and runs the module as Python does.
 2. Where the environment would have changed an import (READ) it asks a server without that one.
    All else it hands to a fresh Python.
-3. So it does with the first job of each stage with torch where RETRACE_COLD names a folder, in
-   which it notes them: an import that a stage forgot is still missed there.
+3. So it does with the first job of each stage of the library with torch where RETRACE_COLD names a
+   folder, in which it notes them: an import that a stage forgot is still missed there. What any
+   file forgot, those of papers among them, tests/whole/test_imports.py finds without a run.
+
+4. What `-m pip download` brought it keeps beside the command, for the next one that asks alike.
 
 A server starts when it is first asked for, and ends with the process that made the folder. A killed
 client takes its child with it. Where the system has no fork or socket, all Pythons are fresh.
@@ -39,7 +42,8 @@ READ = {
     "sae_lens": "",
 }
 SEED = "PYTHONHASHSEED"
-READ_LATER = ("PYTHONPATH", "PYTHONDONTWRITEBYTECODE")
+# The third is set by torch's compiler when another library imports it, as in a test's own process.
+READ_LATER = ("PYTHONPATH", "PYTHONDONTWRITEBYTECODE", "TORCHINDUCTOR_CACHE_DIR")
 # Snakemake sets them to the threads of a rule, which at smoke scale is 1.
 THREADS = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
 WITH = {  # command -> the libraries that it uses
@@ -127,6 +131,8 @@ def begin(folder: str) -> None:
 
 
 def main(folder: str, args: list[str]) -> None:
+    if args[:3] == ["-m", "pip", "download"] and "--dest" in args:
+        os._exit(download(folder, args))
     libraries = richest(needs(args), folder)
     if libraries and not (needs(args) != "light" and is_first(args)):
         server = connected(folder, libraries)
@@ -136,17 +142,48 @@ def main(folder: str, args: list[str]) -> None:
 
 
 def is_first(args: list[str]) -> bool:
-    """Whether this is the first job of a stage that RETRACE_COLD asks to start afresh."""
+    """Whether this is the first job of a stage that RETRACE_COLD asks to start afresh.
+
+    A paper's own stage never is: there are as many of them as papers.
+    """
     noted = os.environ.get("RETRACE_COLD")
-    if not noted:
+    if not noted or args[:2] != ["-m", "pipeline"] or args[2] == "own":
         return False
-    args = own_script(args)
-    name = args[2] if args[0] == "-m" else os.path.abspath(args[0]).replace(os.sep, "+")
     try:
-        os.close(os.open(os.path.join(noted, name), os.O_CREAT | os.O_EXCL))
+        os.close(os.open(os.path.join(noted, args[2]), os.O_CREAT | os.O_EXCL))
         return True
     except FileExistsError:
         return False
+
+
+def download(folder: str, args: list[str]) -> int:
+    """`pip download` once for each requirement, its other options and the environment of pip.
+
+    A package without a wheel costs pip four seconds of a processor, and many jobs want the same.
+    What failed is not kept.
+    """
+    import fcntl
+    import hashlib
+    import shutil
+    import subprocess
+
+    at = args.index("--dest") + 1
+    to = args[at]
+    others = args[:at] + args[at + 1 :]
+    read = ("PIP_", "HTTP_PROXY", "HTTPS_PROXY", "ALL_PROXY", "NO_PROXY", "HOME", "XDG_")
+    environment = sorted(item for item in os.environ.items() if item[0].upper().startswith(read))
+    key = hashlib.sha256(json.dumps([others, environment]).encode()).hexdigest()
+    kept = os.path.join(folder, f"pip-{key}")
+    with open(f"{kept}.lock", "a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        if not os.path.isdir(kept):
+            shutil.rmtree(f"{kept}.part", ignore_errors=True)
+            args = [*args[:at], f"{kept}.part", *args[at + 1 :]]
+            if code := subprocess.run([sys.executable, *args]).returncode:
+                return code if code > 0 else 1
+            os.rename(f"{kept}.part", kept)
+    shutil.copytree(kept, to, dirs_exist_ok=True)
+    return 0
 
 
 def connected(folder: str, libraries: str) -> socket.socket | None:

@@ -45,6 +45,7 @@ def or_exit(function: Callable, *args: Any, **named: Any) -> Any:
 
 SIGNATURE = inspect.signature(lambda wildcards: None)
 OBJECTS = 1_000_000  # made since the last look for cycles; Python's default is 700
+STARTS = (100, 1)  # of jobs, in seconds: --max-jobs-per-timespan by default
 
 
 def asked(before: Callable[[], None], method: Callable, mark: Callable | None = None) -> Callable:
@@ -74,6 +75,20 @@ def seldom_collect() -> None:
     With Python's defaults a third of snakemake's time went into looking, at 5,000 jobs.
     """
     gc.set_threshold(OBJECTS)
+
+
+def start_at_any_rate(workflow: Any) -> None:
+    """Take Snakemake's own limit, 100 starts of jobs a second, off a run on this machine.
+
+    Under a limit it looks for jobs to start whenever one has ended, and from then on once a second
+    more while any waits for a core: late in a run of 400 jobs hundreds of times a second. One that
+    was asked for stays, and so does that of a cluster. It is for a moment at which snakemake has
+    its settings and no scheduler yet, as when it asks for an input.
+    """
+    settings = workflow.scheduling_settings
+    limit = getattr(settings, "max_jobs_per_timespan", None)
+    if limit and workflow.nodes is None and (limit.max_jobs, limit.timespan) == STARTS:
+        settings.max_jobs_per_timespan = None
 
 
 def set_environment(root: Path) -> None:

@@ -17,6 +17,7 @@ import pandas as pd
 import pyarrow as pa
 import pytest
 import torch
+import warm
 from conftest import HOOK, environment, rewrite, stage
 
 from pipeline.activations import activations, buffers, checks, files, forward, rows, writers
@@ -352,29 +353,26 @@ def test_skipping_a_whole_block():
 
 
 @pytest.mark.workflow
-def test_a_killed_job_resumes_and_ends_with_the_same_bytes(
-    tiny_model_json, tiny_corpus, tmp_path, monkeypatch
-):
-    monkeypatch.setenv("RETRACE_PYTHON", sys.executable)  # goes on with the same packages
+def test_a_killed_job_resumes_and_ends_with_the_same_bytes(tiny_model_json, tiny_corpus, tmp_path):
     many = {"hooks": [HOOK, "blocks.1.hook_resid_post"], "shard_rows": 30, "batch_size": 1}
     out = {name: tmp_path / name / "item" for name in ("whole", "killed")}
     run(out["whole"], tiny_model_json, tiny_corpus, **many)
     spec = {"activations": {"dtype": "float32", **many}}
-    command = [sys.executable, "-m", "pipeline", "activations", "--spec", json.dumps(spec),
+    command = [warm.python(), "-m", "pipeline", "activations", "--spec", json.dumps(spec),
                "--model", tiny_model_json, "--corpus", tiny_corpus, "--device", "cpu",
                "--threads", "1", "--out", out["killed"] / "manifest.json",
                "--shards", out["killed"] / "shards"]  # fmt: skip
     partial = out["killed"] / "shards.partial"
     job = subprocess.Popen(
         [str(c) for c in command], env=environment(),
-        stderr=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
     )  # fmt: skip
     deadline = time.monotonic() + 600
     while len(list(partial.rglob("part-*.parquet"))) < 20 and time.monotonic() < deadline:
         assert job.poll() is None
         time.sleep(0.002)
     job.send_signal(signal.SIGKILL)
-    job.wait()
+    job.communicate()  # to the end of what wrote to its stderr
     left = {p: p.stat().st_mtime_ns for p in partial.rglob("part-*.parquet")}
     assert 20 <= len(left) < 240
     assert not (out["killed"] / "shards").exists()

@@ -161,3 +161,41 @@ rule measure:
     command = [sys.executable, "-m", "snakemake", "-c1", "--quiet", "--directory", str(tmp_path)]
     subprocess.run([*command, "-s", str(tmp_path / "Snakefile")], check=True, capture_output=True)
     assert (tmp_path / "order").read_text().split() == order
+
+
+@pytest.mark.workflow
+@pytest.mark.parametrize(
+    ("flags", "quick"), [([], True), (["--max-jobs-per-timespan=9/1s"], False)]
+)
+def test_snakemake_looks_for_jobs_when_one_has_ended_and_not_ever_more_often(
+    flags, quick, tmp_path
+):
+    """Eight jobs end and one sleeps, while another waits for the only core."""
+    (tmp_path / "Snakefile").write_text(f"""import sys
+sys.path.insert(0, {str(ROOT)!r})
+from snakemake.scheduling.job_scheduler import JobScheduler
+from pipeline.papers.rule_helpers import asked, start_at_any_rate
+looked, plain = [], JobScheduler.job_selector
+JobScheduler.job_selector = lambda self, jobs: looked.append(1) or plain(self, jobs)
+settle = lambda: start_at_any_rate(workflow)
+onsuccess:
+    print(f"looked {{len(looked)}} times")
+rule all:
+    input: asked(settle, lambda wildcards: ["slept", "after", *[f"{{i}}.txt" for i in range(8)]])()
+rule quick:
+    output: touch("{{i}}.txt")
+    priority: 2
+rule slow:
+    output: touch("slept")
+    priority: 1
+    shell: "sleep 4"
+rule after:
+    output: touch("after")
+""")
+    command = [sys.executable, "-m", "snakemake", "-c1", "--directory", str(tmp_path), *flags]
+    done = subprocess.run(
+        [*command, "-s", str(tmp_path / "Snakefile")], capture_output=True, text=True
+    )
+    assert done.returncode == 0, done.stderr
+    looked = int(re.search(r"looked (\d+) times", done.stdout + done.stderr)[1])
+    assert (looked <= 12) is quick, looked

@@ -35,6 +35,7 @@ from pipeline.text import prompts_ioi as prompts
 
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "rules/papers/ioi"
+SEEDS = [10, 20]  # of the tables; the smoke run has the first
 measures, discovery, small, circuit, metrics = (
     import_file(FOLDER / f"{name}.py")
     for name in ("measures", "discovery", "judged", "circuit", "metrics")
@@ -313,10 +314,10 @@ def call(monkeypatch, main, *options: object) -> None:
 
 @pytest.fixture(scope="module")
 def made(arms, tmp_path_factory) -> tuple[papers.Paper, dict]:
-    """The paper at smoke scale with the hub's arm, and its tables out of the tiny models."""
+    """The paper at smoke scale with the hub's arm; its tables out of the tiny models, two seeds."""
     out, paper = tmp_path_factory.mktemp("ioi"), papers.load(FOLDER, "smoke", hub=True)
     with pytest.MonkeyPatch.context() as patch:
-        own = paper.spec.own["circuit"] | {"threshold": 1e-6, "most": 2}
+        own = paper.spec.own["circuit"] | {"threshold": 1e-6, "most": 2, "seeds": SEEDS}
         spec = json.dumps({"own.circuit": own, "arms": paper.spec.arms})
         given = [f for t in circuit.TABLES for f in (f"--{t}", out / f"{t}.parquet")]
         call(
@@ -331,7 +332,9 @@ def made(arms, tmp_path_factory) -> tuple[papers.Paper, dict]:
             1,
         )
         for arm in paper.spec.circuit_arms():
-            spec = json.dumps({"circuits": paper.spec.circuits.model_dump(mode="json")})
+            spec = json.dumps(
+                {"circuits": paper.spec.circuits.model_dump(mode="json") | {"seeds": SEEDS}}
+            )
             parts = ("nodes", "edges", "methods")
             given = [f for p in parts for f in (f"--{p}", out / f"{arm}_{p}.parquet")]
             call(
@@ -356,10 +359,10 @@ def test_both_arms_go_through_every_step(made):
     assert (published.loc[("circuit", "nothing"), "n_heads"] == 26).all()
     minimality = frames["circuit/minimality"]
     counted = minimality[minimality["set"] == "published"].groupby(["seed", "source"]).size()
-    assert counted.to_dict() == dict.fromkeys(((s, "published") for s in (10, 20)), 26)
+    assert counted.to_dict() == dict.fromkeys(((s, "published") for s in SEEDS), 26)
     for arm in ("gpt2", "smollm2"):
         methods = frames[f"circuits/{arm}_methods"].set_index("method")
-        assert methods.loc["direct_logit", "seed"].tolist() == [10, 20]
+        assert methods.loc["direct_logit", "seed"].tolist() == SEEDS
         assert (methods.loc["direct_logit", "completeness_gap"].abs() < 1e-3).all()
         for kind in ("correlation", "spearman", "correlation_without_largest"):
             assert methods.loc["activation_patching", kind].tolist() == pytest.approx([1] * 2)

@@ -166,6 +166,7 @@ def made(tmp_path_factory) -> tuple[papers.Paper, dict[str, pd.DataFrame], Path]
     tables.write_json(out / "none.json", {}, certificate)
     units = {h: Latents(TopK(i), skip_first=1) for i, h in enumerate(HOOKS.values())}
     own = paper.spec.own["agreement"] | {"saes": list(HOOKS), "n_prompts": 6, "n_judged": 6}
+    own |= {"seeds": [0, 1]}
     files = {t: out / f"{t}.parquet" for t in agreement.TABLES}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(latents, "load", lambda *_: units)

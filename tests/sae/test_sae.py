@@ -15,6 +15,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import warm
 from conftest import ROOT, environment, stage
 
 from pipeline.errors import RetraceError
@@ -647,14 +648,14 @@ def test_company_changes_nothing(made, activations, tmp_path):
 
 
 @pytest.mark.workflow
-def test_a_killed_run_resumes_and_ends_with_the_bytes_of_another(
-    activations, tmp_path, monkeypatch
-):
-    """`kill -9` at the first checkpoint; another process was left in peace."""
-    monkeypatch.setenv("RETRACE_PYTHON", sys.executable)  # goes on with the same packages
+def test_a_killed_run_resumes_and_ends_with_the_bytes_of_another(activations, tmp_path):
+    """`kill -9` at the first checkpoint; another process was left in peace.
+
+    All three hold the same packages: a run goes on from another's state only then.
+    """
     killed = tmp_path / "killed"
     run(tmp_path / "whole", activations)
-    command = [sys.executable, "-m", "pipeline", "sae", "--spec", json.dumps({"sae": SPEC})]
+    command = [warm.python(), "-m", "pipeline", "sae", "--spec", json.dumps({"sae": SPEC})]
     for option, value in arguments(killed, activations).items():
         command += [f"--{option}", str(value)]
     process = subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE)

@@ -4,13 +4,13 @@ import json
 import math
 import signal
 import subprocess
-import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import warm
 from conftest import ROOT, environment, stage
 from pydantic import ValidationError
 from safetensors.torch import load_file
@@ -190,13 +190,13 @@ def test_the_order_is_a_function_of_the_seed_and_not_of_the_rows(seed):
 @pytest.fixture
 def reads(monkeypatch) -> list:
     """Every (split, start, stop) that is read of a store, and every estimate of a scale."""
-    seen, read, norm = [], Rows.read, sae_stream.mean_norm
+    seen, read, norm = [], Rows.read_into, sae_stream.mean_norm
 
-    def counted(self, start, stop):
+    def counted(self, start, stop, out):
         seen.append((self.split, start, min(stop, self.n_rows)))
-        return read(self, start, stop)
+        return read(self, start, stop, out)
 
-    monkeypatch.setattr(Rows, "read", counted)
+    monkeypatch.setattr(Rows, "read_into", counted)
     monkeypatch.setattr(sae_stream, "mean_norm", lambda rows: seen.append("norm") or norm(rows))
     return seen
 
@@ -230,11 +230,8 @@ def test_no_dictionary_trains_on_held_out_rows(activations, tmp_path, reads):
 
 
 @pytest.mark.workflow
-def test_a_killed_job_of_many_architectures_ends_with_the_bytes_of_another(
-    activations, tmp_path, monkeypatch
-):
+def test_a_killed_job_of_many_architectures_ends_with_the_bytes_of_another(activations, tmp_path):
     """`kill -9` at the first checkpoint, against a run in one go."""
-    monkeypatch.setenv("RETRACE_PYTHON", sys.executable)  # goes on with the same packages
     spec = job(specs(), n_rows=25_600, checkpoint_seconds=0.2)
     whole, killed = (started(spec, tmp_path / n, activations) for n in ("whole", "killed"))
     until = time.monotonic() + 120
@@ -254,7 +251,7 @@ def test_a_killed_job_of_many_architectures_ends_with_the_bytes_of_another(
 
 def started(spec: dict, out: Path, activations: Path) -> subprocess.Popen:
     """The stage, in a process that runs."""
-    command = [sys.executable, "-m", "pipeline", "sae", "--spec", json.dumps(spec)]
+    command = [warm.python(), "-m", "pipeline", "sae", "--spec", json.dumps(spec)]
     for option, value in paths(out, activations).items():
         command += [f"--{option}", str(value)]
     return subprocess.Popen(command, cwd=ROOT, env=environment(), stderr=subprocess.PIPE)

@@ -3,6 +3,9 @@
 Python imports a module of this name at its start where it finds one on the path. Our modules are
 compiled with one more call at the head of each function and lambda; the code of libraries stays as
 it is, and as quick. What was compiled is kept beside the notes for the next process.
+
+Snakemake itself looks every five seconds, not two times a second, at what memory each job holds:
+it goes through all processes of the machine for that, and the smoke run has minutes of short jobs.
 """
 
 import ast
@@ -90,3 +93,7 @@ if FOLDER and sys.orig_argv[1:3] == ["-m", "pipeline"]:
     builtins.__called__ = called.add
     plain, SourceFileLoader.get_code = SourceFileLoader.get_code, get_code
     atexit.register(write)
+if FOLDER and sys.orig_argv[1:3] == ["-m", "snakemake"]:
+    import snakemake.benchmark
+
+    snakemake.benchmark.BENCHMARK_INTERVAL_SHORT = 5.0

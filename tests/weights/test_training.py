@@ -14,6 +14,7 @@ import pandas as pd
 import pytest
 import torch
 import torch.nn.functional as F
+import warm
 from conftest import ROOT, environment, stage
 from pydantic import ValidationError
 
@@ -357,10 +358,9 @@ def contents(folder: Path) -> dict[str, str]:
 
 
 @pytest.mark.workflow
-def test_a_killed_run_goes_on_and_ends_with_the_bytes_of_another(made, data, tmp_path, monkeypatch):
-    monkeypatch.setenv("RETRACE_PYTHON", sys.executable)  # goes on with the same packages
+def test_a_killed_run_goes_on_and_ends_with_the_bytes_of_another(made, data, tmp_path):
     command = [
-        sys.executable,
+        warm.python(),
         "-m",
         "pipeline",
         "training",
