@@ -99,11 +99,9 @@ def shades() -> list[list]:
 
 def between(colours: list[str], share: float) -> str:
     """The colour at `share` (0 to 1) of a ramp of hex colours."""
-    place = share * (len(colours) - 1)
-    low = min(int(place), len(colours) - 2)
-    pair = [np.array([int(c[i : i + 2], 16) for i in (1, 3, 5)]) for c in colours[low : low + 2]]
-    mixed = pair[0] + (place - low) * (pair[1] - pair[0])
-    return "#" + "".join(f"{round(v):02x}" for v in mixed)
+    channels = [[int(c[i : i + 2], 16) for c in colours] for i in (1, 3, 5)]
+    places = np.linspace(0, 1, len(colours))
+    return "#" + "".join(f"{round(np.interp(share, places, c)):02x}" for c in channels)
 
 
 def finish_phase(panels: Panels, lowest: float) -> go.Figure:
