@@ -239,6 +239,20 @@ def test_figures_are_drawn_and_text_is_never_markup(name, frames):
     assert "<b>the" not in json.dumps(plot) and '"<"' not in json.dumps(plot)
 
 
+def test_each_measure_by_layer_stands_beside_what_the_mean_prediction_has(frames):
+    plot, _ = drawn("layers", frames)
+    mean = [d for d in plot["data"] if d["name"] == "mean prediction"]
+    marginal = frames["lenses/layers"]["kl_marginal"].iloc[0]
+    levels = [level for d in mean for level in d["y"]]  # of kl in nats, of unread a ratio
+    assert levels == pytest.approx([marginal] * 2 + [1, 1], rel=1e-3)
+    assert ["nats" in d["hovertemplate"] for d in mean] == [True, False]
+    buttons = plot["layout"]["updatemenus"][0]["buttons"]
+    for button, n in zip(buttons, [3, 3, 2, 2, 2, 2], strict=True):  # logit, tuned, and the mean
+        assert sum(button["args"][0]["visible"]) == n
+    types = [b["args"][1]["yaxis.type"] for b in buttons]
+    assert types == ["log"] * 3 + ["linear"] * 3
+
+
 def test_the_trajectory_figure(frames):
     plot, frame = drawn("trajectories", frames)
     tuned_, logit = plot["data"]

@@ -20,7 +20,6 @@ from pipeline.weights import initial
 ROOT = Path(__file__).parents[2]
 FOLDER = ROOT / "rules/papers/nanogpt_shakespeare"
 samples = import_file(FOLDER / "samples.py")
-lens = import_file(FOLDER / "lens.py")
 language = import_file(FOLDER / "language.py")
 metrics = import_file(FOLDER / "metrics.py")
 figures = import_file(FOLDER / "figures.py")
@@ -161,7 +160,7 @@ def text():
 
 def test_an_excerpt_shows_the_last_positions(lm, text):
     tokens, targets = (t[:1] for t in text)
-    got = lens.excerpt(lm, tokens[0], int(targets[0, -1]), lambda i: "abcdefghi"[i], 5)
+    got = language.excerpt(lm, tokens[0], int(targets[0, -1]), lambda i: "abcdefghi"[i], 5)
     assert len(got) == 4 * 5 and got["position"].unique().tolist() == [7, 8, 9, 10, 11]
     last = got[got["layer"] == 3]
     p = lm(tokens).logits[0, 7:].double().softmax(-1)

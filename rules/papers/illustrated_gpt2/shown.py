@@ -7,7 +7,6 @@
 """
 
 import re
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -16,16 +15,16 @@ import torch.nn.functional as F
 from pydantic import Field
 from torch import Tensor
 
-from pipeline.errors import RetraceError
+from pipeline.errors import RetraceError, need_among
 from pipeline.job import cli, own
-from pipeline.job.source import import_file
 from pipeline.models import loader
 from pipeline.models.heads import Heads
 from pipeline.spec.base import Name, Section
 from pipeline.text.tokens import Texts, encode
 from pipeline.weights import batches
 
-markov = import_file(Path(__file__).with_name("markov.py"))
+from . import markov
+
 TABLES = ("continuations", "attention", "measures")
 WORD = re.compile(r"[^\W\d_]{3,}")
 BATCH = 64  # blocks at a time
@@ -41,10 +40,9 @@ class Markov(Section):
     n_loss: int = Field(default=20_000, ge=1, description="held-out tokens of the losses, at most")
 
 
-class Options(Section):
+class Options(own.Options):
     """Section own.shown of paper.yaml."""
 
-    tables: list[str]
     models: dict[Name, dict[str, str]] = Field(description="as own.<stage>.models everywhere")
     prompts: dict[Name, list[str]] = Field(description="model -> what it is given to go on with")
     texts: dict[Name, list[str]] = Field(description="model -> texts whose attention is shown")
@@ -56,8 +54,8 @@ class Options(Section):
     def check(self) -> None:
         """RetraceError where an option names a model that there is not."""
         for key in ("prompts", "texts", "n_tokens"):
-            for name in sorted(getattr(self, key).keys() - self.models.keys()):
-                raise RetraceError(f"own.shown.{key}: no model '{name}' among own.shown.models")
+            named = f"own.shown.{key}: no model"
+            need_among(getattr(self, key), self.models, named, "own.shown.models has")
         for name in sorted(self.prompts.keys() - self.n_tokens.keys()):
             raise RetraceError(f"own.shown.n_tokens: says nothing of '{name}', which has prompts")
 
@@ -179,9 +177,8 @@ def work(job: cli.Job, options: Options) -> own.Tables:
     options.check()
     args, out = job.args, own.Tables(TABLES)
     like = options.markov.model  # models of its text have a loss beside the chain's
-    files = dict(
-        zip(sorted(options.models), zip(args.models, args.corpora, strict=True), strict=True)
-    )
+    pairs = zip(args.models, args.corpora, strict=True)
+    files = dict(zip(sorted(options.models), pairs, strict=True))
     for name, (file, corpus) in files.items():
         loaded = loader.load(file, job.device())
         for prompt in options.prompts.get(name, []):
@@ -208,15 +205,3 @@ def work(job: cli.Job, options: Options) -> own.Tables:
             out.add(chains(loaded, text, options))
         cli.log.info("%s: texts and attention", name)
     return out
-
-
-def main() -> None:
-    own.main(
-        "shown", __doc__, Options, TABLES, work,
-        models="model.json of every model, sorted by name*",
-        corpora="tokens.parquet of every model*",
-    )  # fmt: skip
-
-
-if __name__ == "__main__":
-    main()

@@ -28,19 +28,16 @@ class Options(Section):
     )
     seed: int = Field(default=0, ge=0, description="of the random directions")
 
-    def seeded(self, seed: int) -> "Options":
-        """The same with the random directions of another seed."""
-        return self.model_copy(update={"seed": self.seed + seed})
-
 
 def of_model(
     hf: nn.Module, lenses: dict[str, lens.Lens], layers: list[int], tokens: Tensor, skip: int,
-    options: Options,
+    options: Options, seed: int,
 ) -> pd.DataFrame:  # fmt: skip
     """One row per lens, layer, kind (causal or random) and direction.
 
     Args:
         tokens: [blocks pos]; directions are found on the first half and measured on the second.
+        seed: of the translators; random directions follow it.
     """
     half = max(len(tokens) // 2, 1)
     frames = []
@@ -49,7 +46,7 @@ def of_model(
         with torch.no_grad():
             x = splice.stream(hf, hook, tokens[:half])[:, skip:].flatten(0, 1)
         k = min(options.k, x.shape[-1])
-        generator = torch.Generator().manual_seed(seeded(options.seed, layer))
+        generator = torch.Generator().manual_seed(seeded(options.seed + seed, layer))
         noise = torch.randn(x.shape[-1], k, generator=generator)
         chance = torch.linalg.qr(noise)[0].T.to(x)
         for name, lens_ in lenses.items():

@@ -1,6 +1,5 @@
 """Figures of the lenses by layer, of causal bases, and direct logit attribution; no torch."""
 
-from collections.abc import Callable
 from itertools import product
 from typing import Any
 
@@ -38,7 +37,7 @@ MEASURES = {
 READERS = {**LENSES, "jacobian": ("Jacobian lens", PALETTE[2], "solid"),
            "self": ("itself alone", PALETTE[2], "dot"),
            "untrained": ("J of the untrained model", PALETTE[-1], "dash")}  # fmt: skip
-LOGARITHMIC = ("kl", "unread", "loss")
+LOGARITHMIC = ("kl", "unread", "loss", "bias_bits")
 PARTS = {"embedding": PALETTE[2], "attention": PALETTE[0], "MLP": PALETTE[1], "bias": PALETTE[3]}
 
 
@@ -49,33 +48,33 @@ def named(options: dict[str, Any], table: pd.DataFrame) -> dict[str, str]:
 
 
 def by_layer(
-    options: dict[str, Any], table: pd.DataFrame, y: Callable[[pd.DataFrame], list], unit: str = ""
-) -> tuple[Panels, list[list[str]], list[pd.DataFrame]]:
-    """Lines of a lens over layers: of a model in colour, of its null arm in grey.
+    options: dict[str, Any], table: pd.DataFrame, measures: dict[str, tuple[str, str]]
+) -> tuple[Panels, list[list[str]]]:
+    """Lines of each lens over layers, a case a measure: of a model in colour, of its null arm grey.
 
     Args:
-        y: rows -> what is plotted.
+        measures: column -> what it is, and its unit.
 
     Returns:
-        The panels, the models of each (model, null arm), and the rows of every line.
+        The panels, and the models of each: a model, and its null arm.
     """
-    known, drawn = set(table["model"]), []
+    known, columns = set(table["model"]), list(measures)
     given = {panel: [m for m in models if m in known] for panel, *models in options["panels"]}
     given = {panel: models for panel, models in given.items() if models}
     panels = Panels([literal(p) for p in given], gap=(0.1, 0))
     for i, models in enumerate(given.values()):
-        for (null, model), (lens, look) in product(enumerate(models), LENSES.items()):
-            rows, (name, colour, dash) = where(table, model=model, lens=lens), look
-            rows, name = rows.sort_values("layer"), f"{name}, null arm" if null else name
-            hover = f"{literal(name)}, layer %{{x}}: %{{y:.3~g}}{unit}"
+        for y, (null, model), lens in product(columns, enumerate(models), LENSES):
+            rows = where(table, model=model, lens=lens).sort_values("layer")
+            name, colour, dash = LENSES[lens]
+            name, colour = (f"{name}, null arm", PALETTE[-1]) if null else (name, colour)
+            hover = f"{literal(name)}, layer %{{x}}: %{{y:.3~g}} {measures[y][1]}"
             look = {"dash": dash, "marker": {"size": 4 if null else 5}, "hover": hover}
-            colour = PALETTE[-1] if null else colour
-            panels.add(i, line(rows["layer"], y(rows), name, colour, **look))
-            drawn.append(rows)
+            trace = line(rows["layer"], shown(rows, y), name, colour, **look)
+            panels.add(i, trace, case=columns.index(y))
         deepest = where(table, model=models)["layer"].max()  # about six ticks
         ticks = axis("layers before the lens", dtick=int(max(1, deepest // 6)))
         panels.figure.update_xaxes(**ticks, **panels.place(i))
-    return panels, list(given.values()), drawn
+    return panels, list(given.values())
 
 
 def layers(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
@@ -84,26 +83,26 @@ def layers(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     Options: panels, a list of [title, model, null arm].
     """
     table = first_seed(tables["lenses/layers"])
-    table, first = table.assign(unread=table["kl"] / table["kl_marginal"]), next(iter(MEASURES))
-    panels, models, drawn = by_layer(options, table, lambda rows: shown(rows, first))
-    levels = []
+    table = table.assign(unread=table["kl"] / table["kl_marginal"])
+    panels, models = by_layer(options, table, MEASURES)
     for i, (model, *_) in enumerate(models):
         rows = where(table, model=model)
-        levels.append([rows["kl_marginal"].iloc[0]] * 2)
-        hover = "the model's mean prediction, whatever was read: %{y:.3~g} nats"
         ends = [rows["layer"].min(), rows["layer"].max()]
-        look = {"width": 1, "dash": "dash", "hover": hover}
-        panels.add(i, line(ends, levels[-1], "mean prediction", **look))
-    choices = {}
-    for m, (what, unit) in MEASURES.items():
-        ys = [shown(rows, m) for rows in drawn]
-        ys += [{"kl": y, "unread": [1, 1]}.get(m, [None, None]) for y in levels]
-        change = {"yaxis.title.text": axis(what, unit)["title"]["text"]}
-        change |= {f"{place}.{k}": v for place in ("yaxis", "yaxis2")[: len(models)]
-                   for k, v in scale_of(m).items()}  # fmt: skip
-        choices[what] = [{"y": ys}, change]
-    chosen(panels.figure, choices).update_yaxes(rangemode="tozero", **scale_of(first))
-    figure = panels.finish(450, yaxis=axis(*MEASURES[first]))
+        marginal = rows["kl_marginal"].iloc[0]
+        for case, (level, unit) in enumerate([(marginal, " nats"), (1, "")]):  # of kl, of unread
+            hover = f"the model's mean prediction, whatever was read: {level:.3g}{unit}"
+            look = {"width": 1, "dash": "dash", "hover": hover}
+            panels.add(i, line(ends, [level] * 2, "mean prediction", **look), case=case)
+    changes = []
+    for y, (what, unit) in MEASURES.items():  # ticks of a log axis at 1, 2 and 5, as in theme.axis
+        log = y in LOGARITHMIC
+        look = {"type": "log" if log else "linear", "dtick": "D2" if log else None}
+        places = ("yaxis", "yaxis2")[: len(models)]
+        change = {f"{place}.{k}": v for place in places for k, v in look.items()}
+        changes.append(change | {"yaxis.title.text": axis(what, unit)["title"]["text"]})
+    panels.choose((what for what, _ in MEASURES.values()), changes)
+    panels.figure.update_yaxes(rangemode="tozero")
+    figure = panels.finish(450, yaxis=axis(*MEASURES["kl"]))
     return figure, table[["model", "lens", "layer", *MEASURES, "kl_marginal", "n_tokens"]]
 
 
@@ -132,12 +131,6 @@ def upside_down(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     return panels.finish(430), pd.concat(frames, ignore_index=True)
 
 
-def scale_of(measure: str) -> dict[str, Any]:
-    """Distances are on a log axis; ticks at 1, 2 and 5, as in theme.axis."""
-    log = measure in LOGARITHMIC
-    return {"type": "log" if log else "linear", "dtick": "D2" if log else None}
-
-
 def shown(rows: pd.DataFrame, measure: str) -> list[float | None]:
     """The values of a line; a log axis has no place for the prediction's 0."""
     values = rows[measure].tolist()
@@ -149,7 +142,7 @@ def bias(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     table = first_seed(tables["lenses/layers"])
     table = table[table["layer"] < table.groupby("model")["layer"].transform("max")]
     table = table.assign(bias_bits=table["bias"] * BITS)
-    panels, models, _ = by_layer(options, table, lambda rows: rows["bias_bits"].tolist(), " bits")
+    panels, models = by_layer(options, table, {"bias_bits": ("bias", "bits")})
     for i, some in enumerate(models):
         values = where(table, model=some)["bias"]
         wide = values.max() > 100 * values.min()  # every decade has a tick, or 1, 2 and 5
@@ -207,39 +200,22 @@ def attribution(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
             logits = rows.groupby("position")["logit"].first()
             largest = logits.drop(logits.index.max()).nlargest(options.get("places", 2)).index
             wanted += [(name, where(rows, position=at)) for at in [logits.index.max(), *largest]]
-    figure, choices, frames = go.Figure(), {}, []
-    for name, rows in wanted:
-        parts = ordered(rows)
-        words = beginning("…" + rows["words"].iloc[0][-20:])
-        what = f"{name}: “{words}” → “{rows['top'].iloc[0]}”"
+    figure, choices, hover = go.Figure(), {}, "%{x}: %{y:.3~g}"
+    short = {"attention": "attn ", "MLP": "MLP "}
+    for name, parts in wanted:  # in the order of computation
+        words = beginning("…" + parts["words"].iloc[0][-20:])
+        what = f"{name}: “{words}” → “{parts['top'].iloc[0]}”"
+        pairs = zip(parts["part"], parts["layer"], strict=True)
+        x = [f"{short[p]}{layer}" if p in short else p for p, layer in pairs]
         ys = [parts["contribution"].where(parts["part"] == p).tolist() for p in PARTS]
-        ys.append(parts["contribution"].cumsum().tolist())
+        total = parts["contribution"].cumsum().tolist()
         if not choices:
-            figure.add_traces(traces(parts["place"].tolist(), ys))
-        choices[what] = [{"x": [parts["place"].tolist()] * len(ys), "y": ys}, {}]
-        frames.append(parts)
+            for (part, colour), y in zip(PARTS.items(), ys, strict=True):
+                figure.add_trace(bars(x, y, part, colour, hover=hover.replace(":.3", ":+.3")))
+            look = {"width": 1.2, "shape": "hvh", "hover": f"up to {hover}"}
+            figure.add_trace(line(x, total, "sum so far", INK, **look))
+        choices[what] = [{"x": [x] * (len(ys) + 1), "y": [*ys, total]}, {}]
     axes = {"xaxis": axis("part of the model, in the order of computation", type="category")}
     axes["yaxis"] = axis("logit over the vocabulary's mean")
     chosen(figure, choices).update_layout(barmode="relative", bargap=0.15, height=460, **axes)
-    out = pd.concat(frames, ignore_index=True)
-    return figure, out.drop(columns=["number", "within", "place"])
-
-
-def ordered(rows: pd.DataFrame) -> pd.DataFrame:
-    """Parts in the order of computation, with the place of each on the axis."""
-    first = {"embedding": -1, "bias": rows["layer"].max() + 1}
-    number = rows["part"].map(first).fillna(rows["layer"])
-    within = rows["part"].map({p: i for i, p in enumerate(PARTS)})
-    rows = rows.assign(number=number, within=within).sort_values(["number", "within"])
-    short = {"attention": "attn ", "MLP": "MLP "}
-    parts = zip(rows["part"], rows["layer"], strict=True)
-    return rows.assign(place=[f"{short[p]}{int(n)}" if p in short else p for p, n in parts])
-
-
-def traces(x: list[str], ys: list[list]) -> list[Any]:
-    """Bars of each part, and the line of their sum so far."""
-    hover = "%{x}: %{y:+.3~g}"
-    parts = zip(PARTS.items(), ys, strict=False)
-    out: list[Any] = [bars(x, y, part, colour, hover=hover) for (part, colour), y in parts]
-    hover = "up to %{x}: %{y:.3~g}"
-    return [*out, line(x, ys[-1], "sum so far", INK, width=1.2, shape="hvh", hover=hover)]
+    return figure, pd.concat([parts for _, parts in wanted], ignore_index=True)

@@ -57,23 +57,6 @@ class Options(own.Options):
             need_among(names, models, f"own.lenses.{key}: no model", "own.tuning.models has")
 
 
-class Moments:
-    """First and second moments of a stream, summed in float64."""
-
-    def __init__(self) -> None:
-        self.n, self.first, self.second = 0, 0.0, 0.0
-
-    def add(self, x: Tensor) -> None:
-        """x: [tokens d_model]."""
-        x = x.double()
-        self.n += len(x)
-        self.first, self.second = self.first + x.sum(0), self.second + x.T @ x
-
-    def covariance(self) -> Tensor:
-        mean = self.first / self.n
-        return self.second / self.n - torch.outer(mean, mean)
-
-
 @torch.no_grad()
 def transfer(
     hf: nn.Module, translators: lens.Translators, tokens: Tensor, targets: Tensor, first: int
@@ -94,12 +77,9 @@ def transfer(
     plain = found.loc[found["lens"] == PLAIN, NUMBERS].add_suffix("_logit")
     found = found.loc[found["lens"] != PLAIN, ["lens", *NUMBERS, "n_tokens"]].join(plain)
     frame = found.reset_index().rename(columns={"lens": "translator"}).astype({"translator": int})
-    moments = {layer: Moments() for layer in layers}
-    for (windows,) in lens.passes(hf, tokens):
-        for layer, x in enumerate(lens.streams(hf, windows)[0]):
-            if layer in moments:
-                moments[layer].add(x[:, first:].flatten(0, 1))
-    cov = {layer: m.covariance() for layer, m in moments.items()}
+    passes = [lens.streams(hf, windows)[0] for (windows,) in lens.passes(hf, tokens)]
+    streams = {a: torch.cat([x[a][:, first:].flatten(0, 1) for x in passes]) for a in layers}
+    cov = {layer: torch.cov(x.double().T, correction=0) for layer, x in streams.items()}
     cov = {layer: c / c.norm() for layer, c in cov.items()}
     pairs = zip(frame["translator"], frame["layer"], strict=True)
     own_loss = frame[frame["translator"] == frame["layer"]].set_index("layer")["loss"]
@@ -165,8 +145,8 @@ def of_model(
         ids = examples(loaded, how.texts.get(name, []), blocks, how.n_texts, how.n_shown)
         out["trajectories"], out["attribution"] = along(loaded, ids, lenses, layers)
     if every := how.basis.models.get(name):
-        few, directions = blocks[: how.basis.n_blocks], how.basis.seeded(seed)
-        out["basis"] = basis.of_model(hf, lenses, layers[::every], few, skip, directions)
+        few = blocks[: how.basis.n_blocks]
+        out["basis"] = basis.of_model(hf, lenses, layers[::every], few, skip, how.basis, seed)
     return out
 
 

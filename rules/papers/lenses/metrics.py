@@ -86,16 +86,6 @@ METRICS = {
 }
 
 
-def falls(kl: Any) -> float:
-    """The least fall of a series from one row to the next."""
-    return float(-np.diff(kl).max())
-
-
-def unread(row: Any) -> float:
-    """KL of a lens over that of the mean prediction; nan where the model always says the same."""
-    return float(row["kl"] / row["kl_marginal"]) if row["kl_marginal"] > LEAST else float("nan")
-
-
 def layers(table: Any) -> dict[str, float]:
     """Numbers of one model.
 
@@ -105,8 +95,10 @@ def layers(table: Any) -> dict[str, float]:
     both = {name: rows.sort_values("layer") for name, rows in table.groupby("lens")}
     inner = {name: rows.iloc[:-1].set_index("layer") for name, rows in both.items()}
     gains = {f"{m}_gain": (inner["logit"][m] - inner["tuned"][m]).min() for m in GAINS}
-    out = gains | {"unread": unread(inner["tuned"].iloc[0])}
-    out |= {f"{name}.smallest_fall": falls(rows["kl"]) for name, rows in both.items()}
+    start = inner["tuned"].iloc[0]
+    varies = start["kl_marginal"] > LEAST  # else the model always says the same
+    out = gains | {"unread": start["kl"] / start["kl_marginal"] if varies else np.nan}
+    out |= {f"{name}.smallest_fall": -np.diff(rows["kl"]).max() for name, rows in both.items()}
     out |= {f"{name}.bias_bits": rows["bias"].median() * BITS for name, rows in inner.items()}
     return out | {"logit.echo_layers": (inner["logit"]["echo"] > 0.5).mean()}
 
@@ -211,18 +203,17 @@ def recovery(table: Any) -> dict[str, float]:
 
 
 # What stands before a model's name, the table, and the numbers of its rows.
-PARTS = (("", "layers", layers), ("transfer.", "transfer", transfer),
-         ("swapped.", "transfer", swapped), ("basis.", "basis", basis),
-         ("attribution.", "attribution", attribution))  # fmt: skip
-JACOBIAN = (("jacobian.", "layers", jacobian), ("recovery.", "recovery", recovery))
+PARTS = (("", "lenses/layers", layers), ("transfer.", "lenses/transfer", transfer),
+         ("swapped.", "lenses/transfer", swapped), ("basis.", "lenses/basis", basis),
+         ("attribution.", "lenses/attribution", attribution),
+         ("jacobian.", "jacobian/layers", jacobian),
+         ("recovery.", "jacobian/recovery", recovery))  # fmt: skip
 
 
 def metrics(tables: dict[str, Any]) -> dict[str, list[float]]:
     """See METRICS."""
     found: dict[str, list[float]] = {}
-    parts = [(f"lenses/{table}", front, numbers) for front, table, numbers in PARTS]
-    parts += [(f"jacobian/{table}", front, numbers) for front, table, numbers in JACOBIAN]
-    for name, front, numbers in parts:
+    for front, name, numbers in PARTS:
         if name not in tables:  # of a run before it had Jacobian lenses
             continue
         for model, rows in tables[name].groupby("model"):

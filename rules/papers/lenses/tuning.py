@@ -33,11 +33,6 @@ class Options(own.Options):
         default=[0], min_length=1, description="a lens each, of other batches and other text"
     )
 
-    def of(self, name: str, seed: int) -> tuned_lens.TunedLensSpec:
-        """How the lens of one model and seed is trained."""
-        how = self.models[name]
-        return how.model_copy(update={"seed": how.seed + seed})
-
 
 def work(job: cli.Job, options: Options) -> own.Tables:
     args, device, out = job.args, job.device(), own.Tables(TABLES)
@@ -49,7 +44,8 @@ def work(job: cli.Job, options: Options) -> own.Tables:
         read = blocks(corpus, "train").to(device)
         given = [provenance.sha256_file(p) for p in (file, corpus)]
         for seed in options.seeds:
-            how = options.of(name, seed)
+            how = options.models[name]
+            how = how.model_copy(update={"seed": how.seed + seed})
             tuned = tuned_lens.TunedLens(name, hf, read, how)
             key = provenance.digest([how.model_dump(mode="json"), given, made_by])
             tuned_lens.train(tuned, Checkpoints(partial / f"{name}-{seed}", key))

@@ -21,15 +21,15 @@ def widths(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     Crosses: the dictionary with random directions; open markers: without resampling.
     """
     frames = [t.assign(arm=n.split("/")[1]) for n, t in tables.items()]
-    frame = pd.concat(frames, ignore_index=True).sort_values("d_sae", kind="stable")
-    frame["frozen_decoder"] = frame["frozen_decoder"].astype(bool)
+    frame = pd.concat(frames).sort_values("d_sae", kind="stable", ignore_index=True)
+    controls = [frame["frozen_decoder"].astype(bool), frame["sae"] == "unresampled"]
+    kinds = np.select(controls, ["random directions", "no resampling"], "learned")
     panels, shown = Panels(["", ""], gap=(0.13, 0)), ("loss_recovered_zero", "l0")
     main = frame["l1_coefficient"].mode()[0]
     for (arm, l1), rows in frame.groupby(["arm", "l1_coefficient"], sort=False):
         name, ink = ARMS[arm]
         several = frame.loc[frame["arm"] == arm, "l1_coefficient"].nunique() > 1
-        rows = rows.assign(kind=[kind(r) for r in rows.to_dict("records")])
-        for how, part in rows.groupby("kind", sort=False):
+        for how, part in rows.groupby(kinds[rows.index], sort=False):
             label = f"{name}, L1 {l1:g}" if several else name
             label = label if how == "learned" else f"{name}, {how}"
             symbol = {"learned": "circle", "random directions": "x"}.get(how, "circle-open")
@@ -49,13 +49,6 @@ def widths(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     columns = ["arm", "sae", "d_sae", "l1_coefficient", *shown, "dead_share", "delta_loss"]
     look = {"xaxis": x, "xaxis2": x, "yaxis": recovered, "yaxis2": l0}
     return panels.finish(480, top=96, **look), frame[columns]
-
-
-def kind(row: dict[str, Any]) -> str:
-    """What a dictionary of an evaluation table is: learned, or one of the two controls."""
-    if row["frozen_decoder"]:
-        return "random directions"
-    return "no resampling" if row["sae"] == "unresampled" else "learned"
 
 
 def densities(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
@@ -120,13 +113,10 @@ def splitting(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
 
 def tree(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     """A latent of the narrowest dictionary and those near it in wider ones, with their tokens."""
-    units = tables["latents/units"]
-    units = units[units["arm"] == "a"].set_index(["group", "unit"])
-    frame = tables["latents/tree"]
-    frame = frame[frame["arm"] == "a"].copy()
-    keys = list(zip(frame["dictionary"], frame["latent"], strict=True))
-    frame["tokens"] = [units.loc[k, "tokens"] for k in keys]
-    frame["density"] = [units.loc[k, "density"] for k in keys]
+    units = tables["latents/units"].rename(columns={"group": "dictionary", "unit": "latent"})
+    columns, frame = ["arm", "dictionary", "latent"], tables["latents/tree"]
+    about = units[[*columns, "tokens", "density"]]
+    frame = frame[frame["arm"] == "a"].merge(about, "left", on=columns)
     frame["y"] = heights(frame)
     figure, at = go.Figure(), frame.set_index(["level", "latent"])
     for row in frame[frame["parent"] >= 0].itertuples():

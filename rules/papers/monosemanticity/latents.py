@@ -126,8 +126,8 @@ def matches(a: Arm, b: Arm, options: Options) -> pd.DataFrame:
         acts, others = a.saes[name].encode(x), b.saes[name].encode(y)
         found["latents"].add(acts, others)
         found["neurons"].add(x, y)
-        found["null_latents"].add(acts, matching.shuffled(others))
-        found["null_neurons"].add(x, matching.shuffled(y))
+        found["null_latents"].add(acts, tally.elsewhere(others))
+        found["null_neurons"].add(x, tally.elsewhere(y))
     if not found["latents"].n_rows:
         raise RetraceError(f"{a.activations}: no held-out rows; raise corpus.n_eval_tokens")
     best = [c.best(options.n_fired).assign(kind=kind) for kind, c in found.items()]
@@ -167,19 +167,13 @@ def units(
     return pd.concat(frames, ignore_index=True)
 
 
-def alive(sae: Any, counted: Any) -> tuple[Tensor, Tensor]:
-    """Latents that fired, int64 [alive], and their decoder rows [alive d_in]."""
-    at = (counted.fired > 0).nonzero()[:, 0]
-    return at, sae.W_dec[at]
-
-
 def split(arm: Arm, made: dict[str, Any], options: Options) -> tuple[pd.DataFrame, pd.DataFrame]:
     """The tables `splitting` and `tree`; latents by their numbers in the dictionaries.
 
     The example is the latent of the narrowest dictionary with most latents near it in the widest.
     """
-    living = {n: alive(arm.saes[n], made[n]) for n in options.widths}
-    rows, ids = [living[n][1] for n in options.widths], [living[n][0] for n in options.widths]
+    ids = [(made[n].fired > 0).nonzero()[:, 0] for n in options.widths]
+    rows = [arm.saes[n].W_dec[alive] for n, alive in zip(options.widths, ids, strict=True)]
     if not all(len(r) for r in rows):
         raise RetraceError("own.latents: a dictionary has no latent that fires; train it longer")
     frames = [splitting.near(rows[0], wide, options.seed) for wide in rows[1:]]

@@ -52,8 +52,3 @@ class Correlation:
         value, at = self.matrix()[units][:, seen].max(1)
         columns = {"unit": units, "match": seen[at], "correlation": value}
         return pd.DataFrame({k: np.asarray(v.cpu()) for k, v in columns.items()})
-
-
-def shuffled(y: Tensor) -> Tensor:
-    """The rows of a batch, each in the place of one half a batch away."""
-    return y.roll(len(y) // 2, 0)

@@ -58,25 +58,11 @@ def main_of(table: Any) -> str:
 
 
 def ladder(evaluation: Any, main: str) -> Any:
-    """Rows of an evaluation table that differ from the main dictionary in width alone, by width.
-
-    Where one width was trained twice (with and without resampling), its first.
-    """
+    """Rows of an evaluation table that differ from the main dictionary in width alone, by width."""
     named = evaluation.set_index("sae", drop=False)
     same = named["l1_coefficient"] == named.loc[main, "l1_coefficient"]
-    rows = named[same & ~named["frozen_decoder"].astype(bool)]
-    rows = rows.drop(index=[n for n in rows.index if n != main and n.startswith("unresampled")])
-    return rows.sort_values("d_sae")
-
-
-def of_units(units: Any, main: str) -> dict[str, float]:
-    """Densities of the main dictionary of one trained arm, and how single-minded its units are."""
-    groups = dict(iter(units.groupby("group")))
-    density = groups[main]["density"]
-    low = (density > 0) & (density < ULTRALOW)
-    named = {"latents": groups[main], "neurons": groups["neurons"], "random": groups["random"]}
-    out = {"main.dead": (density == 0).sum(), "main.ultralow": low.sum()}
-    return out | single_minded(named)
+    twin = named["frozen_decoder"].astype(bool) | named.index.str.startswith("unresampled")
+    return named[same & ~twin].sort_values("d_sae")
 
 
 def single_minded(named: dict[str, Any]) -> dict[str, float]:
@@ -109,7 +95,12 @@ def of_arm(tables: dict[str, Any], arm: str, main: str) -> dict[str, float]:
         out[f"universality.{kind}"] = found["correlation"].median()
     near = own["latents/splitting"].groupby("wide", sort=False)
     counts, last = near["n_near"].mean().to_numpy(), list(near)[-1][1]
-    return out | of_units(own["latents/units"], main) | {
+    groups = dict(iter(own["latents/units"].groupby("group")))
+    density = groups[main]["density"]
+    named = {"latents": groups[main], "neurons": groups["neurons"], "random": groups["random"]}
+    return out | single_minded(named) | {
+        "main.dead": (density == 0).sum(),
+        "main.ultralow": ((density > 0) & (density < ULTRALOW)).sum(),
         "splitting.near_first": counts[0],
         "splitting.near_last": counts[-1],
         "splitting.smallest_rise": np.diff(counts).min(),

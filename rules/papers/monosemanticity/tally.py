@@ -102,9 +102,9 @@ class Tally:
         return torch.where(self.fired >= n, bits, torch.nan).double().cpu().numpy()
 
 
-def elsewhere(tokens: Tensor) -> Tensor:
-    """The tokens of other rows: those half of the batch away."""
-    return tokens.roll(max(len(tokens) // 2, 1))
+def elsewhere(rows: Tensor) -> Tensor:
+    """The rows of a batch, each in the place of one half a batch away: [rows …]."""
+    return rows.roll(max(len(rows) // 2, 1), 0)
 
 
 def entropy(weights: Tensor) -> Tensor:

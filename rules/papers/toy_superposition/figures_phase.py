@@ -34,19 +34,15 @@ def phase(tables: dict[str, Any], options: dict[str, Any]) -> Drawn:
     table, theory = tables["superposition/phase"], tables["superposition/theory"]
     cells = cell_means(table).merge(theory[[*CELL, "solution", "state"]], on=CELL)
     models = table["seed"].nunique()
-    views = {
-        f"mean of {models - 1}": ("norm_kept", "shared_kept"),
-        f"best of {models}": ("norm_best", "shared_best"),
-        "theory": ("norm_theory", "shared_theory"),
-    }
+    views = {f"mean of {models - 1}": "kept", f"best of {models}": "best", "theory": "theory"}
     cells["norm_theory"] = (cells["state"] > 0).astype(float)
     cells["shared_theory"] = (cells["state"] == 2).astype(float)
     cases = list(cells[["n_features", "n_hidden"]].drop_duplicates().itertuples(index=False))
     panels = Panels([*views] * len(cases), len(views), gap=(0.05, 0.12), shared_yaxes=True)
     for row, (n, m) in enumerate(cases):
         case = cells[(cells["n_features"] == n) & (cells["n_hidden"] == m)]
-        for col, (norm, shared) in enumerate(views.values()):
-            panels.add(row * len(views) + col, fate(case, norm, shared))
+        for col, view in enumerate(views.values()):
+            panels.add(row * len(views) + col, fate(case, view))
         title = f"importance of feature {n}<br>n = {n}, m = {m}"
         panels.figure.update_yaxes(title=title, row=row + 1, col=1)
     for name, colour in zip(STATES, (GRID, OWN, SHARED), strict=True):
@@ -66,15 +62,14 @@ def cell_means(table: pd.DataFrame) -> pd.DataFrame:
     return means.reset_index()
 
 
-def fate(case: pd.DataFrame, norm: str, shared: str) -> go.Heatmap:
+def fate(case: pd.DataFrame, view: str) -> go.Heatmap:
     """A map whose shade says two things: opacity the norm, hue the interference."""
-    top = STEPS - 1
+    norm, shared, top, theory = f"norm_{view}", f"shared_{view}", STEPS - 1, view == "theory"
     steps = [(case[c].clip(0, 1) * top).round().astype(int) for c in (norm, shared)]
     rows = case.assign(shade=steps[0] * STEPS + steps[1]).sort_values(
         ["importance", "density"], ascending=[True, False]
     )
     shape = (rows["importance"].nunique(), rows["density"].nunique())
-    theory = norm == "norm_theory"
     columns = ["solution"] if theory else [norm, shared, "kept_0", "kept_1", "kept_2"]
     numbers = rows[["density", "importance", norm, shared]].map(lambda v: float(f"{v:.2g}"))
     hovered = rows.assign(**numbers)[["density", "importance", *columns]]
@@ -99,11 +94,9 @@ def shades() -> list[list]:
 
 def between(colours: list[str], share: float) -> str:
     """The colour at `share` (0 to 1) of a ramp of hex colours."""
-    place = share * (len(colours) - 1)
-    low = min(int(place), len(colours) - 2)
-    pair = [np.array([int(c[i : i + 2], 16) for i in (1, 3, 5)]) for c in colours[low : low + 2]]
-    mixed = pair[0] + (place - low) * (pair[1] - pair[0])
-    return "#" + "".join(f"{round(v):02x}" for v in mixed)
+    channels = [[int(c[i : i + 2], 16) for c in colours] for i in (1, 3, 5)]
+    places = np.linspace(0, 1, len(colours))
+    return "#" + "".join(f"{round(np.interp(share, places, c)):02x}" for c in channels)
 
 
 def finish_phase(panels: Panels, lowest: float) -> go.Figure:
