@@ -80,7 +80,10 @@ def written_once(definitions: dict[str, Any], whole: dict[str, Any]) -> None:
         "additionalProperties": False,
     }
     entry = defaults("Claim") | {"additionalProperties": False}
-    entry["properties"]["defaults"] |= keys
+    said = entry["properties"]["defaults"]
+    later = {"needs": {"type": "string", "pattern": r"^\{\w+\}$"}}  # filled in by `each` below
+    said |= {"anyOf": [{"$ref": said.pop("$ref")}, {"properties": later, "required": ["needs"]}]}
+    said |= {"type": "object", **keys}
     filled = where_there_are({"required": ["with"]}, row, {"$ref": f"#/$defs/Claim{PART}"})
     short = where_there_are({"required": ["each"]}, each, filled)
     kinds = ("defaults", "each", "with")
