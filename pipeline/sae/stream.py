@@ -14,14 +14,11 @@ order and mixes those that are open; the rest is the same.
 The store is read in chunks, never row by row. The chunks of a buffer are read in the order of the
 store. While one buffer is used, a thread reads the next one: two are in memory. With a GPU a few
 threads read further ahead, hook by hook into pinned memory, and copy to the device, where the hooks
-come side by side. A store that takes a small part of the GPU's memory stays there after the first
-epoch, so that later ones read nothing.
+come side by side.
 """
 
-import contextlib
 import math
 import os
-import sys
 from collections import deque
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -42,8 +39,6 @@ Plan = tuple[np.ndarray, np.ndarray, np.ndarray, Sequence[int]]  # see `Stream._
 CHUNKS = 64  # in a buffer; by default a chunk is a thousand rows, about a megabyte
 AHEAD = 4  # chunks that the disk is asked for before they are read
 READERS = {"cuda": 4}  # threads that read one buffer each; one thread on a CPU
-TURN = 1e-4  # seconds that a thread of Python holds the interpreter while others wait
-HELD = 0.2  # of a GPU's free memory, at most, for rows that are read again
 # Variance, as a share of the mean square, below which rows are constant: rounding leaves constant
 # float32 rows 1e-14.
 CONSTANT = 1e-10
@@ -52,19 +47,6 @@ CONSTANT = 1e-10
 def picked(rows: Shaped[Tensor, "rows d"], at: Int[Tensor, " some"]) -> Shaped[Tensor, "some d"]:
     """rows[at]. On a CPU index_select copies whole rows, in a quarter of an index's time."""
     return rows.index_select(0, at) if rows.device.type == "cpu" else rows[at]
-
-
-@contextlib.contextmanager
-def turns(short: bool) -> Iterator[None]:
-    """Python's threads in short turns: one that launches kernels without a pause would let those
-    that read wait for 5 ms after each file read and each hash."""
-    before = sys.getswitchinterval()
-    if short:
-        sys.setswitchinterval(TURN)
-    try:
-        yield
-    finally:
-        sys.setswitchinterval(before)
 
 
 class Stream:
@@ -101,7 +83,6 @@ class Stream:
         if self.n_rows == 0:
             raise RetraceError(f"{rows.manifest}: holds no training row; raise corpus.n_tokens")
         self.chunk_rows = max(1, min(buffer_rows, self._mixed_rows()) // CHUNKS)
-        self.held: Held | None = None
         keep_open(self.rows)
         self.d_in, self.d_out = rows.d_model, (target or rows).d_model
         self.scale = math.sqrt(self.d_in) / self._mean_norm(rows) if normalize else 1.0
@@ -177,7 +158,7 @@ class Stream:
             Rows in the order of the store, [rows d_in] in the stored dtype; and the order in which
             to use them, int64, which leaves out rows before `position`.
         """
-        side = self._side(stop)
+        side = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         readers = min(READERS.get(self.device.type, 1), os.cpu_count() or 1)
         ahead: deque[tuple[Future, Sequence[int]]] = deque()
 
@@ -192,7 +173,7 @@ class Stream:
                     tensor.record_stream(here)
             return loaded
 
-        with ThreadPoolExecutor(readers) as pool, turns(side is not None):
+        with ThreadPoolExecutor(readers) as pool:
             for plan in self._plans(position, stop):
                 if plan is not None:
                     *where, used = plan
@@ -205,23 +186,6 @@ class Stream:
                     self._wait()
             while ahead:
                 yield first()
-
-    def _side(self, stop: int) -> "torch.cuda.Stream | None":
-        """The CUDA stream that copies rows, none without a GPU; where rows that are read again are
-        kept, always the same one, so that one copy comes after another."""
-        if self.device.type != "cuda":
-            return None
-        if self.held is None and self._is_held(stop):
-            side = torch.cuda.Stream(self.device)
-            with torch.cuda.stream(side):
-                self.held = Held(self.rows, self.chunk_rows, self.device, side)
-        return self.held.side if self.held else torch.cuda.Stream(self.device)
-
-    def _is_held(self, stop: int) -> bool:
-        """Whether rows up to `stop` are read more than once and take little of the GPU's memory."""
-        cell = self.rows.d_model * tables.NUMPY[self.rows.dtype]().itemsize
-        free, _ = torch.cuda.mem_get_info(self.device)
-        return stop > self.rows.n_rows and self.rows.n_rows * cell <= HELD * free
 
     def _read(self, used: Sequence[int]) -> None:
         """Shards that no later buffer reads."""
@@ -288,9 +252,8 @@ class Stream:
             found = list(self._filled(part, spans, locked))
             out[:, column : column + part.d_model].copy_(locked, non_blocking=True)
             column, first = column + part.d_model, first or found
-            for span, one, other in zip(spans, first, found, strict=True):
-                if i:
-                    reader.check_alike(i, *span, one, other)
+            for one, other in zip(first, found, strict=True) if i else ():
+                reader.check_alike(i, one, other)
         return out
 
     def _load_ahead(self, side: "torch.cuda.Stream | None", *plan: np.ndarray) -> tuple:
@@ -298,51 +261,8 @@ class Stream:
         if side is None:
             return self._load(*plan), None
         with torch.cuda.stream(side):
-            loaded = self._held_or_read(*plan)
+            loaded = self._load(*plan)
             return loaded, side.record_event()
-
-    def _held_or_read(
-        self, starts: np.ndarray, stops: np.ndarray, order: np.ndarray
-    ) -> tuple[Tensor, Tensor]:
-        """As `_load`, out of the rows that are kept on the GPU where they are there."""
-        if self.held is None:
-            return self._load(starts, stops, order)
-        if (rows := self.held.rows_of(starts, stops)) is None:
-            rows, _ = loaded = self._load(starts, stops, order)
-            self.held.keep(starts, stops, rows)
-            return loaded
-        return rows, torch.from_numpy(order).to(self.device, non_blocking=True)
-
-
-class Held:
-    """Rows that stay on a GPU, filled chunk by chunk; all copies are of one CUDA stream.
-
-    Args:
-        rows: of which the store is made.
-        chunk_rows: rows of a chunk.
-        side: the CUDA stream.
-    """
-
-    def __init__(
-        self, rows: Rows | PairedRows, chunk_rows: int, device: torch.device, side: Any = None
-    ) -> None:
-        dtype = getattr(torch, rows.dtype)
-        self.rows = torch.empty(rows.n_rows, rows.d_model, dtype=dtype, device=device)
-        self.chunk_rows, self.side = chunk_rows, side
-        self.there = np.zeros(-(-rows.n_rows // chunk_rows), bool)  # which chunks are
-
-    def rows_of(self, starts: np.ndarray, stops: np.ndarray) -> Tensor | None:
-        """The rows of some chunks; None where one of them was not kept yet."""
-        if not self.there[starts // self.chunk_rows].all():
-            return None
-        return torch.cat([self.rows[a:b] for a, b in zip(starts, stops, strict=True)])
-
-    def keep(self, starts: np.ndarray, stops: np.ndarray, rows: Tensor) -> None:
-        """Keep the rows of some chunks."""
-        sizes = (stops - starts).tolist()
-        for a, b, part in zip(starts, stops, rows.split(sizes), strict=True):
-            self.rows[a:b].copy_(part)
-        self.there[starts // self.chunk_rows] = True
 
 
 class WindowStream(Stream):
@@ -402,9 +322,6 @@ class WindowStream(Stream):
 
     def _rows_of_an_epoch(self) -> int:
         return sum(self.window.sizes.rows)
-
-    def _is_held(self, stop: int) -> bool:
-        return False  # their shards are soon gone
 
     def _mixed_rows(self) -> int:
         return sum(sorted(self.window.sizes.rows)[-self.window.sizes.open :])

@@ -168,9 +168,9 @@ def read_ahead(values: np.ndarray) -> None:
 class File:
     """A file to read parts of, from several threads; open as long as somebody holds it.
 
-    Where the system has no such read (`File.of` gives None), rows are copied out of the map. Rows
-    that are copied anyway come this way at half the cost, or a tenth where a page fault is dear (a
-    sandboxed kernel): a map takes one for every 4 KiB.
+    Rows that are copied anyway come this way without the page faults of a map, which takes one for
+    every 4 KiB. Where the system has no such read (`File.of` gives None), they are copied out of
+    the map.
     """
 
     def __init__(self, path: str | Path) -> None:

@@ -400,7 +400,6 @@ class PairedRows:
     def __init__(self, *parts: Rows) -> None:
         first = parts[0]
         self.parts, self.manifest = parts, first.manifest
-        self._alike: set[tuple[int, int, int]] = set()  # part, start, stop that were compared
         self.hook = " and ".join(part.hook for part in parts)
         self.n_rows, self.dtype = first.n_rows, first.dtype
         self.d_model = sum(part.d_model for part in parts)
@@ -429,18 +428,15 @@ class PairedRows:
         return out
 
     def check_alike(
-        self, i: int, start: int, stop: int, first: dict[str, np.ndarray], found: dict
+        self, i: int, first: dict[str, np.ndarray], found: dict[str, np.ndarray]
     ) -> None:
-        """Compare the columns of part i with those of the first, once.
+        """Compare some rows' columns of part i with those of the first.
 
         Raises:
             RetraceError: they are of other tokens.
         """
-        if (i, start, stop) in self._alike:
-            return
         if any(not np.array_equal(first[c], found[c]) for c in ("block", "position", "token")):
             raise self._differ(self.parts[i])
-        self._alike.add((i, start, stop))
 
     def read(self, start: int, stop: int) -> tuple[np.ndarray, dict[str, np.ndarray]]:
         """As `Rows.read`, but copied."""
@@ -454,7 +450,7 @@ class PairedRows:
         for i, part in enumerate(self.parts):
             found = part.read_into(start, stop, out[:, column : column + part.d_model])
             column, first = column + part.d_model, first or found
-            self.check_alike(i, start, stop, first, found)
+            self.check_alike(i, first, found)
         return first
 
     def ahead(self, start: int, stop: int) -> None:

@@ -12,9 +12,8 @@ stream x_l after l blocks and x_n, which the final norm N reads,
    the sum over t' >= t. One backward pass gives so many rows of all layers.
 2. With the cotangent at one position alone, and the gradient read there, t' = t is all that counts
    (the paper's self-only variant). What lies before that position does not depend on it, so its
-   keys and values are kept, and a pass is of one token: a few milliseconds a position on a GPU,
-   where passes of whole prompts cost as much as a prompt of all positions (`of_prompt`, which a
-   model without a cache of keys and values still takes).
+   keys and values are kept, and a pass is of one token (`alone`). By `of_prompt`, which a model
+   without a plain cache of them takes, a position costs as much as a whole prompt before.
 3. Gradients are the model's own, exact, and averaged in float32. J = I is the logit lens.
 """
 
@@ -139,7 +138,7 @@ def has_cache(hf: nn.Module) -> bool:
             hf.base_model(input_ids=token, past_key_values=kept, use_cache=True)
     except (TypeError, ValueError, AttributeError):
         return False
-    return kept.get_seq_length() == 1 and not kept.is_sliding[0]
+    return kept.get_seq_length() == 1 and not any(kept.is_sliding)
 
 
 def fit(

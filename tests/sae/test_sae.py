@@ -22,7 +22,7 @@ from pipeline.errors import RetraceError
 from pipeline.sae import steps
 from pipeline.sae.optimiser import coefficients, learning_rate
 from pipeline.sae.sparse import Dense, Scratch, Sparse, largest
-from pipeline.sae.stream import CHUNKS, Held, Stream, geometric_median, picked
+from pipeline.sae.stream import CHUNKS, Stream, geometric_median, picked
 from pipeline.sae.train import Dictionary, build, train
 from pipeline.sharing import verify
 from pipeline.spec.sae import SaeSpec, SaeTraining
@@ -324,24 +324,6 @@ def test_what_a_gpu_reads_hook_by_hook_are_the_same_rows(tmp_path, dtype):
         assert torch.equal(stream._on_gpu(spans), rows)
         at = np.concatenate([np.arange(a, b) for a, b in spans])
         assert torch.equal(rows, torch.from_numpy(x[at]).to(getattr(torch, dtype)))
-
-
-def test_rows_of_a_first_epoch_are_kept_for_the_next_ones(tmp_path):
-    """In place of reading them again; so are those of a job that goes on amid an epoch."""
-    x = np.random.default_rng(0).normal(size=(900, 24)).astype(np.float32)
-    rows = Rows(store(tmp_path, x, shard_rows=100), HOOK, "train")
-    stream = Stream(rows, batch_size=100, buffer_rows=400, seed=0, normalize=False)
-    plain, reads = stream._load, []
-    stream._load = lambda *plan: reads.append(0) or plain(*plan)
-    for position in (0, 450):
-        stream.held, reads[:] = Held(stream.rows, stream.chunk_rows, stream.device), []
-        plans = [plan[:3] for plan in stream._plans(position, 3600)]
-        for plan in plans:
-            found, wanted = stream._held_or_read(*plan), plain(*plan)
-            assert torch.equal(found[0], wanted[0]) and torch.equal(found[1], wanted[1])
-        epoch = len(list(stream._plans(0, 900)))
-        assert len(reads) == epoch if position == 0 else epoch <= len(reads) <= 2 * epoch
-        assert len(plans) > len(reads)
 
 
 def zip_first(iterator, n):

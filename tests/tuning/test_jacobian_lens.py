@@ -169,4 +169,4 @@ def test_a_half_precision_model_has_a_j_in_float32(gpt2, n_alone):
     half = jacobian_lens.fit("m", gpt2.bfloat16(), TOKENS, [1], spec(n_alone=n_alone))
     found = half[len(TOKENS)][1]
     assert found.dtype == torch.float32
-    assert (found - wanted).norm() < 0.02 * wanted.norm()
+    assert (found - wanted).norm() < 0.02 * wanted.norm()  # five times a rounding to bfloat16
